@@ -1,0 +1,251 @@
+"""`FusedALoRALinear`: the drop-in replacement for `nn.Linear`.
+
+In:   activations, and for task routing the ids of the batch: given to `forward`, or read from the routing
+      context `with alora_kernels.route(ids): ...`.
+Out:  the base layer's output plus the routed low-rank part, one functional call.
+Who:  training code that nobody prepared: replace a `nn.Linear` by `FusedALoRALinear.from_linear(linear, r)`.
+
+The base weight and bias are frozen parameters named as in `nn.Linear`, so a plain state dict loads into the
+layer with `strict=False`. `merge(task)` folds one task into the weight, for serving a single task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import alora_linear
+from ..routing import Routing, current_routing
+from .init import lora_scaling, reset_adapter_
+from .tasks import task_id, task_ids_from_names, task_names
+
+
+class FusedALoRALinear(nn.Module):
+    """A frozen linear layer with several low-rank A and one shared B.
+
+    Formula: `y = x W0^T + bias + s (sum_e g_e(x) A_e dropout(x)) B^T`, s = lora_alpha / r.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: rank R >= 1.
+        tasks: task routing: a count or a list of names; the ids of a batch pick A_e.
+        num_experts: soft routing: E experts weighted per token by a learned softmax router.
+        lora_alpha: numerator of the scaling s; defaults to 2 r.
+        use_rslora: s = lora_alpha / sqrt(r).
+        lora_dropout: dropout on the input of the low-rank path, in training mode.
+        bias: whether the base has a bias.
+        device: of all parameters.
+        dtype: of all parameters.
+
+    Attributes:
+        weight, bias: the frozen base.
+        lora_A: `[E, R, K]`.
+        lora_B: `[N, R]`.
+        router: `[E, K]`, or None for task routing.
+        tasks: task names; empty for soft routing.
+        merged_task: the task folded into the weight, or None.
+
+    Raises:
+        ValueError: both or neither of tasks and num_experts, r < 1, repeated task names.
+
+    Source: Ban & Ji 2025, ALoRA.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        tasks: int | Sequence[str] | None = None,
+        num_experts: int | None = None,
+        lora_alpha: float | None = None,
+        use_rslora: bool = False,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if (tasks is None) == (num_experts is None):
+            raise ValueError("give exactly one of tasks (task routing) and num_experts (soft routing)")
+        if r < 1 or (num_experts is not None and num_experts < 1):
+            raise ValueError(f"r and num_experts must be at least 1, got r={r}, num_experts={num_experts}")
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.tasks = () if tasks is None else task_names(tasks)
+        self.num_experts = num_experts if num_experts is not None else len(self.tasks)
+        self.lora_alpha = float(2 * r if lora_alpha is None else lora_alpha)
+        self.use_rslora, self.lora_dropout = use_rslora, float(lora_dropout)
+        self.scaling = lora_scaling(self.lora_alpha, r, use_rslora)
+        self.merged_task: str | None = None
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, device=device, dtype=dtype)
+
+        self.weight = nn.Parameter(empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(empty(out_features), requires_grad=False) if bias else None
+        self.lora_A = nn.Parameter(empty(self.num_experts, r, in_features))
+        self.lora_B = nn.Parameter(empty(out_features, r))
+        self.router = nn.Parameter(empty(self.num_experts, in_features)) if num_experts is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the base as `nn.Linear` does and the adapter as `init.reset_adapter_` does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            bound = self.in_features**-0.5 if self.in_features else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
+        reset_adapter_(self.lora_A, self.lora_B, self.router)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        *,
+        tasks: int | Sequence[str] | None = None,
+        num_experts: int | None = None,
+        lora_alpha: float | None = None,
+        use_rslora: bool = False,
+        lora_dropout: float = 0.0,
+    ) -> FusedALoRALinear:
+        """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen.
+
+        Args:
+            linear: the layer to replace.
+            r, tasks, num_experts, lora_alpha, use_rslora, lora_dropout: as in the class.
+
+        Raises:
+            TypeError: linear is not an `nn.Linear` (its weight is not a plain matrix): use
+                `alora_kernels.alora_delta` on its output instead.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"from_linear takes an nn.Linear, got {type(linear).__name__}: for other layers add"
+                " alora_kernels.alora_delta to their output, or use the PEFT tuner"
+            )
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            r,
+            tasks=tasks,
+            num_experts=num_experts,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            lora_dropout=lora_dropout,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        new.weight, new.bias = linear.weight.requires_grad_(False), linear.bias
+        if new.bias is not None:
+            new.bias.requires_grad_(False)
+        for name in ("lora_A", "lora_B", "router"):
+            parameter = getattr(new, name)
+            if parameter is not None:
+                setattr(new, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
+        reset_adapter_(new.lora_A, new.lora_B, new.router)
+        return new.train(linear.training)
+
+    def _routing(
+        self, task_ids: Tensor | Sequence[str | int] | Routing | None, device: torch.device
+    ) -> Tensor | Routing:
+        """The ids of this call: the argument, else the routing context, else the only task."""
+        if task_ids is None:
+            task_ids = current_routing()
+        if task_ids is None:
+            if len(self.tasks) == 1:
+                return Routing(torch.zeros(1, dtype=torch.long))
+            raise ValueError(
+                f"this layer has the tasks {', '.join(self.tasks)}: pass task_ids to forward, or call the model"
+                " inside `with alora_kernels.route(ids): ...`"
+            )
+        if isinstance(task_ids, Tensor | Routing):
+            return task_ids
+        return task_ids_from_names(task_ids, self.tasks).to(device)
+
+    def forward(self, x: Tensor, task_ids: Tensor | Sequence[str | int] | Routing | None = None) -> Tensor:
+        """y `[..., N]` from x `[..., K]`.
+
+        Args:
+            x: activations.
+            task_ids: task routing only: integer ids `[batch]` or `x.shape[:-1]`, a list of task names, or a
+                `Routing`; -1 or "__base__" means the base alone. None reads the routing context.
+
+        Raises:
+            ValueError: no ids, ids that do not fit, ids given to a soft-routed or a merged layer.
+        """
+        if self.merged_task is not None:
+            if task_ids is not None or current_routing() is not None:
+                raise ValueError(f"task {self.merged_task!r} is merged into the weight: call unmerge() before routing")
+            return F.linear(x, self.weight, self.bias)
+        if self.router is not None and task_ids is not None:
+            raise ValueError("this layer routes by its learned router (num_experts): it takes no task_ids")
+        return alora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            bias=self.bias,
+            router=self.router,
+            task_ids=None if self.router is not None else self._routing(task_ids, x.device),
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    @torch.no_grad()
+    def _delta_weight(self, task: str) -> Tensor:
+        """s B A_task, `[N, K]`, computed in float32 or wider."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        a = self.lora_A[task_id(task, self.tasks)].to(wide)
+        return (self.scaling * self.lora_B.to(wide) @ a).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, task: str | int) -> None:
+        """Fold one task into the weight: `W0 + s B A_task`; the layer then serves that task alone.
+
+        Args:
+            task: name or id.
+
+        Raises:
+            ValueError: an unknown task, soft routing (the gate differs per token), or already merged.
+        """
+        if self.router is not None:
+            raise ValueError("soft routing weighs the experts per token, so no single weight equals it: cannot merge")
+        if self.merged_task is not None:
+            raise ValueError(f"task {self.merged_task!r} is merged already: call unmerge() first")
+        index = task_id(task, self.tasks)
+        if index < 0:
+            raise ValueError("the base has nothing to merge")
+        self.weight.add_(self._delta_weight(self.tasks[index]))
+        self.merged_task = self.tasks[index]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged task out of the weight again (to rounding); without a merge, do nothing."""
+        if self.merged_task is not None:
+            self.weight.sub_(self._delta_weight(self.merged_task))
+            self.merged_task = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As any module; refused while merged, because the file would count the task twice when loaded."""
+        if self.merged_task is not None:
+            raise RuntimeError(f"task {self.merged_task!r} is merged into the weight: call unmerge() before saving")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        kind = f"tasks={list(self.tasks)}" if self.tasks else f"num_experts={self.num_experts}"
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, {kind}, "
+            f"lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
+        )
+        text += f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        text += ", use_rslora=True" if self.use_rslora else ""
+        return text + (f", merged_task={self.merged_task!r}" if self.merged_task is not None else "")

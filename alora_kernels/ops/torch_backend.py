@@ -1,0 +1,155 @@
+"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
+
+In:   two-dimensional activations, the adapter, and rows grouped by task (or a router).
+Out:  the same four results as `triton_backend`: `linear`, `shrink` and their backwards.
+Who:  `ops.library` calls these functions through its custom ops.
+
+B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
+whatever the routing; the low-rank part is accumulated into their result in place. Task routing runs one
+product per task present, on a slice of x where the task's rows are consecutive; nothing loops over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..routing import RowGroups
+from .types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype
+
+Rows = slice | Tensor
+
+
+def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
+    """The scaled keep mask of x, the same for the same seed: 0 or 1 / (1 - p) in each entry."""
+    if dropout.p == 1.0:
+        return torch.zeros_like(x)
+    generator = torch.Generator(x.device).manual_seed(int(dropout.seed.item()))
+    return torch.empty_like(x).bernoulli_(1.0 - dropout.p, generator=generator).div_(1.0 - dropout.p)
+
+
+def rows_of_tasks(groups: RowGroups) -> Iterator[tuple[int, Rows]]:
+    """Each task that has rows, with its rows: a slice where they are consecutive, their numbers otherwise."""
+    offsets = groups.offsets.tolist()
+    order = groups.order
+    for task, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if start == stop:
+            continue
+        first, last = int(order[start]), int(order[stop - 1])
+        consecutive = last - first == stop - start - 1
+        yield task, slice(first, last + 1) if consecutive else order[start:stop]
+
+
+def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+    """out[rows] += scaling * left right, in place."""
+    if isinstance(rows, slice):
+        out[rows].addmm_(left, right, alpha=scaling)
+    else:
+        out.index_add_(0, rows, left @ right, alpha=scaling)
+
+
+def _experts(p: Tensor, adapter: Adapter) -> Tensor:
+    """The skinny products `[M, E, R]` inside p, a view."""
+    experts, rank, _ = adapter.a.shape
+    return p[:, : experts * rank].unflatten(1, (experts, rank))
+
+
+def _gate(p: Tensor, adapter: Adapter) -> Tensor:
+    """softmax of the logits in p's last E columns."""
+    return torch.softmax(p[:, -adapter.a.shape[0] :], dim=1)
+
+
+def shrink(x: Tensor, adapter: Adapter) -> Saved:
+    """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
+    experts, rank, _ = adapter.a.shape
+    a = adapter.a.to(x.dtype)
+    dropped = x if adapter.dropout is None else x * dropout_mask(x, adapter.dropout)
+    if adapter.router is None:
+        h = x.new_zeros(x.shape[0], rank)
+        for task, rows in rows_of_tasks(adapter.task_groups):
+            _accumulate(h, rows, dropped[rows], a[task].t(), adapter.scaling)
+        return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
+    products = x.new_empty(x.shape[0], experts * rank + experts)
+    torch.mm(dropped, a.flatten(0, 1).t(), out=products[:, : experts * rank])
+    torch.mm(x, adapter.router.to(x.dtype).t(), out=products[:, experts * rank :])
+    p = products.to(acc_dtype(x))
+    h = torch.einsum("me,mer->mr", _gate(p, adapter) * adapter.scaling, _experts(p, adapter))
+    return Saved(h.to(x.dtype), p)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
+    """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs."""
+    saved = shrink(x, adapter)
+    y = F.linear(x, w, bias)
+    return y.addmm_(saved.h, b.to(x.dtype).t()), saved
+
+
+def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
+    """dp = [gate_e dh | dlogits] from dh and p."""
+    gate, dh = _gate(p, adapter), dh.to(p.dtype)
+    dgate = torch.einsum("mr,mer->me", dh, _experts(p, adapter))
+    dp = torch.empty_like(p)
+    torch.mul(gate.unsqueeze(2), dh.unsqueeze(1), out=_experts(dp, adapter))
+    torch.mul(gate, dgate - (gate * dgate).sum(1, keepdim=True), out=dp[:, -gate.shape[1] :])
+    return dp
+
+
+def _soft_backward(dx: Tensor | None, dh: Tensor, x: Tensor, p: Tensor, adapter: Adapter, needs: Needs) -> Grads:
+    """Add the low-rank part to dx; gradients of a and the router."""
+    experts, rank, features = adapter.a.shape
+    assert adapter.router is not None
+    a, router = adapter.a.to(x.dtype).flatten(0, 1), adapter.router.to(x.dtype)
+    dp = _gate_backward(dh, p, adapter).to(x.dtype)
+    dp_a, dlogits = dp[:, : experts * rank], dp[:, experts * rank :]
+    mask = None if adapter.dropout is None else dropout_mask(x, adapter.dropout)
+    if dx is not None:
+        dx.addmm_(dlogits, router)
+        dx.addmm_(dp_a, a) if mask is None else dx.addcmul_(dp_a @ a, mask)
+    da = dp_a.t() @ (x if mask is None else x * mask) if needs.a else None
+    drouter = dlogits.t() @ x if needs.router else None
+    return Grads(dx, None if da is None else da.view(experts, rank, features), drouter)
+
+
+def _task_backward(dx: Tensor | None, dh: Tensor, x: Tensor, adapter: Adapter, needs: Needs) -> Grads:
+    """Add the low-rank part to dx; gradient of each task's a, zero where a task has no rows."""
+    a = adapter.a.to(x.dtype)
+    mask = None if adapter.dropout is None else dropout_mask(x, adapter.dropout)
+    dropped = x if mask is None else x * mask
+    da = torch.zeros_like(a) if needs.a else None
+    for task, rows in rows_of_tasks(adapter.task_groups):
+        dh_rows = dh[rows]
+        if dx is not None and mask is None:
+            _accumulate(dx, rows, dh_rows, a[task])
+        elif dx is not None and mask is not None:
+            dx[rows] += (dh_rows @ a[task]) * mask[rows]
+        if da is not None:
+            torch.mm(dh_rows.t(), dropped[rows], out=da[task])
+    return Grads(dx, da, None)
+
+
+def shrink_backward(
+    dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dx: Tensor | None = None
+) -> Grads:
+    """Gradients of `shrink` from the gradient of the UNSCALED h; the low-rank part of dx is added to dx in place."""
+    if dx is None and needs.x:
+        dx = torch.zeros_like(x)
+    if adapter.router is None:
+        grads = _task_backward(dx, dh, x, adapter, needs)
+    else:
+        grads = _soft_backward(dx, dh, x, saved.p, adapter, needs)
+    return grads.cast_adapter(adapter)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs
+) -> tuple[Grads, Tensor | None]:
+    """Gradients of `linear` for x, a, router and b: dx = dy w + dp [a; router], db = dy^T h."""
+    db = (dy.t() @ saved.h).to(b.dtype) if needs.b else None
+    dx = dy @ w if needs.x else None
+    if not (needs.x or needs.a or needs.router):
+        return Grads(None, None, None), db
+    dh = torch.addmm(dy.new_empty(()), dy, b.to(dy.dtype), beta=0, alpha=adapter.scaling)
+    return shrink_backward(dh, x, adapter, saved, needs, dx), db

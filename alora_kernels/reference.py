@@ -1,0 +1,80 @@
+"""The specification: ALoRA's linear layer in plain torch, any float dtype.
+
+In:   activations, the frozen base weight, the E matrices A, the one shared B, and how rows are routed.
+Out:  the layer's output; autograd derives every gradient from this very text.
+Who:  tests judge every fast path against it (in float64), and a reader learns the layer from it.
+
+It is written for the eye, not for speed: it materialises A_{t(m)} x_m for every expert. Arguments are
+taken as they come; the public ops (`alora_kernels.ops`) are the edge that checks them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gate(x: Tensor, num_experts: int, router: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """How much each expert counts for each row.
+
+    Formula: `softmax(x router^T)` (soft routing) or the one-hot of the task id (task routing).
+
+    Args:
+        x: activations `[..., K]`.
+        num_experts: E.
+        router: router weight `[E, K]`, or None.
+        task_ids: one id per row of the batch `[batch]` or per token `x.shape[:-1]`; -1 gives a row of zeros.
+
+    Returns:
+        The gate `[..., E]`, in x's dtype.
+
+    Source: Ban & Ji 2025, section on ALoRA (router); one-hot is its fixed-task case.
+    """
+    if router is not None:
+        return F.softmax(F.linear(x, router.to(x.dtype)), dim=-1)
+    assert task_ids is not None
+    if task_ids.shape != x.shape[:-1]:  # one id per batch row: every token of the row has it
+        task_ids = task_ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    experts = torch.arange(num_experts, device=x.device)
+    return (task_ids.unsqueeze(-1) == experts).to(x.dtype)
+
+
+def alora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    router: Tensor | None = None,
+    task_ids: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """A frozen linear layer plus several low-rank A under one shared B.
+
+    Formula: `y = x W0^T + bias + s (sum_e g_e(x) A_e dropout(x)) B^T`.
+
+    Args:
+        x: activations `[..., K]`.
+        weight: frozen base weight `[N, K]`.
+        lora_A: the E matrices A, `[E, R, K]`.
+        lora_B: the shared B, `[N, R]`.
+        bias: base bias `[N]`, or None.
+        router: router weight `[E, K]` for soft routing; it sees x before dropout.
+        task_ids: integer ids `[batch]` or `x.shape[:-1]` for task routing; -1 means the base alone.
+        scaling: s, `lora_alpha / r` (rsLoRA: `lora_alpha / sqrt(r)`).
+        dropout_p: probability that an entry of x is dropped from the low-rank path.
+        training: dropout is active only when True.
+
+    Returns:
+        y `[..., N]`.
+
+    Source: Ban & Ji 2025, ALoRA: multiple A, single B.
+    """
+    g = gate(x, lora_A.shape[0], router, task_ids)
+    p = torch.einsum("...k,erk->...er", F.dropout(x, dropout_p, training), lora_A.to(x.dtype))
+    h = torch.einsum("...e,...er->...r", g, p)
+    return F.linear(x, weight, bias) + scaling * F.linear(h, lora_B.to(x.dtype))
