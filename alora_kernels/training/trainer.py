@@ -1,0 +1,188 @@
+"""`ALoRATrainer`: transformers' Trainer for batches that mix tasks.
+
+In:   a model with ALoRA layers (the PEFT tuner or `FusedALoRALinear`) and a dataset with a `task` column.
+Out:  a trained model; the loss of each task in the logs, loss and accuracy of each task in evaluations.
+Who:  the CLI, examples and users, with the arguments of `transformers.Trainer`.
+
+What is added is small: the collator turns names into ids, `compute_loss` sets the routing context around the
+model call, and the loss is taken per token so that each task's share can be logged. Everything else, resume
+included, is Trainer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from ..routing import route
+from .absent import KeepAbsentTasks
+from .collator import IGNORED, TaskCollator
+from .sampler import TaskBalancedSampler
+from .tasks import stacked_a, tasks_of_model
+
+OURS = ("task_ids", "logits_to_keep", "position_ids")  # batch entries a model's forward need not know
+
+
+class ALoRATrainer(Trainer):
+    """Train several tasks at once on one frozen model.
+
+    Args:
+        *args: as `transformers.Trainer`.
+        task_temperature: 1 draws every example once; larger values let small tasks come more often, see
+            `TaskBalancedSampler`.
+        keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
+        **kwargs: as `transformers.Trainer`. A dataset needs the columns `input_ids`, `labels` and `task`.
+
+    Raises:
+        ValueError: a dataset without a `task` column, or with a task the model does not have.
+    """
+
+    def __init__(
+        self, *args: Any, task_temperature: float = 1.0, keep_absent_tasks: bool = True, **kwargs: Any
+    ) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+        self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
+        self.tasks, self.routed = tasks_of_model(model, datasets)
+        if kwargs.get("data_collator") is None and len(args) < 3:
+            kwargs["data_collator"] = TaskCollator(_pad_token_id(kwargs.get("processing_class")), self.tasks)
+        super().__init__(*args, **kwargs)
+        if self.compute_metrics is None:
+            self.compute_metrics = self._task_metrics
+        self._sampler: TaskBalancedSampler | None = None
+        self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
+        self._forward_keys = _forward_keys(self.model)
+        self.add_callback(_EpochOrder(self))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task" not in self._signature_columns:
+            self._signature_columns += ["task", "labels", "attention_mask"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> TaskBalancedSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._sampler = TaskBalancedSampler(dataset["task"], temperature=self.task_temperature, seed=seed)
+        return self._sampler
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, with the rows of absent tasks kept."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.keep_absent_tasks and self.routed:
+            KeepAbsentTasks(optimizer, stacked_a(self.model))
+        return optimizer
+
+    def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
+
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+        """Model outputs, loss per label `[B, L]` (zero where ignored), and whether the model's first choice is right."""
+        known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
+        labels = known.pop("labels")
+        with self._routing(inputs.get("task_ids")):
+            outputs = model(**known)
+        logits = outputs["logits"]
+        if labels.dim() == 2:  # position t predicts token t + 1
+            logits, labels = logits[:, :-1], labels[:, 1:][:, -(logits.shape[1] - 1) :]
+        else:
+            logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        losses = F.cross_entropy(
+            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+        )
+        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+        return outputs, losses, right
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss per label, over the accumulated batch when Trainer counts it; per-task sums are kept for the log."""
+        if self.compute_loss_func is not None or "labels" not in inputs:
+            known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
+            with self._routing(inputs.get("task_ids")):
+                return super().compute_loss(model, known, return_outputs, num_items_in_batch)
+        outputs, losses, _ = self._token_losses(model, inputs)
+        counts = (inputs["labels"] != IGNORED).view(losses.shape[0], -1).sum(1)
+        if model.training and "task_ids" in inputs:
+            self._add_to_log(inputs["task_ids"], losses.detach().sum(1), counts)
+        loss = losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_to_log(self, task_ids: Tensor, losses: Tensor, counts: Tensor) -> None:
+        known = task_ids >= 0
+        sums = torch.stack([losses.double(), counts.double()])[:, known]
+        self._sums = self._sums.to(losses.device).index_add(1, task_ids[known], sums)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with `loss_<task>` beside `loss`."""
+        if "loss" in logs:
+            for name, loss, count in zip(self.tasks, *self._sums.tolist(), strict=True):
+                if count:
+                    logs[f"loss_{name}"] = loss / count
+            self._sums.zero_()
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Loss, (loss, right?) of each row, and task ids; a caller's own `compute_metrics` gets Trainer's logits."""
+        inputs = self._prepare_inputs(inputs)
+        if self.compute_metrics != self._task_metrics or "labels" not in inputs:
+            known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys - {"logits_to_keep"}}
+            with self._routing(inputs.get("task_ids")):
+                return super().prediction_step(model, known, prediction_loss_only, ignore_keys)
+        _, losses, right = self._token_losses(model, inputs)
+        counts = (inputs["labels"] != IGNORED).view(losses.shape[0], -1).sum(1)
+        loss = losses.sum() / counts.sum()
+        return loss, (losses.sum(1) / counts, right), inputs["task_ids"]
+
+    def _task_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
+        losses, right = (np.asarray(v) for v in prediction.predictions)
+        task_ids = np.asarray(prediction.label_ids)
+        metrics: dict[str, float] = {}
+        for index, name in enumerate(self.tasks):
+            rows = task_ids == index
+            if rows.any():
+                metrics[f"loss_{name}"] = float(losses[rows].mean())
+                metrics[f"accuracy_{name}"] = float(right[rows].mean())
+        metrics["accuracy"] = float(np.mean([v for k, v in metrics.items() if k.startswith("accuracy_")]))
+        return metrics
+
+
+class _EpochOrder(TrainerCallback):
+    """Give the sampler its epoch, also when training resumes inside one (skipped batches hide the sampler)."""
+
+    def __init__(self, trainer: ALoRATrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first batch of an epoch."""
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+def _forward_keys(model: nn.Module) -> set[str]:
+    """Argument names of the base model's forward."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(base.forward).parameters)
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad) if pad is not None else 0  # padding is masked, so any id serves
+

@@ -1,0 +1,98 @@
+"""The judge: an implementation's error must stay within twice torch's own, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from alora_kernels import reference
+from alora_kernels.ops.backend import interpreting
+
+Layer = Callable[..., Tensor]
+
+
+@dataclass
+class Problem:
+    """One layer's tensors: leaves get gradients, the rest is given."""
+
+    leaves: dict[str, Tensor]
+    weight: Tensor
+    given: dict[str, object] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype."""
+        leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in self.leaves.items()}
+        return Problem(leaves, self.weight.to(dtype), self.given)
+
+    def step(self, layer: Layer, **options: object) -> dict[str, Tensor]:
+        """Output and every gradient, by name, for a fixed dy."""
+        leaves = dict(self.leaves)
+        x, a, b = leaves.pop("x"), leaves.pop("a"), leaves.pop("b")
+        y = layer(x, self.weight, a, b, **leaves, **self.given, **options)
+        generator = torch.Generator().manual_seed(1)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        grads = torch.autograd.grad(y, list(self.leaves.values()), dy)
+        return {"y": y.detach(), **{f"d{k}": g for k, g in zip(self.leaves, grads, strict=True)}}
+
+
+def problem(
+    leading: Sequence[int],
+    k: int,
+    n: int,
+    r: int,
+    e: int,
+    *,
+    routing: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    ids: Tensor | None = None,
+    bias: bool = True,
+    scaling: float = 0.75,
+) -> Problem:
+    """Random tensors of sensible size; ids are random, base-only rows included, unless given."""
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    leaves = {"x": rand(*leading, k), "a": rand(e, r, k) / k**0.5, "b": rand(n, r) / r**0.5}
+    given: dict[str, object] = {"scaling": scaling}
+    if bias:
+        leaves["bias"] = rand(n)
+    if routing == "soft":
+        leaves["router"] = rand(e, k) / k**0.5
+    else:
+        given["task_ids"] = (torch.randint(-1, e, tuple(leading)) if ids is None else ids).to(device)
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    return Problem(leaves, rand(n, k) / k**0.5, given)
+
+
+def assert_as_good_as_torch(p: Problem, layer: Layer, dtype: torch.dtype, *, atol: float = 1e-6, **options: object) -> None:
+    """err(layer) <= 2 x err(reference in the same dtype) + tiny atol, against float64, for y and every gradient."""
+    truth = p.to(torch.float64).step(reference.alora_linear)
+    torchs = p.step(reference.alora_linear)
+    ours = p.step(layer, **options)
+    tiny = atol if dtype == torch.float32 else {torch.float64: 1e-12}.get(dtype, 1e-3)
+    for name, t in truth.items():
+        assert ours[name].dtype == torchs[name].dtype, name
+        if t.numel() == 0:
+            assert ours[name].shape == t.shape, name
+            continue
+        size = max(1.0, float(t.abs().max()))
+        own = float((torchs[name].double() - t).abs().max()) / size
+        err = float((ours[name].double() - t).abs().max()) / size
+        assert err <= 2 * own + tiny, f"{name}: error {err:.2e}, torch's own {own:.2e}"
+
+
+def skip_unless_runnable(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    if backend == "triton" and device == "cpu":
+        if not interpreting():
+            pytest.skip("Triton's interpreter is off on a machine with a GPU")
+        if dtype == torch.bfloat16:
+            pytest.skip("bf16 dot: not modelled by the interpreter")
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 kernels are for the interpreter's gradcheck")

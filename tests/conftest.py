@@ -1,0 +1,38 @@
+"""Shared by all tests: one thread per worker, Triton's interpreter where there is no GPU, devices to test on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/kfd")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest -n 2 on two cores: workers must not fight
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before kernels are imported
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a `device` argument runs on the CPU and, marked `gpu`, on a GPU."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say why GPU tests do not run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,107 @@
+"""The ops as torch sees them: opcheck, compile, autocast, double backward, devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from alora_kernels import alora_linear, reference
+from alora_kernels.ops import library  # noqa: F401  registers the ops
+from alora_kernels.ops.backend import choose, explain
+from alora_kernels.routing import group_rows
+from tests.compare import problem, skip_unless_runnable
+
+BACKENDS = ["torch", "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("routing", ["task", "soft"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_opcheck(backend, routing, dropout):
+    skip_unless_runnable(backend, "cpu", torch.float32)
+    p = problem((6,), 7, 5, 2, 3, routing=routing, dtype=torch.float32)
+    groups = group_rows(p.given["task_ids"], 3) if routing == "task" else (None, None, None)
+    seed = torch.tensor([11]) if dropout else None
+    x, a, b, bias = (p.leaves[k] for k in ("x", "a", "b", "bias"))
+    rest = (p.leaves.get("router"), *groups, seed, 0.5, dropout, backend)
+    torch.library.opcheck(torch.ops.alora.linear, (x, p.weight, bias, a, b, *rest))
+    torch.library.opcheck(torch.ops.alora.shrink, (x, a, *rest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("routing", ["task", "soft"])
+def test_compiles_whole_and_new_ids_do_not_recompile(backend, routing):
+    skip_unless_runnable(backend, "cpu", torch.float32)
+    torch._dynamo.reset()
+    p = problem((6,), 7, 5, 2, 3, routing=routing, dtype=torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    router = p.leaves.get("router")
+
+    def layer(x, ids):
+        given = {"router": router} if router is not None else {"task_ids": ids}
+        return alora_linear(x, p.weight, p.leaves["a"], p.leaves["b"], scaling=0.5, backend=backend, **given)
+
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for seed in range(3):
+        ids = torch.randint(-1, 3, (6,), generator=torch.Generator().manual_seed(seed))
+        x = p.leaves["x"]
+        got, want = compiled(x, ids), layer(x, ids)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x))
+    assert counter.frame_count == 1
+
+
+def test_inductor_compiles_it_too():
+    torch._dynamo.reset()
+    p = problem((6,), 7, 5, 2, 3, routing="task", dtype=torch.float32)
+    compiled = torch.compile(alora_linear, fullgraph=True)
+    torch.testing.assert_close(
+        compiled(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], **p.given),
+        reference.alora_linear(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], **p.given),
+    )
+
+
+def test_double_backward_says_what_to_use():
+    p = problem((4,), 6, 5, 2, 2, routing="task", dtype=torch.float32)
+    y = alora_linear(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], **p.given)
+    (dx,) = torch.autograd.grad(y.square().sum(), p.leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"reference\.alora_linear where second derivatives"):
+        dx.sum().backward()
+
+
+def test_autocast_casts_the_base_and_keeps_adapter_gradients_wide():
+    p = problem((8,), 16, 12, 4, 2, routing="task", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = alora_linear(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], bias=p.leaves["bias"], **p.given)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in p.leaves.values())
+    truth = p.to(torch.float64).step(reference.alora_linear)["y"]
+    assert (y.double() - truth).abs().max() < 0.1
+
+
+def test_backend_choice(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("ALORA_BACKEND", raising=False)
+    assert explain(cpu).name == "torch"
+    assert explain(cpu, "torch").reason == "asked for by the caller"
+    monkeypatch.setenv("ALORA_BACKEND", "torch")
+    assert "ALORA_BACKEND is set" in explain(torch.device("cuda")).reason
+    monkeypatch.setenv("ALORA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'.*triton, torch"):
+        explain(cpu)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        explain(cpu, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TypeError, match="does not model bfloat16"):
+        choose(torch.zeros(1, dtype=torch.bfloat16), "triton")
+
+
+def test_without_triton_the_torch_backend_serves(monkeypatch):
+    monkeypatch.delenv("ALORA_BACKEND", raising=False)
+    monkeypatch.setattr("alora_kernels.ops.backend.triton_installed", lambda: False)
+    assert explain(torch.device("cuda")) == ("torch", "triton is not installed: pip install triton (Linux)")
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        explain(torch.device("cuda"), "triton")
