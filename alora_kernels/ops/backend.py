@@ -10,7 +10,6 @@ elsewhere. Triton runs on a CPU only in its interpreter, which is exact but slow
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -21,10 +20,12 @@ BACKENDS = ("triton", "torch")
 ENV = "ALORA_BACKEND"
 
 
-@functools.cache
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def triton_installed() -> bool:
     """Whether the triton package can be imported (Linux only)."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_FOUND
 
 
 def interpreting() -> bool:

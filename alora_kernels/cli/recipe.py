@@ -1,0 +1,149 @@
+"""What to train, on what, and how: the YAML file of `alora train`, as frozen data.
+
+In:   a YAML mapping.
+Out:  a `Recipe`; unknown keys and wrong values are refused with the valid ones.
+Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter) and the demo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data import TASKS, TaskSpec
+from ..integrations.peft import ALoRAConfig
+
+FILE = "recipe.yaml"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message says which key and what it may be."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Attributes:
+        tasks: names of built-in tasks, or mappings with the fields of `alora_kernels.data.TaskSpec`
+            (`name`, `source`: a hub id or a .jsonl file, `prompt`, `answer`, ...).
+        model: "smollm2-135m", "tiny-random", a folder, or a hub id.
+        output: folder for checkpoints and the adapter.
+        routing: "task" (an id picks A) or "soft" (a learned router weighs `num_experts`).
+        num_experts: E of soft routing.
+        r, lora_alpha, lora_dropout, use_rslora, target_modules: the adapter.
+        steps, batch_size, learning_rate, warmup_steps, weight_decay: the optimiser (AdamW, linear decay).
+        temperature: task balance, see `TaskBalancedSampler`.
+        train_size, test_size: rows per task; None takes all for training.
+        max_length: tokens per row.
+        save_steps: a checkpoint every so many steps; 0 saves only the final adapter.
+        seed: of data order, adapter and dropout.
+    """
+
+    tasks: tuple[str | TaskSpec, ...]
+    model: str = "smollm2-135m"
+    output: str = "runs/alora"
+    routing: str = "task"
+    num_experts: int = 4
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = "all-linear"
+    steps: int = 40
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 4
+    weight_decay: float = 0.0
+    temperature: float = 1e6
+    train_size: int | None = 2000
+    test_size: int = 100
+    max_length: int = 96
+    save_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise RecipeError(f"tasks: give at least one, for example {', '.join(TASKS)}")
+        if self.routing not in ("task", "soft"):
+            raise RecipeError(f"routing: must be 'task' or 'soft', got {self.routing!r}")
+        for name in ("r", "steps", "batch_size", "max_length", "num_experts", "test_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"{name}: must be a whole number >= 1, got {value!r}")
+
+    def adapter(self, tasks: tuple[str, ...]) -> ALoRAConfig:
+        """The PEFT configuration of this recipe for tasks with these names."""
+        kind: dict[str, Any] = {"tasks": list(tasks)} if self.routing == "task" else {"num_experts": self.num_experts}
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return ALoRAConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            routing=self.routing,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            **kind,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the recipe beside the adapter."""
+        values = dataclasses.asdict(self)
+        values["tasks"] = [t if isinstance(t, str) else dict(t) for t in values["tasks"]]
+        if not isinstance(self.target_modules, str):
+            values["target_modules"] = list(self.target_modules)
+        (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        RecipeError: no such file, not a YAML mapping, an unknown key (the valid ones are listed), a bad value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"no such file: {path}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold a mapping of settings, for example `tasks: [trec, spam]`")
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise RecipeError(f"{path}: unknown setting {', '.join(map(str, unknown))}; known are {', '.join(known)}")
+    tasks = values.get("tasks") or ()
+    if not isinstance(tasks, list | tuple):
+        raise RecipeError(f"tasks: must be a list, got {tasks!r}")
+    values["tasks"] = tuple(_task(task) for task in tasks)
+    if isinstance(values.get("target_modules"), list):
+        values["target_modules"] = tuple(values["target_modules"])
+    for name in ("learning_rate", "weight_decay", "lora_alpha", "lora_dropout", "temperature"):
+        if name in values:
+            values[name] = _number(name, values[name])
+    return Recipe(**values)
+
+
+def _task(task: Any) -> str | TaskSpec:
+    if isinstance(task, str):
+        return task
+    if not isinstance(task, dict):
+        raise RecipeError(f"tasks: each is a name or a mapping with name and source, got {task!r}")
+    known = [f.name for f in dataclasses.fields(TaskSpec)]
+    unknown = [key for key in task if key not in known]
+    if unknown or not {"name", "source"} <= set(task):
+        raise RecipeError(f"tasks: a mapping needs name and source and may have {', '.join(known)}; got {task!r}")
+    return TaskSpec(**task)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-3 as a string
+    except (TypeError, ValueError):
+        raise RecipeError(f"{name}: must be a number, got {value!r}") from None

@@ -1,0 +1,175 @@
+"""Follow a recipe: load, train, judge, save. The steps that `alora train`, `alora eval` and the demo share.
+
+In:   a `Recipe`.
+Out:  a `Run` (model, tokenizer, encoded rows), a trained adapter folder, accuracies per task.
+Who:  the commands; each step prints its own progress.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import data
+from ..training import ALoRATrainer, choice_accuracy
+from . import display
+from .recipe import Recipe, RecipeError
+
+
+@dataclass
+class Run:
+    """Everything a recipe becomes once loaded.
+
+    Attributes:
+        recipe: where it came from.
+        tasks: names in the order of their ids.
+        model: the base with the adapter.
+        tokenizer: of the base.
+        text: train and test rows as text.
+        train, test: the same rows as token ids.
+        choices: first tokens of the words each task may answer with.
+    """
+
+    recipe: Recipe
+    tasks: tuple[str, ...]
+    model: PeftModel
+    tokenizer: Any
+    text: DatasetDict
+    train: Dataset
+    test: Dataset
+    choices: dict[str, list[int]]
+
+
+def load(recipe: Recipe, adapter: Path | None = None) -> Run:
+    """Base, data and adapter: a fresh adapter, or the one in a folder."""
+    with display.err.status("loading model and data ..."):
+        text = data.load_tasks(
+            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size
+        )
+        base, tokenizer = data.load_model(recipe.model)
+        tasks = _task_order(recipe, text)
+        set_seed(recipe.seed)
+        if adapter is None:
+            model = get_peft_model(base, recipe.adapter(tasks))
+        else:
+            model = PeftModel.from_pretrained(base, adapter)
+            tasks = tuple(model.active_peft_config.tasks or tasks)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        train = data.encode(text["train"], tokenizer, recipe.max_length)
+        test = data.encode(text["test"], tokenizer, recipe.max_length)
+    return Run(recipe, tasks, model, tokenizer, text, train, test, _choices(text, tokenizer))
+
+
+def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
+    """Names of the tasks in the data: first those the recipe names, in its order, then what files add."""
+    named = [task if isinstance(task, str) else task.name for task in recipe.tasks]
+    present = set(text["train"]["task"])
+    return (*(name for name in named if name in present), *sorted(present - set(named)))
+
+
+def _choices(text: DatasetDict, tokenizer: Any) -> dict[str, list[int]]:
+    """First tokens of each task's answer words: a built-in task's label words, else the answers seen in training."""
+    answers: dict[str, dict[str, None]] = {}
+    for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
+        answers.setdefault(task, {})[answer] = None
+    return {
+        name: list(data.first_tokens(data.labels_of(name) if name in data.TASKS else words, tokenizer).values())
+        for name, words in sorted(answers.items())
+    }
+
+
+def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
+    """The trainer a recipe describes, with a progress bar."""
+    recipe = run.recipe
+    args = TrainingArguments(
+        output_dir=recipe.output,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        save_strategy="steps" if save and recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        logging_steps=max(1, recipe.steps // 20),
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+    trainer = ALoRATrainer(
+        model=run.model,
+        args=args,
+        train_dataset=run.train,
+        processing_class=run.tokenizer,
+        task_temperature=recipe.temperature,
+        callbacks=[display.TrainingBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def accuracies(run: Run, label: str, *, base_only: bool = False) -> dict[str, float]:
+    """Accuracy per task on the test rows, all tasks mixed in every batch."""
+    rows = [dict(row) for row in run.test]
+    routed = run.recipe.routing == "task"
+    with display.progress("rows") as bar:
+        task = bar.add_task(label, total=len(rows), note="")
+
+        def judge() -> dict[str, float]:
+            return choice_accuracy(
+                run.model,
+                rows,
+                run.choices,
+                tasks=run.tasks if routed and not base_only else None,
+                pad_token_id=run.tokenizer.pad_token_id or 0,
+                on_batch=lambda done: bar.advance(task, done),
+            )
+
+        if not base_only:
+            return judge()
+        with run.model.disable_adapter():
+            return judge()
+
+
+def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping[str, float]) -> None:
+    """Accuracy beside the majority baseline, and beside the untuned base where it was measured."""
+    majority = data.majority_baseline(run.text)
+    counts = Counter(run.test["task"])
+    rows = []
+    for name, value in after.items():
+        cells = [name, str(counts[name]), display.percent(majority[name])]
+        cells += [display.percent(before[name])] if before is not None else []
+        rows.append([*cells, f"[bold]{display.percent(value)}[/bold]"])
+    mean = ["mean", "", display.percent(sum(majority[n] for n in after) / len(after))]
+    mean += [display.percent(sum(before.values()) / len(before))] if before is not None else []
+    rows.append([*mean, f"[bold]{display.percent(sum(after.values()) / len(after))}[/bold]"])
+    columns = ["task", "test rows", "majority", *(["base, untuned"] if before is not None else []), "ALoRA"]
+    display.console.print(display.table("accuracy: choice among the task's label words", columns, rows))
+
+
+def save(run: Run, folder: Path) -> None:
+    """The adapter as safetensors, and the recipe beside it."""
+    run.model.save_pretrained(folder)
+    run.recipe.save(folder)
+
+
+def checkpoint(recipe: Recipe) -> str:
+    """The last checkpoint in a recipe's output folder.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    folder = Path(recipe.output)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        raise RecipeError(f"no checkpoint in {folder}: train without --resume, with save_steps set in the recipe")
+    return last

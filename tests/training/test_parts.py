@@ -1,0 +1,118 @@
+"""Sampler, collator, and the hook that leaves absent tasks alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alora_kernels.training import KeepAbsentTasks, TaskBalancedSampler, TaskCollator
+
+TASKS = ["big"] * 90 + ["small"] * 30
+
+
+def test_sampler_draws_everything_once_and_mixes():
+    sampler = TaskBalancedSampler(TASKS, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(120))
+    for start in range(0, 120, 8):  # every batch of eight is mixed about three to one
+        small = sum(TASKS[i] == "small" for i in order[start : start + 8])
+        assert 1 <= small <= 4
+
+
+def test_sampler_temperature_balances():
+    even = TaskBalancedSampler(TASKS, temperature=1e9)
+    assert dict(even.counts) == {"big": 60, "small": 60}
+    assert len(even) == len(list(even)) == 120
+    drawn = [i for i in even if TASKS[i] == "small"]
+    assert set(drawn) == set(range(90, 120))  # an example repeats only after all others came
+    half = TaskBalancedSampler(TASKS, temperature=2)
+    assert 60 < half.counts["big"] < 90
+
+
+def test_sampler_is_a_function_of_seed_and_epoch():
+    one, other = TaskBalancedSampler(TASKS, seed=3), TaskBalancedSampler(TASKS, seed=3)
+    first = list(one)
+    assert first == list(one) == list(other)
+    one.set_epoch(1)
+    assert first != list(one)
+    other.set_epoch(1)
+    assert list(one) == list(other)
+    assert first != list(TaskBalancedSampler(TASKS, seed=4))
+
+
+def test_sampler_refuses_nonsense():
+    with pytest.raises(ValueError, match="training set is empty"):
+        TaskBalancedSampler([])
+    with pytest.raises(ValueError, match="at least 1"):
+        TaskBalancedSampler(TASKS, temperature=0.5)
+
+
+FEATURES = [
+    {"input_ids": [5, 6, 7, 8, 2], "labels": [-100, -100, -100, 8, 2], "task": "b"},
+    {"input_ids": [9, 4, 2], "labels": [-100, 4, 2], "task": "a"},
+    {"input_ids": [9, 3, 2], "labels": [-100, 3, 2], "task": "__base__"},
+]
+
+
+def test_collator_pads_left_and_names_tasks():
+    batch = TaskCollator(0, ["a", "b"])(FEATURES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [0, 0, 9, 4, 2], [0, 0, 9, 3, 2]]
+    assert batch["attention_mask"].tolist()[1] == [0, 0, 1, 1, 1]
+    assert batch["position_ids"].tolist()[1] == [0, 0, 0, 1, 2]
+    assert batch["labels"].tolist()[1] == [-100, -100, -100, 4, 2]
+    assert batch["task_ids"].tolist() == [1, 0, -1]
+    assert batch["logits_to_keep"] == 3  # from the token before the first answer to the end
+    assert TaskCollator(0, ["a", "b"], pad_to_multiple_of=4)(FEATURES)["input_ids"].shape == (3, 8)
+
+
+def test_collator_takes_ids_and_class_labels():
+    batch = TaskCollator(0, ["a", "b"])([{"input_ids": [1], "labels": 3, "task": 1}])
+    assert batch["labels"].tolist() == [3]
+    assert batch["task_ids"].tolist() == [1]
+    assert "logits_to_keep" not in batch
+
+
+def test_collator_errors():
+    with pytest.raises(KeyError, match="no 'task', only input_ids"):
+        TaskCollator(0, ["a"])([{"input_ids": [1]}])
+    with pytest.raises(ValueError, match="unknown task 'c': valid tasks are a, b"):
+        TaskCollator(0, ["a", "b"])([{"input_ids": [1], "task": "c"}])
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+], ids=["adamw", "sgd"])  # fmt: skip
+def test_absent_tasks_stay_put_and_present_ones_do_not_notice(make):
+    torch.manual_seed(0)
+    start = torch.randn(3, 2, 4)
+    kept, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours, theirs = make([kept]), make([plain])
+    KeepAbsentTasks(ours, [kept])
+    grads = [torch.randn(3, 2, 4) for _ in range(4)]
+    grads[2][1] = 0  # task 1 is absent in the third step
+    for step, grad in enumerate(grads):
+        before = kept.detach().clone()
+        moments = {k: v.clone() for k, v in ours.state[kept].items() if v.dim()}
+        kept.grad, plain.grad = grad.clone(), grad.clone()
+        ours.step()
+        theirs.step()
+        if step == 2:
+            assert torch.equal(kept[1], before[1])
+            assert all(torch.equal(ours.state[kept][k][1], v[1]) for k, v in moments.items())
+            assert not torch.equal(plain[1], before[1])  # the plain optimiser moved it
+        assert not torch.equal(kept[0], before[0])
+    assert torch.equal(kept[[0, 2]], plain[[0, 2]])
+
+
+def test_a_task_absent_from_the_first_step_starts_with_zero_moments():
+    p = nn.Parameter(torch.ones(2, 1, 2))
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    KeepAbsentTasks(optimizer, [p])
+    p.grad = torch.zeros_like(p)
+    p.grad[0] = 1
+    optimizer.step()
+    assert torch.equal(p[1], torch.ones(1, 2))
+    assert (optimizer.state[p]["exp_avg"][1] == 0).all()
+    assert (optimizer.state[p]["exp_avg"][0] != 0).all()
