@@ -89,9 +89,14 @@ def doctor() -> None:
 
 def _quiet() -> None:
     """Libraries' own bars and notices would tear ours."""
+    import logging
+    import warnings
+
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for CPU kernels on a hub when imported
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -103,7 +103,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         seed=recipe.seed,
         report_to="none",
         disable_tqdm=True,
-        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = ALoRATrainer(
         model=run.model,
@@ -145,7 +145,8 @@ def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping
     majority = data.majority_baseline(run.text)
     counts = Counter(run.test["task"])
     rows = []
-    for name, value in after.items():
+    for name in run.tasks:
+        value = after[name]
         cells = [name, str(counts[name]), display.percent(majority[name])]
         cells += [display.percent(before[name])] if before is not None else []
         rows.append([*cells, f"[bold]{display.percent(value)}[/bold]"])

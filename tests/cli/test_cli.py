@@ -1,0 +1,150 @@
+"""The command line, on a tiny random model: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from alora_kernels import data
+from alora_kernels.cli import demo as demo_module
+from alora_kernels.cli.app import app
+from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
+
+runner = CliRunner()
+
+
+def alora(*args: str) -> str:
+    result = runner.invoke(app, args, env={"COLUMNS": "160"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*args: str) -> str:
+    result = runner.invoke(app, args, env={"COLUMNS": "160"})
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Two tasks of a user's own in one file."""
+    lines = [
+        {"prompt": f"Number {i}: is it {task}?", "answer": "yes" if (i % 2 == 0) == (task == "even") else "no", "task": task}
+        for i in range(40)
+        for task in ("even", "odd")
+    ]
+    path = tmp_path / "parity.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def recipe(tmp_path: Path, jsonl: Path, **more: object) -> Path:
+    lines = {"tasks": f"[{{name: parity, source: {jsonl}}}]", "model": "tiny-random", "output": str(tmp_path / "run"),
+             "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, **more}  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
+    return path
+
+
+def test_help_names_every_command():
+    text = alora("--help")
+    assert all(command in text for command in ("demo", "train", "eval", "doctor"))
+    assert "--resume" in alora("train", "--help")
+
+
+def test_doctor_says_what_and_why():
+    text = alora("doctor")
+    assert "torch" in text
+    assert re.search(r"cpu.*torch.*Triton\s+serves CUDA", " ".join(text.split()))
+
+
+def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
+    out = alora("train", str(recipe(tmp_path, jsonl)))
+    assert "even" in out
+    assert "odd" in out
+    adapter = tmp_path / "run" / "adapter"
+    assert {"adapter_model.safetensors", "adapter_config.json", "recipe.yaml"} <= {p.name for p in adapter.iterdir()}
+    again = alora("eval", str(adapter), "--base")
+    rows = [line.split("│") for line in out.splitlines() if line.startswith("│ even")]
+    rows_again = [line.split("│") for line in again.splitlines() if line.startswith("│ even")]
+    assert rows[0][-2] == rows_again[0][-2]  # the same accuracy from the saved adapter
+    assert "base, untuned" in again
+
+
+def test_train_resumes(tmp_path, jsonl):
+    path = recipe(tmp_path, jsonl, save_steps=2)
+    assert "no checkpoint in" in refused("train", str(path), "--resume")
+    alora("train", str(path))
+    weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    alora("train", str(path), "--resume")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("routing", ["task", "soft"])
+def test_demo_end_to_end(tmp_path, monkeypatch, routing):
+    try:
+        data.load_task("trec", test_size=2)
+        data.load_task("bbc", test_size=2)
+    except data.MissingPackageError as error:
+        pytest.skip(str(error))
+    small = Recipe(tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4)
+    monkeypatch.setattr(demo_module, "RECIPE", small)
+    monkeypatch.setattr("alora_kernels.cli.comparison.ROUNDS", 1)
+    out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path))
+    assert "majority" in out
+    assert "one generate call" in out
+    assert ("__base__" in out) == (routing == "task")
+    assert "PEFT LoRA, unfused" in out
+    assert "authors' loop" in out
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [trec]\nstepz: 3", "unknown setting stepz; known are tasks, model"),
+        ("tasks: []", "give at least one, for example trec"),
+        ("tasks: trec", "must be a list, got 'trec'"),
+        ("tasks: [trec]\nrouting: hard", "must be 'task' or 'soft'"),
+        ("tasks: [trec]\nsteps: 0", "steps: must be a whole number >= 1"),
+        ("tasks: [trec]\nlearning_rate: fast", "learning_rate: must be a number, got 'fast'"),
+        ("tasks: [{name: x}]", "needs name and source"),
+        ("- a\n- b", "must hold a mapping"),
+        ("tasks: [trec", "not valid YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(path)
+    assert message in refused("train", str(path))
+
+
+def test_other_bad_input(tmp_path):
+    assert "no such file" in refused("train", str(tmp_path / "none.yaml"))
+    assert "must be 'task' or 'soft'" in refused("demo", "--routing", "hard")
+    (tmp_path / "r.yaml").write_text("tasks: [trek]\nmodel: tiny-random")
+    assert "trek" in refused("train", str(tmp_path / "r.yaml"))
+    assert "no such file" in refused("eval", str(tmp_path))
+
+
+def test_the_example_recipe_is_valid():
+    assert load_recipe(Path(__file__).parents[2] / "examples" / "train.yaml").learning_rate == 1e-3
+
+
+def test_a_recipe_survives_saving(tmp_path):
+    (tmp_path / "in.yaml").write_text("tasks: [trec, {name: own, source: own.jsonl}]\ntarget_modules: [q_proj, v_proj]")
+    first = load_recipe(tmp_path / "in.yaml")
+    first.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == first

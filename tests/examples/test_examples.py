@@ -1,0 +1,57 @@
+"""Every example runs from its `main()`, and fits on a page."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from alora_kernels import data
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def need_data() -> None:
+    try:
+        data.load_task("trec", test_size=2)
+        data.load_task("bbc", test_size=2)
+    except data.MissingPackageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda f: f.stem)
+def test_it_fits_on_a_page_and_has_a_main(file):
+    text = file.read_text()
+    assert len(text.splitlines()) < 60
+    assert "\ndef main(" in text
+
+
+def test_drop_in_learns_both_tasks():
+    accuracy = load("drop_in").main(steps=150)
+    assert min(accuracy.values()) > 0.9  # chance is 0.5, and one shared answer is wrong for one of them
+
+
+def test_multitask_peft(tmp_path):
+    need_data()
+    metrics = load("multitask_peft").main(model="tiny-random", steps=2, batch_size=8, output=str(tmp_path))
+    assert {f"eval_accuracy_{task}" for task in ("trec", "movie", "spam", "bbc")} <= set(metrics)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_soft_routing(tmp_path, monkeypatch):
+    need_data()
+    monkeypatch.chdir(tmp_path)
+    gates = load("soft_routing").main(model="tiny-random", steps=2, batch_size=4)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(2))
