@@ -1,10 +1,47 @@
 """ALoRA for PyTorch: several low-rank A, one shared B, any number of tasks in one batch."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import reference
+from .integrations.lazy import register_with_peft
 from .modules import FusedALoRALinear
 from .ops import alora_delta, alora_linear
 from .routing import Routing, route
 from .version import __version__ as __version__
 
+if TYPE_CHECKING:
+    from .integrations.peft import ALoRAConfig, keep_routing, save_adapter, set_task
+    from .training import ALoRATrainer
 
-__all__ = ["FusedALoRALinear", "Routing", "alora_delta", "alora_linear", "reference", "route"]
+__all__ = [
+    "ALoRAConfig",
+    "ALoRATrainer",
+    "FusedALoRALinear",
+    "Routing",
+    "alora_delta",
+    "alora_linear",
+    "keep_routing",
+    "reference",
+    "route",
+    "save_adapter",
+    "set_task",
+]
+
+_LATER = {  # they import PEFT or transformers, which takes seconds: only when asked for
+    "ALoRAConfig": "integrations.peft",
+    "ALoRATrainer": "training",
+    "keep_routing": "integrations.peft",
+    "save_adapter": "integrations.peft",
+    "set_task": "integrations.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_with_peft()

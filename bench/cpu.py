@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -92,9 +93,7 @@ def run(m: int, k: int, n: int, e: int, r: int, repeats: int, threads: int) -> N
         truth = case.wide().step(reference.alora_linear)
         errors = {name: worst_error(case.step(layer), truth) for name, layer in providers.items()}
         right = {name: layer for name, layer in providers.items() if errors[name] < 1e-4}
-        times = interleaved(
-            {name: (lambda layer=layer: case.step(layer)) for name, layer in right.items()}, repeats=repeats
-        )
+        times = interleaved({name: partial(case.step, layer) for name, layer in right.items()}, repeats=repeats)
         fused = times["fused (torch backend)"].p50
         table = Table(
             title=f"{routing} routing, forward + backward: E={e} R={r} M={m} K={k} N={n} float32, {threads} threads",

@@ -70,7 +70,9 @@ def problem(
     return Problem(leaves, rand(n, k) / k**0.5, given)
 
 
-def assert_as_good_as_torch(p: Problem, layer: Layer, dtype: torch.dtype, *, atol: float = 1e-6, **options: object) -> None:
+def assert_as_good_as_torch(
+    p: Problem, layer: Layer, dtype: torch.dtype, *, atol: float = 1e-6, **options: object
+) -> None:
     """err(layer) <= 2 x err(reference in the same dtype) + tiny atol, against float64, for y and every gradient."""
     truth = p.to(torch.float64).step(reference.alora_linear)
     torchs = p.step(reference.alora_linear)

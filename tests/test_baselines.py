@@ -28,4 +28,6 @@ def test_the_reference_is_the_sum_written_out():
     for m in range(5):
         mixed = sum(gate[m, e] * (a[e] @ x[m]) for e in range(3))
         row = p.weight @ x[m] + bias + 0.75 * b @ mixed
-        torch.testing.assert_close(reference.alora_linear(x, p.weight, a, b, bias=bias, router=router, scaling=0.75)[m], row)
+        torch.testing.assert_close(
+            reference.alora_linear(x, p.weight, a, b, bias=bias, router=router, scaling=0.75)[m], row
+        )

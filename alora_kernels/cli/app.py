@@ -23,7 +23,7 @@ def _fail(error: Exception) -> typer.Exit:
 
 @app.command()
 def demo(
-    routing: Annotated[str, typer.Option(help="task: the task's id picks A; soft: a learned router weighs them")] = "task",
+    routing: Annotated[str, typer.Option(help="task: an id picks A; soft: a learned router weighs them")] = "task",
     steps: Annotated[int | None, typer.Option(help="optimiser steps", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the adapter; default runs/demo")] = None,
     seed: Annotated[int, typer.Option(help="of data, adapter and order")] = 0,
@@ -31,9 +31,9 @@ def demo(
     compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
+    _quiet()
     from . import demo as command
 
-    _quiet()
     try:
         command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
     except (ValueError, ImportError, OSError) as error:
@@ -46,10 +46,10 @@ def train(
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
 ) -> None:
     """Train as a recipe says, judge every task, save the adapter."""
+    _quiet()
     from . import train as steps
     from .recipe import load_recipe
 
-    _quiet()
     try:
         recipe = load_recipe(config)
         job = steps.load(recipe)
@@ -67,10 +67,10 @@ def evaluate(
     base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
 ) -> None:
     """Accuracy of a saved adapter on its tasks' test rows, all tasks mixed in every batch."""
+    _quiet()
     from . import train as steps
     from .recipe import FILE, load_recipe
 
-    _quiet()
     try:
         job = steps.load(load_recipe(adapter / FILE), adapter)
         before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
@@ -88,7 +88,7 @@ def doctor() -> None:
 
 
 def _quiet() -> None:
-    """Libraries' own bars and notices would tear ours."""
+    """Libraries' own bars and notices would tear ours. Called before they are imported."""
     import logging
     import warnings
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -60,21 +60,20 @@ def show(run: Run) -> None:
         models["PEFT LoRA, unfused"] = _peft_model(run)
         batch = _batch(run)
         steps = {name: _steps(name, model, batch, run) for name, model in models.items()}
-        same = {name: name == "PEFT LoRA, unfused" and run.recipe.routing == "soft" for name in models}
         truth = steps["ALoRA, fused"][1]()
         for name, (_, infer) in steps.items():
-            if not same[name]:
-                torch.testing.assert_close(infer(), truth, atol=2e-3, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+            if name != "PEFT LoRA, unfused" or run.recipe.routing == "task":
+                _check_same(name, infer(), truth)
     tokens = int(batch["attention_mask"].sum())
     speeds = {
         kind: _tokens_per_second({n: s[i] for n, s in steps.items()}, tokens, kind)
         for i, kind in enumerate(("forward + backward", "mixed inference"))
     }
     fused = {kind: values["ALoRA, fused"] for kind, values in speeds.items()}
-    rows = [
-        [name, *(cell for kind in speeds for cell in (f"{speeds[kind][name]:.0f}", f"{fused[kind] / speeds[kind][name]:.2f}x"))]
-        for name in ("ALoRA, fused", "PEFT LoRA, unfused", "authors' loop")
-    ]
+    rows = []
+    for name in ("ALoRA, fused", "PEFT LoRA, unfused", "authors' loop"):
+        cells = ((f"{speeds[kind][name]:.0f}", f"{fused[kind] / speeds[kind][name]:.2f}x") for kind in speeds)
+        rows.append([name, *(cell for pair in cells for cell in pair)])
     note = (
         "unfused PEFT trains the batch task by task (it refuses adapter_names in training)"
         if run.recipe.routing == "task"
@@ -89,6 +88,12 @@ def show(run: Run) -> None:
             caption=f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; {note}",
         )
     )
+
+
+def _check_same(name: str, logits: Tensor, truth: Tensor) -> None:
+    worst = float((logits - truth).abs().max() / truth.abs().max())
+    if not worst < 1e-3:
+        raise ValueError(f"{name} does not compute the same logits as the fused model (off by {worst:.1e}): not timed")
 
 
 def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind: str) -> dict[str, float]:
@@ -152,16 +157,16 @@ def _layers(run: Run) -> dict[str, ALoRALayer]:
     return {name: m for name, m in run.model.base_model.model.named_modules() if isinstance(m, ALoRALayer)}
 
 
-def _loop_model(run: Run) -> nn.Module:
+def _loop_model(run: Run) -> Any:
     """A fresh base with the authors' loop in every adapted layer, holding the trained weights."""
-    model, _ = data.load_model(run.recipe.model)
+    model: Any = data.load_model(run.recipe.model)[0]
     model.requires_grad_(False)
     adapter = run.model.active_adapter
     for name, layer in _layers(run).items():
         parent, _, child = name.rpartition(".")
         router = layer.asymlora_router[adapter] if adapter in layer.asymlora_router else None
         a, b, spec = layer.asymlora_A[adapter], layer.asymlora_B[adapter], layer.asymlora_spec[adapter]
-        loop = LoopLinear(model.get_submodule(name), a, b, router, spec.scaling)
+        loop = LoopLinear(cast(nn.Linear, model.get_submodule(name)), a, b, router, spec.scaling)
         setattr(model.get_submodule(parent), child, loop)
     return model.to(run.model.device)
 
@@ -172,11 +177,14 @@ def _peft_model(run: Run) -> Any:
     adapter = run.model.active_adapter
     recipe = run.recipe
     config = LoraConfig(
-        r=recipe.r, lora_alpha=recipe.lora_alpha, use_rslora=recipe.use_rslora, target_modules=sorted(_layers(run)),
+        r=recipe.r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # any number works
+        use_rslora=recipe.use_rslora,
+        target_modules=recipe.targets,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     names = run.tasks if recipe.routing == "task" else ("default",)
-    model = get_peft_model(base, config, adapter_name=names[0])
+    model: Any = get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():

@@ -76,17 +76,21 @@ class Recipe:
             if not isinstance(value, int) or value < 1:
                 raise RecipeError(f"{name}: must be a whole number >= 1, got {value!r}")
 
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules` as PEFT takes them."""
+        return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+
     def adapter(self, tasks: tuple[str, ...]) -> ALoRAConfig:
         """The PEFT configuration of this recipe for tasks with these names."""
         kind: dict[str, Any] = {"tasks": list(tasks)} if self.routing == "task" else {"num_experts": self.num_experts}
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return ALoRAConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
             routing=self.routing,
-            target_modules=targets,
+            target_modules=self.targets,
             task_type="CAUSAL_LM",
             **kind,
         )

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
+from ..integrations.peft import save_adapter
 from ..training import ALoRATrainer, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError
@@ -32,7 +33,7 @@ class Run:
     Attributes:
         recipe: where it came from.
         tasks: names in the order of their ids.
-        model: the base with the adapter.
+        model: the base with the adapter (a `PeftModel`).
         tokenizer: of the base.
         text: train and test rows as text.
         train, test: the same rows as token ids.
@@ -41,7 +42,7 @@ class Run:
 
     recipe: Recipe
     tasks: tuple[str, ...]
-    model: PeftModel
+    model: Any
     tokenizer: Any
     text: DatasetDict
     train: Dataset
@@ -52,16 +53,15 @@ class Run:
 def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     """Base, data and adapter: a fresh adapter, or the one in a folder."""
     with display.err.status("loading model and data ..."):
-        text = data.load_tasks(
-            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size
-        )
+        text = data.load_tasks(recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size)
         base, tokenizer = data.load_model(recipe.model)
         tasks = _task_order(recipe, text)
         set_seed(recipe.seed)
+        model: Any
         if adapter is None:
             model = get_peft_model(base, recipe.adapter(tasks))
         else:
-            model = PeftModel.from_pretrained(base, adapter)
+            model = PeftModel.from_pretrained(base, str(adapter))
             tasks = tuple(model.active_peft_config.tasks or tasks)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         train = data.encode(text["train"], tokenizer, recipe.max_length)
@@ -159,7 +159,7 @@ def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping
 
 def save(run: Run, folder: Path) -> None:
     """The adapter as safetensors, and the recipe beside it."""
-    run.model.save_pretrained(folder)
+    save_adapter(run.model, folder)
     run.recipe.save(folder)
 
 

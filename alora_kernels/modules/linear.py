@@ -12,7 +12,7 @@ layer with `strict=False`. `merge(task)` folds one task into the weight, for ser
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,8 @@ class FusedALoRALinear(nn.Module):
             device="meta",
             dtype=linear.weight.dtype,
         )
-        new.weight, new.bias = linear.weight.requires_grad_(False), linear.bias
+        linear.weight.requires_grad_(False)
+        new.weight, new.bias = cast(nn.Parameter, linear.weight), linear.bias
         if new.bias is not None:
             new.bias.requires_grad_(False)
         for name in ("lora_A", "lora_B", "router"):

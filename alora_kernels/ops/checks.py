@@ -74,7 +74,9 @@ def check_routing(x: Tensor, router: Tensor | None, task_ids: Tensor | Routing |
     if task_ids is None or isinstance(task_ids, Routing):
         return
     if not isinstance(task_ids, Tensor):
-        raise TypeError(f"task_ids must be an integer tensor, got {type(task_ids).__name__}: use torch.tensor(task_ids)")
+        raise TypeError(
+            f"task_ids must be an integer tensor, got {type(task_ids).__name__}: use torch.tensor(task_ids)"
+        )
     if task_ids.device != x.device:
         raise ValueError(f"task_ids are on {task_ids.device} but x is on {x.device}: use task_ids.to(x.device)")
     per_row = task_ids.dim() == 1 and x.dim() >= 2 and task_ids.shape[0] == x.shape[0]

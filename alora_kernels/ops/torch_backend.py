@@ -12,6 +12,7 @@ product per task present, on a slice of x where the task's rows are consecutive;
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def rows_of_tasks(groups: RowGroups) -> Iterator[tuple[int, Rows]]:
     """Each task that has rows, with its rows: a slice where they are consecutive, their numbers otherwise."""
     offsets = groups.offsets.tolist()
     order = groups.order
-    for task, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for task, (start, stop) in enumerate(pairwise(offsets)):
         if start == stop:
             continue
         first, last = int(order[start]), int(order[stop - 1])

@@ -54,7 +54,7 @@ def _routed_tasks(model: nn.Module | None) -> tuple[str, ...] | None:
     active = getattr(model, "active_adapter", None)
     config = configs.get(active) if isinstance(active, str) else None
     if isinstance(config, ALoRAConfig):
-        return tuple(config.tasks) if config.routing == "task" else None
+        return tuple(config.tasks) if isinstance(config.tasks, list) else None
     layers = [m for m in model.modules() if isinstance(m, FusedALoRALinear)] if model is not None else []
     if not layers:
         raise ValueError(
@@ -64,7 +64,7 @@ def _routed_tasks(model: nn.Module | None) -> tuple[str, ...] | None:
     return layers[0].tasks or None
 
 
-def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
+def stacked_a(model: Any) -> Iterator[nn.Parameter]:
     """The trainable A matrices `[E, R, K]` of all ALoRA layers."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name and parameter.dim() == 3:

@@ -63,11 +63,11 @@ class ALoRATrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "task" not in self._signature_columns:
-            self._signature_columns += ["task", "labels", "attention_mask"]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*columns, *({"task", "labels", "attention_mask"} - set(columns))]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskBalancedSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._sampler = TaskBalancedSampler(dataset["task"], temperature=self.task_temperature, seed=seed)
         return self._sampler
@@ -83,7 +83,7 @@ class ALoRATrainer(Trainer):
         return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
 
     def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-        """Model outputs, loss per label `[B, L]` (zero where ignored), and whether the model's first choice is right."""
+        """Model outputs, loss per label `[B, L]` (zero where ignored), and whether a row's first choices are right."""
         known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
         labels = known.pop("labels")
         with self._routing(inputs.get("task_ids")):
@@ -107,7 +107,7 @@ class ALoRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss per label, over the accumulated batch when Trainer counts it; per-task sums are kept for the log."""
+        """Mean loss per label, of the accumulated batch when Trainer counts it; sums per task are kept for the log."""
         if self.compute_loss_func is not None or "labels" not in inputs:
             known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
             with self._routing(inputs.get("task_ids")):
@@ -176,7 +176,7 @@ class _EpochOrder(TrainerCallback):
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
-def _forward_keys(model: nn.Module) -> set[str]:
+def _forward_keys(model: Any) -> set[str]:
     """Argument names of the base model's forward."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(base.forward).parameters)
@@ -185,4 +185,3 @@ def _forward_keys(model: nn.Module) -> set[str]:
 def _pad_token_id(tokenizer: Any) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
     return int(pad) if pad is not None else 0  # padding is masked, so any id serves
-

@@ -35,7 +35,11 @@ def refused(*args: str) -> str:
 def jsonl(tmp_path: Path) -> Path:
     """Two tasks of a user's own in one file."""
     lines = [
-        {"prompt": f"Number {i}: is it {task}?", "answer": "yes" if (i % 2 == 0) == (task == "even") else "no", "task": task}
+        {
+            "prompt": f"Number {i}: is it {task}?",
+            "answer": "yes" if (i % 2 == 0) == (task == "even") else "no",
+            "task": task,
+        }
         for i in range(40)
         for task in ("even", "odd")
     ]
@@ -97,7 +101,9 @@ def test_demo_end_to_end(tmp_path, monkeypatch, routing):
         data.load_task("bbc", test_size=2)
     except data.MissingPackageError as error:
         pytest.skip(str(error))
-    small = Recipe(tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4)
+    small = Recipe(
+        tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4
+    )
     monkeypatch.setattr(demo_module, "RECIPE", small)
     monkeypatch.setattr("alora_kernels.cli.comparison.ROUNDS", 1)
     out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path))

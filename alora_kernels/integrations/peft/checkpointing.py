@@ -1,0 +1,144 @@
+"""Activation checkpointing that recomputes a layer with the routing it ran with.
+
+In:   a model whose segments are recomputed in the backward pass.
+Out:  the same gradients, bit for bit, as without checkpointing; also with several forwards before one backward.
+Who:  `ALoRAModel` installs `CheckpointGuard` on the base model; other training code uses `keep_routing`.
+
+The recomputation runs long after the forward: `adapter_names` is gone, `route` blocks are left, `set_task`
+and `set_adapter` may have changed. So each checkpointed segment is run, both times, in a copy of the
+context it was first called in, and every layer in it notes on the first run what it read from the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+import torch
+from torch import nn
+
+_notes: ContextVar[dict[int, Any] | None] = ContextVar("alora_checkpoint_notes", default=None)
+
+REMEDY = (
+    "call model.gradient_checkpointing_enable() and run the whole model, or wrap what you checkpoint:"
+    " torch.utils.checkpoint.checkpoint(alora_kernels.integrations.peft.keep_routing(block), x, use_reentrant=False)"
+)
+
+
+def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, bound to the routing of this moment: every later call of it runs with the same routing.
+
+    Give the result to an activation checkpoint, one for each forward.
+
+    Args:
+        function: what the checkpoint runs now and again in the backward pass.
+
+    Example:
+        >>> y = checkpoint(keep_routing(block), x, use_reentrant=False)
+    """
+    context = copy_context()
+    context.run(_notes.set, {})
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return context.copy().run(function, *args, **kwargs)  # a context cannot be entered twice at once
+
+    return run
+
+
+def noted(layer: nn.Module, read: Callable[[], Any], routed: bool) -> Any:
+    """What the layer reads from the model (active adapters, fixed tasks): as in the segment's first run.
+
+    Args:
+        layer: who asks.
+        read: reads the present state.
+        routed: whether the outcome depends on task ids.
+
+    Raises:
+        RuntimeError: a task-routed layer is recomputed in the backward pass without `keep_routing`.
+    """
+    if torch.compiler.is_compiling():
+        return read()
+    notes = _notes.get()
+    if notes is None:
+        if routed and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "an ALoRA layer is being recomputed by an activation checkpoint that does not keep the routing of its"
+                f" forward: {REMEDY}"
+            )
+        return read()
+    if id(layer) not in notes:
+        notes[id(layer)] = read()
+    return notes[id(layer)]
+
+
+class RoutedCheckpoint:
+    """A checkpoint function of transformers that keeps the routing of each segment.
+
+    Args:
+        function: called as `function(segment, *args)`.
+
+    Raises:
+        ValueError: the function is a reentrant checkpoint.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        given = function.keywords if isinstance(function, functools.partial) else {}
+        if given.get("use_reentrant"):
+            raise ValueError(
+                "reentrant activation checkpointing loses adapter gradients where no input requires one: use"
+                ' gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), or the same'
+                " gradient_checkpointing_kwargs in TrainingArguments"
+            )
+        plain = isinstance(function, functools.partial) or function is torch.utils.checkpoint.checkpoint
+        if plain and "use_reentrant" not in given:  # torch's default is still the reentrant kind
+            function = functools.partial(function, use_reentrant=False)
+        self.function = function
+
+    @torch.compiler.disable  # a compiler can follow neither contexts nor what a layer notes in them
+    def __call__(self, segment: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the checkpoint over a segment that remembers its routing."""
+        return self.function(keep_routing(segment), *args, **kwargs)
+
+
+class CheckpointGuard:
+    """Forward pre-hook of the base model: whoever turned checkpointing on, and when, it keeps the routing.
+
+    Args:
+        model: the base model; its modules that can checkpoint are found once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward: keep the routing of every module that checkpoints."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is an argument of the model that get_peft_model returns; call this model inside"
+                " `with alora_kernels.route(ids):`, or fix one task with alora_kernels.set_task(model, task)"
+            )
+        for module in self.modules:
+            if module.gradient_checkpointing and module.training:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if function is not None and not isinstance(function, RoutedCheckpoint):
+                    module._gradient_checkpointing_func = RoutedCheckpoint(function)
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Hook the model, once."""
+        if not any(isinstance(hook, cls) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(cls(model), with_kwargs=True)
+
+    @classmethod
+    def remove(cls, model: nn.Module) -> None:
+        """Give the model back as it was."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, cls):
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                for module in hook.modules:
+                    function = getattr(module, "_gradient_checkpointing_func", None)
+                    if isinstance(function, RoutedCheckpoint):
+                        module._gradient_checkpointing_func = function.function

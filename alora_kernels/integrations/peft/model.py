@@ -1,0 +1,167 @@
+"""`ALoRAModel`: the tuner that PEFT puts around a base model.
+
+In:   a base model and an `ALoRAConfig`.
+Out:  the model with `ALoRALinear` in the place of every target, and calls that carry `adapter_names` to them.
+Who:  stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers'
+      `model.add_adapter`, all through PEFT's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from ...routing import current_routing, route
+from .checkpointing import CheckpointGuard
+from .ids import BatchRouting, batch_input
+from .layer import ALoRALayer, ALoRALinear
+from .loading import check_shapes
+from .merging import check_mergeable
+from .targets import check_target
+
+
+class ALoRAModel(BaseTuner):
+    """A base model with ALoRA adapters: several low-rank A per layer, one shared B.
+
+    Args:
+        model: the base model, changed in place.
+        config: `ALoRAConfig`.
+        adapter_name: the adapter's name.
+
+    Source: Ban & Ji 2025, ALoRA. Not to be confused with Activated LoRA, which PEFT calls aLoRA.
+    """
+
+    prefix = "asymlora_"
+    tuner_layer_cls = ALoRALayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuse targets that cannot be adapted while the model is still untouched."""
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            if name and self._check_target_module_exists(peft_config, name) and not self._inside(name, modules):
+                parent = modules[name.rpartition(".")[0]]
+                check_target(module, parent, name, peft_config.experts, peft_config.routing == "soft")
+
+    @staticmethod
+    def _inside(name: str, modules: dict[str, nn.Module]) -> bool:
+        """Whether the module is a part of an adapted layer."""
+        parent = name.rpartition(".")[0]
+        return bool(parent) and (isinstance(modules[parent], ALoRALayer) or ALoRAModel._inside(parent, modules))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Add the adapter to a target, which becomes an `ALoRALinear` unless it is one."""
+        if parameter_name is not None:
+            raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
+        check_target(target, parent, current_key, peft_config.experts, peft_config.routing == "soft")
+        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, current_key), peft_config.r)
+        alpha = peft_config.alpha_pattern.get(
+            get_pattern_key(peft_config.alpha_pattern, current_key), peft_config.lora_alpha
+        )
+        if isinstance(target, ALoRALinear):
+            target.update_layer(adapter_name, r, alpha, peft_config)
+            return
+        new = ALoRALinear(target, adapter_name, r, alpha, peft_config, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)  # a further adapter starts inactive
+        self._replace_module(parent, target_name, new, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        CheckpointGuard.install(model)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Widen 16-bit adapters to float32 as PEFT does, which replaces parameters: frozen ones must stay frozen."""
+        layers = [module for module in self.model.modules() if isinstance(module, ALoRALayer)]
+        frozen = [
+            (getattr(layer, part), adapter_name)
+            for layer in layers
+            for part in layer.adapter_layer_names
+            if adapter_name in getattr(layer, part) and not getattr(layer, part)[adapter_name].requires_grad
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for parameters, name in frozen:
+            parameters[name].requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward; ids given for the batch must fit it."""
+        routing = current_routing()
+        if isinstance(routing, BatchRouting):
+            routing.check_batch(batch_input(args, kwargs))
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Route the batch by `adapter_names` for the time of one forward or generate call."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        routing = BatchRouting(names, self._active_tasks())
+        routing.check_batch(batch_input(args, kwargs))
+        with route(routing):
+            yield
+
+    def _active_tasks(self) -> dict[str, list[str]]:
+        """Task names of each active adapter.
+
+        Raises:
+            ValueError: all of them route softly.
+        """
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in self.active_adapters}
+        tasks = {name: config.tasks for name, config in configs.items() if config.routing == "task"}
+        if not tasks:
+            raise ValueError(
+                f"adapter_names was given but {', '.join(configs) or 'no active adapter'} has tasks: soft routing"
+                " chooses by itself; leave adapter_names out"
+            )
+        return tasks
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the set task of the adapters into the base weights, after checking that every layer can.
+
+        Args:
+            adapter_names: None takes the active adapters.
+            safe_merge: refuse sums that are not finite.
+
+        Raises:
+            ValueError: no task set, soft routing, or a weight that two modules share.
+        """
+        check_mergeable(self.model, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            check_mergeable(self.model, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        CheckpointGuard.remove(model)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_shapes(model, adapter_name, remapped)
+        return remapped
