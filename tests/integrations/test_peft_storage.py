@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file
 
 from alora_kernels.integrations.peft import ALoRAConfig, save_adapter, set_task
+from alora_kernels.integrations.peft.register import replace_weights_at_once
 
 from .tiny import Mlp, adapted, assert_same, bert, config, layers_of, llama, logits, tokens
 
@@ -107,6 +108,24 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch,
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     again = PeftModel.from_pretrained(llama(), tmp_path)
     assert_same(get_peft_model_state_dict(old), get_peft_model_state_dict(again))
+
+
+def test_stock_save_pretrained_replaces_the_weights_at_once(tmp_path, monkeypatch):
+    old = adapted()
+    old.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+
+    def half(tensors, path, **kwargs):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", half)
+    replace_weights_at_once()  # as at registration, around a writer that breaks midway
+    with pytest.raises(KeyboardInterrupt):
+        adapted(routing="soft").save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 def test_pickles_are_refused(tmp_path):

@@ -4,8 +4,9 @@ In:   a PEFT model, or the folder PEFT is writing.
 Out:  a folder that always holds a complete adapter, the old one or the new one.
 Who:  `ALoRAConfig` (through stock `save_pretrained`) and users, by `save_adapter`.
 
-PEFT writes weights straight into their final file. An interruption there destroys the previous adapter, so
-`save_adapter` lets PEFT write into a temporary folder and then renames file by file, weights before config.
+PEFT writes weights straight into their final file, where an interruption destroys the previous adapter. Here every
+file is written beside its target and renamed (`register` makes stock `save_pretrained` do so too). `save_adapter`
+goes one step further: it renames only after all files are complete, weights before config.
 """
 
 from __future__ import annotations

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from .files import written_whole
 
 NAME = "ASYMLORA"
 
@@ -69,6 +73,27 @@ def accept_id_tensors() -> None:
             setattr(peft_model, name, skip_tensors(search))
 
 
+def replace_weights_at_once() -> None:
+    """Let stock `save_pretrained` replace a weights file by one rename, so that an interruption leaves the old one.
+
+    PEFT writes into the final file. This holds for every PEFT type once the package is imported; the files are the
+    same.
+    """
+    from peft import peft_model
+
+    def whole(save: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(save)
+        def saved(tensors: Any, filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+            path = Path(filename)
+            with written_whole(path.parent) as folder:
+                save(tensors, os.path.join(folder, path.name), *args, **kwargs)
+
+        return saved
+
+    if not hasattr(peft_model.safe_save_file, "__wrapped__"):
+        peft_model.safe_save_file = whole(peft_model.safe_save_file)
+
+
 def register(config_cls: type, model_cls: type) -> None:
     """Register the method with PEFT.
 
@@ -90,3 +115,4 @@ def register(config_cls: type, model_cls: type) -> None:
         raise RuntimeError(f"PEFT knows {NAME} already, as {known.__module__}.{known.__qualname__}: import only one")
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
     accept_id_tensors()
+    replace_weights_at_once()
