@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer
 
 from ..routing import route
 from .absent import KeepAbsentTasks
@@ -56,10 +56,8 @@ class ALoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
-        self._sampler: TaskBalancedSampler | None = None
         self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
         self._forward_keys = _forward_keys(self.model)
-        self.add_callback(_EpochOrder(self))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -69,8 +67,7 @@ class ALoRATrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskBalancedSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._sampler = TaskBalancedSampler(dataset["task"], temperature=self.task_temperature, seed=seed)
-        return self._sampler
+        return TaskBalancedSampler(dataset["task"], temperature=self.task_temperature, seed=seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the rows of absent tasks kept."""
@@ -162,18 +159,6 @@ class ALoRATrainer(Trainer):
                 metrics[f"accuracy_{name}"] = float(right[rows].mean())
         metrics["accuracy"] = float(np.mean([v for k, v in metrics.items() if k.startswith("accuracy_")]))
         return metrics
-
-
-class _EpochOrder(TrainerCallback):
-    """Give the sampler its epoch, also when training resumes inside one (skipped batches hide the sampler)."""
-
-    def __init__(self, trainer: ALoRATrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first batch of an epoch."""
-        if self.trainer._sampler is not None:
-            self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
 def _forward_keys(model: Any) -> set[str]:
