@@ -115,7 +115,7 @@ def _batch(run: Run, rows_per_task: int = 4) -> dict[str, Any]:
     by_task = {task: [row for row in run.train if row["task"] == task][:rows_per_task] for task in run.tasks}
     rows = [by_task[task][i] for i in range(rows_per_task) for task in run.tasks]
     batch = TaskCollator(run.tokenizer.pad_token_id or 0, run.tasks)(rows)
-    return {k: v.to(run.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {k: v.to(run.model.device) for k, v in batch.items()}
 
 
 def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Callable[[], object], Callable[[], Tensor]]:
@@ -125,7 +125,7 @@ def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Call
     mixed_peft = name == "PEFT LoRA, unfused" and run.recipe.routing == "task"
 
     def loss_of(rows: Tensor | slice) -> Tensor:
-        part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        part = {k: v if k == "logits_to_keep" else v[rows] for k, v in inputs.items()}
         logits = model(**part).logits[:, :-1]
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[rows][:, 1:][:, -logits.shape[1] :].flatten(), reduction="sum"

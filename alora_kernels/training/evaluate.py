@@ -57,7 +57,7 @@ def choice_accuracy(
         batch = {k: v.to(device) for k, v in collate(chunk).items()}
         task_ids = batch.pop("task_ids")
         with route(task_ids) if tasks is not None else contextlib.nullcontext():
-            logits = model(**batch, logits_to_keep=1).logits[:, -1]
+            logits = model(**batch, logits_to_keep=torch.tensor([-1], device=device)).logits[:, -1]
         for row, row_logits in zip(chunk, logits, strict=True):
             words = choices[row["task"]]
             right[row["task"]].append(words[int(row_logits[list(words)].argmax())] == row["answer"])

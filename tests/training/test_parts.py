@@ -62,7 +62,7 @@ def test_collator_pads_left_and_names_tasks():
     assert batch["position_ids"].tolist()[1] == [0, 0, 0, 1, 2]
     assert batch["labels"].tolist()[1] == [-100, -100, -100, 4, 2]
     assert batch["task_ids"].tolist() == [1, 0, -1]
-    assert batch["logits_to_keep"] == 3  # from the token before the first answer to the end
+    assert batch["logits_to_keep"].tolist() == [2, 3, 4]  # from the token before the first answer to the end
     assert TaskCollator(0, ["a", "b"], pad_to_multiple_of=4)(FEATURES)["input_ids"].shape == (3, 8)
 
 
