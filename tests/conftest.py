@@ -25,11 +25,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say why GPU tests do not run."""
-    if torch.cuda.is_available():
-        return
+    """On a GPU machine the kernel tests run there and belong to `-m gpu`; elsewhere GPU tests say why they skip."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if torch.cuda.is_available():
+            if "kernels" in item.path.parts:
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
 
 

@@ -1,0 +1,35 @@
+"""Triton kernels of the layer, one idea per file; needs `triton`.
+
+In:   two-dimensional tensors on one device, ids already grouped (`alora_kernels.routing.RowGroups`).
+Out:  the pieces of forward and backward that `alora_kernels.ops` puts together.
+Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they come.
+
+See README.md in this folder for the derivations and for what each launch reads and writes.
+"""
+
+from .dropout import Dropout, dropout_mask
+from .dx_soft import linear_dx_soft
+from .dx_task import linear_dx_task
+from .expand import linear_expand
+from .expand_backward import expand_backward
+from .gate_backward import gate_backward
+from .launch import Launch, recording
+from .soft_shrink import soft_shrink
+from .task_shrink import task_shrink
+from .wgrad import soft_da, task_da
+
+__all__ = [
+    "Dropout",
+    "Launch",
+    "dropout_mask",
+    "expand_backward",
+    "gate_backward",
+    "linear_dx_soft",
+    "linear_dx_task",
+    "linear_expand",
+    "recording",
+    "soft_da",
+    "soft_shrink",
+    "task_da",
+    "task_shrink",
+]

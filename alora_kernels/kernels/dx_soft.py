@@ -1,0 +1,140 @@
+"""Gradient of the input, soft routing: the base GEMM backwards, all experts and the router.
+
+In:   dy [M, N], w [N, K], dp [M, E*R + E], the matrices a [E, R, K], the router [E, K], dropout.
+Out:  dx [M, K].
+Who:  the backward op with a router; with `w=None` (4-bit bases) only the low-rank part, which the op adds.
+
+Three products into one accumulator. The experts' comes first, because dropout masks it; the router saw x
+before dropout, so its product and dy w are added after the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import GROUP_M
+from .dropout import Dropout, dropout_keep, dropout_scale
+from .dx_task import base_strides
+from .expand import gemm_tile
+from .gemm import gemm_loop, rank_loop, tile_of
+from .launch import launch
+from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
+
+
+@triton.jit
+def _dx_soft_kernel(
+    dy_ptr,
+    w_ptr,
+    dp_ptr,
+    a_ptr,
+    router_ptr,
+    dx_ptr,
+    seed_ptr,
+    p_drop,
+    M,
+    N,
+    K,
+    C,
+    E,
+    stride_dym,
+    stride_dyn,
+    stride_wn,
+    stride_wk,
+    stride_dpm,
+    stride_dpc,
+    stride_ac,
+    stride_ak,
+    stride_oe,
+    stride_ok,
+    stride_dxm,
+    HAS_BASE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # C = E * R; BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
+    pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_m, mask_k = offs_m < M, offs_k < K
+    rows, cols = tl.where(mask_m, offs_m, 0).to(tl.int64), offs_k.to(tl.int64)
+    dp_rows = dp_ptr + rows * stride_dpm
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
+    # [BLOCK_M, C] [C, BLOCK_K]
+    acc = rank_loop(
+        acc, dp_rows, mask_m, stride_dpc, a_ptr + cols * stride_ak, mask_k, stride_ac, C, BLOCK_C, DTYPE, PRECISION
+    )
+    if HAS_DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, p_drop, BLOCK_K)
+        acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
+    # [BLOCK_M, E] [E, BLOCK_K]
+    acc = rank_loop(
+        acc, dp_rows + tl.cast(C, tl.int64) * stride_dpc, mask_m, stride_dpc, router_ptr + cols * stride_ok, mask_k,
+        stride_oe, E, BLOCK_E, DTYPE, PRECISION,
+    )  # fmt: skip
+    if HAS_BASE:
+        # [BLOCK_M, N] [N, BLOCK_K]
+        acc = gemm_loop(
+            acc, dy_ptr + rows * stride_dym, stride_dyn, w_ptr + cols * stride_wk, mask_k, stride_wn, N,
+            EVEN_K, EVEN_N, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    dx_ptrs = dx_ptr + rows[:, None] * stride_dxm + cols[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+
+
+def linear_dx_soft(
+    dy: Tensor | None,
+    w: Tensor | None,
+    dp: Tensor,
+    a: Tensor,
+    router: Tensor,
+    *,
+    dtype: torch.dtype,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Gradient of x under soft routing, in one launch.
+
+    Formula: `dx = dy w + keep (dp[:, :E*R] a_cat) / (1 - p) + dp[:, E*R:] router`.
+
+    Args:
+        dy: gradient of y `[M, N]`, any strides; None together with w.
+        w: frozen weight `[N, K]`, any strides; None leaves the base part out.
+        dp: gradient of the products and logits `[M, E*R + E]`, as `gate_backward` returned it.
+        a: the matrices A `[E, R, K]`, x's dtype or float32.
+        router: router weight `[E, K]`.
+        dtype: of x and dx.
+        dropout: the same that forward used.
+
+    Returns:
+        dx `[M, K]` in `dtype`.
+    """
+    m, (e, r, k), n = dp.shape[0], a.shape, 0 if w is None else w.shape[0]
+    dx = torch.empty(m, k, dtype=dtype, device=dp.device)
+    tile, block_m = gemm_tile(m, k, n, dp.device, dtype, dropout is not None)
+    a_cat = a.reshape(e * r, k)
+    launch(
+        _dx_soft_kernel, (triton.cdiv(m, block_m) * triton.cdiv(k, tile.block_n),),
+        dy, w, dp, a_cat, router, dx,
+        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
+        m, n, k, e * r, e, *base_strides(dy, w), *dp.stride(), *a_cat.stride(), *router.stride(), dx.stride(0),
+        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None,
+        EVEN_N=n % tile.block_k == 0, EVEN_K=k % tile.block_n == 0,
+        BLOCK_M=block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n,
+        BLOCK_C=rank_step(e * r, dtype), BLOCK_E=rank_step(e, dtype), GROUP_M=GROUP_M,
+        DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dx

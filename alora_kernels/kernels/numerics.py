@@ -1,0 +1,75 @@
+"""Which precision each number is kept in, and how ranks and lengths are cut into blocks.
+
+In:   dtypes, ranks, lengths.
+Out:  the accumulator dtype, the dot precision, block sizes: what launchers pass as constexprs.
+Who:  every launcher.
+
+One rule: products are taken in x's dtype, sums, logits and softmax in the accumulator dtype (float32, or
+float64 when x is float64), and each result is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import MAX_RANK_BLOCK
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The Triton name of a torch float dtype."""
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return names.get(dtype, tl.float64)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`"tf32"` for float32 if the user allowed it (`torch.set_float32_matmul_precision`), else `"ieee"`."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
+
+
+def kernel_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Split s into the factor applied inside a kernel and the factor left for afterwards.
+
+    Kernels receive floats as float32. That is exact enough for every dtype but float64, where s is applied
+    by torch instead.
+
+    Returns:
+        `(inside, outside)` with `inside * outside == scaling`.
+    """
+    return (1.0, float(scaling)) if dtype == torch.float64 else (float(scaling), 1.0)
+
+
+def power_of_two(size: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `size`, kept within `[low, high]`."""
+    return min(max(triton.next_power_of_2(size), low), high)
+
+
+def rank_block(rank: int, dtype: torch.dtype) -> int:
+    """Columns of a rank block: at least 16 (the least a dot takes), at most 64, or 32 for float32."""
+    return power_of_two(rank, 16, MAX_RANK_BLOCK if dtype.itemsize == 2 else MAX_RANK_BLOCK // 2)
+
+
+def rank_step(rank: int, dtype: torch.dtype, widest: int = 32) -> int:
+    """Ranks that one step of `rank_loop` takes next to a GEMM tile: at most 32, or 16 for float32.
+
+    A [32, 256] piece of A in float32 beside a 128x256 accumulator still fits in 255 registers; 64 rows spill.
+    """
+    return power_of_two(rank, 16, widest if dtype.itemsize == 2 else 16)
+
+
+def splits_for(programs: int, blocks: int, wanted: int) -> int:
+    """How many parts to cut a reduction into so that about `wanted` programs run.
+
+    Args:
+        programs: programs without splitting.
+        blocks: blocks along the reduction; more parts than that would be empty.
+        wanted: programs that fill the chip.
+    """
+    return max(1, min(triton.cdiv(wanted, max(programs, 1)), blocks))

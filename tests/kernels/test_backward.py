@@ -1,0 +1,113 @@
+"""The backward launchers against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alora_kernels.kernels import (
+    expand_backward,
+    gate_backward,
+    linear_dx_soft,
+    linear_dx_task,
+    soft_da,
+    task_da,
+)
+
+from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
+
+S = 0.3
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    skip_unmodelled(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.p == 0 or c.fp32_adapters], ids=str)
+def test_expand_backward(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    dh, db = expand_backward(t.dy, t.b, t.h, scaling=S)
+    assert dh.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert db.dtype == t.b.dtype
+    assert_close(dh, lambda dy, b: S * (dy @ b), dtype, t.dy, t.b)
+    assert_close(db, lambda dy, h: dy.T @ h, dtype, t.dy, t.h)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.p == 0], ids=str)
+def test_gate_backward(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    dp = gate_backward(t.dh, t.p, case.e, dtype=dtype)
+
+    def reference(dh: Tensor, p: Tensor) -> Tensor:
+        with torch.enable_grad():
+            p = p.detach().requires_grad_()
+            gate = p[:, -case.e :].softmax(1)
+            h = torch.einsum("me,mer->mr", gate, p[:, : -case.e].reshape(-1, case.e, case.r))
+            return torch.autograd.grad(h, p, dh)[0]
+
+    assert dp.dtype == dtype
+    assert_close(dp, reference, dtype, t.dh, t.p)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_linear_dx_task(case: Case, dtype: torch.dtype, base: bool) -> None:
+    t = Layer(case, dtype)
+    dy, w = (t.dy, t.w) if base else (None, None)
+    dx = linear_dx_task(dy, w, t.dh, t.a, t.groups, dtype=dtype, dropout=t.drop)
+
+    def reference(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
+        low = t.dropped(torch.einsum("me,mr,erk->mk", t.onehot(dh.dtype), dh, a))
+        return dy @ w + low if base else low
+
+    assert dx.dtype == dtype
+    assert_close(dx, reference, dtype, t.dy, t.w, t.dh, t.a)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_linear_dx_soft(case: Case, dtype: torch.dtype, base: bool) -> None:
+    t = Layer(case, dtype)
+    dy, w = (t.dy, t.w) if base else (None, None)
+    dx = linear_dx_soft(dy, w, t.dp, t.a, t.router, dtype=dtype, dropout=t.drop)
+
+    def reference(dy: Tensor, w: Tensor, dp: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        low = t.dropped(dp[:, : -case.e] @ a.flatten(0, 1)) + dp[:, -case.e :] @ router
+        return dy @ w + low if base else low
+
+    assert dx.dtype == dtype
+    assert_close(dx, reference, dtype, t.dy, t.w, t.dp, t.a, t.router)
+
+
+def test_linear_dx_wants_both_dy_and_w_or_neither() -> None:
+    t = Layer(Case(), torch.float32)
+    with pytest.raises(ValueError, match="both dy and w"):
+        linear_dx_task(t.dy, None, t.dh, t.a, t.groups, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_task_da(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    da = task_da(t.dh, t.x, t.groups, case.e, dropout=t.drop, dtype=t.a.dtype)
+
+    def reference(dh: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("me,mr,mk->erk", t.onehot(x.dtype), dh, t.dropped(x))
+
+    assert da.dtype == t.a.dtype
+    assert_close(da, reference, dtype, t.dh, t.x)
+    absent = t.onehot(dtype).sum(0) == 0
+    assert not da[absent].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_soft_da(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    da, drouter = soft_da(t.dp, t.x, case.e, dropout=t.drop, dtype=t.a.dtype)
+    shape = (case.e, case.r, case.k)
+    assert da.dtype == drouter.dtype == t.a.dtype
+    assert_close(da, lambda dp, x: (dp[:, : -case.e].T @ t.dropped(x)).view(shape), dtype, t.dp, t.x)
+    assert_close(drouter, lambda dp, x: dp[:, -case.e :].T @ x, dtype, t.dp, t.x)
+    assert da.untyped_storage().data_ptr() != drouter.untyped_storage().data_ptr()

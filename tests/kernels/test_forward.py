@@ -1,0 +1,95 @@
+"""The forward launchers against plain torch: shrinks and expand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alora_kernels.kernels import linear_expand, soft_shrink, task_shrink
+
+from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
+
+S = 0.3  # a scaling that is no float32 number
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    skip_unmodelled(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_task_shrink(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    h = task_shrink(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
+
+    def reference(x: Tensor, a: Tensor) -> Tensor:
+        products = torch.einsum("mk,erk->mer", t.dropped(x), a)
+        return S * torch.einsum("me,mer->mr", t.onehot(x.dtype), products)
+
+    assert h.dtype == dtype
+    assert_close(h, reference, dtype, t.x, t.a)
+    assert not h[t.onehot(dtype).sum(1) == 0].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_soft_shrink(case: Case, dtype: torch.dtype) -> None:
+    t = Layer(case, dtype)
+    h, p = soft_shrink(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+
+    def products(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        return torch.cat([t.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
+
+    def mixture(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        parts = products(x, a, router)
+        gate = parts[:, -case.e :].softmax(1)
+        return S * torch.einsum("me,mer->mr", gate, parts[:, : -case.e].reshape(-1, case.e, case.r))
+
+    assert h.dtype == dtype
+    assert p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(p, products, dtype, t.x, t.a, t.router)
+    assert_close(h, mixture, dtype, t.x, t.a, t.router)
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.p == 0 or c.fp32_adapters], ids=str)
+def test_linear_expand(case: Case, dtype: torch.dtype, has_bias: bool) -> None:
+    t = Layer(case, dtype)
+    y = linear_expand(t.x, t.w, t.bias if has_bias else None, t.h, t.b)
+
+    def reference(x: Tensor, w: Tensor, bias: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, w, bias if has_bias else None) + h @ b.T
+
+    assert y.dtype == dtype
+    assert_close(y, reference, dtype, t.x, t.w, t.bias, t.h, t.b)
+
+
+def test_linear_expand_takes_a_transposed_weight() -> None:
+    t = Layer(Case(k=33, n=35), torch.float32)
+    transposed = t.w.t().contiguous().t()
+    assert torch.equal(linear_expand(t.x, transposed, None, t.h, t.b), linear_expand(t.x, t.w, None, t.h, t.b))
+
+
+def test_a_task_with_nan_leaves_the_others_alone() -> None:
+    t = Layer(Case(m=20, e=3), torch.float32)
+    clean = task_shrink(t.x, t.a, t.groups, scaling=S)
+    t.a[1] = torch.nan
+    h = task_shrink(t.x, t.a, t.groups, scaling=S)
+    assert h[t.ids == 1].isnan().all()
+    assert torch.equal(h[t.ids != 1], clean[t.ids != 1])
+
+
+def test_soft_shrink_large_logits() -> None:
+    t = Layer(Case(), torch.float32)
+    h, p = soft_shrink(t.x, t.a, t.router * 1e4, scaling=S)
+    best = p[:, -3:].argmax(1)
+    picked = p[:, :-3].view(-1, 3, 4)[torch.arange(37, device=best.device), best]
+    assert torch.isfinite(h).all()
+    torch.testing.assert_close(h, S * picked)
+
+
+def test_soft_shrink_refuses_too_many_experts() -> None:
+    x, a = torch.zeros(2, 4), torch.zeros(1025, 1, 4)
+    with pytest.raises(ValueError, match="1025"):
+        soft_shrink(x, a, torch.zeros(1025, 4), scaling=1.0)

@@ -1,0 +1,94 @@
+"""Launching: recordings on meta tensors, launch counts, repeatability, tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from alora_kernels import kernels as ak
+from alora_kernels.kernels.config import chip_of, tile_for
+from alora_kernels.routing import RowGroups
+
+from .cases import DEVICE, Case, Layer
+
+META = torch.device("meta")
+
+
+def meta_layer(e: int = 8, r: int = 16) -> dict[str, torch.Tensor]:
+    shapes = {"x": (512, 256), "w": (384, 256), "a": (e, r, 256), "b": (384, r), "router": (e, 256), "h": (512, r)}
+    return {name: torch.empty(*shape, dtype=torch.bfloat16, device=META) for name, shape in shapes.items()}
+
+
+def test_meta_tensors_are_recorded_not_run() -> None:
+    t = meta_layer()
+    ids = torch.empty(512, dtype=torch.int32, device=META)
+    groups = RowGroups(ids, ids, torch.empty(9, dtype=torch.int32, device=META))
+    with ak.recording("sm_90") as launches:
+        h = ak.task_shrink(t["x"], t["a"], groups, scaling=1.0)
+        y = ak.linear_expand(t["x"], t["w"], None, h, t["b"])
+    assert (h.shape, y.shape) == ((512, 16), (512, 384))
+    assert len(launches) == 2
+    assert launches[1].meta["BLOCK_N"] in (128, 256)
+    ak.linear_expand(t["x"], t["w"], None, h, t["b"])
+    assert len(launches) == 2
+
+
+def test_soft_routing_takes_one_launch_whatever_the_experts() -> None:
+    for e in (1, 8, 64):
+        t = meta_layer(e)
+        with ak.recording("sm_80") as launches:
+            ak.soft_shrink(t["x"], t["a"], t["router"], scaling=1.0)
+        assert len(launches) == 1
+
+
+def test_recordings_nest_and_name_the_chip() -> None:
+    with ak.recording("sm_80"):
+        with ak.recording("gfx942"):
+            assert chip_of(META) == "gfx942"
+        assert chip_of(META) == "sm_80"
+
+
+def test_tiles_are_frozen_and_unknown_chips_get_small_ones() -> None:
+    tile = tile_for("gemm", torch.device(DEVICE), torch.float32)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tile.block_m = 1  # type: ignore[misc]
+    with ak.recording("sm_999"):
+        unknown = tile_for("gemm", META, torch.float16)
+    with ak.recording("gfx942"):
+        assert tile_for("gemm", META, torch.float16) == unknown
+
+
+@pytest.mark.parametrize("case", [Case(p=0.25), Case(m=64, e=17, r=16)], ids=str)
+def test_repeats_are_bit_identical(case: Case) -> None:
+    t = Layer(case, torch.float32)
+
+    def run() -> list[torch.Tensor]:
+        h, p = ak.soft_shrink(t.x, t.a, t.router, scaling=0.3, dropout=t.drop)
+        dh, db = ak.expand_backward(t.dy, t.b, h, scaling=0.3)
+        dp = ak.gate_backward(dh, p, case.e, dtype=torch.float32)
+        return [
+            h,
+            p,
+            ak.task_shrink(t.x, t.a, t.groups, scaling=0.3, dropout=t.drop),
+            ak.linear_expand(t.x, t.w, t.bias, h, t.b),
+            dh,
+            db,
+            dp,
+            ak.linear_dx_task(t.dy, t.w, dh, t.a, t.groups, dtype=torch.float32, dropout=t.drop),
+            ak.linear_dx_soft(t.dy, t.w, dp, t.a, t.router, dtype=torch.float32, dropout=t.drop),
+            ak.task_da(dh, t.x, t.groups, case.e, dropout=t.drop, dtype=torch.float32),
+            *ak.soft_da(dp, t.x, case.e, dropout=t.drop, dtype=torch.float32),
+        ]
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_many_absent_tasks() -> None:
+    t = Layer(Case(m=20, e=40, r=2, ids="equal"), torch.float32)
+    h = ak.task_shrink(t.x, t.a, t.groups, scaling=1.0)
+    torch.testing.assert_close(h, t.x @ t.a[-1].T)
+    da = ak.task_da(t.dh, t.x, t.groups, 40, dtype=torch.float32)
+    assert not da[:-1].any()
