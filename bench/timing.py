@@ -7,6 +7,7 @@ Who:  `bench.cpu` and the later benchmarks.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +25,18 @@ class Timing:
 def interleaved(cases: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 5) -> dict[str, Timing]:
     """Time the cases in turn, one run of each per round, so that a slow moment of the machine hits all alike.
 
+    The order changes from round to round: what ran before leaves caches and memory behind for what comes next.
+
     Args:
         cases: callables by name.
         repeats: rounds that count.
         warmup: rounds before them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, shuffler = list(cases.items()), random.Random(0)
     for turn in range(warmup + repeats):
-        for name, case in cases.items():
+        shuffler.shuffle(order)
+        for name, case in order:
             start = time.perf_counter()
             case()
             if turn >= warmup:

@@ -6,7 +6,7 @@ Who:  `ops.library` calls these functions through its custom ops.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
 whatever the routing; the low-rank part is accumulated into their result in place. Task routing runs one
-product per task present, on a slice of x where the task's rows are consecutive; nothing loops over tokens.
+product per run of rows with the same task, or per task where ids are shuffled; nothing loops over tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..routing import RowGroups
 from .types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype
 
 Rows = slice | Tensor
+SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
@@ -33,15 +34,22 @@ def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
 
 
 def rows_of_tasks(groups: RowGroups) -> Iterator[tuple[int, Rows]]:
-    """Each task that has rows, with its rows: a slice where they are consecutive, their numbers otherwise."""
-    offsets = groups.offsets.tolist()
-    order = groups.order
-    for task, (start, stop) in enumerate(pairwise(offsets)):
-        if start == stop:
-            continue
-        first, last = int(order[start]), int(order[stop - 1])
-        consecutive = last - first == stop - start - 1
-        yield task, slice(first, last + 1) if consecutive else order[start:stop]
+    """Each task that has rows, with its rows: slices where its rows lie in runs, their numbers where they do not.
+
+    A batch of sequences has a run per sequence, and a task may come several times; shuffled tokens are gathered,
+    once per task. Base-only rows never come.
+    """
+    tasks, lengths = torch.unique_consecutive(groups.ids, return_counts=True)
+    if tasks.numel() * SHORTEST_RUN <= groups.ids.numel():
+        start = 0
+        for task, length in zip(tasks.tolist(), lengths.tolist(), strict=True):
+            if task >= 0:
+                yield task, slice(start, start + length)
+            start += length
+        return
+    for task, (start, stop) in enumerate(pairwise(groups.offsets.tolist())):
+        if start < stop:
+            yield task, groups.order[start:stop]
 
 
 def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
@@ -127,7 +135,7 @@ def _task_backward(dx: Tensor | None, dh: Tensor, x: Tensor, adapter: Adapter, n
         elif dx is not None and mask is not None:
             dx[rows] += (dh_rows @ a[task]) * mask[rows]
         if da is not None:
-            torch.mm(dh_rows.t(), dropped[rows], out=da[task])
+            da[task].addmm_(dh_rows.t(), dropped[rows])
     return Grads(dx, da, None)
 
 
