@@ -52,18 +52,29 @@ def rows_of_tasks(groups: RowGroups) -> Iterator[tuple[int, Rows]]:
             yield task, groups.order[start:stop]
 
 
+def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """scaling * left right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
 def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
     """out[rows] += scaling * left right, in place."""
     if isinstance(rows, slice):
         out[rows].addmm_(left, right, alpha=scaling)
     else:
-        out.index_add_(0, rows, left @ right, alpha=scaling)
+        out.index_add_(0, rows, _product(left, right, scaling))
 
 
 def _experts(p: Tensor, adapter: Adapter) -> Tensor:
     """The skinny products `[M, E, R]` inside p, a view."""
     experts, rank, _ = adapter.a.shape
     return p[:, : experts * rank].unflatten(1, (experts, rank))
+
+
+def _stacked(adapter: Adapter, x: Tensor) -> Tensor:
+    """[a; router], `[E*R + E, K]` in x's dtype: what one product with x turns into p."""
+    assert adapter.router is not None
+    return torch.cat([adapter.a.flatten(0, 1), adapter.router]).to(x.dtype)
 
 
 def _gate(p: Tensor, adapter: Adapter) -> Tensor:
@@ -73,17 +84,17 @@ def _gate(p: Tensor, adapter: Adapter) -> Tensor:
 
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
-    experts, rank, _ = adapter.a.shape
-    a = adapter.a.to(x.dtype)
+    a, rank = adapter.a.to(x.dtype), adapter.a.shape[1]
     dropped = x if adapter.dropout is None else x * dropout_mask(x, adapter.dropout)
     if adapter.router is None:
         h = x.new_zeros(x.shape[0], rank)
         for task, rows in rows_of_tasks(adapter.task_groups):
             _accumulate(h, rows, dropped[rows], a[task].t(), adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
-    products = x.new_empty(x.shape[0], experts * rank + experts)
-    torch.mm(dropped, a.flatten(0, 1).t(), out=products[:, : experts * rank])
-    torch.mm(x, adapter.router.to(x.dtype).t(), out=products[:, experts * rank :])
+    if adapter.dropout is None:
+        products = x @ _stacked(adapter, x).t()
+    else:
+        products = torch.cat([dropped @ a.flatten(0, 1).t(), x @ adapter.router.to(x.dtype).t()], dim=1)
     p = products.to(acc_dtype(x))
     h = torch.einsum("me,mer->mr", _gate(p, adapter) * adapter.scaling, _experts(p, adapter))
     return Saved(h.to(x.dtype), p)
@@ -108,18 +119,22 @@ def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
 
 def _soft_backward(dx: Tensor | None, dh: Tensor, x: Tensor, p: Tensor, adapter: Adapter, needs: Needs) -> Grads:
     """Add the low-rank part to dx; gradients of a and the router."""
-    experts, rank, features = adapter.a.shape
-    assert adapter.router is not None
-    a, router = adapter.a.to(x.dtype).flatten(0, 1), adapter.router.to(x.dtype)
+    experts, rank, _ = adapter.a.shape
+    cut = experts * rank
     dp = _gate_backward(dh, p, adapter).to(x.dtype)
-    dp_a, dlogits = dp[:, : experts * rank], dp[:, experts * rank :]
-    mask = None if adapter.dropout is None else dropout_mask(x, adapter.dropout)
-    if dx is not None:
-        dx.addmm_(dlogits, router)
-        dx.addmm_(dp_a, a) if mask is None else dx.addcmul_(dp_a @ a, mask)
-    da = dp_a.t() @ (x if mask is None else x * mask) if needs.a else None
-    drouter = dlogits.t() @ x if needs.router else None
-    return Grads(dx, None if da is None else da.view(experts, rank, features), drouter)
+    stacked = _stacked(adapter, x)
+    if adapter.dropout is None:
+        if dx is not None:
+            dx.addmm_(dp, stacked)
+        d = dp.t() @ x if needs.a or needs.router else None
+    else:
+        mask = dropout_mask(x, adapter.dropout)
+        if dx is not None:
+            dx.addmm_(dp[:, cut:], stacked[cut:]).addcmul_(dp[:, :cut] @ stacked[:cut], mask)
+        d = torch.cat([dp[:, :cut].t() @ (x * mask), dp[:, cut:].t() @ x]) if needs.a or needs.router else None
+    if d is None:
+        return Grads(dx, None, None)
+    return Grads(dx, d[:cut].view_as(adapter.a), d[cut:].clone())  # outputs of an op must not share memory
 
 
 def _task_backward(dx: Tensor | None, dh: Tensor, x: Tensor, adapter: Adapter, needs: Needs) -> Grads:
@@ -127,15 +142,17 @@ def _task_backward(dx: Tensor | None, dh: Tensor, x: Tensor, adapter: Adapter, n
     a = adapter.a.to(x.dtype)
     mask = None if adapter.dropout is None else dropout_mask(x, adapter.dropout)
     dropped = x if mask is None else x * mask
-    da = torch.zeros_like(a) if needs.a else None
+    da = torch.zeros_like(a, dtype=acc_dtype(x)) if needs.a else None
     for task, rows in rows_of_tasks(adapter.task_groups):
         dh_rows = dh[rows]
         if dx is not None and mask is None:
             _accumulate(dx, rows, dh_rows, a[task])
         elif dx is not None and mask is not None:
             dx[rows] += (dh_rows @ a[task]) * mask[rows]
-        if da is not None:
+        if da is not None and da.dtype == x.dtype:
             da[task].addmm_(dh_rows.t(), dropped[rows])
+        elif da is not None:  # runs of 16-bit rows are summed in float32
+            da[task] += dh_rows.t() @ dropped[rows]
     return Grads(dx, da, None)
 
 
@@ -160,5 +177,5 @@ def linear_backward(
     dx = dy @ w if needs.x else None
     if not (needs.x or needs.a or needs.router):
         return Grads(None, None, None), db
-    dh = torch.addmm(dy.new_empty(()), dy, b.to(dy.dtype), beta=0, alpha=adapter.scaling)
+    dh = _product(dy, b.to(dy.dtype), adapter.scaling)
     return shrink_backward(dh, x, adapter, saved, needs, dx), db
