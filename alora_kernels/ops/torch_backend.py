@@ -96,8 +96,9 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
     else:
         products = torch.cat([dropped @ a.flatten(0, 1).t(), x @ adapter.router.to(x.dtype).t()], dim=1)
     p = products.to(acc_dtype(x))
-    h = torch.einsum("me,mer->mr", _gate(p, adapter) * adapter.scaling, _experts(p, adapter))
-    return Saved(h.to(x.dtype), p)
+    # [M, 1, E] [M, E, R]
+    h = torch.bmm((_gate(p, adapter) * adapter.scaling).unsqueeze(1), _experts(p, adapter))
+    return Saved(h.squeeze(1).to(x.dtype), p)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
@@ -110,7 +111,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tenso
 def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
     """dp = [gate_e dh | dlogits] from dh and p."""
     gate, dh = _gate(p, adapter), dh.to(p.dtype)
-    dgate = torch.einsum("mr,mer->me", dh, _experts(p, adapter))
+    # [M, E, R] [M, R, 1]
+    dgate = torch.bmm(_experts(p, adapter), dh.unsqueeze(2)).squeeze(2)
     dp = torch.empty_like(p)
     torch.mul(gate.unsqueeze(2), dh.unsqueeze(1), out=_experts(dp, adapter))
     torch.mul(gate, dgate - (gate * dgate).sum(1, keepdim=True), out=dp[:, -gate.shape[1] :])
