@@ -85,8 +85,3 @@ def grouped_by_task(
         if task >= 0:
             out = out.index_add(0, rows, scaling * F.linear(F.linear(x[rows], lora_A[task]), lora_B))
     return out
-
-
-def low_rank_delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`s B A`, `[N, K]`: what merging one task adds to the base weight; lora_A is `[R, K]`."""
-    return scaling * torch.mm(lora_B, lora_A)

@@ -53,8 +53,9 @@ def train(
     try:
         recipe = load_recipe(config)
         job = steps.load(recipe)
-        steps.trainer_for(job, save=True).train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
-        steps.save(job, Path(recipe.output) / "adapter")
+        trainer = steps.trainer_for(job, save=True)
+        trainer.train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
+        steps.save(job, Path(recipe.output) / "adapter", trainer)
         steps.show_accuracies(job, None, steps.accuracies(job, "ALoRA"))
     except (ValueError, ImportError, OSError) as error:
         raise _fail(error) from error

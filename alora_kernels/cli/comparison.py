@@ -110,7 +110,7 @@ def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind
     return {name: tokens / statistics.median(values) for name, values in seconds.items()}
 
 
-def _batch(run: Run, rows_per_task: int = 4) -> dict[str, Any]:
+def _batch(run: Run, rows_per_task: int = 3) -> dict[str, Any]:
     """The same rows for every model, tasks in turn."""
     by_task = {task: [row for row in run.train if row["task"] == task][:rows_per_task] for task in run.tasks}
     rows = [by_task[task][i] for i in range(rows_per_task) for task in run.tasks]

@@ -24,7 +24,7 @@ RECIPE = Recipe(
     output="runs/demo",
     r=8,
     lora_alpha=16,
-    steps=40,
+    steps=36,
     batch_size=24,
     learning_rate=1e-3,
     train_size=1500,
@@ -48,11 +48,12 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
         f" {len(job.train)} train and {len(job.test)} test rows"
     )
     before = train.accuracies(job, "base, untuned", base_only=True)
-    train.trainer_for(job, save=False).train()
+    trainer = train.trainer_for(job, save=False)
+    trainer.train()
     after = train.accuracies(job, "ALoRA")
     train.show_accuracies(job, before, after)
     folder = Path(recipe.output) / "adapter"
-    train.save(job, folder)
+    train.save(job, folder, trainer)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors")
     display.console.print(f"adapter saved: {folder} ({size / 1e6:.1f} MB)\n")
     answer_mixed_batch(job)

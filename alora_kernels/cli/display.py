@@ -44,7 +44,7 @@ def progress(unit: str) -> Progress:
 
 
 class TrainingBar(TrainerCallback):
-    """Steps, time left, the loss and the loss of each task while training."""
+    """Steps, times and the loss while training; the loss of each task line by line."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
@@ -61,14 +61,13 @@ class TrainingBar(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Show the losses; without a terminal print them, one line a log."""
+        """The loss on the bar, and a line with the loss of each task above it."""
         if self.bar is None or not logs or "loss" not in logs:
             return
-        per_task = " ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
-        note = f"loss {logs['loss']:.3f}  [dim]{per_task}[/dim]"
-        self.bar.update(self.task, note=note)
-        if not err.is_terminal:
-            err.print(f"step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+        per_task = "  ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
+        loss = f"loss {logs['loss']:.3f}"
+        self.bar.update(self.task, note=loss)
+        self.bar.console.print(f"step {state.global_step:>4}  {loss}  [dim]{per_task}[/dim]", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""

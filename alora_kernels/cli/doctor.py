@@ -62,6 +62,8 @@ def run() -> None:
         for name, what in DATA_PACKAGES.items()
     ]
     print_(display.table("model and data of the demo", ("package", "version"), data))
-    print_(f"{ENV}={os.environ.get(ENV, '')!s:<8} TRITON_INTERPRET={'1' if interpreting() else '0'}")
+    print_(
+        f"{ENV} is {os.environ.get(ENV) or 'not set'}; Triton {'interprets' if interpreting() else 'compiles'} kernels"
+    )
     if not torch.cuda.is_available():
         print_("No GPU here: the torch backend serves, and every feature works. Triton needs CUDA or ROCm on Linux.")

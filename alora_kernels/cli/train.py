@@ -7,6 +7,7 @@ Who:  the commands; each step prints its own progress.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         weight_decay=recipe.weight_decay,
         save_strategy="steps" if save and recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
-        logging_steps=max(1, recipe.steps // 20),
+        logging_steps=max(1, recipe.steps // 12),
         seed=recipe.seed,
         report_to="none",
         disable_tqdm=True,
@@ -157,10 +158,11 @@ def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping
     display.console.print(display.table("accuracy: choice among the task's label words", columns, rows))
 
 
-def save(run: Run, folder: Path) -> None:
-    """The adapter as safetensors, and the recipe beside it."""
+def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
+    """The adapter as safetensors; beside it the recipe, and the losses of each task over the steps as JSON."""
     save_adapter(run.model, folder)
     run.recipe.save(folder)
+    (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
 def checkpoint(recipe: Recipe) -> str:

@@ -73,7 +73,9 @@ def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
     assert "even" in out
     assert "odd" in out
     adapter = tmp_path / "run" / "adapter"
-    assert {"adapter_model.safetensors", "adapter_config.json", "recipe.yaml"} <= {p.name for p in adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "losses.json"} <= {
+        p.name for p in adapter.iterdir()
+    }
     again = alora("eval", str(adapter), "--base")
     rows = [line.split("│") for line in out.splitlines() if line.startswith("│ even")]
     rows_again = [line.split("│") for line in again.splitlines() if line.startswith("│ even")]
