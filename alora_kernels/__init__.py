@@ -6,11 +6,12 @@ from . import reference
 from .integrations.lazy import register_with_peft
 from .modules import FusedALoRALinear
 from .ops import alora_delta, alora_linear
+from .recompute import keep_routing
 from .routing import Routing, route
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .integrations.peft import ALoRAConfig, keep_routing, save_adapter, set_task
+    from .integrations.peft import ALoRAConfig, save_adapter, set_task
     from .training import ALoRATrainer
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
 _LATER = {  # they import PEFT or transformers, which takes seconds: only when asked for
     "ALoRAConfig": "integrations.peft",
     "ALoRATrainer": "training",
-    "keep_routing": "integrations.peft",
     "save_adapter": "integrations.peft",
     "set_task": "integrations.peft",
 }

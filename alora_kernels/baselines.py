@@ -9,7 +9,6 @@ Each is written as well as its idea allows: no handicap, no trick that the origi
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import alora_linear
+from ..recompute import noted
 from ..routing import Routing, current_routing
 from .init import lora_scaling, reset_adapter_
 from .tasks import task_id, task_ids_from_names, task_names
@@ -158,7 +159,7 @@ class FusedALoRALinear(nn.Module):
     ) -> Tensor | Routing:
         """The ids of this call: the argument, else the routing context, else the only task."""
         if task_ids is None:
-            task_ids = current_routing()
+            task_ids = noted(self, current_routing, routed=len(self.tasks) > 1)
         if task_ids is None:
             if len(self.tasks) == 1:
                 return Routing(torch.zeros(1, dtype=torch.long))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
+from ..integrations.peft import CheckpointGuard
 from ..routing import route
 from .absent import KeepAbsentTasks
 from .collator import IGNORED, TaskCollator
@@ -54,10 +55,16 @@ class ALoRATrainer(Trainer):
         if kwargs.get("data_collator") is None and len(args) < 3:
             kwargs["data_collator"] = TaskCollator(_pad_token_id(kwargs.get("processing_class")), self.tasks)
         super().__init__(*args, **kwargs)
+        CheckpointGuard.install(self._base_model())
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
         self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
-        self._forward_keys = _forward_keys(self.model)
+        self._forward_keys = set(inspect.signature(self._base_model().forward).parameters)
+
+    def _base_model(self) -> Any:
+        """The model inside PEFT's wrapper, whose forward says which arguments it knows."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -159,12 +166,6 @@ class ALoRATrainer(Trainer):
                 metrics[f"accuracy_{name}"] = float(right[rows].mean())
         metrics["accuracy"] = float(np.mean([v for k, v in metrics.items() if k.startswith("accuracy_")]))
         return metrics
-
-
-def _forward_keys(model: Any) -> set[str]:
-    """Argument names of the base model's forward."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(base.forward).parameters)
 
 
 def _pad_token_id(tokenizer: Any) -> int:

@@ -11,10 +11,17 @@ from typer.testing import CliRunner
 
 from alora_kernels import data
 from alora_kernels.cli import demo as demo_module
+from alora_kernels.cli import display
 from alora_kernels.cli.app import app
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 
 runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables in full, whatever terminal the tests run in."""
+    monkeypatch.setattr(display.console, "_width", 160)
 
 
 def alora(*args: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
-from alora_kernels.integrations.peft import keep_routing, set_task
+from alora_kernels import keep_routing
+from alora_kernels.integrations.peft import set_task
 
 from .tiny import Mlp, adapted, adapter_grads, assert_same, gpt2, llama, tokens
 

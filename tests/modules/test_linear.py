@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import FusedALoRALinear, reference
@@ -139,6 +140,21 @@ def test_it_replaces_linears_in_a_model_nobody_prepared():
         net(x).sum().backward()
     assert net.body[0].lora_B.grad is not None
     assert net.body[0].weight.grad is None
+
+
+def test_recomputation_keeps_the_routing_or_is_refused():
+    layer = trained(FusedALoRALinear(8, 6, 4, tasks=["math", "code"]))
+    x, ids = torch.randn(4, 8, requires_grad=True), torch.tensor([0, 1, 1, -1])
+    (want,) = torch.autograd.grad(layer(x, ids).square().sum(), x)
+    with alora_kernels.route(ids):
+        kept = checkpoint(alora_kernels.keep_routing(layer), x, use_reentrant=False)
+        lost = checkpoint(layer, x, use_reentrant=False)
+        given = checkpoint(layer, x, ids, use_reentrant=False)
+    with alora_kernels.route(1 - ids.abs()):  # another batch came in between
+        assert torch.equal(torch.autograd.grad(kept.square().sum(), x)[0], want)
+        assert torch.equal(torch.autograd.grad(given.square().sum(), x)[0], want)
+        with pytest.raises(RuntimeError, match=r"alora_kernels\.keep_routing\(block\)"):
+            torch.autograd.grad(lost.square().sum(), x)
 
 
 def test_device_dtype_no_bias_and_repr():

@@ -8,7 +8,7 @@ Who:  users; `import alora_kernels` brings it in together with PEFT.
     >>> model(**batch, adapter_names=["math", "code"])
 """
 
-from .checkpointing import keep_routing
+from .checkpointing import CheckpointGuard
 from .config import ALoRAConfig
 from .files import save_adapter
 from .layer import ALoRALayer, ALoRALinear
@@ -18,4 +18,4 @@ from .tasks import set_task
 
 register(ALoRAConfig, ALoRAModel)
 
-__all__ = ["ALoRAConfig", "ALoRALayer", "ALoRALinear", "ALoRAModel", "keep_routing", "save_adapter", "set_task"]
+__all__ = ["ALoRAConfig", "ALoRALayer", "ALoRALinear", "ALoRAModel", "CheckpointGuard", "save_adapter", "set_task"]

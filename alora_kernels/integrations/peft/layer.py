@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ...modules.init import reset_adapter_
 from ...ops import alora_delta, alora_linear
+from ...recompute import noted
 from ...routing import Routing, current_routing
 from . import merging
-from .checkpointing import noted
 from .config import ALoRAConfig
 from .ids import BatchRouting, constant_routing
 from .targets import call_base, features, output_is_fresh, takes_fused_op, undo_cpu_packing

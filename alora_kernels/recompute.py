@@ -1,0 +1,72 @@
+"""Running a part of a model again, in the backward pass, with the routing of its forward.
+
+In:   a function that an activation checkpoint runs twice.
+Out:  the same function, bound to the routing of now; layers that read the same state both times.
+Who:  users, by `keep_routing`; the PEFT tuner wraps transformers' checkpoints with it; routed layers ask `noted`.
+
+The recomputation runs long after the forward: `adapter_names` is gone, `route` blocks are left, `set_task`
+and `set_adapter` may have changed. So each checkpointed segment is run, both times, in a copy of the
+context it was first called in, and every layer in it notes on the first run what it read from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+import torch
+from torch import nn
+
+_notes: ContextVar[dict[int, Any] | None] = ContextVar("alora_checkpoint_notes", default=None)
+
+REMEDY = (
+    "call model.gradient_checkpointing_enable() and run the whole model, or wrap what you checkpoint:"
+    " torch.utils.checkpoint.checkpoint(alora_kernels.keep_routing(block), x, use_reentrant=False)"
+)
+
+
+def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, bound to the routing of this moment: every later call of it runs with the same routing.
+
+    Give the result to an activation checkpoint, one for each forward.
+
+    Args:
+        function: what the checkpoint runs now and again in the backward pass.
+
+    Example:
+        >>> y = checkpoint(keep_routing(block), x, use_reentrant=False)
+    """
+    context = copy_context()
+    context.run(_notes.set, {})
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return context.copy().run(function, *args, **kwargs)  # a context cannot be entered twice at once
+
+    return run
+
+
+def noted(layer: nn.Module, read: Callable[[], Any], routed: bool) -> Any:
+    """What the layer reads from the model (active adapters, fixed tasks): as in the segment's first run.
+
+    Args:
+        layer: who asks.
+        read: reads the present state.
+        routed: whether the outcome depends on task ids.
+
+    Raises:
+        RuntimeError: a task-routed layer is recomputed in the backward pass without `keep_routing`.
+    """
+    if torch.compiler.is_compiling():
+        return read()
+    notes = _notes.get()
+    if notes is None:
+        if routed and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "an ALoRA layer is being recomputed by an activation checkpoint that does not keep the routing of its"
+                f" forward: {REMEDY}"
+            )
+        return read()
+    if id(layer) not in notes:
+        notes[id(layer)] = read()
+    return notes[id(layer)]
