@@ -242,6 +242,7 @@ def describe(job: Job) -> str:
 
 def compile_all(workers: int) -> list[Row]:
     """Compile all jobs in `workers` processes, in the order of `jobs()`."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does when unset, without its warning
     context, todo = multiprocessing.get_context("spawn"), list(jobs())
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         done = pool.map(compile_job, todo)

@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..ops.backend import BackendUnavailable
+
+USER_ERRORS = (ValueError, ImportError, OSError, BackendUnavailable)  # what bad input raises: one line, no traceback
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +40,7 @@ def demo(
 
     try:
         command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
-    except (ValueError, ImportError, OSError) as error:
+    except USER_ERRORS as error:
         raise _fail(error) from error
 
 
@@ -57,7 +61,7 @@ def train(
         trainer.train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
         steps.save(job, Path(recipe.output) / "adapter", trainer)
         steps.show_accuracies(job, None, steps.accuracies(job, "ALoRA"))
-    except (ValueError, ImportError, OSError) as error:
+    except USER_ERRORS as error:
         raise _fail(error) from error
     typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
 
@@ -73,10 +77,12 @@ def evaluate(
     from .recipe import FILE, load_recipe
 
     try:
+        if not (adapter / FILE).exists():
+            raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote")
         job = steps.load(load_recipe(adapter / FILE), adapter)
         before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
         steps.show_accuracies(job, before, steps.accuracies(job, "ALoRA"))
-    except (ValueError, ImportError, OSError) as error:
+    except USER_ERRORS as error:
         raise _fail(error) from error
 
 

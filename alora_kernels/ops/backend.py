@@ -20,6 +20,10 @@ BACKENDS = ("triton", "torch")
 ENV = "ALORA_BACKEND"
 
 
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for where it cannot run; the message names the remedy."""
+
+
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
@@ -49,7 +53,7 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
 
     Raises:
         ValueError: the name is not a backend.
-        RuntimeError: Triton was asked for where it cannot run.
+        BackendUnavailable: Triton was asked for where it cannot run.
     """
     wish, source = (backend, "asked for by the caller") if backend else (os.environ.get(ENV) or None, f"{ENV} is set")
     if wish is None:
@@ -61,9 +65,9 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
     if wish not in BACKENDS:
         raise ValueError(f"unknown backend {wish!r} ({source}): choose one of {', '.join(BACKENDS)}")
     if wish == "triton" and not triton_installed():
-        raise RuntimeError(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
+        raise BackendUnavailable(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
     if wish == "triton" and device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
-        raise RuntimeError(
+        raise BackendUnavailable(
             f"backend 'triton' ({source}) cannot run on {device.type} tensors: move them to a GPU, use backend='torch',"
             " or set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow)"
         )

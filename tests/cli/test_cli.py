@@ -151,7 +151,15 @@ def test_other_bad_input(tmp_path):
     assert "must be 'task' or 'soft'" in refused("demo", "--routing", "hard")
     (tmp_path / "r.yaml").write_text("tasks: [trek]\nmodel: tiny-random")
     assert "trek" in refused("train", str(tmp_path / "r.yaml"))
-    assert "no such file" in refused("eval", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "has no recipe.yaml: give the adapter folder" in refused("eval", str(tmp_path / "empty"))
+
+
+def test_a_backend_that_cannot_run_is_one_line(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setenv("ALORA_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "cannot run on cpu tensors" in refused("train", str(recipe(tmp_path, jsonl)))
+    assert "cannot run on cpu tensors" in alora("doctor")
 
 
 def test_the_example_recipe_is_valid():
