@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..ops.backend import BackendUnavailable
+from ..ops.backend import BackendError
 
-USER_ERRORS = (ValueError, ImportError, OSError, BackendUnavailable)  # what bad input raises: one line, no traceback
+USER_ERRORS = (ValueError, ImportError, OSError, BackendError)  # what bad input raises: one line, no traceback
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -20,7 +20,7 @@ BACKENDS = ("triton", "torch")
 ENV = "ALORA_BACKEND"
 
 
-class BackendUnavailable(RuntimeError):
+class BackendError(RuntimeError):
     """A backend was asked for where it cannot run; the message names the remedy."""
 
 
@@ -53,7 +53,7 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
 
     Raises:
         ValueError: the name is not a backend.
-        BackendUnavailable: Triton was asked for where it cannot run.
+        BackendError: Triton was asked for where it cannot run.
     """
     wish, source = (backend, "asked for by the caller") if backend else (os.environ.get(ENV) or None, f"{ENV} is set")
     if wish is None:
@@ -65,9 +65,9 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
     if wish not in BACKENDS:
         raise ValueError(f"unknown backend {wish!r} ({source}): choose one of {', '.join(BACKENDS)}")
     if wish == "triton" and not triton_installed():
-        raise BackendUnavailable(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
+        raise BackendError(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
     if wish == "triton" and device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
-        raise BackendUnavailable(
+        raise BackendError(
             f"backend 'triton' ({source}) cannot run on {device.type} tensors: move them to a GPU, use backend='torch',"
             " or set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow)"
         )
