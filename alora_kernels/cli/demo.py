@@ -64,9 +64,9 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
 
 @torch.no_grad()
 def answer_mixed_batch(job: train.Run) -> None:
-    """One `generate` call: a test prompt of every task, and a row for the base model alone."""
-    picked = {row["task"]: row for row in job.text["test"]}
-    rows = [(task, picked[task]) for task in job.tasks]
+    """One `generate` call: the first two test prompts of every task, and a row for the base model alone."""
+    test = list(job.text["test"])
+    rows = [(task, row) for task in job.tasks for row in [r for r in test if r["task"] == task][:2]]
     if job.recipe.routing == "task":  # a learned router has no "no task": every row is weighed
         rows.append((BASE, rows[0][1]))
     tokenizer = job.tokenizer

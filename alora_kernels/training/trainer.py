@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..integrations.peft import CheckpointGuard
 from ..routing import route
@@ -59,6 +60,8 @@ class ALoRATrainer(Trainer):
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
         self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
+        name = type(self._base_model()).__name__
+        self._causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "CausalLM" in name
         self._forward_keys = set(inspect.signature(self._base_model().forward).parameters)
 
     def _base_model(self) -> Any:
@@ -86,6 +89,13 @@ class ALoRATrainer(Trainer):
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
 
+    def _has_token_loss(self, inputs: dict[str, Any]) -> bool:
+        """Whether the loss is a cross entropy that can be split by row: causal language models and classifiers."""
+        labels = inputs.get("labels")
+        if self.compute_loss_func is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
+            return False
+        return labels.dim() == 1 or (labels.dim() == 2 and self._causal)
+
     def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
         """Model outputs, loss per label `[B, L]` (zero where ignored), and whether a row's first choices are right."""
         known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
@@ -112,7 +122,7 @@ class ALoRATrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss per label, of the accumulated batch when Trainer counts it; sums per task are kept for the log."""
-        if self.compute_loss_func is not None or "labels" not in inputs:
+        if not self._has_token_loss(inputs):
             known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
             with self._routing(inputs.get("task_ids")):
                 return super().compute_loss(model, known, return_outputs, num_items_in_batch)
@@ -147,10 +157,11 @@ class ALoRATrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Loss, (loss, right?) of each row, and task ids; a caller's own `compute_metrics` gets Trainer's logits."""
         inputs = self._prepare_inputs(inputs)
-        if self.compute_metrics != self._task_metrics or "labels" not in inputs:
+        if self.compute_metrics != self._task_metrics or not self._has_token_loss(inputs):
             known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys - {"logits_to_keep"}}
             with self._routing(inputs.get("task_ids")):
-                return super().prediction_step(model, known, prediction_loss_only, ignore_keys)
+                loss_only = prediction_loss_only or self.compute_metrics == self._task_metrics
+                return super().prediction_step(model, known, loss_only, ignore_keys)
         _, losses, right = self._token_losses(model, inputs)
         counts = (inputs["labels"] != IGNORED).view(losses.shape[0], -1).sum(1)
         loss = losses.sum() / counts.sum()

@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.integrations.peft import ALoRAConfig
@@ -139,6 +146,27 @@ def test_drop_in_layers_train_too(tmp_path):
     trainer.train()
     assert trainer.tasks == tuple(TASKS)
     assert "eval_accuracy_copy" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("kind", ["classifier", "tagger"])
+def test_encoders_train_with_their_own_kind_of_loss(tmp_path, kind):
+    """A classifier has one label per row; a tagger one per token, which no language model's shift may move."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    base = BertForSequenceClassification(config) if kind == "classifier" else BertForTokenClassification(config)
+    model = get_peft_model(base, ALoRAConfig(r=2, tasks=TASKS, target_modules=["query", "value"]))
+    data = rows(12)
+    labels = [i % 3 for i in range(12)] if kind == "classifier" else [[0] * len(ids) for ids in data["input_ids"]]
+    data = data.remove_columns("labels").add_column("labels", labels)
+    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    batch = trainer.data_collator([data[i] for i in range(6)])
+    plain = {k: v for k, v in batch.items() if k not in ("task_ids", "logits_to_keep")}
+    with route(batch["task_ids"]):
+        want = trainer.model(**plain).loss
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), want)
+    trainer.train()
+    assert ("eval_accuracy_copy" in trainer.evaluate()) == (kind == "classifier")
 
 
 def test_gradient_accumulation_is_the_large_batch(tmp_path):
