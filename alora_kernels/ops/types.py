@@ -62,7 +62,8 @@ class Saved(NamedTuple):
 
     Attributes:
         h: `[M, R]`, already times s, in x's dtype.
-        p: skinny products and logits `[M, E*R + E]` in `acc_dtype`, unscaled; empty for task routing.
+        p: skinny products, unscaled, and logits `[M, E*R + E]` in `acc_dtype`; empty for task routing. Only the
+            backend that made it reads it (torch keeps the gate where the logits were).
     """
 
     h: Tensor
