@@ -104,6 +104,8 @@ def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind
             for name, case in cases.items():
                 start = time.perf_counter()
                 case()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # a GPU call returns before its work is done
                 if turn:
                     seconds[name].append(time.perf_counter() - start)
                 bar.advance(task)

@@ -53,9 +53,10 @@ class Run:
 
 def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     """Base, data and adapter: a fresh adapter, or the one in a folder."""
-    with display.err.status("loading model and data ..."):
+    with display.err.status("reading data ..."):
         text = data.load_tasks(recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size)
-        base, tokenizer = data.load_model(recipe.model)
+    base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
+    with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text)
         set_seed(recipe.seed)
         model: Any
