@@ -72,7 +72,7 @@ def _expand_backward_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         h = tl.load(h_ptr + rows[:, None] * stride_hm + ranks[None, :] * stride_hr, mask=mask_h, other=0.0)
         dh = tl.dot(dy, b, input_precision=PRECISION, out_dtype=ACC)
-        db = tl.dot(tl.trans(dy), h.to(dy.dtype), db, input_precision=PRECISION)
+        db = tl.dot(tl.trans(dy), h.to(dy.dtype), db, input_precision=PRECISION, out_dtype=db.dtype)
         tl.store(dh_plane + rows[:, None] * R + ranks[None, :], dh * tl.cast(scaling, ACC), mask=mask_h)
     tl.store(db_plane + cols[:, None] * R + ranks[None, :], db, mask=mask_b)
 

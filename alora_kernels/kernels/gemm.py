@@ -52,7 +52,7 @@ def gemm_loop(
             right = tl.load(w_ptrs)
         else:
             right = tl.load(w_ptrs, mask=(offs_k < K - k)[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         in_ptrs += step * stride_ik
         w_ptrs += step * stride_wk
     return acc
@@ -82,5 +82,5 @@ def rank_loop(
         w_ptrs = w_cols[None, :] + offs_r.to(tl.int64)[:, None] * stride_wr
         left = tl.load(in_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(DTYPE)
         right = tl.load(w_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc

@@ -61,14 +61,14 @@ def _soft_products(
             # [BLOCK_K, E_PAD]
             router = tl.load(router_ptrs, mask=mask_k[:, None] & mask_e[None, :], other=0.0).to(x.dtype)
             router_ptrs += step * stride_ok
-            logits = tl.dot(x, router, logits, input_precision=PRECISION)
+            logits = tl.dot(x, router, logits, input_precision=PRECISION, out_dtype=logits.dtype)
         if WITH_A:
             # [BLOCK_K, W]
             a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_a[None, :], other=0.0).to(x.dtype)
             a_ptrs += step * stride_ak
             if HAS_DROPOUT:
                 x = tl.where(dropout_keep(seed, rows, k, p_drop, BLOCK_K), x, 0.0)
-            products = tl.dot(x, a, products, input_precision=PRECISION)
+            products = tl.dot(x, a, products, input_precision=PRECISION, out_dtype=products.dtype)
     return products, logits
 
 

@@ -87,7 +87,7 @@ def _task_shrink_kernel(
             a_ptrs += step * stride_ak
             if HAS_DROPOUT:
                 x = tl.where(dropout_keep(seed, rows, k, p_drop, BLOCK_K), x, 0.0)
-            part = tl.dot(x, a, part, input_precision=PRECISION)
+            part = tl.dot(x, a, part, input_precision=PRECISION, out_dtype=part.dtype)
         h = tl.where(((pos_m >= pos) & (pos_m < stop))[:, None], part, h)
         pos = stop
         task = task_at(pos, M, E, ids_ptr, order_ptr)

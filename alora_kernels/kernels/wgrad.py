@@ -86,7 +86,7 @@ def _wgrad_kernel(
         if HAS_DROPOUT:
             x = tl.where(dropout_keep(seed, row, col0, p_drop, BLOCK_K), x, 0.0)
         # K is the long side: x^T d uses full tensor-core tiles where d^T x, 16 rows high, would not.
-        acc = tl.dot(tl.trans(x), d, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(x), d, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if HAS_DROPOUT:
         acc *= dropout_scale(p_drop, ACC)
     # [planes, num_tasks, C, K], contiguous

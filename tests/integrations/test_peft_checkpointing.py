@@ -27,15 +27,20 @@ def _enable_on_peft(base, **kwargs):
     return model
 
 
+def _turn_on(model):
+    """By the method's new name, or by the one that older transformers 5 have."""
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+
+
 def _enable_on_base(base, **kwargs):
     model = adapted(base)
-    model.base_model.model.activation_checkpointing_enable(*kwargs.values())
+    _turn_on(model.base_model.model)(*kwargs.values())
     return model
 
 
 def _enable_on_inner(base, **kwargs):
     model = adapted(base)
-    model.base_model.model.base_model.activation_checkpointing_enable(*kwargs.values())
+    _turn_on(model.base_model.model.base_model)(*kwargs.values())
     return model
 
 
