@@ -10,6 +10,7 @@ batch task by task, because stock PEFT refuses `adapter_names` in training; in i
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -100,8 +101,10 @@ def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     with display.progress("runs") as bar:
         task = bar.add_task(f"timing {kind}", total=(ROUNDS + 1) * len(cases), note="")
+        order, shuffler = list(cases.items()), random.Random(0)  # whoever follows the loop pays for its memory
         for turn in range(ROUNDS + 1):  # the first round warms up
-            for name, case in cases.items():
+            shuffler.shuffle(order)
+            for name, case in order:
                 start = time.perf_counter()
                 case()
                 if torch.cuda.is_available():

@@ -96,10 +96,16 @@ class ALoRATrainer(Trainer):
             return False
         return labels.dim() == 1 or (labels.dim() == 2 and self._causal)
 
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-        """Model outputs, loss per label `[B, L]` (zero where ignored), and whether a row's first choices are right."""
-        known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
+    def _model_inputs(self, inputs: dict[str, Any], without: str = "task_ids") -> dict[str, Any]:
+        """The batch without what this model's forward does not know, or what the caller keeps from it."""
+        known = self._forward_keys - {without}
+        return {k: v for k, v in inputs.items() if k not in OURS or k in known}
+
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Model outputs, loss and number of labels of each row `[B]`, and whether a row's first choices are right."""
+        known = self._model_inputs(inputs)
         labels = known.pop("labels")
+        counts = (labels != IGNORED).view(labels.shape[0], -1).sum(1)
         with self._routing(inputs.get("task_ids")):
             outputs = model(**known)
         logits = outputs["logits"]
@@ -112,7 +118,7 @@ class ALoRATrainer(Trainer):
             logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
         )
         right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-        return outputs, losses, right
+        return outputs, losses.sum(1), counts, right
 
     def compute_loss(
         self,
@@ -123,15 +129,14 @@ class ALoRATrainer(Trainer):
     ) -> Any:
         """Mean loss per label, of the accumulated batch when Trainer counts it; sums per task are kept for the log."""
         if not self._has_token_loss(inputs):
-            known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys}
             with self._routing(inputs.get("task_ids")):
-                return super().compute_loss(model, known, return_outputs, num_items_in_batch)
+                return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         if model.training and self.routed and not return_outputs:
             inputs = _tasks_side_by_side(inputs)
-        outputs, losses, _ = self._token_losses(model, inputs)
-        counts = (inputs["labels"] != IGNORED).view(losses.shape[0], -1).sum(1)
-        if model.training and inputs.get("task_ids", losses).dim() == 1:
-            self._add_to_log(inputs["task_ids"], losses.detach().sum(1), counts)
+        outputs, losses, counts, _ = self._token_losses(model, inputs)
+        task_ids = inputs.get("task_ids")
+        if model.training and task_ids is not None and task_ids.dim() == 1:
+            self._add_to_log(task_ids, losses.detach(), counts)
         loss = losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -158,14 +163,12 @@ class ALoRATrainer(Trainer):
         """Loss, (loss, right?) of each row, and task ids; a caller's own `compute_metrics` gets Trainer's logits."""
         inputs = self._prepare_inputs(inputs)
         if self.compute_metrics != self._task_metrics or not self._has_token_loss(inputs):
-            known = {k: v for k, v in inputs.items() if k not in OURS or k in self._forward_keys - {"logits_to_keep"}}
+            known = self._model_inputs(inputs, without="logits_to_keep")
             with self._routing(inputs.get("task_ids")):
                 loss_only = prediction_loss_only or self.compute_metrics == self._task_metrics
                 return super().prediction_step(model, known, loss_only, ignore_keys)
-        _, losses, right = self._token_losses(model, inputs)
-        counts = (inputs["labels"] != IGNORED).view(losses.shape[0], -1).sum(1)
-        loss = losses.sum() / counts.sum()
-        return loss, (losses.sum(1) / counts, right), inputs["task_ids"]
+        _, losses, counts, right = self._token_losses(model, inputs)
+        return losses.sum() / counts.sum(), (losses / counts, right), inputs["task_ids"]
 
     def _task_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
