@@ -7,13 +7,17 @@ Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they c
 See README.md in this folder for the derivations and for what each launch reads and writes.
 """
 
+from .config import chip_of
+from .decode import linear_decode, takes_decode
 from .dropout import Dropout, dropout_mask
 from .dx_soft import linear_dx_soft
 from .dx_task import linear_dx_task
-from .expand import linear_expand
+from .expand import linear_expand, plain_gemm
 from .expand_backward import expand_backward
 from .gate_backward import gate_backward
 from .launch import Launch, recording
+from .one_pass_soft import linear_one_pass_soft, takes_one_pass_soft
+from .one_pass_task import linear_one_pass_task, takes_one_pass_task
 from .soft_shrink import soft_shrink
 from .task_shrink import task_shrink
 from .wgrad import soft_da, task_da
@@ -21,15 +25,23 @@ from .wgrad import soft_da, task_da
 __all__ = [
     "Dropout",
     "Launch",
+    "chip_of",
     "dropout_mask",
     "expand_backward",
     "gate_backward",
+    "linear_decode",
     "linear_dx_soft",
     "linear_dx_task",
     "linear_expand",
+    "linear_one_pass_soft",
+    "linear_one_pass_task",
+    "plain_gemm",
     "recording",
     "soft_da",
     "soft_shrink",
+    "takes_decode",
+    "takes_one_pass_soft",
+    "takes_one_pass_task",
     "task_da",
     "task_shrink",
 ]

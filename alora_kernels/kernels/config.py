@@ -1,4 +1,4 @@
-"""Tile sizes: frozen data, one row per (kernel idea, kind of chip, bytes per element).
+"""Tile sizes: frozen data, one row per (kernel idea, chip or kind of chip, bytes per element).
 
 In:   the idea a launcher implements, the device and dtype of its tensors.
 Out:  a `Tile`: how many rows, columns and K-steps one program takes, its warps and pipeline stages.
@@ -6,11 +6,15 @@ Who:  every launcher, and nobody else.
 
 The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of
 shared memory per program (consumer cards, gfx942) and unknown ones share the rows called "small"; the
-interpreter has its own, so that tests at small sizes go round every loop more than once.
+interpreter has its own, so that tests at small sizes go round every loop more than once. What `bench tune` measured
+on a chip (`tuned.py`) comes before the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -19,6 +23,7 @@ import torch
 import triton
 
 from .launch import recorded_chip
+from .tuned import TILES
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Tile:
         block_k: length of one step of the contraction.
         num_warps: warps per program.
         num_stages: software-pipeline depth.
+        parts: pieces in which a tile is stored through a descriptor; two leave room for one more stage.
     """
 
     block_m: int
@@ -38,11 +44,14 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    parts: int = 1
 
 
 GROUP_M = 8  # row blocks that share the weight tiles in L2
 MIN_PROGRAMS = 264  # two waves of 132 processors: reductions split their long axis until there are as many
 MAX_RANK_BLOCK = 64  # wider ranks are cut; 128 columns next to a 128x256 tile would not fit in shared memory
+DECODE_ROWS = 64  # up to here reading w is the time of a layer
+LONG_ROWS = 2048  # from here on every tile size fills the chip
 MAX_GATE = 1024  # experts of the soft routing: logits of one row are kept in registers
 
 _CHIP_CLASS = MappingProxyType(
@@ -81,6 +90,31 @@ _TABLE = MappingProxyType(
         ("gemm_ragged", "huge", 4): Tile(64, 64, 16, 8, 3),
         ("gemm_ragged", "big", 4): Tile(64, 64, 16, 8, 3),
         ("gemm_ragged", "small", 4): Tile(64, 64, 16, 8, 2),
+        # The same through tensor descriptors, on chips with a copy engine. 128x256x64 takes 229,408 of 232,448 bytes
+        # with four stages and a store in two parts.
+        ("gemm_descriptor", "huge", 2): Tile(128, 256, 64, 8, 4, 2),
+        ("gemm_descriptor", "huge", 4): Tile(64, 128, 16, 8, 3),
+        ("gemm_descriptor_narrow", "huge", 2): Tile(128, 128, 64, 8, 4),
+        ("gemm_descriptor_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        # The whole layer in one launch: a leader's h beside the tile leaves room for three stages. "narrow" is for
+        # dropout and for adapters of another dtype than x, which pass through registers.
+        ("one_pass_task", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
+        ("one_pass_task", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("one_pass_task_narrow", "huge", 2): Tile(128, 128, 64, 8, 3),
+        ("one_pass_task_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("one_pass_soft", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
+        ("one_pass_soft", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("one_pass_soft", "sm_100", 2): Tile(128, 128, 64, 8, 3),  # 256 columns beside p spill 40 bytes there
+        ("one_pass_soft_narrow", "huge", 2): Tile(128, 128, 64, 8, 3),
+        ("one_pass_soft_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        # The whole layer for at most 64 rows: narrow tiles, or too few programs read w; three stages take 74 KB, so
+        # that three programs share a processor and rows of A stream beside w.
+        ("decode", "huge", 2): Tile(64, 32, 128, 4, 3),
+        ("decode", "big", 2): Tile(64, 32, 128, 4, 3),
+        ("decode", "small", 2): Tile(64, 32, 64, 4, 2),
+        ("decode", "huge", 4): Tile(64, 32, 32, 4, 3),
+        ("decode", "big", 4): Tile(64, 32, 32, 4, 3),
+        ("decode", "small", 4): Tile(64, 32, 32, 4, 2),
         # h = s A_t x: reads x once; few rows per program, or the grid does not fill the chip. Here and below
         # "narrow" is for dropout or K that is no multiple of 16.
         ("task_shrink", "huge", 2): Tile(64, 64, 64, 4, 4),
@@ -125,7 +159,15 @@ _TABLE = MappingProxyType(
     }
 )
 _DOUBLE = Tile(32, 32, 16, 4, 2)  # float64 exists for gradient checks; speed does not matter
-_INTERPRETER = MappingProxyType({"wgrad": Tile(32, 32, 16, 4, 1)})
+_INTERPRETER = MappingProxyType(  # small, so that tests at small sizes go round every loop more than once
+    {
+        "wgrad": Tile(32, 32, 16, 4, 1),
+        "gemm_descriptor": Tile(16, 32, 16, 4, 1, 2),
+        "one_pass_task": Tile(16, 32, 16, 4, 1, 2),
+        "one_pass_soft": Tile(32, 32, 16, 4, 1, 2),
+        "decode": Tile(64, 32, 16, 4, 1),
+    }
+)
 
 
 @cache
@@ -143,18 +185,65 @@ def chip_of(device: torch.device) -> str:
     return recorded_chip() or _device_chip(device)
 
 
-def tile_for(idea: str, device: torch.device, dtype: torch.dtype) -> Tile:
-    """The tile for a kernel idea.
+def chip_class(chip: str) -> str:
+    """Which rows of the table a chip takes: "huge", "big", "small" (also unknown ones) or "interpreter"."""
+    return _CHIP_CLASS.get(chip, "small")
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether kernels reach matrices through tensor descriptors there: chips with TMA, and the interpreter."""
+    return chip_class(chip_of(device)) in ("huge", "interpreter")
+
+
+@cache
+def _device_processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the chip: how many persistent programs to launch; 132 where it is only recorded."""
+    return _device_processors(device) if device.type == "cuda" else 132
+
+
+def shape_class(rows: int, depth: int, cols: int) -> str:
+    """The class of shapes that share a measurement: how many rows, and which side of the weight is long."""
+    amount = "decode" if rows <= DECODE_ROWS else "short" if rows < LONG_ROWS else "long"
+    return f"{amount} {'wide' if cols >= 2 * depth else 'tall' if depth >= 2 * cols else 'square'}"
+
+
+_trying: ContextVar[Mapping[str, Tile]] = ContextVar("alora_kernels_tiles", default=MappingProxyType({}))
+
+
+@contextmanager
+def trying(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Use these tiles for these ideas inside the block: how `bench tune` measures a tile that is in no table."""
+    token = _trying.set(tiles)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
+def tile_for(idea: str, device: torch.device, dtype: torch.dtype, shapes: str = "") -> Tile:
+    """The tile for a kernel idea: one being tried, a measured one, or that of the table.
 
     Args:
         idea: first column of the table, e.g. `"gemm"`.
         device: where the tensors are.
         dtype: element type of x or dy.
+        shapes: class of shapes, for tiles that were measured per class.
 
     Returns:
-        The row of the table; chips it does not name get the smallest tiles.
+        The tile; chips that the table does not name get the smallest ones.
     """
-    kind = _CHIP_CLASS.get(chip_of(device), "small")
+    chip = chip_of(device)
+    kind, bytes_each = chip_class(chip), dtype.itemsize
+    if idea in _trying.get():
+        return _trying.get()[idea]
+    if (idea, chip, bytes_each, shapes) in TILES:
+        return Tile(*TILES[idea, chip, bytes_each, shapes])
     if kind == "interpreter":
         return _INTERPRETER.get(idea, Tile(16, 32, 16, 4, 1))
-    return _DOUBLE if dtype.itemsize == 8 else _TABLE[idea, kind, dtype.itemsize]
+    if bytes_each == 8:
+        return _DOUBLE
+    return _TABLE.get((idea, chip, bytes_each)) or _TABLE[idea, kind, bytes_each]

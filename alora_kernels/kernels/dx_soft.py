@@ -16,22 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GROUP_M
+from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
-from .dx_task import base_strides
-from .expand import gemm_tile
-from .gemm import gemm_loop, rank_loop, tile_of
+from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
+from .numerics import acc_dtype, dot_precision, power_of_two, rank_step, tl_dtype
 
 
 @triton.jit
 def _dx_soft_kernel(
-    dy_ptr,
-    w_ptr,
+    dy,
+    w,
+    dp,
+    a,
     dp_ptr,
     a_ptr,
     router_ptr,
-    dx_ptr,
+    dx,
     seed_ptr,
     p_drop,
     M,
@@ -52,8 +53,11 @@ def _dx_soft_kernel(
     stride_dxm,
     HAS_BASE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    LOW_DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,6 +68,7 @@ def _dx_soft_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    # dy, w and dx are descriptors or pointers; dp and a are descriptors of what dp_ptr and a_ptr point to, or None
     # C = E * R; BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
     pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,9 +79,12 @@ def _dx_soft_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
     # [BLOCK_M, C] [C, BLOCK_K]
-    acc = rank_loop(
-        acc, dp_rows, mask_m, stride_dpc, a_ptr + cols * stride_ak, mask_k, stride_ac, C, BLOCK_C, DTYPE, PRECISION
-    )
+    if LOW_DESCRIPTORS:  # a step beyond C multiplies logits by rows beyond a, which are read as zeros
+        acc = descriptor_loop(acc, dp, a, pid_m * BLOCK_M, pid_k * BLOCK_K, C, BLOCK_C, False, PRECISION)
+    else:
+        acc = rank_loop(
+            acc, dp_rows, mask_m, stride_dpc, a_ptr + cols * stride_ak, mask_k, stride_ac, C, BLOCK_C, DTYPE, PRECISION
+        )
     if HAS_DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
@@ -85,14 +93,19 @@ def _dx_soft_kernel(
         acc, dp_rows + tl.cast(C, tl.int64) * stride_dpc, mask_m, stride_dpc, router_ptr + cols * stride_ok, mask_k,
         stride_oe, E, BLOCK_E, DTYPE, PRECISION,
     )  # fmt: skip
-    if HAS_BASE:
-        # [BLOCK_M, N] [N, BLOCK_K]
+    # [BLOCK_M, N] [N, BLOCK_K]
+    if HAS_BASE and DESCRIPTORS:
+        acc = descriptor_loop(acc, dy, w, pid_m * BLOCK_M, pid_k * BLOCK_K, N, BLOCK_N, False, PRECISION)
+    elif HAS_BASE:
         acc = gemm_loop(
-            acc, dy_ptr + rows * stride_dym, stride_dyn, w_ptr + cols * stride_wk, mask_k, stride_wn, N,
-            EVEN_K, EVEN_N, BLOCK_N, PRECISION,
+            acc, dy + rows * stride_dym, stride_dyn, w + cols * stride_wk, mask_k, stride_wn, N,
+            EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
         )  # fmt: skip
-    dx_ptrs = dx_ptr + rows[:, None] * stride_dxm + cols[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+    if DESCRIPTORS:
+        store_tile(dx, pid_m * BLOCK_M, pid_k * BLOCK_K, acc, BLOCK_M, BLOCK_K, PARTS)
+    else:
+        dx_ptrs = dx + rows[:, None] * stride_dxm + cols[None, :]
+        tl.store(dx_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_k[None, :])
 
 
 def linear_dx_soft(
@@ -123,17 +136,23 @@ def linear_dx_soft(
     """
     m, (e, r, k), n = dp.shape[0], a.shape, 0 if w is None else w.shape[0]
     dx = torch.empty(m, k, dtype=dtype, device=dp.device)
-    tile, block_m = gemm_tile(m, k, n, dp.device, dtype, dropout is not None)
+    base = operands(dy, w, dx, transposed=False, masks=dropout is not None)
+    tile = base.tile
     a_cat = a.reshape(e * r, k)
+    # A pipelined loop over dp hides its loads; E * R = 128 is four steps that would each wait for memory.
+    low = base.flags["DESCRIPTORS"] and a.dtype == dtype and describable(dp, a_cat)
+    block_c = power_of_two(e * r, 16, 64) if low else rank_step(e * r, dtype)
+    low_rank = (
+        (describe(dp, (base.block_m, block_c)), describe(a_cat, (block_c, tile.block_n))) if low else (None, None)
+    )
     launch(
-        _dx_soft_kernel, (triton.cdiv(m, block_m) * triton.cdiv(k, tile.block_n),),
-        dy, w, dp, a_cat, router, dx,
+        _dx_soft_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
+        base.left, base.right, *low_rank, dp, a_cat, router, base.out,
         None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
-        m, n, k, e * r, e, *base_strides(dy, w), *dp.stride(), *a_cat.stride(), *router.stride(), dx.stride(0),
-        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None,
-        EVEN_N=n % tile.block_k == 0, EVEN_K=k % tile.block_n == 0,
-        BLOCK_M=block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n,
-        BLOCK_C=rank_step(e * r, dtype), BLOCK_E=rank_step(e, dtype), GROUP_M=GROUP_M,
+        m, n, k, e * r, e, *base.strides, *dp.stride(), *a_cat.stride(), *router.stride(), dx.stride(0),
+        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, LOW_DESCRIPTORS=low, **base.flags,
+        BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n,
+        BLOCK_C=block_c, BLOCK_E=rank_step(e, dtype), GROUP_M=GROUP_M,
         DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -4,8 +4,9 @@ In:   dy [M, N], w [N, K], dh [M, R], the matrices a [E, R, K], the rows grouped
 Out:  dx [M, K].
 Who:  the backward op with task ids; with `w=None` (4-bit bases) only the low-rank part, which the op adds.
 
-Programs take consecutive positions of `groups.order`, gather rows of dy and scatter rows of dx. The
-low-rank part comes first, because dropout masks it and must not touch dy w; the main loop then adds on top.
+Through pointers, programs take consecutive positions of `groups.order`, gather rows of dy and scatter rows of dx.
+Descriptors fetch consecutive rows only; there a program takes the rows as they come, and walks whatever tasks it
+meets. The low-rank part comes first, because dropout masks it and must not touch dy w; the main loop adds on top.
 """
 
 from __future__ import annotations
@@ -18,24 +19,23 @@ from torch import Tensor
 from alora_kernels.routing import RowGroups
 
 from .config import GROUP_M
+from .descriptors import descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
-from .expand import gemm_tile
-from .gemm import gemm_loop, rank_loop, tile_of
+from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
-from .segments import first_segment, task_at
+from .segments import next_task
 
 
 @triton.jit
 def _dx_task_kernel(
-    dy_ptr,
-    w_ptr,
+    dy,
+    w,
     dh_ptr,
     a_ptr,
-    dx_ptr,
+    dx,
     ids_ptr,
     order_ptr,
-    offsets_ptr,
     seed_ptr,
     p_drop,
     M,
@@ -55,8 +55,10 @@ def _dx_task_kernel(
     stride_dxm,
     HAS_BASE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,38 +68,44 @@ def _dx_task_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    # dy, w and dx are descriptors or pointers
     # BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
     pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
-    start = pid_m * BLOCK_M
-    end = tl.minimum(start + BLOCK_M, M)
-    pos_m = start + tl.arange(0, BLOCK_M)
+    pos_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_m, mask_k = pos_m < M, offs_k < K
-    row = tl.load(order_ptr + pos_m, mask=mask_m, other=0)
+    if DESCRIPTORS:
+        row = tl.where(mask_m, pos_m, 0)
+    else:
+        row = tl.load(order_ptr + pos_m, mask=mask_m, other=0)
+    ids = tl.load(ids_ptr + row, mask=mask_m, other=-1)
     rows, cols = row.to(tl.int64), offs_k.to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
-    pos, task = first_segment(start, M, E, ids_ptr, order_ptr, offsets_ptr)
-    while (pos < end) & (task < E):
-        stop = tl.minimum(end, tl.load(offsets_ptr + task + 1))
+    task = next_task(ids, -1, E)
+    while task < E:
         # [BLOCK_M, R] [R, BLOCK_K], rows of this task only
         acc = rank_loop(
-            acc, dh_ptr + rows * stride_dhm, (pos_m >= pos) & (pos_m < stop), stride_dhr,
+            acc, dh_ptr + rows * stride_dhm, ids == task, stride_dhr,
             a_ptr + task.to(tl.int64) * stride_ae + cols * stride_ak, mask_k, stride_ar, R, BLOCK_R, DTYPE, PRECISION,
         )  # fmt: skip
-        pos = stop
-        task = task_at(pos, M, E, ids_ptr, order_ptr)
+        task = next_task(ids, task, E)
     if HAS_DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), row, pid_k * BLOCK_K, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
-    if HAS_BASE:
-        # [BLOCK_M, N] [N, BLOCK_K]
+    # [BLOCK_M, N] [N, BLOCK_K]
+    if HAS_BASE and DESCRIPTORS:
+        acc = descriptor_loop(acc, dy, w, pid_m * BLOCK_M, pid_k * BLOCK_K, N, BLOCK_N, False, PRECISION)
+    elif HAS_BASE:
         acc = gemm_loop(
-            acc, dy_ptr + rows * stride_dym, stride_dyn, w_ptr + cols * stride_wk, mask_k, stride_wn, N,
-            EVEN_K, EVEN_N, BLOCK_N, PRECISION,
+            acc, dy + rows * stride_dym, stride_dyn, w + cols * stride_wk, mask_k, stride_wn, N,
+            EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
         )  # fmt: skip
-    dx_ptrs = dx_ptr + rows[:, None] * stride_dxm + cols[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+    if DESCRIPTORS:
+        store_tile(dx, pid_m * BLOCK_M, pid_k * BLOCK_K, acc, BLOCK_M, BLOCK_K, PARTS)
+    else:
+        dx_ptrs = dx + rows[:, None] * stride_dxm + cols[None, :]
+        tl.store(dx_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_k[None, :])
 
 
 def linear_dx_task(
@@ -128,27 +136,16 @@ def linear_dx_task(
     """
     (m, r), (e, _, k), n = dh.shape, a.shape, 0 if w is None else w.shape[0]
     dx = torch.empty(m, k, dtype=dtype, device=dh.device)
-    tile, block_m = gemm_tile(m, k, n, dh.device, dtype, dropout is not None)
+    base = operands(dy, w, dx, transposed=False, masks=dropout is not None)
+    tile = base.tile
     launch(
-        _dx_task_kernel, (triton.cdiv(m, block_m) * triton.cdiv(k, tile.block_n),),
-        dy, w, dh, a, dx, groups.ids, groups.order, groups.offsets,
+        _dx_task_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
+        base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
         None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
-        m, n, k, r, e, *base_strides(dy, w), *dh.stride(), *a.stride(), dx.stride(0),
-        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None,
-        EVEN_N=n % tile.block_k == 0, EVEN_K=k % tile.block_n == 0,
-        BLOCK_M=block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=rank_step(r, dtype), GROUP_M=GROUP_M,
+        m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
+        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
+        BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=rank_step(r, dtype), GROUP_M=GROUP_M,
         DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dx
-
-
-def base_strides(dy: Tensor | None, w: Tensor | None) -> tuple[int, ...]:
-    """Strides of dy and w, or zeros where there is no base part.
-
-    Raises:
-        ValueError: only one of the two is None.
-    """
-    if (dy is None) != (w is None):
-        raise ValueError("give both dy and w, or neither")
-    return (0, 0, 0, 0) if dy is None or w is None else (*dy.stride(), *w.stride())

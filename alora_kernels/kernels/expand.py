@@ -15,20 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, Tile, tile_for
-from .gemm import gemm_loop, rank_loop, tile_of
+from .config import GROUP_M
+from .descriptors import descriptor_loop, store_tile
+from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, power_of_two, rank_step, tl_dtype
+from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
 
 
 @triton.jit
 def _expand_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     bias_ptr,
     h_ptr,
     b_ptr,
-    y_ptr,
+    y,
     M,
     N,
     K,
@@ -43,16 +44,20 @@ def _expand_kernel(
     stride_br,
     stride_ym,
     HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    # x, w and y are descriptors or pointers
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,42 +69,24 @@ def _expand_kernel(
     # [BLOCK_M, R] [R, BLOCK_N]
     acc = rank_loop(
         acc, h_ptr + rows * stride_hm, mask_m, stride_hr, b_ptr + cols * stride_bn, mask_n, stride_br, R,
-        BLOCK_R, x_ptr.dtype.element_ty, PRECISION,
+        BLOCK_R, DTYPE, PRECISION,
     )  # fmt: skip
     # [BLOCK_M, K] [K, BLOCK_N]
-    acc = gemm_loop(
-        acc, x_ptr + rows * stride_xm, stride_xk, w_ptr + cols * stride_wn, mask_n, stride_wk, K,
-        EVEN_N, EVEN_K, BLOCK_K, PRECISION,
-    )  # fmt: skip
+    if DESCRIPTORS:
+        acc = descriptor_loop(acc, x, w, pid_m * BLOCK_M, pid_n * BLOCK_N, K, BLOCK_K, True, PRECISION)
+    else:
+        acc = gemm_loop(
+            acc, x + rows * stride_xm, stride_xk, w + cols * stride_wn, mask_n, stride_wk, K,
+            EVEN_COLS, EVEN_DEPTH, BLOCK_K, PRECISION,
+        )  # fmt: skip
     if HAS_BIAS:
         # [BLOCK_N]
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-    y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-
-
-def gemm_tile(
-    rows: int, cols: int, depth: int, device: torch.device, dtype: torch.dtype, dropout: bool = False
-) -> tuple[Tile, int]:
-    """The tile of the base GEMM, and its rows: fewer than the tile's when the batch is small.
-
-    Args:
-        rows: M.
-        cols: columns of the result.
-        depth: length of the contraction.
-        device: where the tensors are.
-        dtype: element type of the product.
-        dropout: the kernel also draws a mask.
-    """
-    small = tile_for("gemm_small", device, dtype)
-    if rows <= small.block_m:
-        return small, power_of_two(rows, 16, small.block_m)
-    tile = tile_for("gemm", device, dtype)
-    if cols % 16 or depth % 16:  # rows that are not aligned are loaded element by element: many addresses
-        tile = tile_for("gemm_ragged", device, dtype)
-    elif dropout or cols % tile.block_n or depth % tile.block_k:  # masks and philox need registers
-        tile = tile_for("gemm_narrow", device, dtype)
-    return tile, tile.block_m
+    if DESCRIPTORS:
+        store_tile(y, pid_m * BLOCK_M, pid_n * BLOCK_N, acc, BLOCK_M, BLOCK_N, PARTS)
+    else:
+        y_ptrs = y + rows[:, None] * stride_ym + cols[None, :]
+        tl.store(y_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_n[None, :])
 
 
 def linear_expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
@@ -119,16 +106,32 @@ def linear_expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tenso
     """
     (m, k), n, r = x.shape, w.shape[0], b.shape[1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tile, block_m = gemm_tile(m, n, k, x.device, x.dtype)
+    base = operands(x, w, y, transposed=True, masks=False)
+    tile = base.tile
     launch(
-        _expand_kernel, (triton.cdiv(m, block_m) * triton.cdiv(n, tile.block_n),),
-        x, w, None if bias is None else bias.contiguous(), h, b, y, m, n, k, r,
-        *x.stride(), *w.stride(), *h.stride(), *b.stride(), y.stride(0),
-        HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0, EVEN_K=k % tile.block_k == 0,
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        _expand_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(n, tile.block_n),),
+        base.left, base.right, None if bias is None else bias.contiguous(), h, b, base.out, m, n, k, r,
+        *base.strides, *h.stride(), *b.stride(), y.stride(0),
+        HAS_BIAS=bias is not None, **base.flags,
+        BLOCK_M=base.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # b comes row by row, R long: next to 256 columns of it 32 ranks at a time spill, 16 do not
         BLOCK_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M,
-        PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
+        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y
+
+
+def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
+    """The base product alone, by the same kernel: what its speed over cuBLAS's is measured with.
+
+    Formula: `y = x w^T`.
+
+    Args:
+        x: activations `[M, K]`.
+        w: weight `[N, K]`.
+
+    Returns:
+        y `[M, N]`.
+    """
+    return linear_expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))

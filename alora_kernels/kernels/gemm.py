@@ -1,17 +1,112 @@
-"""The two inner loops that forward and dx share: the base GEMM, and the low-rank step next to it.
+"""What every GEMM of this package shares: the tile, the operands, the loops over K (or N) and over the rank.
 
-In:   pointers to the first element of each row of the left factor and each column of the right one.
-Out:  the accumulator with the product added.
-Who:  `linear_expand` (loops over K, then over R) and the two dx kernels (over R, then over N).
+In:   the two operands of the base product, through pointers or descriptors; the operands of the low-rank one.
+Out:  on the host `Operands`, what a launcher passes on; in a kernel the accumulator with the products added.
+Who:  `linear_expand` and the one-pass kernels (loop over K, then over R), the two dx kernels (over R, then over N).
 
-`out = in @ W + low rank` is one idea in two orientations: only strides differ. Rows are not masked (the
-caller clamps their numbers), columns and the contraction are, unless the tile divides them.
+`out = left @ right + low rank` is one idea in two orientations: only strides differ. Through pointers, rows are not
+masked (the caller clamps their numbers), columns and the contraction are, unless the tile divides them. Descriptors
+need no masks at all.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .config import Tile, shape_class, tile_for
+from .descriptors import describable, describe
+from .numerics import power_of_two
+
+
+class Operands(NamedTuple):
+    """The base product `left [M, L] right -> [M, C]` as a kernel takes it.
+
+    Attributes:
+        left, right, out: tensors, or descriptors of them.
+        strides: of left, then of right; zeros without a base product.
+        tile: block_n counts columns of the result, block_k steps of the contraction.
+        block_m: rows of a tile; fewer than the tile's when the batch is small.
+        flags: the kernel's constexprs about the operands.
+    """
+
+    left: Any
+    right: Any
+    out: Any
+    strides: tuple[int, ...]
+    tile: Tile
+    block_m: int
+    flags: dict[str, bool | int]
+
+
+def gemm_tile(
+    rows: int, cols: int, depth: int, device: torch.device, dtype: torch.dtype, *, masks: bool, descriptors: bool
+) -> tuple[Tile, int]:
+    """The tile of the base GEMM, and its rows.
+
+    Args:
+        rows: M.
+        cols: columns of the result.
+        depth: length of the contraction.
+        device: where the tensors are.
+        dtype: element type of the product.
+        masks: the kernel also draws a dropout mask.
+        descriptors: the operands come through descriptors.
+    """
+    small = tile_for("gemm_small", device, dtype)
+    if rows <= small.block_m and not descriptors:
+        return small, power_of_two(rows, 16, small.block_m)
+    shapes = shape_class(rows, depth, cols)
+    if descriptors:
+        tile = tile_for("gemm_descriptor_narrow" if masks else "gemm_descriptor", device, dtype, shapes)
+        return tile, tile.block_m
+    tile = tile_for("gemm", device, dtype, shapes)
+    if cols % 16 or depth % 16:  # rows that are not aligned are loaded element by element: many addresses
+        tile = tile_for("gemm_ragged", device, dtype)
+    elif masks or cols % tile.block_n or depth % tile.block_k:  # masks and philox need registers
+        tile = tile_for("gemm_narrow", device, dtype)
+    return tile, tile.block_m
+
+
+def operands(left: Tensor | None, right: Tensor | None, out: Tensor, *, transposed: bool, masks: bool) -> Operands:
+    """How to reach the operands of the base product, chosen by chip, size and alignment.
+
+    Args:
+        left: `[M, L]`, or None (with right) for no base product.
+        right: `[L, C]`, or `[C, L]` if transposed.
+        out: `[M, C]`.
+        transposed: forward multiplies by w^T, backward by w.
+        masks: the kernel also draws a dropout mask.
+
+    Raises:
+        ValueError: only one of left and right is None.
+    """
+    if left is None or right is None:
+        if (left is None) != (right is None):
+            raise ValueError("give both dy and w, or neither")
+        tile, block_m = gemm_tile(*out.shape, 0, out.device, out.dtype, masks=masks, descriptors=False)
+        flags = {"DESCRIPTORS": False, "PARTS": 1, "EVEN_COLS": out.shape[1] % tile.block_n == 0, "EVEN_DEPTH": True}
+        return Operands(None, None, out, (0, 0, 0, 0), tile, block_m, flags)
+    depth = left.shape[1]
+    small = out.shape[0] <= tile_for("gemm_small", out.device, out.dtype).block_m
+    through = not small and describable(left, right, out)
+    tile, block_m = gemm_tile(*out.shape, depth, out.device, out.dtype, masks=masks, descriptors=through)
+    if not through:
+        even = {"EVEN_COLS": out.shape[1] % tile.block_n == 0, "EVEN_DEPTH": depth % tile.block_k == 0}
+        flags = {"DESCRIPTORS": False, "PARTS": 1, **even}
+        return Operands(left, right, out, (*left.stride(), *right.stride()), tile, block_m, flags)
+    steps = (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
+    described = (
+        describe(left, (block_m, tile.block_k)),
+        describe(right, steps),
+        describe(out, (block_m, tile.block_n // tile.parts)),
+    )
+    flags = {"DESCRIPTORS": True, "PARTS": tile.parts, "EVEN_COLS": True, "EVEN_DEPTH": True}
+    return Operands(*described, (0, 0, 0, 0), tile, block_m, flags)
 
 
 @triton.jit
@@ -37,7 +132,7 @@ def gemm_loop(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] += in [BLOCK_M, K] w [K, BLOCK_N]."""
+    """acc [BLOCK_M, BLOCK_N] += in [BLOCK_M, K] w [K, BLOCK_N], through pointers."""
     offs_k = tl.arange(0, BLOCK_K)
     in_ptrs = in_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_ik
     w_ptrs = w_cols[None, :] + offs_k.to(tl.int64)[:, None] * stride_wk

@@ -1,17 +1,16 @@
 """Walking the tasks of a block of rows inside a kernel.
 
-In:   a block of positions of `RowGroups.order`, where the rows of one task are neighbours.
-Out:  the first position that belongs to a task and that task; then the same again from where it ends.
-Who:  `task_shrink` and `linear_dx_task`.
+In:   the task ids of a block's rows, a vector [BLOCK_M]; in any order.
+Out:  the smallest task in the block, then the next one, until none is left.
+Who:  `task_shrink`, `one_pass_task` and `linear_dx_task`.
 
-A block of 64 or 128 rows meets one task, seldom two or three. Each step jumps to the next task that is
-present, so absent tasks cost nothing however many there are. The walk looks like this:
+A block of 64 or 128 rows meets one task, seldom two or three. Each step jumps to the next task that is present, so
+absent tasks cost nothing however many there are. Rows of no task have ids that no step returns: -1, or E and above.
 
-    pos, task = first_segment(start, M, E, ids_ptr, order_ptr, offsets_ptr)
-    while (pos < end) & (task < E):
-        stop = tl.minimum(end, tl.load(offsets_ptr + task + 1))   # rows pos .. stop belong to task
-        pos = stop
-        task = task_at(pos, M, E, ids_ptr, order_ptr)
+    task = next_task(ids, -1, E)
+    while task < E:
+        ...                                # rows with ids == task
+        task = next_task(ids, task, E)
 """
 
 from __future__ import annotations
@@ -21,14 +20,6 @@ import triton.language as tl
 
 
 @triton.jit
-def task_at(pos, M, E, ids_ptr, order_ptr):
-    """The task of position `pos` of the order, or E past the end."""
-    row = tl.load(order_ptr + pos, mask=pos < M, other=0)
-    return tl.load(ids_ptr + row, mask=pos < M, other=E)
-
-
-@triton.jit
-def first_segment(start, M, E, ids_ptr, order_ptr, offsets_ptr):
-    """The first position at or after `start` that belongs to a task, and the task."""
-    pos = tl.maximum(start, tl.load(offsets_ptr))  # rows with id -1 come before offsets[0]
-    return pos, task_at(pos, M, E, ids_ptr, order_ptr)
+def next_task(ids, previous, E):
+    """The smallest id above `previous` in the block, or E if there is none."""
+    return tl.min(tl.where((ids > previous) & (ids < E), ids, E), axis=0)

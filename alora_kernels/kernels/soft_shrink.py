@@ -81,7 +81,9 @@ def softmax_rows(logits, mask_e):
 
 
 @triton.jit
-def _soft_shrink_kernel(
+def soft_shrink_rows(
+    pid_m,
+    pid_r,
     x_ptr,
     a_ptr,
     router_ptr,
@@ -112,7 +114,8 @@ def _soft_shrink_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """p and h of one block of rows and one block of ranks."""
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < M
     x_rows = x_ptr + tl.where(mask_m, rows, 0).to(tl.int64) * stride_xm
     p_rows = p_ptr + rows.to(tl.int64) * stride_pm
@@ -121,7 +124,7 @@ def _soft_shrink_kernel(
     router_rows = router_ptr + offs_e.to(tl.int64) * stride_oe
     # column c of a chunk is rank r of expert e
     col = tl.arange(0, CHUNK * BLOCK_R)
-    offs_r = tl.program_id(1) * BLOCK_R + col % BLOCK_R
+    offs_r = pid_r * BLOCK_R + col % BLOCK_R
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
     gate = tl.zeros((BLOCK_M, E_PAD), dtype=ACC)
 
@@ -153,9 +156,48 @@ def _soft_shrink_kernel(
         h += tl.sum(tl.reshape(products, [BLOCK_M, CHUNK, BLOCK_R]) * weight[:, :, None], axis=1)
 
     h *= tl.cast(scaling, ACC)
-    out_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    out_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + out_r[None, :]
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & (out_r < R)[None, :])
+
+
+@triton.jit
+def _soft_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    h_ptr,
+    p_ptr,
+    seed_ptr,
+    p_drop,
+    scaling,
+    M,
+    K,
+    R,
+    E,
+    stride_xm,
+    stride_xk,
+    stride_ac,
+    stride_ak,
+    stride_oe,
+    stride_ok,
+    stride_hm,
+    stride_pm,
+    HAS_DROPOUT: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    soft_shrink_rows(
+        tl.program_id(0), tl.program_id(1), x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
+        M, K, R, E, stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
+        HAS_DROPOUT, ONE_PASS, CHUNK, E_PAD, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+    )  # fmt: skip
 
 
 def soft_shrink(

@@ -22,7 +22,7 @@ from .config import tile_for
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
-from .segments import first_segment, task_at
+from .segments import next_task
 
 
 @triton.jit
@@ -32,7 +32,6 @@ def _task_shrink_kernel(
     h_ptr,
     ids_ptr,
     order_ptr,
-    offsets_ptr,
     seed_ptr,
     p_drop,
     scaling,
@@ -54,22 +53,20 @@ def _task_shrink_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    start = tl.program_id(0) * BLOCK_M
-    end = tl.minimum(start + BLOCK_M, M)
-    pos_m = start + tl.arange(0, BLOCK_M)
+    pos_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_r = pos_m < M, offs_r < R
     rows = tl.load(order_ptr + pos_m, mask=mask_m, other=0)
+    ids = tl.load(ids_ptr + rows, mask=mask_m, other=-1)
     x_rows = x_ptr + rows.to(tl.int64) * stride_xm
     step = tl.full((), BLOCK_K, tl.int64)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
-    pos, task = first_segment(start, M, E, ids_ptr, order_ptr, offsets_ptr)
-    while (pos < end) & (task < E):
-        stop = tl.minimum(end, tl.load(offsets_ptr + task + 1))
+    task = next_task(ids, -1, E)
+    while task < E:
         a_rows = a_ptr + task.to(tl.int64) * stride_ae + offs_r.to(tl.int64) * stride_ar
         x_ptrs = x_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_xk
         a_ptrs = a_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ak
@@ -88,9 +85,8 @@ def _task_shrink_kernel(
             if HAS_DROPOUT:
                 x = tl.where(dropout_keep(seed, rows, k, p_drop, BLOCK_K), x, 0.0)
             part = tl.dot(x, a, part, input_precision=PRECISION, out_dtype=part.dtype)
-        h = tl.where(((pos_m >= pos) & (pos_m < stop))[:, None], part, h)
-        pos = stop
-        task = task_at(pos, M, E, ids_ptr, order_ptr)
+        h = tl.where((ids == task)[:, None], part, h)
+        task = next_task(ids, task, E)
 
     h *= tl.cast(scaling, ACC)
     if HAS_DROPOUT:
@@ -118,11 +114,12 @@ def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
     idea = "task_shrink_narrow" if dropout is not None or k % 16 else "task_shrink"
     h = torch.empty(m, r, dtype=x.dtype, device=x.device)
     tile, block_r = tile_for(idea, x.device, x.dtype), rank_block(r, x.dtype)
-    block_m = power_of_two(m, 16, tile.block_m)
+    # a block should meet one task, not many: with few rows a task, few rows a block
+    block_m = power_of_two(min(m, m // e), 16, tile.block_m)
     inside, outside = kernel_scaling(scaling, x.dtype)
     launch(
         _task_shrink_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
-        x, a, h, groups.ids, groups.order, groups.offsets,
+        x, a, h, groups.ids, groups.order,
         None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), inside,
         m, k, r, e, *x.stride(), *a.stride(), h.stride(0),
         HAS_DROPOUT=dropout is not None, EVEN_K=k % tile.block_k == 0,

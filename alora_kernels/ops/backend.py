@@ -4,6 +4,8 @@ In:   the caller's wish (`backend=`), the environment variable `ALORA_BACKEND`, 
 Out:  the name of a backend that can run there, or an error that says what to change.
 Who:  the ops ask once per call; `alora doctor` prints `explain`.
 
+A wish may name a plan, "triton:one_pass" (see `plans`): for tests and measurements. Without one the tables decide.
+
 The rule: the caller's wish first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch
 elsewhere. Triton runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work.
 """
@@ -15,6 +17,8 @@ import os
 from typing import NamedTuple
 
 import torch
+
+from .plans import PLANS
 
 BACKENDS = ("triton", "torch")
 ENV = "ALORA_BACKEND"
@@ -49,7 +53,7 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
 
     Args:
         device: where x lives.
-        backend: "triton", "torch" or None for the environment's or the automatic choice.
+        backend: "triton", "triton:<plan>", "torch", or None for the environment's or the automatic choice.
 
     Raises:
         ValueError: the name is not a backend.
@@ -62,11 +66,15 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
         if not triton_installed():
             return Choice("torch", "triton is not installed: pip install triton (Linux)")
         return Choice("triton", "tensors on a CUDA or ROCm device")
-    if wish not in BACKENDS:
+    name, _, plan = wish.partition(":")
+    if name not in BACKENDS:
         raise ValueError(f"unknown backend {wish!r} ({source}): choose one of {', '.join(BACKENDS)}")
-    if wish == "triton" and not triton_installed():
+    if wish != name and (name != "triton" or plan not in PLANS):
+        known = ", ".join(f"triton:{plan}" for plan in PLANS)
+        raise ValueError(f"unknown plan in backend {wish!r} ({source}): choose one of {known}")
+    if name == "triton" and not triton_installed():
         raise BackendError(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
-    if wish == "triton" and device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
+    if name == "triton" and device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
         raise BackendError(
             f"backend 'triton' ({source}) cannot run on {device.type} tensors: move them to a GPU, use backend='torch',"
             " or set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow)"
@@ -81,6 +89,6 @@ def choose(x: torch.Tensor, backend: str | None) -> str:
         TypeError: bf16 in Triton's interpreter, which multiplies bit patterns instead of numbers.
     """
     name = explain(x.device, backend).name
-    if name == "triton" and x.dtype == torch.bfloat16 and not x.is_cuda:
+    if name.startswith("triton") and x.dtype == torch.bfloat16 and not x.is_cuda:
         raise TypeError("Triton's interpreter does not model bfloat16: use float16, float32 or float64, or a GPU")
     return name

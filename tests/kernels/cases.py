@@ -55,6 +55,7 @@ CASES = [
     Case(p=1.0),
     Case(fp32_adapters=True, p=0.25),
     Case(m=20, k=48, r=2, e=40),
+    Case(m=40, k=64, n=48, r=16, e=4, p=0.25),  # rows of p are multiples of 16 bytes: descriptors reach it
 ]
 
 

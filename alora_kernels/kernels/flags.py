@@ -1,0 +1,76 @@
+"""Order inside one launch: tickets hand out the work, flags say what is ready, the last program cleans up.
+
+In:   a block of int32 counters that are zero when the launch begins (`workspace.counters`):
+      [tickets taken, programs done, flag 0, flag 1, ...].
+Out:  the same block, zero again when the launch ends, so a CUDA graph can replay it.
+Who:  the one-pass kernels, whose tiles wait for an h that other programs of the same launch compute.
+
+Why no program can wait forever: work is numbered, whoever computes h has a smaller number than whoever waits for
+it, and a program takes the next number only when it runs. So all work with smaller numbers is finished or running,
+and the programs that compute h wait for nobody. This holds for any grid, co-resident or not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HEADER = 2  # counters before the first flag
+TICKETS, DONE = tl.constexpr(0), tl.constexpr(1)
+FLAGS = tl.constexpr(HEADER)
+
+
+@triton.jit
+def take_ticket(counters_ptr):
+    """The next number of work, unique within the launch."""
+    return tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
+
+
+@triton.jit
+def publish(counters_ptr, flag):
+    """Raise a flag by one; what this program stored before is visible to whoever sees it raised."""
+    tl.debug_barrier()  # the stores of all warps come before the one thread that raises the flag
+    tl.atomic_add(counters_ptr + FLAGS + flag, 1, sem="release")
+
+
+@triton.jit
+def wait_for(counters_ptr, flag, count):
+    """Return when the flag was raised `count` times."""
+    seen = tl.atomic_add(counters_ptr + FLAGS + flag, 0, sem="acquire")
+    while seen < count:
+        seen = tl.atomic_add(counters_ptr + FLAGS + flag, 0, sem="acquire")
+
+
+@triton.jit
+def clean_up(counters_ptr, num_flags, BLOCK: tl.constexpr):
+    """Every program calls this last; the last one of all sets the counters back to zero."""
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        offs = tl.arange(0, BLOCK)
+        while tl.min(offs, axis=0) < FLAGS + num_flags:
+            tl.store(counters_ptr + offs, 0, mask=offs < FLAGS + num_flags)
+            offs += BLOCK
+
+
+@triton.jit
+def ahead_of(ticket, AHEAD, REST):
+    """What a ticket stands for when each group of row blocks has AHEAD pieces that others wait for, and REST others.
+
+    The pieces of group g + 1 come before the rest of group g, so that nobody waits for a piece that runs beside it.
+
+    Returns:
+        the group, the piece's index in its part, and whether it is one of the AHEAD pieces.
+    """
+    turn = ticket - AHEAD
+    width = AHEAD + REST
+    inside = turn % width
+    first = ticket < AHEAD
+    is_ahead = first | (inside < AHEAD)
+    group = tl.where(first, 0, turn // width + (inside < AHEAD).to(tl.int32))
+    index = tl.where(first, ticket, tl.where(inside < AHEAD, inside, inside - AHEAD))
+    return group, index, is_ahead
+
+
+def tickets_of(groups: int, ahead: int, rest: int) -> int:
+    """How many tickets `ahead_of` numbers; the AHEAD pieces after the last group are empty."""
+    return ahead + groups * (ahead + rest)

@@ -1,0 +1,176 @@
+"""Forward of the whole layer in one launch, soft routing.
+
+In:   x [M, K], w [N, K], bias, the matrices a [E, R, K], the router [E, K], b [N, R], s, dropout.
+Out:  y [M, N], the scaled h [M, R] and p [M, E*R + E] (kept for backward).
+Who:  the forward op under the plan "one_pass", on chips with a copy engine.
+
+The skinny products of all experts are too wide to ride along with a tile, so some pieces of work are nothing but
+`soft_shrink` for BLOCK_P rows. They come a group of row blocks ahead of the tiles of the GEMM, each raises the flag of
+its row block, and every tile waits for its flag only before its last step, h b^T.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import GROUP_M, MAX_RANK_BLOCK, processors, shape_class, tile_for
+from .descriptors import describable, describe, descriptor_loop, store_tile
+from .dropout import Dropout
+from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
+from .gemm import rank_loop
+from .launch import launch
+from .numerics import acc_dtype, dot_precision, power_of_two, rank_block, rank_step, tl_dtype
+from .soft_shrink import soft_shrink_rows
+from .workspace import counters
+
+MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile
+
+
+@triton.jit
+def _one_pass_soft_kernel(
+    x,
+    w,
+    y,
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    bias_ptr,
+    b_ptr,
+    h_ptr,
+    p_ptr,
+    counters_ptr,
+    seed_ptr,
+    p_drop,
+    scaling,
+    M,
+    N,
+    K,
+    R,
+    E,
+    tickets,
+    stride_xm,
+    stride_ac,
+    stride_ak,
+    stride_oe,
+    stride_ok,
+    stride_bn,
+    stride_br,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    E_PAD: tl.constexpr,
+    STEP_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    SHARE: tl.constexpr = BLOCK_M // BLOCK_P  # pieces of p per row block
+    ticket = take_ticket(counters_ptr)
+    while ticket < tickets:
+        group, index, produces = ahead_of(ticket, GROUP_M * SHARE, GROUP_M * tl.cdiv(N, BLOCK_N))
+        if produces:
+            piece = group * (GROUP_M * SHARE) + index
+            if piece * BLOCK_P < M:
+                soft_shrink_rows(
+                    piece, 0, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling, M, K, R, E,
+                    stride_xm, 1, stride_ac, stride_ak, stride_oe, stride_ok, R, E * R + E,
+                    HAS_DROPOUT, True, CHUNK, E_PAD, BLOCK_P, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                )  # fmt: skip
+                publish(counters_ptr, piece // SHARE)
+        else:
+            pid_m = group * GROUP_M + index % GROUP_M
+            row, col = pid_m * BLOCK_M, (index // GROUP_M) * BLOCK_N
+            if row < M:
+                offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+                mask_n = offs_n < N
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+                acc = descriptor_loop(acc, x, w, row, col, K, BLOCK_K, True, PRECISION)
+                wait_for(counters_ptr, pid_m, tl.minimum(SHARE, tl.cdiv(M - row, BLOCK_P)))
+                # [BLOCK_M, R] [R, BLOCK_N]
+                acc = rank_loop(
+                    acc, h_ptr + offs_m.to(tl.int64) * R, offs_m < M, 1, b_ptr + offs_n.to(tl.int64) * stride_bn,
+                    mask_n, stride_br, R, STEP_R, DTYPE, PRECISION,
+                )  # fmt: skip
+                if HAS_BIAS:
+                    # [BLOCK_N]
+                    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+                store_tile(y, row, col, acc, BLOCK_M, BLOCK_N, PARTS)
+        ticket = take_ticket(counters_ptr)
+    clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
+
+
+def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
+    """Whether `linear_one_pass_soft` can run: descriptors reach x, w and y, all experts fit in one pass over x."""
+    (e, r, _), n = a.shape, w.shape[0]
+    columns = triton.next_power_of_2(e) * rank_block(r, x.dtype)
+    fits = r <= rank_block(MAX_RANK_BLOCK, x.dtype) and columns <= MAX_COLUMNS and n * x.element_size() % 16 == 0
+    # s is applied inside the launch, as float32: not exact enough for float64
+    return fits and x.dtype != torch.float64 and describable(x, w)
+
+
+def linear_one_pass_soft(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router: Tensor,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole layer under soft routing, in one launch.
+
+    Formula: `p = [dropout(x) a_cat^T | x router^T]`, `h = s sum_e softmax(logits)_e p_e`, `y = x w^T + bias + h b^T`.
+
+    Args:
+        x: activations `[M, K]`.
+        w: frozen weight `[N, K]` in x's dtype.
+        bias: `[N]`, or None.
+        a: the matrices A `[E, R, K]`, x's dtype or float32.
+        b: shared B `[N, R]`, x's dtype or float32.
+        router: router weight `[E, K]`; it sees x before dropout.
+        scaling: s.
+        dropout: of x on the low-rank path, or None.
+
+    Returns:
+        y `[M, N]` and h `[M, R]` in x's dtype, the unscaled p `[M, E*R + E]` in the accumulator dtype.
+    """
+    (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
+    y, h = torch.empty(m, n, dtype=x.dtype, device=x.device), torch.empty(m, r, dtype=x.dtype, device=x.device)
+    p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
+    if m == 0:
+        return y, h, p
+    block_r, experts, a_cat = rank_block(r, x.dtype), triton.next_power_of_2(e), a.reshape(e * r, k)
+    narrow = dropout is not None or a.dtype != x.dtype
+    idea = "one_pass_soft_narrow" if narrow else "one_pass_soft"
+    tile = tile_for(idea, x.device, x.dtype, shape_class(m, k, n))
+    block_p = power_of_two(tile.block_m // 2, 16, 64)
+    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    share = tile.block_m // block_p
+    tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M * share, GROUP_M * blocks_n)
+    launch(
+        _one_pass_soft_kernel, (min(blocks_m * (blocks_n + share), processors(x.device)),),
+        describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
+        describe(y, (tile.block_m, tile.block_n // tile.parts)),
+        x, a_cat, router, None if bias is None else bias.contiguous(), b, h, p, counters(x.device, HEADER + blocks_m),
+        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), scaling,
+        m, n, k, r, e, tickets, x.stride(0), *a_cat.stride(), *router.stride(), *b.stride(),
+        HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_P=block_p, BLOCK_R=block_r,
+        CHUNK=experts, E_PAD=max(16, experts), STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32),
+        GROUP_M=GROUP_M, PARTS=tile.parts,
+        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y, h, p

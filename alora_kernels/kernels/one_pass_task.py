@@ -1,0 +1,215 @@
+"""Forward of the whole layer in one launch, task routing.
+
+In:   x [M, K], w [N, K], bias, the matrices a [E, R, K], b [N, R], task ids, s, dropout.
+Out:  y [M, N] and the scaled h [M, R] (kept for backward).
+Who:  the forward op under the plan "one_pass", on chips with a copy engine.
+
+The tile in the first column of a row block streams the block's rows of x anyway. This *leader* also multiplies them by
+the A of the block's first task: BLOCK_R columns next to BLOCK_N. Further tasks of the block cost it another pass over
+its rows. It writes h and raises the block's flag; every tile waits for the flag only before its last step, h b^T.
+Leaders of the next group of row blocks come before the rest of this group, so their h is ready when it is wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import GROUP_M, MAX_RANK_BLOCK, processors, shape_class, tile_for
+from .descriptors import describable, describe, descriptor_loop, store_tile
+from .dropout import Dropout, dropout_keep, dropout_scale
+from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
+from .gemm import rank_loop
+from .launch import launch
+from .numerics import acc_dtype, dot_precision, rank_block, rank_step, tl_dtype
+from .segments import next_task
+from .workspace import counters
+
+
+@triton.jit
+def _leader_loop(
+    acc,
+    x,
+    w,
+    a,
+    row,
+    col,
+    task,
+    rows,
+    seed_ptr,
+    p_drop,
+    K,
+    R,
+    WITH_BASE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One pass over the rows of x: h [BLOCK_M, BLOCK_R] of one task and, WITH_BASE, acc += x w^T."""
+    h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    for k in range(0, K, BLOCK_K):
+        # [BLOCK_M, BLOCK_K], [BLOCK_R, BLOCK_K]; rows of a beyond its R belong to the next task: never stored
+        x_tile = x.load([row, k])
+        a_tile = a.load([task * R, k]).to(x_tile.dtype)
+        if WITH_BASE:
+            # [BLOCK_N, BLOCK_K]
+            acc = tl.dot(x_tile, w.load([col, k]).T, acc, input_precision=PRECISION, out_dtype=ACC)
+        if HAS_DROPOUT:
+            x_tile = tl.where(dropout_keep(seed, rows, k, p_drop, BLOCK_K), x_tile, 0.0)
+        h = tl.dot(x_tile, a_tile.T, h, input_precision=PRECISION, out_dtype=ACC)
+    return acc, h
+
+
+@triton.jit
+def _one_pass_task_kernel(
+    x,
+    w,
+    a,
+    y,
+    bias_ptr,
+    b_ptr,
+    h_ptr,
+    ids_ptr,
+    counters_ptr,
+    seed_ptr,
+    p_drop,
+    scaling,
+    M,
+    N,
+    K,
+    R,
+    E,
+    tickets,
+    stride_bn,
+    stride_br,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEP_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    num_n = tl.cdiv(N, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    ticket = take_ticket(counters_ptr)
+    while ticket < tickets:
+        group, index, leads = ahead_of(ticket, GROUP_M, GROUP_M * (num_n - 1))
+        pid_m = group * GROUP_M + index % GROUP_M
+        pid_n = tl.where(leads, 0, 1 + index // GROUP_M)
+        row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+        if row < M:
+            offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+            mask_m, mask_n = offs_m < M, offs_n < N
+            h_rows = h_ptr + offs_m.to(tl.int64) * R
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+            if leads:
+                ids = tl.load(ids_ptr + offs_m, mask=mask_m, other=-1)
+                first = next_task(ids, -1, E)
+                acc, h = _leader_loop(
+                    acc, x, w, a, row, col, first, offs_m, seed_ptr, p_drop, K, R,
+                    True, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                )  # fmt: skip
+                h = tl.where((ids == first)[:, None], h, 0.0)
+                task = next_task(ids, first, E)
+                while task < E:
+                    _, part = _leader_loop(
+                        acc, x, w, a, row, col, task, offs_m, seed_ptr, p_drop, K, R,
+                        False, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                    )  # fmt: skip
+                    h = tl.where((ids == task)[:, None], part, h)
+                    task = next_task(ids, task, E)
+                h *= tl.cast(scaling, ACC)
+                if HAS_DROPOUT:
+                    h *= dropout_scale(p_drop, ACC)
+                tl.store(h_rows[:, None] + offs_r[None, :], h.to(DTYPE), mask=mask_m[:, None] & (offs_r < R)[None, :])
+                publish(counters_ptr, pid_m)
+            else:
+                acc = descriptor_loop(acc, x, w, row, col, K, BLOCK_K, True, PRECISION)
+            wait_for(counters_ptr, pid_m, 1)
+            # [BLOCK_M, R] [R, BLOCK_N]
+            acc = rank_loop(
+                acc, h_rows, mask_m, 1, b_ptr + offs_n.to(tl.int64) * stride_bn, mask_n, stride_br, R,
+                STEP_R, DTYPE, PRECISION,
+            )  # fmt: skip
+            if HAS_BIAS:
+                # [BLOCK_N]
+                acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+            store_tile(y, row, col, acc, BLOCK_M, BLOCK_N, PARTS)
+        ticket = take_ticket(counters_ptr)
+    clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
+
+
+def takes_one_pass_task(x: Tensor, w: Tensor, a: Tensor) -> bool:
+    """Whether `linear_one_pass_task` can run: descriptors reach x, w, a and y, and a rank fits beside a tile."""
+    k, n = x.shape[1], w.shape[0]
+    fits = a.shape[1] <= rank_block(MAX_RANK_BLOCK, x.dtype) and n * x.element_size() % 16 == 0
+    # s is applied inside the launch, as float32: not exact enough for float64
+    return fits and x.dtype != torch.float64 and a.is_contiguous() and describable(x, w, a.view(-1, k))
+
+
+def linear_one_pass_task(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    ids: Tensor,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The whole layer under task routing, in one launch.
+
+    Formula: `h_m = s A_{t(m)} dropout(x_m)`, `y = x w^T + bias + h b^T`.
+
+    Args:
+        x: activations `[M, K]`.
+        w: frozen weight `[N, K]` in x's dtype.
+        bias: `[N]`, or None.
+        a: the matrices A `[E, R, K]`, x's dtype or float32.
+        b: shared B `[N, R]`, x's dtype or float32.
+        ids: task of each row `[M]`, int32; rows with an id that names no task get the base alone.
+        scaling: s.
+        dropout: of x on the low-rank path, or None.
+
+    Returns:
+        y `[M, N]` and h `[M, R]`, both in x's dtype.
+    """
+    (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    h = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return y, h
+    block_r = rank_block(r, x.dtype)
+    narrow = dropout is not None or a.dtype != x.dtype
+    idea = "one_pass_task_narrow" if narrow else "one_pass_task"
+    tile = tile_for(idea, x.device, x.dtype, shape_class(m, k, n))
+    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M, GROUP_M * (blocks_n - 1))
+    launch(
+        _one_pass_task_kernel, (min(blocks_m * blocks_n, processors(x.device)),),
+        describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
+        describe(a.view(e * r, k), (block_r, tile.block_k)), describe(y, (tile.block_m, tile.block_n // tile.parts)),
+        None if bias is None else bias.contiguous(), b, h, ids, counters(x.device, HEADER + blocks_m),
+        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), scaling,
+        m, n, k, r, e, tickets, *b.stride(),
+        HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
+        STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M, PARTS=tile.parts,
+        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y, h

@@ -1,0 +1,14 @@
+"""What was measured to be fastest, per chip and class of shapes. Written by `python -m bench tune`; do not edit.
+
+Nothing has been measured yet: no GPU was at hand. Until then `ops.plans` and `config` follow their rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MEASURED: str = ""  # device, versions, commit and date of the measurement
+# (chip, routing, bytes per element, class of shapes) -> (forward, dx, overlap)
+PLANS: dict[tuple[str, str, int, str], tuple[str, str, bool]] = {}
+# (idea, chip, bytes per element, class of shapes) -> fields of a Tile
+TILES: dict[tuple[str, str, int, str], tuple[Any, ...]] = {}

@@ -1,0 +1,234 @@
+"""The kernels that compute the whole layer in one launch, against plain torch and against the two launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alora_kernels import kernels as ak
+from alora_kernels.kernels import flags, workspace
+from alora_kernels.kernels.config import GROUP_M, Tile, trying
+
+from .cases import DEVICE, Case, Layer, assert_close, skip_unmodelled
+
+S = 0.3  # a scaling that is no float32 number
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES = [
+    Case(m=1, k=16, n=16, r=1, e=1),
+    Case(m=37, k=40, n=48, r=4, e=3),
+    Case(m=64, k=64, n=64, r=16, e=1, ids="sorted"),
+    Case(m=150, k=48, n=40, r=8, e=5, ids="sorted"),  # one row block over a group of eight, in the interpreter
+    Case(m=300, k=16, n=32, r=16, e=2),
+    Case(m=70, k=32, n=96, r=8, e=9, ids="base"),
+    Case(m=70, k=32, n=96, r=8, e=4, ids="out of range"),
+    Case(m=66, k=32, n=64, r=32, e=3, ids="equal"),
+    Case(m=70, k=72, n=48, r=4, e=3, p=0.25),
+    Case(m=70, k=32, n=48, r=16, e=2, p=0.5, fp32_adapters=True, ids="sorted"),
+    Case(m=40, k=64, n=64, r=16, e=4, fp32_adapters=True),
+    Case(m=0, k=16, n=16),
+]
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    skip_unmodelled(request.param)
+    return request.param
+
+
+def clean() -> bool:
+    """Whether every counter that kernels share is zero again."""
+    return not any(block.any() for block in workspace._blocks.values())
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh float tensors hold NaN, so that an entry nobody writes shows."""
+    empty = torch.empty
+
+    def nan(*shape: int, **options: object) -> Tensor:
+        t = empty(*shape, **options)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+def task_layer(t: Layer) -> tuple[Tensor, Tensor]:
+    """y and h of task routing by the formula, from tensors of any dtype."""
+
+    def h(x: Tensor, a: Tensor) -> Tensor:
+        return S * torch.einsum("me,mer->mr", t.onehot(x.dtype), torch.einsum("mk,erk->mer", t.dropped(x), a))
+
+    return h
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_task(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = Layer(case, dtype)
+    poisoned(monkeypatch)
+    assert ak.takes_one_pass_task(t.x, t.w, t.a)
+    y, h = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    mixture = task_layer(t)
+    assert_close(h, mixture, dtype, t.x, t.a)
+
+    def layer(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, w, bias) + mixture(x, a) @ b.T
+
+    assert_close(y, layer, dtype, t.x, t.w, t.bias, t.a, t.b)
+    assert torch.equal(h, ak.task_shrink(t.x, t.a, t.groups, scaling=S, dropout=t.drop)) or DEVICE == "cuda"
+    assert clean()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_soft(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = Layer(case, dtype)
+    if not ak.takes_one_pass_soft(t.x, t.w, t.a):
+        assert case.e * 16 > 128 or case.e * case.r > 128
+        return
+    poisoned(monkeypatch)
+    y, h, p = ak.linear_one_pass_soft(t.x, t.w, t.bias, t.a, t.b, t.router, scaling=S, dropout=t.drop)
+
+    def products(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        return torch.cat([t.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
+
+    def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
+        parts = products(x, a, router)
+        gate = parts[:, -case.e :].softmax(1)
+        mixture = S * torch.einsum("me,mer->mr", gate, parts[:, : -case.e].reshape(-1, case.e, case.r))
+        return x @ w.T + t.bias.to(x.dtype) + mixture @ b.T
+
+    assert_close(p, products, dtype, t.x, t.a, t.router)
+    assert_close(y, layer, dtype, t.x, t.w, t.a, t.b, t.router)
+    two_h, _ = ak.soft_shrink(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+    torch.testing.assert_close(h, two_h, rtol=1e-2, atol=1e-3)
+    assert clean()
+
+
+@pytest.mark.parametrize("m", [1, 8, 32, 64])
+@pytest.mark.parametrize("adapters", ["like x", "float32"])
+def test_decode(m: int, adapters: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(m=m, k=300, n=50, r=12, e=m + 2, ids="out of range", fp32_adapters=adapters == "float32")
+    t = Layer(case, dtype)
+    poisoned(monkeypatch)
+    assert ak.takes_decode(t.x, t.a)
+    y, h = ak.linear_decode(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    mixture = task_layer(t)
+    assert_close(h, mixture, dtype, t.x, t.a)
+
+    def layer(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, w, bias) + mixture(x, a) @ b.T
+
+    assert_close(y, layer, dtype, t.x, t.w, t.bias, t.a, t.b)
+    assert clean()
+
+
+@pytest.mark.parametrize("m", [40, 100])
+def test_a_task_with_nan_leaves_the_others_alone(m: int) -> None:
+    t = Layer(Case(m=m, k=32, n=32, e=3, r=4), torch.float32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        if m <= 64:
+            return ak.linear_decode(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
+        return ak.linear_one_pass_task(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
+
+    clean_y, _ = run()
+    t.a[1] = torch.nan
+    y, h = run()
+    assert h[t.ids == 1].isnan().all() and y[t.ids == 1].isnan().all()
+    assert torch.equal(y[t.ids != 1], clean_y[t.ids != 1])
+
+
+def test_repeats_are_bit_identical() -> None:
+    t = Layer(Case(m=70, k=48, n=64, r=8, e=3, p=0.25), torch.float32)
+    one = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    two = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_what_the_kernels_refuse() -> None:
+    t = Layer(Case(m=70, k=32, n=32, e=2, r=4), torch.float32)
+    assert not ak.takes_one_pass_task(t.x.double(), t.w.double(), t.a.double())
+    assert not ak.takes_one_pass_task(t.x.t().contiguous().t(), t.w, t.a)  # columns are not contiguous
+    assert not ak.takes_one_pass_task(t.x[:, 1:], t.w[:, 1:], t.a[:, :, 1:].contiguous())  # rows are not aligned
+    assert not ak.takes_one_pass_task(t.x, t.w, torch.zeros(2, 65, 32))  # rank
+    assert not ak.takes_one_pass_soft(t.x, t.w, torch.zeros(16, 16, 32))  # too many columns
+    assert not ak.takes_decode(t.x, t.a)  # rows
+    with ak.recording("sm_80"):
+        assert not ak.takes_one_pass_task(t.x.to("meta"), t.w.to("meta"), t.a.to("meta"))
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+def test_one_launch(chip: str) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, w, a, b = meta(8192, 4096), meta(4096, 4096), meta(8, 16, 4096), meta(4096, 16)
+    ids, router = meta(8192, dtype=torch.int32), meta(8, 4096)
+    with ak.recording(chip) as launches:
+        ak.linear_one_pass_task(x, w, None, a, b, ids, scaling=1.0)
+        ak.linear_one_pass_soft(x, w, None, a, b, router, scaling=1.0)
+        ak.linear_decode(x[:64], w, None, a, b, ids[:64], scaling=1.0)
+    assert len(launches) == 3
+    assert launches[0].grid == launches[1].grid == (132,)  # persistent: one program per multiprocessor
+
+
+def ahead_of(ticket: int, ahead: int, rest: int) -> tuple[int, int, bool]:
+    """`flags.ahead_of` as plain arithmetic."""
+    if ticket < ahead:
+        return 0, ticket, True
+    group, inside = divmod(ticket - ahead, ahead + rest)
+    return (group + 1, inside, True) if inside < ahead else (group, inside - ahead, False)
+
+
+@pytest.mark.parametrize(("groups", "ahead", "rest"), [(1, 2, 3), (3, 8, 8), (4, 1, 5), (2, 3, 0)])
+def test_tickets_number_all_work_once_and_producers_first(groups: int, ahead: int, rest: int) -> None:
+    work = [ahead_of(t, ahead, rest) for t in range(flags.tickets_of(groups, ahead, rest))]
+    real = [w for w in work if w[0] < groups]
+    assert len(set(real)) == len(real) == groups * (ahead + rest)
+    for position, (group, _, is_ahead) in enumerate(work):
+        if not is_ahead:  # everything this piece may wait for has a smaller number
+            assert sum(1 for g, _, leads in work[:position] if leads and g == group) == ahead
+
+
+@pytest.mark.parametrize(("ahead", "rest"), [(2, 3), (8, 8), (3, 0)])
+def test_the_kernel_numbers_work_the_same_way(ahead: int, rest: int) -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def number(out_ptr, AHEAD, REST):
+        ticket = tl.program_id(0)
+        group, index, is_ahead = flags.ahead_of(ticket, AHEAD, REST)
+        tl.store(out_ptr + 3 * ticket, group)
+        tl.store(out_ptr + 3 * ticket + 1, index)
+        tl.store(out_ptr + 3 * ticket + 2, is_ahead.to(tl.int32))
+
+    total = flags.tickets_of(3, ahead, rest)
+    out = torch.empty(total, 3, dtype=torch.int32, device=DEVICE)
+    number[(total,)](out, ahead, rest)
+    assert [tuple(row) for row in out.tolist()] == [tuple(map(int, ahead_of(t, ahead, rest))) for t in range(total)]
+
+
+def test_a_tile_can_be_tried() -> None:
+    t = Layer(Case(m=70, k=64, n=64, r=4, e=3), torch.float32)
+    usual, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    with trying({"one_pass_task": Tile(32, 64, 32, 4, 1)}):
+        tried, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    torch.testing.assert_close(tried, usual)
+
+
+def test_counters_grow_and_stay_zero() -> None:
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
+    small, large = workspace.counters(device, 10), workspace.counters(device, workspace.LEAST + 1)
+    assert (small.numel(), large.numel()) == (10, workspace.LEAST + 1)
+    assert not small.any() and not large.any()
+    assert GROUP_M == 8  # the cases above count on it
+
+
+@pytest.mark.gpu
+def test_counters_of_captured_launches_are_their_own() -> None:
+    device = torch.device("cuda", 0)
+    workspace.counters(device, 16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one, two = workspace.counters(device, 16), workspace.counters(device, 16)
+    assert len({one.data_ptr(), two.data_ptr(), workspace.counters(device, 16).data_ptr()}) == 3
