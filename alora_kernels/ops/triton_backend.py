@@ -17,6 +17,8 @@ from .plans import PLANS, Plan, explain_plan
 from .streams import beside
 from .types import Adapter, Grads, Needs, Saved, acc_dtype
 
+ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
+
 
 def plan_for(x: Tensor, w: Tensor, adapter: Adapter, name: str | None) -> Plan:
     """The plan of that name, or the one that tables and rules choose."""
@@ -53,7 +55,8 @@ def _one_pass(
         if dropout is None and kernels.takes_decode(x, a):
             y, h = kernels.linear_decode(x, w, bias, a, b, ids, scaling=scaling)
             return y, Saved(h, empty)
-        if kernels.takes_one_pass_task(x, w, a):
+        crowded = x.shape[0] < ROWS_PER_TASK * a.shape[0] and not forced
+        if kernels.takes_one_pass_task(x, w, a) and not crowded:
             y, h = kernels.linear_one_pass_task(x, w, bias, a, b, ids, scaling=scaling, dropout=dropout)
             return y, Saved(h, empty)
     elif kernels.takes_one_pass_soft(x, w, a):

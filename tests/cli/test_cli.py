@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from alora_kernels import data
+from alora_kernels import data, kernels
 from alora_kernels.cli import demo as demo_module
-from alora_kernels.cli import display
+from alora_kernels.cli import display, doctor
 from alora_kernels.cli.app import app
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 
@@ -73,6 +74,15 @@ def test_doctor_says_what_and_why():
     text = alora("doctor")
     assert "torch" in text
     assert re.search(r"cpu.*torch.*Triton\s+serves CUDA", " ".join(text.split()))
+
+
+def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
+    monkeypatch.setattr(doctor, "_device_name", lambda device: "some chip")
+    monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_999")
+    text = " ".join(alora("doctor").split())
+    assert "task, 8192 rows" in text
+    assert "base_first" in text and "no measurement on sm_999" in text
 
 
 def test_train_then_eval_a_users_own_file(tmp_path, jsonl):

@@ -1,0 +1,150 @@
+"""Every plan computes the same layer, values and gradients; the rule that chooses; errors of forced plans."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alora_kernels import alora_linear
+from alora_kernels import kernels as ak
+from alora_kernels.kernels import config, tuned
+from alora_kernels.ops import backend as backends
+from alora_kernels.ops.backend import BackendError, explain
+from alora_kernels.ops.plans import PLANS, Plan, explain_plan
+from alora_kernels.ops.streams import beside
+from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
+
+SHAPES = [(2, 35, 32, 48, 4, 3), (3, 7, 32, 64, 4, 2)]  # 70 rows and 21: the one-pass kernels and the decode kernel
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("routing", ["task", "soft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_forced_plan(plan: str, routing: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+    skip_unless_runnable("triton", device, dtype)
+    if plan.endswith("+overlap") and device == "cpu" and (dtype, shape) != (torch.float32, SHAPES[1]):
+        pytest.skip("without streams a plan with overlap is the plan without")
+    *leading, k, n, r, e = shape
+    p = problem(leading, k, n, r, e, routing=routing, dtype=dtype, device=device)
+    assert_as_good_as_torch(p, alora_linear, dtype, backend=f"triton:{plan}")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_forced_plan_with_dropout_repeats_its_mask(plan: str) -> None:
+    """With B = 0 the layer is its base; its gradient for B is linear in the dropped x, so both passes must agree."""
+    skip_unless_runnable("triton", "cpu", torch.float32)
+    p = problem((4, 20), 32, 32, 4, 2, routing="task", dtype=torch.float32)
+    x, a, b = (p.leaves[name] for name in ("x", "a", "b"))
+    options = {"task_ids": p.given["task_ids"], "dropout_p": 0.5, "training": True}
+
+    def run(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        y = alora_linear(x, p.weight, a, b, backend=backend, **options)  # type: ignore[arg-type]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, a, b])]
+
+    for got, expected in zip(run(f"triton:{plan}"), run("triton:two_launch"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
+    """Kernels of one forward on sm_90 under a plan."""
+    from alora_kernels.ops import triton_backend
+    from alora_kernels.ops.types import Adapter
+    from alora_kernels.routing import RowGroups
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    ids = meta(m, dtype=torch.int32)
+    soft = routing == "soft"
+    adapter = Adapter(
+        meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
+    )
+    with ak.recording("sm_90") as seen:
+        triton_backend.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan=plan)
+    return [launch.kernel.__name__ for launch in seen]
+
+
+def test_plans_launch_what_they_say() -> None:
+    assert launches("one_pass") == ["_one_pass_task_kernel"]
+    assert launches("one_pass", "soft") == ["_one_pass_soft_kernel"]
+    assert launches("one_pass", m=64) == ["_decode_kernel"]
+    assert launches("two_launch") == ["_task_shrink_kernel", "_expand_kernel"]
+    assert launches("base_first") == launches("low_rank_first") == ["_task_shrink_kernel"]
+
+
+def test_the_rule() -> None:
+    assert explain_plan("sm_90", "task", 2, 8192, 4096, 4096)[0] == PLANS["two_launch"]
+    assert explain_plan("sm_90", "task", 2, 8192, 4096, 1001)[0] == PLANS["base_first"]
+    assert explain_plan("gfx942", "soft", 2, 8192, 4096, 4096)[0] == PLANS["base_first"]
+    plan, reason = explain_plan("sm_999", "task", 2, 8, 64, 64)
+    assert plan == PLANS["base_first"] and "sm_999" in reason
+
+
+def test_a_measurement_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "PLANS", {("sm_90", "task", 2, "long square"): ("one_pass", "fused", True)})
+    monkeypatch.setattr(tuned, "MEASURED", "somewhere")
+    plan, reason = explain_plan("sm_90", "task", 2, 8192, 4096, 4096)
+    assert plan == Plan("one_pass", "fused", True) and "somewhere" in reason
+    assert explain_plan("sm_90", "soft", 2, 8192, 4096, 4096)[0] == PLANS["two_launch"]
+    assert launches(None) == ["_one_pass_task_kernel"]  # type: ignore[arg-type]
+
+
+def test_tables_name_real_plans_and_tiles() -> None:
+    for forward, dx, overlap in tuned.PLANS.values():
+        assert forward in {p.forward for p in PLANS.values()} and dx in ("fused", "low_rank_first")
+        assert isinstance(overlap, bool)
+    for fields in tuned.TILES.values():
+        config.Tile(*fields)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "cols", "name"),
+    [
+        (1, 64, 64, "decode square"),
+        (64, 64, 128, "decode wide"),
+        (65, 64, 64, "short square"),
+        (2048, 9, 4, "long tall"),
+    ],
+)
+def test_classes_of_shapes(rows: int, depth: int, cols: int, name: str) -> None:
+    assert config.shape_class(rows, depth, cols) == name
+
+
+def test_unknown_plans_list_the_known_ones() -> None:
+    device = torch.device("cpu")
+    for wish in ("triton:fast", "torch:one_pass", "triton:"):
+        with pytest.raises(ValueError, match="triton:one_pass, triton:two_launch"):
+            explain(device, wish)
+    assert explain(device, "triton:base_first").name == "triton:base_first" or not backends.interpreting()
+
+
+def test_one_pass_says_what_it_needs() -> None:
+    skip_unless_runnable("triton", "cpu", torch.float32)
+    p = problem((4, 20), 33, 31, 4, 2, routing="task", dtype=torch.float32)
+    with pytest.raises(BackendError, match="16-byte aligned"):
+        p.step(alora_linear, backend="triton:one_pass")
+    wide = problem((4, 20), 32, 32, 16, 16, routing="soft", dtype=torch.float32)
+    with pytest.raises(BackendError, match="E \\* R <= 128"):
+        wide.step(alora_linear, backend="triton:one_pass")
+
+
+def test_beside_is_nothing_without_cuda() -> None:
+    x = torch.ones(3)
+    with beside(x, wanted=True) as side:
+        y = x + 1
+    side.join(y, None)
+    assert torch.equal(y, torch.full((3,), 2.0))
+
+
+@pytest.mark.gpu
+def test_beside_orders_both_streams() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        with beside(x, wanted=True) as side:
+            small = (x[:64] * 2).sum(1)
+        large = x @ x
+        side.join(small)
+        torch.testing.assert_close(small, (x[:64] * 2).sum(1))
+        x = x + large * 0
