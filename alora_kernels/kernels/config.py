@@ -67,7 +67,7 @@ _TABLE = MappingProxyType(
         ("gemm", "big", 2): Tile(128, 128, 64, 8, 3),
         ("gemm", "small", 2): Tile(128, 128, 32, 8, 2),
         ("gemm", "huge", 4): Tile(64, 128, 16, 8, 3),
-        ("gemm", "big", 4): Tile(128, 64, 16, 8, 3),
+        ("gemm", "big", 4): Tile(64, 64, 16, 8, 3),
         ("gemm", "small", 4): Tile(64, 64, 16, 8, 2),
         # The same with at most 64 rows (decoding): bound by reading w, so many narrow programs.
         ("gemm_small", "huge", 2): Tile(64, 64, 64, 4, 4),
@@ -96,17 +96,14 @@ _TABLE = MappingProxyType(
         ("gemm_descriptor", "huge", 4): Tile(64, 128, 16, 8, 3),
         ("gemm_descriptor_narrow", "huge", 2): Tile(128, 128, 64, 8, 4),
         ("gemm_descriptor_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
-        # The whole layer in one launch: a leader's h beside the tile leaves room for three stages. "narrow" is for
-        # dropout and for adapters of another dtype than x, which pass through registers.
+        # The whole layer in one launch, 16 bits only: in float32 the low-rank part is no cost worth a flag. A leader's
+        # h beside the tile leaves room for three stages. "narrow" is for dropout and for adapters of another dtype than
+        # x, which pass through registers.
         ("one_pass_task", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
-        ("one_pass_task", "huge", 4): Tile(64, 64, 16, 8, 3),
-        ("one_pass_task_narrow", "huge", 2): Tile(128, 128, 64, 8, 3),
-        ("one_pass_task_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("one_pass_task_narrow", "huge", 2): Tile(128, 128, 32, 8, 4),
         ("one_pass_soft", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
-        ("one_pass_soft", "huge", 4): Tile(64, 64, 16, 8, 3),
         ("one_pass_soft", "sm_100", 2): Tile(128, 128, 64, 8, 3),  # 256 columns beside p spill 40 bytes there
-        ("one_pass_soft_narrow", "huge", 2): Tile(128, 128, 64, 8, 3),
-        ("one_pass_soft_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("one_pass_soft_narrow", "huge", 2): Tile(128, 128, 32, 8, 4),
         # The whole layer for at most 64 rows: narrow tiles, or too few programs read w; three stages take 74 KB, so
         # that three programs share a processor and rows of A stream beside w.
         ("decode", "huge", 2): Tile(64, 32, 128, 4, 3),
@@ -222,6 +219,12 @@ def trying(tiles: Mapping[str, Tile]) -> Iterator[None]:
         yield
     finally:
         _trying.reset(token)
+
+
+def has_tile(idea: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an idea is implemented for a chip and an element type."""
+    kind = chip_class(chip_of(device))
+    return kind == "interpreter" or (idea, kind, dtype.itemsize) in _TABLE
 
 
 def tile_for(idea: str, device: torch.device, dtype: torch.dtype, shapes: str = "") -> Tile:

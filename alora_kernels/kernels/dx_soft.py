@@ -140,7 +140,8 @@ def linear_dx_soft(
     tile = base.tile
     a_cat = a.reshape(e * r, k)
     # A pipelined loop over dp hides its loads; E * R = 128 is four steps that would each wait for memory.
-    low = base.flags["DESCRIPTORS"] and a.dtype == dtype and describable(dp, a_cat)
+    # In float32 64 columns spill.
+    low = base.flags["DESCRIPTORS"] and a.dtype == dtype and dtype.itemsize == 2 and describable(dp, a_cat)
     block_c = power_of_two(e * r, 16, 64) if low else rank_step(e * r, dtype)
     low_rank = (
         (describe(dp, (base.block_m, block_c)), describe(a_cat, (block_c, tile.block_n))) if low else (None, None)

@@ -138,13 +138,15 @@ def linear_dx_task(
     dx = torch.empty(m, k, dtype=dtype, device=dh.device)
     base = operands(dy, w, dx, transposed=False, masks=dropout is not None)
     tile = base.tile
+    # 32 ranks spill 8 bytes beside a mask (sm_80) or if they come in float32 (sm_90)
+    step = rank_step(r, dtype, 16 if dropout is not None or a.dtype != dtype else 32)
     launch(
         _dx_task_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
         base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
         None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
         m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
         HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
-        BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=rank_step(r, dtype), GROUP_M=GROUP_M,
+        BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=step, GROUP_M=GROUP_M,
         DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, processors, shape_class, tile_for
+from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, processors, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout
 from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
@@ -115,7 +115,8 @@ def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
     columns = triton.next_power_of_2(e) * rank_block(r, x.dtype)
     fits = r <= rank_block(MAX_RANK_BLOCK, x.dtype) and columns <= MAX_COLUMNS and n * x.element_size() % 16 == 0
     # s is applied inside the launch, as float32: not exact enough for float64
-    return fits and x.dtype != torch.float64 and describable(x, w)
+    exact = x.dtype != torch.float64 and has_tile("one_pass_soft", x.device, x.dtype)
+    return fits and exact and describable(x, w)
 
 
 def linear_one_pass_soft(
@@ -152,7 +153,8 @@ def linear_one_pass_soft(
     if m == 0:
         return y, h, p
     block_r, experts, a_cat = rank_block(r, x.dtype), triton.next_power_of_2(e), a.reshape(e * r, k)
-    narrow = dropout is not None or a.dtype != x.dtype
+    # 16 columns of p beside 256 of y spill 40 bytes, 128 columns do not
+    narrow = dropout is not None or a.dtype != x.dtype or experts * block_r <= 16
     idea = "one_pass_soft_narrow" if narrow else "one_pass_soft"
     tile = tile_for(idea, x.device, x.dtype, shape_class(m, k, n))
     block_p = power_of_two(tile.block_m // 2, 16, 64)

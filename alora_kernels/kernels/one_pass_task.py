@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, processors, shape_class, tile_for
+from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, processors, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
@@ -152,12 +152,14 @@ def _one_pass_task_kernel(
     clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
 
 
-def takes_one_pass_task(x: Tensor, w: Tensor, a: Tensor) -> bool:
+def takes_one_pass_task(x: Tensor, w: Tensor, a: Tensor, dropout: Dropout | None = None) -> bool:
     """Whether `linear_one_pass_task` can run: descriptors reach x, w, a and y, and a rank fits beside a tile."""
     k, n = x.shape[1], w.shape[0]
-    fits = a.shape[1] <= rank_block(MAX_RANK_BLOCK, x.dtype) and n * x.element_size() % 16 == 0
+    most = rank_block(MAX_RANK_BLOCK, x.dtype) if dropout is None else 32  # 64 ranks beside a mask spill 88 bytes
+    fits = a.shape[1] <= most and n * x.element_size() % 16 == 0
     # s is applied inside the launch, as float32: not exact enough for float64
-    return fits and x.dtype != torch.float64 and a.is_contiguous() and describable(x, w, a.view(-1, k))
+    exact = x.dtype != torch.float64 and has_tile("one_pass_task", x.device, x.dtype)
+    return fits and exact and a.is_contiguous() and describable(x, w, a.view(-1, k))
 
 
 def linear_one_pass_task(

@@ -56,7 +56,7 @@ def _one_pass(
             y, h = kernels.linear_decode(x, w, bias, a, b, ids, scaling=scaling)
             return y, Saved(h, empty)
         crowded = x.shape[0] < ROWS_PER_TASK * a.shape[0] and not forced
-        if kernels.takes_one_pass_task(x, w, a) and not crowded:
+        if kernels.takes_one_pass_task(x, w, a, dropout) and not crowded:
             y, h = kernels.linear_one_pass_task(x, w, bias, a, b, ids, scaling=scaling, dropout=dropout)
             return y, Saved(h, empty)
     elif kernels.takes_one_pass_soft(x, w, a):
@@ -66,7 +66,8 @@ def _one_pass(
         raise BackendError(
             f"the one-pass kernels do not take this layer (x {tuple(x.shape)} {x.dtype}, lora_A {tuple(a.shape)}):"
             " above 64 rows they need a chip with a tensor copy engine (Hopper or later), contiguous 16-byte aligned"
-            ' rows, rank <= 64 (32 in float32) and, for soft routing, E * R <= 128. Use backend="triton:two_launch"'
+            " rows, rank <= 64 (32 in float32, or with dropout and task ids), 16-bit x (on GPUs) and, for soft routing,"
+            ' E * R <= 128. Use backend="triton:two_launch"'
         )
     return None
 
