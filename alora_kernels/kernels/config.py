@@ -197,9 +197,13 @@ def _device_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the chip: how many persistent programs to launch; 132 where it is only recorded."""
-    return _device_processors(device) if device.type == "cuda" else 132
+def persistent_programs(device: torch.device, tile: Tile) -> int:
+    """How many persistent programs to launch: one per multiprocessor, two of tiles half as large, and so on.
+
+    Tickets (`flags.py`) make any number right; this one fills the chip. 132 processors where it is only recorded.
+    """
+    processors = _device_processors(device) if device.type == "cuda" else 132
+    return processors * max(1, 128 * 256 // (tile.block_m * tile.block_n))
 
 
 def shape_class(rows: int, depth: int, cols: int) -> str:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, processors, shape_class, tile_for
+from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout
 from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
@@ -162,7 +162,7 @@ def linear_one_pass_soft(
     share = tile.block_m // block_p
     tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M * share, GROUP_M * blocks_n)
     launch(
-        _one_pass_soft_kernel, (min(blocks_m * (blocks_n + share), processors(x.device)),),
+        _one_pass_soft_kernel, (min(blocks_m * (blocks_n + share), persistent_programs(x.device, tile)),),
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
         describe(y, (tile.block_m, tile.block_n // tile.parts)),
         x, a_cat, router, None if bias is None else bias.contiguous(), b, h, p, counters(x.device, HEADER + blocks_m),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, processors, shape_class, tile_for
+from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
@@ -202,7 +202,7 @@ def linear_one_pass_task(
     blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M, GROUP_M * (blocks_n - 1))
     launch(
-        _one_pass_task_kernel, (min(blocks_m * blocks_n, processors(x.device)),),
+        _one_pass_task_kernel, (min(blocks_m * blocks_n, persistent_programs(x.device, tile)),),
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
         describe(a.view(e * r, k), (block_r, tile.block_k)), describe(y, (tile.block_m, tile.block_n // tile.parts)),
         None if bias is None else bias.contiguous(), b, h, ids, counters(x.device, HEADER + blocks_m),

@@ -168,7 +168,8 @@ def test_one_launch(chip: str) -> None:
         ak.linear_one_pass_soft(x, w, None, a, b, router, scaling=1.0)
         ak.linear_decode(x[:64], w, None, a, b, ids[:64], scaling=1.0)
     assert len(launches) == 3
-    assert launches[0].grid == launches[1].grid == (132,)  # persistent: one program per multiprocessor
+    # persistent: one program per multiprocessor, two of the smaller tiles that soft routing takes on sm_100
+    assert [launch.grid for launch in launches[:2]] == [(132,), (132 if chip == "sm_90" else 264,)]
 
 
 def ahead_of(ticket: int, ahead: int, rest: int) -> tuple[int, int, bool]:
