@@ -18,6 +18,7 @@ from .gate_backward import gate_backward
 from .launch import Launch, recording
 from .one_pass_soft import linear_one_pass_soft, takes_one_pass_soft
 from .one_pass_task import linear_one_pass_task, takes_one_pass_task
+from .planes import sum_planes
 from .soft_shrink import soft_shrink
 from .task_shrink import task_shrink
 from .wgrad import soft_da, task_da
@@ -39,6 +40,7 @@ __all__ = [
     "recording",
     "soft_da",
     "soft_shrink",
+    "sum_planes",
     "takes_decode",
     "takes_one_pass_soft",
     "takes_one_pass_task",

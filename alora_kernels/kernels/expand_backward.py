@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import MIN_PROGRAMS, tile_for
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, splits_for, tl_dtype
+from .planes import sum_planes
 
 
 @triton.jit
@@ -109,5 +110,5 @@ def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tupl
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
         PRECISION=dot_precision(dy.dtype), ACC=tl_dtype(acc), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dh = dh_planes.sum(0)
-    return (dh if outside == 1.0 else dh.mul_(outside)), db_planes.sum(0).to(b.dtype)
+    dh, db = sum_planes(dh_planes, db_planes, acc, b.dtype)
+    return (dh if outside == 1.0 else dh.mul_(outside)), db

@@ -22,6 +22,7 @@ from .config import MIN_PROGRAMS, tile_for
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, power_of_two, splits_for, tl_dtype
+from .planes import sum_planes
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def task_da(
         da `[E, R, K]`; zeros for tasks without rows.
     """
     planes = _wgrad(dh, x, groups, num_tasks, dropout, dtype)
-    return planes[0] if planes.shape[0] == 1 else planes.sum(0).to(dtype)
+    return sum_planes(planes, planes[:, :0], dtype, planes.dtype)[0]
 
 
 def soft_da(
@@ -165,9 +166,12 @@ def soft_da(
     """
     cut = dp.shape[1] - num_experts
     if dropout is None:
-        planes = _wgrad(dp, x, None, 1, None, dtype)
-        da, drouter = planes[:, 0, :cut].sum(0), planes[:, 0, cut:].sum(0)
+        planes = _wgrad(dp, x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_planes(planes[:, :cut], planes[:, cut:], dtype, dtype)
+        if planes.shape[0] == 1:  # both are parts of the one plane, and results of an op must not share memory
+            drouter = drouter.clone()
     else:
-        da = _wgrad(dp[:, :cut], x, None, 1, dropout, dtype).sum(0)[0]
-        drouter = _wgrad(dp[:, cut:], x, None, 1, None, dtype).sum(0)[0]
-    return da.to(dtype).view(num_experts, cut // num_experts, -1), drouter.to(dtype)
+        da_planes = _wgrad(dp[:, :cut], x, None, 1, dropout, dtype)[:, 0]
+        drouter_planes = _wgrad(dp[:, cut:], x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_planes(da_planes, drouter_planes, dtype, dtype)
+    return da.view(num_experts, cut // num_experts, -1), drouter

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alora_kernels import kernels as ak
 from alora_kernels.kernels import (
     expand_backward,
     gate_backward,
@@ -14,8 +15,9 @@ from alora_kernels.kernels import (
     soft_da,
     task_da,
 )
+from alora_kernels.routing import RowGroups
 
-from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
+from .cases import CASES, DEVICE, DTYPES, Case, Layer, assert_close, skip_unmodelled
 
 S = 0.3
 
@@ -111,3 +113,42 @@ def test_soft_da(case: Case, dtype: torch.dtype) -> None:
     assert_close(da, lambda dp, x: (dp[:, : -case.e].T @ t.dropped(x)).view(shape), dtype, t.dp, t.x)
     assert_close(drouter, lambda dp, x: dp[:, -case.e :].T @ x, dtype, t.dp, t.x)
     assert da.untyped_storage().data_ptr() != drouter.untyped_storage().data_ptr()
+
+
+def test_sum_planes() -> None:
+    first, second = torch.randn(5, 3, 700, device=DEVICE), torch.randn(2, 1100, 2, device=DEVICE)
+    one, two = ak.sum_planes(first, second, torch.float32, torch.float16)
+    assert (one.dtype, two.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(one, first.sum(0))
+    torch.testing.assert_close(two, second.sum(0).half())
+    parts = torch.randn(3, 8, 5, device=DEVICE)
+    one, two = ak.sum_planes(parts[:, :5], parts[:, 5:], torch.float32, torch.float32)
+    torch.testing.assert_close(torch.cat([one, two]), parts.sum(0))
+
+
+def test_sum_planes_of_one_plane_launches_nothing() -> None:
+    plane = torch.randn(1, 4, 4, dtype=torch.bfloat16, device="meta")
+    with ak.recording("sm_90") as launches:
+        one, two = ak.sum_planes(plane, plane[:, :0], torch.bfloat16, torch.bfloat16)
+    assert launches == [] and (one.shape, two.numel()) == ((4, 4), 0)
+
+
+@pytest.mark.parametrize(("routing", "most"), [("task", 5), ("soft", 6)])
+def test_launches_of_a_backward(routing: str, most: int) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    m, k, n, r, e = 8192, 4096, 4096, 16, 8
+    x, w, a, b, dy, h = meta(m, k), meta(n, k), meta(e, r, k), meta(n, r), meta(m, n), meta(m, r)
+    ids = meta(m, dtype=torch.int32)
+    groups = RowGroups(ids, ids, meta(e + 1, dtype=torch.int32))
+    with ak.recording("sm_90") as launches:
+        dh, _ = ak.expand_backward(dy, b, h, scaling=1.0)
+        if routing == "task":
+            ak.linear_dx_task(dy, w, dh, a, groups, dtype=x.dtype)
+            ak.task_da(dh, x, groups, e, dtype=x.dtype)
+        else:
+            dp = ak.gate_backward(dh, meta(m, e * r + e, dtype=torch.float32), e, dtype=x.dtype)
+            ak.linear_dx_soft(dy, w, dp, a, meta(e, k), dtype=x.dtype)
+            ak.soft_da(dp, x, e, dtype=x.dtype)
+    assert len(launches) <= most
