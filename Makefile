@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo test lint types check bench clean
+.PHONY: help install demo test lint types check bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,8 +34,14 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## all that CI runs
 
-bench: $(INSTALLED)  ## one layer on this machine's CPU beside the alternatives
+bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)
+
+gpu:  ## on a GPU machine, with the torch of PYTHON: tests (races too), tune, measure, plot
+	$(PYTHON) -m pytest -m gpu -q
+	$(PYTHON) -m bench tune
+	$(PYTHON) -m bench gpu
+	$(PYTHON) -m bench plot
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

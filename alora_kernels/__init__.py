@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from .integrations.lazy import register_with_peft
 from .modules import FusedALoRALinear
-from .ops import alora_delta, alora_linear
+from .ops import alora_delta, alora_linear, alora_linear_group
 from .recompute import keep_routing
 from .routing import Routing, route
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .integrations.peft import ALoRAConfig, save_adapter, set_task
+    from .integrations.peft.accelerate import accelerate, restore
     from .training import ALoRATrainer
 
 __all__ = [
@@ -19,10 +20,13 @@ __all__ = [
     "ALoRATrainer",
     "FusedALoRALinear",
     "Routing",
+    "accelerate",
     "alora_delta",
     "alora_linear",
+    "alora_linear_group",
     "keep_routing",
     "reference",
+    "restore",
     "route",
     "save_adapter",
     "set_task",
@@ -31,6 +35,8 @@ __all__ = [
 _LATER = {  # they import PEFT or transformers, which takes seconds: only when asked for
     "ALoRAConfig": "integrations.peft",
     "ALoRATrainer": "training",
+    "accelerate": "integrations.peft.accelerate",
+    "restore": "integrations.peft.accelerate",
     "save_adapter": "integrations.peft",
     "set_task": "integrations.peft",
 }

@@ -6,18 +6,21 @@ import importlib.util
 
 import typer
 
-from . import cpu
+from . import cpu, gpu, plot
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Benchmarks of alora-kernels, each verified against the float64 reference before it is timed.",
+    help="Benchmarks of alora-kernels. Every result is verified against float64 before it is timed.",
 )
 app.command("cpu")(cpu.main)
+app.command("gpu")(gpu.main)
+app.command("plot")(plot.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
-    from . import static
+    from . import static, tune
 
     app.command("static")(static.main)
+    app.command("tune")(tune.main)
 
 if __name__ == "__main__":
     app()

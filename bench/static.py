@@ -1,288 +1,233 @@
-"""What every kernel costs before it ever runs: registers, spills and shared memory on four chips.
+"""What every kernel costs before it ever runs: launches against the roofline, and what the compiler made of it.
 
 In:   nothing but the source; no GPU is needed. `TRITON_INTERPRET` must be unset.
-Out:  a table (or JSON) with one row per compiled kernel variant and chip.
-Who:  people choosing tile sizes, and `tests/compile`, which fails on a spill or on too much shared memory.
+Out:  two tables, JSON or CSV: predicted times of each plan (`bench.roofline`), and for every kernel variant and chip
+      registers, spills, shared memory, occupancy and tensor-core instructions of the binary (`bench.aot`).
+Who:  people choosing plans and tile sizes, and `tests/compile`, which fails on a spill or on too much shared memory.
 
-Each case runs all launchers on meta tensors inside `recording(chip)`, so what is compiled is exactly what
-that chip would be asked to run: the same tiles, flags and pointer alignments. Equal launches are compiled
-once. Run `python -m bench static`, or with `--all`, or `--json static.json`.
+Run `python -m bench static`, or with `--all`, `--chip sm_90`, `--kernel expand`, `--roofline-only`, `--json FILE`.
+The table of a release is kept: `python -m bench static --csv bench/results/static/compiled.csv`.
 """
 
 from __future__ import annotations
 
-import importlib
+import csv
+import importlib.util
 import json
-import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import triton
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from alora_kernels import kernels as ak
-from alora_kernels.routing import RowGroups
-
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
-    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
-    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
-}
-_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+from . import tables
+from .aot import Row, compile_all, jobs, kernel_names
+from .cubin import CHIPS
+from .machine import commit
+from .roofline import Prediction, Rates, predict_all
 
 
-@dataclass(frozen=True)
-class Case:
-    """One layer whose forward and backward are recorded; letters as everywhere in the package."""
-
-    routing: str
-    dtype: torch.dtype
-    m: int = 8192
-    k: int = 4096
-    n: int = 4096
-    r: int = 16
-    e: int = 8
-    dropout: bool = False
-    bias: bool = False
-    base: bool = True
-    adapter: torch.dtype | None = None  # None: like dtype
-    precision: str = "highest"  # of float32 products: `torch.set_float32_matmul_precision`
-
-
-_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES = (
-    [
-        Case(routing, dtype, dropout=dropout, bias=not dropout)
-        for routing in ("task", "soft")
-        for dtype in (_BF16, _FP32)
-        for dropout in (False, True)
-    ]
-    + [
-        case
-        for routing in ("task", "soft")
-        for case in (
-            Case(routing, _FP16, dropout=True),
-            Case(routing, _BF16, r=8, e=1),
-            Case(routing, _BF16, r=33, dropout=True),
-            Case(routing, _BF16, r=64, dropout=True),
-            Case(routing, _BF16, r=64, adapter=_FP32),
-            Case(routing, _BF16, r=16, adapter=_FP32, dropout=True),
-            Case(routing, _BF16, base=False),
-            Case(routing, _BF16, base=False, dropout=True),
-            Case(routing, _BF16, m=16, n=4000),
-            Case(routing, _BF16, m=48, dropout=True),
-            Case(routing, _BF16, k=1000, n=1001),
-            Case(routing, _FP32, r=64, e=1),
-            Case(routing, _FP32, r=64, e=8, dropout=True),
-            Case(routing, _FP32, m=48),
-            Case(routing, _FP32, precision="high"),
-            Case(routing, _FP32, precision="high", dropout=True, r=64),
-        )
-    ]
-    + [Case("soft", _BF16, e=64), Case("soft", _BF16, r=64, e=64, adapter=_FP32, dropout=True)]
-)
-
-
-def run_case(case: Case) -> None:
-    """Call every launcher of one forward and backward on meta tensors."""
-
-    def empty(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")
-
-    adapter = case.adapter or case.dtype
-    x, w, dy = empty(case.m, case.k), empty(case.n, case.k), empty(case.m, case.n)
-    a, b = empty(case.e, case.r, case.k, dtype=adapter), empty(case.n, case.r, dtype=adapter)
-    router, bias = empty(case.e, case.k, dtype=adapter), empty(case.n) if case.bias else None
-    drop = ak.Dropout(0.1, empty(1, dtype=torch.int64)) if case.dropout else None
-    base_dy, base_w = (dy, w) if case.base else (None, None)
-    ids, offsets = empty(case.m, dtype=torch.int32), empty(case.e + 1, dtype=torch.int32)
-    groups = RowGroups(ids, ids, offsets)
-    if case.routing == "task":
-        h = ak.task_shrink(x, a, groups, scaling=2.0, dropout=drop)
-    else:
-        h, p = ak.soft_shrink(x, a, router, scaling=2.0, dropout=drop)
-    if case.base:
-        ak.linear_expand(x, w, bias, h, b)
-    dh, _ = ak.expand_backward(dy, b, h, scaling=2.0)
-    if case.routing == "task":
-        ak.linear_dx_task(base_dy, base_w, dh, a, groups, dtype=case.dtype, dropout=drop)
-        ak.task_da(dh, x, groups, case.e, dropout=drop, dtype=adapter)
-    else:
-        dp = ak.gate_backward(dh, p, case.e, dtype=case.dtype)
-        ak.linear_dx_soft(base_dy, base_w, dp, a, router, dtype=case.dtype, dropout=drop)
-        ak.soft_da(dp, x, case.e, dropout=drop, dtype=adapter)
-    if drop is not None:
-        ak.dropout_mask(case.m, case.k, drop, dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel variant for one chip, in a form that travels between processes."""
-
-    chip: str
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the compiler said about a job; sizes in bytes."""
-
-    chip: str
-    kernel: str
-    variant: str
-    registers: int
-    spilled: int
-    shared: int
-    shared_limit: int
-
-
-def to_job(chip: str, launch: ak.Launch) -> Job:
-    """Specialise a recorded launch the way Triton would: 1 is a constant, multiples of 16 are marked."""
-    meta = dict(launch.meta)
-    num_warps, num_stages = meta.pop("num_warps", 4), meta.pop("num_stages", 2)
-    signature, aligned = {}, []
-    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], meta[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            pointer = isinstance(value, Tensor)
-            signature[name] = "*" + _NAMES[value.dtype] if pointer else ("i32" if value < 2**31 else "i64")
-            if pointer or value % 16 == 0:
-                aligned.append(i)
-    signature |= dict.fromkeys(meta, "constexpr")
-    order = [(name, signature[name]) for name in launch.kernel.arg_names]
-    kernel = launch.kernel
-    arguments = (tuple(order), tuple(meta.items()), tuple(aligned))
-    return Job(chip, kernel.__module__, kernel.__name__, *arguments, num_warps, num_stages)
-
-
-def jobs() -> Iterator[Job]:
-    """Every distinct kernel variant of every case, for every chip."""
-    for chip in TARGETS:
-        with ak.recording(chip) as launches:
-            for case in CASES:
-                torch.set_float32_matmul_precision(case.precision)
-                run_case(case)
-            torch.set_float32_matmul_precision("highest")
-        yield from dict.fromkeys(to_job(chip, launch) for launch in launches)
-
-
-def compile_job(job: Job) -> Row:
-    """Compile one job and read what it takes from the binary."""
-    target, limit = TARGETS[job.chip]
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    attrs = {(i,): [["tt.divisibility", 16]] for i in job.aligned}
-    source = ASTSource(kernel, dict(job.signature), dict(job.constexprs), attrs)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    built = triton.compile(source, target=target, options=options)
-    registers, spilled = read_cubin(built.asm["cubin"]) if "cubin" in built.asm else read_amdgcn(built.asm["amdgcn"])
-    return Row(job.chip, job.kernel, describe(job), registers, spilled, built.metadata.shared, limit)
-
-
-def read_cubin(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory (spills) per thread, from `cuobjdump`."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def read_amdgcn(asm: str) -> tuple[int, int]:
-    """Vector registers per lane, and spilled plus scratch bytes, from the kernel's metadata."""
-    usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", asm, re.MULTILINE)}
-    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"]
-    return usage["vgpr_count"], spilled
-
-
-def describe(job: Job) -> str:
-    """A short name of the variant: the type of x or dy, block sizes, and the flags that are set."""
-    kinds = [kind for _, kind in job.signature if kind.startswith("*")]
-    # fp32 adapters next to bf16 activations show as e.g. "bf16+fp32"
-    parts = ["+".join(sorted({kind[1:] for kind in kinds if kind[1] != "i"}))]
-    for name, value in job.constexprs:
-        if isinstance(value, bool):
-            parts += [name.removeprefix("HAS_").lower()] if value else []
-        elif isinstance(value, int) and name.startswith(("BLOCK_", "CHUNK", "E_PAD")):
-            parts.append(f"{name.removeprefix('BLOCK_')}{value}")
-    return " ".join([*parts, f"{job.num_warps}w{job.num_stages}s"])
-
-
-def compile_all(workers: int) -> list[Row]:
-    """Compile all jobs in `workers` processes, in the order of `jobs()`."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does when unset, without its warning
-    context, todo = multiprocessing.get_context("spawn"), list(jobs())
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        done = pool.map(compile_job, todo)
-        return list(track(done, "compiling", total=len(todo), console=Console(stderr=True)))
-
-
-def summary(rows: list[Row]) -> Table:
-    """One line per chip and kernel: the worst of its variants."""
-    table = Table(
-        "chip", "kernel", "variants", "registers", "spilled", "shared", "limit", title="worst of all variants"
-    )
+def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One record per chip and kernel: the worst of its variants."""
+    records = []
     for chip, kernel in dict.fromkeys((row.chip, row.kernel) for row in rows):
         same = [row for row in rows if (row.chip, row.kernel) == (chip, kernel)]
-        most = {name: max(getattr(row, name) for row in same) for name in ("registers", "spilled", "shared")}
-        bad = most["spilled"] > 0 or most["shared"] > same[0].shared_limit
-        cells = (len(same), most["registers"], most["spilled"], f"{most['shared']:,}", f"{same[0].shared_limit:,}")
-        table.add_row(chip, kernel, *map(str, cells), style="red" if bad else None)
+        least = min(same, key=lambda row: row.programs)
+        tensor = Counter[str]()
+        for row in same:
+            tensor.update(row.tensor)
+        records.append(
+            {
+                "chip": chip,
+                "kernel": kernel,
+                "variants": len(same),
+                "registers": max(row.registers for row in same),
+                "spilled": max(row.spilled for row in same),
+                "shared": max(row.shared for row in same),
+                "shared_limit": max(row.shared_limit for row in same),
+                "programs": least.programs,
+                "limited_by": least.limit,
+                "tensor": _mnemonics(tensor),
+                "bulk": sum(row.bulk for row in same),
+                "copies": sum(row.copies for row in same),
+                "atomics": sum(row.atomics for row in same),
+                "failed": sum(bool(row.error) for row in same),
+            }
+        )
+    return records
+
+
+def _mnemonics(tensor: dict[str, int]) -> str:
+    """`"HGMMA 42, HMMA 3"`; the twelve names AMD has by type and shape are one."""
+    sums = Counter[str]()
+    for name, times in tensor.items():
+        sums["v_mfma" if name.startswith("v_") else name] += times
+    return ", ".join(f"{name} {times}" for name, times in sums.items())
+
+
+def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, caption=caption)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
     return table
 
 
-def every(rows: list[Row]) -> Table:
+def summary(rows: Sequence[Row]) -> Table:
+    """One line per chip and kernel: the worst of its variants."""
+    table = _table(
+        "compiled: the worst of each kernel's variants",
+        "programs: that fit on one multiprocessor. Instruction counts are sums over the variants' code, loops once.",
+        ["chip", "kernel", "limited by", "tensor-core instructions"],
+        ["variants", "registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
+    )
+    for r in worst(rows):
+        bad = r["spilled"] or r["failed"] or r["programs"] < 1
+        cells = (r["chip"], r["kernel"], r["limited_by"], r["tensor"], r["variants"], r["registers"], r["spilled"])
+        more = (f"{r['shared']:,}", r["programs"], r["bulk"], r["copies"], r["atomics"])
+        table.add_row(*map(str, cells + more), style="red" if bad else None)
+    return table
+
+
+def every(rows: Sequence[Row]) -> Table:
     """One line per variant."""
-    table = Table("chip", "kernel", "variant", "registers", "spilled", "shared", title="all variants")
+    table = _table(
+        "compiled: all variants",
+        "",
+        ["chip", "kernel", "variant", "limited by", "tensor-core instructions"],
+        ["registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
+    )
     for row in rows:
-        bad = row.spilled > 0 or row.shared > row.shared_limit
-        cells = (row.chip, row.kernel, row.variant, row.registers, row.spilled, f"{row.shared:,}")
-        table.add_row(*map(str, cells), style="red" if bad else None)
+        cells = (row.chip, row.kernel, row.variant, row.error or row.limit, _mnemonics(row.tensor), row.registers)
+        more = (row.spilled, f"{row.shared:,}", row.programs, row.bulk, row.copies, row.atomics)
+        table.add_row(*map(str, cells + more), style="red" if row.bad else None)
     return table
+
+
+def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
+    """One line per routing, shape, pass and plan."""
+    assumed = f"{rates.tflops:g} TFLOP/s, {rates.tbps:g} TB/s, {rates.launch_us:g} us a launch"
+    table = _table(
+        "PREDICTED, not measured: launches against the roofline (R = 16, E = 8, bf16, sm_90)",
+        f"Assumed: {assumed}, our products at {rates.ours:g} of torch's speed. Time: for each launch, the larger of"
+        " products and memory, plus the launch. * is what the op takes when no plan is asked for.",
+        ["routing", "M x K -> N", "pass", "plan"],
+        ["launches", "of torch", "GFLOP", "fewest MiB", "moved MiB", "predicted us", "frozen us", "x frozen"],
+    )
+    for _, same in groupby(found, key=lambda p: (p.layer, p.direction)):
+        for p in same:
+            left = (p.layer.routing, p.layer.shape, p.direction, p.plan + (" *" if p.default else ""))
+            counts = (len(p.steps), sum(not step.ours for step in p.steps))
+            sizes = (f"{p.flops / 1e9:,.1f}", f"{p.fewest / 2**20:,.1f}", f"{p.moved / 2**20:,.1f}")
+            times = (f"{p.microseconds:,.1f}", f"{p.frozen:,.1f}", f"{p.ratio:.3f}")
+            table.add_row(*left, *map(str, counts), *sizes, *times)
+        table.add_section()
+    return table
+
+
+def launches(found: Sequence[Prediction], rates: Rates) -> Table:
+    """One line per launch."""
+    table = _table(
+        "PREDICTED, not measured: every launch",
+        "",
+        ["routing", "M x K -> N", "pass", "plan", "launch", "grid"],
+        ["GFLOP", "moved MiB", "predicted us"],
+    )
+    for p in found:
+        for step in p.steps:
+            left = (p.layer.routing, p.layer.shape, p.direction, p.plan, step.name, " x ".join(map(str, step.grid)))
+            right = (f"{step.flops / 1e9:,.2f}", f"{step.moved / 2**20:,.2f}", f"{step.microseconds(rates):,.1f}")
+            table.add_row(*left, *right)
+        table.add_section()
+    return table
+
+
+def records(found: Sequence[Prediction], rates: Rates) -> Iterator[dict[str, Any]]:
+    """Predictions as JSON: flat, with their launches."""
+    for p in found:
+        flat = asdict(p.layer) | {"pass": p.direction, "plan": p.plan, "default": p.default}
+        flat |= {"flops": p.flops, "fewest_bytes": p.fewest, "moved_bytes": p.moved}
+        flat |= {"predicted_us": p.microseconds, "frozen_us": p.frozen, "ratio": p.ratio}
+        yield flat | {"launches": [asdict(step) | {"predicted_us": step.microseconds(rates)} for step in p.steps]}
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The table of the worst variants, with the code and compiler it belongs to."""
+    stamp = {"commit": commit(), "date": date.today().isoformat(), "triton": triton.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [stamp | record for record in worst(rows)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _known(kind: str, asked: Collection[str], known: Collection[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise typer.BadParameter(f"unknown {kind} {name!r}: choose among {', '.join(known)}")
+
+
+def _compile(chips: Sequence[str], kernels: Sequence[str], workers: int) -> list[Row]:
+    _known("chip", chips, CHIPS)
+    _known("kernel", kernels, kernel_names())
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
+    todo = list(jobs(chips or tuple(CHIPS), kernels))
+    if not todo:
+        raise typer.BadParameter(f"{', '.join(kernels)} is not launched on {', '.join(chips)}")
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("compiling", total=len(todo))
+        return compile_all(todo, workers, lambda number: progress.advance(bar, number))
+
+
+def _draw(found: Sequence[Prediction], path: Path, rates: Rates) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
+    from .static_plot import plot_roofline
+
+    plot_roofline(found, path, rates)
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here instead of a table")] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="a line per variant, not only the worst of a kernel")] = False,
-    workers: Annotated[int, typer.Option(help="compiler processes")] = min(os.cpu_count() or 1, 8),
+    chips: Annotated[list[str] | None, typer.Option("--chip", help="only this chip; may be repeated")] = None,
+    kernels: Annotated[list[str] | None, typer.Option("--kernel", help="only this kernel; may be repeated")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="a line per variant and per launch")] = False,
+    roofline_only: Annotated[bool, typer.Option("--roofline-only", help="predictions alone: no compilation")] = False,
+    tflops: Annotated[float, typer.Option(help="assumed rate of bf16 products, TFLOP/s", min=1e-3)] = 790.0,
+    tbps: Annotated[float, typer.Option(help="assumed rate of memory, TB/s", min=1e-3)] = 4.3,
+    launch_us: Annotated[float, typer.Option(help="assumed cost of a launch, microseconds", min=0.0)] = 3.0,
+    ours: Annotated[float, typer.Option(help="assumed speed of our products, relative to torch's", min=1e-3)] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything here, print nothing")] = None,
+    figure: Annotated[Path | None, typer.Option(help="draw the predictions here (PNG; needs matplotlib)")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="write the table of compiled kernels here")] = None,
+    workers: Annotated[int, typer.Option(help="compiler processes", min=1)] = min(os.cpu_count() or 1, 8),
 ) -> None:
-    """Compile every kernel variant ahead of time for every chip, and report what it takes (3 minutes, no GPU)."""
-    if triton.knobs.runtime.interpret:
-        raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
-    rows = compile_all(workers)
+    """Predict each plan's time, and compile every kernel variant for every chip (some minutes, no GPU)."""
+    rates = Rates(tflops, tbps, launch_us, ours)
+    # who asks for one chip or kernel wants to see what the compiler says of it
+    found = [] if chips or kernels else list(predict_all(rates))
+    if found and figure is not None:
+        _draw(found, figure, rates)
+    if found and json_file is None:
+        tables.console().print(launches(found, rates) if show_all else predictions(found, rates))
+    rows = [] if roofline_only else _compile(chips or (), kernels or (), workers)
+    if csv_file is not None and rows:
+        write_csv(csv_file, rows)
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-        return
-    Console(width=None if Console().is_terminal else 180).print(every(rows) if show_all else summary(rows))
+        compiled = [asdict(row) for row in rows]
+        json_file.write_text(json.dumps({"compiled": compiled, "roofline": list(records(found, rates))}, indent=1))
+    elif rows:
+        tables.console().print(every(rows) if show_all else summary(rows))
+    if any(row.error for row in rows):
+        raise typer.Exit(1)

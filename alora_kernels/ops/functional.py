@@ -15,7 +15,7 @@ from . import backend as backends
 from . import checks, library
 
 
-def _autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and the frozen tensors in autocast's dtype, where autocast is on; adapters keep their own."""
     if not torch.is_autocast_enabled(x.device.type):
         return (x, *frozen)
@@ -23,17 +23,18 @@ def _autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, *frozen))
 
 
-def _routing_args(
-    x: Tensor, router: Tensor | None, task_ids: Tensor | Routing | None, num_tasks: int
-) -> tuple[Tensor | None, ...]:
-    """(router, ids, order, offsets): what the ops take to route rows."""
+Ids = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def routing_args(x: Tensor, task_ids: Tensor | Routing | None, num_tasks: int) -> Ids:
+    """(ids, order, offsets): what the ops take to route rows by task; Nones for soft routing."""
     if task_ids is None:
-        return router, None, None, None
+        return None, None, None
     routing = task_ids if isinstance(task_ids, Routing) else Routing(task_ids)
-    return None, *routing.groups(x.shape[:-1], num_tasks, x.device)
+    return routing.groups(x.shape[:-1], num_tasks, x.device)
 
 
-def _seed(x: Tensor, dropout_p: float, training: bool) -> Tensor | None:
+def dropout_seed(x: Tensor, dropout_p: float, training: bool) -> Tensor | None:
     """A seed from torch's generator of x's device, or None when dropout is inactive."""
     if not training or dropout_p == 0.0:
         return None
@@ -87,7 +88,7 @@ def alora_linear(
 
     Source: Ban & Ji 2025, ALoRA; `alora_kernels.reference.alora_linear` is the specification.
     """
-    x_cast, w, bias = _autocast(x, weight, bias)
+    x_cast, w, bias = autocast(x, weight, bias)
     assert x_cast is not None and w is not None
     checks.check_tensors(x_cast, weight=w, lora_A=lora_A, lora_B=lora_B, bias=bias, router=router)
     checks.check_adapter(x, lora_A, lora_B, router)
@@ -95,14 +96,16 @@ def alora_linear(
     checks.check_routing(x, router, task_ids)
     checks.check_dropout(dropout_p)
     rows = x_cast.reshape(-1, x.shape[-1])
-    y, _, _ = library.linear(
+    linear = library.linear if library.needs_dispatch(rows, bias, lora_A, lora_B, router) else library.linear_now
+    y, _, _ = linear(
         rows,
         w.detach(),
         bias,
         lora_A,
         lora_B,
-        *_routing_args(x, router, task_ids, lora_A.shape[0]),
-        _seed(x, dropout_p, training),
+        router,
+        *routing_args(x, task_ids, lora_A.shape[0]),
+        dropout_seed(x, dropout_p, training),
         scaling,
         dropout_p,
         backends.choose(rows, backend),
@@ -156,14 +159,16 @@ def alora_delta(
     checks.check_dropout(dropout_p)
     if base is not None and base.shape != out_shape:
         raise ValueError(f"base must be {out_shape} (x's leading shape and lora_B's rows), got {tuple(base.shape)}")
-    (x_cast,) = _autocast(x)
+    (x_cast,) = autocast(x)
     assert x_cast is not None
     rows = x_cast.reshape(-1, x.shape[-1])
-    h, _ = library.shrink(
+    shrink = library.shrink if library.needs_dispatch(rows, lora_A, router) else library.shrink_now
+    h, _ = shrink(
         rows,
         lora_A,
-        *_routing_args(x, router, task_ids, lora_A.shape[0]),
-        _seed(x, dropout_p, training),
+        router,
+        *routing_args(x, task_ids, lora_A.shape[0]),
+        dropout_seed(x, dropout_p, training),
         scaling,
         dropout_p,
         backends.choose(rows, backend),

@@ -5,24 +5,23 @@ Out:  the same four results as `triton_backend`: `linear`, `shrink` and their ba
 Who:  `ops.library` calls these functions through its custom ops.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
-whatever the routing; the low-rank part is accumulated into their result in place. Task routing runs one
-product per run of rows with the same task, or per task where ids are shuffled; nothing loops over tokens.
+whatever the routing; the low-rank part is accumulated into their result in place. Task routing picks rows in
+one of the ways of `torch_rows`; nothing loops over tokens. Soft routing is in `torch_soft`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import RowGroups
+from . import torch_soft as soft
+from .torch_rows import Rows, Slots, Whole, layout_of
 from .types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype
 
-Rows = slice | Tensor
-SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows
+HAS_MKL = torch.backends.mkl.is_available()
+TURNED = (1 << 18, 1 << 20)  # entries of the smallest weights whose product is turned, see `_turns`
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
@@ -33,26 +32,7 @@ def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
     return torch.empty_like(x).bernoulli_(1.0 - dropout.p, generator=generator).div_(1.0 - dropout.p)
 
 
-def rows_of_tasks(groups: RowGroups) -> Iterator[tuple[int, Rows]]:
-    """Each task that has rows, with its rows: slices where its rows lie in runs, their numbers where they do not.
-
-    A batch of sequences has a run per sequence, and a task may come several times; shuffled tokens are gathered,
-    once per task. Base-only rows never come.
-    """
-    tasks, lengths = torch.unique_consecutive(groups.ids, return_counts=True)
-    if tasks.numel() * SHORTEST_RUN <= groups.ids.numel():
-        start = 0
-        for task, length in zip(tasks.tolist(), lengths.tolist(), strict=True):
-            if task >= 0:
-                yield task, slice(start, start + length)
-            start += length
-        return
-    for task, (start, stop) in enumerate(pairwise(groups.offsets.tolist())):
-        if start < stop:
-            yield task, groups.order[start:stop]
-
-
-def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """scaling * left right, rounded once."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
@@ -62,102 +42,109 @@ def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: f
     if isinstance(rows, slice):
         out[rows].addmm_(left, right, alpha=scaling)
     else:
-        out.index_add_(0, rows, _product(left, right, scaling))
+        out.index_add_(0, rows, product(left, right, scaling))
 
 
-def _experts(p: Tensor, adapter: Adapter) -> Tensor:
-    """The skinny products `[M, E, R]` inside p, a view."""
-    experts, rank, _ = adapter.a.shape
-    return p[:, : experts * rank].unflatten(1, (experts, rank))
+def drop(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
+    """What the low-rank path sees of x, and the mask; x itself without dropout."""
+    if dropout is None:
+        return x, None
+    mask = dropout_mask(x, dropout)
+    return x * mask, mask
 
 
-def _stacked(adapter: Adapter, x: Tensor) -> Tensor:
-    """[a; router], `[E*R + E, K]` in x's dtype: what one product with x turns into p."""
-    assert adapter.router is not None
-    return torch.cat([adapter.a.flatten(0, 1), adapter.router]).to(x.dtype)
-
-
-def _gate(p: Tensor, adapter: Adapter) -> Tensor:
-    """The gate `[M, E]` inside p, a view: this backend keeps it in the place of the logits."""
-    return p[:, -adapter.a.shape[0] :]
+def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
+    """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
+    layout = layout_of(groups)
+    if isinstance(layout, Whole):
+        return product(x, a[layout.task].t(), scaling)
+    h = x.new_zeros(x.shape[0], a.shape[1])
+    if isinstance(layout, Slots):
+        # [T, C, K] [T, K, R]
+        left, right = layout.lay(x), layout.matrices(a).transpose(1, 2)
+        slots = torch.baddbmm(x.new_empty(()), left, right, beta=0, alpha=scaling)
+        return h.index_copy_(0, layout.rows, layout.collect(slots))
+    for task, rows in layout:
+        _accumulate(h, rows, x[rows], a[task].t(), scaling)
+    return h
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
-    a, rank = adapter.a.to(x.dtype), adapter.a.shape[1]
-    dropped = x if adapter.dropout is None else x * dropout_mask(x, adapter.dropout)
+    dropped, _ = drop(x, adapter.dropout)
     if adapter.router is None:
-        h = x.new_zeros(x.shape[0], rank)
-        for task, rows in rows_of_tasks(adapter.task_groups):
-            _accumulate(h, rows, dropped[rows], a[task].t(), adapter.scaling)
+        h = task_shrink(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
-    if adapter.dropout is None:
-        products = x @ _stacked(adapter, x).t()
-    else:
-        products = torch.cat([dropped @ a.flatten(0, 1).t(), x @ adapter.router.to(x.dtype).t()], dim=1)
-    p = products.to(acc_dtype(x))
-    gate = _gate(p, adapter)
-    gate.copy_(torch.softmax(gate.t().contiguous(), dim=0).t())  # experts first: four times faster on CPUs
-    # [M, 1, E] [M, E, R]
-    h = torch.bmm((gate * adapter.scaling).unsqueeze(1), _experts(p, adapter))
-    return Saved(h.squeeze(1).to(x.dtype), p)
+    p = soft.products(x, dropped, [adapter])
+    return Saved(soft.mixture(p, adapter, adapter.scaling).to(x.dtype), p)
+
+
+def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
+    """x w^T + bias; with few rows as (w x^T)^T, which MKL shares out better between threads.
+
+    That rounds otherwise than `F.linear`, so it is not done where base-only rows are to equal the base bit for bit.
+    """
+    if not _turns(x, w) or (groups is not None and groups.offsets[0].item() > 0):
+        return F.linear(x, w, bias)
+    turned = torch.mm(w, x.t()).t()
+    return turned.contiguous() if bias is None else torch.add(turned, bias, out=x.new_empty(turned.shape))
+
+
+def _turns(x: Tensor, w: Tensor) -> bool:
+    """Whether the turned product is the faster one; measured with two threads (LOG.md).
+
+    2 to 4 rows: 1.3 to 2.5 times as fast; 16 to 128 rows of a weight from 2^20 entries: 1.05 to 1.7 times.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not HAS_MKL or torch.get_num_threads() == 1:
+        return False
+    rows, size = x.shape[0], w.numel()
+    return (2 <= rows <= 4 and size >= TURNED[0]) or (16 <= rows <= 128 and size >= TURNED[1])
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
     """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs."""
     saved = shrink(x, adapter)
-    y = F.linear(x, w, bias)
+    y = base_product(x, w, bias, adapter.groups)
     return y.addmm_(saved.h, b.to(x.dtype).t()), saved
 
 
-def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
-    """dp = [gate_e dh | dlogits] from dh and p."""
-    gate, dh = _gate(p, adapter), dh.to(p.dtype)
-    # [M, E, R] [M, R, 1]
-    dgate = torch.bmm(_experts(p, adapter), dh.unsqueeze(2)).squeeze(2)
-    dp = torch.empty_like(p)
-    torch.mul(gate.unsqueeze(2), dh.unsqueeze(1), out=_experts(dp, adapter))
-    torch.mul(gate, dgate - (gate * dgate).sum(1, keepdim=True), out=dp[:, -gate.shape[1] :])
-    return dp
-
-
-def _soft_backward(dx: Tensor | None, dh: Tensor, x: Tensor, p: Tensor, adapter: Adapter, needs: Needs) -> Grads:
-    """Add the low-rank part to dx; gradients of a and the router."""
-    experts, rank, _ = adapter.a.shape
-    cut = experts * rank
-    dp = _gate_backward(dh, p, adapter).to(x.dtype)
-    stacked = _stacked(adapter, x)
-    if adapter.dropout is None:
-        if dx is not None:
-            dx.addmm_(dp, stacked)
-        d = dp.t() @ x if needs.a or needs.router else None
-    else:
-        mask = dropout_mask(x, adapter.dropout)
-        if dx is not None:
-            dx.addmm_(dp[:, cut:], stacked[cut:]).addcmul_(dp[:, :cut] @ stacked[:cut], mask)
-        d = torch.cat([dp[:, :cut].t() @ (x * mask), dp[:, cut:].t() @ x]) if needs.a or needs.router else None
-    if d is None:
-        return Grads(dx, None, None)
-    return Grads(dx, d[:cut].view_as(adapter.a), d[cut:].clone())  # outputs of an op must not share memory
-
-
-def _task_backward(dx: Tensor | None, dh: Tensor, x: Tensor, adapter: Adapter, needs: Needs) -> Grads:
-    """Add the low-rank part to dx; gradient of each task's a, zero where a task has no rows."""
-    a = adapter.a.to(x.dtype)
-    mask = None if adapter.dropout is None else dropout_mask(x, adapter.dropout)
-    dropped = x if mask is None else x * mask
-    da = torch.zeros_like(a, dtype=acc_dtype(x)) if needs.a else None
-    for task, rows in rows_of_tasks(adapter.task_groups):
+def task_backward(
+    dx: Tensor | None, dh: Tensor, a: Tensor, groups: RowGroups, dropped: Tensor, mask: Tensor | None, wanted: bool
+) -> Tensor | None:
+    """Add the low-rank part to dx in place; the gradient of each task's a, zero where a task has no rows, if wanted."""
+    layout = layout_of(groups)
+    if isinstance(layout, Slots):
+        return _slots_backward(dx, dh, a, layout, dropped, mask, wanted)
+    if isinstance(layout, Whole):
+        layout = [(layout.task, slice(None))]
+    da = torch.zeros_like(a, dtype=acc_dtype(dh)) if wanted else None
+    for task, rows in layout:
         dh_rows = dh[rows]
         if dx is not None and mask is None:
             _accumulate(dx, rows, dh_rows, a[task])
         elif dx is not None and mask is not None:
             dx[rows] += (dh_rows @ a[task]) * mask[rows]
-        if da is not None and da.dtype == x.dtype:
+        if da is not None and da.dtype == dh.dtype:
             da[task].addmm_(dh_rows.t(), dropped[rows])
         elif da is not None:  # runs of 16-bit rows are summed in float32
             da[task] += dh_rows.t() @ dropped[rows]
-    return Grads(dx, da, None)
+    return da
+
+
+def _slots_backward(
+    dx: Tensor | None, dh: Tensor, a: Tensor, layout: Slots, dropped: Tensor, mask: Tensor | None, wanted: bool
+) -> Tensor | None:
+    """The same with one product for the rows of all tasks and one for all da."""
+    dh_slots = layout.lay_once(dh)
+    if dx is not None:
+        # [T, C, R] [T, R, K]
+        part = layout.collect(torch.bmm(dh_slots, layout.matrices(a)))
+        dx.index_add_(0, layout.rows, part if mask is None else part * mask[layout.rows])
+    if not wanted:
+        return None
+    # [T, R, C] [T, C, K]
+    da = torch.bmm(dh_slots.transpose(1, 2), layout.lay(dropped))
+    return da if layout.tasks is None else torch.zeros_like(a).index_copy_(0, layout.tasks, da)
 
 
 def shrink_backward(
@@ -166,10 +153,13 @@ def shrink_backward(
     """Gradients of `shrink` from the gradient of the UNSCALED h; the low-rank part of dx is added to dx in place."""
     if dx is None and needs.x:
         dx = torch.zeros_like(x)
+    dropped, mask = drop(x, adapter.dropout)
     if adapter.router is None:
-        grads = _task_backward(dx, dh, x, adapter, needs)
+        da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
+        grads = Grads(dx, da, None)
     else:
-        grads = _soft_backward(dx, dh, x, saved.p, adapter, needs)
+        wanted = needs.a or needs.router
+        (grads,) = soft.backward(dx, [dh], x, saved.p, [adapter], dropped, mask, wanted)
     return grads.cast_adapter(adapter)
 
 
@@ -181,5 +171,5 @@ def linear_backward(
     dx = dy @ w if needs.x else None
     if not (needs.x or needs.a or needs.router):
         return Grads(None, None, None), db
-    dh = _product(dy, b.to(dy.dtype), adapter.scaling)
+    dh = product(dy, b.to(dy.dtype), adapter.scaling)
     return shrink_backward(dh, x, adapter, saved, needs, dx), db

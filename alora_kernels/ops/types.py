@@ -57,6 +57,22 @@ class Adapter(NamedTuple):
         return self.groups
 
 
+class Member(NamedTuple):
+    """One of several layers that read the same x.
+
+    Attributes:
+        w: frozen weight `[N, K]`.
+        bias: `[N]`, or None.
+        adapter: the routed half; groups and dropout are the same for all members.
+        b: the member's B `[N, R]`.
+    """
+
+    w: Tensor
+    bias: Tensor | None
+    adapter: Adapter
+    b: Tensor
+
+
 class Saved(NamedTuple):
     """What the forward keeps for the backward, besides x.
 

@@ -55,3 +55,12 @@ def test_soft_routing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gates = load("soft_routing").main(model="tiny-random", steps=2, batch_size=4)
     torch.testing.assert_close(gates.sum(-1), torch.ones(2))
+
+
+def test_accelerate_lora(tmp_path):
+    need_data()
+    result = load("accelerate_lora").main(model="tiny-random", steps=2, batch_size=4, output=str(tmp_path))
+    (loss, _, kept), (stock_loss, _, stock_kept) = result["accelerated"], result["PEFT"]
+    assert abs(loss - stock_loss) < 0.1  # other dropout masks
+    assert kept < stock_kept
+    assert (tmp_path / "adapter_model.safetensors").exists()

@@ -8,6 +8,8 @@ from peft import PeftModel
 
 import alora_kernels
 from alora_kernels.integrations.peft import set_task
+from alora_kernels.integrations.peft.ids import ConstantRouting
+from alora_kernels.routing import group_rows
 
 from .tiny import Mlp, adapted, adapter_grads, bert, config, gpt2, layers_of, llama, logits, t5, tokens
 
@@ -141,6 +143,15 @@ def test_no_ids_names_the_three_ways():
 def test_one_task_needs_no_ids():
     model = adapted(tasks=["only"])
     assert torch.equal(logits(model, tokens()), logits(model, tokens(), adapter_names=["only", "only"]))
+
+
+@pytest.mark.parametrize("task", [-1, 0, 1, 2])
+def test_one_task_for_all_rows_is_grouped_without_a_sort(task):
+    leading, device = torch.Size([2, 5]), torch.device("cpu")
+    for got, expected in zip(
+        ConstantRouting(task).groups(leading, 3, device), group_rows(torch.full((10,), task), 3), strict=True
+    ):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 
 def test_set_task_is_the_default_until_cleared():

@@ -9,9 +9,12 @@ import sysconfig
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from alora_kernels import alora_linear, reference
-from alora_kernels.ops import library  # noqa: F401  registers the ops
+from alora_kernels import Routing, alora_linear, reference
+from alora_kernels.ops import library, torch_backend
 from alora_kernels.ops.backend import choose, explain
 from alora_kernels.routing import group_rows
 from tests.compare import problem, skip_unless_runnable
@@ -70,6 +73,61 @@ def test_inductor_compiles_it_too():
         compiled(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], **p.given),
         reference.alora_linear(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], **p.given),
     )
+
+
+def test_the_dispatcher_is_skipped_only_where_nobody_looks():
+    """Without gradients the op's function runs as it is; tracers, modes and transforms still see one op."""
+    p = problem((6,), 7, 5, 2, 3, routing="task", dtype=torch.float32)
+    routing = Routing(p.given["task_ids"])
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def layer(x):
+        return alora_linear(x, p.weight, p.leaves["a"], p.leaves["b"], task_ids=routing)
+
+    x = p.leaves["x"]
+    with torch.no_grad(), Watch():
+        watched = layer(x)
+    assert seen.count("alora.linear.default") == 1
+    with torch.no_grad():
+        assert torch.equal(layer(x), watched) and torch.equal(layer(x), layer(x.detach()))
+        graph = make_fx(layer)(x.detach()).graph
+        assert not library.needs_dispatch(x, p.leaves["a"])
+        assert library.needs_dispatch(x.to("meta"))
+    assert "alora.linear.default" in {str(node.target) for node in graph.nodes}
+    assert library.needs_dispatch(x.detach(), p.leaves["a"]) and not library.needs_dispatch(x.detach(), None)
+    with FakeTensorMode(), torch.no_grad():
+        fake = torch.empty(6, 7)
+        assert library.needs_dispatch(fake)
+    assert library.needs_dispatch(fake)  # outside of its mode, too
+
+
+@pytest.mark.parametrize("name", ["triton", "triton:one_pass"])
+def test_what_stands_behind_the_colon_goes_to_the_backend(monkeypatch, name):
+    plans: list[dict[str, str]] = []
+
+    class Spy:
+        @staticmethod
+        def linear(x, w, bias, adapter, b, **plan):
+            plans.append(plan)
+            return torch_backend.linear(x, w, bias, adapter, b)
+
+        @staticmethod
+        def linear_backward(dy, x, w, adapter, b, saved, needs, **plan):
+            plans.append(plan)
+            return torch_backend.linear_backward(dy, x, w, adapter, b, saved, needs)
+
+    monkeypatch.setattr(library, "backend_module", lambda backend: Spy)
+    p = problem((6,), 7, 5, 2, 3, routing="task", dtype=torch.float32, bias=False)
+    x, a, b = (p.leaves[k] for k in ("x", "a", "b"))
+    groups = group_rows(p.given["task_ids"], 3)
+    y, _, _ = library.linear(x, p.weight, None, a, b, None, *groups, None, 1.0, 0.0, name)
+    y.sum().backward()
+    assert plans == [{"plan": "one_pass"} if ":" in name else {}] * 2
 
 
 def test_double_backward_says_what_to_use():

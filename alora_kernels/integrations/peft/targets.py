@@ -91,7 +91,8 @@ def _quantised(base: nn.Module) -> bool:
         return False
 
 
-def _hooked(base: nn.Module) -> bool:
+def hooked(base: nn.Module) -> bool:
+    """Whether calling the module runs hooks besides its forward."""
     hooks: tuple[Any, ...] = (
         base._forward_hooks,
         base._forward_pre_hooks,
@@ -103,7 +104,7 @@ def _hooked(base: nn.Module) -> bool:
 
 def takes_fused_op(base: nn.Module) -> bool:
     """Whether `base(x)` is x W^T + bias with a frozen plain W and nothing else happens in the call."""
-    if type(base) is not nn.Linear or _hooked(base):
+    if type(base) is not nn.Linear or hooked(base):
         return False
     weight = base.weight
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.requires_grad
@@ -111,7 +112,7 @@ def takes_fused_op(base: nn.Module) -> bool:
 
 def output_is_fresh(base: nn.Module) -> bool:
     """Whether nobody else can hold the tensor that `base(x)` returns, so that it may be overwritten."""
-    return type(base) in (nn.Linear, Conv1D) and not _hooked(base)
+    return type(base) in (nn.Linear, Conv1D) and not hooked(base)
 
 
 def undo_cpu_packing(base: nn.Module) -> None:

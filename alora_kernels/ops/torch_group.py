@@ -1,0 +1,85 @@
+"""Several layers that read the same x, in torch calls: one pass over x for all skinny products, one dx.
+
+In:   x and the members: weight, bias, adapter and B of each.
+Out:  every member's output; in the backward one dx and the gradients of every member.
+Who:  `ops.group_library` calls these functions through its custom ops.
+
+Under task routing the members' A lie side by side along the rank, `[E, R_1 + R_2 + .., K]`; under soft routing one
+product makes every member's p, and each member has its own gate. Base products stay separate: concatenated frozen
+weights would be a second copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import torch_soft as soft
+from .torch_backend import base_product, drop, product, task_backward, task_shrink
+from .types import Grads, Member, Needs, Saved, acc_dtype
+
+
+def _side_by_side(members: Sequence[Member], x: Tensor) -> Tensor:
+    """The members' A along the rank, `[E, sum R, K]`, in x's dtype."""
+    return torch.cat([m.adapter.a.to(x.dtype) for m in members], dim=1)
+
+
+def _ranks(members: Sequence[Member]) -> list[int]:
+    return [m.b.shape[1] for m in members]
+
+
+def linear_group(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], Saved]:
+    """y_i = x w_i^T + bias_i + s_i h_i b_i^T of every member; what is saved is unscaled, members side by side."""
+    adapters = [m.adapter for m in members]
+    dropped, _ = drop(x, adapters[0].dropout)
+    if adapters[0].router is None:
+        h = task_shrink(dropped, _side_by_side(members, x), adapters[0].task_groups, 1.0)
+        p = x.new_empty(0, dtype=acc_dtype(x))
+    else:
+        p = soft.products(x, dropped, adapters)
+        h = torch.cat(soft.mixtures(p, adapters), dim=1).to(x.dtype)
+    ys = [
+        base_product(x, m.w, m.bias, m.adapter.groups).addmm_(part, m.b.to(x.dtype).t(), alpha=m.adapter.scaling)
+        for m, part in zip(members, h.split(_ranks(members), 1), strict=True)
+    ]
+    return ys, Saved(h, p)
+
+
+def linear_group_backward(
+    dys: Sequence[Tensor], x: Tensor, members: Sequence[Member], saved: Saved, needs: Sequence[Needs]
+) -> tuple[Tensor | None, list[Grads], list[Tensor | None]]:
+    """dx = sum_i dy_i w_i + the low-rank parts, in one tensor; the gradients of each member's adapter and B."""
+    triples = list(zip(members, dys, saved.h.split(_ranks(members), 1), strict=True))
+    dbs = [
+        product(dy.t(), h, m.adapter.scaling).to(m.b.dtype) if need.b else None
+        for (m, dy, h), need in zip(triples, needs, strict=True)
+    ]
+    dx = None
+    if needs[0].x:
+        dx = dys[0] @ members[0].w
+        for m, dy, _ in triples[1:]:
+            dx.addmm_(dy, m.w)
+    wanted = any(need.a or need.router for need in needs)
+    if dx is None and not wanted:
+        return None, [Grads(None, None, None)] * len(members), dbs
+    dhs = [product(dy, m.b.to(dy.dtype), m.adapter.scaling) for m, dy, _ in triples]
+    grads = _routed_backward(dx, dhs, x, members, saved, wanted)
+    return dx, [found.cast_adapter(m.adapter) for found, m in zip(grads, members, strict=True)], dbs
+
+
+def _routed_backward(
+    dx: Tensor | None, dhs: Sequence[Tensor], x: Tensor, members: Sequence[Member], saved: Saved, wanted: bool
+) -> Sequence[Grads]:
+    """Add the low-rank parts to dx in place; gradients of each a and router, if wanted."""
+    adapters = [m.adapter for m in members]
+    dropped, mask = drop(x, adapters[0].dropout)
+    if adapters[0].router is not None:
+        return soft.backward(dx, dhs, x, saved.p, adapters, dropped, mask, wanted)
+    a, dh = _side_by_side(members, x), torch.cat(list(dhs), dim=1)
+    da = task_backward(dx, dh, a, adapters[0].task_groups, dropped, mask, wanted)
+    if da is None:
+        return [Grads(dx, None, None)] * len(members)
+    # outputs of an op must not share memory
+    return [Grads(dx, part.clone(memory_format=torch.contiguous_format), None) for part in da.split(_ranks(members), 1)]

@@ -1,0 +1,77 @@
+"""The GPU command: its wiring on any machine with the device faked, its clock and graphs on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import cuda, gpu
+from bench.__main__ import app
+from bench.layers import BOTH, FORWARD
+from bench.problem import Case
+from bench.providers import find
+from bench.rows import EAGER, GRAPH, MODES, Row, Sheet, read
+from bench.run import Runner
+from bench.work import LayerWork
+from tests.bench.fakes import CountingClock
+
+
+def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
+    """All that is not CUDA itself: cases, providers, both modes, rows, tables and targets, at sizes of a toy."""
+    real = gpu._case
+
+    def small(*arguments: object, **options: object) -> Case:
+        case = real(*arguments, **options)
+        m = case.m if case.layout == "rows" else 2 * case.batch
+        return dataclasses.replace(case, m=m, k=24, n=32, r=4, dtype=torch.float32, device="cpu")
+
+    monkeypatch.setattr(gpu, "_case", small)
+    monkeypatch.setattr(gpu, "CudaClock", CountingClock)
+    monkeypatch.setattr(cuda, "capture", lambda step: step)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    chosen = [x for name in ("frozen", "fused", "hoisted", "grouped by task") for x in ("--provider", name)]
+    out = tmp_path / "out.csv"
+    done = CliRunner().invoke(app, ["gpu", *chosen, "--repeats", "1", "--out", str(out)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    rows = read(out)
+    assert {row.case for row in rows} == {work.case.name for work in gpu.works()}
+    assert {row.mode for row in rows} == set(MODES)
+    refused = [row for row in rows if not row.timed]
+    assert {(row.provider, row.mode) for row in refused} == {("grouped by task", GRAPH)}
+    assert all(row.device == "NVIDIA H200" for row in rows)
+    assert "slowest / fastest" in done.output
+    assert "LoRAFusion: not run" in done.output
+
+
+@pytest.mark.gpu
+def test_both_modes_on_a_gpu(tmp_path):
+    case = Case("small", "task", m=512, k=256, n=512, e=4, dtype=torch.bfloat16, device="cuda")
+    work = LayerWork(case, find(["frozen", "fused", "hoisted", "Unsloth-style addmm"]))
+    with Sheet(tmp_path / "out.csv") as sheet:
+        rows = Runner(sheet, Row(), repeats=5, clock=cuda.CudaClock()).run([work], MODES)
+    assert len(rows) == 4 * 2 * 2
+    for row in rows:
+        assert row.timed, row
+        assert row.peak_mb >= 512 * 512 * 2 / 1e6  # y at least
+    assert {(row.direction, row.mode) for row in rows} == {(d, m) for d in (FORWARD, BOTH) for m in (EAGER, GRAPH)}
+
+
+@pytest.mark.gpu
+def test_a_replay_reads_its_inputs_anew_on_a_gpu():
+    x = torch.ones(8, device="cuda")
+    replay = cuda.capture(lambda: [2 * x])
+    assert replay()[0].tolist() == [2.0] * 8
+    x.fill_(3.0)
+    assert replay()[0].tolist() == [6.0] * 8
+
+
+@pytest.mark.gpu
+def test_the_clock_of_a_gpu_runs_once():
+    ran: list[int] = []
+    assert cuda.CudaClock().measure(lambda: ran.append(1)) >= 0
+    assert ran == [1]

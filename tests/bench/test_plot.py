@@ -1,0 +1,109 @@
+"""`python -m bench plot` on a made-up CSV: figures, the README's blocks, and the check of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.layers import BOTH, FORWARD
+from bench.readme import replace_block
+from bench.rows import EAGER, GRAPH, Row, Sheet
+from bench.targets import SQUARE
+
+matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
+README = """top
+<!-- bench-cpu:begin -->
+old
+<!-- bench-cpu:end -->
+middle
+<!-- bench-gpu:begin -->
+<!-- bench-gpu:end -->
+end
+"""
+
+
+def write(folder: Path, *, fused: float = 2.0) -> tuple[Path, Path]:
+    base = Row(
+        command="cpu", commit="abc1234", date="2026-01-02 03:04:05", device="a CPU", torch="2.13", triton="3.9",
+        case="layer task", routing="task", direction=BOTH, m=16, k=8, n=8, r=2, e=2, dtype="float32",
+    )  # fmt: skip
+    results = folder / "results"
+    with Sheet(results / "cpu.csv") as sheet:
+        for name, ms in (("fused", fused), ("hoisted", 1.5), ("authors' loop", 5.0), ("frozen", 1.0)):
+            sheet.add(replace(base, provider=name, computes="task", p20_ms=ms, p50_ms=ms, p80_ms=1.1 * ms))
+        sheet.add(replace(base, provider="HydraLoRA", status="wrong"))
+        step = replace(base, case="training step", note="random weights", provider="fused")
+        sheet.add(replace(step, p20_ms=1.0, p50_ms=1.0, p80_ms=1.0))
+    with Sheet(results / "nvidia-h200.csv") as sheet:
+        for mode in (EAGER, GRAPH):
+            for name, ms in (("fused", 1.05), ("frozen", 1.0)):
+                row = replace(base, command="gpu", case=f"task {SQUARE}", direction=FORWARD, mode=mode, provider=name)
+                sheet.add(replace(row, device="NVIDIA H200", p20_ms=ms, p50_ms=ms, p80_ms=ms))
+    readme = folder / "README.md"
+    if not readme.exists():
+        readme.write_text(README)
+    return results, readme
+
+
+def plot(results: Path, readme: Path, *options: str):
+    return CliRunner().invoke(app, ["plot", "--results", str(results), "--readme", str(readme), *options])
+
+
+def test_figures_and_blocks(tmp_path):
+    results, readme = write(tmp_path)
+    done = plot(results, readme)
+    assert done.exit_code == 0, done.output
+    pictures = {path.name: path.read_bytes()[:4] for path in results.glob("*.png")}
+    names = ("cpu-layer", "cpu-training", "cpu-targets", "nvidia-h200-task", "nvidia-h200-targets")
+    assert pictures == {f"{name}.png": b"\x89PNG" for name in names}
+    text = readme.read_text()
+    assert text.startswith("top\n<!-- bench-cpu:begin -->\n")
+    assert "\nmiddle\n" in text
+    assert text.endswith("<!-- bench-gpu:end -->\nend\n")
+    assert "old" not in text
+    for said in ("a CPU", "torch 2.13", "commit abc1234", "2026-01-02 03:04:05", "NVIDIA H200", "random weights"):
+        assert said in text
+    assert "| hoisted | task | 1.5 (1.5 to 1.65) | 0.75 | ≥ 1.00: **missed** |" in text  # lost, and shown
+    assert "| authors' loop | task | 5 (5 to 5.5) | 2.50 | ≥ 2.00: met |" in text
+    assert "| HydraLoRA |  | wrong | | |" in text
+    assert f"| task {SQUARE} | forward | fused / frozen | ≤ 1.10 | ≤ 1.03 | 1.05 | met |" in text
+    assert "[layer](results/cpu-layer.png)" in text
+
+
+def test_check(tmp_path):
+    results, readme = write(tmp_path)
+    assert plot(results, readme, "--check").exit_code == 1
+    assert readme.read_text() == README
+    assert not list(results.glob("*.png"))
+    plot(results, readme)
+    assert plot(results, readme, "--check").exit_code == 0
+    (results / "cpu.csv").unlink()
+    write(tmp_path, fused=1.0)
+    assert plot(results, readme, "--check").exit_code == 1
+
+
+def test_without_markers_nothing_is_written(tmp_path):
+    results, readme = write(tmp_path)
+    readme.write_text("no markers")
+    done = plot(results, readme)
+    assert done.exit_code == 2
+    assert "bench-cpu:begin" in done.output
+    assert readme.read_text() == "no markers"
+
+
+def test_without_results_it_says_what_to_run(tmp_path):
+    done = plot(tmp_path, tmp_path / "README.md")
+    assert done.exit_code == 2
+    assert "bench cpu" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- a:end --> <!-- a:begin -->", "<!-- a:begin --><!-- a:begin --><!-- a:end -->"]
+)
+def test_bad_markers(text):
+    with pytest.raises(ValueError, match="a:begin"):
+        replace_block(text, "a", "x")

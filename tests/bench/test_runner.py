@@ -1,0 +1,149 @@
+"""The runner: nothing wrong is timed, nothing that fails ends the run, what was measured stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from bench import providers, session
+from bench.layers import BOTH, FORWARD
+from bench.problem import Case
+from bench.rows import EAGER, GRAPH, Row, Sheet, read
+from bench.run import Runner
+from bench.targets import FUSED
+from bench.work import LayerWork, Work
+from tests.bench.fakes import WRONG, CountingClock, FakeCandidate, FakeWork, raising
+
+BASE = Row(command="cpu", commit="abc", date="2026-01-01 00:00:00", device="a machine")
+
+
+def run(works: list[Work], path: Path, modes: tuple[str, ...] = (EAGER,)) -> dict[str, Row]:
+    with Sheet(path) as sheet:
+        rows = Runner(sheet, BASE, repeats=3, clock=CountingClock()).run(works, modes)
+    on_disk = [(row.provider, row.direction, row.mode, row.status, row.note) for row in read(path)]
+    assert on_disk == [(row.provider, row.direction, row.mode, row.status, row.note) for row in rows]
+    return {row.provider: row for row in rows}
+
+
+def test_rows_say_everything(tmp_path):
+    work = LayerWork(Case("small", "task", m=32, k=8, n=8, r=2, e=2), providers.find(["fused", "hoisted"]), [BOTH])
+    rows = run([work], tmp_path / "out.csv")
+    row = rows["fused"]
+    assert (row.case, row.routing, row.computes, row.direction, row.mode) == ("small", "task", "task", BOTH, EAGER)
+    assert (row.m, row.k, row.n, row.r, row.e, row.dtype) == (32, 8, 8, 2, 2, "float32")
+    assert (row.command, row.commit, row.device) == ("cpu", "abc", "a machine")
+    assert row.status == "ok"
+    assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+    assert row.worst_error <= row.allowed_error
+    assert row.peak_mb is None  # not known on CPUs
+
+
+def test_a_wrong_provider_is_reported_and_not_timed(tmp_path):
+    def off_by_a_little(problem):
+        layer = providers.PROVIDERS["hoisted"].build(problem)
+        forward = layer.forward
+        return dataclasses.replace(layer, forward=lambda: forward() * 1.001)
+
+    wrong = providers.Provider("wrong", {"task": "task"}, off_by_a_little)
+    case = Case("small", "task", m=32, k=8, n=8, r=2, e=2)
+    rows = run([LayerWork(case, [*providers.find(["fused"]), wrong], [FORWARD])], tmp_path / "out.csv")
+    assert rows["wrong"].status == "wrong"
+    assert rows["wrong"].p50_ms is None
+    assert rows["wrong"].worst_error > rows["wrong"].allowed_error
+    assert rows["wrong"].note == "worst tensor: y"
+    assert rows["fused"].timed
+
+
+def test_what_is_wrong_never_runs_again(tmp_path):
+    wrong, good = FakeCandidate("wrong", check=WRONG), FakeCandidate("good")
+    run([FakeWork([wrong, good])], tmp_path / "out.csv")
+    assert wrong.runs == 0
+    assert good.runs == 4  # one to warm up, three that count
+
+
+def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path):
+    full = raising(torch.OutOfMemoryError("CUDA out of memory"))
+    fakes = [
+        FakeCandidate("building", preparing=full),
+        FakeCandidate("running", running=full),
+        FakeCandidate("on the host", preparing=raising(MemoryError())),
+        FakeCandidate("good"),
+    ]
+    rows = run([FakeWork(fakes), FakeWork([FakeCandidate("next")])], tmp_path / "out.csv")
+    assert {name for name, row in rows.items() if row.status == "out of memory"} == {
+        "building",
+        "running",
+        "on the host",
+    }
+    assert rows["good"].timed
+    assert rows["next"].timed
+
+
+def test_what_fails_or_is_not_there_says_why(tmp_path):
+    fakes = [
+        FakeCandidate("broken", preparing=raising(RuntimeError("two\nlines"))),
+        FakeCandidate("absent", missing="vllm is not installed"),
+    ]
+    rows = run([FakeWork(fakes)], tmp_path / "out.csv")
+    assert rows["broken"].status == "failed: RuntimeError: two lines"
+    assert rows["absent"].status == "not available: vllm is not installed"
+
+
+def test_what_has_no_backward_or_no_graph_takes_no_part_in_it():
+    work = LayerWork(
+        Case("small", "task", m=32, k=8, n=8, r=2, e=2), providers.find(["PEFT mixed batch", "grouped by task"])
+    )
+    grouped, mixed = work.candidates()
+    assert mixed.reason(BOTH, EAGER) == "it has no backward"
+    assert mixed.reason(FORWARD, EAGER) is None
+    assert "CUDA graph" in grouped.reason(BOTH, GRAPH)
+    assert grouped.reason(BOTH, EAGER) is None
+
+
+def test_an_interrupt_keeps_the_rows(tmp_path):
+    path = tmp_path / "out.csv"
+    works = [
+        FakeWork([FakeCandidate("first")]),
+        FakeWork([FakeCandidate("second", running=raising(KeyboardInterrupt()))]),
+    ]
+    with Sheet(path) as sheet:
+        runner = Runner(sheet, BASE, repeats=3, clock=CountingClock())
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(works, [EAGER])
+    assert [row.provider for row in read(path)] == ["first"]
+
+
+def _session(path: Path) -> session.Session:
+    return session.Session("cpu", "cpu", path, 2, FUSED, (), CountingClock())
+
+
+def test_a_session_that_is_interrupted_says_how_many_rows_are_where(tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    works = [
+        FakeWork([FakeCandidate("first")]),
+        FakeWork([FakeCandidate("second", preparing=raising(KeyboardInterrupt()))]),
+    ]
+    with pytest.raises(typer.Exit) as exit_:
+        _session(path).measure(works, [EAGER])
+    assert exit_.value.exit_code == session.INTERRUPTED
+    assert f"interrupted: 1 row written to {path}" in capsys.readouterr().out
+    assert len(read(path)) == 1
+
+
+def test_a_session_with_a_wrong_result_fails(tmp_path, capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        _session(tmp_path / "out.csv").measure([FakeWork([FakeCandidate("bad", check=WRONG)])], [EAGER])
+    assert exit_.value.exit_code == 1
+    assert "WRONG, not timed" in capsys.readouterr().out
+
+
+def test_a_session_refuses_a_foreign_csv(tmp_path):
+    path = tmp_path / "out.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(typer.BadParameter, match="other columns"):
+        _session(path).measure([FakeWork([FakeCandidate("first")])], [EAGER])
+    assert path.read_text() == "a,b\n1,2\n"
