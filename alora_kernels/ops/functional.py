@@ -96,8 +96,7 @@ def alora_linear(
     checks.check_routing(x, router, task_ids)
     checks.check_dropout(dropout_p)
     rows = x_cast.reshape(-1, x.shape[-1])
-    linear = library.linear if library.needs_dispatch(rows, bias, lora_A, lora_B, router) else library.linear_now
-    y, _, _ = linear(
+    y, _, _ = library.linear_for(rows, bias, lora_A, lora_B, router)(
         rows,
         w.detach(),
         bias,

@@ -25,11 +25,18 @@ TURNED = (1 << 18, 1 << 20)  # entries of the smallest weights whose product is 
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
-    """The scaled keep mask of x, the same for the same seed: 0 or 1 / (1 - p) in each entry."""
-    if dropout.p == 1.0:
+    """The scaled keep mask of x, the same for the same seed.
+
+    16 random bits decide an entry, so p is rounded to 1/65536 and the scale is that of the rounded p. `bernoulli_`
+    takes 2.6 times as long, and the mask is drawn twice, in forward and in backward.
+    """
+    dropped = round(dropout.p * 65536)
+    if dropped == 65536:
         return torch.zeros_like(x)
     generator = torch.Generator(x.device).manual_seed(int(dropout.seed.item()))
-    return torch.empty_like(x).bernoulli_(1.0 - dropout.p, generator=generator).div_(1.0 - dropout.p)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    return (bits >= dropped - 32768).view(x.shape).to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 def product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

@@ -20,10 +20,19 @@ from . import torch_soft as soft
 from .torch_backend import base_product, drop, product, task_backward, task_shrink
 from .types import Grads, Member, Needs, Saved, acc_dtype
 
+STACKED = 12  # largest number of rows of A, of all tasks and members, per row of x at which the A are stacked
 
-def _side_by_side(members: Sequence[Member], x: Tensor) -> Tensor:
-    """The members' A along the rank, `[E, sum R, K]`, in x's dtype."""
-    return torch.cat([m.adapter.a.to(x.dtype) for m in members], dim=1)
+
+def _stacks(members: Sequence[Member], x: Tensor) -> list[Sequence[Member]]:
+    """The members in one stack, or one by one where copying their A costs more than it saves."""
+    rows_of_a = sum(m.adapter.a.shape[0] * m.adapter.a.shape[1] for m in members)
+    return [members] if rows_of_a <= STACKED * x.shape[0] else [[m] for m in members]
+
+
+def _side_by_side(stack: Sequence[Member], x: Tensor) -> Tensor:
+    """The A of a stack along the rank, `[E, sum R, K]`, in x's dtype."""
+    parts = [m.adapter.a.to(x.dtype) for m in stack]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _ranks(members: Sequence[Member]) -> list[int]:
@@ -35,7 +44,9 @@ def linear_group(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], Sa
     adapters = [m.adapter for m in members]
     dropped, _ = drop(x, adapters[0].dropout)
     if adapters[0].router is None:
-        h = task_shrink(dropped, _side_by_side(members, x), adapters[0].task_groups, 1.0)
+        groups = adapters[0].task_groups
+        hs = [task_shrink(dropped, _side_by_side(stack, x), groups, 1.0) for stack in _stacks(members, x)]
+        h = hs[0] if len(hs) == 1 else torch.cat(hs, dim=1)
         p = x.new_empty(0, dtype=acc_dtype(x))
     else:
         p = soft.products(x, dropped, adapters)
@@ -77,9 +88,15 @@ def _routed_backward(
     dropped, mask = drop(x, adapters[0].dropout)
     if adapters[0].router is not None:
         return soft.backward(dx, dhs, x, saved.p, adapters, dropped, mask, wanted)
-    a, dh = _side_by_side(members, x), torch.cat(list(dhs), dim=1)
-    da = task_backward(dx, dh, a, adapters[0].task_groups, dropped, mask, wanted)
-    if da is None:
-        return [Grads(dx, None, None)] * len(members)
-    # outputs of an op must not share memory
-    return [Grads(dx, part.clone(memory_format=torch.contiguous_format), None) for part in da.split(_ranks(members), 1)]
+    found: list[Grads] = []
+    for stack in _stacks(members, x):
+        dh = torch.cat(list(dhs[len(found) : len(found) + len(stack)]), dim=1)
+        da = task_backward(dx, dh, _side_by_side(stack, x), adapters[0].task_groups, dropped, mask, wanted)
+        # outputs of an op must not share memory
+        parts = [None] * len(stack) if da is None else [da] if len(stack) == 1 else _copies(da, stack)
+        found += [Grads(dx, part, None) for part in parts]
+    return found
+
+
+def _copies(da: Tensor, stack: Sequence[Member]) -> list[Tensor]:
+    return [part.clone(memory_format=torch.contiguous_format) for part in da.split(_ranks(stack), 1)]
