@@ -91,15 +91,14 @@ def _outputs(
     """The members' y by one op, or by one per member where the backend has none for the group."""
     x, weights, biases, a, b, routers = tensors
     if routers and backend != "torch":
-        linear, y = library.linear, []
+        y = []
         for i, s in enumerate(scalings):
             bias = biases[i] if biases else None
+            linear = library.linear_for(x, bias, a[i], b[i], routers[i])
             y.append(linear(x, weights[i], bias, a[i], b[i], routers[i], *routing, s, dropout_p, backend)[0])
         return y
-    dispatch = library.needs_dispatch(x, *biases, *a, *b, *routers)
-    group = group_library.linear_group if dispatch else group_library.linear_group_now
-    found: list[Tensor] = group(*tensors, *routing, scalings, dropout_p, backend)
-    return found[: len(weights)]
+    group = group_library.linear_group_for(x, *biases, *a, *b, *routers)
+    return group(*tensors, *routing, scalings, dropout_p, backend)[: len(weights)]
 
 
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:

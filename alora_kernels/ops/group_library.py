@@ -10,7 +10,7 @@ recompile, and nothing of size `[M, N]` is saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_group
-from .library import adapter_of, no_double_backward, or_empty
+from .library import adapter_of, differentiated, needs_dispatch, no_double_backward, or_empty, traced
 from .types import Member, Needs, Saved, acc_dtype
 
 
@@ -76,8 +76,7 @@ def linear_group_now(
 linear_group = torch.library.custom_op("alora::linear_group", linear_group_now, mutates_args=())
 
 
-@torch.library.custom_op("alora::linear_group_backward", mutates_args=())
-def linear_group_backward(
+def linear_group_backward_now(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -106,6 +105,11 @@ def linear_group_backward(
         drouter = grad.drouter if need.router else None
         found += [da, db, drouter, dy.sum(0) if need.bias else None]
     return [or_empty(g, x) for g in found]
+
+
+linear_group_backward = torch.library.custom_op(
+    "alora::linear_group_backward", linear_group_backward_now, mutates_args=()
+)
 
 
 def _per_member(needs: Sequence[bool]) -> list[Needs]:
@@ -148,31 +152,75 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*(args[key] for key in ("x", "ids", "order", "offsets", "seed")), *output[-2:], *lists)
 
 
-def _asked(ctx: Any) -> list[bool]:
+def _asked(ctx: Any, needs: Sequence[Any]) -> list[bool]:
     """x's need, then four per member: a, b, router, bias."""
-    need = dict(zip(ARGS, ctx.needs_input_grad, strict=True))
-    none = [False] * ctx.members
-    fours = zip(
-        need["a"], need["b"], need["routers"] if ctx.soft else none, need["biases"] if ctx.biased else none, strict=True
-    )
+    need, none = dict(zip(ARGS, needs, strict=True)), [False] * ctx.members
+    lists = need["a"], need["b"], need["routers"] if ctx.soft else none, need["biases"] if ctx.biased else none
+    fours = zip(*lists, strict=True)
     return [bool(need["x"]), *(bool(flag) for four in fours for flag in four)]
 
 
-def _grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _grads(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients of the op's arguments, in lists where these are lists, as `needs` is."""
     x, ids, order, offsets, seed, h, p, *lists = ctx.saved_tensors
     n = ctx.members
-    weights, a, b = lists[:n], lists[n : 2 * n], lists[2 * n : 3 * n]
+    weights, a, b, routers = lists[:n], lists[n : 2 * n], lists[2 * n : 3 * n], lists[3 * n :]
     # a member whose output nobody used has a gradient of zero
     dys = [x.new_zeros(x.shape[0], w.shape[0]) if dy is None else dy for dy, w in zip(grads[:n], weights, strict=True)]
-    asked = _asked(ctx)
-    found = linear_group_backward(
-        dys, x, weights, a, b, lists[3 * n :], h, p, ids, order, offsets, seed, **ctx.numbers, needs=asked
-    )
+    asked = _asked(ctx, needs)
+    # create_graph=True asks for a second derivative, which the op refuses with a reason
+    dispatch = needs_dispatch(dys[0], *dys[1:], x, *a, *b, *routers)
+    backward = linear_group_backward if dispatch else linear_group_backward_now
+    found = backward(dys, x, weights, a, b, routers, h, p, ids, order, offsets, seed, **ctx.numbers, needs=asked)
     given = [g if need else None for g, need in zip(found, asked, strict=True)]
     da, db, drouters, dbiases = (given[1 + i :: 4] for i in range(4))
     lists_of_grads = ([None] * n, dbiases if ctx.biased else [], da, db, drouters if ctx.soft else [])
     return (given[0], *lists_of_grads, None, None, None, None, None, None, None)
 
 
-linear_group.register_autograd(_grads, setup_context=_save)
+def _op_grads(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return _grads(ctx, grads, ctx.needs_input_grad)
+
+
+linear_group.register_autograd(_op_grads, setup_context=_save)
 linear_group_backward.register_autograd(no_double_backward)
+
+
+def _nested(lengths: Sequence[int], flat: Sequence[Any]) -> list[Any]:
+    """The op's arguments in the order of `ARGS`, from the same with the five lists' entries one after the other."""
+    nested, at = [flat[0]], 1
+    for length in lengths:
+        nested.append(list(flat[at : at + length]))
+        at += length
+    return [*nested, *flat[at:]]
+
+
+class _GroupNow(torch.autograd.Function):
+    """The op for autograd alone, see `library.linear_for`. Autograd finds no tensors in lists, so they come flat."""
+
+    @staticmethod
+    def forward(lengths: Sequence[int], *flat: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(linear_group_now(*_nested(lengths, flat)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.lengths, *flat = inputs
+        _save(ctx, tuple(_nested(ctx.lengths, flat)), list(output))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found = _grads(ctx, grads, _nested(ctx.lengths, ctx.needs_input_grad[1:]))
+        return (None, *(g for part in found for g in (part if isinstance(part, list) else [part])))
+
+
+def _group_now(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    lists, numbers = rest[:5], rest[5:]
+    flat = [t for tensors in lists for t in tensors]
+    return _GroupNow.apply([len(tensors) for tensors in lists], x, *flat, *numbers)  # type: ignore[no-any-return]
+
+
+def linear_group_for(x: Tensor, *others: Tensor) -> Callable[..., Sequence[Tensor]]:
+    """The cheapest way to call `linear_group` that everybody who must see the call sees; see `library.linear_for`."""
+    if traced(x):
+        return linear_group
+    return _group_now if differentiated(x, *others) else linear_group_now

@@ -65,12 +65,14 @@ def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tens
     layout = layout_of(groups)
     if isinstance(layout, Whole):
         return product(x, a[layout.task].t(), scaling)
-    h = x.new_zeros(x.shape[0], a.shape[1])
     if isinstance(layout, Slots):
         # [T, C, K] [T, K, R]
         left, right = layout.lay(x), layout.matrices(a).transpose(1, 2)
         slots = torch.baddbmm(x.new_empty(()), left, right, beta=0, alpha=scaling)
-        return h.index_copy_(0, layout.rows, layout.collect(slots))
+        if layout.back is not None:
+            return slots.flatten(0, 1).index_select(0, layout.back)
+        return x.new_zeros(x.shape[0], a.shape[1]).index_copy_(0, layout.rows, layout.collect(slots))
+    h = x.new_zeros(x.shape[0], a.shape[1])
     for task, rows in layout:
         _accumulate(h, rows, x[rows], a[task].t(), scaling)
     return h

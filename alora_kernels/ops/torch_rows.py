@@ -44,6 +44,7 @@ class Slots(NamedTuple):
         source: the row in each slot `[T * C]`.
         rows: row numbers, task by task `[L]`; base-only rows are not among them.
         taken: the slot of each of these rows `[L]`, or None where no slot is free.
+        back: the slot of every row of the batch `[M]`, or None where some rows have no task.
     """
 
     tasks: Tensor | None
@@ -51,6 +52,7 @@ class Slots(NamedTuple):
     source: Tensor
     rows: Tensor
     taken: Tensor | None
+    back: Tensor | None = None
 
     def matrices(self, a: Tensor) -> Tensor:
         """The A of the tasks present, `[T, R, K]`."""
@@ -128,10 +130,16 @@ def _slots(groups: RowGroups, present: list[tuple[int, int, int]], width: int, n
     rows = groups.order[present[0][1] : present[-1][2]].long()
     some = None if len(present) == num_tasks else tasks
     if len(present) * width == rows.numel():
-        return Slots(some, len(present), rows, rows, None)
+        return Slots(some, len(present), rows, rows, None, _inverse(rows, groups.ids.numel()))
     # [T, C]: positions in the order, the last one repeated
     positions = starts.unsqueeze(1) + torch.arange(width, device=bounds.device)
     free = positions >= stops.unsqueeze(1)
     source = torch.minimum(positions, stops.unsqueeze(1) - 1).sub_(present[0][1])
     taken = free.logical_not_().flatten().nonzero().squeeze(1)
-    return Slots(some, len(present), rows[source.flatten()], rows, taken)
+    back = _inverse(rows, groups.ids.numel())
+    return Slots(some, len(present), rows[source.flatten()], rows, taken, None if back is None else taken[back])
+
+
+def _inverse(rows: Tensor, total: int) -> Tensor | None:
+    """Where each row of the batch stands in `rows`, or None unless all are there."""
+    return torch.argsort(rows) if rows.numel() == total else None
