@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import cpu, gpu, plot
+from . import cpu, gpu, group, plot
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
+app.command("group")(group.main)
 app.command("plot")(plot.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
     from . import static, tune
