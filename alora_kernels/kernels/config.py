@@ -59,7 +59,7 @@ _CHIP_CLASS = MappingProxyType(
 )
 
 # Why these numbers: shared memory is 232,448 bytes on "huge" chips, 166,912 on "big" ones and 65,536 (gfx942) or
-# ~101,000 (consumer cards) on "small" ones. `bench.static` prints what each row really takes, and checks no spills.
+# ~101,000 (consumer cards) on "small" ones. `bench static` prints what each row really takes, and checks no spills.
 _TABLE = MappingProxyType(
     {
         # y = x w^T + low rank: the big GEMM.
