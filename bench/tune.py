@@ -182,7 +182,7 @@ def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
         for tile in tiles:
             with ak.recording(chip) as launches, trying({idea: tile}):
                 candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-            named.append((idea, str(astuple(tile)), aot.to_job(chip, launches[-1])))
+            named.append((idea, str(astuple(tile)), aot.to_job(chip, launches[0])))
     rows = aot.compile_all([job for _, _, job in named], workers)
     return [(idea, tile, row) for (idea, tile, _), row in zip(named, rows, strict=True)]
 

@@ -50,9 +50,9 @@ def test_a_candidate_is_what_runs(idea: str) -> None:
         for tile in candidates.TILES[idea]:
             with ak.recording("sm_90") as launches, trying({idea: tile}):
                 candidates.trial(idea, shapes, "meta").run()
-            meta = launches[-1].meta
+            meta = launches[0].meta  # sums over planes may follow
             assert (meta["num_warps"], meta["num_stages"]) == (tile.num_warps, tile.num_stages)
-            assert len(launches) == 1
+            assert [launch.kernel.__name__ for launch in launches[1:]] in ([], ["_sum_planes_kernel"])
 
 
 def test_the_first_candidate_is_the_one_in_use() -> None:
@@ -61,7 +61,7 @@ def test_the_first_candidate_is_the_one_in_use() -> None:
             candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
         with ak.recording("sm_90") as first, trying({idea: tiles[0]}):
             candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-        assert usual[-1].meta == first[-1].meta, idea
+        assert usual[0].meta == first[0].meta, idea
         assert len(set(tiles)) == len(tiles)
 
 
