@@ -14,6 +14,7 @@ from .cases import DEVICE, Case, Layer, assert_close, skip_unmodelled
 
 S = 0.3  # a scaling that is no float32 number
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
 CASES = [
     Case(m=1, k=16, n=16, r=1, e=1),
     Case(m=37, k=40, n=48, r=4, e=3),
@@ -41,6 +42,13 @@ def clean() -> bool:
     return not any(block.any() for block in workspace._blocks.values())
 
 
+def require(taken: bool) -> None:
+    """The interpreter takes every case; a GPU takes 16 bits, and needs a copy engine above 64 rows."""
+    if not taken and DEVICE == "cuda":
+        pytest.skip("this GPU's one-pass kernels do not take this case: 16 bits, Hopper or later")
+    assert taken
+
+
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh float tensors hold NaN, so that an entry nobody writes shows."""
     empty = torch.empty
@@ -64,8 +72,8 @@ def task_layer(t: Layer) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_task(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     t = Layer(case, dtype)
+    require(ak.takes_one_pass_task(t.x, t.w, t.a, t.drop))
     poisoned(monkeypatch)
-    assert ak.takes_one_pass_task(t.x, t.w, t.a)
     y, h = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
     mixture = task_layer(t)
     assert_close(h, mixture, dtype, t.x, t.a)
@@ -81,9 +89,10 @@ def test_task(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_soft(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     t = Layer(case, dtype)
-    if not ak.takes_one_pass_soft(t.x, t.w, t.a):
-        assert case.e * 16 > 128 or case.e * case.r > 128
+    if case.e > 8:  # more than 128 columns of p
+        assert not ak.takes_one_pass_soft(t.x, t.w, t.a)
         return
+    require(ak.takes_one_pass_soft(t.x, t.w, t.a))
     poisoned(monkeypatch)
     y, h, p = ak.linear_one_pass_soft(t.x, t.w, t.bias, t.a, t.b, t.router, scaling=S, dropout=t.drop)
 
@@ -123,7 +132,8 @@ def test_decode(m: int, adapters: str, dtype: torch.dtype, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("m", [40, 100])
 def test_a_task_with_nan_leaves_the_others_alone(m: int) -> None:
-    t = Layer(Case(m=m, k=32, n=32, e=3, r=4), torch.float32)
+    t = Layer(Case(m=m, k=32, n=32, e=3, r=4), EXACT)
+    require(m <= 64 or ak.takes_one_pass_task(t.x, t.w, t.a))
 
     def run() -> tuple[Tensor, Tensor]:
         if m <= 64:
@@ -138,7 +148,8 @@ def test_a_task_with_nan_leaves_the_others_alone(m: int) -> None:
 
 
 def test_repeats_are_bit_identical() -> None:
-    t = Layer(Case(m=70, k=48, n=64, r=8, e=3, p=0.25), torch.float32)
+    t = Layer(Case(m=70, k=48, n=64, r=8, e=3, p=0.25), EXACT)
+    require(ak.takes_one_pass_task(t.x, t.w, t.a, t.drop))
     one = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
     two = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -210,11 +221,12 @@ def test_the_kernel_numbers_work_the_same_way(ahead: int, rest: int) -> None:
 
 
 def test_a_tile_can_be_tried() -> None:
-    t = Layer(Case(m=70, k=64, n=64, r=4, e=3), torch.float32)
+    t = Layer(Case(m=70, k=64, n=64, r=4, e=3), EXACT)
+    require(ak.takes_one_pass_task(t.x, t.w, t.a))
     usual, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
-    with trying({"one_pass_task": Tile(32, 64, 32, 4, 1)}):
+    with trying({"one_pass_task": Tile(64, 64, 32, 4, 1)}):
         tried, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
-    torch.testing.assert_close(tried, usual)
+    torch.testing.assert_close(tried, usual, rtol=1e-3, atol=1e-2)
 
 
 def test_counters_grow_and_stay_zero() -> None:

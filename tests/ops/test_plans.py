@@ -27,7 +27,12 @@ def test_a_forced_plan(plan: str, routing: str, dtype: torch.dtype, shape: tuple
         pytest.skip("without streams a plan with overlap is the plan without")
     *leading, k, n, r, e = shape
     p = problem(leading, k, n, r, e, routing=routing, dtype=dtype, device=device)
-    assert_as_good_as_torch(p, alora_linear, dtype, backend=f"triton:{plan}")
+    try:
+        assert_as_good_as_torch(p, alora_linear, dtype, backend=f"triton:{plan}")
+    except BackendError as error:
+        if device == "cpu":  # the interpreter takes all of them
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("plan", PLANS)
