@@ -114,6 +114,29 @@ class Routing:
         return self._groups[key]
 
 
+class ConstantRouting(Routing):
+    """One task for every row: its groups need no sort, which a compiled graph would hold once per layer.
+
+    Args:
+        task: the task; -1 means the base alone.
+    """
+
+    def __init__(self, task: int) -> None:
+        super().__init__(torch.tensor([task]))
+        self.task = task
+
+    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
+        """As `Routing.groups`."""
+        key = (leading, num_tasks, device)
+        if key not in self._groups:
+            rows = leading.numel()
+            ids = torch.full((rows,), self.task, dtype=torch.int32, device=device)
+            order = torch.arange(rows, dtype=torch.int32, device=device)
+            after = torch.arange(num_tasks + 1, dtype=torch.int32, device=device) > self.task
+            self._groups[key] = RowGroups(ids, order, (after * rows).to(torch.int32))
+        return self._groups[key]
+
+
 def expand_ids(task_ids: Tensor, leading: torch.Size) -> Tensor:
     """One id per token, `[M]`, from ids per token, per batch row, or per group of consecutive batch rows.
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,6 +60,19 @@ def figure_files(path: Path, rows: list[Row]) -> dict[str, str]:
     return {name: f"{path.stem}-{name}.png" for name in [*families(rows), *["targets"] * asked]}
 
 
+def predicts(text: str) -> bool:
+    """Whether the README has a place for predictions, and this machine can make them."""
+    return importlib.util.find_spec("triton") is not None and "<!-- bench-static:begin -->" in text
+
+
+@cache
+def predictions() -> list[Any]:
+    """What `bench.roofline` predicts, for the table and the figure alike."""
+    from . import roofline
+
+    return list(roofline.predict_all(roofline.Rates()))
+
+
 def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) -> str:
     """The README's text with a block per command, its CSV files one after the other.
 
@@ -72,12 +86,11 @@ def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) ->
         figures = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
         content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", figures, cases=command == "cpu")
         blocks.setdefault(command, []).append(content)
-    if importlib.util.find_spec("triton") is not None and "<!-- bench-static:begin -->" in text:
+    if predicts(text):
         from . import roofline, static_readme
 
-        rates = roofline.Rates()
         link = Path(os.path.relpath(PREDICTED, readme_folder)).as_posix()
-        blocks["static"] = [static_readme.block(list(roofline.predict_all(rates)), rates, link)]
+        blocks["static"] = [static_readme.block(predictions(), roofline.Rates(), link)]
     for command, contents in blocks.items():
         text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
     return text
@@ -112,10 +125,10 @@ def main(
             else:
                 figures.times(families(rows)[name], results / file)
             typer.echo(f"wrote {results / file}")
-    if "<!-- bench-static:begin -->" in new and importlib.util.find_spec("triton") is not None:
-        from . import roofline, static_plot
+    if predicts(new):
+        from . import static_plot
 
-        static_plot.plot_roofline(list(roofline.predict_all(roofline.Rates())), PREDICTED)
+        static_plot.plot_roofline(predictions(), PREDICTED)
         typer.echo(f"wrote {PREDICTED}")
     readme_file.write_text(new)
     typer.echo(f"rewrote the tables of {readme_file}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops import alora_linear
 from ..recompute import noted
-from ..routing import Routing, current_routing
+from ..routing import ConstantRouting, Routing, current_routing
 from .init import lora_scaling, reset_adapter_
 from .tasks import task_id, task_ids_from_names, task_names
 
@@ -162,7 +162,7 @@ class FusedALoRALinear(nn.Module):
             task_ids = noted(self, current_routing, routed=len(self.tasks) > 1)
         if task_ids is None:
             if len(self.tasks) == 1:
-                return Routing(torch.zeros(1, dtype=torch.long))
+                return ConstantRouting(0)
             raise ValueError(
                 f"this layer has the tasks {', '.join(self.tasks)}: pass task_ids to forward, or call the model"
                 " inside `with alora_kernels.route(ids): ...`"

@@ -28,13 +28,14 @@ def plan_for(x: Tensor, w: Tensor, adapter: Adapter, name: str | None) -> Plan:
     return explain_plan(chip, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
 
 
-def _dropout(adapter: Adapter) -> kernels.Dropout | None:
+def kernel_dropout(adapter: Adapter) -> kernels.Dropout | None:
+    """The adapter's dropout as kernels take it."""
     return None if adapter.dropout is None else kernels.Dropout(*adapter.dropout)
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
-    dropout = _dropout(adapter)
+    dropout = kernel_dropout(adapter)
     if adapter.router is None:
         h = kernels.task_shrink(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=dropout)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
@@ -49,7 +50,7 @@ def _one_pass(
     Raises:
         BackendError: it was forced and cannot run.
     """
-    dropout, a, scaling = _dropout(adapter), adapter.a, adapter.scaling
+    dropout, a, scaling = kernel_dropout(adapter), adapter.a, adapter.scaling
     if adapter.router is None:
         ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x))
         if dropout is None and kernels.takes_decode(x, a):
@@ -95,7 +96,7 @@ def linear(
 
 def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None, like: Tensor, fused: bool) -> Tensor:
     """dx = dy w + dp [a; router]; dp is dh under task routing. Without w the low-rank part alone."""
-    dropout, base = _dropout(adapter), (dy, w) if fused else (None, None)
+    dropout, base = kernel_dropout(adapter), (dy, w) if fused else (None, None)
     if adapter.router is None:
         groups = adapter.task_groups
         dx = kernels.linear_dx_task(*base, dp, adapter.a, groups, dtype=like.dtype, dropout=dropout)
@@ -106,7 +107,7 @@ def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None
 
 def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """Gradients of the matrices A and of the router."""
-    a, dropout = adapter.a, _dropout(adapter)
+    a, dropout = adapter.a, kernel_dropout(adapter)
     if adapter.router is None:
         return kernels.task_da(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
     return kernels.soft_da(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)

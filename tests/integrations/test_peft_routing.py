@@ -8,8 +8,7 @@ from peft import PeftModel
 
 import alora_kernels
 from alora_kernels.integrations.peft import set_task
-from alora_kernels.integrations.peft.ids import ConstantRouting
-from alora_kernels.routing import group_rows
+from alora_kernels.routing import ConstantRouting, group_rows
 
 from .tiny import Mlp, adapted, adapter_grads, bert, config, gpt2, layers_of, llama, logits, t5, tokens
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...modules.tasks import BASE, task_ids_from_names
-from ...routing import Routing, RowGroups
+from ...routing import ConstantRouting, Routing
 
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "decoder_input_ids")
 
@@ -100,35 +100,15 @@ def batch_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None
 
 @lru_cache(maxsize=4)  # prefill and decoding shapes; each entry is 8 bytes per token
 def _cached(task: int, leading: torch.Size, device: torch.device, inference: bool) -> Routing:
-    return Routing(torch.tensor([task]))
-
-
-class ConstantRouting(Routing):
-    """One task for every row: its groups need no sort, which a compiled graph would hold once per layer."""
-
-    def __init__(self, task: int) -> None:
-        super().__init__(torch.tensor([task]))
-        self.task = task
-
-    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
-        """As `Routing.groups`."""
-        key = (leading, num_tasks, device)
-        if key not in self._groups:
-            rows = leading.numel()
-            ids = torch.full((rows,), self.task, dtype=torch.int32, device=device)
-            order = torch.arange(rows, dtype=torch.int32, device=device)
-            after = torch.arange(num_tasks + 1, dtype=torch.int32, device=device) > self.task
-            self._groups[key] = RowGroups(ids, order, (after * rows).to(torch.int32))
-        return self._groups[key]
+    return ConstantRouting(task)
 
 
 def constant_routing(task: int, leading: torch.Size, device: torch.device) -> Routing:
-    """The same task for every row, remembered so that a model of 200 layers sorts once.
+    """The same task for every row, remembered so that a model of 200 layers makes its groups once.
 
     Tensors made while tracing, capturing or in inference mode are not handed to calls outside of it.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return ConstantRouting(task)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return Routing(torch.full((1,), task, device=device))
     return _cached(task, leading, device, torch.is_inference_mode_enabled())
