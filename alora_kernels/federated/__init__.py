@@ -1,0 +1,85 @@
+"""Fine-tune together without sharing data: Fed-ALoRA, FedSA-LoRA, FFA-LoRA and FedIT, thin on Flower.
+
+In:   a `FedConfig` (method, clients, rounds) and a `Participant` per client (its model and its data).
+Out:  an `Outcome`; in the output folder a ledger, a checkpoint each round and the finished shared arrays.
+Who:  users in Python (`run`), the command line (`alora fed ...`), Flower (`flwr run`).
+
+    methods, seeds      what each method shares, as data; initial values
+    wire                what travels, agreed on by a hash
+    adapters            base model -> client's model; its matrices by role
+    participant, client, store        one client: model and data, a round, the private half on disk
+    strategies, guard, checkpoint, server    Flower's strategy inside a guard, durable
+    ledger, summary, live, plot       what happened: written by the server only, shown by everybody else
+    inprocess, engine, flower_*       the engines: one process, Flower's simulation, real machines
+
+Importing this opens no socket. Flower's telemetry and update check are switched off before it is imported, unless the
+environment already says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+if TYPE_CHECKING:
+    from .adapters import adapt, fingerprint
+    from .config import ConfigError, FedConfig, load_config
+    from .engine import run
+    from .guard import Limits
+    from .methods import METHODS, ShareSpec, share_spec
+    from .participant import Participant, fit, shuffled
+    from .server import Outcome, Template
+
+_WHERE = {
+    "METHODS": "methods",
+    "ConfigError": "config",
+    "FedConfig": "config",
+    "Limits": "guard",
+    "Outcome": "server",
+    "Participant": "participant",
+    "ShareSpec": "methods",
+    "Template": "server",
+    "adapt": "adapters",
+    "fingerprint": "adapters",
+    "fit": "participant",
+    "load_config": "config",
+    "run": "engine",
+    "share_spec": "methods",
+    "shuffled": "participant",
+}
+
+__all__ = [
+    "METHODS",
+    "ConfigError",
+    "FedConfig",
+    "Limits",
+    "Outcome",
+    "Participant",
+    "ShareSpec",
+    "Template",
+    "adapt",
+    "fingerprint",
+    "fit",
+    "load_config",
+    "run",
+    "share_spec",
+    "shuffled",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    try:
+        module = importlib.import_module(f".{_WHERE[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("flwr", "pydantic"):
+            raise ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'") from error
+        raise
+    return getattr(module, name)

@@ -1,0 +1,171 @@
+"""What travels: the fixed set of arrays both sides agree on, and the names of the records around it.
+
+In:   the shared arrays of an adapted model.
+Out:  a `WireSpec` with a digest; Flower records; arrays back, checked before they are decoded.
+Who:  client and server build their messages here; `guard` checks replies against the spec.
+
+A message to a client holds one ArrayRecord `arrays` and one ConfigRecord `config`; a reply holds `arrays`, one
+MetricRecord `metrics` and a ConfigRecord `reply`. A reply of unequal-rank Fed-ALoRA may give an array as two factors,
+`<key>.left [N, r]` and `<key>.right [r, d_m]`, whose product is what the client adds: fewer bytes when the rank is
+small, the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
+
+ARRAYS, CONFIG, METRICS, REPLY = "arrays", "config", "metrics", "reply"  # records of a message
+ROUND, RUN, SPEC, NONCE = "server-round", "run", "spec-hash", "nonce"  # in `config`; the last two come back in `reply`
+CLIENT, SECONDS, EXAMPLES = "client", "seconds", "num-examples"
+BEFORE, AFTER = "before-", "after-"  # prefixes of a metric measured before and after local training
+LEFT, RIGHT = ".left", ".right"
+NUMPY_HEADER = 1024  # bytes a serialised array may have beyond its numbers
+
+NDArrays = Mapping[str, NDArray]
+
+
+class WireError(ValueError):
+    """A record that is not what both sides agreed on; the message says which key and why."""
+
+
+@dataclass(frozen=True)
+class WireSpec:
+    """What client and server must agree on before arrays are averaged.
+
+    Attributes:
+        method: name of the share spec.
+        arrays: key -> (dtype, shape) of everything that travels.
+        base: fingerprint of the frozen model, see `adapters.fingerprint`.
+        scaling: s, because equal arrays must mean equal functions.
+        seed: common seed, from which frozen and shared parts begin.
+        metrics: names of the metrics every client reports, before and after local training.
+    """
+
+    method: str
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+    base: str
+    scaling: float
+    seed: int
+    metrics: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all fields, in hexadecimal."""
+        fields = [self.method, sorted(self.arrays.items()), self.base, self.scaling, self.seed, self.metrics]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+    @property
+    def metric_keys(self) -> set[str]:
+        """Keys of the MetricRecord of a train reply."""
+        return {EXAMPLES, *(prefix + name for prefix in (BEFORE, AFTER) for name in self.metrics)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, without serialisation headers."""
+        return sum(_nbytes(dtype, shape) for dtype, shape in self.arrays.values())
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def to_record(arrays: NDArrays) -> ArrayRecord:
+    """Arrays as a Flower record, keys sorted."""
+    return ArrayRecord({key: Array(np.ascontiguousarray(arrays[key])) for key in sorted(arrays)})
+
+
+def payload_bytes(record: RecordDict) -> int:
+    """Bytes of the numbers in all arrays of a message, from their declared shapes: no headers, no metrics."""
+    return sum(
+        _nbytes(array.dtype, array.shape) for arrays in record.array_records.values() for array in arrays.values()
+    )
+
+
+def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArray:
+    """One array of a record, as agreed.
+
+    Size and type are compared before the bytes are decoded, and again after: a declared shape may lie.
+
+    Raises:
+        WireError: another dtype or shape than agreed, or bytes that do not decode.
+    """
+    if array.dtype != dtype:
+        raise WireError(f"{key} has dtype {array.dtype}, agreed is {dtype}")
+    if tuple(array.shape) != shape:
+        raise WireError(f"{key} has shape {tuple(array.shape)}, agreed is {shape}")
+    if len(array.data) > _nbytes(dtype, shape) + NUMPY_HEADER:
+        raise WireError(f"{key} has {len(array.data)} bytes, agreed are {_nbytes(dtype, shape)}")
+    try:
+        values = array.numpy()
+    except (TypeError, ValueError, OSError, EOFError, MemoryError) as error:
+        raise WireError(f"{key} does not decode: {error}") from None
+    if not isinstance(values, np.ndarray):
+        raise WireError(f"{key} is an archive, not one array")
+    if values.dtype != np.dtype(dtype) or values.shape != shape:
+        raise WireError(f"{key} decodes to {values.dtype} {values.shape}, agreed is {dtype} {shape}")
+    return values
+
+
+def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
+    """The arrays of a message to a client.
+
+    Raises:
+        WireError: keys, dtypes or shapes that are not the spec's.
+    """
+    check_keys(set(record), set(spec.arrays))
+    return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
+
+
+def check_keys(got: set[str], agreed: set[str]) -> None:
+    """Refuse a record whose keys are not those agreed on.
+
+    Raises:
+        WireError: names up to three keys on each side.
+    """
+    if got != agreed:
+        extra, missing = sorted(got - agreed)[:3], sorted(agreed - got)[:3]
+        raise WireError(f"keys differ: unexpected {extra or 'none'}, missing {missing or 'none'}")
+
+
+def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDArray]:
+    """The arrays of a reply, factors multiplied out.
+
+    Formula: `value = sent + left right` for an array given as two factors.
+
+    Args:
+        record: the reply's arrays.
+        spec: what was agreed.
+        sent: the arrays the client got.
+
+    Returns:
+        One array for each key of the spec, of the agreed dtype and shape.
+
+    Raises:
+        WireError: keys, dtypes, shapes or ranks that do not fit.
+    """
+    factored = {key for key in spec.arrays if key + LEFT in record}
+    check_keys(
+        set(record), {k for key in spec.arrays for k in ((key + LEFT, key + RIGHT) if key in factored else (key,))}
+    )
+    return {key: _product(key, record, spec, sent) if key in factored else decode(key, record[key], *spec.arrays[key])
+            for key in spec.arrays}  # fmt: skip
+
+
+def _product(key: str, record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> NDArray:
+    dtype, shape = spec.arrays[key]
+    declared = tuple(record[key + LEFT].shape)
+    if len(shape) != 2 or len(declared) != 2 or not 1 <= declared[1] <= min(shape):
+        raise WireError(f"{key} is given as factors of shape {declared}, which do not fit {shape}")
+    rank = declared[1]
+    left = decode(key + LEFT, record[key + LEFT], dtype, (shape[0], rank))
+    right = decode(key + RIGHT, record[key + RIGHT], dtype, (rank, shape[1]))
+    with np.errstate(over="ignore", invalid="ignore"):  # a bad client's numbers; the guard looks at the result
+        return np.asarray(sent[key] + left @ right, dtype=dtype)
