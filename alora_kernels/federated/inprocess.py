@@ -1,0 +1,167 @@
+"""A Flower grid inside one process: client apps run one after the other, in the order of their node ids.
+
+In:   a `ClientApp` and a number of nodes.
+Out:  an `InProcessGrid` for any Flower strategy; every node keeps one `Context` between messages.
+Who:  tests, and runs on one machine that need neither processes nor Ray.
+
+Messages become Flower's protobuf bytes in both directions, so no client ever holds an array of the server's, and a
+tap sees exactly what travels. A client that raises becomes an error reply, as in a deployment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+UserConfig = Mapping[str, bool | float | int | str]
+log = logging.getLogger("alora_kernels.federated")
+
+
+class InProcessGrid(Grid):
+    """All clients in this process.
+
+    Args:
+        client_app: answers the messages; one object for all nodes, as told apart by their contexts.
+        num_nodes: nodes get the ids 1 to num_nodes.
+        node_configs: one for each node, added to `{"partition-id": i, "num-partitions": num_nodes}`, i from 0.
+        run_config: what every client finds in `context.run_config`.
+        on_message: called with a copy of every message, to a client and back, as read from the bytes that travel.
+
+    Attributes:
+        contexts: node id -> its `Context`; the nodes that are there, so deleting one takes it away.
+
+    Raises:
+        ValueError: no node, or another number of node_configs.
+
+    Note:
+        Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        *,
+        node_configs: Sequence[UserConfig] | None = None,
+        run_config: UserConfig | None = None,
+        on_message: Callable[[Message], None] | None = None,
+    ) -> None:
+        if num_nodes < 1:
+            raise ValueError(f"num_nodes must be >= 1, got {num_nodes}")
+        if node_configs is not None and len(node_configs) != num_nodes:
+            raise ValueError(
+                f"node_configs has {len(node_configs)} entries for num_nodes={num_nodes}; give one for each"
+            )
+        self._app = client_app
+        self._on_message = on_message
+        self._waiting: dict[str, bytes] = {}
+        TaskIdentity.task_id, TaskIdentity.node_id = 1, SUPERLINK_NODE_ID
+        self.set_run(Run.create_empty(run_id=1))
+        self.contexts = {
+            node: Context(
+                run_id=self._run.run_id,
+                node_id=node,
+                node_config={
+                    "partition-id": node - 1,
+                    "num-partitions": num_nodes,
+                    **(node_configs[node - 1] if node_configs else {}),
+                },
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+            for node in range(1, num_nodes + 1)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run whose id new messages carry."""
+        self._run = run
+        TaskIdentity.run_id = run.run_id
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to a node; the same as `Message(...)`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Ids of the nodes that are there."""
+        return sorted(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Give each message an id and keep its bytes until its reply is pulled.
+
+        Raises:
+            ValueError: a message to a node that is not there; then no message is kept.
+        """
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.dst_node_id not in self.contexts:
+                raise ValueError(
+                    f"message to node {message.metadata.dst_node_id}, but the nodes are {self.get_node_ids()}"
+                )
+        return [self._post(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Run the clients of those messages, by node id, and return their replies.
+
+        Ids that are not waiting have no reply: it was pulled before.
+        """
+        waiting = [self._read(self._waiting.pop(name)) for name in message_ids if name in self._waiting]
+        return [self._answer(message) for message in sorted(waiting, key=lambda m: m.metadata.dst_node_id)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Run the clients of these messages to their end, whatever the timeout, and return their replies.
+
+        Raises:
+            ValueError: a message to a node that is not there.
+        """
+        return self.pull_messages(self.push_messages(messages))
+
+    def _post(self, message: Message) -> str:
+        data = self._bytes(message)
+        self._tap(data)
+        self._waiting[message.metadata.message_id] = data
+        return message.metadata.message_id
+
+    @staticmethod
+    def _bytes(message: Message) -> bytes:
+        message.metadata.__dict__["_message_id"] = uuid4().hex  # Flower's own grids set it this way, too
+        data: bytes = message_to_proto(message).SerializeToString()
+        return data
+
+    @staticmethod
+    def _read(data: bytes) -> Message:
+        return message_from_proto(ProtoMessage.FromString(data))
+
+    def _tap(self, data: bytes) -> None:
+        if self._on_message is not None:
+            self._on_message(self._read(data))
+
+    def _answer(self, message: Message) -> Message:
+        try:
+            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+            if not isinstance(reply, Message):
+                raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+            data = self._bytes(reply)
+        except Exception as error:
+            log.error("node %d raised", message.metadata.dst_node_id, exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            data = self._bytes(Message(Error(code=code, reason=reason), reply_to=message))
+        self._tap(data)
+        return self._read(data)

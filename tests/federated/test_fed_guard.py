@@ -1,0 +1,271 @@
+"""The guard around a round: what goes out, who may answer, and the events that tell of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+from alora_kernels.federated import wire
+from alora_kernels.federated.guard import GuardedGrid, Limits
+from tests.federated.wirefakes import SPEC, Clock, ScriptedGrid, failing, guarded, honest, initial, messages, update
+
+HONEST = {1: honest, 2: honest, 3: honest}
+KEY = "layer.B"
+
+
+def silent(message: Message) -> None:
+    return None
+
+
+def from_node(node: int):
+    def answer(message: Message) -> Message:
+        reply = honest(message)
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    return answer
+
+
+def test_each_message_is_its_own_with_run_spec_and_nonce():
+    grid, _ = guarded(HONEST)
+    original = messages([3, 1, 2], number=7)
+    grid.send_and_receive(original)
+    sent = grid._grid.sent
+    assert [(m.metadata.dst_node_id, m.metadata.group_id) for m in sent] == [(3, "7"), (2, "7"), (1, "7")]
+    configs = [message.content["config"] for message in sent]
+    for config in configs:
+        assert set(config) == {wire.ROUND, "lr", wire.RUN, wire.SPEC, wire.NONCE}
+        assert (config[wire.RUN], config[wire.SPEC], config[wire.ROUND], config["lr"]) == ("r", SPEC.digest, 7, 0.1)
+    assert len({config[wire.NONCE] for config in configs}) == 3
+    assert all(message.content["arrays"] is original[0].content["arrays"] for message in sent)
+    assert set(original[0].content["config"]) == {wire.ROUND, "lr"}  # the strategy's own record is as it was
+    assert {m.metadata.ttl for m in sent} == {original[0].metadata.ttl}
+
+
+@pytest.mark.parametrize(("timeout", "expected"), [(None, 600.0), (5.0, 5.0), (3600.0, 600.0)])
+def test_the_shorter_of_timeout_and_deadline_holds(timeout, expected):
+    grid, _ = guarded(HONEST)
+    grid.send_and_receive(messages([1, 2]), timeout=timeout)
+    assert grid._grid.timeouts == [expected]
+
+
+def test_replies_are_dense_and_sorted_by_client_name():
+    names = {1: "zoe", 2: "ann", 3: "kim"}
+    answers = {node: lambda m, name=name: honest(m, client=name) for node, name in names.items()}
+    grid, _ = guarded(answers)
+    sent = messages([1, 2, 3])
+    replies = grid.send_and_receive(sent)
+    assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 1]
+    for reply in replies:
+        assert set(reply.content) == {"arrays", "metrics"}
+        assert list(reply.content["arrays"]) == sorted(SPEC.arrays)
+        expected = update(sent[0], reply.metadata.src_node_id)
+        for key, array in reply.content["arrays"].items():
+            np.testing.assert_array_equal(array.numpy(), expected[key], strict=True)
+
+
+def test_factors_are_accepted_and_equal_to_dense():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(8, 2)).astype("float32") / 4, rng.normal(size=(2, 4)).astype("float32") / 4
+    start = initial()
+    dense = {KEY: start[KEY] + left @ right, "other.B": start["other.B"]}
+    factors = {KEY + wire.LEFT: left, KEY + wire.RIGHT: right, "other.B": start["other.B"]}
+    grid, events = guarded({1: lambda m: honest(m, arrays=dense), 2: lambda m: honest(m, arrays=factors)})
+    first, second = grid.send_and_receive(messages([1, 2]))
+    assert first.content["arrays"] == second.content["arrays"]
+    assert [event["bytes_up"] for event in events[:2]] == [176, 176 - 128 + 4 * 2 * (8 + 4)]
+
+
+def test_events_of_a_train_round():
+    clock = Clock()
+
+    def slow(message: Message) -> Message:
+        clock.now += 4
+        return honest(message, seconds=float("nan"))
+
+    grid, events = guarded({1: honest, 2: slow, 3: silent}, clock=clock)
+    grid.send_and_receive(messages([3, 2, 1], number=5), timeout=30)
+    halves = {"before": {"accuracy": 0.5, "loss": 0.5}, "after": {"accuracy": 0.5, "loss": 0.5}}
+    same = {"event": "client", "kind": "train", "round": 5, "bytes_down": 176}
+    good = {**same, "accepted": True, "reason": None, "bytes_up": 176, "examples": 10, **halves}
+    assert events == [
+        {**good, "node": 1, "client": "client-1", "seconds": 1.5},
+        {**good, "node": 2, "client": "client-2", "seconds": None},
+        {**same, "node": 3, "client": None, "accepted": False, "reason": "no reply within 30 s", "bytes_up": 0,
+         "examples": None, "seconds": None, "before": {}, "after": {}},
+        {"event": "round", "kind": "train", "round": 5, "sampled": 3, "accepted": 2, "rejected": 1, "void": False,
+         "bytes_down": 3 * 176, "bytes_up": 2 * 176, "seconds": 4.0},
+    ]  # fmt: skip
+    json.dumps(events, allow_nan=False)
+
+
+def test_events_of_an_evaluate_round_and_too_few_is_not_void():
+    grid, events = guarded({1: honest, 2: failing("ValueError: no test data")}, Limits(quorum=2, patience=1))
+    (reply,) = grid.send_and_receive(messages([1, 2], kind="evaluate"))
+    assert set(reply.content) == {"metrics"} and reply.metadata.src_node_id == 1
+    assert events[0]["metrics"] == {"accuracy": 0.5, "loss": 0.5} and "before" not in events[0]
+    assert (events[0]["bytes_down"], events[0]["bytes_up"], events[1]["metrics"]) == (176, 0, {})
+    assert events[1]["reason"] == "ValueError: no test data"
+    assert (events[2]["kind"], events[2]["accepted"], events[2]["void"]) == ("evaluate", 1, False)
+
+
+def test_arrays_in_an_evaluation_are_refused():
+    def leaking(message: Message) -> Message:
+        reply = honest(message)
+        reply.content["arrays"] = wire.to_record(initial())
+        return reply
+
+    grid, events = guarded({1: honest, 2: leaking})
+    assert len(grid.send_and_receive(messages([1, 2], kind="evaluate"))) == 1
+    assert events[1]["reason"].startswith(
+        "has an unexpected record 'arrays'; the reply of this evaluate round has exactly"
+    )
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (-(10**6), 1), (10**40,)])
+def test_bytes_up_are_those_that_came_whatever_the_shape_says(shape):
+    lying = Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=bytes(500))
+    grid, events = guarded({1: lambda message: honest(message, arrays={KEY: lying}), 2: honest})
+    grid.send_and_receive(messages([1, 2]))
+    assert [event["bytes_up"] for event in events] == [500, 176, 676]
+
+
+def test_a_second_reply_is_refused_and_the_first_one_counts():
+    def twice(message: Message) -> list[Message]:
+        return [honest(message), honest(message, arrays={k: v + 1 for k, v in update(message, 2).items()})]
+
+    grid, events = guarded({1: honest, 2: twice, 3: honest})
+    replies = grid.send_and_receive(messages([1, 2, 3]))
+    assert len(replies) == 3
+    np.testing.assert_array_equal(
+        replies[1].content["arrays"][KEY].numpy(), update(messages([2])[0], 2)[KEY], strict=True
+    )
+    extra, total = events[3:]
+    assert (extra["node"], extra["client"], extra["accepted"], extra["bytes_down"]) == (2, "client-2", False, 0)
+    assert extra["reason"] == "second reply of this node in this round; the first one counts"
+    assert (total["sampled"], total["accepted"], total["rejected"]) == (3, 3, 1)
+    assert (total["bytes_down"], total["bytes_up"]) == (3 * 176, 4 * 176)
+
+
+def test_a_good_reply_after_a_bad_one_is_still_the_second():
+    grid, events = guarded({1: honest, 3: honest, 2: lambda m: [honest(m, nonce="x"), honest(m)]})
+    assert len(grid.send_and_receive(messages([1, 2, 3]))) == 2
+    assert "nonce" in events[1]["reason"] and "second reply" in events[3]["reason"]
+
+
+def test_a_late_reply_takes_nothing_from_its_node():
+    kept: list[Message] = []
+
+    def late(message: Message) -> list[Message]:
+        kept.append(message)
+        return [] if len(kept) == 1 else [honest(kept[0]), honest(message)]
+
+    grid, events = guarded({1: honest, 2: honest, 3: late})
+    assert len(grid.send_and_receive(messages([1, 2, 3], number=1))) == 2
+    events.clear()
+    assert len(grid.send_and_receive(messages([1, 2, 3], number=2))) == 3
+    assert [event["accepted"] for event in events[:4]] == [True, True, True, False]
+    assert (events[3]["reason"], events[3]["round"]) == ("late: it does not answer the message of this round", 2)
+
+
+def test_an_old_reply_under_the_new_message_s_id_has_the_wrong_nonce():
+    old: list[RecordDict] = []
+
+    def replayed(message: Message) -> Message:
+        old.append(honest(message).content)
+        return Message(old[0], reply_to=message)
+
+    grid, events = guarded({1: honest, 2: honest, 3: replayed})
+    assert len(grid.send_and_receive(messages([1, 2, 3], number=1))) == 3
+    assert len(grid.send_and_receive(messages([1, 2, 3], number=2))) == 2
+    assert "an old or a forged reply" in events[-2]["reason"] and events[-2]["client"] == "client-3"
+
+
+def test_a_node_that_was_not_asked():
+    grid, events = guarded({1: honest, 2: honest, 3: from_node(99)})
+    assert len(grid.send_and_receive(messages([1, 2, 3]))) == 2
+    assert [event["reason"] for event in events[2:4]] == [
+        "no reply within 600 s",
+        "node 99 was not asked in this round",
+    ]
+
+
+def test_one_node_cannot_answer_for_another():
+    grid, events = guarded({1: honest, 2: honest, 3: from_node(1)})
+    assert [reply.metadata.src_node_id for reply in grid.send_and_receive(messages([1, 2, 3]))] == [1, 2]
+    assert not any(event["accepted"] for event in events[:-1] if event["node"] == 3)
+
+
+def test_an_error_flower_makes_for_a_lost_node_is_that_node_s():
+    def lost(message: Message) -> Message:
+        reply = failing("node unavailable")(message)
+        reply.metadata.__dict__["_src_node_id"] = 777
+        return reply
+
+    grid, events = guarded({1: honest, 2: honest, 3: lost})
+    assert len(grid.send_and_receive(messages([1, 2, 3]))) == 2
+    assert len(events) == 4 and (events[2]["node"], events[2]["reason"]) == (3, "node unavailable")
+
+
+def test_a_client_keeps_its_name_in_events_when_it_fails(caplog):
+    grid, events = guarded(dict(HONEST))
+    grid.send_and_receive(messages([1, 2, 3], number=1))
+    grid._grid.answers[3] = failing("OSError: disk\nWARNING forged line \x1b[31m")
+    grid.send_and_receive(messages([1, 2, 3], number=2))
+    assert events[-2]["client"] == "client-3"
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "alora" in r.name]
+    assert line == "refused client client-3, node 3, round 2: WARNING forged line  [31m"
+
+
+def test_a_method_that_sends_no_arrays_still_has_rounds():
+    alone = dataclasses.replace(SPEC, method="local", arrays={})
+    events: list[dict] = []
+    grid = GuardedGrid(ScriptedGrid(dict(HONEST)), alone, Limits(), run="r", on_event=events.append)
+    result = FedAvg().start(grid, initial_arrays=wire.to_record({}), num_rounds=1)
+    assert [event["accepted"] for event in events if event["event"] == "round"] == [3, 3]
+    assert events[3]["bytes_up"] == events[3]["bytes_down"] == 0 and len(result.arrays) == 0
+
+
+def test_no_messages_no_round():
+    grid, events = guarded(HONEST)
+    assert grid.send_and_receive([]) == [] and not events and not grid._grid.timeouts
+
+
+def test_everything_else_is_forwarded():
+    grid, _ = guarded(HONEST)
+    grid.set_run("a run")
+    assert grid._grid.chosen == "a run" and grid.run == "the run"
+    assert grid.push_messages("m") == ("pushed", "m") and grid.pull_messages("i") == ("pulled", "i")
+    assert grid.create_message("c", "train", 1, "g") == ("created", ("c", "train", 1, "g", None))
+    assert grid.get_node_ids() == [1, 2, 3] and [node.node_id for node in grid.get_nodes()] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("sent", "match"),
+    [
+        (lambda: messages([1], kind="query"), "rounds of 'train' or of 'evaluate' messages, got query"),
+        (lambda: messages([1]) + messages([2], kind="evaluate"), "got evaluate, train"),
+        (lambda: messages([1, 1]), "two messages to node 1"),
+        (lambda: messages([1], 1) + messages([2], 2), r"rounds \[1, 2\] in one call"),
+        (lambda: [Message(RecordDict({"weights": wire.to_record(initial())}), 1, "train")], "arrayrecord_key='arrays'"),
+        (
+            lambda: [
+                Message(RecordDict({"arrays": wire.to_record(initial()), "config": ConfigRecord()}), 1, "train"),
+            ],
+            "lacks an integer 'server-round'",
+        ),
+        (lambda: messages([1], arrays={KEY: initial()[KEY]}), r"missing \['other.B'\]"),
+        (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 1), "float32")}), r"has shape \(8, 1\)"),
+    ],
+)
+def test_the_server_s_own_mistakes_are_errors(sent, match):
+    grid, events = guarded(HONEST)
+    with pytest.raises(ValueError, match=match):
+        grid.send_and_receive(sent())
+    assert not events
