@@ -1,0 +1,127 @@
+"""Safetensors files that are whole or absent, whatever kills the process or fills the disk.
+
+In:   named arrays and string metadata.
+Out:  one file; the arrays back, bit for bit, after their checksum was compared.
+Who:  `store` for a client's private half, `checkpoint` for the server.
+
+A file is written under a name of its own in the same folder, flushed to the disk, renamed over the final name, and the
+folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but not a changed
+number, hence the SHA-256. Files get mode 600: both kinds are somebody's secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+CHECKSUM = "sha256"
+ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file belongs to a killed process
+
+
+class DamagedFileError(ValueError):
+    """A file that is cut short, changed, or not one of ours."""
+
+
+def own_copy(key: str, value: NDArray | Tensor) -> Tensor:
+    """A contiguous tensor on the CPU that shares memory with nothing.
+
+    Raises:
+        TypeError: an array of a dtype that has no tensor.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    array = np.array(value, order="C")  # np.ascontiguousarray would make [] to [1]
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise TypeError(f"{key} has dtype {array.dtype}, which cannot be stored: {error}") from None
+
+
+def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the file, replacing what was there, or leave everything as it was.
+
+    Args:
+        path: in a folder that exists or can be made.
+        arrays: of any dtype and shape; none at all is fine.
+        metadata: read back by `read`.
+
+    Raises:
+        OSError: the disk's own, with the temporary file removed.
+        TypeError: see `own_copy`.
+    """
+    tensors = {key: own_copy(key, value) for key, value in arrays.items()}
+    data = to_bytes(tensors, {**metadata, CHECKSUM: _checksum(tensors, metadata)})
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _sweep(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Arrays and metadata of a file that `write` made.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFileError: cut short, changed, or without our checksum.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, ValueError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"{path} does not read: {error}") from None
+    if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
+        raise DamagedFileError(f"{path} does not have the checksum it was written with")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1e".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # flatten: a view of [] as bytes is refused
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Put the rename on the disk; not every system lets a folder be opened, and there the rename has to do."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed left behind."""
+    for left in folder.glob(".*.tmp"):
+        try:
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+        except FileNotFoundError:
+            continue
