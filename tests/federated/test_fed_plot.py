@@ -1,0 +1,155 @@
+"""Figures: a PNG for every shape of run, the numbers behind the lines, names that do not overlap."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra `federated`")
+pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
+
+from matplotlib.figure import Figure
+
+from alora_kernels.federated import plot as module
+from alora_kernels.federated.plot import SPACING, curve, plot, spread
+from tests.federated.ledgerfakes import DOWN, REASON, SILENT, UP, judgement, one_round, run_event, whole_run
+
+LOST = [
+    run_event(("ann", "bob", "eve"), rounds=4),
+    *one_round(1, {"ann": (0.2, 0.3), "bob": (0.4, 0.5)}, {"eve": SILENT}),
+    *one_round(2, {"bob": (0.6, 0.7)}, {"ann": REASON, "eve": SILENT}),
+    *one_round(4, {"ann": (0.4, 0.5), "bob": (0.8, 0.9)}, {"eve": SILENT}),  # round 3 is not in the ledger
+]
+NOTHING_SENT = [{**event, "bytes_up": 0, "bytes_down": 0} for event in whole_run()]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that `plot` saved."""
+    seen = []
+
+    def savefig(self, *args, real=Figure.savefig, **kwargs):
+        seen.append(self)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {"run": whole_run()},
+        {"lost rounds and replies": LOST},
+        {"one client": whole_run(clients=["ann"])},
+        {"one round": whole_run(rounds=1)},
+        {"20 clients": whole_run(clients=[f"c{i}" for i in range(20)])},
+        {"nothing sent": NOTHING_SENT},
+        {"no round": [run_event()]},
+        {"nobody": [run_event(())]},
+        {"empty": []},
+        {"costs $5 and $6\x1b": whole_run(clients=["$x^", "$\\frac$"])},
+        {"a": whole_run(), "b": LOST},
+        {"a": whole_run(rounds=1), "b": [run_event()], "c": NOTHING_SENT, "d": [], "e": whole_run()},
+        {"a": NOTHING_SENT, "b": [run_event()]},
+    ],
+    ids=lambda runs: "+".join(runs).replace("\x1b", ""),
+)
+def test_a_picture_of_everything(tmp_path, runs):
+    path = tmp_path / "figure.png"
+    assert plot(runs, path) == path
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(data[16:20], "big") >= 800  # pixels wide
+
+
+def test_the_lines_of_one_run(tmp_path, figures):
+    plot({"run": LOST}, tmp_path / "f.png")
+    metric, sent = figures[0].axes
+    lines = {
+        tuple(zip(line.get_xdata(), line.get_ydata()))
+        for line in metric.lines
+        if line.get_transform() == metric.transData
+    }
+    solid = [line for line in metric.lines if line.get_linestyle() == "-"]
+    assert [list(line.get_xdata()) for line in solid] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 3]]  # ann, bob, mean
+    ann, bob, mean = (list(line.get_ydata()) for line in solid)
+    assert ann[0] == 0.2 and ann[3] == 0.4 and ann[1] != ann[1] and ann[2] != ann[2]  # gaps, not a line across
+    assert bob[:2] == [0.4, 0.6]
+    assert mean == pytest.approx([0.3, 0.4, 0.6])  # ann's last value stands in while she is missing
+    assert ((1, 0.3), (4, 0.5)) in lines  # ann after local training
+    crosses = [list(line.get_xdata()) for line in metric.lines if line.get_marker() == "x"]
+    assert crosses == [[2], [], [1, 2, 4]]
+    assert [text.get_text() for text in sent.texts] == ["ann", "bob", "eve"]
+
+
+def test_final_evaluation_is_the_end_of_the_line(tmp_path, figures):
+    plot({"run": whole_run()}, tmp_path / "f.png")
+    solid = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "-"]
+    assert [list(line.get_ydata()) for line in solid] == [
+        pytest.approx([0.2, 0.3, 0.4, 0.5]),
+        pytest.approx([0.4, 0.5, 0.6, 0.7]),
+        pytest.approx([0.3, 0.4, 0.5, 0.6]),
+    ]
+
+
+def test_only_the_worst_of_many_clients_is_named(tmp_path, figures):
+    plot({"run": whole_run(clients=[f"c{i}" for i in range(9)])}, tmp_path / "f.png")
+    assert {text.get_text() for text in figures[0].axes[0].texts} == {"c0", "mean"}
+    assert not figures[0].axes[1].texts
+
+
+def test_a_curve_by_hand():
+    line = curve(whole_run(rounds=2))
+    each = 2 * (UP + DOWN)
+    assert line.nbytes == [0, each, 2 * each + 2 * DOWN]  # two rounds, and what the evaluation sent
+    assert line.mean == pytest.approx([0.3, 0.4, 0.5])
+    assert line.worst == pytest.approx([0.2, 0.3, 0.4])
+
+
+def test_the_worst_loss_is_the_highest():
+    events = [run_event(higher_is_better=False), *judgement(1, {"ann": 0.2, "bob": 0.7})]
+    assert curve(events).worst == [0.7]
+
+
+def test_a_run_that_sends_nothing_is_a_level(tmp_path, figures):
+    plot({"a": whole_run(), "local": NOTHING_SENT}, tmp_path / "f.png")
+    local = next(axes for axes in figures[0].axes if axes.get_title() == "local")
+    levels = [line.get_ydata()[0] for line in local.lines if list(line.get_xdata()) == [0, 1]]
+    assert levels[-2:] == pytest.approx([0.6, 0.5])  # final mean and worst
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(10, "linear"), (11, "log")])
+def test_bytes_that_differ_much_get_a_logarithmic_axis(tmp_path, figures, factor, scale):
+    more = [{**event, "bytes_up": event.get("bytes_up", 0) * factor, "bytes_down": event.get("bytes_down", 0) * factor}
+            if event["event"] == "client" else event for event in whole_run()]  # fmt: skip
+    plot({"a": whole_run(), "b": more}, tmp_path / "f.png")
+    assert figures[0].axes[0].get_xscale() == scale
+    assert (0 in figures[0].axes[0].lines[-1].get_xdata()) == (scale == "linear")  # log 0
+
+
+@pytest.mark.parametrize(
+    "heights", [[], [0.5], [0.1, 0.9], [0.5, 0.5, 0.5], [0.1, 0.12, 0.5, 0.51, 0.9], [0.0, 0.06, 0.06, 0.11, 0.2]]
+)
+def test_names_at_line_ends_do_not_overlap(heights):
+    placed = spread(heights)
+    assert len(placed) == len(heights)
+    assert all(b - a >= SPACING - 1e-9 for a, b in itertools.pairwise(placed))
+    assert sum(placed) == pytest.approx(sum(heights))  # moved around where they were
+    assert spread([0.1, 0.9]) == [0.1, 0.9]
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="events_by_run is empty"):
+        plot({}, tmp_path / "f.png")
+
+
+def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'alora-kernels\[federated\]'"):
+        module.plot({"run": whole_run()}, tmp_path / "f.png")
