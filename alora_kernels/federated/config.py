@@ -1,0 +1,229 @@
+"""One federated run as data: what `alora fed run CONFIG.yaml` reads and what server and clients share.
+
+In:   YAML text or keyword arguments.
+Out:  a frozen `FedConfig`; unknown keys and wrong values are refused, all at once, with the key's path.
+Who:  the command line, the Flower apps, `engine.run`; the same text goes to every machine.
+
+The fields from `model` on are read only by the built-in participants (`alora_kernels.cli.fed_participants`); who brings
+models and data of their own may leave them out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..modules.init import lora_scaling
+from .dp import DpSettings
+from .guard import Limits
+from .methods import ShareSpec, share_spec
+from .strategies import refuse_secagg
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line per mistake."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClientConfig(_Frozen):
+    """One client.
+
+    Attributes:
+        name: letters, digits, dot, dash and underscore; it names a folder.
+        task: built-in task, .jsonl file or hub id; on a real machine the client may name its own file instead.
+        rank: its own rank, for `fed-alora-het`.
+    """
+
+    name: str = Field(pattern=NAME)
+    task: str | None = None
+    rank: int | None = Field(default=None, ge=1)
+
+
+class StrategyConfig(_Frozen):
+    """A Flower strategy.
+
+    Attributes:
+        name: "fedavg", "fedmedian", "krum", "fedadam", ...: see `strategies.build_strategy`.
+        options: the strategy's own arguments.
+    """
+
+    name: str = "fedavg"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class FedConfig(_Frozen):
+    """A federated run.
+
+    Attributes:
+        method: key of `methods.METHODS`.
+        clients: who may take part.
+        rounds: how many rounds in all.
+        rank, lora_alpha, target_modules: the adapter; lora_alpha defaults to twice the rank.
+        d_m: rank of the space that clients of unequal rank share.
+        head: whether classifier heads are "private" or "shared".
+        seed: of everything that is drawn.
+        metrics: names every client reports; the first is the main one and is better when higher.
+        weights: a client's weight in the mean: its "examples", or "equal" (which also keeps the count secret).
+        strategy: how the server aggregates.
+        guard: limits on replies, quorum and deadline.
+        dp: differential privacy, or None.
+        secagg: refused, with the reason.
+        reset_private: draw private parts anew each round, as the authors' released code does. For comparison only.
+        base_check: compare the frozen model by "names" and shapes of its weights, or by their "data" as well.
+        output: folder of ledger, checkpoints and plots; on one machine the clients' private parts too.
+        model: "minilm", "smollm2-135m", a folder or a hub id.
+        kind: "encoder" (classifier) or "causal" (answers in words); None goes by the model's name.
+        local_steps, batch_size, learning_rate, weight_decay: local training in a round (AdamW, fresh each round).
+        train_size, test_size, max_length: rows per client and tokens per row.
+    """
+
+    method: str
+    clients: tuple[ClientConfig, ...] = Field(min_length=1)
+    rounds: int = Field(default=6, ge=1)
+    rank: int = Field(default=8, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    d_m: int = Field(default=16, ge=1)
+    head: Literal["private", "shared"] = "private"
+    seed: int = Field(default=0, ge=0)
+    metrics: tuple[str, ...] = Field(default=("accuracy", "loss"), min_length=1)
+    weights: Literal["examples", "equal"] = "examples"
+    strategy: StrategyConfig = StrategyConfig()
+    guard: Limits = Limits()
+    dp: DpSettings | None = None
+    secagg: bool = False
+    reset_private: bool = False
+    base_check: Literal["names", "data"] = "names"
+    output: Path = Path("runs/fed")
+    model: str = "minilm"
+    kind: Literal["encoder", "causal"] | None = None
+    local_steps: int = Field(default=6, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    train_size: int | None = Field(default=2000, ge=1)
+    test_size: int = Field(default=200, ge=1)
+    max_length: int = Field(default=64, ge=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        return share_spec(method).name
+
+    @field_validator("clients", mode="before")
+    @classmethod
+    def _by_name(cls, clients: Any) -> Any:
+        """A mapping name -> fields, or a list of names, is as good as a list of mappings."""
+        if isinstance(clients, dict):
+            return [{"name": name, **(fields or {})} for name, fields in clients.items()]
+        return [{"name": c} if isinstance(c, str) else c for c in clients] if isinstance(clients, list) else clients
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [client.name for client in self.clients]
+        if len(set(names)) < len(names):
+            raise ValueError(f"clients: names must differ, got {', '.join(names)}")
+        if self.spec.adapter == "het":
+            if self.lora_alpha is not None:
+                raise ValueError("lora_alpha: unequal ranks use alpha = 2 r for every client; leave it out")
+        elif any(client.rank is not None for client in self.clients):
+            raise ValueError(f"clients: {self.method} needs one rank for all; for unequal ranks use fed-alora-het")
+        if self.guard.quorum > len(self.clients):
+            raise ValueError(f"guard.quorum: {self.guard.quorum} of {len(self.clients)} clients can never be reached")
+        if self.secagg:
+            refuse_secagg()
+        if self.dp is not None and not self.spec.living("shared"):
+            raise ValueError(f"dp: with {self.method} nothing travels that could be protected; leave it out")
+        if self.dp is not None and self.dp.accounting and self.weights != "equal":
+            raise ValueError("weights: the privacy accountant needs `weights: equal` (or set dp.accounting: false)")
+        return self
+
+    @property
+    def spec(self) -> ShareSpec:
+        """The method."""
+        return share_spec(self.method, head=self.head)
+
+    def client(self, name: str) -> ClientConfig:
+        """The client of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for client in self.clients:
+            if client.name == name:
+                return client
+        raise ConfigError(f"no client {name!r}; the configuration has {', '.join(c.name for c in self.clients)}")
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a client."""
+        return self.client(name).rank or self.rank
+
+    @property
+    def scaling(self) -> float:
+        """s, the same for every client."""
+        if self.spec.adapter == "vera":
+            return 1.0
+        return lora_scaling(self.lora_alpha or 2 * self.rank, self.rank, self.spec.rslora)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "configuration") -> FedConfig:
+        """Parse YAML.
+
+        Args:
+            text: the file's content.
+            source: what to call it in errors.
+
+        Raises:
+            ConfigError: not YAML, not a mapping, unknown keys or wrong values; one line per mistake.
+        """
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source} is not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source} must hold a mapping, for example `method: fed-alora`")
+        return cls.from_values(values, source)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: str = "configuration") -> FedConfig:
+        """As `from_yaml`, of a mapping."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {_says(e, cls)}".removeprefix(": ") for e in error.errors()]
+            raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def _says(error: Any, cls: type[BaseModel]) -> str:
+    """One mistake in plain words."""
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = f"; known are {', '.join(cls.model_fields)}" if len(error["loc"]) == 1 else ""
+        return f"unknown setting{known}"
+    return str(error["msg"]).removeprefix("Value error, ") + (
+        f", got {error['input']!r}" if error["type"] not in ("missing", "value_error") else ""
+    )
+
+
+def load_config(path: Path) -> FedConfig:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, or is wrong.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return FedConfig.from_yaml(text, str(path))

@@ -1,0 +1,186 @@
+"""Whatever is killed, and whenever: the run goes on to the arrays of an uninterrupted one; nothing saved is lost."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+
+from alora_kernels.federated import FedConfig, atomic, checkpoint, run
+from alora_kernels.federated.config import StrategyConfig
+from alora_kernels.federated.dp import DpSettings
+from alora_kernels.federated.ledger import read
+from alora_kernels.federated.server import LEDGER, Outcome
+
+LR = 0.02
+ROUNDS = 4
+DP = DpSettings(noise_multiplier=0.5, clipping_norm=0.5, delta=1e-3)
+VARIANTS: dict[str, dict] = {
+    "fedavg": {},
+    "fedsa": {"method": "fedsa-lora"},
+    "unequal": {"method": "fed-alora-het", "clients": [{"name": n, "rank": r} for n, r in zip(toy.NAMES, (1, 2, 4))]},
+    "fedadam": {"strategy": StrategyConfig(name="fedadam", options={"eta": 0.05})},
+    "fedavgm": {"strategy": StrategyConfig(name="fedavgm", options={"server_momentum": 0.9})},
+    "sampled": {"strategy": StrategyConfig(options={"fraction_train": 0.7}), "clients": list(toy.NAMES)},
+    "clipped": {"dp": DP, "weights": "equal"},
+}
+
+
+class KilledError(BaseException):
+    """Like SIGKILL, it is nobody's to handle."""
+
+
+def config_for(folder: Path, variant: str, **changes: object) -> FedConfig:
+    return toy.config(folder, **{"rounds": ROUNDS, **VARIANTS[variant], **changes})
+
+
+def go(config: FedConfig, *, resume: bool = False, on_message: Callable | None = None, **toys: object) -> Outcome:
+    """A run whose every process is fresh: nothing is left of an earlier one but its files."""
+    return run(config, lambda n: toy.participant(config, n, lr=LR, **toys), resume=resume, on_message=on_message)
+
+
+def killer(after: int) -> Callable:
+    """A tap that kills the process at the n-th message."""
+    count = 0
+
+    def tap(_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == after:
+            raise KilledError
+
+    return tap
+
+
+def same(a: Outcome, b: Outcome) -> None:
+    assert a.arrays.keys() == b.arrays.keys() and a.final == b.final
+    for key in a.arrays:
+        np.testing.assert_array_equal(a.arrays[key], b.arrays[key], err_msg=key)
+
+
+def story(outcome: Outcome) -> list[dict]:
+    """A ledger without what differs from run to run."""
+    changing = ("time", "seconds", "run", "resumed_at")
+    events = [{k: v for k, v in e.items() if k not in changing} for e in outcome.events]
+    return [e for e in events if e["event"] != "run"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("after", [2, 8, 13, 21])
+def test_a_killed_server_resumes_to_the_same_arrays(variant, after, tmp_path, monkeypatch):
+    """Killed in the first round, between clients, after all trained, and near the end (6 messages make a round)."""
+    np.random.seed(5)  # a run with noise takes new entropy; here the two runs must be comparable
+    monkeypatch.setattr(np.random, "seed", lambda *_: None)
+    state = np.random.get_state()
+    whole = go(config_for(tmp_path / "whole", variant))
+    assert whole.status == "finished"
+    np.random.set_state(state)
+    config = config_for(tmp_path / "cut", variant)
+    with pytest.raises(KilledError):
+        go(config, on_message=killer(after))
+    np.random.random(17)  # a new process has another state
+    resumed = go(config, resume=True)
+    same(whole, resumed)
+    assert story(whole) == story(resumed)
+
+
+def test_more_rounds_later_are_the_same_as_more_rounds_at_once(tmp_path):
+    whole = go(config_for(tmp_path / "whole", "fedavg"))
+    go(config_for(tmp_path / "cut", "fedavg", rounds=2))
+    same(whole, go(config_for(tmp_path / "cut", "fedavg"), resume=True))
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    config = config_for(tmp_path / "out", "fedavg")
+    same(go(config), go(config, resume=True))
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    config = config_for(tmp_path / "out", "fedavg")
+    before = go(config)
+    with pytest.raises(FileExistsError, match="--resume, or choose another output"):
+        go(config)
+    assert read(config.output / LEDGER) == before.events
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError):
+        go(config_for(tmp_path / "out", "fedavg"), resume=True)
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"method": "ffa-lora"}, {"seed": 1}])
+def test_resuming_with_another_configuration_is_refused(change, tmp_path):
+    go(config_for(tmp_path / "out", "fedavg", rounds=1))
+    with pytest.raises(checkpoint.CheckpointError, match="same configuration"):
+        go(config_for(tmp_path / "out", "fedavg", **change), resume=True)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, what: str, after: int) -> None:
+    """Writes to files of that name fail from the n-th on."""
+    real, count = atomic.write, 0
+
+    def write(path: Path, *rest: object) -> None:
+        nonlocal count
+        if what in str(path):
+            count += 1
+            if count >= after:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, *rest)
+
+    monkeypatch.setattr(atomic, "write", write)
+
+
+def test_a_client_with_a_full_disk_is_left_out_and_takes_part_again(tmp_path, monkeypatch):
+    config = config_for(tmp_path / "out", "fedavg")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "/bob/round-", after=2)
+        outcome = go(config)
+    assert outcome.status == "finished"
+    refused = [(e["round"], e["client"]) for e in outcome.rejections]
+    assert refused == [(n, "bob") for n in (2, 3, 4)]
+    assert all(e["reason"] == "StoreError: No space left on device" for e in outcome.rejections)
+    kept = sorted(p.name for p in (tmp_path / "out" / "clients").glob("*/bob/round-*"))
+    assert kept == ["round-000001.safetensors"]
+    more = go(config_for(tmp_path / "out", "fedavg", rounds=ROUNDS + 1), resume=True)
+    assert [e["round"] for e in more.rejections] == [2, 3, 4]  # with room again, round 5 counts
+
+
+def test_a_server_with_a_full_disk_stops_and_resumes_to_the_same_arrays(tmp_path, monkeypatch):
+    whole = go(config_for(tmp_path / "whole", "fedavg"))
+    config = config_for(tmp_path / "out", "fedavg")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "server.safetensors", after=4)  # the first is round 0
+        stopped = go(config)
+    assert (stopped.status, stopped.rounds) == ("stopped", 2)
+    assert "No space left on device" in str(stopped.reason)
+    same(whole, go(config, resume=True))
+
+
+def test_an_interrupt_leaves_a_ledger_that_says_so(tmp_path):
+    config = config_for(tmp_path / "out", "fedavg")
+
+    def tap(message: object) -> None:
+        if message.metadata.group_id == "2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(config, on_message=tap)
+    assert read(config.output / LEDGER)[-1]["reason"] == "interrupted"
+    assert go(config, resume=True).status == "finished"
+
+
+def test_a_client_ahead_of_an_old_checkpoint_says_so(tmp_path):
+    """A server restored from a backup asks for rounds that the client no longer keeps."""
+    config = config_for(tmp_path / "out", "fedavg", rounds=1)
+    go(config)
+    backup = (config.output / checkpoint.FILE).read_bytes()
+    go(config_for(tmp_path / "out", "fedavg", rounds=4), resume=True)
+    (config.output / checkpoint.FILE).write_bytes(backup)
+    outcome = go(config_for(tmp_path / "out", "fedavg", rounds=2), resume=True)
+    assert [e["round"] for e in outcome.rejections] == [2, 2, 2]
+    assert all("older" in e["reason"] for e in outcome.rejections)
+    assert len(list((tmp_path / "out" / "clients").glob("*/*/round-*"))) == 6  # and nothing was deleted
