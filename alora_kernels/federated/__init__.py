@@ -10,7 +10,7 @@ Who:  users in Python (`run`), the command line (`alora fed ...`), Flower (`flwr
     participant, client, store        one client: model and data, a round, the private half on disk
     strategies, guard, checkpoint, server    Flower's strategy inside a guard, durable
     ledger, summary, live, plot       what happened: written by the server only, shown by everybody else
-    inprocess, engine, flower_*       the engines: one process, Flower's simulation, real machines
+    inprocess, engine, flower         the engines: one process, Flower's simulation, real machines
 
 Importing this opens no socket. Flower's telemetry and update check are switched off before it is imported, unless the
 environment already says otherwise.
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 if TYPE_CHECKING:

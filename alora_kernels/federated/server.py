@@ -67,7 +67,7 @@ class Outcome:
     status: str
     reason: str | None
     rounds: int
-    arrays: dict[str, NDArray]
+    arrays: dict[str, NDArray] = field(repr=False)
     events: list[dict[str, Any]] = field(repr=False)
 
     @property

@@ -169,6 +169,20 @@ def test_private_parts_survive_rounds_unless_asked_otherwise(method, tmp_path):
     assert all(np.array_equal(one.arrays[key], one_reset.arrays[key]) for key in one.arrays)  # nothing to forget yet
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].adapter != "het"])
+def test_a_client_ends_with_an_adapter_that_peft_loads(method, tmp_path):
+    from peft import PeftModel
+
+    config = config_for(tmp_path / "out", method, rounds=2)
+    outcome = run_toy(config)
+    for name in toy.NAMES:
+        [folder] = (tmp_path / "out" / CLIENTS).glob(f"*/{name}/adapter")
+        model = PeftModel.from_pretrained(toy.Net(), str(folder))
+        x, target = (torch.from_numpy(a) for a in toy.data_of(name))
+        with torch.no_grad():
+            assert -float(toy.loss_of(model, x, target)) == pytest.approx(outcome.final[name]["score"], rel=1e-6)
+
+
 def test_who_draws_what():
     """A of FedIT is the same for all; A of Fed-ALoRA is each client's own; frozen A of FFA-LoRA is the same for all."""
 

@@ -1,0 +1,276 @@
+"""Child processes that end when the work ends: Flower's daemons and commands, supervised.
+
+In:   a command, its environment, a log file.
+Out:  a running process, its exit code, the last lines of its log; `FlowerError` when it did not do its work.
+Who:  `runs` starts SuperLinks, SuperNodes and `flwr` commands with it; so does the loopback example.
+
+Every process leads its own group, so Ctrl-C in a terminal reaches only the supervisor, which stops the others in
+reverse order. A Flower daemon detaches what it starts (executor, app, Ray), and those look only every few seconds
+whether their parent lives: so the whole tree is listed before its root is stopped, and then ended with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO
+
+import psutil
+
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL: a SuperLink gives its executor one, a SuperNode signs off in two
+PROBE = 0.2  # seconds between two looks at a process that is starting
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+LAST = 12  # lines of a log that an error quotes
+
+
+class FlowerError(RuntimeError):
+    """Flower, or a process around it, did not do what was asked; the message ends with the last lines of its log."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port nobody listens on; another program may still take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port on which somebody listens.
+
+    Raises:
+        FlowerError: names host and port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's wait is no reason to refuse
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FlowerError(f"port {port} on {host} cannot be used: {error.strerror}; choose another port") from None
+
+
+def last_lines(log: Path, lines: int = LAST) -> str:
+    """The end of a log, indented, without colours and empty lines."""
+    text = _COLOUR.sub("", log.read_text(errors="replace")) if log.exists() else ""
+    kept = [line for line in text.splitlines() if line.strip()][-lines:]
+    return "\n".join(f"  {line}" for line in kept) or "  (empty log)"
+
+
+class Process:
+    """One child process that writes to a log file.
+
+    Args:
+        name: for messages.
+        command: program and arguments.
+        env: its whole environment.
+        log: file that gets its output and errors, appended.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._begin = log.stat().st_size if log.exists() else 0  # an earlier process wrote what is before
+        try:
+            with log.open("ab") as sink:
+                self._popen = subprocess.Popen(
+                    list(command),
+                    env=dict(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise FlowerError(f"{name} does not start: {error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._popen.poll()
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Its exit code.
+
+        Raises:
+            FlowerError: still running after `seconds`.
+        """
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise FlowerError(f"{self.name} still runs after {seconds:.0f} s:\n{last_lines(self.log)}") from None
+
+    def open_log(self) -> IO[str]:
+        """Its log, from where this process began."""
+        stream = self.log.open(errors="replace")
+        stream.seek(self._begin)
+        return stream
+
+    def kill(self) -> None:
+        """SIGKILL to it and all its descendants, as a machine that loses power."""
+        for process in [*self._family(), self._popen]:
+            _signal(process, "kill")
+        self._popen.wait()
+
+    def stop(self, grace: float = GRACE) -> None:
+        """SIGTERM to it, then to its descendants, then SIGKILL to what is left after `grace` seconds."""
+        family = self._family()
+        if self.exit_code is None:
+            self._popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace)
+        for process in family:
+            _signal(process, "terminate")
+        _, left = psutil.wait_procs(family, timeout=grace)
+        for process in [*left, self._popen]:
+            _signal(process, "kill")
+        psutil.wait_procs(left, timeout=grace)
+        self._popen.wait()
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True) if self.exit_code is None else []
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _signal(process: psutil.Process | subprocess.Popen, method: str) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        getattr(process, method)()
+
+
+class Processes:
+    """A context that stops everything started in it, in reverse order, also after an error, Ctrl-C or SIGTERM."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._started: list[Process] = []
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Process:
+        """A process that logs to `<logs>/<name>.log`."""
+        process = Process(name, command, env, self.logs / f"{name}.log")
+        self._started.append(process)
+        return process
+
+    def __enter__(self) -> Processes:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, _leave)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        grace = GRACE
+        try:
+            for process in reversed(self._started):
+                try:
+                    process.stop(grace)
+                except (KeyboardInterrupt, SystemExit):  # asked again: no more patience, and still nothing left behind
+                    grace = 0.0
+                    process.stop(grace)
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def tls(ca: Path) -> ssl.SSLContext:
+    """Trust in servers whose certificate `ca` signed, and in nobody else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cafile=str(ca))
+    return context
+
+
+def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: float = 60.0) -> None:
+    """Wait until a daemon answers at `url`.
+
+    Args:
+        process: the daemon.
+        url: its health address, http or https.
+        ca: certificate that signed the server's, for https.
+        seconds: how long to wait.
+
+    Raises:
+        FlowerError: it ended, or did not answer in time; quotes the log.
+    """
+    context = tls(ca) if ca else None
+    deadline, reason = time.monotonic() + seconds, "no answer"
+    while time.monotonic() < deadline:
+        if process.exit_code is not None:
+            code = process.exit_code
+            raise FlowerError(f"{process.name} ended with exit code {code}:\n{last_lines(process.log)}")
+        try:
+            with urllib.request.urlopen(url, timeout=5, context=context):
+                return
+        except OSError as error:  # URLError among them
+            reason = str(getattr(error, "reason", error))
+            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                raise FlowerError(f"the certificate of {process.name} does not hold for {url}: {reason}") from None
+        time.sleep(PROBE)
+    raise FlowerError(
+        f"{process.name} does not answer at {url} after {seconds:.0f} s ({reason}):\n{last_lines(process.log)}"
+    )
+
+
+def wait_line(process: Process, text: str, seconds: float = 60.0) -> None:
+    """Wait until the log of a process holds `text`.
+
+    Raises:
+        FlowerError: it ended without, or did not write it in time; quotes the log.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended = process.exit_code  # before the log is read: its last words count
+        with process.open_log() as log:
+            if text in log.read():
+                return
+        if ended is not None:
+            raise FlowerError(f"{process.name} ended with exit code {ended}:\n{last_lines(process.log)}")
+        time.sleep(PROBE)
+    raise FlowerError(f"{process.name} did not log {text!r} in {seconds:.0f} s:\n{last_lines(process.log)}")
+
+
+def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
+    """Pass on a process's log line by line until it ends.
+
+    Raises:
+        FlowerError: still running after `seconds`.
+    """
+    begin = time.monotonic()
+    with process.open_log() as lines:
+        while True:
+            code = process.exit_code
+            for line in _whole_lines(lines):
+                if echo:
+                    echo(line)
+            if code is not None:
+                return code
+            if seconds is not None and time.monotonic() - begin > seconds:
+                raise FlowerError(f"{process.name} still runs after {seconds:.0f} s:\n{last_lines(process.log)}")
+            time.sleep(PROBE)
+
+
+def _whole_lines(stream: IO[str]) -> Iterator[str]:
+    while True:
+        at = stream.tell()
+        line = stream.readline()
+        if not line.endswith("\n"):
+            stream.seek(at)
+            return
+        yield line.rstrip("\n")

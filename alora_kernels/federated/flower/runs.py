@@ -1,0 +1,280 @@
+"""Run Flower as processes: a simulation on this machine, or a server and clients on several.
+
+In:   an app folder (`app.write_app`), a home folder, certificates and registered keys (`keys`).
+Out:  a run submitted, followed to its end and judged by its status; its log.
+Who:  `alora fed run --engine ray`, `alora fed server`, the loopback example.
+
+`flwr run` exits 0 when the run crashed, so a run counts as done only when the SuperLink says `finished:completed`.
+`flwr run . local` leaves a SuperLink behind on a fixed port; here a simulation gets its own on a free port, as a child
+that ends with the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .commands import CONNECTION, LOOPBACK, connect, environment, existing, program, superlink_command
+from .keys import Certificates, check_name
+from .processes import (
+    LAST,
+    FlowerError,
+    Process,
+    Processes,
+    check_port,
+    follow,
+    free_port,
+    last_lines,
+    wait_healthy,
+)
+
+COMPLETED = "finished:completed"
+CLI_SECONDS = 120.0  # for a `flwr` command that does not follow a run
+KNOWN_KEY = "Public key already in use"  # what a SuperLink says to a second registration
+Echo = Callable[[str], object]
+
+
+REFUSED = "Failed to activate SuperNode"  # what a SuperNode logs that the SuperLink does not take in
+PATIENCE = 90.0  # seconds; a SuperLink notices after 60, two heartbeats, that a client is gone
+AGAIN = 5.0  # seconds between two attempts
+#: what a SuperNode logs -> what to do about it
+REMEDIES: Mapping[str, str] = MappingProxyType(
+    {
+        REFUSED: "the server does not know this client's key (register its .pub file there), or counts an earlier"
+        " process of this client as connected (for a minute after a crash)",
+        "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by the ca.pem given here, has run out, or"
+        " does not name the address used here",
+        "Unable to parse the private key": "the key must be as `ssh-keygen -t ecdsa -b 384` writes it",
+    }
+)
+
+
+class AlreadyRegisteredError(FlowerError):
+    """The key was registered before; nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that completed.
+
+    Attributes:
+        run_id: Flower's number of it.
+        status: "finished:completed".
+        log: file with the run's log.
+    """
+
+    run_id: int
+    status: str
+    log: Path
+
+
+def register(home: Path, public_key: Path, client: str) -> int:
+    """Tell the SuperLink a client's public key; from then on the client may take part.
+
+    Returns:
+        Flower's id of the node.
+
+    Raises:
+        AlreadyRegisteredError: the SuperLink knows the key, from an earlier start with the same database.
+        FlowerError: no such file, a key that Flower does not take, or no server.
+    """
+    key = str(existing(public_key, "make_node_key"))
+    try:
+        answer = _flwr(home, "supernode", "register", key, CONNECTION, "--name", check_name(client))
+    except FlowerError as error:
+        if KNOWN_KEY in str(error):
+            raise AlreadyRegisteredError(f"{public_key} is registered already") from None
+        raise
+    return int(answer["node-id"])
+
+
+def register_once(home: Path, public_key: Path, client: str) -> bool:
+    """`register`, for a server that may have been started before; whether the key was new."""
+    try:
+        register(home, public_key, client)
+    except AlreadyRegisteredError:
+        return False
+    return True
+
+
+def submit_and_wait(
+    home: Path,
+    app: Path,
+    *,
+    federation: Mapping[str, int | float] | None = None,
+    echo: Echo | None = None,
+    seconds: float | None = None,
+) -> Run:
+    """Start a run and follow it to its end.
+
+    Args:
+        home: folder of the run, connected (`connect`) to a SuperLink.
+        app: app folder.
+        federation: settings of a simulation, such as `{"num-supernodes": 4}`.
+        echo: gets the run's log line by line.
+        seconds: deadline, after which the run is stopped.
+
+    Returns:
+        The completed run.
+
+    Raises:
+        FlowerError: the app was refused, the run crashed, was stopped or took too long; quotes the end of the log.
+    """
+    options = ["--federation-config", " ".join(f"{k}={v}" for k, v in federation.items())] if federation else []
+    run_id = int(_flwr(home, "run", str(Path(app).resolve()), CONNECTION, *options)["run-id"])
+    log = Path(home) / "logs" / f"run-{run_id}.log"
+    process = Process(
+        f"run {run_id}",
+        [program("flwr"), "log", str(run_id), CONNECTION, "--stream"],
+        {**environment(home), "PYTHONUNBUFFERED": "1"},
+        log,
+    )
+    try:
+        follow(process, echo, seconds)
+    except BaseException:  # a deadline or Ctrl-C: the run must not go on alone
+        _stop(home, run_id)
+        raise
+    finally:
+        process.stop()
+    status, details = run_status(home, run_id)
+    if status != COMPLETED:
+        raise FlowerError(f"run {run_id} ended as {status} ({details}):\n{last_lines(log)}")
+    return Run(run_id, status, log)
+
+
+def run_status(home: Path, run_id: int) -> tuple[str, str]:
+    """Status such as "running" or "finished:failed", and Flower's details."""
+    answer = _flwr(home, "list", CONNECTION, "--run-id", str(run_id))
+    return str(answer["runs"][0]["status"]), str(answer["runs"][0]["status-details"])
+
+
+def run_ray(
+    app: Path,
+    num_clients: int,
+    home: Path,
+    *,
+    cpus: int = 1,
+    gpus: float = 0.0,
+    echo: Echo | None = None,
+    seconds: float | None = None,
+) -> Run:
+    """Simulate a federation on this machine with Ray.
+
+    Args:
+        app: app folder.
+        num_clients: number of simulated nodes; each finds its number as `context.node_config["partition-id"]`.
+        home: folder for database, logs and Flower's home.
+        cpus: processor cores per client; as many clients run at once as fit into the machine.
+        gpus: share of a GPU per client.
+        echo: gets the run's log line by line.
+        seconds: deadline.
+
+    Returns:
+        The completed run; nothing of it is left running.
+
+    Raises:
+        ValueError: no client, or no core for it.
+        FlowerError: Flower or Ray is not installed, or the run did not complete; quotes the log.
+    """
+    if num_clients < 1 or cpus < 1 or gpus < 0:
+        raise ValueError(f"num_clients and cpus must be >= 1 and gpus >= 0, got {num_clients}, {cpus}, {gpus}")
+    if importlib.util.find_spec("ray") is None:
+        raise FlowerError("ray is not installed: pip install 'alora-kernels[federated]'")
+    port, resources = free_port(), "client-resources-num"
+    federation = {"num-supernodes": num_clients, f"{resources}-cpus": cpus, f"{resources}-gpus": float(gpus)}
+    with Processes(Path(home) / "logs") as processes:
+        start_superlink(processes, home, port=port)
+        return submit_and_wait(home, app, federation=federation, echo=echo, seconds=seconds)
+
+
+def start_superlink(
+    processes: Processes, home: Path, *, host: str = LOOPBACK, port: int, certificates: Certificates | None = None
+) -> Process:
+    """Start a SuperLink, wait until it answers, and connect the home to it; arguments as `superlink_command`.
+
+    Raises:
+        FlowerError: the port is in use, or the SuperLink ended; quotes its log.
+    """
+    command = superlink_command(home, host=host, port=port, certificates=certificates)
+    check_port(host, port)
+    process = processes.start("superlink", command, environment(home))
+    near = LOOPBACK if host in ("0.0.0.0", "::") else host
+    ca = certificates.ca if certificates else None
+    wait_healthy(process, f"{'https' if ca else 'http'}://{near}:{port}/health", ca)
+    connect(home, f"{near}:{port}", ca)
+    return process
+
+
+def run_client(
+    client: str, command: Sequence[str], home: Path, *, echo: Echo | None = None, patience: float = PATIENCE
+) -> None:
+    """Run a client's SuperNode (`supernode_command`) until it is stopped; logs to `<home>/logs/<client>.log`.
+
+    A SuperLink refuses a client that it does not know, and for a minute one that crashed, because it still counts the
+    dead process as connected. The SuperNode ends in both cases, so it is started again until `patience` is over.
+
+    Args:
+        client: its name.
+        command: of its SuperNode.
+        home: folder of Flower's files and logs on this machine.
+        echo: gets the log line by line.
+        patience: seconds for which a refusal is no reason to give up.
+
+    Raises:
+        FlowerError: it ended on its own; says what to do where the log tells why.
+    """
+    begin = time.monotonic()
+    while True:
+        with Processes(Path(home) / "logs") as processes:
+            process = processes.start(client, command, environment(home))
+            code = follow(process, echo, None)
+        with process.open_log() as log:
+            refused = REFUSED in log.read()
+        if not refused or time.monotonic() - begin > patience:
+            raise FlowerError(f"{client} ended with exit code {code}: {explain(process.log)}")
+        time.sleep(AGAIN)
+
+
+def explain(log: Path) -> str:
+    """What to do about the failure at the end of a SuperNode's log, and the log's last lines."""
+    end = last_lines(log, 2 * LAST)
+    known = [remedy for said, remedy in REMEDIES.items() if said in end]
+    return "\n".join([*known, last_lines(log)])
+
+
+def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON answer of a `flwr` command."""
+    command = [program("flwr"), *arguments, "--format", "json"]
+    called = "flwr " + " ".join(arguments[:2])
+    try:
+        done = subprocess.run(
+            command,
+            env=environment(home),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CLI_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise FlowerError(f"{called} does not answer after {CLI_SECONDS:.0f} s") from None
+    found = re.search(r"^\{.*\}", done.stdout, re.DOTALL | re.MULTILINE)
+    answer = json.loads(found.group()) if found else {}
+    if done.returncode or not answer.get("success"):
+        said = str(answer.get("error-message") or done.stderr or done.stdout).splitlines()
+        reason = " ".join(line.strip() for line in said if line.strip() and not line.startswith("Using SuperLink"))
+        raise FlowerError(f"{called} failed: {reason or f'exit code {done.returncode}'}")
+    return dict(answer)
+
+
+def _stop(home: Path, run_id: int) -> None:
+    with contextlib.suppress(FlowerError):  # the SuperLink is gone, and the run with it
+        _flwr(home, "stop", str(run_id), CONNECTION)

@@ -1,0 +1,220 @@
+"""Flower as processes, for real: a Ray simulation, and a server with clients behind TLS on loopback.
+
+The federation is `deployfakes`, whose result is known to the last bit, so what is tested is the way there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import deployfakes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from alora_kernels import data
+from alora_kernels.cli.fed_participants import participant
+from alora_kernels.federated import FedConfig, run
+from alora_kernels.federated.flower import app as flower_app
+from alora_kernels.federated.flower import runs as flower
+from alora_kernels.federated.flower.app import write_app
+from alora_kernels.federated.flower.commands import environment, supernode_command
+from alora_kernels.federated.flower.keys import Certificates, make_certificates, make_node_key
+from alora_kernels.federated.flower.processes import FlowerError, Process, Processes, free_port, tls, wait_line
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+ONLINE = "SuperNode ID:"  # what a SuperNode logs once the server has taken it in
+NAMES = ("client-0", "client-1", "client-2")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Server and clients import `deployfakes` and this checkout from wherever they run."""
+    here = [str(Path(deployfakes.__file__).parent), str(Path(__file__).parents[2])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*here, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+
+
+def app_folder(tmp_path: Path, **settings) -> Path:
+    text = deployfakes.settings(tmp_path / "out", **settings)
+    return write_app(tmp_path / "app", text, server="deployfakes:server", client="deployfakes:client")
+
+
+def result(tmp_path: Path) -> np.ndarray:
+    return np.load(tmp_path / "out" / "final.npy")
+
+
+def left_running(home: Path) -> list[str]:
+    """Command lines of processes whose FLWR_HOME lies below `home`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "environ").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if any(word.startswith(f"FLWR_HOME={home}/".encode()) for word in words) and state != "Z":
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (OSError, IndexError):
+            continue  # it ended while we looked, or belongs to somebody else
+    return found
+
+
+def test_ray_gives_the_same_arrays_and_leaves_nothing_behind(tmp_path):
+    lines: list[str] = []
+    run = flower.run_ray(app_folder(tmp_path), 3, tmp_path, echo=lines.append, seconds=200)
+    assert run.status == "finished:completed"
+    np.testing.assert_array_equal(result(tmp_path), deployfakes.by_hand(2))
+    assert any("[ROUND 2/2]" in line for line in lines)
+    assert "[ROUND 2/2]" in run.log.read_text()
+    assert left_running(tmp_path) == []
+
+
+def test_a_run_that_crashes_is_an_error_that_quotes_the_log(tmp_path):
+    with pytest.raises(FlowerError, match=r"(?s)finished:failed.*crashes as it was told"):
+        flower.run_ray(app_folder(tmp_path, crash=True), 2, tmp_path, seconds=200)
+    assert left_running(tmp_path) == []
+
+
+def test_a_deadline_stops_the_run(tmp_path):
+    with pytest.raises(FlowerError, match="still runs after 8 s"):
+        flower.run_ray(app_folder(tmp_path, least=99), 2, tmp_path, seconds=8)  # waits for 99 nodes for ever
+    assert left_running(tmp_path) == []
+
+
+def test_a_superlink_that_dies_is_an_error(tmp_path):
+    app, port = app_folder(tmp_path, least=99), free_port()
+    with Processes(tmp_path / "logs") as processes:
+        superlink = flower.start_superlink(processes, tmp_path, port=port)
+
+        def die(line: str) -> None:
+            if "Waiting for nodes" in line:
+                superlink.kill()
+
+        with pytest.raises(FlowerError, match="flwr list server failed"):
+            flower.submit_and_wait(tmp_path, app, federation={"num-supernodes": 2}, echo=die, seconds=100)
+    assert left_running(tmp_path) == []
+
+
+@dataclass
+class Federation:
+    """A server with TLS and registered keys."""
+
+    home: Path
+    processes: Processes
+    certificates: Certificates
+    port: int
+    keys: dict[str, tuple[Path, Path]]
+
+    def client(self, name: str, *, process: str = "", ca: Path | None = None, key: str = "") -> Process:
+        home = self.home / "machines" / (process or name)
+        command = supernode_command(
+            name,
+            f"127.0.0.1:{self.port}",
+            ca=ca or self.certificates.ca,
+            key=self.keys[key or name][0],
+            state_dir=home / "state",
+        )
+        return self.processes.start(process or name, command, environment(home))
+
+
+@pytest.fixture
+def federation(tmp_path):
+    certificates, port = make_certificates(tmp_path / "tls"), free_port()
+    keys = {name: make_node_key(tmp_path / "keys", name) for name in (*NAMES, "stranger")}
+    with Processes(tmp_path / "logs") as processes:
+        flower.start_superlink(processes, tmp_path, port=port, certificates=certificates)
+        for name in NAMES:
+            flower.register(tmp_path, keys[name][1], name)
+        yield Federation(tmp_path, processes, certificates, port, keys)
+    assert left_running(tmp_path) == []
+
+
+def test_tls_federation_turns_strangers_away_and_goes_on(tmp_path, federation):
+    with pytest.raises(flower.AlreadyRegisteredError):
+        flower.register(tmp_path, federation.keys["client-0"][1], "client-0")
+    members = [federation.client(name) for name in NAMES]
+    stranger = federation.client("client-9", key="stranger")
+    misled = federation.client("client-0", process="misled", ca=make_certificates(tmp_path / "other").ca)
+    for process, remedy in ((stranger, "register its .pub file"), (misled, "not signed by the ca.pem")):
+        assert process.wait(60) != 0
+        assert remedy in flower.explain(process.log)
+    for member in members:
+        wait_line(member, ONLINE)
+
+    run = flower.submit_and_wait(tmp_path, app_folder(tmp_path), seconds=120)
+    np.testing.assert_array_equal(result(tmp_path), deployfakes.by_hand(2))
+    assert "Sampled 3 nodes (out of 3)" in run.log.read_text()
+    for number in range(3):
+        seen = (tmp_path / "out" / f"took-part-{number}").read_text().splitlines()
+        assert seen == ["['client', 'state-dir']"] * 2  # the node's own configuration, once a round
+
+
+def test_operators_calls_from_another_machine_are_refused(federation):
+    def status(path: str, **headers: str) -> int:
+        call = urllib.request.Request(f"https://127.0.0.1:{federation.port}{path}", method="POST", headers=headers)
+        try:
+            return urllib.request.urlopen(call, timeout=10, context=tls(federation.certificates.ca)).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    elsewhere = {"X-Forwarded-For": "203.0.113.7"}  # uvicorn takes a proxy on this machine at its word
+    assert status("/v1/control/list-runs", **elsewhere) == 403
+    assert status("/v1/runtime/pull-task-input", **elsewhere) == 403
+    assert status("/v1/control/list-runs") != 403
+    assert status("/v1/fleet/pull-messages", **elsewhere) not in (403, 404)  # Flower answers: not its kind of message
+
+
+def test_a_client_killed_in_mid_round_does_not_stop_the_others(tmp_path, federation):
+    members = {name: federation.client(name) for name in NAMES}
+    for member in members.values():
+        wait_line(member, ONLINE)
+
+    def kill_when_it_stalls(line: str) -> None:
+        victim = members["client-2"]
+        if "Sampled 3 nodes" in line and victim.exit_code is None:
+            wait_for(tmp_path / "out" / "stalled")
+            victim.kill()
+
+    app = app_folder(tmp_path, least=2, stalls=2)
+    run = flower.submit_and_wait(tmp_path, app, echo=kill_when_it_stalls, seconds=200)
+    assert members["client-2"].exit_code == -9
+    assert "Received 2 results and 1 failures" in run.log.read_text()
+    np.testing.assert_array_equal(result(tmp_path), deployfakes.by_hand(2, (0, 1)))
+
+
+def test_the_example_gives_what_one_process_gives(tmp_path, monkeypatch):
+    """The recipe for three machines, with a real model and real tasks, against the same run without any transport."""
+    try:
+        for task in ("movie", "amazon", "nyt"):
+            data.load_task(task, test_size=2)
+    except data.MissingPackageError as error:
+        pytest.skip(str(error))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import federated_loopback
+
+    small = {"rounds": 1, "local_steps": 1, "batch_size": 4, "train_size": 20, "test_size": 8}
+    events = federated_loopback.main(str(tmp_path / "four"), "tiny-random-encoder", **small)
+    answers = [e for e in events if e["event"] == "client" and e["kind"] == "train"]
+    assert sorted(e["client"] for e in answers if e["accepted"]) == ["amazon", "movie", "nyt"]
+
+    text = flower_app.read_config(tmp_path / "four" / "app")
+    config = FedConfig.from_yaml(text).model_copy(update={"output": tmp_path / "one"})
+    run(config, lambda name: participant(config, name))
+    deployed, here = (
+        load_file(folder / "final.safetensors") for folder in (tmp_path / "four" / "run", tmp_path / "one")
+    )
+    assert set(deployed) == set(here)
+    for key, array in here.items():  # replies are added up in the order in which they come
+        np.testing.assert_allclose(deployed[key], array, rtol=1e-5, atol=1e-7)
+    assert any(np.abs(array).max() > 0 for array in here.values())
+    assert left_running(tmp_path) == []
+
+
+def wait_for(file: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} did not appear"
+        time.sleep(0.1)
