@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo test lint types check bench gpu clean
+.PHONY: help install demo demo-fed test lint types check bench gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt data-packages.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -22,6 +22,9 @@ install: $(INSTALLED)  ## create .venv and install everything into it
 
 demo: $(INSTALLED)  ## fine-tune SmolLM2 on four real tasks at once, answer a mixed batch, measure (ARGS="--routing soft")
 	$(BIN)/alora demo $(ARGS)
+
+demo-fed: $(INSTALLED)  ## four clients learn together without sharing data, three methods (ARGS="--methods all --seeds 0 1")
+	$(BIN)/python examples/federated_sentiment.py $(ARGS)
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)

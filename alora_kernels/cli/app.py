@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..ops.backend import BackendError
+from .fed import app as federated
 
 USER_ERRORS = (ValueError, ImportError, OSError, BackendError)  # what bad input raises: one line, no traceback
 
@@ -17,6 +18,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Train and serve many tasks on one frozen language model: several low-rank A, one shared B (Asymmetric LoRA).",
 )
+
+
+app.add_typer(federated, name="fed")
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -46,7 +50,7 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; `tasks: [trec, spam]` is enough, see examples/train.yaml")],
+    config: Annotated[Path, typer.Argument(help="YAML; `tasks: \\[trec, spam]` is enough, see examples/train.yaml")],
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
 ) -> None:
     """Train as a recipe says, judge every task, save the adapter."""

@@ -19,11 +19,13 @@ console = Console()
 err = Console(stderr=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None, *, left: int = 1
+) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers."""
     out = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
-        out.add_column(column, justify="left" if index == 0 else "right")
+        out.add_column(column, justify="left" if index < left else "right")
     for row in rows:
         out.add_row(*row)
     return out

@@ -1,0 +1,118 @@
+"""`alora fed`: runs on a tiny random encoder, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from alora_kernels.cli import display
+from alora_kernels.cli.app import app
+from alora_kernels.federated.ledger import read
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display.console, "_width", 160)
+
+
+def alora(*args: str) -> str:
+    result = runner.invoke(app, ["fed", *args], env={"COLUMNS": "160"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*args: str) -> str:
+    result = runner.invoke(app, ["fed", *args], env={"COLUMNS": "160"})
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Two clients with files of their own."""
+    draw = random.Random(0)
+    for name in ("ann", "bob"):
+        rows = [
+            {"prompt": "".join(draw.choices("ab" if i % 2 else "yz", k=draw.randint(3, 9))), "answer": str(i % 2)}
+            for i in range(80)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    path = tmp_path / "fed.yaml"
+    path.write_text(
+        f"method: fed-alora\nclients: {{ann: {{task: {tmp_path}/ann.jsonl}}, bob: {{task: {tmp_path}/bob.jsonl}}}}\n"
+        f"model: tiny-random-encoder\nrounds: 2\nrank: 2\nlocal_steps: 2\nbatch_size: 4\ntest_size: 16\n"
+        f"output: {tmp_path}/out\n"
+    )
+    return path
+
+
+def test_a_run_its_folder_and_its_table(config, tmp_path):
+    said = alora("run", str(config))
+    assert "fed-alora" in said and "ann" in said and "bob" in said and "finished" in said
+    out = tmp_path / "out"
+    assert {"ledger.jsonl", "server.safetensors", "final.safetensors", "rounds.png", "clients"} <= {
+        p.name for p in out.iterdir()
+    }
+    [adapter] = out.glob("clients/*/ann/adapter")
+    assert (adapter / "adapter_model.safetensors").exists()
+    assert read(out / "ledger.jsonl")[-1]["status"] == "finished"
+    assert "ann" in alora("show", str(out))
+    assert "ann" in alora("show", str(out), "--follow")  # ends at once: the run has ended
+
+
+def test_a_second_run_is_refused_and_resume_goes_on(config, tmp_path):
+    alora("run", str(config))
+    assert "--resume" in refused("run", str(config))
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
+    alora("run", str(config), "--resume")
+    events = read(tmp_path / "out" / "ledger.jsonl")
+    assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
+    alora("run", str(config), "--output", str(tmp_path / "elsewhere"))
+
+
+def test_methods_lists_them_all():
+    said = alora("methods")
+    for method in ("fedit", "ffa-lora", "fedsa-lora", "fedsa-rslora", "fedsa-vera", "fed-alora-het", "local"):
+        assert method in said
+
+
+def test_keys_and_certificates(tmp_path):
+    assert "ca.pem" in alora("certificates", str(tmp_path / "tls"), "--host", "127.0.0.1")
+    said = alora("key", "ann", "--folder", str(tmp_path / "keys"))
+    private = next(p for p in (tmp_path / "keys").iterdir() if p.suffix != ".pub")
+    assert private.stat().st_mode & 0o077 == 0 and "ann.pub" in said
+    assert "refused" in (again := refused("key", "ann", "--folder", str(tmp_path / "keys"))) or "exist" in again
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["run", "none.yaml"], "cannot read none.yaml"),
+        (["show", "nowhere"], "has no ledger.jsonl"),
+        (["client", "ann", "--server", "h:1", "--ca", "no.pem", "--key", "no"], "no.pem is missing"),
+        (["client", "a b", "--server", "h:1", "--ca", "no.pem", "--key", "no"], "client must be"),
+        (["key", "../x"], "client must be"),
+    ],
+)
+def test_mistakes_are_one_line(args, says):
+    assert says in refused(*args)
+
+
+def test_an_unknown_engine_and_a_server_without_certificates(config, tmp_path):
+    assert "inprocess or ray" in refused("run", str(config), "--engine", "dask")
+    assert "certificates" in refused("server", str(config), "--certificates", str(tmp_path / "none"))
+
+
+def test_a_run_that_stops_says_how_to_go_on(config, tmp_path):
+    (tmp_path / "bob.jsonl").write_text("")
+    config.write_text(config.read_text() + "guard: {quorum: 2, patience: 1}\n")
+    said = refused("run", str(config))
+    assert "without a quorum" in said and "--resume" in said
