@@ -39,7 +39,7 @@ def main(output: str = "runs/fed-loopback", model: str = "minilm", **settings: i
         for task, (_, public) in keys.items():
             flower.register(server, public, task)
 
-        # on each client: alora fed client movie --server fed.example.org:8000 --ca ca.pem --key movie --data my.jsonl
+        # on each client: alora fed client run.yaml movie --server fed.example.org:8000 --ca ca.pem --key movie
         for task, (private, _) in keys.items():
             address, state = f"{HERE}:{port}", folder / task / "state"
             command = supernode_command(task, address, ca=certificates.ca, key=private, state_dir=state)

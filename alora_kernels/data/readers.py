@@ -11,6 +11,7 @@ shuffling and deduplication happen once, in `loading`, for every source alike.
 from __future__ import annotations
 
 import csv
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def read_vader(path: Path) -> Iterator[tuple[str, str]]:
             _, score, text = line.rstrip("\r\n").split("\t", 2)
             if abs(float(score)) >= NEUTRAL:
                 yield text, "positive" if float(score) > 0 else "negative"
+
+
+def read_valence(path: Path) -> Iterator[tuple[str, str]]:
+    """English words rated by people (Warriner et al. 2013), 1 unhappy to 9 happy: a gzipped CSV, `Word`, `V_Mean_Sum`.
+
+    Words rated within 1 of the middle are neutral and dropped.
+    """
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            valence = float(row["V_Mean_Sum"]) - 5
+            if abs(valence) >= 1:
+                yield row["Word"], "positive" if valence > 0 else "negative"
 
 
 def read_bbc(path: Path) -> Iterator[tuple[str, str]]:

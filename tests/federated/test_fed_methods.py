@@ -202,3 +202,13 @@ def test_who_draws_what():
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match=r"unknown federated method 'fedavg'; known are fedit, ffa-lora"):
         share_spec("fedavg")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cost_in_words_is_the_formula(method):
+    layer, r, d_m = LayerShape(11, 7), 3, 5
+    words = METHODS[method].cost.replace(" (", " * (").replace("min * (", "min(").replace("2 r", "2 * r")
+    words = words.replace("r K", "r * K").replace("r N", "r * N").replace("N d_m", "N * d_m")
+    assert eval(words, {"K": layer.k, "N": layer.n, "r": r, "d_m": d_m, "min": min}) == sum(
+        METHODS[method].floats([layer], r, d_m)
+    )

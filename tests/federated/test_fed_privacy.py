@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy
-from flwr.app import Message
+from flwr.app import Context, Message
 
-from alora_kernels.federated import METHODS, run
+from alora_kernels.federated import METHODS, Template, run
 from alora_kernels.federated.atomic import read as read_arrays
+from alora_kernels.federated.client import Client, client_app
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
-from alora_kernels.federated.engine import CLIENTS
-from alora_kernels.federated.server import Outcome
+from alora_kernels.federated.engine import CLIENTS, clients_of
+from alora_kernels.federated.inprocess import InProcessGrid
+from alora_kernels.federated.server import Outcome, serve
 
 LR = 0.02
 
@@ -196,3 +198,24 @@ def test_a_run_in_one_process_opens_no_socket(tmp_path, monkeypatch):
     for name in ("connect", "bind"):
         monkeypatch.setattr(socket.socket, name, refuse)
     assert watched(tmp_path / "out", rounds=1)[0].status == "finished"
+
+
+@pytest.mark.parametrize("servers", [{"method": "fedit"}, {"head": "shared"}])
+def test_a_client_shares_what_its_own_configuration_says(servers, tmp_path):
+    """The server asks for more than ann agreed to; ann refuses, and nothing of hers goes out."""
+    wide, own = toy.config(tmp_path / "out", **servers), toy.config(tmp_path / "ann")
+    others = clients_of(wide, lambda n: toy.participant(wide, n, lr=LR, head=True))
+    ann = clients_of(own, lambda n: toy.participant(own, n, lr=LR, head=True), tmp_path / "ann")
+    seen: list[Message] = []
+
+    def client_of(context: Context) -> Client:
+        return (ann if context.node_config["partition-id"] == 0 else others)(context)
+
+    grid = InProcessGrid(client_app(client_of), 3, on_message=seen.append)
+    first = toy.participant(wide, "bob", head=True)
+    outcome = serve(grid, wide, Template(first.model, first.base))
+    assert outcome.status == "finished" and {e["client"] for e in outcome.rejections} == {None}
+    said = {e["reason"] for e in outcome.rejections}
+    assert any("client ann has fed-alora" in reason or "keys differ" in reason for reason in said)
+    answers = [m for m in seen if m.metadata.reply_to_message_id and m.metadata.src_node_id == 1]
+    assert answers and all(m.has_error() for m in answers)

@@ -117,6 +117,7 @@ def supernode_command(
     ca: Path,
     key: Path,
     state_dir: Path,
+    config: Path | None = None,
     data: Path | None = None,
     port: int | None = None,
     max_wait: float | None = None,
@@ -129,6 +130,7 @@ def supernode_command(
         ca: the `ca.pem` it got from the server; nobody else is trusted.
         key: its private key.
         state_dir: folder that keeps its private parts.
+        config: its own copy of the configuration; without it the server's counts, and with it what is shared.
         data: its own data file.
         port: local port for its own processes; a free one by default.
         max_wait: seconds after which it gives up to reach the server; None: never.
@@ -141,8 +143,9 @@ def supernode_command(
         FlowerError: Flower is not installed, or a file is missing.
     """
     node = {"client": check_name(client), "state-dir": str(Path(state_dir).resolve())}
-    if data is not None:
-        node["data"] = str(Path(data).resolve())
+    for what, file in (("config", config), ("data", data)):
+        if file is not None:
+            node[what] = str(existing(file, "this client"))
     command = [program("flower-supernode"), "--superlink", server]
     command += ["--root-certificates", str(existing(ca, "a copy of the server's ca.pem"))]
     command += ["--auth-supernode-private-key", str(existing(key, "make_node_key"))]
