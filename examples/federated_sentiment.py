@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alora_kernels.cli import display, fed_study
+from alora_kernels.cli.display import console
+from alora_kernels.cli.fed import study as fed_study
 from alora_kernels.federated import METHODS, FedConfig
 
 FOUR = ("movie", "amazon", "nyt", "tweets")
@@ -31,19 +32,18 @@ def main(
     **settings: int,
 ) -> list[fed_study.Result]:
     """Run every method with every seed, print the table, save JSON and picture."""
-    names = METHODS if "all" in methods else methods
     size: dict[str, Any] = (CAUSAL if model.startswith("smollm2") else ENCODER) | settings
     chosen = EIGHT if domains == "eight" else FOUR
     folder = Path(output) / model.replace("/", "-") / domains
     configs = []
-    for seed, method in itertools.product(seeds, names):
+    for seed, method in itertools.product(seeds, METHODS if "all" in methods else methods):
         ranks = [{"rank": r} for r in RANKS] if METHODS[method].adapter == "het" else [{}]
         clients = [{"name": name, "task": name, **ranks[i % len(ranks)]} for i, name in enumerate(chosen)]
         values = {"method": method, "clients": clients, "model": model, "seed": seed} | OWN.get(method, {}) | size
         configs.append(FedConfig(**values, output=folder / method / f"seed-{seed}"))
     results = fed_study.study(configs)
-    display.console.print(fed_study.table(results, f"{model}, {domains} clients, seeds {[*seeds]}"))
-    display.console.print("saved " + " and ".join(map(str, fed_study.save(results, configs, folder))))
+    console.print(fed_study.table(results, f"{model}, {domains} clients, seeds {[*seeds]}"))
+    console.print("saved " + " and ".join(map(str, fed_study.save(results, configs, folder))))
     return results
 
 

@@ -4,7 +4,7 @@ In:   YAML text or keyword arguments.
 Out:  a frozen `FedConfig`; unknown keys and wrong values are refused, all at once, with the key's path.
 Who:  the command line, the Flower apps, `engine.run`; the same text goes to every machine.
 
-The fields from `model` on are read only by the built-in participants (`alora_kernels.cli.fed_participants`); who brings
+The fields from `model` on are read only by the built-in participants (`alora_kernels.cli.fed.participants`); who brings
 models and data of their own may leave them out.
 """
 

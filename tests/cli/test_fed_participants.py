@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from alora_kernels import data
-from alora_kernels.cli import fed_participants, fed_rows
-from alora_kernels.cli.fed_participants import base_fingerprint, majority, participant, template
+from alora_kernels.cli.fed import participants as fed_participants
+from alora_kernels.cli.fed import rows as fed_rows
+from alora_kernels.cli.fed.participants import base_fingerprint, majority, participant, template
 from alora_kernels.federated import METHODS, ConfigError, FedConfig
 from alora_kernels.federated.adapters import wire_spec
 from alora_kernels.federated.participant import seeded

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from alora_kernels.cli import fed_study
 from alora_kernels.cli.display import Console
-from alora_kernels.cli.fed_study import Result, rows_of
+from alora_kernels.cli.fed import study as fed_study
+from alora_kernels.cli.fed.study import Result, rows_of
 from alora_kernels.federated import FedConfig
 
 RESULTS = [

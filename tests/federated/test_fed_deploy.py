@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from alora_kernels import data
-from alora_kernels.cli.fed_participants import participant
+from alora_kernels.cli.fed.participants import participant
 from alora_kernels.federated import FedConfig, run
 from alora_kernels.federated.flower import app as flower_app
 from alora_kernels.federated.flower import runs as flower

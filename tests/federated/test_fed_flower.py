@@ -82,14 +82,17 @@ def test_flower_parses_the_commands(tmp_path):
     assert server.enable_supernode_auth
     assert server.database == str(tmp_path / "superlink.db")
 
-    data = tmp_path / "with space" / "rows = 3.jsonl"
+    data, own = tmp_path / "with space" / "rows = 3.jsonl", tmp_path / "run.yaml"
+    data.parent.mkdir()
+    for file in (data, own):
+        file.touch()
     command = flower_commands.supernode_command(
-        "clinic", "fed.example.org:8123", ca=files.ca, key=key, state_dir=tmp_path / "my state", data=data
+        "clinic", "fed.example.org:8123", ca=files.ca, key=key, state_dir=tmp_path / "my state", config=own, data=data
     )
     node = _parse_args_run_supernode().parse_args(command[1:])
     assert (node.superlink, node.insecure, node.host) == ("fed.example.org:8123", False, "127.0.0.1")
     assert (node.root_certificates, node.auth_supernode_private_key) == (str(files.ca), str(key))
-    expected = {"client": "clinic", "state-dir": str(tmp_path / "my state"), "data": str(data)}
+    expected = {"client": "clinic", "state-dir": str(tmp_path / "my state"), "config": str(own), "data": str(data)}
     assert parse_config_args([node.node_config]) == expected
 
 

@@ -14,7 +14,7 @@ import re
 import tomllib
 from pathlib import Path
 
-SERVER, CLIENT = "alora_kernels.cli.fed_apps:server", "alora_kernels.cli.fed_apps:client"
+SERVER, CLIENT = "alora_kernels.cli.fed.apps:server", "alora_kernels.cli.fed.apps:client"
 _REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 _PROJECT = """\

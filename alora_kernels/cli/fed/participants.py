@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import data
-from ..federated.adapters import adapt, fingerprint
-from ..federated.config import ConfigError, FedConfig
-from ..federated.participant import Participant, fit, shuffled
-from .fed_rows import Rows, collate, task_rows
+from ... import data
+from ...federated.adapters import adapt, fingerprint
+from ...federated.config import ConfigError, FedConfig
+from ...federated.participant import Participant, fit, shuffled
+from .rows import Rows, collate, task_rows
 
 KINDS = {"minilm": "encoder", "tiny-random-encoder": "encoder", "smollm2-135m": "causal", "tiny-random": "causal"}
 METRICS = ("accuracy", "loss")

@@ -2,7 +2,7 @@
 
 In:   a YAML configuration (`federated.config.FedConfig`).
 Out:  a run's folder: ledger, checkpoints, finished arrays, plot; a live table while it runs.
-Who:  `cli.app` mounts it. Commands only wire: participants come from `fed_participants`, engines from `federated`.
+Who:  `cli.app` mounts it. Commands only wire: participants come from `participants`, engines from `federated`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..federated.config import FedConfig
+    from ...federated.config import FedConfig
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune together without sharing data (Flower).")
 
@@ -28,11 +28,11 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the checkpoin
 @app.command()
 def methods() -> None:
     """What each method shares, what stays with the client, and how much travels."""
-    from .edge import quiet
+    from ..edge import quiet
 
     quiet()
-    from ..federated.methods import METHODS
-    from . import display
+    from ...federated.methods import METHODS
+    from .. import display
 
     rows = []
     for spec in METHODS.values():
@@ -72,8 +72,8 @@ def show(
 ) -> None:
     """The table and the plot of a run, from its ledger."""
     with _errors():
-        from ..federated import live
-        from ..federated.server import LEDGER
+        from ...federated import live
+        from ...federated.server import LEDGER
 
         if not (folder / LEDGER).exists():
             raise ValueError(f"{folder} has no {LEDGER}: give the output folder of a federated run")
@@ -89,7 +89,7 @@ def certificates(
 ) -> None:
     """Make a certificate authority and a server certificate, unless your organisation has its own."""
     with _errors():
-        from ..federated.flower.keys import make_certificates
+        from ...federated.flower.keys import make_certificates
 
         made = make_certificates(folder, tuple(host) if host else ("localhost", "127.0.0.1"))
         typer.echo(f"server: keep {made.certificate} and {made.key}; every client needs a copy of {made.ca}")
@@ -102,7 +102,7 @@ def key(
 ) -> None:
     """Make a client's key pair; its public half goes to the server, its private half never leaves."""
     with _errors():
-        from ..federated.flower.keys import make_node_key
+        from ...federated.flower.keys import make_node_key
 
         private, public = make_node_key(folder, client)
         typer.echo(f"send {public} to the server's operator; keep {private}")
@@ -120,9 +120,9 @@ def server(
 ) -> None:
     """Serve a run to clients on other machines: TLS, and only registered keys."""
     with _errors():
-        from ..federated import flower
-        from ..federated.flower.keys import Certificates
-        from ..federated.flower.processes import Processes
+        from ...federated import flower
+        from ...federated.flower.keys import Certificates
+        from ...federated.flower.processes import Processes
 
         settings = _settings(config, output)
         home = settings.output / "flower"
@@ -136,9 +136,7 @@ def server(
 
 @app.command()
 def client(
-    config: Annotated[
-        Path, typer.Argument(help="this client's own copy of the configuration: what it shares")
-    ],
+    config: Annotated[Path, typer.Argument(help="this client's own copy of the configuration: what it shares")],
     name: Annotated[str, typer.Argument(help="this client, as the configuration calls it")],
     server: Annotated[str, typer.Option(help="host:port of the server")],
     ca: Annotated[Path, typer.Option(help="the server's ca.pem")],
@@ -148,9 +146,9 @@ def client(
 ) -> None:
     """Take part in a run as one client; stays until stopped, and may be restarted at any time."""
     with _errors():
-        from ..federated import flower
-        from ..federated.config import load_config
-        from ..federated.flower.commands import supernode_command
+        from ...federated import flower
+        from ...federated.config import load_config
+        from ...federated.flower.commands import supernode_command
 
         load_config(config).client(name)
         command = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
@@ -159,15 +157,15 @@ def client(
 
 def _settings(config: Path, output: Path | None) -> FedConfig:
     """The configuration, with an output folder that means the same in every process."""
-    from ..federated.config import load_config
+    from ...federated.config import load_config
 
     settings = load_config(config)
     return settings.model_copy(update={"output": (output or settings.output).resolve()})
 
 
 def _in_process(settings: FedConfig, resume: bool) -> None:
-    from ..federated.engine import run as run_here
-    from .fed_participants import participant
+    from ...federated.engine import run as run_here
+    from .participants import participant
 
     with _table(settings):
         outcome = run_here(settings, lambda name: participant(settings, name), resume=resume)
@@ -176,7 +174,7 @@ def _in_process(settings: FedConfig, resume: bool) -> None:
 
 
 def _with_ray(settings: FedConfig, resume: bool) -> None:
-    from ..federated import flower
+    from ...federated import flower
 
     home = settings.output / "flower"
     with _table(settings):
@@ -184,7 +182,7 @@ def _with_ray(settings: FedConfig, resume: bool) -> None:
 
 
 def _app(settings: FedConfig, home: Path, resume: bool) -> Path:
-    from ..federated.flower.app import write_app
+    from ...federated.flower.app import write_app
 
     return write_app(home / "app", settings.to_yaml(), resume=resume)
 
@@ -192,9 +190,9 @@ def _app(settings: FedConfig, home: Path, resume: bool) -> Path:
 @contextmanager
 def _table(settings: FedConfig) -> Iterator[None]:
     """The live table beside a run: a thread that reads the ledger, whichever process writes it."""
-    from ..federated import live
-    from ..federated.server import LEDGER
-    from . import display
+    from ...federated import live
+    from ...federated.server import LEDGER
+    from .. import display
 
     done = threading.Event()
     path = settings.output / LEDGER
@@ -210,10 +208,10 @@ def _table(settings: FedConfig) -> Iterator[None]:
 
 def _report(folder: Path) -> None:
     """What came of a run: the table, and the plot beside its ledger."""
-    from ..federated import live, plot
-    from ..federated.ledger import read
-    from ..federated.server import LEDGER
-    from . import display
+    from ...federated import live, plot
+    from ...federated.ledger import read
+    from ...federated.server import LEDGER
+    from .. import display
 
     events = read(folder / LEDGER)
     display.console.print(live.summary(events))
@@ -228,12 +226,12 @@ def _report(folder: Path) -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """One clear line instead of a traceback, for errors that are the input's."""
-    from .edge import USER_ERRORS, fail, quiet
+    from ..edge import USER_ERRORS, fail, quiet
 
     quiet()
     try:
-        from ..federated.flower.processes import FlowerError
-        from ..federated.guard import QuorumError
+        from ...federated.flower.processes import FlowerError
+        from ...federated.guard import QuorumError
 
         errors: tuple[type[Exception], ...] = (*USER_ERRORS, FlowerError, QuorumError)
     except ImportError as error:

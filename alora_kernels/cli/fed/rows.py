@@ -2,7 +2,7 @@
 
 In:   a task's name or a file, a tokenizer, sizes and a seed.
 Out:  `Rows`; padded batches of them.
-Who:  `fed_participants`.
+Who:  `participants`.
 
 A causal model is asked with the prompt alone, cut where its answer begins; the target is the answer's first token. For
 an encoder the target is the number of the answer's label word, so a client's words and their order belong to its rows.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import data
+from ... import data
 
 
 @dataclass(frozen=True, eq=False)

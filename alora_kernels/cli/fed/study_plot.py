@@ -1,8 +1,8 @@
 """The picture of a study: accuracy of each client under each method, beside the bytes it takes.
 
-In:   results of `fed_study`.
+In:   results of `study`.
 Out:  a PNG.
-Who:  `fed_study.save`.
+Who:  `study.save`.
 
 Left, a line per method: a dot per client (mean over seeds), a bar at the mean over clients with the range over seeds.
 Right, bytes per client and round.
@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .fed_study import Result
+from .results import Result, rows_of
 
 #: Okabe and Ito's colours, which colour-blind people tell apart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#000000")
@@ -35,8 +34,6 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from .fed_study import rows_of
-
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

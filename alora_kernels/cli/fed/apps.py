@@ -15,11 +15,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from ..federated.client import Client, client_app
-from ..federated.config import FedConfig
-from ..federated.engine import clients_of
-from ..federated.server import Template, serve
-from .fed_participants import base_fingerprint, participant, template
+from ...federated.client import Client, client_app
+from ...federated.config import FedConfig
+from ...federated.engine import clients_of
+from ...federated.server import Template, serve
+from .participants import base_fingerprint, participant, template
 
 server = ServerApp()
 
