@@ -8,7 +8,7 @@ Who:  users in Python (`run`), the command line (`alora fed ...`), Flower (`flwr
     wire                what travels, agreed on by a hash
     adapters            base model -> client's model; its matrices by role
     participant, client, store        one client: model and data, a round, the private half on disk
-    strategies, guard, checkpoint, server    Flower's strategy inside a guard, durable
+    strategies, guard, checkpoint, server, outcome    Flower's strategy inside a guard, durable
     ledger, summary, live, plot       what happened: written by the server only, shown by everybody else
     inprocess, engine, flower         the engines: one process, Flower's simulation, real machines
 
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
     from .engine import run
     from .guard import Limits
     from .methods import METHODS, ShareSpec, share_spec
+    from .outcome import Outcome
     from .participant import Participant, fit, shuffled
-    from .server import Outcome, Template
+    from .server import Template
 
 _WHERE = {
     "METHODS": "methods",
     "ConfigError": "config",
     "FedConfig": "config",
     "Limits": "guard",
-    "Outcome": "server",
+    "Outcome": "outcome",
     "Participant": "participant",
     "ShareSpec": "methods",
     "Template": "server",

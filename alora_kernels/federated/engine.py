@@ -15,9 +15,10 @@ from flwr.app import Context, Message
 from .client import Client, client_app, client_name
 from .config import FedConfig
 from .inprocess import InProcessGrid
+from .outcome import Outcome
 from .participant import Participant, seeded
 from .seeds import seed_of
-from .server import Outcome, Template, serve
+from .server import Template, serve
 from .store import PrivateStore
 
 CLIENTS = "clients"  # folder of the private halves

@@ -16,7 +16,7 @@ import random
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 from torch import nn
 
 from . import adapters, atomic, checkpoint, wire
@@ -33,6 +32,7 @@ from .config import FedConfig
 from .dp import privacy_spent
 from .guard import GuardedGrid, QuorumError
 from .ledger import Ledger, read
+from .outcome import Outcome
 from .seeds import seed_of
 from .strategies import FromRound, build_strategy
 
@@ -50,48 +50,6 @@ class Template:
 
     model: nn.Module
     base: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a run.
-
-    Attributes:
-        status: "finished", or "stopped" with everything up to the last round saved.
-        reason: why it stopped.
-        rounds: rounds completed.
-        arrays: the shared arrays after the last of them.
-        events: the whole ledger.
-    """
-
-    status: str
-    reason: str | None
-    rounds: int
-    arrays: dict[str, NDArray] = field(repr=False)
-    events: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def final(self) -> dict[str, dict[str, float]]:
-        """Client -> metrics of the final shared arrays with its private half, on its own test data."""
-        return {e["client"]: e["metrics"] for e in self._clients("evaluate") if e["accepted"]}
-
-    @property
-    def rejections(self) -> list[dict[str, Any]]:
-        """The events of replies that were not used."""
-        return [e for e in self._clients("train") if not e["accepted"]]
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes of arrays that clients sent, in all training rounds."""
-        return sum(e["bytes_up"] for e in self._clients("train"))
-
-    @property
-    def bytes_down(self) -> int:
-        """Bytes of arrays that were sent to clients, in all training rounds."""
-        return sum(e["bytes_down"] for e in self._clients("train"))
-
-    def _clients(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in self.events if e["event"] == "client" and e["kind"] == kind]
 
 
 @dataclass
@@ -168,7 +126,7 @@ def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engi
             with suppress(OSError):  # a full disk is the outcome's reason already
                 ledger.write({"event": "end", "round": run.done, "status": status, "reason": reason})
     arrays = wire.from_record(run.arrays, spec)
-    if status == "finished":
+    if run.done == config.rounds:
         atomic.write(folder / FINAL, arrays, {"method": config.method, "spec": spec.digest, "round": str(run.done)})
     return Outcome(status, reason, run.done, arrays, read(folder / LEDGER))
 
@@ -179,6 +137,9 @@ def _begin(strategy: Strategy, spec: wire.WireSpec, template: Template, config: 
     if not resume:
         if (folder / checkpoint.FILE).exists():
             raise FileExistsError(f"{folder} holds a run already: go on with --resume, or choose another output")
+        ledger = folder / LEDGER
+        if ledger.exists() and all(event["event"] in ("run", "end") for event in read(ledger)):
+            ledger.unlink()  # killed before its first checkpoint: nothing has happened yet
         random.seed(seed_of(config.seed, "sampling"))
         if config.dp is not None:
             np.random.seed(None)  # noise that somebody could draw again hides nothing

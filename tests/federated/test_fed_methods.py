@@ -15,7 +15,7 @@ from alora_kernels.federated.adapters import layer_shapes, matrices
 from alora_kernels.federated.atomic import read as read_arrays
 from alora_kernels.federated.engine import CLIENTS
 from alora_kernels.federated.methods import LayerShape
-from alora_kernels.federated.server import Outcome
+from alora_kernels.federated.outcome import Outcome
 
 ROUNDS, STEPS = 3, 2
 RANKS = {"ann": 1, "bob": 2, "cyd": 4}

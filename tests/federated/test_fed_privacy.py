@@ -19,7 +19,8 @@ from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
 from alora_kernels.federated.engine import CLIENTS, clients_of
 from alora_kernels.federated.inprocess import InProcessGrid
-from alora_kernels.federated.server import Outcome, serve
+from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.server import serve
 
 LR = 0.02
 

@@ -14,7 +14,8 @@ from alora_kernels.federated import FedConfig, atomic, checkpoint, run
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
 from alora_kernels.federated.ledger import read
-from alora_kernels.federated.server import LEDGER, Outcome
+from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.server import LEDGER
 
 LR = 0.02
 ROUNDS = 4
@@ -105,6 +106,25 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="--resume, or choose another output"):
         go(config)
     assert read(config.output / LEDGER) == before.events
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """There is a ledger, with nothing in it but that a run began: a fresh start may take the folder."""
+    config = config_for(tmp_path / "out", "fedavg")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "server.safetensors", after=1)
+        assert go(config).status == "stopped"
+    assert (config.output / LEDGER).exists() and not (config.output / checkpoint.FILE).exists()
+    same(go(config), go(config_for(tmp_path / "whole", "fedavg")))
+
+
+def test_a_ledger_with_rounds_and_no_checkpoint_is_not_touched(tmp_path):
+    config = config_for(tmp_path / "out", "fedavg", rounds=1)
+    events = go(config).events
+    (config.output / checkpoint.FILE).unlink()
+    with pytest.raises(FileExistsError, match="resume"):
+        go(config)
+    assert read(config.output / LEDGER) == events
 
 
 def test_nothing_to_resume(tmp_path):

@@ -21,10 +21,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ...federated import FedConfig, Outcome, run
+from ...federated import FedConfig, Outcome, checkpoint, run
 from ...federated.ledger import read
 from ...federated.server import FINAL, LEDGER, Template
 from .. import display
+from ..edge import quiet
 from .participants import base_fingerprint, majority, participant, template
 from .results import ALONE, Result, rows_of
 
@@ -40,6 +41,7 @@ def study(configs: Sequence[FedConfig]) -> list[Result]:
     Raises:
         ValueError, RuntimeError: as `result`.
     """
+    quiet()
     one_per_seed = {config.seed: config for config in reversed(configs)}
     results = [row for seed in dict.fromkeys(c.seed for c in configs) for row in baselines(one_per_seed[seed])]
     with display.progress("messages") as bar:
@@ -82,7 +84,7 @@ def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message
     else:
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(text)
-        resume = (folder / LEDGER).exists()
+        resume = (folder / checkpoint.FILE).exists()
         known = Template(template(config), base_fingerprint(config))
         outcome = run(config, partial(participant, config), template=known, resume=resume, on_message=on_message)
     if outcome.status != "finished":
