@@ -76,7 +76,8 @@ class FedConfig(_Frozen):
         guard: limits on replies, quorum and deadline.
         dp: differential privacy, or None.
         secagg: refused, with the reason.
-        reset_private: draw private parts anew each round, as the authors' released code does. For comparison only.
+        reset_private: private parts begin every round at their first values, much as in the authors' released
+            code, which forgets them. For comparison only.
         base_check: compare the frozen model by "names" and shapes of its weights, or by their "data" as well.
         output: folder of ledger, checkpoints and plots; on one machine the clients' private parts too.
         model: "minilm", "smollm2-135m", a folder or a hub id.

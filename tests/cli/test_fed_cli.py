@@ -147,3 +147,12 @@ def test_a_process_that_is_killed_resumes_to_the_same_arrays(config, tmp_path):
     assert not (tmp_path / "out" / "final.safetensors").exists()
     alora("run", str(config), "--resume")
     assert arrays(tmp_path / "out") == arrays(tmp_path / "whole")
+
+
+def test_without_flower_the_error_names_the_extra():
+    code = "import sys; sys.modules['flwr'] = None\nfrom alora_kernels.cli.app import app\napp(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "fed", "run", "x.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'alora-kernels[federated]'" in done.stderr and "Traceback" not in done.stderr
+    methods = subprocess.run([sys.executable, "-c", code, "fed", "methods"], capture_output=True, text=True)
+    assert methods.returncode == 0 and "fed-alora" in methods.stdout  # data needs no Flower
