@@ -98,7 +98,7 @@ class Track:
         name: the client's name, or "node 7" when it never gave one.
         shared: rounds behind the model -> metric before local training, or in an evaluation.
         local: round -> metric after local training.
-        nbytes: round -> bytes down and up.
+        nbytes: round -> bytes down and up of its training; the last evaluation would be a kink in every curve.
         down, up: bytes in all.
         examples: rows it trains on.
         rejected: (round, reason) of everything from it that was not accepted, silence included.
@@ -121,7 +121,8 @@ class Track:
         number, down, up = event["round"], event.get("bytes_down") or 0, event.get("bytes_up") or 0
         self.seen = number
         self.down, self.up = self.down + down, self.up + up
-        self.nbytes[number] += down + up
+        if event["kind"] == "train":
+            self.nbytes[number] += down + up
         if not event["accepted"]:
             self.rejected.append((number, str(event.get("reason"))))
             return
