@@ -125,7 +125,7 @@ def save(results: Sequence[Result], configs: Sequence[FedConfig], folder: Path) 
 
     folder.mkdir(parents=True, exist_ok=True)
     values = {
-        "configs": [config.model_dump(mode="json", exclude_defaults=True) for config in configs],
+        "configs": [config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}) for config in configs],
         "results": [asdict(r) for r in results],
         "rows": [asdict(row) for row in rows_of(results)],
     }
