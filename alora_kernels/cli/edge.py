@@ -22,13 +22,11 @@ def fail(error: Exception) -> typer.Exit:
 
 def quiet() -> None:
     """Libraries' own bars and notices would tear ours. Called before they are imported."""
-    import logging
     import warnings
 
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for CPU kernels on a hub when imported
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
