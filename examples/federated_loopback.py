@@ -25,7 +25,7 @@ def main(output: str = "runs/fed-loopback", model: str = "minilm", **settings: i
     folder, port = Path(output).resolve(), free_port()
     clients = [{"name": task, "task": task} for task in TASKS]
     run = {"method": "fed-alora", "clients": clients, "model": model, "rounds": 3, "output": folder / "run"}
-    config = FedConfig.from_values(run | settings)
+    config = FedConfig.from_values(run | {"guard": {"quorum": 3}} | settings)  # round 1 waits for all three
 
     # once, on the server: alora fed certificates tls --host fed.example.org       (every client gets tls/ca.pem)
     certificates = make_certificates(folder / "tls", [HERE])

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..modules.init import lora_scaling
-from .dp import DpSettings
+from .dp import DpSettings, needs_equal_weights
 from .guard import Limits
 from .methods import ShareSpec, share_spec
 from .strategies import refuse_secagg
@@ -143,7 +143,7 @@ class FedConfig(_Frozen):
             refuse_secagg()
         if self.dp is not None and not self.spec.living("shared"):
             raise ValueError(f"dp: with {self.method} nothing travels that could be protected; leave it out")
-        if self.dp is not None and self.dp.accounting and self.weights != "equal":
+        if needs_equal_weights(self.dp) and self.weights != "equal":
             raise ValueError("weights: the privacy accountant needs `weights: equal` (or set dp.accounting: false)")
         return self
 

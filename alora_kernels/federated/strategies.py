@@ -25,18 +25,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from . import wire
-from .dp import DpSettings, client_mods, make_private, needs_equal_weights, num_sampled, privacy_spent
-
-__all__ = [
-    "STRATEGIES",
-    "DpSettings",
-    "FromRound",
-    "build_strategy",
-    "client_mods",
-    "needs_equal_weights",
-    "privacy_spent",
-    "refuse_secagg",
-]
+from .dp import DpSettings, make_private, num_sampled
 
 
 class _KeepsDtype(flower.FedAvg):

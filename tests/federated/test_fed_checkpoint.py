@@ -18,7 +18,8 @@ from strategyfakes import arrays_of, grid_of, play, record_of, wandering
 
 from alora_kernels.federated import atomic, checkpoint, wire
 from alora_kernels.federated.checkpoint import CheckpointError
-from alora_kernels.federated.strategies import STRATEGIES, DpSettings, FromRound, build_strategy, privacy_spent
+from alora_kernels.federated.dp import DpSettings, privacy_spent
+from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fedavgm": {"server_momentum": 0.9, "server_learning_rate": 0.5},

@@ -13,16 +13,8 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from strategyfakes import answer, arrays_of, grid_of, play, record_of, wandering
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.dp import num_sampled
-from alora_kernels.federated.strategies import (
-    STRATEGIES,
-    DpSettings,
-    FromRound,
-    build_strategy,
-    client_mods,
-    needs_equal_weights,
-    privacy_spent,
-)
+from alora_kernels.federated.dp import DpSettings, client_mods, needs_equal_weights, num_sampled, privacy_spent
+from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy
 
 START = record_of(w=[0.5, 0.5])
 OPTIONS: dict[str, dict[str, Any]] = {"qfedavg": {"train_loss_key": "before-loss", "client_learning_rate": 0.1}}
