@@ -213,7 +213,7 @@ def refuse_secagg() -> NoReturn:
     """
     raise ValueError(
         "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot "
-        "see single updates cannot check them for bad values; dp protects what the server passes on, not from the server"
+        "see single updates cannot check them for bad values; dp protects what the server passes on, not from itself"
     )
 
 
