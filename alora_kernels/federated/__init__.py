@@ -4,7 +4,7 @@ In:   a `FedConfig` (method, clients, rounds) and a `Participant` per client (it
 Out:  an `Outcome`; in the output folder a ledger, a checkpoint each round and the finished shared arrays.
 Who:  users in Python (`run`), the command line (`alora fed ...`), Flower (`flwr run`).
 
-    methods, seeds      what each method shares, as data; initial values
+    methods, seeds, names             what each method shares, as data; initial values
     wire                what travels, agreed on by a hash
     adapters            base model -> client's model; its matrices by role
     participant, client, store        one client: model and data, a round, the private half on disk

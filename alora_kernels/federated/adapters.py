@@ -167,7 +167,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def begin(model: nn.Module, spec: ShareSpec, seed: int, client: str, lives: Lives | None = None) -> None:
+def begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
     """Give matrices their first values, and say which of them the optimiser sees.
 
     Args:
@@ -175,12 +175,9 @@ def begin(model: nn.Module, spec: ShareSpec, seed: int, client: str, lives: Live
         spec: its method.
         seed: common seed.
         client: the client's name.
-        lives: only roles that live there; None for all.
     """
     for key, (role, tensor) in matrices(model, spec).items():
         rule = spec.roles[role]
-        if lives is not None and rule.lives != lives:
-            continue
         if rule.begins == "kaiming":
             words = (client, key) if rule.seed == "client" else (key,)
             tensor.copy_(torch.from_numpy(kaiming(tuple(tensor.shape), seed_of(seed, *words))))

@@ -23,6 +23,7 @@ from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
+from torch import nn
 
 from . import adapters, atomic, wire
 from .config import FedConfig
@@ -35,6 +36,13 @@ log = logging.getLogger("alora_kernels.federated")
 
 METHOD, BASE, SCALING, LAST = "method", "base", "scaling", "last"  # in a message's `config`, beside wire's
 FINAL = "final.safetensors"  # a client's finished adapter, private half included; on the server the shared half
+
+
+def agreement(config: FedConfig, model: nn.Module, base: str) -> wire.WireSpec:
+    """What both sides must agree on, of an adapted model and the fingerprint of its base."""
+    return adapters.wire_spec(
+        model, config.spec, base=base, scaling=config.scaling, seed=config.seed, metrics=config.metrics
+    )
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,9 @@ class Client:
     _first: Mapping[str, NDArray] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        model, share = self.participant.model, self.config.spec
-        spec = adapters.wire_spec(
-            model,
-            share,
-            base=self.participant.base,
-            scaling=self.config.scaling,
-            seed=self.config.seed,
-            metrics=self.config.metrics,
-        )
-        object.__setattr__(self, "spec", spec)
-        object.__setattr__(self, "_first", adapters.arrays_of(model, share, "private"))
+        model = self.participant.model
+        object.__setattr__(self, "spec", agreement(self.config, model, self.participant.base))
+        object.__setattr__(self, "_first", adapters.arrays_of(model, self.config.spec, "private"))
 
     @property
     def name(self) -> str:

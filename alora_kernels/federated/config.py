@@ -20,9 +20,8 @@ from ..modules.init import lora_scaling
 from .dp import DpSettings, needs_equal_weights
 from .guard import Limits
 from .methods import ShareSpec, share_spec
+from .names import NAME
 from .strategies import refuse_secagg
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class ConfigError(ValueError):
@@ -42,7 +41,7 @@ class ClientConfig(_Frozen):
         rank: its own rank, for `fed-alora-het`.
     """
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=f"^{NAME.pattern}$")
     task: str | None = None
     rank: int | None = Field(default=None, ge=1)
 

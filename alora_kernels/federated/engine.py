@@ -78,8 +78,6 @@ def run(
     client_of = clients_of(config, participant_of)
     grid = InProcessGrid(client_app(client_of), len(config.clients), on_message=on_message)
     if template is None:
-        name = config.clients[0].name
-        with seeded(seed_of(config.seed, name, "build")):
-            first = participant_of(name)
+        first = client_of(next(iter(grid.contexts.values()))).participant
         template = Template(first.model, first.base)
     return serve(grid, config, template, resume=resume)

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from . import adapters, atomic, checkpoint, wire
-from .client import BASE, FINAL, LAST, METHOD, SCALING
+from .client import BASE, FINAL, LAST, METHOD, SCALING, agreement
 from .config import FedConfig
 from .dp import privacy_spent
 from .guard import GuardedGrid, QuorumError
@@ -87,14 +87,7 @@ def serve(
 
 def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engine: str) -> Outcome:
     folder = config.output
-    spec = adapters.wire_spec(
-        template.model,
-        config.spec,
-        base=template.base,
-        scaling=config.scaling,
-        seed=config.seed,
-        metrics=config.metrics,
-    )
+    spec = agreement(config, template.model, template.base)
     strategy = build_strategy(
         config.strategy.name,
         config.strategy.options,

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import atomic
+from .names import NAME
 
 FORMAT = "alora-private-1"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
 
 
@@ -138,7 +138,7 @@ class PrivateStore:
 
     def _folder(self, run: str, client: str) -> Path:
         for what, name in (("run", run), ("client", client)):
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ValueError(
                     f"{what} must be 1 to 64 letters, digits, '.', '_' or '-' and begin with a letter or digit, "
                     f"got {name!r}"

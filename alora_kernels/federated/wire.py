@@ -67,11 +67,6 @@ class WireSpec:
         """Keys of the MetricRecord of a train reply."""
         return {EXAMPLES, *(prefix + name for prefix in (BEFORE, AFTER) for name in self.metrics)}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, without serialisation headers."""
-        return sum(_nbytes(dtype, shape) for dtype, shape in self.arrays.values())
-
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -124,15 +119,19 @@ def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
     return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
 
 
-def check_keys(got: set[str], agreed: set[str]) -> None:
+def check_keys(got: set[str], agreed: set[str], what: str = "keys") -> None:
     """Refuse a record whose keys are not those agreed on.
+
+    Args:
+        got, agreed: the keys.
+        what: what to call them.
 
     Raises:
         WireError: names up to three keys on each side.
     """
     if got != agreed:
         extra, missing = sorted(got - agreed)[:3], sorted(agreed - got)[:3]
-        raise WireError(f"keys differ: unexpected {extra or 'none'}, missing {missing or 'none'}")
+        raise WireError(f"{what} differ: unexpected {extra or 'none'}, missing {missing or 'none'}")
 
 
 def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDArray]:
@@ -152,11 +151,12 @@ def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDA
         WireError: keys, dtypes, shapes or ranks that do not fit.
     """
     factored = {key for key in spec.arrays if key + LEFT in record}
-    check_keys(
-        set(record), {k for key in spec.arrays for k in ((key + LEFT, key + RIGHT) if key in factored else (key,))}
-    )
-    return {key: _product(key, record, spec, sent) if key in factored else decode(key, record[key], *spec.arrays[key])
-            for key in spec.arrays}  # fmt: skip
+    factors = {key + side for key in factored for side in (LEFT, RIGHT)}
+    check_keys(set(record), set(spec.arrays) - factored | factors)
+    return {
+        key: _product(key, record, spec, sent) if key in factored else decode(key, record[key], *agreed)
+        for key, agreed in spec.arrays.items()
+    }
 
 
 def _product(key: str, record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> NDArray:

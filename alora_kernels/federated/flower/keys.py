@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..names import NAME
+
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
 
 LOCAL = ("localhost", "127.0.0.1")  # always in the certificate: the server's own processes call it there
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CLOCKS = timedelta(hours=1)  # how far the clocks of server and clients may differ
 
 
@@ -61,7 +61,7 @@ def check_name(client: str) -> str:
     Raises:
         ValueError: anything but letters, digits, dot, hyphen and underscore, or longer than 64.
     """
-    if not _NAME.fullmatch(client):
+    if not NAME.fullmatch(client):
         raise ValueError(
             f"client must be up to 64 letters, digits, '.', '-', '_' and begin with a letter or digit, got {client!r}"
         )
