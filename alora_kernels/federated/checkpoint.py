@@ -25,7 +25,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from . import atomic
+from .. import atomic
 from .strategies import FromRound
 
 FORMAT = "alora-server-1"

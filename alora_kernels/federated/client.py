@@ -25,7 +25,8 @@ from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 from torch import nn
 
-from . import adapters, atomic, wire
+from .. import atomic
+from . import adapters, wire
 from .config import FedConfig
 from .dp import client_mods
 from .participant import Participant, seeded

@@ -26,7 +26,8 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from . import adapters, atomic, checkpoint, wire
+from .. import atomic
+from . import adapters, checkpoint, wire
 from .client import BASE, FINAL, LAST, METHOD, SCALING, agreement
 from .config import FedConfig
 from .dp import privacy_spent

@@ -19,7 +19,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import atomic
+from .. import atomic
 from .names import NAME
 
 FORMAT = "alora-private-1"

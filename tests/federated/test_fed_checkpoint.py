@@ -16,7 +16,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from strategyfakes import arrays_of, grid_of, play, record_of, wandering
 
-from alora_kernels.federated import atomic, checkpoint, wire
+from alora_kernels import atomic
+from alora_kernels.federated import checkpoint, wire
 from alora_kernels.federated.checkpoint import CheckpointError
 from alora_kernels.federated.dp import DpSettings, privacy_spent
 from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy

@@ -10,9 +10,9 @@ import pytest
 import torch
 import toy
 
+from alora_kernels.atomic import read as read_arrays
 from alora_kernels.federated import METHODS, FedConfig, adapt, run, share_spec
 from alora_kernels.federated.adapters import layer_shapes, matrices
-from alora_kernels.federated.atomic import read as read_arrays
 from alora_kernels.federated.engine import CLIENTS
 from alora_kernels.federated.methods import LayerShape
 from alora_kernels.federated.outcome import Outcome

@@ -12,8 +12,8 @@ import pytest
 import toy
 from flwr.app import Context, Message
 
+from alora_kernels.atomic import read as read_arrays
 from alora_kernels.federated import METHODS, Template, run
-from alora_kernels.federated.atomic import read as read_arrays
 from alora_kernels.federated.client import Client, client_app
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings

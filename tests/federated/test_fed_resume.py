@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import toy
 
-from alora_kernels.federated import FedConfig, atomic, checkpoint, run
+from alora_kernels import atomic
+from alora_kernels.federated import FedConfig, checkpoint, run
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
 from alora_kernels.federated.ledger import read

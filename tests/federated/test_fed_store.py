@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alora_kernels.federated import atomic
+from alora_kernels import atomic
 from alora_kernels.federated.store import PrivateStore, StoreError
 
 SPEC = "c0ffee"

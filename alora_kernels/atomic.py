@@ -2,11 +2,11 @@
 
 In:   named arrays and string metadata.
 Out:  one file; the arrays back, bit for bit, after their checksum was compared.
-Who:  `store` for a client's private half, `checkpoint` for the server.
+Who:  the federated client's store and the server's checkpoint; the task store of serving.
 
 A file is written under a name of its own in the same folder, flushed to the disk, renamed over the final name, and the
 folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but not a changed
-number, hence the SHA-256. Files get mode 600: both kinds are somebody's secret.
+number, hence the SHA-256. Files get mode 600: all kinds are somebody's secret.
 """
 
 from __future__ import annotations
