@@ -1,1 +1,1 @@
-"""Fitting the layer into other libraries: one subpackage per library, imported only when that library is used."""
+"""Fitting the layer into other libraries, and adapters into their formats; imported only when used."""
