@@ -11,6 +11,8 @@ from .routing import Routing, route
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .integrations.export import export_lora
+    from .integrations.import_lora import import_lora
     from .integrations.peft import ALoRAConfig, save_adapter, set_task
     from .integrations.peft.accelerate import accelerate, restore
     from .training import ALoRATrainer
@@ -24,6 +26,8 @@ __all__ = [
     "alora_delta",
     "alora_linear",
     "alora_linear_group",
+    "export_lora",
+    "import_lora",
     "keep_routing",
     "reference",
     "restore",
@@ -36,6 +40,8 @@ _LATER = {  # they import PEFT or transformers, which takes seconds: only when a
     "ALoRAConfig": "integrations.peft",
     "ALoRATrainer": "training",
     "accelerate": "integrations.peft.accelerate",
+    "export_lora": "integrations.export",
+    "import_lora": "integrations.import_lora",
     "restore": "integrations.peft.accelerate",
     "save_adapter": "integrations.peft",
     "set_task": "integrations.peft",

@@ -9,6 +9,8 @@ import typer
 
 from .edge import USER_ERRORS, fail, quiet
 from .fed import app as federated
+from .lora import export_lora, import_lora
+from .serve import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,3 +90,8 @@ def doctor() -> None:
     from . import doctor as command
 
     command.run()
+
+
+app.command("export")(export_lora)
+app.command("import")(import_lora)
+app.command("serve")(serve)

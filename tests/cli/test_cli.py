@@ -66,7 +66,7 @@ def recipe(tmp_path: Path, jsonl: Path, **more: object) -> Path:
 
 def test_help_names_every_command():
     text = alora("--help")
-    assert all(command in text for command in ("demo", "train", "eval", "doctor"))
+    assert all(command in text for command in ("demo", "train", "eval", "doctor", "export", "import", "serve"))
     assert "--resume" in alora("train", "--help")
 
 

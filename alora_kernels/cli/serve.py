@@ -1,0 +1,220 @@
+"""`alora serve`: a base model and its tasks behind OpenAI's HTTP interface.
+
+In:   a model, adapter folders, addresses, keys and limits.
+Out:  a server until SIGTERM or Ctrl-C; exit code 0 if every answer was finished.
+Who:  `cli.app` mounts `serve`.
+
+What can be refused at once is: options are checked and the port is bound before the model is loaded, which may take
+minutes. Keys may come from ALORA_API_KEY, since other users of a machine can read a command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .edge import USER_ERRORS, fail, quiet
+
+if TYPE_CHECKING:
+    from ..serving import Engine
+    from ..serving.server import ServerConfig
+
+KEY_VARIABLE = "ALORA_API_KEY"
+DTYPES = ("float32", "bfloat16", "float16")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `open_engine` needs.
+
+    Attributes:
+        model: for `data.load_model`.
+        adapters: folders.
+        sizes: of `EngineConfig`; None leaves its default.
+        resident, host_tasks: of `TaskStore.open`.
+        device: "auto" takes a GPU if there is one.
+        dtype: of the base's weights; None: bfloat16 on a GPU, else float32.
+    """
+
+    model: str
+    adapters: tuple[Path, ...]
+    sizes: dict[str, int | None]
+    resident: int
+    host_tasks: int | None
+    device: str
+    dtype: str | None
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="the base: a folder, a hub id, smollm2-135m or tiny-random")],
+    adapter: Annotated[list[Path], typer.Option(help="a folder with tasks; again for more", show_default=False)],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"opens the server; again for more; or {KEY_VARIABLE}, with commas")
+    ] = None,
+    allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="other machines need no key")] = False,
+    adapter_root: Annotated[
+        list[Path] | None, typer.Option(help="adapters below this folder may be loaded over HTTP; again for more")
+    ] = None,
+    rate_limit: Annotated[str | None, typer.Option(help="such as 60/minute, per key or address")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="longest request in MiB")] = 1.0,
+    max_batch: Annotated[int | None, typer.Option(help="requests that run at once", min=1)] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="requests that may wait", min=1)] = None,
+    max_context: Annotated[int | None, typer.Option(help="tokens of prompt and answer together", min=2)] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="tokens of the KV cache, all requests", min=1)] = None,
+    resident: Annotated[int, typer.Option(help="tasks on the device at most", min=1)] = 64,
+    host_tasks: Annotated[int | None, typer.Option(help="further tasks in memory; the rest on disk", min=0)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default by device")] = None,
+    drain_timeout: Annotated[float, typer.Option(help="seconds running requests have after SIGTERM", min=0)] = 60.0,
+    served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
+) -> None:
+    """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
+    quiet()
+    sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
+    sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
+    options = EngineOptions(model, tuple(adapter), sizes, resident, host_tasks, device, dtype)
+    keys = _keys(api_key)
+    try:
+        _check(options, host, keys, allow_anonymous)
+        config = _config(
+            base_model_id=served_name or model,
+            host=host,
+            port=port,
+            api_keys=keys,
+            max_body_bytes=int(max_body_mb * MIB),
+            rate_limit=rate_limit,
+            adapter_roots=tuple(adapter_root or ()),
+            drain_timeout=drain_timeout,
+        )
+        code = _run(options, config)
+    except USER_ERRORS as error:
+        raise fail(error) from error
+    raise typer.Exit(code)
+
+
+def _keys(given: Sequence[str] | None) -> tuple[str, ...]:
+    import os
+
+    from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    return tuple(given) if given else tuple(from_environment)
+
+
+def _check(options: EngineOptions, host: str, keys: Sequence[str], allow_anonymous: bool) -> None:
+    """Refuse before anything is loaded.
+
+    Raises:
+        ValueError: names the option.
+    """
+    from ..serving.server.config import is_loopback
+
+    if not is_loopback(host) and not keys and not allow_anonymous:
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
+            " --allow-anonymous to let everybody in"
+        )
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    for folder in options.adapters:
+        if not folder.is_dir():
+            raise ValueError(f"--adapter {folder} is not a folder")
+
+
+def _config(**settings: Any) -> ServerConfig:
+    """Server settings; without keys on loopback only loopback's names are answered."""
+    from ..serving.server import ServerConfig
+    from ..serving.server.config import LOOPBACK_NAMES, is_loopback
+
+    host = settings["host"]
+    closed = is_loopback(host) and not settings["api_keys"]
+    return ServerConfig(**settings, allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if closed else None)
+
+
+def _run(options: EngineOptions, config: ServerConfig) -> int:
+    from ..serving.server import bind, serve
+    from . import display
+
+    bound = bind(config.host, config.port)
+    try:
+        with display.err.status(f"loading {options.model} and {len(options.adapters)} adapter folders ..."):
+            engine = open_engine(options)
+        try:
+            engine.start()
+            _show(engine, config, bound.getsockname()[1])
+            return serve(engine, config, bound)
+        finally:
+            engine.stop()
+            if engine.store is not None:
+                engine.store.close()
+    finally:
+        bound.close()
+
+
+def open_engine(options: EngineOptions) -> Engine:
+    """Load the base, put the tasks in; the engine is not started.
+
+    Raises:
+        ValueError: an adapter or a size is refused; AdapterRefusedError is one.
+        OSError: the model cannot be loaded.
+    """
+    import torch
+
+    from .. import data
+    from ..serving import Engine, EngineConfig, TaskStore
+
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+        )
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no CUDA or ROCm device here")
+    except RuntimeError as error:
+        raise ValueError(f"--device {options.device} cannot be used: {error}") from None
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    sizes = {name: size for name, size in options.sizes.items() if size is not None}
+    config = EngineConfig(**sizes)
+    base, tokenizer = data.load_model(options.model, dtype=dtype)
+    base.to(device)  # type: ignore[arg-type]
+    store = TaskStore.open(base, options.adapters, resident=options.resident, host=options.host_tasks)
+    try:
+        return Engine(base, tokenizer, store, config)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _show(engine: Engine, config: ServerConfig, port: int) -> None:
+    """Where it is, what can be asked, what it takes."""
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    from . import display
+
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{port}"
+    tasks = [] if engine.store is None else engine.store.names()
+    more = f" and {len(tasks) - 8} more" if len(tasks) > 8 else ""
+    lines = [
+        f"[bold]{escape(address)}[/bold]   page at /, OpenAI's interface at /v1, /metrics",
+        escape(f"base: {config.base_model_id}; tasks: {', '.join(tasks[:8])}{more}"),
+    ]
+    if engine.store is not None:
+        each, shared = engine.store.bytes_per_task, engine.store.bytes_shared
+        lines.append(
+            f"{_size(each)} a task and {_size(shared)} shared B; as separate LoRAs {_size(each + shared)} a task"
+        )
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    display.console.print(Panel.fit("\n".join(lines)))
+    curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' \\\n  -d "
+    body = f'{{"model": "{tasks[0] if tasks else config.base_model_id}", "prompt": "The film was"}}'
+    display.console.print(f"{curl}'{body}'", markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"

@@ -1,0 +1,248 @@
+"""transformers' continuous batching, with a task, settings and random numbers for every request.
+
+In:   a model whose layers hold the tasks' matrices, and what each request is (`Rider`), looked up by its id.
+Out:  tokens, handed to the engine as they come; requests that failed, one by one.
+Who:  `Engine` makes one, and another if this one dies.
+
+Three things are put into transformers' manager, each where the batch is already known:
+- the slots of the batch's tokens are written into one static buffer when its tensors are prepared, so every layer reads
+  its row groups from the same ids (and a replayed CUDA graph would read the new ones);
+- tokens are chosen row by row (`sampling.choose`): the manager itself knows one setting for all;
+- a step that raises, or whose logits are not finite, is repeated request by request: only the one at fault fails.
+
+KV blocks are never shared between requests: transformers finds equal prefixes by their tokens alone, and the keys and
+values of equal tokens differ between tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+
+from ..integrations.peft.layer import ALoRALayer
+from ..routing import route
+from .request import Sampling
+from .sampling import Row, choose
+
+BASE_SLOT = -1  # the base model alone
+GONE = Row(Sampling(temperature=0), float)  # a request that ended while its last batch was on its way
+
+
+class Rider(Protocol):
+    """What the batch has to know of a request."""
+
+    slot: int
+    row: Row
+
+
+class Callbacks(NamedTuple):
+    """What the manager tells its engine, from the generation thread.
+
+    Attributes:
+        output: a request has new tokens, has finished or has failed.
+        stepped: a turn of the loop is over: the ids that are still in it, and the tokens and requests of its batch.
+    """
+
+    output: Callable[[GenerationOutput], None]
+    stepped: Callable[[set[str], int, int], Iterable[str]]
+
+
+class Outputs(OutputRouter):
+    """Outputs go to the engine at once instead of a queue."""
+
+    def __init__(self, receive: Callable[[GenerationOutput], None]) -> None:
+        super().__init__()
+        self._receive = receive
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """Hand over one output."""
+        self._receive(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Hand over the outputs of one step."""
+        for output in outputs:
+            self._receive(output)
+
+
+class Before(NamedTuple):
+    """A request as it was before its batch was prepared, to do that again."""
+
+    future: FutureRequestState
+    tokens: list[int]
+    position: int
+
+
+def cache_config(
+    page_size: int, cache_tokens: int | None, batch_tokens: int, requests: int
+) -> ContinuousBatchingConfig:
+    """transformers' settings for a loop of these sizes, in the words of the installed version."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    settings: dict[str, Any] = {
+        ("page_size" if "page_size" in known else "block_size"): page_size,
+        "num_blocks": -(-cache_tokens // page_size) if cache_tokens else None,
+        "max_batch_tokens": batch_tokens,
+        "max_requests_per_batch": requests,
+        "allow_block_sharing": False,
+        "use_async_batching": False,  # the ids of a batch are written for the step that follows at once
+        "use_cuda_graph": False,
+        "auto_switch_to_flash": False,
+    }
+    return ContinuousBatchingConfig(**{name: value for name, value in settings.items() if name in known})
+
+
+class TaskBatching(ContinuousBatchingManager):
+    """The manager of one generation loop.
+
+    Args:
+        model: the base model with adapted layers.
+        config: see `cache_config`.
+        riders: the requests by id; the engine adds and removes them.
+        callbacks: whom to tell.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ContinuousBatchingConfig,
+        riders: Mapping[str, Rider],
+        callbacks: Callbacks,
+    ) -> None:
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
+        super().__init__(model, generation, config)  # type: ignore[arg-type]  # their protocol is not ours to meet
+        self.output_router = Outputs(callbacks.output)
+        self._riders, self._callbacks = riders, callbacks
+        self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
+        self._before: list[Before] = []
+        self._tokens = 0
+
+    def start(self) -> None:
+        """Start the loop in a thread that does not keep the interpreter alive."""
+        self.background_thread_status.clear()
+        thread = threading.Thread(target=self._run_generation_loop, name="alora-generation", daemon=True)
+        self._generation_thread: threading.Thread | None = thread  # type: ignore[assignment]
+        thread.start()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values running requests hold."""
+        if self.batch_processor is None:
+            return 0
+        return sum(state.position_offset for state in list(self.batch_processor.scheduler.active_requests.values()))
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        if processor.use_async_batching:
+            raise RuntimeError("task ids are written for one batch at a time: asynchronous batching must be off")
+        self._task_ids = torch.full(
+            (processor.max_batch_tokens,), BASE_SLOT, dtype=torch.int32, device=self.model.device
+        )
+        self._prepare = processor.inputs_and_outputs.prepare_batch_tensors
+        processor.inputs_and_outputs.prepare_batch_tensors = self._prepare_batch_tensors  # type: ignore[method-assign]
+        processor.model_runner._sample = self._sample  # type: ignore[method-assign]
+        model: Any = self.model
+        if isinstance(model.get_output_embeddings(), ALoRALayer):
+            processor.model_runner._model_supports_logits_to_keep = False  # ids are per token: it must see all of them
+        return processor
+
+    def _prepare_batch_tensors(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> None:
+        """As transformers does, after noting the batch and writing its slots into the static buffer."""
+        self._before = [
+            Before(future, list(future.state.tokens_to_process), future.state.position_offset)
+            for future in requests_in_batch
+        ]
+        slots: list[int] = []
+        for future in requests_in_batch:
+            rider = self._riders.get(future.state.request_id)  # a request that just ended may be in one more batch
+            slots += [BASE_SLOT if rider is None else rider.slot] * future.query_length
+        self._prepare(requests_in_batch, *args, **kwargs)
+        self._tokens = len(slots)
+        padded = self._io.num_q_tokens
+        slots += [BASE_SLOT] * (padded - len(slots))
+        self._task_ids[:padded].copy_(torch.tensor(slots, dtype=torch.int32))
+
+    @property
+    def _processor(self) -> ContinuousBatchProcessor:
+        assert self.batch_processor is not None  # made before the first turn of the loop
+        return self.batch_processor
+
+    @property
+    def _io(self) -> Any:
+        """The batch's tensors; synchronous, as `cache_config` wants it."""
+        return self._processor.inputs_and_outputs
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        """One turn of the loop; then whatever the engine has ended meanwhile is cancelled."""
+        self._before, self._tokens = [], 0
+        go_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        scheduler = batch_processor.scheduler
+        inside = {*scheduler.active_requests, *scheduler.waiting_requests}
+        for ended in self._callbacks.stepped(inside, self._tokens, len(self._before)):
+            scheduler.set_request_cancellation(ended)
+        return go_on
+
+    def _generation_step(self) -> None:
+        try:
+            self._routed_step()
+        except Exception as error:  # whatever a batch can raise: memory, a kernel, a broken task
+            self._one_by_one(error)
+
+    def _routed_step(self) -> None:
+        rows = self._io.num_q_tokens
+        with route(self._task_ids[:rows].view(1, rows)):
+            super()._generation_step()
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """Next tokens of the rows that get one, `scores` being `[1, n, V]`, into `output_ids[0, :n]`.
+
+        NaN of one request reach all others through the masked attention of the batch, so they fail the step.
+        """
+        futures = [before.future for before in self._before if before.future.has_new_token]
+        logits = scores[0, : len(futures)]
+        riders = [self._riders.get(future.state.request_id) for future in futures]
+        output_ids[0, : len(futures)].copy_(choose(logits, [GONE if r is None else r.row for r in riders]))
+
+    def _one_by_one(self, error: Exception) -> None:
+        """The step again for each request alone; one that fails alone is failed, the others have their tokens.
+
+        Writing the same keys and values to the same places again changes nothing.
+        """
+        processor = self._processor
+        io, batch = self._io, self._before
+        done: list[FutureRequestState] = []
+        tokens: list[int] = []
+        for before in batch:
+            state = before.future.state
+            state.tokens_to_process, state.position_offset = list(before.tokens), before.position
+            try:
+                io.prepare_batch_tensors(
+                    requests_in_batch=[before.future],
+                    logits_processors=self.logit_processor,
+                    use_decode_fast_path=False,
+                    num_q_tokens=before.future.query_length,
+                    max_kv_read=before.position,
+                    use_padding=False,
+                )
+                self._routed_step()
+            except Exception as own:
+                own.__context__ = None if own is error else error
+                processor._handle_request_error(own, state)
+                processor.scheduler.finish_request(state.request_id)
+                continue
+            if before.future.has_new_token:
+                tokens.append(int(io.output_ids[0, 0]))
+            done.append(before.future)
+        self._before = batch
+        io.requests_in_batch, io.num_request_in_batch = done, len(done)
+        io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)

@@ -1,0 +1,222 @@
+"""The book of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
+
+In:   requests from callers; tokens and turns from the generation loop; admissions from the admission thread.
+Out:  pieces and completions to the readers; leases back to the store; what the loop has to let go of.
+Who:  `Engine` and `Admission` write into it, `batching.TaskBatching` calls back into it.
+
+A request that has ended stays among the running until the loop no longer has it, and only then is its lease given back:
+its rows cannot be overwritten while a step may still read them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from .batching import BASE_SLOT
+from .config import State
+from .errors import NotServingError, QueueFullError
+from .generation import Generation
+from .metrics import Metrics
+from .request import Completion, FinishReason, Piece, Sampling
+from .sampling import Row
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from .store import Lease, TaskStore
+
+WINDOW = 2.0  # seconds over which tokens per second are counted
+
+
+@dataclass(eq=False)
+class Run:
+    """One request, from its submission until the loop has let go of it; `batching.Rider` for the loop."""
+
+    generation: Generation
+    prompt: list[int]
+    sampling: Sampling
+    row: Row
+    text: TextStream
+    slot: int = BASE_SLOT
+    lease: Lease | None = None
+    tokens: list[int] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first: float | None = None
+    ended: bool = False
+
+    def completion(self, reason: FinishReason, error: str | None, now: float) -> Completion:
+        """What the request amounts to."""
+        return Completion(
+            id=self.generation.id,
+            task=self.generation.task,
+            text="".join(self.parts),
+            token_ids=tuple(self.tokens),
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt),
+            error=error,
+            queued=None if self.started is None else self.started - self.submitted,
+            first_token=None if self.first is None else self.first - self.submitted,
+            seconds=now - self.submitted,
+        )
+
+
+class Book:
+    """Requests of one engine. `changed` guards and announces every change.
+
+    Args:
+        max_waiting: requests that may wait.
+        max_batch: requests that run at once.
+        eos: tokens that end a text.
+        store: gets leases back.
+        metrics: counts what ends.
+    """
+
+    def __init__(
+        self, max_waiting: int, max_batch: int, eos: Sequence[int], store: TaskStore | None, metrics: Metrics
+    ) -> None:
+        self.changed = threading.Condition()
+        self.state: State = "new"
+        self.waiting: deque[Run] = deque()
+        self.running: dict[str, Run] = {}
+        self.finished = self.generated = 0
+        self.last_step = (0, 0)
+        self._max_waiting, self._max_batch, self._eos = max_waiting, max_batch, frozenset(eos)
+        self._store, self._metrics = store, metrics
+        self._recent: deque[tuple[float, int]] = deque()
+        self._durations: deque[float] = deque(maxlen=64)
+
+    def enqueue(self, run: Run) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            NotServingError: the engine takes none now.
+            QueueFullError: too many wait.
+        """
+        with self.changed:
+            if self.state != "ready":
+                raise NotServingError(f"the engine is {self.state}: it takes no new requests")
+            if len(self.waiting) >= self._max_waiting:
+                raise QueueFullError(len(self.waiting), self._retry_after())
+            self.waiting.append(run)
+            self.changed.notify_all()
+
+    def _retry_after(self) -> float:
+        """Seconds until a place is likely: recent durations, over the requests that run at once."""
+        mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
+        return max(1.0, mean * len(self.waiting) / self._max_batch)
+
+    def cancel(self, id: str) -> None:
+        """End a request at its reader's wish."""
+        with self.changed:
+            run = self.running.get(id) or next((run for run in self.waiting if run.generation.id == id), None)
+            if run is not None:
+                self.end(run, "cancelled")
+
+    def end(self, run: Run, reason: FinishReason, error: str | None = None, text: str = "") -> None:
+        """Hand the last piece to the readers; what the loop still has of the request, it will let go of."""
+        with self.changed:
+            if run.ended:
+                return
+            run.ended = True
+            if run in self.waiting:
+                self.waiting.remove(run)
+            now = time.perf_counter()
+            completion = run.completion(reason, error, now)
+            self.finished += 1
+            self._durations.append(now - (run.started or run.submitted))
+            self._metrics.ended(completion)
+            run.generation.push(Piece(text, len(run.tokens), reason), completion)
+            self.changed.notify_all()
+
+    def end_all(self, reason: FinishReason, error: str, *, waiting: bool) -> None:
+        """End all that runs, and what waits if asked to."""
+        with self.changed:
+            for run in [*self.running.values(), *(self.waiting if waiting else ())]:
+                self.end(run, reason, error)
+
+    def release(self, id: str) -> None:
+        """Forget a request that no loop has, and give its lease back."""
+        with self.changed:
+            run = self.running.pop(id)
+            if run.lease is not None and self._store is not None:
+                self._store.release(run.lease)
+            run.lease = None
+            self.changed.notify_all()
+
+    def release_all(self) -> None:
+        """Forget all requests of a loop that is gone."""
+        with self.changed:
+            for id in list(self.running):
+                self.release(id)
+
+    # ------------------------------------------- called by the generation loop
+
+    def output(self, output: GenerationOutput) -> None:
+        """New tokens of a request, its end, or its failure."""
+        run = self.running.get(output.request_id)
+        if run is None or run.ended:
+            return
+        if output.status == RequestStatus.FAILED:
+            self.end(run, "error", output.error or "the request failed")
+            return
+        new = output.generated_tokens[len(run.tokens) :]
+        now = time.perf_counter()
+        if new and run.first is None:
+            run.first = now
+        run.tokens += new
+        self._recent.append((now, len(new)))
+        self.generated += len(new)
+        try:
+            text = run.text.feed(new)
+        except Exception as error:  # the decoder's own; no other request is concerned
+            self.end(run, "error", f"the answer cannot be decoded: {error}")
+            return
+        reason: FinishReason | None = None
+        if run.text.stopped:
+            reason = "stop"
+        elif output.is_finished():
+            reason = "stop" if run.tokens and run.tokens[-1] in self._eos and not run.sampling.ignore_eos else "length"
+            text += run.text.finish()
+        run.parts.append(text)
+        if reason is None:
+            run.generation.push(Piece(text, len(run.tokens)))
+        else:
+            self.end(run, reason, text=text)
+
+    def stepped(self, inside: set[str], tokens: int, requests: int) -> Iterable[str]:
+        """A turn of the loop is over: release what it has let go of, name what it must let go of.
+
+        Args:
+            inside: requests the loop has.
+            tokens, requests: of this turn's batch; 0 if there was none.
+        """
+        if requests:
+            self.last_step = (tokens, requests)
+            self._metrics.batch_tokens.observe(tokens)
+            self._metrics.batch_requests.observe(requests)
+        with self.changed:
+            for id in [id for id, run in self.running.items() if run.ended and id not in inside]:
+                self.release(id)
+            return [id for id in inside if id not in self.running or self.running[id].ended]
+
+    # ------------------------------------------------------------------ numbers
+
+    def active(self) -> int:
+        """Requests that run and have not ended."""
+        with self.changed:
+            return sum(not run.ended for run in self.running.values())
+
+    def tokens_per_second(self) -> float:
+        """Generated, over the last two seconds."""
+        since = time.perf_counter() - WINDOW
+        while self._recent and self._recent[0][0] < since:
+            self._recent.popleft()
+        return sum(tokens for _, tokens in list(self._recent)) / WINDOW

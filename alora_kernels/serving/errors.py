@@ -1,0 +1,62 @@
+"""What can go wrong for one request or one adapter, by name, so that every front end can say it in its own words.
+
+In:   raised by the adapter reader, the task store and the engine.
+Out:  exceptions with a message for the user; the HTTP server turns each into a status.
+Who:  `Engine.submit`, `TaskStore`; callers catch `ServingError` for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ServingError(ValueError):
+    """A request or an adapter that is refused; everything that runs goes on."""
+
+
+class RequestError(ServingError):
+    """A request whose contents cannot be served: the prompt, or a sampling setting.
+
+    Args:
+        message: for the user.
+        param: the setting at fault, by the name the user knows.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownTaskError(ServingError):
+    """No such task.
+
+    Args:
+        name: what was asked for.
+        known: the names that exist.
+    """
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        super().__init__(f"no model or task is called {name!r}: known are {listed or 'none'}")
+        self.name, self.known = name, tuple(known)
+
+
+class AdapterRefusedError(ServingError):
+    """An adapter folder that does not fit or cannot be trusted; the message says why."""
+
+
+class QueueFullError(ServingError):
+    """More requests wait than the engine may hold.
+
+    Args:
+        waiting: how many wait.
+        retry_after: seconds after which a place is likely.
+    """
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in about {retry_after:.0f} s")
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class NotServingError(ServingError):
+    """The engine is starting, finishing what runs, or stopped: it takes no new request."""

@@ -1,0 +1,118 @@
+"""One request: how to sample, the pieces of text that come back, and what it amounted to.
+
+In:   settings of a request.
+Out:  `Sampling` (checked once, here), `Piece` (a bit of text as it is generated), `Completion` (the whole).
+Who:  the engine's callers write the first and read the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+MAX_STOPS = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one request are chosen and when they end.
+
+    Attributes:
+        max_tokens: at most so many new tokens, >= 1.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_p: the smallest set of tokens with at least this probability, in (0, 1].
+        top_k: only the k most likely tokens; 0 is no limit.
+        stop: texts that end the answer; they are not part of it.
+        seed: of this request's own random numbers; the same seed gives the same answer in any batch.
+        ignore_eos: go on after the end-of-text token, for measurements.
+
+    Raises:
+        RequestError: a setting outside its range, named.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not _whole(self.max_tokens) or self.max_tokens < 1:
+            raise RequestError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r}", "max_tokens")
+        if not math.isfinite(self.temperature) or not 0 <= self.temperature <= 100:
+            raise RequestError(f"temperature must be a number in 0 .. 100, got {self.temperature!r}", "temperature")
+        if not math.isfinite(self.top_p) or not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and at most 1, got {self.top_p!r}", "top_p")
+        if not _whole(self.top_k) or self.top_k < 0:
+            raise RequestError(f"top_k must be a whole number >= 0 (0: no limit), got {self.top_k!r}", "top_k")
+        if self.seed is not None and (not _whole(self.seed) or not -(2**63) <= self.seed < 2**63):
+            raise RequestError(f"seed must be a whole number of 64 bits, got {self.seed!r}", "seed")
+        if isinstance(self.stop, str) or len(self.stop) > MAX_STOPS:
+            raise RequestError(f"stop must be at most {MAX_STOPS} texts, got {self.stop!r}", "stop")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError(f"stop must hold texts that are not empty, got {self.stop!r}", "stop")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken each time."""
+        return self.temperature == 0
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one or several steps added to an answer.
+
+    Attributes:
+        text: the new text; may be empty, when a character is not complete yet or on the last piece.
+        tokens: tokens generated so far.
+        finish_reason: None until the last piece.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A request that has ended.
+
+    Attributes:
+        id: of the request.
+        task: name of its task; None is the base model.
+        text: the whole answer, without a stop text.
+        token_ids: as generated.
+        finish_reason: "stop" (end-of-text or a stop text), "length", "cancelled" (by its reader, or, as `error`
+            then says, because the engine was stopped) or "error".
+        prompt_tokens: length of the prompt in tokens.
+        error: what went wrong, if anything did.
+        queued: seconds from submission to its first step.
+        first_token: seconds from submission to the first token; None if there was none.
+        seconds: from submission to the end.
+    """
+
+    id: str
+    task: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    error: str | None = None
+    queued: float | None = None
+    first_token: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids)

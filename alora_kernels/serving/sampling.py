@@ -1,0 +1,99 @@
+"""From logits to tokens, each row by the settings and the random numbers of its own request.
+
+In:   logits `[n, V]` of the rows that get a token, and a `Row` for each.
+Out:  tokens `[n]`.
+Who:  `batching.TaskBatching`, in the place of transformers' sampler, which knows one setting for the whole batch.
+
+A row is treated by its own settings alone: what its neighbours ask for changes neither its arithmetic nor its random
+numbers, so a seed gives the same answer in any batch (to the rounding of the logits). A number u in [0, 1) picks the
+token at which the summed probability passes u.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .request import Sampling
+
+
+class Row(NamedTuple):
+    """How one row is sampled.
+
+    Attributes:
+        sampling: the request's settings.
+        uniform: draws the request's next random number in [0, 1).
+    """
+
+    sampling: Sampling
+    uniform: Callable[[], float]
+
+
+def random_numbers(seed: int | None) -> Callable[[], float]:
+    """The random numbers of one request; None takes entropy from the system."""
+    return random.Random(seed).random
+
+
+class NotFiniteError(ArithmeticError):
+    """Logits that are NaN or infinite."""
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One token per row.
+
+    Formula: softmax(logits / temperature), cut to the top_k most likely, then to the smallest set with probability
+    top_p (renormalised after each cut); temperature 0 is argmax.
+
+    Args:
+        logits: `[n, V]`, float32.
+        rows: n of them.
+
+    Returns:
+        Tokens `[n]`, int64.
+
+    Raises:
+        NotFiniteError: the largest logit of a row is NaN or infinite; no random number was drawn.
+    """
+    tokens = logits.argmax(-1)
+    if not torch.isfinite(logits.gather(-1, tokens.unsqueeze(-1))).all():
+        raise NotFiniteError("the model's output is not finite: the task or the prompt overflows")
+    sampled = [i for i, row in enumerate(rows) if not row.sampling.greedy]
+    for cut in (False, True):
+        chosen = [i for i in sampled if _cuts(rows[i].sampling, logits.shape[-1]) == cut]
+        if chosen:
+            index = torch.tensor(chosen, device=logits.device)
+            tokens[index] = _draw(logits[index], [rows[i] for i in chosen], cut)
+    return tokens
+
+
+def _cuts(sampling: Sampling, vocabulary: int) -> bool:
+    return sampling.top_p < 1 or 0 < sampling.top_k < vocabulary
+
+
+def _draw(logits: Tensor, rows: Sequence[Row], cut: bool) -> Tensor:
+    """Tokens `[n]` of rows that all cut, or none of which does. In float64: summing 49152 in float32 loses some."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+
+    scaled = logits.double() / column([row.sampling.temperature for row in rows])
+    order = None
+    if cut:
+        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(scaled.shape[-1], device=logits.device)
+        scaled = scaled.masked_fill(
+            ranks >= column([row.sampling.top_k or scaled.shape[-1] for row in rows]), -torch.inf
+        )
+        probabilities = scaled.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the first token of a row is never cut: 0 < top_p
+        probabilities = probabilities.masked_fill(before >= column([row.sampling.top_p for row in rows]), 0)
+    else:
+        probabilities = scaled.softmax(-1)
+    summed = probabilities.cumsum(-1)
+    target = column([row.uniform() for row in rows]) * summed[:, -1:]
+    picked = torch.searchsorted(summed, target, right=True).clamp_(max=summed.shape[-1] - 1)
+    return (picked if order is None else order.gather(-1, picked)).squeeze(-1)

@@ -1,0 +1,124 @@
+"""Serve until a signal, then let what runs finish.
+
+In:   an engine, a `ServerConfig`, a bound socket.
+Out:  nothing; the process may end afterwards with the returned code.
+Who:  `alora serve`.
+
+SIGTERM or SIGINT drains: requests that run or wait are answered, new ones get 503, and /health says "draining", so
+that a balancer turns away; after `drain_timeout` what is left is cut off. A second signal cuts it off at once. uvicorn
+would raise the signal again at the end, which would skip everybody's tidying up; here the process returns instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from .app import create_app
+from .config import ServerConfig
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+log = logging.getLogger(__name__)
+FLUSH = 5  # seconds for clients to take what was answered
+CUT_OFF = 1  # the same after a second signal
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow begins.
+
+    Args:
+        host: name or address.
+        port: 0 takes a free one.
+
+    Raises:
+        ValueError: the port is taken or the address is not this machine's; host and port are named.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {host!r} is no address to listen on: {error}") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's wait is no reason to refuse
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
+        ) from None
+    return bound
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, with the engine drained before the listening socket closes.
+
+    Args:
+        config: of uvicorn.
+        engine: drained at the first signal, stopped when that is over.
+        drain_timeout: seconds.
+
+    Attributes:
+        cut_off: whether answers were ended that ran.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout: float) -> None:
+        super().__init__(config)
+        self.engine, self.drain_timeout, self.cut_off = engine, drain_timeout, False
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, beside the event loop. Second: stop, which tells every reader so. Third: leave."""
+        self._signals += 1
+        if self._signals == 1:
+            threading.Thread(target=self._finish, name="drain", daemon=True).start()
+            return
+        self.cut_off = self.should_exit = True
+        self.force_exit = self._signals > 2
+        self.config.timeout_graceful_shutdown = CUT_OFF
+        threading.Thread(target=self.engine.stop, name="stop", daemon=True).start()
+
+    def _finish(self) -> None:
+        try:
+            if not self.engine.drain(timeout=self.drain_timeout):
+                self.cut_off = True
+            self.engine.stop()
+        except Exception:
+            log.exception("draining failed")
+            self.cut_off = True
+        self.should_exit = True
+
+
+def serve(engine: Engine, config: ServerConfig, bound: socket.socket | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; call it in the main thread, for only there signals arrive.
+
+    Args:
+        engine: started; stopped when this returns.
+        config: settings.
+        bound: from `bind`; None binds config's host and port.
+
+    Returns:
+        0 if every answer was finished, 1 if some were cut off or a second signal came.
+    """
+    bound = bind(config.host, config.port) if bound is None else bound
+    settings = uvicorn.Config(
+        create_app(engine, config),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # else any client could name the address its rate is counted under
+        timeout_graceful_shutdown=FLUSH,
+    )
+    server = DrainingServer(settings, engine, config.drain_timeout)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        engine.stop()
+        bound.close()
+    return int(server.cut_off)

@@ -1,0 +1,307 @@
+"""Tasks by name: which there are, which version a request runs with, and where their matrices are.
+
+In:   adapter folders that share one B, loaded and unloaded while requests run.
+Out:  leases: a slot whose rows do not change until the lease is released.
+Who:  the engine acquires and releases; the HTTP server and the command line load, unload and list.
+
+A load makes a new version with rows of its own; requests keep the version they began with, and its rows are freed
+with the last of them. A refused load changes nothing: everything is checked before a name points to it. Folders are
+read outside the lock, so requests go on meanwhile; all other work is done under one lock.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..modules.tasks import BASE
+from .adapter_config import refused
+from .adapter_folder import AdapterFile, read_adapter
+from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
+from .stack import TaskStack
+from .task_info import Lease, TaskInfo
+from .tiers import Record, Tiers
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+class TaskStore:
+    """The tasks that a model can serve.
+
+    Made by `open`; every method may be called from any thread.
+
+    Args:
+        stack: the slots, in the model.
+        host: tasks in host memory at most; None is no limit.
+        spill: where tasks beyond that go; see `open`.
+    """
+
+    def __init__(self, stack: TaskStack, *, host: int | None = None, spill: Path | None = None) -> None:
+        self.stack = stack
+        self._lock = threading.RLock()
+        self._tiers = Tiers(stack, host, spill)
+        self._records: dict[str, Record] = {}
+        self._leases: dict[Lease, Record] = {}
+        self._versions = 0
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        base_model: nn.Module,
+        folders: Sequence[Path],
+        *,
+        resident: int = 64,
+        host: int | None = None,
+        spill: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TaskStore:
+        """Put adapter layers into the model and load every task of every folder.
+
+        Args:
+            base_model: without adapters; changed in place.
+            folders: adapters, the first of which decides modules, rank, scale and B.
+            resident: tasks on the device at most; the memory for them is taken now.
+            host: further tasks in host memory at most; None is no limit.
+            spill: tasks beyond that go to a private folder made in this one; None takes the system's temporary folder.
+            dtype: of A and B on the device; None takes the first folder's.
+
+        Raises:
+            ValueError: no folder, a number out of range, or a model that has adapters.
+            AdapterRefusedError: a folder that cannot be served; the model is as it was.
+
+        Example:
+            >>> store = TaskStore.open(base_model, [Path("runs/demo/adapter")], resident=256)
+        """
+        if not folders:
+            raise ValueError("folders must name at least one adapter: the first decides which modules are adapted")
+        if resident < 1:
+            raise ValueError(f"resident must be >= 1, got {resident}")
+        stack = TaskStack.build(base_model, read_adapter(Path(folders[0])), resident, dtype)
+        try:
+            store = cls(stack, host=host, spill=spill)
+            try:
+                for folder in folders:
+                    store.load(Path(folder))
+            except BaseException:
+                store.close()
+                raise
+        except BaseException:
+            stack.remove()
+            raise
+        return store
+
+    @property
+    def capacity(self) -> int:
+        """Slots on the device."""
+        return self.stack.capacity
+
+    @property
+    def resident(self) -> int:
+        """Tasks on the device, replaced versions that still run included."""
+        with self._lock:
+            return self._tiers.resident
+
+    @property
+    def bytes_per_task(self) -> int:
+        """Bytes of one task's A's in all layers."""
+        return self.stack.bytes_per_task
+
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes of the B's in all layers, held once for all tasks."""
+        return self.stack.bytes_shared
+
+    @property
+    def lora_bytes_per_task(self) -> int:
+        """What a task would take as a LoRA of the same rank, with a B of its own."""
+        return self.bytes_per_task + self.bytes_shared
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that all slots and the B's take on the device, used or not."""
+        return self.capacity * self.bytes_per_task + self.bytes_shared
+
+    def load(
+        self, folder: Path, *, name: str | None = None, task: str | None = None, replace: bool = False
+    ) -> list[TaskInfo]:
+        """Load the tasks of a folder under their own names, or one of them under a name of choice.
+
+        Args:
+            folder: an adapter with this store's B.
+            name: load one task, under this name: the folder's only one, or the one called `task`, or else the one
+                called `name`.
+            task: load this one only.
+            replace: a name that exists gets the new version; requests that run keep the old one.
+
+        Returns:
+            What was loaded.
+
+        Raises:
+            AdapterRefusedError: the folder cannot be served, a name is not allowed or taken; nothing has changed.
+            NotServingError: the store is closed.
+            OSError: no memory or disk is left for it; nothing has changed.
+        """
+        file = read_adapter(Path(folder))
+        self.stack.fit(file)
+        pairs = _chosen(file, name, task)
+        names = [public for public, _ in pairs]
+        with self._lock:
+            self._check_names(file, names, replace)
+        records: list[Record] = []
+        try:
+            for public, own in pairs:
+                rows = self.stack.rows(file, own)
+                with self._lock:
+                    self._check_names(file, names, replace)  # another thread may have been faster, or closed the store
+                    self._versions += 1
+                    records.append(Record(public, self._versions, file.folder, time.time()))
+                    self._tiers.add(records[-1], rows)
+            with self._lock:
+                self._check_names(file, names, replace)
+                for record in records:
+                    old = self._records.get(record.name)
+                    self._records[record.name] = record
+                    if old is not None:
+                        self._retire(old)
+                return [self._info(record) for record in records]
+        except BaseException:
+            with self._lock:
+                for record in records:
+                    if self._records.get(record.name) is not record:
+                        self._tiers.drop(record)
+            raise
+
+    def unload(self, name: str) -> TaskInfo:
+        """Forget a task: no new request can use it, and its rows are free when those that run have ended.
+
+        Returns:
+            What it was.
+
+        Raises:
+            UnknownTaskError: no such task.
+        """
+        with self._lock:
+            record = self._known(name)
+            info = self._info(record)
+            del self._records[name]
+            self._retire(record)
+            return info
+
+    def tasks(self) -> list[TaskInfo]:
+        """All tasks, in the order of their first load."""
+        with self._lock:
+            return [self._info(record) for record in self._records.values()]
+
+    def names(self) -> list[str]:
+        """The names of all tasks, in the order of their first load."""
+        with self._lock:
+            return list(self._records)
+
+    def acquire(self, name: str) -> Lease | None:
+        """A slot with the task's rows, which stay until `release`.
+
+        A task that is not on the device takes a free slot, or that of the task whose last use is longest ago among
+        those that no running request uses.
+
+        Returns:
+            None if every slot is in use by running requests: release one and ask again.
+
+        Raises:
+            UnknownTaskError: no such task.
+            AdapterRefusedError: its file on the disk is damaged; the task stays, so that it can be replaced.
+        """
+        with self._lock:
+            record = self._known(name)
+            if not self._tiers.bring(record):
+                return None
+            assert record.slot is not None
+            record.leases += 1
+            lease = Lease(record.slot, name, record.version)
+            self._leases[lease] = record
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; a second time changes nothing."""
+        with self._lock:
+            record = self._leases.pop(lease, None)
+            if record is None:
+                return
+            record.leases -= 1
+            if record.gone and not record.leases:
+                self._tiers.drop(record)
+
+    def close(self) -> None:
+        """Forget every task and remove the files; leases stay good until they are released."""
+        with self._lock:
+            self._closed = True
+            for name in list(self._records):
+                self._retire(self._records.pop(name))
+            self._tiers.close()
+
+    def __enter__(self) -> TaskStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _known(self, name: str) -> Record:
+        record = self._records.get(name)
+        if record is None:
+            raise UnknownTaskError(name, list(self._records))
+        return record
+
+    def _retire(self, record: Record) -> None:
+        record.gone = True
+        if not record.leases:
+            self._tiers.drop(record)
+
+    def _check_names(self, file: AdapterFile, names: Sequence[str], replace: bool) -> None:
+        if self._closed:
+            raise NotServingError("the store is closed: open another")
+        taken = [name for name in names if name in self._records]
+        if taken and not replace:
+            raise refused(
+                file.folder,
+                f"a task is called {taken[0]!r} already: give name=... for another name, or replace=True for a new"
+                " version of it",
+            )
+
+    def _info(self, record: Record) -> TaskInfo:
+        return TaskInfo(
+            name=record.name,
+            version=record.version,
+            folder=record.folder,
+            where=record.where,
+            in_use=record.leases,
+            bytes=self.bytes_per_task,
+            loaded_at=record.loaded_at,
+        )
+
+
+def _chosen(file: AdapterFile, name: str | None, task: str | None) -> list[tuple[str, str]]:
+    """(name in the store, name in the file) of what is to be loaded.
+
+    Raises:
+        AdapterRefusedError: no such task in the file, or a name that is not allowed.
+    """
+    if task is None and name is not None:
+        task = file.tasks[0] if len(file.tasks) == 1 else name
+    if task is not None and task not in file.tasks:
+        listed = ", ".join(map(repr, file.tasks[:20]))
+        raise refused(file.folder, f"has no task {task!r}: it has {listed}; say which with task=...")
+    pairs = [(own, own) for own in file.tasks] if task is None else [(task if name is None else name, task)]
+    for public, _ in pairs:
+        if public == BASE or not NAME.fullmatch(public):
+            raise AdapterRefusedError(
+                f"{file.folder}: a task cannot be called {public[:140]!r}: names are 1 to 128 letters, digits, '.',"
+                f" '_', ':' or '-' and begin with a letter or digit; load it with task={public[:140]!r} and another"
+                " name=..."
+            )
+    return pairs

@@ -1,0 +1,157 @@
+"""`alora serve`: what it refuses before anything is loaded, what it says, and one real server from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from alora_kernels.cli import display
+from alora_kernels.cli import serve as serve_module
+
+app = typer.Typer()
+app.command("serve")(serve_module.serve)
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display.console, "_width", 160)
+    monkeypatch.delenv(serve_module.KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Options that passed every check; nothing is loaded or served."""
+    seen: list = []
+    monkeypatch.setattr(serve_module, "_run", lambda options, config: seen.append((options, config)) or 0)
+    return seen
+
+
+def alora(*args: str, code: int = 0, **environment: str) -> str:
+    result = runner.invoke(app, [*args], env={"COLUMNS": "160", **environment})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_options_become_settings(started, tmp_path):
+    alora(
+        "tiny-random", "--adapter", str(tmp_path), "--port", "0", "--max-batch", "4", "--max-context", "99",
+        "--cache-tokens", "500", "--resident", "7", "--host-tasks", "3", "--rate-limit", "5/second",
+        "--max-body-mb", "0.5", "--adapter-root", str(tmp_path), "--served-name", "tiny",
+        "--drain-timeout", "3", "--dtype", "float32",
+    )  # fmt: skip
+    options, config = started[0]
+    assert options.sizes == {"max_batch": 4, "max_waiting": None, "max_context": 99, "cache_tokens": 500}
+    assert (options.resident, options.host_tasks, options.adapters) == (7, 3, (tmp_path,))
+    assert (config.base_model_id, config.port, config.max_body_bytes) == ("tiny", 0, 1 << 19)
+    assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (tmp_path.resolve(),))
+    assert "localhost" in config.allowed_hosts
+
+
+def test_keys_come_from_options_or_the_environment_and_open_every_host_name(started, tmp_path):
+    serve = ("m", "--adapter", str(tmp_path), "--host", "0.0.0.0")
+    alora(*serve, "--api-key", "a", "--api-key", "b", ALORA_API_KEY="c")
+    alora(*serve, ALORA_API_KEY="c, d")
+    alora(*serve, "--allow-anonymous")
+    assert [config.api_keys for _, config in started] == [("a", "b"), ("c", "d"), ()]
+    assert all(config.allowed_hosts is None for _, config in started)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "--allow-anonymous"),
+        (["--host", "::"], "--api-key KEY"),
+        (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--adapter", "/no/such"], "/no/such is not a folder"),
+        (["--adapter-root", "/no/such"], "/no/such is not a folder"),
+        (["--rate-limit", "often"], "60/minute"),
+        (["--max-body-mb", "0"], "max_body_bytes"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(started, tmp_path, options, said):
+    assert said in " ".join(alora("m", "--adapter", str(tmp_path), *options, code=2).split())
+    assert not started
+
+
+def test_a_taken_port_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(serve_module, "open_engine", lambda options: pytest.fail("loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = alora("m", "--adapter", str(tmp_path), "--port", str(port), code=2)
+        assert f"127.0.0.1:{port}" in said and "--port" in said
+
+
+def test_a_device_that_is_not_there_and_a_refused_adapter_are_one_line(tmp_path):
+    serve = ("tiny-random", "--adapter", str(tmp_path), "--port", "0")
+    assert "--device abacus" in alora(*serve, "--device", "abacus", code=2)
+    assert "adapter_config.json" in " ".join(alora(*serve, code=2).split())
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "serving"))
+    try:
+        from adapterfakes import alora_folder, tiny_base
+    finally:
+        sys.path.pop(0)
+    return alora_folder(tmp_path_factory.mktemp("serve") / "adapter", tiny_base()[0], ("math", "code"))
+
+
+def test_a_real_server_answers_every_task_drains_and_tidies_up(adapter, tmp_path):
+    command = "import sys, typer; from alora_kernels.cli.serve import serve; typer.run(serve)"
+    options = ["tiny-random", "--adapter", str(adapter), "--port", "0", "--max-context", "64", "--max-batch", "4"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", command, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "160", "ALORA_API_KEY": "key", "TMPDIR": str(tmp_path)},
+    )
+    try:
+        said = ""
+        while "curl" not in said:
+            line = child.stdout.readline()
+            assert line, f"it ended: {said}"
+            said += line
+        url = re.search(r"http://127\.0\.0\.1:\d+", said).group()
+        assert "math, code" in said and "as separate LoRAs" in said and "Bearer KEY" in said
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(url + "/health").close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        answers = {model: ask(url, model) for model in ("tiny-random", "math", "code")}
+        assert len(set(answers.values())) == 3, "different tasks gave the same answer"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+    finally:
+        child.kill()
+        child.communicate()
+    assert not list(tmp_path.glob("alora*")), "files were left behind"
+
+
+def ask(url: str, model: str) -> str:
+    body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
+    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        reply = json.load(response)
+    assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    return reply["choices"][0]["text"]

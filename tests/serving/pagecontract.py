@@ -1,0 +1,179 @@
+"""What the playground must do on any server, in a real browser.
+
+In:   a subclass with a fixture `page_server`, the address of a server with the tasks movie, spam and news; a fixture
+      `browser` of its module, made by `chromium.launched`.
+Out:  `PageContract`, tests to inherit; the steps they are made of.
+Who:  test_serve_page.py: the fake, and the real HTTP application.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chromium
+import pytest
+
+WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+TASKS = ["movie", "spam", "news"]
+ENDED = "done|stopped|error"
+
+
+def opened(page: Any, url: str) -> None:
+    page.goto(url)
+    page.wait_for_selector("#choices input")
+    page.click("#none")
+
+
+def choose(page: Any, *tasks: str) -> None:
+    for task in tasks:
+        page.get_by_role("checkbox", name=task).check()
+
+
+def ask(page: Any, prompt: str = "A film without a plot.", max_tokens: int = 40) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#max-tokens", str(max_tokens))
+    page.click("#send")
+
+
+def state(page: Any, task: str, wanted: str) -> str:
+    """Waits until the task's card has a state that matches, and returns it."""
+    shown = page.locator(f'.card[data-task="{task}"] [data-is="state"]')
+    shown.filter(has_text=re.compile(f"^({wanted})$")).wait_for()
+    return shown.inner_text()
+
+
+def text(page: Any, task: str) -> str:
+    return page.locator(f'.card[data-task="{task}"] .answer').text_content()
+
+
+def part(page: Any, task: str, name: str) -> Any:
+    return page.locator(f'.card[data-task="{task}"] [data-is="{name}"]')
+
+
+def overflow(page: Any) -> int:
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+class PageContract:
+    """Holds on every server with the tasks movie, spam and news; a subclass gives `page_server`, the address of one."""
+
+    @pytest.fixture
+    def context(self, browser: Any) -> Iterator[Any]:
+        context = browser.new_context(viewport=WIDE)
+        context.set_default_timeout(20_000)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        yield context
+        context.close()
+
+    @pytest.fixture
+    def page(self, context: Any, page_server: str) -> Any:
+        """A tab with the page, its list of tasks there and none of them chosen."""
+        page = context.new_page()
+        page.seen = chromium.watched(page)
+        opened(page, page_server)
+        return page
+
+    def test_loads_from_its_own_origin_without_a_complaint(self, page: Any, page_server: str) -> None:
+        page.wait_for_function("document.getElementById('tasks').textContent === '3 / 3'")
+        assert page.locator("#state").inner_text() == "ready"
+        assert page.seen.errors == []
+        assert page.seen.origins == {page_server.rstrip("/")}
+
+    def test_one_task_streams(self, page: Any) -> None:
+        choose(page, "spam")
+        ask(page, max_tokens=12)
+        assert state(page, "spam", ENDED) == "done"
+        assert text(page, "spam").strip()
+        assert part(page, "spam", "tokens").inner_text() == "12"
+        assert part(page, "spam", "finish").inner_text() == "length"
+        assert re.fullmatch(r"[\d.]+ m?s", part(page, "spam", "first").inner_text())
+        assert page.locator(".card").count() == 1
+        assert page.seen.errors == []
+
+    def test_three_tasks_stream_side_by_side(self, page: Any) -> None:
+        """The page itself notes each growth, and who was still running then."""
+        page.evaluate("""() => {
+            window.growth = {};
+            new MutationObserver((changes) => {
+                const running = document.querySelectorAll('.answer[aria-busy="true"]').length;
+                for (const { target } of changes) {
+                    const card = (target.nodeType === 3 ? target.parentElement : target)?.closest('.card');
+                    const length = card?.querySelector('.answer').textContent.length;
+                    if (length && running === 3) (window.growth[card.dataset.task] ??= new Set()).add(length);
+                }
+            }).observe(document.getElementById('cards'), { subtree: true, characterData: true, childList: true });
+        }""")
+        choose(page, *TASKS)
+        ask(page, max_tokens=40)
+        assert {state(page, task, ENDED) for task in TASKS} == {"done"}
+        grown = page.evaluate("Object.fromEntries(Object.entries(window.growth).map(([k, v]) => [k, v.size]))")
+        assert len([task for task in TASKS if grown.get(task, 0) > 1]) >= 2, grown
+
+    def test_the_prompt_is_text(self, page: Any) -> None:
+        prompt = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+        choose(page, "movie")
+        ask(page, prompt)
+        state(page, "movie", ENDED)
+        assert page.locator("#asked p").inner_text() == prompt
+        assert page.locator("#results img, #results script").count() == 0
+        assert page.title() == "alora playground"
+
+    def test_says_when_the_server_is_gone_and_when_it_is_back(self, page: Any) -> None:
+        page.wait_for_function("document.getElementById('state').textContent === 'ready'")
+        page.context.set_offline(True)
+        page.get_by_text("The server cannot be reached").wait_for()
+        assert page.locator("#state").inner_text() == "offline"
+        choose(page, "movie")
+        ask(page)
+        assert state(page, "movie", ENDED) == "error"
+        page.context.set_offline(False)
+        page.get_by_role("button", name="Try now").click()
+        page.locator("#banner").wait_for(state="hidden")
+        part(page, "movie", "again").click()
+        part(page, "movie", "finish").filter(has_text="length").wait_for()
+        assert state(page, "movie", ENDED) == "done"
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+    def test_looks(self, browser: Any, page_server: str, tmp_path: Path, size: dict[str, int], scheme: str) -> None:
+        context = browser.new_context(viewport=size, color_scheme=scheme)
+        page = context.new_page()
+        opened(page, page_server)
+        assert overflow(page) <= 0
+        choose(page, *TASKS)
+        ask(page, "a_word_without_an_end" * 20, max_tokens=12)
+        for task in TASKS:
+            state(page, task, ENDED)
+        assert overflow(page) <= 0
+        picture = tmp_path / f"{scheme}-{size['width']}.png"
+        page.screenshot(path=picture)
+        assert chromium.colours(picture) > 50
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
+        assert light == (scheme == "light")
+        context.close()
+
+    def test_keyboard_alone(self, page: Any) -> None:
+        """From the prompt on: back to the tasks with Shift+Tab, Space to choose, Ctrl+Enter to send."""
+        page.focus("#none")
+        for _ in range(5):
+            page.keyboard.press("Shift+Tab")
+            if page.evaluate("document.activeElement.type") == "checkbox":
+                break
+        page.keyboard.press("Space")
+        page.focus("#prompt")
+        page.keyboard.type("no mouse")
+        page.keyboard.press("Control+Enter")
+        state(page, "news", ENDED)  # the last in the list
+
+    def test_everything_has_a_name(self, page: Any) -> None:
+        choose(page, "movie")
+        ask(page, max_tokens=3)
+        state(page, "movie", ENDED)
+        nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, textarea')].filter((one) =>
+            !one.closest('[hidden]') && !one.labels?.length && !one.ariaLabel && !one.textContent.trim()
+        ).map((one) => one.outerHTML)""")
+        assert nameless == []
+        assert page.locator(".answer").get_attribute("aria-live") == "polite"

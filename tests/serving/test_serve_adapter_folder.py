@@ -1,0 +1,249 @@
+"""Adapter folders: what is read is what was saved, and what cannot be served is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
+from safetensors.torch import load_file, save_file
+
+from alora_kernels.integrations.peft.layer import ALoRALayer
+from alora_kernels.serving.adapter_folder import read_adapter
+from alora_kernels.serving.errors import AdapterRefusedError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def alora(tmp_path: Path) -> Path:
+    return alora_folder(tmp_path / "alora", Mlp(), ["math", "code"], **MLP)
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return lora_folder(tmp_path / "movie", Mlp(), **MLP)
+
+
+def test_an_alora_folder_reads_as_it_was_saved(alora):
+    file, saved = read_adapter(alora), load_file(alora / WEIGHTS)
+    assert (file.kind, file.tasks, file.base, file.dtype) == ("alora", ("math", "code"), "tiny-random", torch.float32)
+    assert file.shapes == {"up": (16, 4, 8), "down": (4, 4, 16)}
+    assert file.scaling == {"up": 2.0, "down": 2.0}  # alpha defaults to 2 r
+    for module in ("up", "down"):
+        assert torch.equal(file.b[module], saved[f"base_model.model.{module}.asymlora_B"])
+        for row, task in enumerate(file.tasks):
+            assert torch.equal(file.matrices(task)[module], saved[f"base_model.model.{module}.asymlora_A"][row])
+
+
+def test_a_stock_lora_folder_is_one_task_named_after_it(lora):
+    file, saved = read_adapter(lora), load_file(lora / WEIGHTS)
+    assert (file.kind, file.tasks, file.scaling["up"]) == ("lora", ("movie",), 2.0)  # alpha 8 / r 4
+    for module in ("up", "down"):
+        assert torch.equal(file.b[module], saved[f"base_model.model.{module}.lora_B.weight"])
+        assert torch.equal(file.matrices("movie")[module], saved[f"base_model.model.{module}.lora_A.weight"])
+
+
+@pytest.mark.parametrize("make", [alora_folder, lora_folder])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling_of_patterns_is_that_of_the_layers(tmp_path, make, rslora):
+    settings: dict[str, Any] = {"rank_pattern": {"do.n": 2}, "alpha_pattern": {"up": 3}, "use_rslora": rslora} | MLP
+    folder = make(tmp_path / "a", Mlp(), *([["math"]] if make is alora_folder else []), **settings)
+    file = read_adapter(folder)
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    layers = {
+        n.removeprefix("base_model.model."): m
+        for n, m in PeftModel.from_pretrained(Mlp(), folder).named_modules()
+        if isinstance(m, ALoRALayer | LoraLayer)
+    }
+    assert layers.keys() == file.scaling.keys() == {"up", "down"}
+    for module, layer in layers.items():
+        alora = isinstance(layer, ALoRALayer)
+        assert file.scaling[module] == (layer.asymlora_spec["default"].scaling if alora else layer.scaling["default"])
+    assert {m: r for m, (_, r, _) in file.shapes.items()} == {"up": 4, "down": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(tmp_path, dtype):
+    file = read_adapter(alora_folder(tmp_path / "a", Mlp(), ["math"], dtype=dtype, **MLP))
+    assert file.dtype == file.b["up"].dtype == file.matrices("math")["up"].dtype == dtype
+
+
+def test_the_widest_dtype_of_mixed_ones(alora):
+    change_weights(alora, lambda t: t.update({k: v.half() for k, v in t.items() if "A" in k.rpartition("_")[2]}))
+    assert read_adapter(alora).dtype == torch.float32
+
+
+def test_what_was_read_does_not_hang_on_the_file(alora):
+    file = read_adapter(alora)
+    b, a = file.b["up"].clone(), file.matrices("code")
+    kept = {m: t.clone() for m, t in a.items()}
+    (alora / WEIGHTS).write_bytes(b"\0" * (alora / WEIGHTS).stat().st_size)  # in place: a view would follow
+    assert torch.equal(file.b["up"], b)
+    assert all(torch.equal(a[m], kept[m]) for m in a)
+
+
+def test_a_file_replaced_after_it_was_read_is_refused(alora, tmp_path):
+    file = read_adapter(alora)
+    other = alora_folder(tmp_path / "other", Mlp(), ["math", "code"], seed=5, **MLP)
+    os.replace(other / WEIGHTS, alora / WEIGHTS)
+    with pytest.raises(AdapterRefusedError, match="changed while it was read"):
+        file.matrices("math")
+
+
+def test_an_unknown_task(alora):
+    with pytest.raises(AdapterRefusedError, match="no task 'law'.*'math', 'code'"):
+        read_adapter(alora).matrices("law")
+
+
+def edit(**settings: Any) -> Any:
+    return lambda folder: change_config(folder, **settings)
+
+
+def config_bytes(data: bytes) -> Any:
+    return lambda folder: (folder / CONFIG).write_bytes(data)
+
+
+def weights(change: Any) -> Any:
+    return lambda folder: change_weights(folder, change)
+
+
+def cut(keep: float) -> Any:
+    def shorten(folder: Path) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(data[: int(len(data) * keep)])
+
+    return shorten
+
+
+def pickled_only(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+
+
+def not_finite(part: str, value: float) -> Any:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"base_model.model.down.asymlora_{part}"][-1, -1] = value  # the last task
+
+    return weights(spoil)
+
+
+UP = "base_model.model.up."
+REFUSED = [
+    (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
+    (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    (pickled_only, "a pickle, which could run code"),
+    (config_bytes(b"{"), "does not read"),
+    (config_bytes(b"[]"), "holds a list"),
+    (config_bytes(b"\xff\xfe"), "does not read"),
+    (config_bytes(b"[" * 100_000), "does not read"),
+    (config_bytes(b'{"a": "' + b"x" * 2**20 + b'"}'), "larger than 1048576 bytes"),
+    (edit(peft_type="IA3"), "'IA3' adapter"),
+    (edit(peft_type=None), "None adapter"),
+    (edit(peft_type=["LORA"]), "only ASYMLORA"),
+    (edit(routing="soft"), "weighs its experts per token: it has no tasks.*generate"),
+    (edit(modules_to_save=["head"]), r"holds modules_to_save=\['head'\], which cannot be served per task"),
+    (edit(bias="all"), "holds biases"),
+    (edit(use_dora=True), "holds use_dora=True"),
+    (edit(trainable_token_indices=[1]), "holds trainable_token_indices"),
+    (edit(alora_invocation_tokens=[1]), "holds alora_invocation_tokens"),
+    (edit(a_setting_of_tomorrow=7), "holds a_setting_of_tomorrow=7"),
+    (edit(init_lora_weights="pissa_niter_4"), "starts from a base that it changed"),
+    (edit(r=0), "r must be a whole number"),
+    (edit(r=True), "r must be a whole number"),
+    (edit(r=8), "rank 4 but adapter_config.json says 8"),
+    (edit(lora_alpha=float("nan")), "lora_alpha must be a finite number"),
+    (edit(lora_alpha="8"), "lora_alpha must be a finite number"),
+    (edit(use_rslora="yes"), "use_rslora must be true or false"),
+    (edit(rank_pattern=[4]), "rank_pattern must map"),
+    (edit(alpha_pattern={"up": "x"}), "must be a finite number"),
+    (edit(alpha_pattern={"(a+)+b": 3}), "may take forever"),
+    (edit(alpha_pattern={"a*b*c*d": 3}), "may take forever"),
+    (edit(alpha_pattern={"(up": 3}), "no regular expression"),
+    (edit(tasks=None), "tasks must be a list"),
+    (edit(tasks=["a", "a"]), "must be unique"),
+    (edit(tasks=["a", 1]), "must be strings"),
+    (edit(tasks=["a", "b", "c"]), r"A is \[2, 4, 16\] .*must be \[3 tasks, R, K\]"),
+    (cut(0), "cut short or damaged"),
+    (cut(0.1), "cut short or damaged"),
+    (cut(0.9), "cut short or damaged"),
+    (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 999), "cut short or damaged"),
+    (lambda f: save_file({}, f / WEIGHTS), "holds no tensor"),
+    (weights(lambda t: t.pop(UP + "asymlora_A")), "up has no A"),
+    (weights(lambda t: t.pop(UP + "asymlora_B")), "up has no B"),
+    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 3, 8)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 8)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(())})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 4, 0)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(16, 4, dtype=torch.int32)})), "up is stored as I32"),
+    (weights(lambda t: t.update({UP + "asymlora_router": torch.ones(2, 8)})), "holds '.*router', which cannot be"),
+    (weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2, 8)})), "holds 'base_model.model.head"),
+    (weights(lambda t: t.update({UP + "lora_magnitude_vector": torch.ones(16)})), "holds '.*magnitude"),
+    (weights(lambda t: t.update({"base_model.model.\x1b[2J.asymlora_A": torch.ones(2)})), r"holds '.*\\x1b\[2J"),
+    (not_finite("A", float("nan")), "down holds numbers that are not finite"),
+    (not_finite("B", float("inf")), "down holds numbers that are not finite"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), REFUSED, ids=[f"{i}-{why[:20]}" for i, (_, why) in enumerate(REFUSED)])
+def test_what_cannot_be_served_is_refused_with_its_reason(alora, spoil, why):
+    spoil(alora)
+    with pytest.raises(AdapterRefusedError, match=f"^{re.escape(str(alora))}: .*{why}"):
+        read_adapter(alora)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "holds biases"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "olora"}, "starts from a base that it changed"),
+    ],
+)
+def test_stock_loras_that_are_more_than_a_and_b(tmp_path, settings, why):
+    folder = lora_folder(tmp_path / "a", Mlp(), **(MLP | settings))
+    with pytest.raises(AdapterRefusedError, match=why):
+        read_adapter(folder)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    if settings.get("init_lora_weights") is None:  # then the tensors tell
+        with pytest.raises(AdapterRefusedError, match="which cannot be served per task"):
+            read_adapter(folder)
+
+
+def test_paths_that_are_no_folder(tmp_path, alora):
+    with pytest.raises(AdapterRefusedError, match="no such folder"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(AdapterRefusedError, match="is a file: give the folder"):
+        read_adapter(alora / WEIGHTS)
+    with pytest.raises(AdapterRefusedError, match="one of its subfolders: alora"):
+        read_adapter(tmp_path)
+
+
+def test_a_hostile_pickle_is_not_read_even_beside_good_weights(alora, tmp_path):
+    class Touch:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    (alora / "adapter_model.bin").write_bytes(pickle.dumps(Touch()))
+    read_adapter(alora)
+    (alora / WEIGHTS).unlink()
+    with pytest.raises(AdapterRefusedError, match="pickle"):
+        read_adapter(alora)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_package_imports_neither_peft_nor_transformers():
+    code = "import sys, alora_kernels.serving; print({'peft', 'transformers', 'fastapi'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"

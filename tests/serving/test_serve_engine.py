@@ -1,0 +1,448 @@
+"""The engine against the truth: every request of a mixed batch answers as its task merged into the base would alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from adapterfakes import alora_folder, tiny_base
+from truth import alone, merged_models
+
+from alora_kernels.integrations.peft import ALoRALayer
+from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
+from alora_kernels.serving.batching import TaskBatching
+from alora_kernels.serving.errors import NotServingError, QueueFullError, RequestError, UnknownTaskError
+
+TASKS = ("math", "code", "law", "news", "chat")
+GREEDY = Sampling(max_tokens=12, temperature=0)
+SMALL = EngineConfig(max_batch=8, max_waiting=64, max_context=128, cache_tokens=1024, batch_tokens=64, page_size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return alora_folder(tmp_path_factory.mktemp("adapter") / "five", tiny_base()[0], TASKS)
+
+
+@pytest.fixture(scope="module")
+def merged(folder):
+    return merged_models(folder, TASKS)
+
+
+@pytest.fixture
+def make(folder):
+    """Engines that are stopped at the end of the test."""
+    made = []
+
+    def build(config=SMALL, **store):
+        base, tokenizer = tiny_base()
+        engine = Engine(base, tokenizer, TaskStore.open(base, [folder], **({"resident": 8} | store)), config)
+        made.append(engine)
+        return engine.start()
+
+    yield build
+    for engine in made:
+        engine.stop()
+        engine.store.close()
+
+
+def prompts(engine, n):
+    return [engine.encode(f"request number {i} says" + " again and again" * (i % 5)) for i in range(n)]
+
+
+@pytest.mark.parametrize("resident", [8, 2], ids=["all tasks resident", "two slots for five tasks"])
+@pytest.mark.parametrize("cache", [1024, 160], ids=["roomy cache", "cache for three requests"])
+def test_a_mixed_batch_equals_each_request_alone_with_its_task_merged(make, merged, resident, cache):
+    engine = make(
+        EngineConfig(max_batch=8, max_context=128, cache_tokens=cache, batch_tokens=64, page_size=16), resident=resident
+    )
+    ids = prompts(engine, 36)
+    tasks = [(*TASKS, None)[i % 6] for i in range(36)]
+    done = engine.generate(ids, tasks, GREEDY)
+    assert [c.token_ids for c in done] == [alone(merged[task], p) for p, task in zip(ids, tasks)]
+    assert all(c.task == task and c.finish_reason in ("length", "stop") for c, task in zip(done, tasks))
+
+
+def test_the_same_prompt_for_every_task_shares_no_cache(make, merged):
+    """transformers finds equal prefixes by tokens: with block sharing a task would read another's keys and values."""
+    engine = make()
+    prompt = engine.encode("the very same prompt for everyone, long enough to fill blocks " * 3)
+    for _ in range(2):  # the second time everything would be in the cache
+        done = engine.generate([prompt] * 6, [*TASKS, None], GREEDY)
+        assert [c.token_ids for c in done] == [alone(merged[task], prompt) for task in (*TASKS, None)]
+    answers = {alone(merged[task], prompt) for task in (*TASKS, None)}
+    assert len(answers) > 3  # the tasks do differ
+
+
+def test_block_sharing_would_be_wrong(make, merged, monkeypatch):
+    """The test above can fail: with sharing on, some answers are those of another task."""
+    from alora_kernels.serving import engine as module
+
+    made = module.cache_config
+
+    def sharing(*sizes):
+        config = made(*sizes)
+        config.allow_block_sharing = True
+        return config
+
+    monkeypatch.setattr(module, "cache_config", sharing)
+    engine = make()
+    prompt = engine.encode("the very same prompt for everyone, long enough to fill blocks " * 3)
+    wrong = 0
+    for task in (*TASKS, None):
+        wrong += engine.generate([prompt], task, GREEDY)[0].token_ids != alone(merged[task], prompt)
+    assert wrong
+
+
+def test_pieces_add_up_and_end_once(make):
+    engine = make()
+    generation = engine.submit("tell me", "math", Sampling(max_tokens=9, temperature=0))
+    pieces = list(generation)
+    completion = generation.result(1)
+    assert "".join(piece.text for piece in pieces) == completion.text
+    assert [piece.finish_reason for piece in pieces].count(None) == len(pieces) - 1
+    assert pieces[-1].tokens == completion.completion_tokens == 9 and pieces[-1].finish_reason == "length"
+    assert list(generation) == pieces  # a second reader gets all of it
+    assert completion.first_token is not None and completion.queued <= completion.first_token <= completion.seconds
+
+
+def test_sampling_is_repeatable_with_a_seed_whatever_runs_beside_it(make):
+    engine = make()
+    wanted = Sampling(max_tokens=15, temperature=0.8, top_p=0.9, seed=11)
+    first = engine.generate(["once upon"], "law", wanted)[0]
+    noise = [engine.submit(f"noise {i}", TASKS[i % 5], Sampling(max_tokens=30, seed=i)) for i in range(6)]
+    again = engine.generate(["once upon"], "law", wanted)[0]
+    other = engine.generate(["once upon"], "law", Sampling(max_tokens=15, temperature=0.8, top_p=0.9, seed=12))[0]
+    assert first.token_ids == again.token_ids != other.token_ids
+    assert all(g.result(20).completion_tokens for g in noise)
+
+
+def test_stop_text_ends_the_request_and_frees_its_place(make):
+    engine = make()
+    free = engine.generate(["tell me more"], "code", Sampling(max_tokens=40, temperature=0))[0]
+    stop = free.text[5:9]
+    done = engine.generate(["tell me more"], "code", Sampling(max_tokens=40, temperature=0, stop=(stop,)))[0]
+    assert done.finish_reason == "stop" and done.text == free.text[: free.text.index(stop)]
+    assert done.completion_tokens < free.completion_tokens
+    assert engine.drain(5) and engine.stats().running == 0
+
+
+def test_end_of_text_token_stops_unless_ignored(make, merged):
+    engine = make()
+    prompt = engine.encode("tell me")
+    tokens = alone(merged["math"], prompt)
+    engine.stop()
+    base, tokenizer = tiny_base()
+    base.generation_config.eos_token_id = [tokens[3]]
+    store = TaskStore.open(base, [engine.store.tasks()[0].folder], resident=8)
+    with Engine(base, tokenizer, store, SMALL) as other:
+        first = tokens.index(tokens[3])
+        done = other.generate([prompt], "math", GREEDY)[0]
+        assert done.token_ids == tokens[: first + 1] and done.finish_reason == "stop"
+        forced = other.generate([prompt], "math", Sampling(max_tokens=12, temperature=0, ignore_eos=True))[0]
+        assert forced.token_ids == tokens and forced.finish_reason == "length"
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
+
+
+def in_use(engine):
+    return sum(task.in_use for task in engine.store.tasks())
+
+
+def test_cancelling_running_and_waiting_requests_frees_everything(make):
+    engine = make(EngineConfig(max_batch=2, max_waiting=8, max_context=128, cache_tokens=512, page_size=16))
+    long = Sampling(max_tokens=120, temperature=0)
+    running = [engine.submit("go on", "math", long) for _ in range(2)]
+    waiting = [engine.submit("go on", "code", long) for _ in range(3)]
+    next(iter(running[0]))
+    for generation in [*running, *waiting]:
+        generation.cancel()
+        generation.cancel()
+    assert {g.result(5).finish_reason for g in [*running, *waiting]} == {"cancelled"}
+    wait_until(lambda: in_use(engine) == 0)
+    assert engine.generate(["and now"], "law", GREEDY)[0].completion_tokens == 12
+    assert engine.stats().waiting == 0
+
+
+def test_cancelling_at_random_moments_loses_nothing(make, merged):
+    engine = make()
+    ids = prompts(engine, 30)
+    taken = [engine.submit(p, TASKS[i % 5], GREEDY) for i, p in enumerate(ids)]
+    for i, generation in enumerate(taken):
+        if i % 3 == 0:
+            time.sleep(0.002)
+            generation.cancel()
+    for i, generation in enumerate(taken):
+        done = generation.result(20)
+        if done.finish_reason != "cancelled":
+            assert done.token_ids == alone(merged[TASKS[i % 5]], ids[i])
+        else:
+            assert i % 3 == 0
+    wait_until(lambda: in_use(engine) == 0 and engine.stats().cache_used == 0)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(make):
+    engine = make(EngineConfig(max_batch=1, max_waiting=2, max_context=128, cache_tokens=128, page_size=16))
+    long = Sampling(max_tokens=100, temperature=0)
+    first = engine.submit("go on", "math", long)
+    next(iter(first))
+    others = [engine.submit("go on", "math", long) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
+        engine.submit("go on", "math", long)
+    assert caught.value.retry_after >= 1
+    assert b'alora_requests_refused_total{reason="QueueFull"} 1.0' in engine.metrics.text()
+    assert [g.result(30).finish_reason for g in (first, *others)] == ["length"] * 3
+
+
+def test_what_cannot_be_served_is_named(make):
+    engine = make()
+    with pytest.raises(UnknownTaskError, match="'maths': known are math, code, law, news, chat"):
+        engine.submit("x", "maths")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        engine.submit([], "math")
+    with pytest.raises(RequestError, match="the prompt has 128 tokens and prompt and answer together may have 128"):
+        engine.submit([5] * 128, "math")
+    for wrong in (-1, 49152, True, "a"):
+        with pytest.raises(RequestError, match="is not in the vocabulary"):
+            engine.submit([3, wrong], "math")
+    done = engine.generate([[5] * 120], "math", Sampling(max_tokens=50, temperature=0))[0]
+    assert done.completion_tokens == 8 and done.finish_reason == "length"  # cut to the context
+    with pytest.raises(ValueError, match="2 prompts need as many tasks"):
+        engine.generate(["a", "b"], ["math"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"max_batch": 0}, "max_batch must be >= 1"),
+        ({"page_size": 2}, "page_size must be >= 4"),
+        ({"max_context": 10**6}, "the model reads at most"),
+        ({"max_context": 100, "cache_tokens": 50}, "cache_tokens is 50, less than one request"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(*tiny_base(), None, EngineConfig(**sizes))
+
+
+def test_a_task_that_is_replaced_or_unloaded_answers_to_the_end_as_it_began(make, merged, tmp_path):
+    base, _ = tiny_base()
+    engine = make()
+    newer = alora_folder(tmp_path / "newer", base, ["math"], seed=7, seed_b=0)
+    renewed = merged_models(newer, ["math"])["math"]
+    prompt = engine.encode("a long answer please")
+    long = Sampling(max_tokens=90, temperature=0)
+    old = engine.submit(prompt, "math", long)
+    next(iter(old))
+    engine.store.load(newer, replace=True)
+    new = engine.submit(prompt, "math", long)
+    gone = engine.submit(prompt, "code", long)
+    next(iter(gone))
+    engine.store.unload("code")
+    with pytest.raises(UnknownTaskError):
+        engine.submit(prompt, "code")
+    assert old.result(30).token_ids == alone(merged["math"], prompt, 90)
+    assert new.result(30).token_ids == alone(renewed, prompt, 90) != old.result().token_ids
+    assert gone.result(30).token_ids == alone(merged["code"], prompt, 90)
+
+
+def test_tasks_change_all_the_time_and_every_answer_belongs_to_one_version(make, merged, tmp_path):
+    base, _ = tiny_base()
+    engine = make(resident=3)
+    newer = alora_folder(tmp_path / "newer", base, ["math", "law"], seed=7, seed_b=0)
+    renewed = merged_models(newer, ["math", "law"])
+    old_folder, stop = engine.store.tasks()[0].folder, threading.Event()
+
+    def churn():
+        for turn in range(10**6):
+            if stop.is_set():
+                return
+            engine.store.load(newer if turn % 2 else old_folder, name="math", replace=True)
+            engine.store.load(newer if turn % 3 else old_folder, name="law", replace=True)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        prompt = engine.encode("whose words are these")
+        tasks = [("math", "law", "code", None)[i % 4] for i in range(60)]
+        done = engine.generate([prompt] * 60, tasks, GREEDY)
+    finally:
+        stop.set()
+        thread.join()
+    for task, completion in zip(tasks, done):
+        possible = {alone(merged[task], prompt)} | ({alone(renewed[task], prompt)} if task in renewed else set())
+        assert completion.token_ids in possible
+
+
+def test_asyncio_readers_share_one_thread(make, merged):
+    engine = make()
+    ids = prompts(engine, 12)
+
+    async def read(prompt, task):
+        text = ""
+        generation = engine.submit(prompt, task, GREEDY)
+        async for piece in generation:
+            text += piece.text
+        assert text == (await generation.wait()).text
+        return generation.result(0).token_ids
+
+    async def all_of_them():
+        before = threading.active_count()
+        results = await asyncio.gather(*(read(p, TASKS[i % 5]) for i, p in enumerate(ids)))
+        assert threading.active_count() == before
+        return results
+
+    assert asyncio.run(all_of_them()) == [alone(merged[TASKS[i % 5]], p) for i, p in enumerate(ids)]
+
+
+class Boom(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("steps", ["prompt", "answer"])
+def test_a_request_that_breaks_its_batch_fails_alone(make, merged, monkeypatch, steps):
+    engine = make()
+    ids, poison = prompts(engine, 9), 49000
+    real = type(engine.model).forward
+    seen = []
+
+    def forward(self, *args, **kwargs):
+        tokens = kwargs["input_ids"]
+        seen.append(tokens.shape[1])
+        if (tokens == poison).any() or (steps == "answer" and len(seen) > 4 and tokens.shape[1] == 1):
+            raise Boom("this batch cannot be computed")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(engine.model), "forward", forward)
+    if steps == "prompt":
+        taken = [engine.submit(p, TASKS[i % 5], GREEDY) for i, p in enumerate(ids)]
+        bad = engine.submit([5, poison, 5], "math", GREEDY)
+        assert "cannot be computed" in bad.result(20).error and bad.result().finish_reason == "error"
+        assert [g.result(20).token_ids for g in taken] == [alone(merged[TASKS[i % 5]], p) for i, p in enumerate(ids)]
+    else:  # a request alone in its batch fails; the loop goes on
+        assert engine.submit(ids[0], "math", GREEDY).result(20).finish_reason == "error"
+        monkeypatch.setattr(type(engine.model), "forward", real)
+        assert engine.generate([ids[0]], "math", GREEDY)[0].token_ids == alone(merged["math"], ids[0])
+    assert engine.state == "ready" and engine.metrics.restarts._value.get() == 0
+    wait_until(lambda: in_use(engine) == 0)
+
+
+def test_a_task_whose_output_is_not_finite_fails_alone(make, merged):
+    engine = make()
+    ids = prompts(engine, 6)
+    lease = engine.store.acquire("law")
+    for layer in engine.model.modules():
+        if isinstance(layer, ALoRALayer):
+            for stacked in layer.asymlora_A.values():
+                stacked.data[lease.slot] = float("nan")
+    engine.store.release(lease)
+    done = engine.generate(ids, [*TASKS, None], GREEDY)
+    assert [c.finish_reason for c in done] == ["length", "length", "error", "length", "length", "length"]
+    assert "not finite" in done[2].error
+    for i, task in enumerate((*TASKS, None)):
+        if task != "law":
+            assert done[i].token_ids == alone(merged[task], ids[i])
+
+
+def test_a_loop_that_dies_is_replaced_and_only_its_requests_fail(make, monkeypatch):
+    engine = make()
+    real, broken = TaskBatching._generation_loop_body, threading.Event()
+
+    def body(self, *args, **kwargs):
+        if broken.is_set():
+            broken.clear()
+            raise Boom("the scheduler is lost")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskBatching, "_generation_loop_body", body)
+    victim = engine.submit("go on", "math", Sampling(max_tokens=120, temperature=0))
+    next(iter(victim))
+    broken.set()
+    assert "the scheduler is lost" in victim.result(10).error
+    assert engine.generate(["again"], "math", GREEDY)[0].completion_tokens == 12
+    assert engine.metrics.restarts._value.get() == 1 and engine.state == "ready"
+    wait_until(lambda: in_use(engine) == 0)
+
+
+def test_an_engine_whose_loop_always_dies_says_so_and_stops_trying(make, monkeypatch):
+    def body(self, *args, **kwargs):
+        raise Boom("never works")
+
+    monkeypatch.setattr(TaskBatching, "_generation_loop_body", body)
+    engine = make()
+    wait_until(lambda: engine.state == "failed")
+    with pytest.raises(NotServingError, match="failed"):
+        engine.submit("x")
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest(make):
+    engine = make()
+    taken = [engine.submit("go on", TASKS[i % 5], Sampling(max_tokens=40, temperature=0)) for i in range(12)]
+    engine.close()
+    with pytest.raises(NotServingError, match="draining"):
+        engine.submit("too late")
+    assert engine.drain(30)
+    assert [g.result(0).finish_reason for g in taken] == ["length"] * 12
+
+
+def test_stop_ends_everything_at_once_and_twice_is_harmless(make):
+    engine = make()
+    taken = [engine.submit("go on", "math", Sampling(max_tokens=110, temperature=0)) for _ in range(20)]
+    engine.stop()
+    engine.stop()
+    assert all(g.result(1).finish_reason in ("cancelled", "length") for g in taken)
+    assert any("stopped" in (g.result().error or "") for g in taken)
+    assert in_use(engine) == 0
+    with pytest.raises(NotServingError, match="make a new one"):
+        engine.start()
+
+
+def test_an_engine_that_nobody_holds_ends_its_threads(folder):
+    base, tokenizer = tiny_base()
+    engine = Engine(base, tokenizer, None, SMALL).start()
+    threads = {t for t in threading.enumerate() if t.name.startswith("alora-")}
+    assert len(threads) >= 2
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    wait_until(lambda: not any(t.is_alive() for t in threads))
+
+
+def test_numbers_of_a_running_engine(make):
+    engine = make()
+    assert engine.stats().state == "ready" and engine.stats().tasks_known == 5
+    engine.generate(["one", "two"], ["math", None], GREEDY)
+    running = engine.submit("go on", "math", Sampling(max_tokens=110, temperature=0))
+    next(iter(running))
+    now = engine.stats()
+    assert now.running == 1 and now.batch_requests == 1 and now.requests_finished == 2 and 0 < now.cache_used < 1
+    assert now.tokens_per_second > 0 and now.uptime > 0
+    running.cancel()
+    text = engine.metrics.text().decode()
+    assert 'alora_requests_total{finish_reason="length",task="math"} 1.0' in text
+    assert 'alora_generated_tokens_total{task="(base)"} 12.0' in text
+    assert "alora_bytes_per_task" in text and "alora_time_to_first_token_seconds_bucket" in text
+
+
+def test_the_head_can_be_adapted_too(tmp_path):
+    base, tokenizer = tiny_base()
+    if base.config.tie_word_embeddings:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    folder = alora_folder(tmp_path / "head", base, ["one", "two"], target_modules=["q_proj", "lm_head"])
+    ids = tokenizer("what is the word")["input_ids"]
+    models = merged_models(folder, ["one", "two"], base)
+    wanted = [alone(models[task], ids) for task in ("one", "two")]
+    with Engine(base, tokenizer, TaskStore.open(base, [folder], resident=4), SMALL) as engine:
+        done = engine.generate([ids, ids], ["one", "two"], GREEDY)
+    assert [c.token_ids for c in done] == wanted

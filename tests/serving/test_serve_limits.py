@@ -1,0 +1,275 @@
+"""What the HTTP server lets in: keys, rates, hosts, sizes, JSON, fields; and that no body makes it fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from enginefakes import FakeEngine, running
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_serve_http import ASK, call, post, refused
+
+from alora_kernels.serving.server import ServerConfig, body, create_app
+from alora_kernels.serving.server.config import is_loopback
+
+JSON = {"Content-Type": "application/json"}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def engine():
+    with FakeEngine() as fake:
+        yield fake
+
+
+def send(engine, content: bytes, path: str = "/v1/completions", config: ServerConfig | None = None) -> httpx.Response:
+    return call(engine, "POST", path, config, content=content, headers=JSON)
+
+
+# ------------------------------------------------------------------ keys
+
+
+def test_every_route_but_the_page_and_health_needs_a_key(engine):
+    config = ServerConfig("tiny", api_keys=("one", "zwei-ß"))
+    app = create_app(engine, config)
+    app.add_api_route("/new", lambda: "open", methods=["GET"])  # closed until somebody opens it
+    routes = [("GET", "/v1/models"), ("GET", "/stats"), ("GET", "/metrics"), ("GET", "/new"), ("GET", "/nothing")]
+    routes += [("POST", path) for path in ("/v1/completions", CHAT, "/v1/load_lora_adapter")]
+    with httpx_client(app) as ask:
+        for method, path in routes:
+            answer = ask(method, path)
+            error = refused(answer, 401, "Authorization: Bearer")
+            assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
+        assert ask("GET", "/health").status_code == 200
+        for key in (b"one", "zwei-ß".encode()):
+            assert ask("GET", "/v1/models", headers={b"Authorization": b"Bearer " + key}).status_code == 200
+        for wrong in ("Bearer on", "Bearer oneone", "Bearer", "Basic one", "one", "Bearer \xff"):
+            refused(ask("GET", "/v1/models", headers={b"authorization": wrong.encode("latin-1")}), 401)
+
+
+@contextlib.contextmanager
+def httpx_client(app):
+    def ask(method: str, path: str, **more) -> httpx.Response:
+        async def one() -> httpx.Response:
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return await client.request(method, path, **more)
+
+        return asyncio.run(one())
+
+    yield ask
+
+
+# ------------------------------------------------------------------ rates and hosts
+
+
+def test_a_rate_counts_posts_of_each_key(engine):
+    app = create_app(engine, ServerConfig("tiny", api_keys=("a", "b"), rate_limit="2/hour"))
+    with httpx_client(app) as ask:
+
+        def status(key: str, method: str = "POST", path: str = "/v1/completions") -> httpx.Response:
+            return ask(method, path, json=ASK, headers={"Authorization": f"Bearer {key}"})
+
+        assert [status("a").status_code for _ in range(2)] == [200, 200]
+        over = status("a")
+        assert refused(over, 429, "2 per 1 hour")["code"] == "rate_limit_exceeded"
+        assert 3500 < int(over.headers["retry-after"]) <= 3600
+        assert status("b").status_code == 200  # another key has its own
+        assert status("a", "GET", "/stats").status_code == 200  # looking is free
+
+
+def test_without_keys_a_rate_counts_the_clients_address(engine):
+    with httpx_client(create_app(engine, ServerConfig("tiny", rate_limit="1/hour"))) as ask:
+        assert ask("POST", "/v1/completions", json=ASK).status_code == 200
+        assert ask("POST", "/v1/completions", json=ASK, headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 429
+
+
+def test_only_named_hosts_are_answered(engine):
+    config = ServerConfig("tiny", allowed_hosts=("localhost", "127.0.0.1", "::1"))
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:9", "[::1]:8000", "[::1]"):
+        assert call(engine, "GET", "/health", config, headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
+        refused(call(engine, "GET", "/v1/models", config, headers={"Host": host}), 403, "localhost")
+
+
+def test_what_is_loopback():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.3.2.1", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.2", "example.org", "")))
+
+
+# ------------------------------------------------------------------ sizes and JSON
+
+
+def test_a_body_that_is_too_long_is_413_with_or_without_a_length(engine):
+    config = ServerConfig("tiny", max_body_bytes=200)
+    long = json.dumps(ASK | {"prompt": "x" * 200}).encode()
+    refused(send(engine, long, config=config), 413, "200 bytes")
+    pulled = []
+
+    async def chunks():
+        for _ in range(1000):
+            pulled.append(1)
+            yield b" " * 50
+
+    refused(call(engine, "POST", "/v1/completions", config, content=chunks(), headers=JSON), 413)
+    assert send(engine, json.dumps(ASK).encode(), config=config).status_code == 200
+
+
+def test_a_chunked_body_over_a_socket_is_cut_at_the_limit(engine):
+    with running(engine, ServerConfig("tiny", max_body_bytes=1000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as wire:
+            wire.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            wire.sendall(b"Transfer-Encoding: chunked\r\n\r\n" + b"3e8\r\n" + b" " * 1000 + b"\r\n")
+            time.sleep(0.1)
+            wire.sendall(b"1\r\n \r\n")  # and no end
+            assert wire.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_that_does_not_come_is_408(engine, monkeypatch):
+    monkeypatch.setattr(body, "SECONDS", 0.1)
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(5)
+        yield b"}"
+
+    started = time.monotonic()
+    refused(call(engine, "POST", "/v1/completions", content=slow(), headers=JSON), 408)
+    assert time.monotonic() - started < 4.5
+
+
+def test_only_json_is_read(engine):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refused(call(engine, "POST", "/v1/completions", content=b"{}", headers={"Content-Type": kind}), 415)
+    told = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert call(engine, "POST", "/v1/completions", content=json.dumps(ASK).encode(), headers=told).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"model": "\\ud800"}',
+     b'{"model":"movie","prompt":"x","temperature":NaN}', b'{"model":"movie","prompt":"x","temperature":-Infinity}',
+     b'{"model":"movie","prompt":"x","temperature":1e999}',
+     b'{"model":"movie","prompt":"x","seed":' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_json_that_is_not(engine, content):
+    refused(send(engine, content), 400)
+    refused(send(engine, content, CHAT), 400)
+
+
+# ------------------------------------------------------------------ fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -3}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"), ({"temperature": -1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
+        ({"seed": 2**63}, "seed"), ({"seed": 2**63 - 1, "n": 2}, "seed"), ({"seed": 1.5}, "seed"),
+        ({"stop": ""}, "stop"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ["a"] * 65}, "stop"), ({"stop": 3}, "stop"),
+        ({"stop": [3]}, "stop.0"), ({"stream": "yes"}, "stream"), ({"stream_options": {}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"), ({"model": 3}, "model"),
+        ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {}}, "prompt"), ({"prompt": None}, "prompt"),
+        ({"prompt": [True]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [1.0]}, "prompt"),
+        ({"prompt": ["x"] * 65}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": "x " * 64}, "prompt"),
+        ({"prompt": [10**30]}, "prompt"), ({"prompt": [5000]}, "prompt"), ({"logprobs": 3}, "logprobs"),
+        ({"echo": True}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.1}, "presence_penalty"), ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"tools": [{}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"),
+    ],
+)  # fmt: skip
+def test_a_field_at_fault_is_named(engine, fields, param):
+    error = refused(post(engine, **(ASK | fields)), 400)
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert not engine.submitted or engine.idle()
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "user"}, "messages.0.content"),
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content"),
+        ({"role": "user", "content": [3]}, "messages.0.content"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages.0.tool_calls"),
+        (3, "messages.0"),
+    ],
+)
+def test_a_message_at_fault_is_named(engine, message, param):
+    assert refused(post(engine, CHAT, model="movie", messages=[message]), 400)["param"] == param
+
+
+def test_a_missing_field_is_named_and_messages_are_needed(engine):
+    assert refused(post(engine, model="movie"), 400, "prompt")["param"] == "prompt"
+    assert refused(post(engine, prompt="x"), 400, "model")["param"] == "model"
+    assert refused(post(engine, CHAT, model="movie", messages=[]), 400)["param"] == "messages"
+    assert refused(post(engine, CHAT, model="movie", messages=[{}] * 1025), 400)["param"].startswith("messages")
+
+
+def test_neutral_values_change_nothing(engine):
+    neutral = {"best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": "", "tools": [], "n": None,
+               "presence_penalty": 0.0, "frequency_penalty": 0, "response_format": {"type": "text"}, "user": "u",
+               "temperature": None, "stop": None, "seed": None, "max_tokens": None, "stream": None, "top_logprobs": 0,
+               "tool_choice": "none", "parallel_tool_calls": True, "metadata": {"a": "b"}, "store": False}  # fmt: skip
+    assert post(engine, **ASK, **neutral).json()["choices"] == post(engine, **ASK).json()["choices"]
+
+
+# ------------------------------------------------------------------ anything at all
+
+NAMES = ["model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop",
+         "seed", "n", "stream", "stream_options", "logprobs", "tools", "echo", "user", "lora_name", "lora_path",
+         "task"]  # fmt: skip
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.integers(-2, 70) | st.floats() | st.text(max_size=20)
+    | st.sampled_from(["movie", "tiny", "boom", "user", "text", "..", "~", "\0", 10**400, -(2**63), 1e308])
+)  # fmt: skip
+KEYS = st.sampled_from(["role", "content", "type", "text", "include_usage"]) | st.text(max_size=5)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "include_usage"]) | st.text(max_size=5), inner
+        )
+    ),
+    max_leaves=8,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": st.text() | ANYTHING}),
+    min_size=1, max_size=3,
+)  # fmt: skip
+BODIES = st.builds(
+    lambda good, wild: {**good, **wild},
+    st.fixed_dictionaries({"model": st.just("movie")}, optional={"prompt": st.text() | ANYTHING, "messages": MESSAGES}),
+    st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=3),
+)
+PATHS = ["/v1/completions", CHAT, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from(PATHS), fields=BODIES | ANYTHING, raw=st.none() | st.binary(max_size=30))
+def test_no_body_makes_the_server_fail(tmp_path_factory, path, fields, raw):
+    roots = (tmp_path_factory.getbasetemp(),)
+    with FakeEngine() as engine:
+        config = ServerConfig("tiny", adapter_roots=roots)
+        content = raw if raw is not None else json.dumps(fields).encode()
+        answer = send(engine, content, path, config)
+        if answer.status_code == 500 and answer.json()["error"]["code"] == "generation_failed":
+            return  # a prompt said "boom"
+        assert answer.status_code < 500, (content, answer.text)
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert engine.idle()

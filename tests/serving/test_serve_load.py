@@ -1,0 +1,307 @@
+"""The real server around the real engine, under load and with clients that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from adapterfakes import alora_folder, tiny_base
+from enginefakes import running
+from truth import alone, merged_models
+
+from alora_kernels.serving import Engine, EngineConfig, TaskStore
+from alora_kernels.serving.server import ServerConfig
+
+TASKS = ("movie", "spam", "news", "law")
+MODELS = (*TASKS, "base")
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return alora_folder(root / "four", tiny_base()[0], TASKS)
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    """model name, prompt -> the text and tokens of the answer."""
+    models, tokenizer, known = merged_models(folder, TASKS), tiny_base()[1], {}
+
+    def answer(model, prompt):
+        if (model, prompt) not in known:
+            tokens = alone(models[None if model == "base" else model], tokenizer(prompt)["input_ids"], TOKENS)
+            head = tokenizer(prompt)["input_ids"]
+            whole = tokenizer.decode(head + list(tokens), skip_special_tokens=True)
+            known[model, prompt] = whole[len(tokenizer.decode(head, skip_special_tokens=True)) :]
+        return known[model, prompt]
+
+    return answer
+
+
+@pytest.fixture
+def serve(folder, root):
+    """Start a server; its address and its engine."""
+    open_ones = []
+
+    def start(sizes=None, resident=8, **config):
+        base, tokenizer = tiny_base()
+        store = TaskStore.open(base, [folder], resident=resident)
+        defaults = {"max_batch": 16, "max_waiting": 400, "max_context": 256, "cache_tokens": 2048, "page_size": 16}
+        engine = Engine(base, tokenizer, store, EngineConfig(**(defaults | (sizes or {})))).start()
+        server = running(engine, ServerConfig("base", adapter_roots=(root,), **config))
+        open_ones.append((server, engine, store))
+        return server.__enter__(), engine
+
+    yield start
+    for server, engine, store in open_ones:
+        server.__exit__(None, None, None)
+        engine.stop()
+        store.close()
+
+
+def body(i, **more):
+    prompt = f"text number {i % 20} of the many"
+    return {"model": MODELS[i % 5], "prompt": prompt, "max_tokens": TOKENS, "temperature": 0} | more
+
+
+def empty(engine):
+    """Nothing runs, waits, or holds a task."""
+    deadline = time.monotonic() + 20
+    while True:
+        now = engine.stats()
+        held = sum(task.in_use for task in engine.store.tasks())
+        if (now.running, now.waiting, now.cache_used, held) == (0, 0, 0, 0):
+            return True
+        assert time.monotonic() < deadline, (now, held)
+        time.sleep(0.01)
+
+
+async def many(url, jobs):
+    """All jobs at once, each a coroutine of a client."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        return await asyncio.gather(*(job(client) for job in jobs))
+
+
+def whole(i, **more):
+    async def job(client):
+        return await client.post("/v1/completions", json=body(i, **more))
+
+    return job
+
+
+def streamed(i, leave_after=None):
+    async def job(client):
+        text = ""
+        async with client.stream("POST", "/v1/completions", json=body(i, stream=True)) as response:
+            assert response.status_code == 200
+            n = 0
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                    n += 1
+                    if n == leave_after:
+                        return None
+        return text
+
+    return job
+
+
+def test_two_hundred_at_once_each_get_their_own_task(serve, truth):
+    url, engine = serve(resident=3)  # fewer slots than tasks: rows come and go under load
+    jobs = [streamed(i) if i % 2 else whole(i) for i in range(200)]
+    for i, answer in enumerate(asyncio.run(many(url, jobs))):
+        text = answer if i % 2 else answer.json()["choices"][0]["text"]
+        assert text == truth(body(i)["model"], body(i)["prompt"])
+    assert engine.stats().requests_finished == 200 and empty(engine)
+
+
+def test_clients_that_leave_mid_stream_leave_nothing_behind(serve, truth):
+    url, engine = serve()
+    jobs = [streamed(i, leave_after=1 + i % 3 if i % 3 else None) for i in range(60)]
+    for i, answer in enumerate(asyncio.run(many(url, jobs))):
+        assert answer is None if i % 3 else answer == truth(body(i)["model"], body(i)["prompt"])
+    assert empty(engine)
+
+
+def test_bad_requests_among_good_ones(serve, truth):
+    url, engine = serve()
+    bad = [
+        ({"model": "maths"}, 404, "movie, spam, news, law"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"prompt": "word " * 400}, 400, "together may have 256"),
+        ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": [49152 + 5]}, 400, "vocabulary"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"logprobs": 3}, 400, "logprobs"),
+    ]
+    jobs = [whole(i) for i in range(70)]
+    jobs[::10] = [whole(i, **fields) for i, (fields, _, _) in enumerate(bad)]
+    raw = [b'{"model": "movie", "temperature": NaN}', b"{not json", b'{"prompt": "' + b"a" * (2 << 20) + b'"}']
+    kind = {"content-type": "application/json"}
+    jobs += [lambda client, raw=raw: client.post("/v1/completions", content=raw, headers=kind) for raw in raw]
+    *answers, nan, broken, huge = asyncio.run(many(url, jobs))
+    for i, answer in enumerate(answers):
+        if i % 10:
+            assert answer.json()["choices"][0]["text"] == truth(body(i)["model"], body(i)["prompt"])
+        else:
+            _, status, words = bad[i // 10]
+            assert answer.status_code == status and words in answer.json()["error"]["message"]
+    assert (nan.status_code, broken.status_code, huge.status_code) == (400, 400, 413)
+    assert all("message" in answer.json()["error"] for answer in (nan, broken, huge))
+    assert empty(engine)
+
+
+def test_a_small_queue_pushes_back_and_patient_clients_are_all_served(serve, truth):
+    url, engine = serve({"max_batch": 2, "max_waiting": 3})
+    refused = [r for r in asyncio.run(many(url, [whole(i) for i in range(30)])) if r.status_code == 429]
+    assert refused and all(int(r.headers["retry-after"]) >= 1 for r in refused)
+    assert {r.json()["error"]["code"] for r in refused} == {"queue_full"}
+
+    async def patient():
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=12)
+        async with client:
+            return await asyncio.gather(*(client.completions.create(**body(i)) for i in range(12)))
+
+    for i, answer in enumerate(asyncio.run(patient())):
+        assert answer.choices[0].text == truth(body(i)["model"], body(i)["prompt"])
+    assert empty(engine)
+
+
+def spoiled(folder, to, how):
+    """A copy of an adapter folder with one thing wrong."""
+    shutil.copytree(folder, to)
+    weights = to / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    if how == "truncated":
+        weights.write_bytes(data[: len(data) // 2])
+    elif how == "corrupt":
+        weights.write_bytes(b"\xff" * 64 + data[64:])
+    elif how == "pickle":
+        weights.unlink()
+        torch.save({"a": torch.zeros(1)}, to / "adapter_model.bin")
+    elif how == "no config":
+        (to / "adapter_config.json").unlink()
+    return to
+
+
+def test_adapters_come_go_and_are_refused_while_requests_run(serve, truth, root, folder, tmp_path):
+    url, engine = serve()
+    other = alora_folder(root / "more", tiny_base()[0], ["sport"], seed=5, seed_b=0)
+    own_b = alora_folder(root / "own_b", tiny_base()[0], ["alien"], seed=6, seed_b=6)
+    outside = shutil.copytree(other, tmp_path / "outside")
+    (root / "link").symlink_to(outside)
+    wrong = [
+        (spoiled(other, root / how.replace(" ", "_"), how), 400)
+        for how in ("truncated", "corrupt", "pickle", "no config")
+    ]
+    wrong += [
+        (own_b, 400),
+        (outside, 403),
+        (root / "link", 403),
+        (root / ".." / outside.name, 403),
+        (root / "absent", 400),
+    ]
+
+    def load(name, path, **more):
+        fields = {"lora_name": name, "lora_path": str(path)} | more
+        return lambda client: client.post("/v1/load_lora_adapter", json=fields)
+
+    jobs = [whole(i) for i in range(80)]
+    jobs += [load(f"bad{i}", path) for i, (path, _) in enumerate(wrong)]
+    jobs += [load("sport", other)]
+    answers = asyncio.run(many(url, jobs))
+    for i in range(80):
+        assert answers[i].json()["choices"][0]["text"] == truth(body(i)["model"], body(i)["prompt"])
+    for (path, status), answer in zip(wrong, answers[80:]):
+        assert answer.status_code == status, (path, answer.text)
+    assert "success" in answers[-1].text.lower()
+    names = {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]}
+    assert names == {*MODELS, "sport"}
+
+    async def unload_in_use(client):
+        async with client.stream(
+            "POST", "/v1/completions", json=body(0, model="sport", max_tokens=200, stream=True)
+        ) as reply:
+            lines = reply.aiter_lines()
+            await anext(lines)
+            gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "sport"})
+            late = await client.post("/v1/completions", json=body(0, model="sport"))
+            rest = [line async for line in lines if line.startswith("data: {")]
+        return gone, late, rest
+
+    ((gone, late, rest),) = asyncio.run(many(url, [unload_in_use]))
+    assert gone.status_code == 200 and late.status_code == 404
+    assert json.loads(rest[-1][6:])["choices"][0]["finish_reason"] == "length"  # the one that ran went on to its end
+    assert empty(engine)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_sigterm_lets_the_command_finish_its_answers(folder):
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "alora_kernels",
+        "serve",
+        "tiny-random",
+        "--adapter",
+        str(folder),
+        "--port",
+        str(port),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy()
+    ) as process:
+        try:
+            deadline = time.monotonic() + 90
+            while True:
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < deadline, "the server did not start"
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            answer = ""
+            fields = body(0, model="movie", max_tokens=400, stream=True)
+            with httpx.stream("POST", f"{url}/v1/completions", json=fields, timeout=60) as response:
+                finish = None
+                for n, line in enumerate(response.iter_lines()):
+                    if n == 2:
+                        process.send_signal(signal.SIGTERM)
+                        time.sleep(0.2)
+                        try:
+                            late = httpx.post(f"{url}/v1/completions", json=body(1, model="spam"), timeout=5)
+                            assert late.status_code == 503
+                        except httpx.TransportError:
+                            pass  # the socket is closed already: refused as well
+                    if line.startswith("data: {"):
+                        choice = json.loads(line[6:])["choices"][0]
+                        answer, finish = answer + choice["text"], choice["finish_reason"] or finish
+            assert finish == "length" and answer
+            assert process.wait(60) == 0
+        finally:
+            process.kill()

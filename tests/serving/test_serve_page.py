@@ -1,0 +1,253 @@
+"""The playground in a real browser: the contract on the real application and on a fake; what only a fake can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import chromium
+import enginefakes
+import pagefakes
+import pytest
+from pagefakes import FakeServer
+
+from alora_kernels.serving import EngineConfig
+from alora_kernels.serving.server import ServerConfig
+
+pytest.register_assert_rewrite("pagecontract")
+from pagecontract import ENDED, TASKS, PageContract, ask, choose, opened, part, state  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium.launched() as browser:
+        yield browser
+
+
+def engine_of_words(delay: float = 0.0) -> enginefakes.FakeEngine:
+    return enginefakes.FakeEngine(TASKS, EngineConfig(max_context=1024), words=400, delay=delay)
+
+
+class TestOnTheServer(PageContract):
+    """The real HTTP application, around an engine without a model."""
+
+    @pytest.fixture
+    def page_server(self) -> Iterator[str]:
+        with engine_of_words(delay=0.02) as engine, enginefakes.running(engine) as url:
+            yield url.rstrip("/") + "/"
+
+    def test_stop_reaches_the_engine(self, browser: Any) -> None:
+        with engine_of_words(delay=0.05) as engine, enginefakes.running(engine) as url:
+            page = browser.new_page()
+            opened(page, url)
+            choose(page, "movie")
+            ask(page, max_tokens=400)
+            state(page, "movie", "streaming")
+            page.click("#stop-all")
+            assert state(page, "movie", ENDED) == "stopped"
+            assert engine.idle(timeout=10)
+            page.close()
+
+    def test_a_key(self, browser: Any) -> None:
+        config = ServerConfig(base_model_id="base", api_keys=("secret",))
+        with engine_of_words() as engine, enginefakes.running(engine, config) as url:
+            page = browser.new_page()
+            page.goto(url)
+            page.fill("#key", "secret")
+            page.click("#key-form button")
+            page.get_by_role("checkbox", name="movie").wait_for()
+            page.close()
+
+
+class TestOnTheFake(PageContract):
+    """Where pace and faults can be told."""
+
+    @pytest.fixture
+    def fake(self) -> FakeServer:
+        return FakeServer(list(TASKS))
+
+    @pytest.fixture
+    def page_server(self, fake: FakeServer) -> Iterator[str]:
+        with pagefakes.running(fake) as url:
+            yield url
+
+    def test_stop_one_then_all(self, page: Any, fake: FakeServer) -> None:
+        fake.allowed = 5
+        choose(page, *TASKS)
+        ask(page)
+        for task in TASKS:
+            state(page, task, "streaming")
+        assert page.locator("#send").is_disabled()
+        part(page, "spam", "stop").click()
+        assert state(page, "spam", ENDED) == "stopped"
+        assert page.evaluate("document.activeElement.textContent") == "Again"  # the keyboard keeps its place
+        assert part(page, "movie", "state").inner_text() == "streaming"
+        page.click("#stop-all")
+        assert state(page, "movie", ENDED) == state(page, "news", ENDED) == "stopped"
+        page.wait_for_timeout(300)
+        assert sorted(fake.cancelled) == sorted(TASKS)
+        assert page.locator("#send").is_enabled()
+
+    def test_more_answers_than_connections(self, page: Any, fake: FakeServer) -> None:
+        """Eight streams at once would take all six of a browser's connections, and the header would stand still."""
+        fake.tasks = [f"task-{n}" for n in range(8)]
+        page.wait_for_selector('input[value="task-7"]')  # the list follows what the server knows
+        fake.allowed = 3
+        choose(page, *fake.tasks)
+        ask(page)
+        state(page, "task-4", "streaming")
+        assert [part(page, task, "state").inner_text() for task in fake.tasks[5:]] == ["queued"] * 3
+        asked = fake.stats_asked
+        page.wait_for_timeout(2000)
+        assert fake.stats_asked > asked + 1
+        assert page.locator("#batch").inner_text() == "5 / 32"
+        part(page, "task-7", "stop").click()
+        assert state(page, "task-7", ENDED) == "stopped"
+        fake.allowed = 10**9
+        assert {state(page, task, ENDED) for task in fake.tasks[:7]} == {"done"}
+        assert "task-7" not in [body["model"] for body in fake.bodies]
+
+    @pytest.mark.parametrize(
+        ("fault", "said"),
+        [
+            ("refuse", "the prompt is longer than the context"),
+            ("full", "256 requests are waiting already"),
+            ("event", "the engine gave up on this request"),
+            ("cut", "The connection ended before the answer did"),
+        ],
+    )
+    def test_errors_are_shown_and_the_others_go_on(self, page: Any, fake: FakeServer, fault: str, said: str) -> None:
+        fake.faults = {"spam": fault}
+        choose(page, "movie", "spam")
+        ask(page)
+        assert state(page, "spam", ENDED) == "error"
+        assert page.locator('.card[data-task="spam"] .problem').inner_text() == said
+        assert state(page, "movie", ENDED) == "done"
+
+    @pytest.mark.parametrize(("given", "said"), [("draining", "finishes what runs"), ("dreaming", '"dreaming"')])
+    def test_a_state_other_than_ready(self, page: Any, fake: FakeServer, given: str, said: str) -> None:
+        fake.state = given
+        page.locator("#banner").filter(has_text=said).wait_for()
+        assert page.locator("#state").inner_text() == given
+        fake.state = "ready"
+        page.locator("#banner").wait_for(state="hidden")
+
+    def test_a_key_is_asked_for(self, context: Any, page_server: str, fake: FakeServer) -> None:
+        fake.key = "se'cret"
+        page = context.new_page()
+        page.goto(page_server)
+        page.get_by_label("asks for an API key").wait_for()
+        asked = fake.stats_asked
+        for key, then in (("wrong", "The server refused this key."), ("se'cret", "")):
+            page.fill("#key", key)
+            page.click("#key-form button")
+            if then:
+                page.get_by_text(then).wait_for()
+        page.wait_for_selector("#choices input")
+        assert fake.stats_asked > asked
+        page.locator("#key-form").wait_for(state="hidden")
+        assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        ask(page)
+        assert state(page, "movie", ENDED) == "done"
+        page.click("#copy-curl")
+        page.get_by_text("Copied as curl").wait_for()
+        assert fake.key not in page.evaluate("navigator.clipboard.readText()")
+
+    def test_three_hundred_tasks(self, page: Any, fake: FakeServer) -> None:
+        fake.tasks = [f"task-{n:03d}" for n in range(300)]
+        page.get_by_text("of 301 chosen").wait_for()
+        assert page.get_by_text("more: search").is_visible()
+        page.fill("#search", "TASK 29")
+        assert page.locator("#choices input").count() == 13  # 029, 129, 229 and 290 to 299
+        choose(page, "task-290")
+        page.fill("#search", "no such name")
+        assert page.get_by_role("checkbox", name="task-290").is_checked()  # what is chosen stays in view
+        page.fill("#search", "")
+        page.click("#all")
+        assert page.get_by_text("24 of 301 chosen (the most)").is_visible()
+        assert page.get_by_role("checkbox", name="task-150").is_disabled()
+
+    def test_what_is_sent(self, page: Any, fake: FakeServer) -> None:
+        choose(page, "movie")
+        page.fill("#temperature", "0.7")
+        page.fill("#stop", "END\n\\n\\n")
+        ask(page, "two\nlines", max_tokens=9)
+        state(page, "movie", ENDED)
+        body = {"model": "movie", "prompt": "two\nlines", "max_tokens": 9, "temperature": 0.7, "stop": ["END", "\n\n"]}
+        assert fake.bodies == [{**body, "stream": True, "stream_options": {"include_usage": True}}]
+
+    def test_nothing_is_sent_that_is_not_complete(self, page: Any, fake: FakeServer) -> None:
+        ask(page)
+        page.get_by_text("Choose at least one task.").wait_for()
+        choose(page, "movie")
+        ask(page, max_tokens=0)
+        page.fill("#stop", "a\nb\nc\nd\ne")
+        ask(page)
+        assert page.locator("#stop").evaluate("field => field.validationMessage") == "At most four stop texts"
+        assert page.locator(".card").count() == 0
+        assert fake.bodies == []
+
+    def test_a_hidden_tab_asks_nothing(self, page: Any, fake: FakeServer) -> None:
+        """Headless tabs are never hidden, so the page is told that it is."""
+        hide = "value => { Object.defineProperty(document, 'hidden', { value, configurable: true });"
+        hide += " document.dispatchEvent(new Event('visibilitychange')); }"
+        page.evaluate(hide, True)
+        page.wait_for_timeout(600)
+        asked = fake.stats_asked
+        page.wait_for_timeout(1200)
+        assert fake.stats_asked == asked
+        page.evaluate(hide, False)
+        page.wait_for_timeout(600)
+        assert fake.stats_asked > asked
+
+    def test_the_copied_curl_runs(self, page: Any, fake: FakeServer) -> None:
+        if shutil.which("curl") is None:
+            pytest.skip("no curl on this machine")
+        prompt = 'it\'s "quoted" $HOME `date` \\ and\nünïcode 🙂'
+        sent = self.copied(page, "#copy-curl", prompt)
+        done = subprocess.run(["bash", "-c", sent], capture_output=True, text=True, timeout=60, env=quiet())
+        assert done.returncode == 0, done.stderr
+        assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("movie", prompt), ("spam", prompt)]
+        answers = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
+        assert [answer["choices"][0]["text"].split()[0] for answer in answers] == ["movie", "spam"]
+
+    def test_the_copied_python_runs(self, page: Any, fake: FakeServer) -> None:
+        pytest.importorskip("openai", reason="the snippet uses the openai package: pip install openai")
+        prompt = 'it\'s "quoted" \\ {braces} and\nünïcode 🙂'
+        code = self.copied(page, "#copy-python", prompt)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, encoding="utf-8", env=quiet()
+        )
+        assert done.returncode == 0, done.stderr
+        assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("movie", prompt), ("spam", prompt)]
+        assert done.stdout.startswith("movie: movie read: ")
+
+    def copied(self, page: Any, button: str, prompt: str) -> str:
+        choose(page, "movie", "spam")
+        page.fill("#prompt", prompt)
+        page.fill("#stop", "it's")
+        page.click(button)
+        page.get_by_text(re.compile("^Copied as")).wait_for()
+        return page.evaluate("navigator.clipboard.readText()")
+
+
+def quiet() -> dict[str, str]:
+    """This environment without proxies: the server is on this machine."""
+    return {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {"PYTHONUTF8": "1"}
+
+
+def test_a_missing_browser_is_a_failure_where_one_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chromium.shutil, "which", lambda name: None)
+    monkeypatch.setattr(chromium.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("ALORA_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"), chromium.launched():
+        pass
+    monkeypatch.delenv("ALORA_REQUIRE_BROWSER")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"), chromium.launched():
+        pass

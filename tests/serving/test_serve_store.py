@@ -1,0 +1,546 @@
+"""The store: a lease's slot holds exactly its version's numbers, whatever is loaded, evicted and unloaded around it."""
+
+from __future__ import annotations
+
+import random
+import stat
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
+from peft import PeftModel
+
+from alora_kernels import atomic, route
+from alora_kernels.serving.adapter_folder import read_adapter
+from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, UnknownTaskError
+from alora_kernels.serving.stack import TaskStack
+from alora_kernels.serving.store import Lease, TaskStore
+from alora_kernels.serving.tiers import Tiers
+
+Rows = dict[str, torch.Tensor]
+
+
+def mlp_folder(path: Path, *tasks: str, seed: int = 0, **settings: Any) -> Path:
+    """Folders made here share one B, whatever the seed of their A."""
+    return alora_folder(path, Mlp(), list(tasks), seed=seed, seed_b=0, **(MLP | settings))
+
+
+def opened(path: Path, *tasks: str, **options: Any) -> TaskStore:
+    return TaskStore.open(Mlp(), [mlp_folder(path / "first", *tasks)], **options)
+
+
+def saved(folder: Path, task: str) -> Rows:
+    return read_adapter(folder).matrices(task)
+
+
+def assert_holds(store: TaskStore, slot: int, rows: Rows) -> None:
+    held = store.stack.read(slot)
+    assert held.keys() == rows.keys()
+    assert all(torch.equal(held[m], rows[m]) for m in rows)
+
+
+def places(store: TaskStore) -> dict[str, str]:
+    return {info.name: info.where for info in store.tasks()}
+
+
+def use(store: TaskStore, name: str) -> Lease:
+    lease = store.acquire(name)
+    assert lease is not None
+    return lease
+
+
+def touch(store: TaskStore, name: str) -> None:
+    store.release(use(store, name))
+
+
+def test_open_loads_every_task_of_every_folder(tmp_path):
+    folders = [mlp_folder(tmp_path / "a", "math", "code"), mlp_folder(tmp_path / "b", "law", seed=1)]
+    store = TaskStore.open(Mlp(), folders, resident=8)
+    assert store.names() == ["math", "code", "law"]
+    assert [(i.name, i.where, i.in_use, i.folder) for i in store.tasks()] == [
+        ("math", "device", 0, folders[0]), ("code", "device", 0, folders[0]), ("law", "device", 0, folders[1]),
+    ]  # fmt: skip
+    assert (store.capacity, store.resident) == (8, 3)
+    for folder, task in ((folders[0], "math"), (folders[0], "code"), (folders[1], "law")):
+        lease = use(store, task)
+        assert lease.name == task
+        assert_holds(store, lease.slot, saved(folder, task))
+
+
+def test_bytes(tmp_path):
+    store = opened(tmp_path, "math", resident=3)
+    assert store.bytes_per_task == 4 * (4 * 8 + 4 * 16) == store.tasks()[0].bytes
+    assert store.bytes_shared == 4 * (16 * 4 + 4 * 4)
+    assert store.lora_bytes_per_task == store.bytes_per_task + store.bytes_shared
+    assert store.device_bytes == 3 * store.bytes_per_task + store.bytes_shared
+    held = sum(p.nbytes for n, p in store.stack.model.named_parameters() if "asymlora" in n)
+    assert held == store.device_bytes
+
+
+def test_a_lease_routes_a_model_as_peft_does(tmp_path):
+    base, _ = tiny_base()
+    folder = alora_folder(tmp_path / "a", base, ["math", "code"])
+    served = deepcopy(base)
+    store = TaskStore.open(served, [folder], resident=1)  # each acquire evicts the other task
+    peft = PeftModel.from_pretrained(deepcopy(base), folder).eval()
+    ids = torch.randint(1, 250, (2, 6), generator=torch.Generator().manual_seed(3))
+    for task in ("math", "code", "math"):
+        lease = use(store, task)
+        with torch.no_grad(), route(torch.tensor([lease.slot, lease.slot])):
+            ours = served(input_ids=ids).logits
+        store.release(lease)
+        with torch.no_grad():
+            assert torch.equal(ours, peft(input_ids=ids, adapter_names=[task] * 2).logits)
+
+
+def test_one_task_under_a_name_of_choice(tmp_path):
+    store = opened(tmp_path, "math")
+    two, one = mlp_folder(tmp_path / "two", "code", "law", seed=1), mlp_folder(tmp_path / "one", "art", seed=2)
+    assert [i.name for i in store.load(two, name="judge", task="law")] == ["judge"]  # the one called task
+    assert [i.name for i in store.load(one, name="painter")] == ["painter"]  # the only one
+    assert [i.name for i in store.load(two, name="code")] == ["code"]  # the one called name
+    assert [i.name for i in store.load(two, task="law")] == ["law"]  # one task under its own name
+    for name, folder, own in (("judge", two, "law"), ("painter", one, "art"), ("code", two, "code")):
+        assert_holds(store, use(store, name).slot, saved(folder, own))
+
+
+def test_a_stock_lora_with_the_shared_b(tmp_path):
+    store = opened(tmp_path, "math")
+    b = read_adapter(tmp_path / "first").b
+    folder = lora_folder(tmp_path / "movie", Mlp(), **MLP)
+    with pytest.raises(AdapterRefusedError, match="its B differs"):
+        store.load(folder)
+    change_weights(folder, lambda t: t.update({f"base_model.model.{m}.lora_B.weight": b[m] for m in b}))
+    assert [i.name for i in store.load(folder)] == ["movie"]
+    assert_holds(store, use(store, "movie").slot, saved(folder, "movie"))
+
+
+def test_new_tasks_displace_nobody(tmp_path):
+    store = opened(tmp_path, "a", "b", "c", resident=2)
+    assert places(store) == {"a": "device", "b": "device", "c": "host"}
+    store.unload("a")
+    store.load(mlp_folder(tmp_path / "d", "d"))
+    assert places(store) == {"b": "device", "c": "host", "d": "device"}
+
+
+def test_the_least_recently_used_without_a_lease_makes_room(tmp_path):
+    store = opened(tmp_path, "a", "b", "c", "d", resident=2)
+    held = use(store, "a")
+    touch(store, "b")
+    touch(store, "c")  # b goes, although a was used longer ago
+    assert places(store) == {"a": "device", "b": "host", "c": "device", "d": "host"}
+    store.release(held)
+    touch(store, "a")
+    touch(store, "d")  # c goes: a was used later
+    assert places(store) == {"a": "device", "b": "host", "c": "host", "d": "device"}
+
+
+def test_no_slot_while_all_are_in_use(tmp_path):
+    store = opened(tmp_path, "a", "b", "c", resident=2)
+    first, again, second = use(store, "a"), use(store, "a"), use(store, "b")
+    assert first.slot == again.slot != second.slot
+    assert {i.name: i.in_use for i in store.tasks()} == {"a": 2, "b": 1, "c": 0}
+    assert store.acquire("c") is None
+    store.release(first)
+    store.release(first)  # a second time changes nothing: a is still in use by the other
+    assert store.acquire("c") is None
+    store.release(again)
+    assert use(store, "c").slot == first.slot
+
+
+def test_eviction_to_host_and_disk_and_back_is_exact(tmp_path):
+    names = [f"t{i}" for i in range(6)]
+    spill = tmp_path / "spill"
+    store = opened(tmp_path, *names, resident=2, host=1, spill=spill)
+    assert list(places(store).values()) == ["device", "device", "disk", "disk", "disk", "host"]
+    for name in [*names, *reversed(names), *names]:
+        lease = use(store, name)
+        assert_holds(store, lease.slot, saved(tmp_path / "first", name))
+        store.release(lease)
+        assert sorted(places(store).values()) == ["device"] * 2 + ["disk"] * 3 + ["host"]
+    (folder,) = spill.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {0o600}
+
+
+def test_a_file_is_written_once_and_goes_with_its_task(tmp_path, monkeypatch):
+    written: list[Path] = []
+    write = atomic.write
+    monkeypatch.setattr(atomic, "write", lambda path, *rest: (written.append(path), write(path, *rest)))
+    store = opened(tmp_path, "a", "b", "c", resident=1, host=0, spill=tmp_path / "spill")
+    for name in "abcabcabc":
+        touch(store, name)
+    assert len(written) == len(set(written)) == 3
+    store.unload("b")
+    assert sum(path.exists() for path in written) == 2
+
+
+def test_nothing_is_spilled_without_a_limit(tmp_path):
+    store = opened(tmp_path, *"abcdef", resident=1, spill=tmp_path / "spill")
+    assert list(places(store).values()) == ["device"] + ["host"] * 5
+    assert not (tmp_path / "spill").exists()
+
+
+def test_the_spill_folder_goes_with_the_store(tmp_path):
+    first = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    other = TaskStore.open(Mlp(), [tmp_path / "first"], resident=1, host=0, spill=tmp_path / "spill")
+    assert len(list((tmp_path / "spill").iterdir())) == 2
+    first.close()
+    assert len(list((tmp_path / "spill").iterdir())) == 1
+    first.close()
+    del other  # never closed: what happens at the end of the process too
+    assert not list((tmp_path / "spill").iterdir())
+
+
+def test_a_closed_store(tmp_path):
+    with opened(tmp_path, "a", "b", resident=1) as store:
+        lease = use(store, "a")
+    assert store.names() == []
+    assert_holds(store, lease.slot, saved(tmp_path / "first", "a"))
+    store.release(lease)
+    with pytest.raises(UnknownTaskError):
+        store.acquire("a")
+    with pytest.raises(NotServingError, match="closed"):
+        store.load(tmp_path / "first")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9])])
+def test_a_damaged_file_refuses_that_task_and_disturbs_no_other(tmp_path, damage):
+    store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    damage(next((tmp_path / "spill").rglob("*.safetensors")))
+    before = store.tasks()
+    with pytest.raises(AdapterRefusedError, match="'b' was moved to the disk and does not come back.*replace=True"):
+        store.acquire("b")
+    assert store.tasks() == before
+    assert_holds(store, use(store, "a").slot, saved(tmp_path / "first", "a"))
+    folder = mlp_folder(tmp_path / "new", "b", seed=4)
+    store.load(folder, replace=True)
+    store.unload("a")
+    assert store.acquire("b") is None  # a still runs
+
+
+def test_another_tasks_file_is_noticed(tmp_path):
+    store = opened(tmp_path, "a", "b", "c", resident=1, host=0, spill=tmp_path / "spill")
+    one, two = sorted((tmp_path / "spill").rglob("*.safetensors"))
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(AdapterRefusedError, match="holds another task"):
+        store.acquire("b")
+    touch(store, "c")
+
+
+def test_a_full_disk(tmp_path, monkeypatch, caplog):
+    store = opened(tmp_path, "a", "b", "c", resident=2, host=1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.load(mlp_folder(tmp_path / "d", "d", "e"))
+    assert places(store) == {"a": "device", "b": "device", "c": "host"}
+    store._tiers.host = 0
+    touch(store, "c")  # a request goes on: a stays in host memory, over the limit
+    assert places(store) == {"a": "host", "b": "device", "c": "device"}
+    assert "No space left" in caplog.text
+
+
+def test_unload_keeps_the_rows_until_the_last_lease(tmp_path):
+    store = opened(tmp_path, "a", "b", resident=1)
+    first, second = use(store, "a"), use(store, "a")
+    info = store.unload("a")
+    assert (info.name, info.in_use, info.where) == ("a", 2, "device")
+    assert store.names() == ["b"]
+    for call in (store.acquire, store.unload):
+        with pytest.raises(UnknownTaskError, match="'a': known are b"):
+            call("a")
+    for lease in (first, second):
+        assert store.acquire("b") is None
+        assert_holds(store, lease.slot, saved(tmp_path / "first", "a"))
+        store.release(lease)
+    assert use(store, "b").slot == first.slot
+
+
+def test_a_replaced_task_goes_on_for_those_that_run(tmp_path):
+    store = opened(tmp_path, "a", resident=2)
+    old = use(store, "a")
+    new_folder = mlp_folder(tmp_path / "new", "a", seed=7)
+    (info,) = store.load(new_folder, replace=True)
+    new = use(store, "a")
+    assert info.version == new.version > old.version and new.slot != old.slot
+    assert_holds(store, old.slot, saved(tmp_path / "first", "a"))
+    assert_holds(store, new.slot, saved(new_folder, "a"))
+    assert (store.resident, len(store.tasks()), store.tasks()[0].in_use) == (2, 1, 1)
+    store.release(old)
+    assert store.resident == 1
+
+
+def test_a_name_that_comes_back_has_another_version(tmp_path):
+    store = opened(tmp_path, "a")
+    version = store.unload("a").version
+    (info,) = store.load(tmp_path / "first")
+    assert info.version > version
+
+
+def test_unknown_tasks_and_bad_arguments(tmp_path):
+    store = opened(tmp_path, "a")
+    for call in (store.acquire, store.unload):
+        with pytest.raises(UnknownTaskError, match="'b': known are a"):
+            call("b")
+    for options, why in (({"resident": 0}, "resident must be >= 1"), ({"host": -1}, "host must be >= 0")):
+        with pytest.raises(ValueError, match=why):
+            TaskStore.open(Mlp(), [tmp_path / "first"], **options)
+    with pytest.raises(ValueError, match="folders must name at least one"):
+        TaskStore.open(Mlp(), [])
+
+
+REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any] | None, dict[str, Any], str]] = [
+    ({}, None, {}, "called 'code' already: give name"),
+    ({}, None, {"name": "math", "task": "art"}, "called 'math' already"),
+    ({}, None, {"name": "other"}, "no task 'other': it has 'art', 'code'"),
+    ({}, None, {"name": "other", "task": "law"}, "no task 'law'"),
+    ({}, None, {"name": "../up", "task": "art"}, "cannot be called '../up'"),
+    ({}, None, {"name": "x" * 129, "task": "art"}, "cannot be called 'xxx"),
+    ({}, None, {"name": "", "task": "art"}, "cannot be called ''"),
+    ({}, None, {"name": "__base__", "task": "art"}, "cannot be called '__base__'"),
+    ({}, lambda f: change_config(f, tasks=["b c", "d"]), {}, "cannot be called 'b c'.*another name"),
+    ({"seed_b": 3}, None, {"replace": True}, "its B differs"),
+    ({"r": 8}, None, {"replace": True}, "rank 8 does not fit"),
+    ({"target_modules": ["up"]}, None, {"replace": True}, "missing down"),
+    ({"base_name": "another"}, None, {"replace": True}, "trained on 'another'"),
+    ({}, lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), {"replace": True}, "damaged"),
+    ({}, lambda f: change_weights(f, _nan), {"replace": True}, "not finite"),
+    ({}, lambda f: change_weights(f, _huge), {"replace": True}, "too large for torch.float16"),
+]
+
+
+def _nan(tensors: Rows) -> None:
+    tensors["base_model.model.up.asymlora_A"][-1, 0, 0] = float("nan")
+
+
+def _huge(tensors: Rows) -> None:
+    tensors["base_model.model.up.asymlora_A"][-1, 0, 0] = 1e9  # of the last task: the first is placed by then
+
+
+@pytest.mark.parametrize(("settings", "spoil", "options", "why"), REFUSED, ids=[f"{i}" for i in range(len(REFUSED))])
+def test_a_refused_load_changes_nothing(tmp_path, settings, spoil, options, why):
+    store = opened(tmp_path, "math", "code", resident=3, dtype=torch.float16)
+    lease = use(store, "code")
+    before, held = store.tasks(), [store.stack.read(slot) for slot in range(2)]
+    folder = alora_folder(tmp_path / "new", Mlp(), ["art", "code"], **({"seed": 1, "seed_b": 0} | MLP | settings))
+    if spoil:
+        spoil(folder)
+    with pytest.raises(AdapterRefusedError, match=why):
+        store.load(folder, **options)
+    assert store.tasks() == before
+    for slot in range(2):
+        assert_holds(store, slot, held[slot])
+    assert store.resident == 2
+    store.release(lease)
+    good = store.load(mlp_folder(tmp_path / "good", "art"))
+    assert good[0].where == "device"  # no slot was lost
+
+
+@pytest.mark.parametrize("second", ["clash", "b", "nowhere"])
+def test_a_refused_open_gives_the_model_back(tmp_path, second):
+    first = mlp_folder(tmp_path / "a", "math")
+    mlp_folder(tmp_path / "clash", "math")
+    alora_folder(tmp_path / "b", Mlp(), ["law"], seed_b=9, **MLP)
+    base = Mlp()
+    with pytest.raises(AdapterRefusedError):
+        TaskStore.open(base, [first, tmp_path / second], host=0, resident=1)
+    assert [(n, type(m)) for n, m in base.named_modules()] == [(n, type(m)) for n, m in Mlp().named_modules()]
+    store = TaskStore.open(base, [first])
+    assert store.names() == ["math"]
+
+
+class Model:
+    """What the store should be, said simply: names to folders, leases to the numbers they began with."""
+
+    def __init__(self, store: TaskStore, folders: list[Path], names: list[str]) -> None:
+        self.store, self.folders, self.names = store, folders, names
+        self.numbers = [{task: saved(folder, task) for task in read_adapter(folder).tasks} for folder in folders]
+        self.tasks: dict[str, Rows] = {}
+        self.leases: list[tuple[Lease, Rows]] = []
+
+    def load(self, chance: random.Random) -> None:
+        i, name, task = chance.randrange(len(self.folders)), chance.choice(self.names), chance.choice("xy")
+        replace = chance.random() < 0.5
+        if name in self.tasks and not replace:
+            with pytest.raises(AdapterRefusedError, match="already"):
+                self.store.load(self.folders[i], name=name, task=task)
+            return
+        self.store.load(self.folders[i], name=name, task=task, replace=replace)
+        self.tasks[name] = self.numbers[i][task]
+
+    def unload(self, chance: random.Random) -> None:
+        name = chance.choice(self.names)
+        if name in self.tasks:
+            self.store.unload(name)
+            del self.tasks[name]
+            return
+        with pytest.raises(UnknownTaskError):
+            self.store.unload(name)
+
+    def acquire(self, chance: random.Random) -> None:
+        name = chance.choice(self.names)
+        if name not in self.tasks:
+            with pytest.raises(UnknownTaskError):
+                self.store.acquire(name)
+            return
+        lease = self.store.acquire(name)
+        used = {held.slot for held, _ in self.leases}
+        if lease is None:
+            assert len(used) == self.store.capacity
+            return
+        self.leases.append((lease, self.tasks[name]))
+
+    def release(self, chance: random.Random) -> None:
+        if self.leases:
+            lease, _ = self.leases.pop(chance.randrange(len(self.leases)))
+            self.store.release(lease)
+            if chance.random() < 0.2:
+                self.store.release(lease)
+
+    def check(self) -> None:
+        for lease, rows in self.leases:
+            assert_holds(self.store, lease.slot, rows)
+        infos = {info.name: info for info in self.store.tasks()}
+        assert infos.keys() == self.tasks.keys()
+        for name, info in infos.items():
+            assert info.in_use == sum(held.version == info.version for held, _ in self.leases), name
+        host = self.store._tiers.host
+        assert host is None or sum(i.where == "host" for i in infos.values()) <= host
+        assert self.store.resident <= self.store.capacity
+
+
+@pytest.mark.parametrize("host", [None, 1, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_calls(tmp_path, host, seed):
+    chance = random.Random(seed)
+    folders = [mlp_folder(tmp_path / f"f{i}", "x", "y", seed=i) for i in range(3)]
+    names = [f"n{i}" for i in range(5)]
+    store = TaskStore.open(Mlp(), folders[:1], resident=2, host=host, spill=tmp_path / "spill")
+    model = Model(store, folders, [*names, "x", "y"])
+    model.tasks = dict(model.numbers[0])
+    none = 0
+    for _ in range(150):
+        step = chance.choice([model.load, model.unload, model.acquire, model.acquire, model.acquire, model.release])
+        step(chance)
+        none += len({held.slot for held, _ in model.leases}) == 2
+        model.check()
+    assert none > 5  # the sequence did reach a store with every slot in use
+    while model.leases:
+        model.release(chance)
+    for name, rows in model.tasks.items():  # in the end each task still has its numbers
+        lease = use(store, name)
+        assert_holds(store, lease.slot, rows)
+        store.release(lease)
+
+
+def test_threads(tmp_path):
+    """Eight threads use tasks while one replaces them: a slot's rows are one version's, from acquire to release."""
+    versions = [mlp_folder(tmp_path / f"v{i}", "x", "y", "z", seed=i) for i in range(3)]
+    numbers = [{task: saved(folder, task) for task in "xyz"} for folder in versions]
+    store = TaskStore.open(Mlp(), versions[:1], resident=2, host=1, spill=tmp_path / "spill")
+    began = {info.version: numbers[0][info.name] for info in store.tasks()}
+    lock, stop, seen = threading.Lock(), threading.Event(), []
+
+    def reload() -> None:
+        for i in range(20):
+            with lock:  # users learn which numbers a version has before they compare
+                began.update({n.version: numbers[i % 3][n.name] for n in store.load(versions[i % 3], replace=True)})
+            wanted = len(seen) + 4  # two slots: some of these leases began after the load
+            while len(seen) < wanted and not any(future.done() for future in futures):
+                time.sleep(0.001)
+        stop.set()
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        while not stop.is_set():
+            lease = store.acquire(chance.choice("xyz"))
+            if lease is None:
+                continue
+            with lock:
+                rows = began[lease.version]
+            for _ in range(3):
+                assert_holds(store, lease.slot, rows)
+            store.release(lease)
+            seen.append(lease.version)
+
+    with ThreadPoolExecutor(9) as pool:
+        futures = [pool.submit(work, seed) for seed in range(8)]
+        try:
+            reload()
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+    assert len(set(seen)) > 3
+    assert [info.in_use for info in store.tasks()] == [0, 0, 0]
+    assert store.resident <= 2
+
+
+def test_two_threads_load_one_name(tmp_path, monkeypatch):
+    """Both pass the first look at the names; only one may win, and the other leaves nothing behind."""
+    store = opened(tmp_path, "a", resident=8)
+    folder, both = mlp_folder(tmp_path / "new", "b"), threading.Barrier(2)
+    read = TaskStack.rows
+
+    def together(*args: Any) -> Rows:
+        both.wait(timeout=30)
+        return read(*args)
+
+    monkeypatch.setattr(TaskStack, "rows", together)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(store.load, folder) for _ in range(2)]
+    errors = [future.exception() for future in futures]
+    assert sorted(map(type, errors), key=str) == sorted([type(None), AdapterRefusedError], key=str)
+    assert (store.names(), store.resident) == (["a", "b"], 2)
+
+
+def test_a_name_taken_at_the_last_moment(tmp_path, monkeypatch):
+    """Another load of the same name comes in between the placing of the matrices and the naming."""
+    store = opened(tmp_path, "a", resident=8)
+    folder, other = mlp_folder(tmp_path / "new", "b"), mlp_folder(tmp_path / "other", "b", seed=5)
+    add = Tiers.add
+
+    def interrupted(*args: Any) -> None:
+        add(*args)
+        monkeypatch.setattr(Tiers, "add", add)
+        store.load(other)
+
+    monkeypatch.setattr(Tiers, "add", interrupted)
+    with pytest.raises(AdapterRefusedError, match="called 'b' already"):
+        store.load(folder)
+    assert (store.names(), store.resident) == (["a", "b"], 2)
+    assert_holds(store, use(store, "b").slot, saved(other, "b"))
+
+
+def test_a_store_closed_during_a_load_leaves_no_file(tmp_path, monkeypatch):
+    store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    lease = use(store, "a")  # so that a new task would go to the disk
+    read = TaskStack.rows
+
+    def closed(*args: Any) -> Rows:
+        store.close()
+        return read(*args)
+
+    monkeypatch.setattr(TaskStack, "rows", closed)
+    with pytest.raises(NotServingError, match="closed"):
+        store.load(mlp_folder(tmp_path / "new", "c"))
+    assert not list((tmp_path / "spill").iterdir())
+    store.release(lease)
+    assert (store.names(), store.resident) == ([], 0)
