@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed test lint types check bench gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,6 +25,9 @@ demo: $(INSTALLED)  ## fine-tune SmolLM2 on four real tasks at once, answer a mi
 
 demo-fed: $(INSTALLED)  ## four clients learn together without sharing data, three methods (ARGS="--methods all --seeds 0 1")
 	$(BIN)/python examples/federated_sentiment.py $(ARGS)
+
+demo-serve: $(INSTALLED)  ## one server, a task per request: OpenAI's client against `alora serve` (ARGS="--requests 96")
+	$(BIN)/python examples/serve_many_tasks.py $(ARGS)
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import cpu, gpu, group, plot
+from . import cpu, gpu, group, plot, serving
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,7 @@ app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
 app.command("group")(group.main)
 app.command("plot")(plot.main)
+app.command("serving")(serving.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
     from . import static, tune
 
