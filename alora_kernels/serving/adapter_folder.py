@@ -95,9 +95,13 @@ def read_adapter(folder: Path) -> AdapterFile:
         AdapterRefusedError: there is none, it is damaged, or it cannot be served per task; naming the remedy.
     """
     folder = Path(os.path.abspath(folder))
-    if not folder.exists():
+    try:
+        present, is_folder = folder.exists(), folder.is_dir()
+    except OSError as error:  # a name longer than the system allows, a folder that may not be looked into
+        raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
+    if not present:
         raise refused(folder, "no such folder: give the folder that save_adapter or save_pretrained wrote")
-    if not folder.is_dir():
+    if not is_folder:
         raise refused(folder, "is a file: give the folder that holds it")
     config = read_config(folder)
     _check_weights(folder)
