@@ -30,6 +30,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
+from alora_kernels.serving.openmp import release_workers
 
 from .serving_adapters import Adapters, sharing
 from .serving_load import LONGEST, Load, Outcome, Request, by_task
@@ -174,6 +175,7 @@ class Serial:
         with model.get_base_model().continuous_batching_context_manager(
             generation_config=greedy, continuous_batching_config=batching
         ) as manager:
+            release_workers()  # as the engine does: its thread, too, is slowed by workers of this one
             yield partial(self._serve, model, manager, load.concurrency)
 
     def _serve(

@@ -29,6 +29,7 @@ from .config import EngineConfig, State, Stats
 from .errors import NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
 from .generation import Generation
 from .metrics import Metrics
+from .openmp import release_workers
 from .request import Completion, Sampling
 from .sampling import Row, random_numbers
 from .store import TaskStore
@@ -115,6 +116,7 @@ class Engine:
 
         self._admission = Admission(book, self.store, make_loop, config.max_batch, self._eos, self.metrics)
         weakref.finalize(self, _stop, book, self._admission)  # a forgotten engine, or the end of the program
+        release_workers()
         return self
 
     def close(self) -> None:

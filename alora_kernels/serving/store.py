@@ -24,6 +24,7 @@ from ..modules.tasks import BASE
 from .adapter_config import refused
 from .adapter_folder import AdapterFile, read_adapter
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
+from .openmp import release_workers
 from .stack import TaskStack
 from .task_info import Lease, TaskInfo
 from .tiers import Record, Tiers
@@ -148,7 +149,12 @@ class TaskStore:
             NotServingError: the store is closed.
             OSError: no memory or disk is left for it; nothing has changed.
         """
-        file = read_adapter(Path(folder))
+        try:
+            return self._load(read_adapter(Path(folder)), name, task, replace)
+        finally:
+            release_workers()
+
+    def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
         self.stack.fit(file)
         pairs = _chosen(file, name, task)
         names = [public for public, _ in pairs]

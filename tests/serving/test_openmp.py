@@ -1,0 +1,73 @@
+"""The OpenMP workers of a thread that only waits from now on are given back."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import adapterfakes
+import pytest
+
+from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore, engine, openmp, store
+from alora_kernels.serving.errors import AdapterRefusedError
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc/self/task")
+
+COUNT = """
+import os
+import torch
+from alora_kernels.serving.openmp import release_workers
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+before = threads()
+x = torch.arange(300_000.0)  # enough for three threads
+first = x * x
+working = threads()
+done = release_workers()
+released = threads()
+second = x * x
+print(before, working, released, threads(), int(done), bool(torch.equal(first, second)))
+"""
+
+
+@LINUX
+def test_workers_end_and_come_back_when_they_are_needed() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    run = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=True)
+    before, working, released, again, done, equal = run.stdout.split()
+    if done == "0":
+        pytest.skip("torch here computes without GNU's OpenMP: there is nothing to give back")
+    assert int(working) == int(again) == int(before) + 2
+    assert released == before
+    assert equal == "True"
+
+
+def test_without_a_library_that_can_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openmp, "_gnu_libraries", lambda: ())
+    assert openmp.release_workers() is False
+
+
+def test_loading_gives_them_back_also_when_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(store, "release_workers", lambda: calls.append(None))
+    base, _ = adapterfakes.tiny_base()
+    folder = adapterfakes.alora_folder(tmp_path / "good", base, ["a", "b"])
+    opened = TaskStore.open(base, [folder], resident=4)
+    assert len(calls) == 1
+    with pytest.raises(AdapterRefusedError):
+        opened.load(tmp_path / "none")
+    assert len(calls) == 2
+    opened.close()
+
+
+def test_a_starting_engine_gives_back_those_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    monkeypatch.setattr(engine, "release_workers", lambda: threads.append(threading.current_thread().name))
+    base, tokenizer = adapterfakes.tiny_base()
+    with Engine(base, tokenizer, None, EngineConfig(max_batch=2, max_context=32)) as running:
+        assert threads == [threading.current_thread().name]
+        assert running.generate(["hello"], None, Sampling(max_tokens=2))[0].error is None
