@@ -1,9 +1,10 @@
 """ALoRA for PyTorch: several low-rank A, one shared B, any number of tasks in one batch."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import reference
 from .integrations.lazy import register_with_peft
+from .later import names_later
 from .modules import FusedALoRALinear
 from .ops import alora_delta, alora_linear, alora_linear_group
 from .recompute import keep_routing
@@ -47,13 +48,7 @@ _LATER = {  # they import PEFT or transformers, which takes seconds: only when a
     "set_task": "integrations.peft",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        import importlib
-
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_later(__name__, _LATER)
 
 
 register_with_peft()

@@ -19,7 +19,9 @@ environment already says otherwise.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..later import names_later
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -72,16 +74,9 @@ __all__ = [
     "shuffled",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    try:
-        module = importlib.import_module(f".{_WHERE[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("flwr", "pydantic"):
-            raise ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'") from error
-        raise
-    return getattr(module, name)
+__getattr__ = names_later(
+    __name__,
+    _WHERE,
+    needs=("flwr", "pydantic"),
+    remedy="federated training needs Flower: pip install 'alora-kernels[federated]'",
+)

@@ -1,6 +1,8 @@
 """Many tasks from one model in memory: task store, continuous batching, an OpenAI-compatible server."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..later import names_later
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineConfig, Stats
@@ -35,10 +37,9 @@ _LATER = {  # the engine imports transformers, which takes seconds
     "TaskStore": "store",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        import importlib
-
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_later(
+    __name__,
+    _LATER,
+    needs=("prometheus_client", "threadpoolctl"),
+    remedy="serving needs prometheus-client and threadpoolctl: pip install 'alora-kernels[serving]'",
+)

@@ -17,7 +17,9 @@ Importing this imports no web framework until a name is asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ...later import names_later
 
 if TYPE_CHECKING:
     from .app import create_app
@@ -25,20 +27,12 @@ if TYPE_CHECKING:
     from .run import bind, serve
 
 _WHERE = {"ServerConfig": "config", "bind": "run", "create_app": "app", "serve": "run"}
-_PACKAGES = ("fastapi", "starlette", "uvicorn", "limits", "pydantic", "anyio")
 
 __all__ = ["ServerConfig", "bind", "create_app", "serve"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    try:
-        module = importlib.import_module(f".{_WHERE[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in _PACKAGES:
-            raise ImportError("the server needs FastAPI: pip install 'alora-kernels[serving]'") from error
-        raise
-    return getattr(module, name)
+__getattr__ = names_later(
+    __name__,
+    _WHERE,
+    needs=("fastapi", "starlette", "uvicorn", "limits", "pydantic", "anyio"),
+    remedy="the server needs FastAPI: pip install 'alora-kernels[serving]'",
+)

@@ -1,0 +1,41 @@
+"""Names of a package that import their module when they are first asked for.
+
+In:   a package and which of its modules defines which name.
+Out:  the package's `__getattr__`.
+Who:  packages whose modules import libraries that take seconds, or that are not always installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def names_later(
+    package: str, where: Mapping[str, str], *, needs: Sequence[str] = (), remedy: str = ""
+) -> Callable[[str], Any]:
+    """A module-level `__getattr__`.
+
+    Args:
+        package: `__name__` of the package.
+        where: name -> the module, below the package, that defines it.
+        needs: libraries that may be missing.
+        remedy: what the ImportError says when one of them is.
+
+    Example:
+        >>> __getattr__ = names_later(__name__, {"Engine": "engine"})
+    """
+
+    def get(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f".{where[name]}", package)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in needs:
+                raise ImportError(remedy) from error
+            raise
+        return getattr(module, name)
+
+    return get
