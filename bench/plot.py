@@ -19,7 +19,8 @@ import typer
 
 from . import readme
 from .machine import ROOT
-from .rows import RESULTS, Row, newest, read
+from .rows import RESULTS, Row, newest
+from .sheet import read
 from .targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
 
 PREDICTED = RESULTS / "static" / "predicted.png"
@@ -33,7 +34,7 @@ def load(folder: Path) -> dict[Path, list[Row]]:
         typer.BadParameter: there is none, or one of them has other columns.
     """
     try:
-        found = {path: newest(read(path)) for path in sorted(folder.glob("*.csv"))}
+        found = {path: newest(read(path, Row)) for path in sorted(folder.glob("*.csv"))}
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--results") from None
     if not any(found.values()):

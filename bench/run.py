@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import cuda
-from .rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row, Sheet
+from .rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row
+from .sheet import Sheet
 from .timing import Clock, Timing, interleaved
 from .work import Candidate, Ready, Work
 
@@ -37,7 +38,7 @@ class Runner:
     """
 
     def __init__(
-        self, sheet: Sheet, base: Row, *, repeats: int, clock: Clock | None = None, console: Console | None = None
+        self, sheet: Sheet[Row], base: Row, *, repeats: int, clock: Clock | None = None, console: Console | None = None
     ) -> None:
         self.sheet, self.base, self.repeats, self.clock = sheet, base, repeats, clock
         self.rows: list[Row] = []

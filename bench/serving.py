@@ -25,8 +25,9 @@ from rich.table import Table
 from . import tables
 from .rows import WRONG
 from .serving_load import POPULARITIES, Load
-from .serving_rows import BASE, MIXED, OURS, PROVIDERS, Key, Row, Sheet, csv_of, goals, judge, medians, run_row
-from .session import INTERRUPTED, choose
+from .serving_rows import BASE, MIXED, OURS, PROVIDERS, Key, Row, csv_of, goals, judge, medians, run_row
+from .session import INTERRUPTED, checked, choose
+from .sheet import Sheet
 
 TASKS = (1, 8, 64, 256)
 TARGET = 16  # tasks at which all providers are compared; one per request in flight
@@ -88,14 +89,10 @@ def main(
     run = run_row("cpu", model, r)
     path = out or csv_of(run)
     console = tables.console()
-    try:
-        sheet = Sheet(path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--out") from None
+    sheet: Sheet[Row] = checked("--out", Sheet, path, Row)
     rows, interrupted = measure(plan, run, sheet)
     report(console, rows, plan)
-    said = f"{sheet.count} row{'' if sheet.count == 1 else 's'} written to {path}"
-    console.print(f"interrupted: {said}" if interrupted else said, soft_wrap=True)
+    console.print(f"interrupted: {sheet.summary}" if interrupted else sheet.summary, soft_wrap=True)
     draw(console, rows, path)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -103,7 +100,7 @@ def main(
         raise typer.Exit(1)
 
 
-def measure(plan: Plan, run: Row, sheet: Sheet) -> tuple[list[Row], bool]:
+def measure(plan: Plan, run: Row, sheet: Sheet[Row]) -> tuple[list[Row], bool]:
     """All rows, and whether Ctrl-C ended it."""
     from alora_kernels.cli.edge import quiet
     from alora_kernels.data import MissingPackageError, load_model

@@ -23,7 +23,8 @@ from matplotlib.ticker import NullLocator
 
 from .figures import BLUE, DARK, DPI, GREEN, GREY, RED
 from .serving_load import POPULARITIES
-from .serving_rows import BASE, MERGED, MIXED, OURS, PROVIDERS, SERIAL, Row, medians, newest, read
+from .serving_rows import BASE, MERGED, MIXED, OURS, PROVIDERS, SERIAL, Row, medians, newest
+from .sheet import read
 
 COLORS = {OURS: BLUE, BASE: GREY, SERIAL: RED, MERGED: "#e08a2e", MIXED: GREEN}
 STYLES = {"uniform": ("o", "-"), "zipf": ("s", "--"), "identical": ("^", ":")}
@@ -123,4 +124,4 @@ def _first_token(axis: Any, rows: Sequence[Row]) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot(newest(read(source)), Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".png"))
+    plot(newest(read(source, Row)), Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".png"))

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
+from alora_kernels.serving.batching import cache_config
 from alora_kernels.serving.openmp import release_workers
 
 from .serving_adapters import Adapters, sharing
@@ -142,35 +143,36 @@ async def _closed_loop(
     return [outcomes[i] for i in range(len(requests))]
 
 
-class Serial:
-    """Stock LoRAs, one task at a time."""
+class Stock:
+    """What the providers with a stock LoRA for each task have in common."""
 
-    def __init__(self, stage: Stage, *, merged: bool = False) -> None:
-        self._stage, self._merged, self.name = stage, merged, MERGED if merged else SERIAL
+    def __init__(self, stage: Stage, name: str) -> None:
+        self._stage, self.name = stage, name
 
     def missing(self, load: Load) -> str | None:
         """Too many LoRAs take long to load."""
-        return _too_many(load)
+        if load.tasks > MOST_LORAS:
+            return f"{load.tasks} LoRAs take minutes to load into PEFT; at {MOST_LORAS} they show what they cost"
+        return None
 
     def adapter_bytes(self, load: Load) -> int:
         """A and B for each task."""
         return load.tasks * self._stage.adapters.lora_bytes
+
+
+class Serial(Stock):
+    """One task at a time, its LoRA beside the weights or merged into them."""
+
+    def __init__(self, stage: Stage, *, merged: bool = False) -> None:
+        super().__init__(stage, MERGED if merged else SERIAL)
+        self._merged = merged
 
     @contextmanager
     def opened(self, load: Load) -> Iterator[Serve]:
         """A running manager of transformers over the model inside the PEFT model."""
         model = self._stage.lora(self.name, load.tasks)
         ours = _engine_config(load)
-        batching = ContinuousBatchingConfig(
-            page_size=ours.page_size,
-            num_blocks=-(-(ours.cache_tokens or 0) // ours.page_size),
-            max_batch_tokens=ours.batch_tokens,
-            max_requests_per_batch=ours.max_batch,
-            allow_block_sharing=False,  # a prefix may be another task's
-            use_async_batching=False,
-            use_cuda_graph=False,
-            auto_switch_to_flash=False,
-        )
+        batching = cache_config(ours.page_size, ours.cache_tokens, ours.batch_tokens, ours.max_batch)
         greedy = GenerationConfig(do_sample=False, max_new_tokens=load.new_tokens, eos_token_id=-1)
         with model.get_base_model().continuous_batching_context_manager(
             generation_config=greedy, continuous_batching_config=batching
@@ -221,21 +223,11 @@ class Serial:
             yield ids[done.request_id], done.timestamps[0], done.timestamps[-1], tuple(done.generated_tokens)
 
 
-class Mixed:
+class Mixed(Stock):
     """PEFT's own mixed batches, wave by wave."""
 
-    name = MIXED
-
     def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def missing(self, load: Load) -> str | None:
-        """Too many LoRAs take long to load."""
-        return _too_many(load)
-
-    def adapter_bytes(self, load: Load) -> int:
-        """A and B for each task."""
-        return load.tasks * self._stage.adapters.lora_bytes
+        super().__init__(stage, MIXED)
 
     @contextmanager
     def opened(self, load: Load) -> Iterator[Serve]:
@@ -282,12 +274,6 @@ def _engine_config(load: Load) -> EngineConfig:
     context = LONGEST + load.new_tokens
     cache = load.concurrency * -(-context // PAGE) * PAGE
     return EngineConfig(load.concurrency, 2 * load.concurrency, context, cache, page_size=PAGE)
-
-
-def _too_many(load: Load) -> str | None:
-    if load.tasks > MOST_LORAS:
-        return f"{load.tasks} LoRAs take minutes to load into PEFT; at {MOST_LORAS} they show what they cost"
-    return None
 
 
 def providers_of(stage: Stage) -> dict[str, Provider]:

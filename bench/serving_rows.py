@@ -1,7 +1,7 @@
-"""The record of `bench serving`, its CSV, medians over repeats, and what is asked for.
+"""The record of `bench serving`, medians over repeats, and what is asked for.
 
 In:   one repeat of one provider under one load.
-Out:  `Row`, appended to a CSV at once; `medians` of the repeats; `judge`d goals.
+Out:  `Row`, a line of a `bench.sheet.Sheet`; `medians` of the repeats; `judge`d goals.
 Who:  `bench.serving` writes and shows, `bench.serving_plot` draws.
 
 A row per repeat, not per median: an interrupted run keeps what it measured. Ratios are taken inside one run (`date`).
@@ -10,10 +10,9 @@ The CSV lies in `results/serving/`, because `bench plot` reads every CSV of `res
 
 from __future__ import annotations
 
-import csv
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,6 @@ class Row:
 
 Key = tuple[str, str, int]
 NUMBERS = tuple(field.name for field in fields(Row) if field.type == "float | None")
-HEADER = [field.name for field in fields(Row)]
-_CASTS: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
 
 
 def run_row(device: str, model: str, r: int) -> Row:
@@ -102,45 +99,6 @@ def csv_of(row: Row) -> Path:
     """Where the rows of this machine and model go."""
     machine = slug(row.device.split(",")[0])
     return FOLDER / f"{machine}-{slug(Path(row.model).name)}.csv"
-
-
-class Sheet:
-    """A CSV file that grows row by row.
-
-    Raises:
-        ValueError: the file exists and has other columns; the message says what to do.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            read(path)
-            return
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(HEADER)
-
-    def add(self, row: Row) -> None:
-        """Append a row, on disk when this returns."""
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([_text(value) for value in asdict(row).values()])
-        self.count += 1
-
-
-def read(path: Path) -> list[Row]:
-    """All rows of a CSV file, oldest first.
-
-    Raises:
-        ValueError: it has other columns than `Row`.
-    """
-    with path.open(newline="") as file:
-        reader = csv.reader(file)
-        if next(reader, []) != HEADER:
-            raise ValueError(f"{path} has other columns than this version writes: move it or choose --out")
-        return [
-            Row(**{f.name: _CASTS.get(str(f.type), str)(text) for f, text in zip(fields(Row), line, strict=True)})
-            for line in reader
-        ]
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -217,7 +175,3 @@ def judge(goal: Goal, found: dict[Key, Row]) -> float | str:
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _text(value: object) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,8 @@ from .rows import FAILED, NOT_AVAILABLE, OK, WRONG
 from .serving_adapters import Check, Truth
 from .serving_load import Load, Outcome, numbers, requests_of
 from .serving_providers import Provider
-from .serving_rows import BASE, Row, Sheet
+from .serving_rows import BASE, Row
+from .sheet import Sheet
 
 WARM_TOKENS = 2  # a prefill and a step
 
@@ -58,7 +59,7 @@ class Runner:
         show: told what is being done.
     """
 
-    sheet: Sheet
+    sheet: Sheet[Row]
     run: Row
     texts: Sequence[tuple[int, ...]]
     truth: Truth

@@ -16,8 +16,9 @@ import typer
 
 from . import tables
 from .machine import this_run
-from .rows import Sheet
+from .rows import Row
 from .run import Runner
+from .sheet import Sheet
 from .targets import Target
 from .timing import Clock
 from .work import Work
@@ -54,25 +55,20 @@ class Session:
             typer.BadParameter: the CSV has other columns.
         """
         console = tables.console()
+        sheet: Sheet[Row] = checked("--out", Sheet, self.out, Row)
+        runner = Runner(sheet, this_run(self.command, self.device), repeats=self.repeats, clock=self.clock)
+        interrupted = False
         try:
-            sheet = Sheet(self.out)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--out") from None
-        with sheet:
-            runner = Runner(sheet, this_run(self.command, self.device), repeats=self.repeats, clock=self.clock)
-            interrupted = False
-            try:
-                runner.run(works, modes)
-            except KeyboardInterrupt:
-                interrupted = True
+            runner.run(works, modes)
+        except KeyboardInterrupt:
+            interrupted = True
         for table in tables.of_cases(runner.rows, self.denominator, self.targets):
             console.print(table)
         measured = {row.case for row in runner.rows}
         asked = [t for t in self.targets if t.case in measured or t.case.endswith("*")]
         if asked and not interrupted:
             console.print(tables.of_targets(runner.rows, asked))
-        said = f"{sheet.count} row{'' if sheet.count == 1 else 's'} written to {self.out}"
-        console.print(f"interrupted: {said}" if interrupted else said, soft_wrap=True)
+        console.print(f"interrupted: {sheet.summary}" if interrupted else sheet.summary, soft_wrap=True)
         if interrupted:
             raise typer.Exit(INTERRUPTED)
         if any(row.status == "wrong" for row in runner.rows):

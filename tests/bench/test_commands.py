@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from bench import cpu, gpu
 from bench.__main__ import app
-from bench.rows import read
+from bench.rows import Row
+from bench.sheet import read
 
 SMALL = ["--m", "32", "--k", "16", "--n", "16", "--e", "4", "--r", "2", "--repeats", "2", "--threads", "1"]
 
@@ -61,7 +62,7 @@ def test_a_layer_from_end_to_end(tmp_path):
         "cpu", "--section", "layer", "--provider", "fused", "--provider", "hoisted", *SMALL, "--out", str(out)
     )
     assert code == 0, said
-    rows = read(out)
+    rows = read(out, Row)
     assert [(row.case, row.provider) for row in rows] == [
         ("layer soft", "fused"), ("layer soft", "hoisted"), ("layer task", "fused"), ("layer task", "hoisted")
     ]  # fmt: skip

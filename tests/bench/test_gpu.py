@@ -13,8 +13,9 @@ from bench.__main__ import app
 from bench.layers import BOTH, FORWARD
 from bench.problem import Case
 from bench.providers import find
-from bench.rows import EAGER, GRAPH, MODES, Row, Sheet, read
+from bench.rows import EAGER, GRAPH, MODES, Row
 from bench.run import Runner
+from bench.sheet import Sheet, read
 from bench.work import LayerWork
 from tests.bench.fakes import CountingClock
 
@@ -38,7 +39,7 @@ def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
     out = tmp_path / "out.csv"
     done = CliRunner().invoke(app, ["gpu", *chosen, "--repeats", "1", "--out", str(out)], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    rows = read(out)
+    rows = read(out, Row)
     assert {row.case for row in rows} == {work.case.name for work in gpu.works()}
     assert {row.mode for row in rows} == set(MODES)
     refused = [row for row in rows if not row.timed]
@@ -52,8 +53,8 @@ def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
 def test_both_modes_on_a_gpu(tmp_path):
     case = Case("small", "task", m=512, k=256, n=512, e=4, dtype=torch.bfloat16, device="cuda")
     work = LayerWork(case, find(["frozen", "fused", "hoisted", "Unsloth-style addmm"]))
-    with Sheet(tmp_path / "out.csv") as sheet:
-        rows = Runner(sheet, Row(), repeats=5, clock=cuda.CudaClock()).run([work], MODES)
+    sheet = Sheet(tmp_path / "out.csv", Row)
+    rows = Runner(sheet, Row(), repeats=5, clock=cuda.CudaClock()).run([work], MODES)
     assert len(rows) == 4 * 2 * 2
     for row in rows:
         assert row.timed, row

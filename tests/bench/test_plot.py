@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.layers import BOTH, FORWARD
 from bench.readme import replace_block
-from bench.rows import EAGER, GRAPH, Row, Sheet
+from bench.rows import EAGER, GRAPH, Row
+from bench.sheet import Sheet
 from bench.targets import SQUARE
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
@@ -32,17 +33,17 @@ def write(folder: Path, *, fused: float = 2.0) -> tuple[Path, Path]:
         case="layer task", routing="task", direction=BOTH, m=16, k=8, n=8, r=2, e=2, dtype="float32",
     )  # fmt: skip
     results = folder / "results"
-    with Sheet(results / "cpu.csv") as sheet:
-        for name, ms in (("fused", fused), ("hoisted", 1.5), ("authors' loop", 5.0), ("frozen", 1.0)):
-            sheet.add(replace(base, provider=name, computes="task", p20_ms=ms, p50_ms=ms, p80_ms=1.1 * ms))
-        sheet.add(replace(base, provider="HydraLoRA", status="wrong"))
-        step = replace(base, case="training step", note="random weights", provider="fused")
-        sheet.add(replace(step, p20_ms=1.0, p50_ms=1.0, p80_ms=1.0))
-    with Sheet(results / "nvidia-h200.csv") as sheet:
-        for mode in (EAGER, GRAPH):
-            for name, ms in (("fused", 1.05), ("frozen", 1.0)):
-                row = replace(base, command="gpu", case=f"task {SQUARE}", direction=FORWARD, mode=mode, provider=name)
-                sheet.add(replace(row, device="NVIDIA H200", p20_ms=ms, p50_ms=ms, p80_ms=ms))
+    sheet = Sheet(results / "cpu.csv", Row)
+    for name, ms in (("fused", fused), ("hoisted", 1.5), ("authors' loop", 5.0), ("frozen", 1.0)):
+        sheet.add(replace(base, provider=name, computes="task", p20_ms=ms, p50_ms=ms, p80_ms=1.1 * ms))
+    sheet.add(replace(base, provider="HydraLoRA", status="wrong"))
+    step = replace(base, case="training step", note="random weights", provider="fused")
+    sheet.add(replace(step, p20_ms=1.0, p50_ms=1.0, p80_ms=1.0))
+    sheet = Sheet(results / "nvidia-h200.csv", Row)
+    for mode in (EAGER, GRAPH):
+        for name, ms in (("fused", 1.05), ("frozen", 1.0)):
+            row = replace(base, command="gpu", case=f"task {SQUARE}", direction=FORWARD, mode=mode, provider=name)
+            sheet.add(replace(row, device="NVIDIA H200", p20_ms=ms, p50_ms=ms, p80_ms=ms))
     readme = folder / "README.md"
     if not readme.exists():
         readme.write_text(README)

@@ -1,4 +1,4 @@
-"""Rows survive the CSV; targets divide what belongs together."""
+"""The newest run counts; targets divide what belongs together."""
 
 from __future__ import annotations
 
@@ -10,30 +10,13 @@ from bench import gpu, machine
 from bench.cpu import LAYER, SECTIONS, works
 from bench.layers import BOTH, FORWARD
 from bench.providers import PROVIDERS
-from bench.rows import EAGER, GRAPH, HEADER, Row, Sheet, newest, read
+from bench.rows import EAGER, GRAPH, Row, newest
 from bench.targets import CPU_TARGETS, GPU_TARGETS, Target, judge
 
 ROW = Row(
     command="gpu", date="2026-01-02 00:00:00", case="task 1", routing="task", direction=FORWARD, mode=GRAPH,
     provider="fused", computes="task", m=1, k=2, n=3, r=4, e=5, p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, peak_mb=10.0,
 )  # fmt: skip
-
-
-def test_rows_survive_the_file_and_are_appended(tmp_path):
-    path = tmp_path / "deep" / "out.csv"
-    rows = [ROW, replace(ROW, status='failed: a, "b"', p20_ms=None, p50_ms=None, p80_ms=None, worst_error=float("inf"))]
-    for row in rows:
-        with Sheet(path) as sheet:
-            sheet.add(row)
-    assert read(path) == rows
-    assert path.read_text().splitlines()[0].split(",") == HEADER
-    assert "pass" in HEADER
-
-
-def test_a_row_is_on_disk_before_the_file_is_closed(tmp_path):
-    with Sheet(tmp_path / "out.csv") as sheet:
-        sheet.add(ROW)
-        assert read(sheet.path) == [ROW]
 
 
 def test_the_newest_run_that_timed_something_counts():

@@ -12,8 +12,9 @@ import typer
 from bench import providers, session
 from bench.layers import BOTH, FORWARD
 from bench.problem import Case
-from bench.rows import EAGER, GRAPH, Row, Sheet, read
+from bench.rows import EAGER, GRAPH, Row
 from bench.run import Runner
+from bench.sheet import Sheet, read
 from bench.targets import FUSED
 from bench.work import LayerWork, Work
 from tests.bench.fakes import WRONG, CountingClock, FakeCandidate, FakeWork, raising
@@ -22,9 +23,8 @@ BASE = Row(command="cpu", commit="abc", date="2026-01-01 00:00:00", device="a ma
 
 
 def run(works: list[Work], path: Path, modes: tuple[str, ...] = (EAGER,)) -> dict[str, Row]:
-    with Sheet(path) as sheet:
-        rows = Runner(sheet, BASE, repeats=3, clock=CountingClock()).run(works, modes)
-    on_disk = [(row.provider, row.direction, row.mode, row.status, row.note) for row in read(path)]
+    rows = Runner(Sheet(path, Row), BASE, repeats=3, clock=CountingClock()).run(works, modes)
+    on_disk = [(row.provider, row.direction, row.mode, row.status, row.note) for row in read(path, Row)]
     assert on_disk == [(row.provider, row.direction, row.mode, row.status, row.note) for row in rows]
     return {row.provider: row for row in rows}
 
@@ -110,11 +110,10 @@ def test_an_interrupt_keeps_the_rows(tmp_path):
         FakeWork([FakeCandidate("first")]),
         FakeWork([FakeCandidate("second", running=raising(KeyboardInterrupt()))]),
     ]
-    with Sheet(path) as sheet:
-        runner = Runner(sheet, BASE, repeats=3, clock=CountingClock())
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(works, [EAGER])
-    assert [row.provider for row in read(path)] == ["first"]
+    runner = Runner(Sheet(path, Row), BASE, repeats=3, clock=CountingClock())
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(works, [EAGER])
+    assert [row.provider for row in read(path, Row)] == ["first"]
 
 
 def _session(path: Path) -> session.Session:
@@ -131,7 +130,7 @@ def test_a_session_that_is_interrupted_says_how_many_rows_are_where(tmp_path, ca
         _session(path).measure(works, [EAGER])
     assert exit_.value.exit_code == session.INTERRUPTED
     assert f"interrupted: 1 row written to {path}" in capsys.readouterr().out
-    assert len(read(path)) == 1
+    assert len(read(path, Row)) == 1
 
 
 def test_a_session_with_a_wrong_result_fails(tmp_path, capsys):

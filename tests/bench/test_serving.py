@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 pytest.importorskip("peft", reason="the baselines are PEFT's")
 
 from alora_kernels import data
-from bench import serving, serving_rows
+from bench import serving
 from bench.rows import OK, WRONG
 from bench.serving_adapters import Adapters, Truth, sharing
 from bench.serving_load import Load, Outcome, Request, by_task, choose, numbers, prompts, requests_of
 from bench.serving_providers import Stage, providers_of
-from bench.serving_rows import BASE, MERGED, MIXED, OURS, PROVIDERS, SERIAL, Row, Sheet, goals, judge, medians, newest
+from bench.serving_rows import BASE, MERGED, MIXED, NUMBERS, OURS, PROVIDERS, SERIAL, Row, goals, judge, medians, newest
 from bench.serving_run import Job, Runner
+from bench.sheet import Sheet, read
 
 LOAD = Load("uniform", tasks=4, concurrency=4, requests=10, new_tokens=6)
 
@@ -225,7 +226,7 @@ class FakeProvider:
 
 
 def runner(tmp_path, truth, texts):
-    return Runner(Sheet(tmp_path / "s.csv"), Row(date="now", device="cpu"), texts, truth)
+    return Runner(Sheet(tmp_path / "s.csv", Row), Row(date="now", device="cpu"), texts, truth)
 
 
 def test_the_runner_times_what_is_right_only(tiny, adapters, truth, texts, tmp_path):
@@ -261,14 +262,14 @@ def test_the_runner_times_what_is_right_only(tiny, adapters, truth, texts, tmp_p
     assert [row.status for row in by_name["fails"]] == ["failed: RuntimeError: no way"]
     assert [row.status for row in by_name["missing"]] == ["not available: too big"]
     assert fakes[1].calls == 1  # verified, never timed
-    assert serving_rows.read(tmp_path / "s.csv") == [
+    assert read(tmp_path / "s.csv", Row) == [
         replace(row, **{n: None if v is None else float(f"{v:.6g}") for n, v in numbers_of(row).items()})
         for row in rows
     ]
 
 
 def numbers_of(row):
-    return {name: getattr(row, name) for name in serving_rows.NUMBERS}
+    return {name: getattr(row, name) for name in NUMBERS}
 
 
 def test_an_interrupted_run_keeps_its_rows(tiny, adapters, truth, texts, tmp_path):
@@ -278,14 +279,8 @@ def test_an_interrupted_run_keeps_its_rows(tiny, adapters, truth, texts, tmp_pat
     run = runner(tmp_path, truth, texts)
     with pytest.raises(KeyboardInterrupt):
         run.measure([Job(FakeProvider("gone", str, "why"), LOAD), Job(FakeProvider("x", interrupts), LOAD)], repeats=1)
-    assert [row.provider for row in run.rows] == [row.provider for row in serving_rows.read(tmp_path / "s.csv")]
+    assert [row.provider for row in run.rows] == [row.provider for row in read(tmp_path / "s.csv", Row)]
     assert [row.provider for row in run.rows] == ["gone"]
-
-
-def test_a_csv_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        Sheet(tmp_path / "other.csv")
 
 
 def row(provider, tasks, speed, popularity="uniform", **columns):
@@ -372,7 +367,7 @@ def test_the_command_from_end_to_end(tmp_path):
     ]
     done = invoke("--model", "tiny-random", *sizes, "--tasks", "2", "--tasks", "1", "--out", str(out))
     assert done.exit_code == 0, done.output
-    rows = serving_rows.read(out)
+    rows = read(out, Row)
     assert all(row.status == OK and row.checked == 12 for row in rows), [(row.provider, row.status) for row in rows]
     assert Counter((row.provider, row.tasks) for row in rows) == {
         (OURS, 16): 1, (OURS, 1): 1, (OURS, 2): 3, (MIXED, 16): 1, (MIXED, 1): 1, (MIXED, 2): 1,
