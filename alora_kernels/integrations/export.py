@@ -11,26 +11,23 @@ with zeros up to R, which changes no output.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .adapter_config import AdapterConfig, checked_config
+from .adapter_folder import read_adapter
 from .lora_folder import check_replaceable, target_names, write_lora
-from .peft.config import ALoRAConfig
-from .peft.files import CONFIG, WEIGHTS
+from .peft import ALoRAConfig, ALoRALayer
 
-KEY = re.compile(r"base_model\.model\.(.+)\.asymlora_(A|B|router)")
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as a folder and in `name=path` of the servers
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.26)
 NO_BASE = "BASE_MODEL"
@@ -117,12 +114,23 @@ class ExportReport:
         return [(task.name, str(task.folder), self.rank, task.bytes) for task in self.tasks]
 
 
-class _Module(NamedTuple):
-    """One module of the adapter, for all tasks: A `[E, R, K]`, B `[N, R]`, s."""
+class _Source(NamedTuple):
+    """An adapter, saved or in memory: its config, module -> s, module -> B `[N, R]`, task -> module -> A `[R, K]`."""
 
-    a: Tensor
-    b: Tensor
-    s: float
+    config: AdapterConfig
+    scaling: dict[str, float]
+    b: dict[str, Tensor]
+    matrices: Callable[[str], dict[str, Tensor]]
+
+    def shared(self, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """s B with zeros up to R columns, rounded once."""
+        scaled = {module: b.double() * self.scaling[module] for module, b in self.b.items()}
+        return {m: _cast(m, pad(b, (0, r - b.shape[1])), dtype or self.b[m].dtype) for m, b in scaled.items()}
+
+    def own(self, task: str, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """A of one task with zeros up to R rows."""
+        own = self.matrices(task)
+        return {m: _cast(m, pad(a, (0, 0, 0, r - a.shape[0])), dtype or a.dtype) for m, a in own.items()}
 
 
 def export_lora(
@@ -158,50 +166,34 @@ def export_lora(
 
     Source: Hu et al. 2021, LoRA; Ban & Ji 2025, ALoRA.
     """
-    config, tensors = _from_model(source) if isinstance(source, PeftModel) else _from_folder(Path(source))
-    _check_fixed(config)
-    modules = _modules(config, tensors)
-    names = _folder_names(tasks, list(config.tasks))
-    r = max(module.b.shape[1] for module in modules.values())
+    given = _from_model(source) if isinstance(source, PeftModel) else _from_folder(source)
+    names = _folder_names(tasks, given.config.tasks)
+    r = max(b.shape[1] for b in given.b.values())
     if rank is not None and rank < r:
         raise ValueError(f"rank must be at least {r}, the adapter's largest, got {rank}: no task fits into less")
     r = rank or r
     out = Path(folder).resolve()
     for name in names.values():
         check_replaceable(out / name, overwrite)
-    wide = {name: _filled(module, r, dtype, name) for name, module in modules.items()}
-    stock, base = _stock_config(config, list(modules), r), config.base_model_name_or_path or None
+    shared = given.shared(r, dtype)
+    for task in names:  # all of them, before the first is written
+        given.own(task, r, dtype)
+    stock, base = _stock_config(given.config, list(shared), r), given.config.base
     written = []
     for task, name in names.items():
-        e = config.tasks.index(task)
         card = CARD.format(base=base or NO_BASE, name=name, rank=r, task=task)
-        size = write_lora(out / name, {m: (a[e], b) for m, (a, b) in wide.items()}, stock, card)
-        written.append(ExportedTask(name, task, out / name, size))
-    return ExportReport(base, r, len(modules), tuple(written))
+        matrices = {module: (a, shared[module]) for module, a in given.own(task, r, dtype).items()}
+        written.append(ExportedTask(name, task, out / name, write_lora(out / name, matrices, stock, card)))
+    return ExportReport(base, r, len(shared), tuple(written))
 
 
-def _from_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Config and tensors of an adapter folder."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}: give an adapter folder that alora_kernels.save_adapter wrote")
-    try:
-        config = ALoRAConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from None
-    if not isinstance(config, ALoRAConfig):
-        raise ValueError(
-            f"{folder} is an adapter of type {config.peft_type.value}, not ALoRA: there is nothing to export"
-        )
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}: save the adapter again")
-    try:
-        return config, load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
+def _from_folder(folder: str | Path) -> _Source:
+    file = read_adapter(folder, only="alora")
+    return _Source(file.config, file.scaling, file.b, file.matrices)
 
 
-def _from_model(model: PeftModel) -> tuple[Any, dict[str, Tensor]]:
-    """Config and tensors of the one active adapter of a model."""
+def _from_model(model: PeftModel) -> _Source:
+    """The one active adapter of a model."""
     configs: Any = model.peft_config
     active = [name for name in model.active_adapters if isinstance(configs[name], ALoRAConfig)]
     if len(active) != 1:
@@ -209,54 +201,25 @@ def _from_model(model: PeftModel) -> tuple[Any, dict[str, Tensor]]:
             f"the model has {len(active)} active ALoRA adapters and one can be exported at a time: choose it with"
             " model.set_adapter(name)"
         )
-    state = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
-    if any(tensor.is_meta for tensor in state.values()):
+    (name,) = active
+    trusted = configs[name].to_dict() | {"rank_pattern": None, "alpha_pattern": None}  # the layers know r and s
+    config = checked_config(f"adapter {name!r} of the model", trusted)
+    base: Any = model.base_model.model
+    layers = {
+        module: layer
+        for module, layer in sorted(base.named_modules(remove_duplicate=False))
+        if isinstance(layer, ALoRALayer) and name in layer.asymlora_spec
+    }
+    if any(layer.asymlora_B[name].is_meta or layer.asymlora_A[name].is_meta for layer in layers.values()):
         raise ValueError("parts of the adapter are offloaded to meta tensors: export its saved folder instead")
-    return configs[active[0]], {key: tensor.detach().cpu() for key, tensor in state.items()}
+    scaling = {module: layer.asymlora_spec[name].scaling for module, layer in layers.items()}
+    b = {module: layer.asymlora_B[name].detach().cpu() for module, layer in layers.items()}
 
+    def matrices(task: str) -> dict[str, Tensor]:
+        row = config.tasks.index(task)
+        return {module: layer.asymlora_A[name][row].detach().cpu() for module, layer in layers.items()}
 
-def _check_fixed(config: Any) -> None:
-    """Raise unless every task is one fixed LoRA."""
-    if config.routing == "soft":
-        raise ValueError(
-            "the adapter routes softly: each token weighs its experts anew, so no fixed LoRA equals it and it cannot be"
-            " exported; serve it with this package"
-        )
-    if config.modules_to_save:
-        trained = ", ".join(sorted(set(config.modules_to_save)))
-        raise ValueError(
-            f"the adapter trained {trained} in full (modules_to_save), which LoRA servers do not load: train without"
-            " modules_to_save, or serve it with this package"
-        )
-    if config.bias != "none":
-        raise ValueError(f"the adapter trained biases (bias={config.bias!r}), which LoRA servers do not load")
-
-
-def _modules(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, _Module]:
-    """Matrices by module, checked against the config."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"the adapter holds {key}, which no LoRA has: it cannot be exported")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds numbers that are not finite: the adapter is broken")
-        parts.setdefault(match[1], {})[match[2]] = tensor
-    if not parts:
-        raise ValueError("the adapter holds no adapted module")
-    modules = {}
-    for name, part in sorted(parts.items()):
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        a, b = part.get("A"), part.get("B")
-        if len(part) != 2 or a is None or b is None or a.shape[:2] != (len(config.tasks), r) or b.shape[1:] != (r,):
-            shapes = {kind: tuple(tensor.shape) for kind, tensor in part.items()}
-            raise ValueError(
-                f"{name} has matrices of shapes {shapes}, which do not fit {len(config.tasks)} tasks of rank {r}:"
-                f" {CONFIG} and {WEIGHTS} do not belong together"
-            )
-        modules[name] = _Module(a, b, config.scaling(r, alpha))
-    return modules
+    return _Source(config, scaling, b, matrices)
 
 
 def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
@@ -281,22 +244,20 @@ def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequen
     return names
 
 
-def _filled(module: _Module, r: int, dtype: torch.dtype | None, name: str) -> tuple[Tensor, Tensor]:
-    """A `[E, R, K]` and s B `[N, R]`, zeros beyond the module's own rank, rounded once."""
-    own = module.b.shape[1]
-    a = torch.nn.functional.pad(module.a, (0, 0, 0, r - own)).to(dtype or module.a.dtype)
-    b = torch.nn.functional.pad(module.b.double() * module.s, (0, r - own)).to(dtype or module.b.dtype)
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError(f"{name}: numbers too large for {a.dtype}: export in float32")
-    return a, b
+def _cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        why = "too large for" if torch.isfinite(tensor).all() else "that are not finite, in"
+        raise ValueError(f"{module} holds numbers {why} {dtype}: export in float32, or train again with a lower rate")
+    return cast
 
 
-def _stock_config(config: Any, modules: Sequence[str], r: int) -> LoraConfig:
+def _stock_config(config: AdapterConfig, modules: Sequence[str], r: int) -> LoraConfig:
     stock = LoraConfig(
         r=r,
         lora_alpha=r,
         task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=config.base,
         revision=config.revision,
         inference_mode=True,
     )

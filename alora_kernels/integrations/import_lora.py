@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..modules.tasks import task_names
-from .lora_folder import PREFIX, LoRAFolder, Shape, check_replaceable, read_lora, target_names
+from .adapter_folder import PREFIX, AdapterFile, Shape, read_adapter
+from .lora_folder import check_replaceable, target_names
 from .peft.config import ALoRAConfig
 from .peft.files import CARD, WEIGHTS, describe_import, written_whole
 from .shared_b import SharedB, rank_for, shared_b
@@ -149,10 +150,12 @@ def import_lora(
         raise ValueError(f"rank must be >= 1, got {rank}")
     target = Path(out).resolve()
     check_replaceable(target, overwrite)
-    adapters = dict(zip(tasks, [read_lora(folder) for folder in folders], strict=True))
-    base, kind = _one_base(adapters), _one_task_type(adapters)
+    adapters = dict(zip(tasks, [read_adapter(folder, only="lora") for folder in folders], strict=True))
     r = rank or max(adapter.rank for adapter in adapters.values())
+    config = _new_config(adapters, r)
     shapes = _common_shapes(adapters, r)
+    # set now: the config itself would make it a set, in no fixed order
+    config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
     tensors, spectra, norms, lost = {}, [], {}, {}
     for module, shape in shapes.items():
         solved = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
@@ -161,19 +164,18 @@ def import_lora(
         norms[module], lost[module] = solved.norms, solved.lost
     _check_all_change(adapters, norms)
     report = ImportReport(
-        base=base,
+        base=config.base_model_name_or_path,
         folder=target,
         rank=r,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        bytes_before=sum(adapter.bytes for adapter in adapters.values()),
+        bytes_before=sum(adapter.stamp.bytes for adapter in adapters.values()),
         ranks={task: adapter.rank for task, adapter in adapters.items()},
         norms=norms,
         lost=lost,
         needed={goal: rank_for(goal, spectra) for goal in GOALS},
         missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
     )
-    names_of = target_names([adapter.config for adapter in adapters.values()], shapes)
-    _write(report, tensors, kind, names_of)
+    _write(report, tensors, config)
     return report
 
 
@@ -189,7 +191,7 @@ def _task_names(folders: Sequence[str | Path], names: Sequence[str] | None) -> t
     return task_names(given)
 
 
-def _one_base(adapters: Mapping[str, LoRAFolder]) -> str | None:
+def _one_base(adapters: Mapping[str, AdapterFile]) -> str | None:
     """The base they share; adapters that name none are taken to fit."""
     bases = {adapter.base: task for task, adapter in adapters.items() if adapter.base}
     if len(bases) > 1:
@@ -201,26 +203,26 @@ def _one_base(adapters: Mapping[str, LoRAFolder]) -> str | None:
     return next(iter(bases), None)
 
 
-def _one_task_type(adapters: Mapping[str, LoRAFolder]) -> str | None:
-    kinds = {str(a.config.task_type): task for task, a in adapters.items() if a.config.task_type}
+def _one_task_type(adapters: Mapping[str, AdapterFile]) -> str | None:
+    kinds = {a.config.task_type: task for task, a in adapters.items() if a.config.task_type}
     if len(kinds) > 1:
         said = ", ".join(f"{task} is {kind}" for kind, task in kinds.items())
         raise ValueError(f"the adapters are of different task types: {said}. Import them separately")
     return next(iter(kinds), None)
 
 
-def _common_shapes(adapters: Mapping[str, LoRAFolder], r: int) -> dict[str, Shape]:
+def _common_shapes(adapters: Mapping[str, AdapterFile], r: int) -> dict[str, Shape]:
     """Every module of any adapter, with the new rank."""
     owners: dict[str, tuple[str, Shape]] = {}
     for task, adapter in adapters.items():
         for module, shape in adapter.shapes.items():
             first, known = owners.setdefault(module, (task, shape))
-            if known[1:] != shape[1:]:
+            if (known.n, known.k) != (shape.n, shape.k):
                 raise ValueError(
                     f"{module} is {known.n} x {known.k} in {first} but {shape.n} x {shape.k} in {task}: these adapters"
                     " are for different models"
                 )
-    return {module: Shape(r, shape.k, shape.n) for module, (_, shape) in sorted(owners.items())}
+    return {module: Shape(shape.n, r, shape.k) for module, (_, shape) in sorted(owners.items())}
 
 
 def _rounded(solved: SharedB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -230,23 +232,25 @@ def _rounded(solved: SharedB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _check_all_change(adapters: Mapping[str, LoRAFolder], norms: Mapping[str, Sequence[float]]) -> None:
+def _check_all_change(adapters: Mapping[str, AdapterFile], norms: Mapping[str, Sequence[float]]) -> None:
     for i, (task, adapter) in enumerate(adapters.items()):
         if not any(row[i] for row in norms.values()):
-            raise ValueError(f"adapter {task} ({adapter.path}) changes nothing: its B A is zero everywhere, as of an"
+            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
                              " adapter that was never trained; leave it out")  # fmt: skip
 
 
-def _write(report: ImportReport, tensors: Mapping[str, Tensor], task_type: str | None, targets: Sequence[str]) -> None:
-    config = ALoRAConfig(
-        r=report.rank,
-        lora_alpha=report.rank,
-        tasks=list(report.tasks),
-        task_type=task_type,
-        base_model_name_or_path=report.base,
+def _new_config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
+    return ALoRAConfig(
+        r=r,
+        lora_alpha=r,
+        tasks=list(adapters),
+        base_model_name_or_path=_one_base(adapters),
+        task_type=_one_task_type(adapters),
         inference_mode=True,
     )
-    config.target_modules = list(targets)  # set later: the config would make it a set, in no fixed order
+
+
+def _write(report: ImportReport, tensors: Mapping[str, Tensor], config: ALoRAConfig) -> None:
     head = HEAD.format(base=report.base or "unknown", n=len(report.tasks), tasks=", ".join(report.tasks),
                        rank=report.rank, error=100 * report.error)  # fmt: skip
     with written_whole(report.folder) as temporary:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lora_folder import Factors, Shape
+from .adapter_folder import Factors, Shape
 
 
 class SharedB(NamedTuple):
@@ -46,7 +46,7 @@ def shared_b(factors: Sequence[Factors | None], shape: Shape) -> SharedB:
 
     Args:
         factors: of each adapter; None where one does not have the module, which counts as D_i = 0.
-        shape: R, K and N of the result. Columns beyond the sum of all ranks are zero.
+        shape: N, R and K of the result. Columns beyond the sum of all ranks are zero.
 
     Returns:
         float64 matrices and what they lose.

@@ -18,7 +18,6 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +32,7 @@ from .openmp import release_workers
 from .request import Completion, Sampling
 from .sampling import Row, random_numbers
 from .store import TaskStore
-from .text import TextStream
+from .text import TextStream, eos_tokens
 
 
 class Engine:
@@ -68,7 +67,7 @@ class Engine:
         self.config = (config or EngineConfig()).resolved(model)
         self.metrics = Metrics()
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
-        self._eos = _eos_tokens(model, tokenizer)
+        self._eos = eos_tokens(model, tokenizer)
         self._book = Book(self.config.max_waiting, self.config.max_batch, self._eos, store, self.metrics)
         self._tokenizing = threading.Lock()  # the backend refuses two threads at once
         self._started = time.perf_counter()
@@ -189,10 +188,8 @@ class Engine:
             raise
 
     def _submit(self, prompt: str | Sequence[int], task: str | None, sampling: Sampling) -> Generation:
-        if task is not None:
-            known = self.store.names() if self.store is not None else []
-            if task not in known:
-                raise UnknownTaskError(task, known)
+        if task is not None and (self.store is None or task not in self.store):
+            raise UnknownTaskError(task, [] if self.store is None else self.store.names())
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         room = self._check_prompt(ids)
         generation = Generation(f"gen-{uuid.uuid4().hex[:24]}", task, len(ids), self._book.cancel)
@@ -295,12 +292,3 @@ def _stop(book: Book, admission: Admission) -> None:
         book.end_all("cancelled", "the engine was stopped", waiting=True)
         book.changed.notify_all()
     admission.stop()
-
-
-def _eos_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the model's own, or the tokenizer's."""
-    for owner in (model.generation_config, model.config, tokenizer):
-        eos = getattr(owner, "eos_token_id", None)
-        if eos is not None:
-            return [eos] if isinstance(eos, int) else list(eos)
-    return []

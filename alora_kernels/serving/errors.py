@@ -1,6 +1,6 @@
 """What can go wrong for one request or one adapter, by name, so that every front end can say it in its own words.
 
-In:   raised by the adapter reader, the task store and the engine.
+In:   raised by the task store and the engine.
 Out:  exceptions with a message for the user; the HTTP server turns each into a status.
 Who:  `Engine.submit`, `TaskStore`; callers catch `ServingError` for all of them.
 """
@@ -42,7 +42,10 @@ class UnknownTaskError(ServingError):
 
 
 class AdapterRefusedError(ServingError):
-    """An adapter folder that does not fit or cannot be trusted; the message says why."""
+    """An adapter folder that does not fit or cannot be trusted; the message says why.
+
+    The store makes it of the `AdapterFolderError` of the reader, which knows nothing of serving.
+    """
 
 
 class QueueFullError(ServingError):

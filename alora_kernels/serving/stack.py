@@ -19,12 +19,11 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..integrations.adapter_config import refused
+from ..integrations.adapter_folder import AdapterFile
 from ..integrations.peft import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..integrations.peft.layer import AdapterSpec
 from ..integrations.peft.targets import check_target, features
-from .adapter_config import refused
-from .adapter_folder import AdapterFile
-from .errors import AdapterRefusedError
 
 ADAPTER = "serving"
 SHOWN = 5  # module names in an error
@@ -63,7 +62,7 @@ class TaskStack:
 
         Raises:
             ValueError: capacity below 1, or a model that has adapters already.
-            AdapterRefusedError: the file does not fit the model, which is then as it was.
+            AdapterFolderError: the file does not fit the model, which is then as it was.
         """
         if capacity < 1:
             raise ValueError(f"capacity must be >= 1, got {capacity}")
@@ -134,7 +133,7 @@ class TaskStack:
         With the stack's s and B fixed, A can be used as it is only where s B is the same.
 
         Raises:
-            AdapterRefusedError: another base, other modules, other shapes, a larger rank, or a B of its own.
+            AdapterFolderError: another base, other modules, other shapes, a larger rank, or a B of its own.
         """
         if file.base and self._base and file.base != self._base:
             raise refused(file.folder, f"was trained on {file.base!r} but this store serves {self._base!r}")
@@ -149,19 +148,21 @@ class TaskStack:
         self._check_b(file)
 
     def _check_b(self, file: AdapterFile) -> None:
-        worst, where = 0.0, ""
+        limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
+        different = {}
         for module, b in file.b.items():
             own = self._layers[module].asymlora_B[ADAPTER][:, : b.shape[1]].to("cpu", torch.float64)
             own, other = own * self._scaling[module], b.to(torch.float64) * file.scaling[module]
             size = max(float(own.abs().max()), float(other.abs().max()), torch.finfo(torch.float64).tiny)
             difference = float((own - other).abs().max()) / size
-            if difference > worst:
-                worst, where = difference, module
-        if worst > (SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B):
+            if not difference <= limit:  # nan, of an s B that is infinite, is no agreement
+                different[module] = difference
+        if different:
+            where = max(different, key=lambda module: different[module])
             raise refused(
                 file.folder,
-                f"its B differs from the B that all tasks share (largest relative difference {worst:.2g} at {where}):"
-                " several LoRAs with B of their own become one ALoRA with `alora import`",
+                f"its B differs from the B that all tasks share (largest relative difference {different[where]:.2g} at"
+                f" {where}): several LoRAs with B of their own become one ALoRA with `alora import`",
             )
 
     def rows(self, file: AdapterFile, task: str) -> dict[str, Tensor]:
@@ -172,7 +173,7 @@ class TaskStack:
             task: one of its tasks.
 
         Raises:
-            AdapterRefusedError: the file changed, or a number is too large for the dtype.
+            AdapterFolderError: the file changed, or a number is too large for the dtype.
         """
         rows = {}
         for module, a in file.matrices(task).items():
@@ -246,7 +247,7 @@ def _cast(file: AdapterFile, module: str, tensor: Tensor, dtype: torch.dtype) ->
     """The tensor in another dtype, unless that makes a number infinite."""
     cast = tensor.to(dtype)
     if not bool(cast.isfinite().all()):
-        raise AdapterRefusedError(f"{file.folder}: {module} holds a number too large for {dtype}: use a wider dtype")
+        raise refused(file.folder, f"{module} holds a number too large for {dtype}: use a wider dtype")
     return cast
 
 

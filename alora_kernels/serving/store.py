@@ -11,25 +11,23 @@ read outside the lock, so requests go on meanwhile; all other work is done under
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..modules.tasks import BASE
-from .adapter_config import refused
-from .adapter_folder import AdapterFile, read_adapter
+from ..integrations.adapter_config import AdapterFolderError, refused
+from ..integrations.adapter_folder import AdapterFile, read_adapter
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
+from .names import chosen
 from .openmp import release_workers
 from .stack import TaskStack
 from .task_info import Lease, TaskInfo
 from .tiers import Record, Tiers
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 class TaskStore:
@@ -84,18 +82,15 @@ class TaskStore:
             raise ValueError("folders must name at least one adapter: the first decides which modules are adapted")
         if resident < 1:
             raise ValueError(f"resident must be >= 1, got {resident}")
-        stack = TaskStack.build(base_model, read_adapter(Path(folders[0])), resident, dtype)
-        try:
+        with ExitStack() as undo:
+            with _refusals():
+                stack = TaskStack.build(base_model, read_adapter(folders[0]), resident, dtype)
+            undo.callback(stack.remove)
             store = cls(stack, host=host, spill=spill)
-            try:
-                for folder in folders:
-                    store.load(Path(folder))
-            except BaseException:
-                store.close()
-                raise
-        except BaseException:
-            stack.remove()
-            raise
+            undo.callback(store.close)
+            for folder in folders:
+                store.load(folder)
+            undo.pop_all()
         return store
 
     @property
@@ -150,13 +145,14 @@ class TaskStore:
             OSError: no memory or disk is left for it; nothing has changed.
         """
         try:
-            return self._load(read_adapter(Path(folder)), name, task, replace)
+            with _refusals():
+                return self._load(read_adapter(folder), name, task, replace)
         finally:
             release_workers()
 
     def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
         self.stack.fit(file)
-        pairs = _chosen(file, name, task)
+        pairs = chosen(file, name, task)
         names = [public for public, _ in pairs]
         with self._lock:
             self._check_names(file, names, replace)
@@ -209,6 +205,10 @@ class TaskStore:
         """The names of all tasks, in the order of their first load."""
         with self._lock:
             return list(self._records)
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return name in self._records
 
     def acquire(self, name: str) -> Lease | None:
         """A slot with the task's rows, which stay until `release`.
@@ -291,23 +291,10 @@ class TaskStore:
         )
 
 
-def _chosen(file: AdapterFile, name: str | None, task: str | None) -> list[tuple[str, str]]:
-    """(name in the store, name in the file) of what is to be loaded.
-
-    Raises:
-        AdapterRefusedError: no such task in the file, or a name that is not allowed.
-    """
-    if task is None and name is not None:
-        task = file.tasks[0] if len(file.tasks) == 1 else name
-    if task is not None and task not in file.tasks:
-        listed = ", ".join(map(repr, file.tasks[:20]))
-        raise refused(file.folder, f"has no task {task!r}: it has {listed}; say which with task=...")
-    pairs = [(own, own) for own in file.tasks] if task is None else [(task if name is None else name, task)]
-    for public, _ in pairs:
-        if public == BASE or not NAME.fullmatch(public):
-            raise AdapterRefusedError(
-                f"{file.folder}: a task cannot be called {public[:140]!r}: names are 1 to 128 letters, digits, '.',"
-                f" '_', ':' or '-' and begin with a letter or digit; load it with task={public[:140]!r} and another"
-                " name=..."
-            )
-    return pairs
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the reader and the stack refuse of a folder is refused here, as an error of serving."""
+    try:
+        yield
+    except AdapterFolderError as error:
+        raise AdapterRefusedError(str(error)) from None

@@ -65,3 +65,12 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that begins the stop text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+def eos_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: the model's own, or the tokenizer's."""
+    for owner in (model.generation_config, model.config, tokenizer):
+        eos = getattr(owner, "eos_token_id", None)
+        if eos is not None:
+            return [eos] if isinstance(eos, int) else list(eos)
+    return []

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from alora_kernels.integrations import import_lora as module
+from alora_kernels.integrations.adapter_folder import Factors, Shape, read_adapter
 from alora_kernels.integrations.export import export_lora
 from alora_kernels.integrations.import_lora import import_lora
-from alora_kernels.integrations.lora_folder import Factors, Shape, read_lora
 from alora_kernels.integrations.shared_b import rank_for, shared_b
 
 from .stock_lora import stock_lora
@@ -60,8 +60,9 @@ def delta(found: Factors | None, shape: Shape) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(12, 10), (6, 20), (20, 6)])
 @pytest.mark.parametrize("rank", [1, 3, 40])
 def test_the_best_b_as_by_the_dense_decomposition(ranks, size, rank):
-    shape = Shape(rank, *size)
-    factors = random_factors(ranks, *size)
+    k, n = size
+    shape = Shape(n, rank, k)
+    factors = random_factors(ranks, k, n)
     got = shared_b(factors, shape)
     dense = [delta(found, shape) for found in factors]
     u, sigma, _ = torch.linalg.svd(torch.cat(dense, 1), full_matrices=False)
@@ -80,7 +81,7 @@ def test_the_best_b_as_by_the_dense_decomposition(ranks, size, rank):
 
 
 def test_no_other_b_is_better():
-    factors, shape = random_factors([3, 3, 3], 10, 12), Shape(4, 10, 12)
+    factors, shape = random_factors([3, 3, 3], 10, 12), Shape(12, 4, 10)
     wide = torch.cat([delta(found, shape) for found in factors], 1)
     lost = sum(x * x for x in shared_b(factors, shape).lost)
     for seed in range(20):
@@ -92,7 +93,7 @@ def test_no_other_b_is_better():
 
 def test_a_module_nobody_changes():
     zero = Factors(torch.randn(2, 5), torch.zeros(4, 2), 1.0)
-    got = shared_b([zero, None], Shape(2, 5, 4))
+    got = shared_b([zero, None], Shape(4, 2, 5))
     assert torch.isfinite(got.b).all()
     assert not (got.b @ got.a).any()
     assert got.lost == [0.0, 0.0]
@@ -149,7 +150,7 @@ def test_the_report_says_what_is_lost(tmp_path):
     for i, folder in enumerate(folders):
         squares = {}
         for name in ("up", "down"):
-            found = read_lora(folder).factors(name)
+            found = read_adapter(folder).factors(name)
             d = delta(found, Shape(0, 0, 0))
             new = load_file(tmp_path / "both" / WEIGHTS)
             made = (
@@ -190,17 +191,18 @@ def test_modules_that_some_do_not_have(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"use_dora": True}, r"DoRA.*use_dora"),
+        ({"use_dora": True}, r"use_dora=True \(DoRA.*more than A and B.*train without it"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "bias on B"),
         ({"modules_to_save": ["head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "token embeddings"),
         ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa_niter_4"}, r"may change the base.*path_initial_model_for_weight_conversion"),
-        ({"peft_type": "ASYMLORA"}, "ALoRA adapter already"),
-        ({"peft_type": "IA3"}, "type IA3, not LORA"),
-        ({"r": 5}, r"down has rank 4 in adapter_model.safetensors but 5"),
+        ({"a_setting_of_tomorrow": 7}, "a_setting_of_tomorrow=7"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"base that it changed.*path_initial_model_for_weight_conversion"),
+        ({"peft_type": "ASYMLORA"}, "is an ALoRA adapter, not a stock LoRA.*alora export"),
+        ({"peft_type": "IA3"}, "is a 'IA3' adapter"),
+        ({"r": 5}, r"down has rank 4 but adapter_config.json says 5"),
     ],
 )
 def test_more_than_plain_lora_is_refused(tmp_path, change, match):
@@ -215,13 +217,13 @@ def test_what_peft_itself_saves_as_more_is_refused(tmp_path):
     model = get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False))
     model.save_pretrained(tmp_path / "head")
     with pytest.raises(ValueError, match="modules_to_save"):
-        read_lora(tmp_path / "head")
+        read_adapter(tmp_path / "head")
     lora(tmp_path / "embed", llama(), target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ValueError, match="part of an embedding"):
-        read_lora(tmp_path / "embed")
+    with pytest.raises(ValueError, match="embed_tokens.*no A or B of a linear layer"):
+        read_adapter(tmp_path / "embed")
     lora(tmp_path / "dora", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
-        read_lora(tmp_path / "dora")
+        read_adapter(tmp_path / "dora")
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -229,26 +231,28 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=match):
             import_lora([tmp_path / "one"], tmp_path / "out")
 
-    refused("one has no adapter_config.json")
+    refused("one: no such folder")
     folder = lora(tmp_path / "one")
     good = load_file(folder / WEIGHTS)
     for key, tensors in {
         "not finite": {**good, UP.format("A"): good[UP.format("A")] * float("inf")},
-        "no fitting pair": {k: v for k, v in good.items() if k != UP.format("A")},
-        "a convolution's": {**good, UP.format("A"): good[UP.format("A")][..., None, None]},
-        "no matrix of a linear layer's LoRA": {**good, "base_model.model.up.lora_magnitude_vector": torch.ones(3)},
-        "holds no adapted module": {},
+        "up has no A": {k: v for k, v in good.items() if k != UP.format("A")},
+        "without convolutions": {**good, UP.format("A"): good[UP.format("A")][..., None, None]},
+        "no A or B of a linear layer": {**good, "base_model.model.up.lora_magnitude_vector": torch.ones(3)},
+        "holds no tensor": {},
         "changes nothing": {k: v * (".lora_A." in k) for k, v in good.items()},
     }.items():
         save_file(tensors, folder / WEIGHTS)
         refused(key)
     (folder / WEIGHTS).write_bytes(b"\0" * 7)
-    refused("adapter_model.safetensors is damaged")
+    refused("adapter_model.safetensors does not read.*damaged")
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     refused("pickle, which could run code")
     (folder / CONFIG).write_text("[]")
-    refused("adapter_config.json is damaged")
-    with pytest.raises(ValueError, match="its subfolders one are adapters"):
+    refused("pickle, which could run code")
+    folder.joinpath("adapter_model.bin").rename(folder / WEIGHTS)
+    refused("adapter_config.json holds a list")
+    with pytest.raises(ValueError, match="one of its subfolders: one"):
         import_lora([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

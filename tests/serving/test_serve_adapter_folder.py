@@ -16,9 +16,9 @@ import torch
 from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
 from safetensors.torch import load_file, save_file
 
+from alora_kernels.integrations.adapter_config import AdapterFolderError
+from alora_kernels.integrations.adapter_folder import read_adapter
 from alora_kernels.integrations.peft.layer import ALoRALayer
-from alora_kernels.serving.adapter_folder import read_adapter
-from alora_kernels.serving.errors import AdapterRefusedError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,7 +35,8 @@ def lora(tmp_path: Path) -> Path:
 
 def test_an_alora_folder_reads_as_it_was_saved(alora):
     file, saved = read_adapter(alora), load_file(alora / WEIGHTS)
-    assert (file.kind, file.tasks, file.base, file.dtype) == ("alora", ("math", "code"), "tiny-random", torch.float32)
+    assert (file.config.kind, file.tasks, file.base) == ("alora", ("math", "code"), "tiny-random")
+    assert (file.dtype, file.rank, file.stamp.bytes) == (torch.float32, 4, (alora / WEIGHTS).stat().st_size)
     assert file.shapes == {"up": (16, 4, 8), "down": (4, 4, 16)}
     assert file.scaling == {"up": 2.0, "down": 2.0}  # alpha defaults to 2 r
     for module in ("up", "down"):
@@ -46,10 +47,13 @@ def test_an_alora_folder_reads_as_it_was_saved(alora):
 
 def test_a_stock_lora_folder_is_one_task_named_after_it(lora):
     file, saved = read_adapter(lora), load_file(lora / WEIGHTS)
-    assert (file.kind, file.tasks, file.scaling["up"]) == ("lora", ("movie",), 2.0)  # alpha 8 / r 4
+    assert (file.config.kind, file.tasks, file.scaling["up"]) == ("lora", ("movie",), 2.0)  # alpha 8 / r 4
     for module in ("up", "down"):
-        assert torch.equal(file.b[module], saved[f"base_model.model.{module}.lora_B.weight"])
-        assert torch.equal(file.matrices("movie")[module], saved[f"base_model.model.{module}.lora_A.weight"])
+        a, b = (saved[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        assert torch.equal(file.b[module], b)
+        assert torch.equal(file.matrices("movie")[module], a)
+        factors = file.factors(module)
+        assert torch.equal(factors.a, a) and torch.equal(factors.b, b) and factors.s == 2.0
 
 
 @pytest.mark.parametrize("make", [alora_folder, lora_folder])
@@ -97,12 +101,58 @@ def test_a_file_replaced_after_it_was_read_is_refused(alora, tmp_path):
     file = read_adapter(alora)
     other = alora_folder(tmp_path / "other", Mlp(), ["math", "code"], seed=5, **MLP)
     os.replace(other / WEIGHTS, alora / WEIGHTS)
-    with pytest.raises(AdapterRefusedError, match="changed while it was read"):
-        file.matrices("math")
+    for read in (lambda: file.matrices("math"), lambda: file.factors("up"), lambda: file.b):
+        with pytest.raises(AdapterFolderError, match="changed while it was read"):
+            read()
+
+
+def test_nothing_is_kept_until_it_is_asked_for(alora):
+    """Folders are imported together that do not fit into the memory together."""
+    file = read_adapter(alora)
+    file.matrices("math"), file.factors("up")
+    assert vars(file).keys() == {"folder", "config", "shapes", "scaling", "dtype", "keys", "stamp"}
+    assert file.b is file.b
+
+
+def test_the_other_kind_is_refused_with_the_command_that_makes_it(alora, lora):
+    assert (read_adapter(alora, only="alora").tasks, read_adapter(lora, only="lora").tasks) == (
+        ("math", "code"), ("movie",),
+    )  # fmt: skip
+    with pytest.raises(AdapterFolderError, match="is an ALoRA adapter, not a stock LoRA: `alora export`"):
+        read_adapter(alora, only="lora")
+    with pytest.raises(AdapterFolderError, match="is a stock LoRA, not an ALoRA adapter: `alora import`"):
+        read_adapter(lora, only="alora")
+
+
+def test_settings_that_leave_the_adapter_at_a_and_b(alora, lora):
+    """How it started and where it was trained: the numbers are the same, and so is what is read."""
+    scaling = read_adapter(lora).scaling
+    starts = {"corda_config": {"beta": 1}, "loftq_config": {"loftq_bits": 4}, "lora_ga_config": {"stable_gamma": 16}}
+    change_config(lora, init_lora_weights=None, lora_dropout=0.5, use_rslora=None, **starts)
+    assert read_adapter(lora).scaling == scaling
+    change_config(alora, tasks=2)
+    assert read_adapter(alora).tasks == ("0", "1")
+
+
+def test_what_a_config_leaves_out_is_what_peft_takes(tmp_path):
+    """PEFT's own defaults: r = 8 and alpha = 8 for LoRA, alpha = 2 r for ALoRA."""
+    for make, args, s in ((alora_folder, [["math"]], 2.0), (lora_folder, [], 1.0)):
+        folder = make(tmp_path / make.__name__, Mlp(), *args, r=8, **MLP)
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k not in ("r", "lora_alpha")}))
+        file = read_adapter(folder)
+        assert (file.rank, file.scaling) == (8, {"up": s, "down": s})
+
+
+def test_a_name_with_a_space_is_a_name(tmp_path):
+    base = torch.nn.ModuleDict({"my up": torch.nn.Linear(3, 5)})
+    assert read_adapter(alora_folder(tmp_path / "a", base, ["x"], target_modules=["my up"], task_type=None)).shapes == {
+        "my up": (5, 4, 3)
+    }
 
 
 def test_an_unknown_task(alora):
-    with pytest.raises(AdapterRefusedError, match="no task 'law'.*'math', 'code'"):
+    with pytest.raises(AdapterFolderError, match="no task 'law'.*'math', 'code'"):
         read_adapter(alora).matrices("law")
 
 
@@ -151,19 +201,23 @@ REFUSED = [
     (edit(peft_type="IA3"), "'IA3' adapter"),
     (edit(peft_type=None), "None adapter"),
     (edit(peft_type=["LORA"]), "only ASYMLORA"),
-    (edit(routing="soft"), "weighs its experts per token: it has no tasks.*generate"),
-    (edit(modules_to_save=["head"]), r"holds modules_to_save=\['head'\], which cannot be served per task"),
+    (edit(routing="dense"), "routing must be task or soft"),
+    (edit(routing="soft"), "weighs its experts for each token anew: it has no tasks.*no fixed LoRA.*generate"),
+    (edit(modules_to_save=["head"]), r"modules_to_save=\['head'\] \(modules trained in full\), which is more than A"),
     (edit(bias="all"), "holds biases"),
     (edit(use_dora=True), "holds use_dora=True"),
     (edit(trainable_token_indices=[1]), "holds trainable_token_indices"),
     (edit(alora_invocation_tokens=[1]), "holds alora_invocation_tokens"),
     (edit(a_setting_of_tomorrow=7), "holds a_setting_of_tomorrow=7"),
+    (edit(**{"\x1b[2J\ud800": "\x07"}), r"holds \?\[2J\?=\?, which"),
     (edit(init_lora_weights="pissa_niter_4"), "starts from a base that it changed"),
     (edit(r=0), "r must be a whole number"),
     (edit(r=True), "r must be a whole number"),
     (edit(r=8), "rank 4 but adapter_config.json says 8"),
     (edit(lora_alpha=float("nan")), "lora_alpha must be a finite number"),
     (edit(lora_alpha="8"), "lora_alpha must be a finite number"),
+    (edit(lora_alpha=10**400), "lora_alpha must be a finite number"),
+    (edit(r=10**400), "r must be a whole number"),
     (edit(use_rslora="yes"), "use_rslora must be true or false"),
     (edit(rank_pattern=[4]), "rank_pattern must map"),
     (edit(alpha_pattern={"up": "x"}), "must be a finite number"),
@@ -171,6 +225,9 @@ REFUSED = [
     (edit(alpha_pattern={"a*b*c*d": 3}), "may take forever"),
     (edit(alpha_pattern={"(up": 3}), "no regular expression"),
     (edit(tasks=None), "tasks must be a list"),
+    (edit(tasks=2**16 + 1), "tasks must be a list of names, or at most 65536"),
+    (edit(tasks=0), "at least one task"),
+    (edit(tasks=True), "tasks must be a list"),
     (edit(tasks=["a", "a"]), "must be unique"),
     (edit(tasks=["a", 1]), "must be strings"),
     (edit(tasks=["a", "b", "c"]), r"A is \[2, 4, 16\] .*must be \[3 tasks, R, K\]"),
@@ -186,10 +243,11 @@ REFUSED = [
     (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(())})), "must be"),
     (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 4, 0)})), "must be"),
     (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(16, 4, dtype=torch.int32)})), "up is stored as I32"),
-    (weights(lambda t: t.update({UP + "asymlora_router": torch.ones(2, 8)})), "holds '.*router', which cannot be"),
+    (weights(lambda t: t.update({UP + "asymlora_router": torch.ones(2, 8)})), "holds '.*router', no A or B"),
     (weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2, 8)})), "holds 'base_model.model.head"),
     (weights(lambda t: t.update({UP + "lora_magnitude_vector": torch.ones(16)})), "holds '.*magnitude"),
     (weights(lambda t: t.update({"base_model.model.\x1b[2J.asymlora_A": torch.ones(2)})), r"holds '.*\\x1b\[2J"),
+    (weights(lambda t: t.update({f"{UP}{'x' * 254}.asymlora_A": torch.ones(2)})), "holds '.*x', no A or B"),
     (not_finite("A", float("nan")), "down holds numbers that are not finite"),
     (not_finite("B", float("inf")), "down holds numbers that are not finite"),
 ]
@@ -198,7 +256,7 @@ REFUSED = [
 @pytest.mark.parametrize(("spoil", "why"), REFUSED, ids=[f"{i}-{why[:20]}" for i, (_, why) in enumerate(REFUSED)])
 def test_what_cannot_be_served_is_refused_with_its_reason(alora, spoil, why):
     spoil(alora)
-    with pytest.raises(AdapterRefusedError, match=f"^{re.escape(str(alora))}: .*{why}"):
+    with pytest.raises(AdapterFolderError, match=f"^{re.escape(str(alora))}: .*{why}"):
         read_adapter(alora)
 
 
@@ -213,21 +271,29 @@ def test_what_cannot_be_served_is_refused_with_its_reason(alora, spoil, why):
 )
 def test_stock_loras_that_are_more_than_a_and_b(tmp_path, settings, why):
     folder = lora_folder(tmp_path / "a", Mlp(), **(MLP | settings))
-    with pytest.raises(AdapterRefusedError, match=why):
+    with pytest.raises(AdapterFolderError, match=why):
         read_adapter(folder)
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     if settings.get("init_lora_weights") is None:  # then the tensors tell
-        with pytest.raises(AdapterRefusedError, match="which cannot be served per task"):
+        with pytest.raises(AdapterFolderError, match="no A or B of a linear layer"):
             read_adapter(folder)
 
 
 def test_paths_that_are_no_folder(tmp_path, alora):
-    with pytest.raises(AdapterRefusedError, match="no such folder"):
+    with pytest.raises(AdapterFolderError, match="no such folder"):
         read_adapter(tmp_path / "nowhere")
-    with pytest.raises(AdapterRefusedError, match="is a file: give the folder"):
+    with pytest.raises(AdapterFolderError, match="is a file: give the folder"):
         read_adapter(alora / WEIGHTS)
-    with pytest.raises(AdapterRefusedError, match="one of its subfolders: alora"):
+    with pytest.raises(AdapterFolderError, match="one of its subfolders: alora"):
         read_adapter(tmp_path)
+    deep = str(tmp_path)
+    while len(deep) < 4085:  # the folder's own name is within Linux's 4096 bytes, that of its config is not
+        deep += "/" + "x" * min(200, 4085 - len(deep) - 1)
+    if sys.platform.startswith("linux"):
+        os.makedirs(deep)
+    for path in (deep, tmp_path / ("x" * 4000)):
+        with pytest.raises(AdapterFolderError, match="cannot be looked at|no such folder"):
+            read_adapter(path)
 
 
 def test_a_hostile_pickle_is_not_read_even_beside_good_weights(alora, tmp_path):
@@ -238,7 +304,7 @@ def test_a_hostile_pickle_is_not_read_even_beside_good_weights(alora, tmp_path):
     (alora / "adapter_model.bin").write_bytes(pickle.dumps(Touch()))
     read_adapter(alora)
     (alora / WEIGHTS).unlink()
-    with pytest.raises(AdapterRefusedError, match="pickle"):
+    with pytest.raises(AdapterFolderError, match="pickle"):
         read_adapter(alora)
     assert not (tmp_path / "owned").exists()
 

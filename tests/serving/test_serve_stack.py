@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch import nn
 
 from alora_kernels import route
+from alora_kernels.integrations.adapter_config import AdapterFolderError
+from alora_kernels.integrations.adapter_folder import read_adapter
 from alora_kernels.integrations.peft import ALoRALayer
 from alora_kernels.serving import stack as module
-from alora_kernels.serving.adapter_folder import read_adapter
-from alora_kernels.serving.errors import AdapterRefusedError
 from alora_kernels.serving.stack import ADAPTER, TaskStack
 
 
@@ -210,7 +210,7 @@ def _with_up(up: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("make", "why"), BAD_BASES)
 def test_a_base_that_does_not_fit_is_refused_untouched(tmp_path, make, why):
     folder, base = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), make()
-    with pytest.raises(AdapterRefusedError, match=why):
+    with pytest.raises(AdapterFolderError, match=why):
         TaskStack.build(base, read_adapter(folder), 2)
     assert_as_before(base, make())
 
@@ -219,11 +219,11 @@ def test_numbers_that_the_dtype_cannot_hold(tmp_path):
     folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
     stack = mlp_stack(folder, dtype=torch.float16)
     change_weights(folder, lambda t: t["base_model.model.up.asymlora_A"].fill_(1e6))
-    with pytest.raises(AdapterRefusedError, match=r"up holds a number too large for torch\.float16"):
+    with pytest.raises(AdapterFolderError, match=r"up holds a number too large for torch\.float16"):
         stack.rows(read_adapter(folder), "math")
     change_weights(folder, lambda t: t["base_model.model.up.asymlora_B"].fill_(1e6))
     base = Mlp()
-    with pytest.raises(AdapterRefusedError, match=r"too large for torch\.float16"):
+    with pytest.raises(AdapterFolderError, match=r"too large for torch\.float16"):
         TaskStack.build(base, read_adapter(folder), 2, torch.float16)
     assert_as_before(base, Mlp())
 
@@ -283,14 +283,22 @@ def test_folders_that_do_not_fit(tmp_path, settings, spoil, why):
     other = alora_folder(tmp_path / "b", Mlp(), ["code"], **({"seed": 1, "seed_b": 0} | MLP | settings))
     if spoil:
         spoil(other)
-    with pytest.raises(AdapterRefusedError, match=why):
+    with pytest.raises(AdapterFolderError, match=why):
+        stack.fit(read_adapter(other))
+
+
+def test_an_infinite_s_b_is_not_the_shared_one(tmp_path):
+    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
+    other = alora_folder(tmp_path / "b", Mlp(), ["code"], seed=1, seed_b=0, alpha_pattern={"up": 1e308}, **MLP)
+    change_weights(other, lambda t: t["base_model.model.up.asymlora_B"].fill_(1e30))
+    with pytest.raises(AdapterFolderError, match="its B differs.* nan at up"):
         stack.fit(read_adapter(other))
 
 
 def test_other_shapes_do_not_fit(tmp_path):
     stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
     other = alora_folder(tmp_path / "b", _with_up(nn.Linear(6, 16)), ["code"], **MLP)
-    with pytest.raises(AdapterRefusedError, match="up maps 6 features to 16 but the base maps 8 to 16"):
+    with pytest.raises(AdapterFolderError, match="up maps 6 features to 16 but the base maps 8 to 16"):
         stack.fit(read_adapter(other))
 
 
@@ -298,7 +306,7 @@ def test_at_most_five_modules_are_listed(llama, tmp_path):
     file = read_adapter(alora_folder(tmp_path / "a", llama, ["math"]))
     stack = TaskStack.build(deepcopy(llama), file, 1)
     other = read_adapter(alora_folder(tmp_path / "b", llama, ["math"], target_modules=["q_proj"]))
-    with pytest.raises(AdapterRefusedError, match=r"missing (\S+, ){4}\S+ and 7 more$"):
+    with pytest.raises(AdapterFolderError, match=r"missing (\S+, ){4}\S+ and 7 more$"):
         stack.fit(other)
 
 
@@ -315,7 +323,7 @@ def test_a_scale_folded_into_b_fits(tmp_path):
     change_weights(folded, lambda t: t.update({f"base_model.model.{m}.lora_B.weight": 2 * b[m] for m in b}))
     stack.fit(read_adapter(folded))
     change_config(folded, lora_alpha=8)
-    with pytest.raises(AdapterRefusedError, match="largest relative difference 0.5"):
+    with pytest.raises(AdapterFolderError, match="largest relative difference 0.5"):
         stack.fit(read_adapter(folded))
 
 
@@ -325,7 +333,7 @@ def test_b_in_16_bits_fits_to_rounding(tmp_path, dtype):
     other = alora_folder(tmp_path / "b", Mlp(), ["x"], seed=1, seed_b=0, **MLP)
     stack.fit(read_adapter(other))
     change_weights(other, lambda t: t["base_model.model.up.asymlora_B"].mul_(1.03))
-    with pytest.raises(AdapterRefusedError, match="its B differs"):
+    with pytest.raises(AdapterFolderError, match="its B differs"):
         stack.fit(read_adapter(other))
 
 

@@ -18,8 +18,8 @@ from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, 
 from peft import PeftModel
 
 from alora_kernels import atomic, route
-from alora_kernels.serving.adapter_folder import read_adapter
-from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, UnknownTaskError
+from alora_kernels.integrations.adapter_folder import read_adapter
+from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
 from alora_kernels.serving.stack import TaskStack
 from alora_kernels.serving.store import Lease, TaskStore
 from alora_kernels.serving.tiers import Tiers
@@ -304,6 +304,23 @@ def test_unknown_tasks_and_bad_arguments(tmp_path):
             TaskStore.open(Mlp(), [tmp_path / "first"], **options)
     with pytest.raises(ValueError, match="folders must name at least one"):
         TaskStore.open(Mlp(), [])
+
+
+def test_refusals_of_the_reader_and_of_the_stack_are_servings_own(tmp_path):
+    """One `except ServingError` is enough around everything of a store."""
+    store = opened(tmp_path, "a")
+    unfit = mlp_folder(tmp_path / "unfit", "b", r=8)
+    for refuse in (
+        lambda: store.load(tmp_path / "nowhere"),
+        lambda: store.load(tmp_path / ("x" * 4000)),  # longer than the system allows
+        lambda: store.load(unfit),
+        lambda: store.load(unfit, name="../up"),
+        lambda: TaskStore.open(Mlp(), [tmp_path / "nowhere"]),
+        lambda: TaskStore.open(torch.nn.Linear(2, 2), [unfit]),
+    ):
+        with pytest.raises(ServingError) as caught:
+            refuse()
+        assert type(caught.value) is AdapterRefusedError
 
 
 REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any] | None, dict[str, Any], str]] = [

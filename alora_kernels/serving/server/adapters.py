@@ -72,10 +72,7 @@ def router(served: Served) -> APIRouter:
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
 
         load = partial(store.load, folder, name=asked.lora_name, task=asked.task, replace=asked.load_inplace)
-        try:
-            await run_sync(load, limiter=one_at_a_time)
-        except OSError as error:  # a path longer than the system allows, a disk that fails
-            raise ApiError(400, f"the adapter cannot be read: {error.strerror}", "lora_path") from None
+        await run_sync(load, limiter=one_at_a_time)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter")
