@@ -1,7 +1,7 @@
 """An engine without a model: it keeps the engine's contract, and answers with words at a pace and with faults as told.
 
 In:   names of tasks; how long an answer is; how long a step takes; a gate that holds every step.
-Out:  `FakeEngine`, and `running(engine, config)`: a real HTTP server around it on a free port of this machine.
+Out:  `FakeEngine`; `httpserver.running` puts a real HTTP server around it.
 Who:  tests of the HTTP server; anything that needs a server whose answers are known and whose speed is not the point.
 
 The answer to a prompt on task "movie" is "movie0 movie1 movie2 ...", one word a token. A prompt with the word "boom"
@@ -10,11 +10,11 @@ fails after its first token. `hold()` stops all answers where they are and `go()
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class FakeStore:
     ) -> list[TaskInfo]:
         self.loads.append({"folder": folder, "name": name, "task": task, "replace": replace})
         assert self.reading.wait(30)
-        if not (folder / "adapter_config.json").is_file():
+        if not os.path.isfile(folder / "adapter_config.json"):  # False, not an error, where a path is too long
             raise AdapterRefusedError(f"{folder}: no adapter_config.json")
         name = name or folder.name
         if name in self._tasks and not replace:
@@ -276,27 +276,3 @@ class FakeEngine:
         self.metrics.ended(completion)
         run.generation.push(Piece(text, len(run.told), reason), completion)
         self._lock.notify_all()
-
-
-@contextmanager
-def running(engine: Any, config: Any = None) -> Iterator[str]:
-    """A real server on a free port of this machine, in a thread; yields its address."""
-    import uvicorn
-
-    from alora_kernels.serving.server import ServerConfig, bind, create_app
-
-    bound = bind("127.0.0.1", 0)
-    app = create_app(engine, config or ServerConfig("tiny"))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    end = time.monotonic() + 30
-    while not server.started:
-        assert thread.is_alive() and time.monotonic() < end, "the server did not start"
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive(), "the server did not end"

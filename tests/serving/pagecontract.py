@@ -3,12 +3,17 @@
 In:   a subclass with a fixture `page_server`, the address of a server with the tasks movie, spam and news; a fixture
       `browser` of its module, made by `chromium.launched`.
 Out:  `PageContract`, tests to inherit; the steps they are made of.
-Who:  test_serve_page.py: the fake, and the real HTTP application.
+Who:  test_serve_page.py: a fake server, and the real HTTP application around a fake engine; test_serve_page_engine.py:
+      the real engine.
+
+Waiting is done by locators. `page.wait_for_function` looks again with `eval`, which the page's policy forbids: it works
+only where the first look succeeds.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,11 @@ def state(page: Any, task: str, wanted: str) -> str:
     return shown.inner_text()
 
 
+def shown(page: Any, id: str, wanted: str) -> None:
+    """Waits until the element says exactly this."""
+    page.locator(f"#{id}").filter(has_text=re.compile(f"^{re.escape(wanted)}$")).wait_for()
+
+
 def text(page: Any, task: str) -> str:
     return page.locator(f'.card[data-task="{task}"] .answer').text_content()
 
@@ -57,8 +67,28 @@ def overflow(page: Any) -> int:
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
+def stats(page: Any, url: str) -> dict[str, Any]:
+    return page.request.get(f"{url}/stats").json()
+
+
+def runs(page: Any, url: str, wanted: int) -> None:
+    """Waits until the server has so many answers at work."""
+    end = time.monotonic() + 60
+    while (now := stats(page, url)["running"]) != wanted:
+        assert time.monotonic() < end, f"the server runs {now} answers, not {wanted}"
+        page.wait_for_timeout(20)
+
+
 class PageContract:
-    """Holds on every server with the tasks movie, spam and news; a subclass gives `page_server`, the address of one."""
+    """Holds on every server with the tasks movie, spam and news; a subclass gives `page_server`, the address of one.
+
+    Attributes:
+        several: tokens of answers that take long enough to run side by side.
+        endless: tokens of an answer that takes far longer than a few clicks.
+    """
+
+    several = 40
+    endless = 900
 
     @pytest.fixture
     def context(self, browser: Any) -> Iterator[Any]:
@@ -77,10 +107,10 @@ class PageContract:
         return page
 
     def test_loads_from_its_own_origin_without_a_complaint(self, page: Any, page_server: str) -> None:
-        page.wait_for_function("document.getElementById('tasks').textContent === '3 / 3'")
-        assert page.locator("#state").inner_text() == "ready"
+        shown(page, "tasks", "3 / 3")
+        shown(page, "state", "ready")
         assert page.seen.errors == []
-        assert page.seen.origins == {page_server.rstrip("/")}
+        assert page.seen.origins == {page_server}
 
     def test_one_task_streams(self, page: Any) -> None:
         choose(page, "spam")
@@ -107,10 +137,47 @@ class PageContract:
             }).observe(document.getElementById('cards'), { subtree: true, characterData: true, childList: true });
         }""")
         choose(page, *TASKS)
-        ask(page, max_tokens=40)
+        ask(page, max_tokens=self.several)
         assert {state(page, task, ENDED) for task in TASKS} == {"done"}
         grown = page.evaluate("Object.fromEntries(Object.entries(window.growth).map(([k, v]) => [k, v.size]))")
         assert len([task for task in TASKS if grown.get(task, 0) > 1]) >= 2, grown
+
+    def test_stop_one_then_all(self, page: Any, page_server: str) -> None:
+        """Of three answers the server must give up one, then the others: it may not write them for nobody."""
+        before = stats(page, page_server)["tokens_generated"]
+        choose(page, *TASKS)
+        ask(page, max_tokens=self.endless)
+        for task in TASKS:
+            state(page, task, "streaming")
+        assert page.locator("#send").is_disabled()
+        part(page, "spam", "stop").click()
+        assert state(page, "spam", ENDED) == "stopped"
+        assert page.evaluate("document.activeElement.textContent") == "Again"  # the keyboard keeps its place
+        runs(page, page_server, 2)
+        assert part(page, "movie", "state").inner_text() == part(page, "news", "state").inner_text() == "streaming"
+        page.click("#stop-all")
+        assert state(page, "movie", ENDED) == state(page, "news", ENDED) == "stopped"
+        left = [text(page, task) for task in TASKS]
+        runs(page, page_server, 0)
+        assert stats(page, page_server)["tokens_generated"] - before < 2 * self.endless
+        assert [text(page, task) for task in TASKS] == left
+        assert page.locator("#send").is_enabled()
+
+    def test_a_page_that_is_left_ends_its_answer(self, page: Any, page_server: str) -> None:
+        before = stats(page, page_server)["tokens_generated"]
+        choose(page, "movie")
+        ask(page, max_tokens=self.endless)
+        state(page, "movie", "streaming")
+        page.reload()
+        page.wait_for_selector("#choices input")
+        runs(page, page_server, 0)
+        assert stats(page, page_server)["tokens_generated"] - before < self.endless
+
+    def test_an_empty_prompt_is_not_sent(self, page: Any) -> None:
+        choose(page, "movie")
+        ask(page, "")
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        assert page.locator(".card").count() == 0
 
     def test_the_prompt_is_text(self, page: Any) -> None:
         prompt = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -122,7 +189,7 @@ class PageContract:
         assert page.title() == "alora playground"
 
     def test_says_when_the_server_is_gone_and_when_it_is_back(self, page: Any) -> None:
-        page.wait_for_function("document.getElementById('state').textContent === 'ready'")
+        shown(page, "state", "ready")
         page.context.set_offline(True)
         page.get_by_text("The server cannot be reached").wait_for()
         assert page.locator("#state").inner_text() == "offline"

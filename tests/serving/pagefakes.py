@@ -1,7 +1,7 @@
 """For tests of the playground: a server with its endpoints that streams words, at the pace and with the faults told.
 
 In:   `FakeServer(tasks, delay, key, faults)`; a test may change them while it runs.
-Out:  `running(fake)` yields the address of a real server on a free port of this machine.
+Out:  `fake.app()`, for `httpserver.listening`.
 Who:  test_serve_page.py.
 
 The page is served as the real server must: files of serving/server/page at the root, nothing but this origin allowed.
@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -42,18 +37,17 @@ class FakeServer:
         allowed: an answer waits while it has so many words; raise it to let all go on.
         key: API key that is asked for, if any.
         faults: task -> "refuse" (400), "full" (429), "event" (an error in the stream), "cut" (the stream ends early).
-        bodies, cancelled: what was asked, and the tasks whose reader went away.
+        bodies: what was asked.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["movie", "spam", "news"])
     delay: float = 0.01
-    words: int = 40
+    words: int = 5000
     allowed: int = 10**9
     key: str | None = None
     state: str = "ready"
     faults: dict[str, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    cancelled: list[str] = field(default_factory=list)
     stats_asked: int = 0
     running: int = 0
     tokens: int = 0
@@ -131,9 +125,6 @@ class FakeServer:
             yield event({"choices": [{"index": 0, "text": "", "finish_reason": finish}], "usage": None})
             yield event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(words)}})
             yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            self.cancelled.append(body["model"])
-            raise
         finally:
             self.running -= 1
 
@@ -144,24 +135,3 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> R
 
 def event(data: object) -> str:
     return f"data: {json.dumps(data)}\n\n"
-
-
-@contextmanager
-def running(fake: FakeServer) -> Iterator[str]:
-    """Serves it in a thread; yields the address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(fake.app(), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        if time.monotonic() > deadline or not thread.is_alive():
-            raise RuntimeError("the fake server did not start within 20 s")
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()

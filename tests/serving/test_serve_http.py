@@ -8,7 +8,8 @@ import time
 
 import httpx
 import pytest
-from enginefakes import FakeEngine, running
+from enginefakes import FakeEngine
+from httpserver import running
 
 from alora_kernels.serving.errors import NotServingError, QueueFullError
 from alora_kernels.serving.server import ServerConfig, create_app

@@ -10,7 +10,8 @@ import time
 
 import httpx
 import pytest
-from enginefakes import FakeEngine, running
+from enginefakes import FakeEngine
+from httpserver import running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_serve_http import ASK, call, post, refused

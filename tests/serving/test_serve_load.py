@@ -17,7 +17,7 @@ import openai
 import pytest
 import torch
 from adapterfakes import alora_folder, tiny_base
-from enginefakes import running
+from httpserver import running
 from truth import alone, merged_models
 
 from alora_kernels.serving import Engine, EngineConfig, TaskStore

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from enginefakes import FakeEngine, running
+from enginefakes import FakeEngine
+from httpserver import running
 
 from alora_kernels.serving.errors import QueueFullError
 from alora_kernels.serving.server import ServerConfig

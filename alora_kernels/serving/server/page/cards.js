@@ -12,6 +12,7 @@
 import { complete } from "./api.js";
 import { copy } from "./snippets.js";
 
+const EMPTY = { done: "The answer has no text.", stopped: "Stopped before the first word." };
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
 export class Card {
@@ -43,6 +44,7 @@ export class Card {
     this.control = new AbortController();
     this.answer.replaceChildren(document.createTextNode(""));
     this.answer.ariaBusy = "true";
+    this.answer.dataset.note = "";
     this.problem.hidden = true;
     this.time = { sent: null, first: null, last: null };
     this.tokens = 0;
@@ -52,6 +54,7 @@ export class Card {
     this.measure();
     this.ended = this.stream().finally(() => {
       this.answer.ariaBusy = "false";
+      if (!this.answer.textContent.trim()) this.answer.dataset.note = EMPTY[this.state()] ?? "";
       this.measure();
     });
     this.onRun(this);

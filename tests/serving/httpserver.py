@@ -1,0 +1,49 @@
+"""A real HTTP server in a thread, on a free port of this machine.
+
+In:   an ASGI application; or an engine, real or fake, that our application is put around.
+Out:  `listening(app)` and `running(engine, config)` yield the address, without a slash at the end.
+Who:  every test that needs a socket: OpenAI's client, load, limits, the playground in a browser.
+
+A client that keeps its connection open holds the end up for one second, not longer.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+STARTING, ENDING = 30.0, 20.0  # seconds
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The application behind uvicorn; a server that does not start or end is an error."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        end = time.monotonic() + STARTING
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < end, "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield "http://127.0.0.1:{1}".format(*bound.getsockname())
+        finally:
+            server.should_exit = True
+            thread.join(ENDING)
+            assert not thread.is_alive(), "the server did not end"
+
+
+@contextmanager
+def running(engine: Any, config: Any = None) -> Iterator[str]:
+    """Our application around an engine that was started; `config` is a `ServerConfig`, or the base is called tiny."""
+    from alora_kernels.serving.server import ServerConfig, create_app
+
+    with listening(create_app(engine, config or ServerConfig("tiny"))) as url:
+        yield url
