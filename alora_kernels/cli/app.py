@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..integrations.budget import METHODS
 from .edge import USER_ERRORS, fail, quiet
 from .fed import app as federated
 from .lora import export_lora, import_lora
@@ -46,19 +47,27 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML; `tasks: \\[trec, spam]` is enough, see examples/train.yaml")],
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
+    method: Annotated[
+        str | None, typer.Option(help=f"instead of the recipe's: {', '.join(METHODS)}", metavar="METHOD")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder, instead of the recipe's")] = None,
 ) -> None:
-    """Train as a recipe says, judge every task, save the adapter."""
+    """Train as a recipe says, judge every task, save the adapter.
+
+    The method is ALoRA, or one it is compared with: same data, steps and seeds.
+    """
     quiet()
     from . import train as steps
     from .recipe import load_recipe
 
     try:
-        recipe = load_recipe(config)
+        recipe = load_recipe(config).instead(method, output)
         job = steps.load(recipe)
+        steps.show_method(job)
         trainer = steps.trainer_for(job, save=True)
         trainer.train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
         steps.save(job, Path(recipe.output) / "adapter", trainer)
-        steps.show_accuracies(job, None, steps.accuracies(job, "ALoRA"))
+        steps.show_accuracies(job, None, steps.accuracies(job, job.label))
     except USER_ERRORS as error:
         raise fail(error) from error
     typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
@@ -79,7 +88,7 @@ def evaluate(
             raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote")
         job = steps.load(load_recipe(adapter / FILE), adapter)
         before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
-        steps.show_accuracies(job, before, steps.accuracies(job, "ALoRA"))
+        steps.show_accuracies(job, before, steps.accuracies(job, job.label))
     except USER_ERRORS as error:
         raise fail(error) from error
 

@@ -8,6 +8,8 @@ Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from typing import Any
 import yaml
 
 from ..data import TASKS, TaskSpec
-from ..integrations.peft import ALoRAConfig
+from ..integrations.budget import METHODS, rank_for
+from ..integrations.methods import Method
 
 FILE = "recipe.yaml"
+BUDGETS = ("rank", "parameters")
+ROUTING_OF = {"alora": "task", "alora-soft": "soft"}
 
 
 class RecipeError(ValueError):
@@ -33,8 +38,13 @@ class Recipe:
             (`name`, `source`: a hub id or a .jsonl file, `prompt`, `answer`, ...).
         model: "smollm2-135m", "tiny-random", a folder, or a hub id.
         output: folder for checkpoints and the adapter.
-        routing: "task" (an id picks A) or "soft" (a learned router weighs `num_experts`).
-        num_experts: E of soft routing.
+        method: "alora" (one A per task, one B), "alora-soft" (`num_experts` A under a learned router, one B), "lora"
+            (one for all tasks), "lora-per-task" (A and B of each task's own) or "hydralora" (one A, `num_experts` B
+            under a learned router).
+        budget: "rank" (r as given) or "parameters" (the rank with which the method trains about as many parameters as
+            "alora" with r; the scaling s stays that of r and lora_alpha).
+        routing: of ALoRA by its older name: "task" is the method "alora", "soft" is "alora-soft".
+        num_experts: E of "alora-soft" and "hydralora".
         r, lora_alpha, lora_dropout, use_rslora, target_modules: the adapter.
         steps, batch_size, learning_rate, warmup_steps, weight_decay: the optimiser (AdamW, linear decay).
         temperature: task balance, see `TaskBalancedSampler`.
@@ -47,7 +57,9 @@ class Recipe:
     tasks: tuple[str | TaskSpec, ...]
     model: str = "smollm2-135m"
     output: str = "runs/alora"
-    routing: str = "task"
+    method: str = "alora"
+    budget: str = "rank"
+    routing: str | None = None
     num_experts: int = 4
     r: int = 8
     lora_alpha: float = 16.0
@@ -69,31 +81,67 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise RecipeError(f"tasks: give at least one, for example {', '.join(TASKS)}")
-        if self.routing not in ("task", "soft"):
-            raise RecipeError(f"routing: must be 'task' or 'soft', got {self.routing!r}")
+        self._settle_method()
+        if self.budget not in BUDGETS:
+            raise RecipeError(f"budget: must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
         for name in ("r", "steps", "batch_size", "max_length", "num_experts", "test_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise RecipeError(f"{name}: must be a whole number >= 1, got {value!r}")
+
+    def _settle_method(self) -> None:
+        """Make `method` and its older spelling `routing` say the same."""
+        if self.method not in list(METHODS):  # a list: YAML may give what has no hash
+            raise RecipeError(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.routing not in (None, "task", "soft"):
+            raise RecipeError(f"routing: must be 'task' or 'soft', got {self.routing!r}")
+        if self.method == "alora" and self.routing == "soft":
+            object.__setattr__(self, "method", "alora-soft")  # frozen for everybody else
+        routing = ROUTING_OF.get(self.method)
+        if self.routing not in (None, routing):
+            raise RecipeError(f"routing: {self.routing} is not how {self.method} works: leave routing out")
+        object.__setattr__(self, "routing", routing)
 
     @property
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""
         return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
 
-    def adapter(self, tasks: tuple[str, ...]) -> ALoRAConfig:
-        """The PEFT configuration of this recipe for tasks with these names."""
-        kind: dict[str, Any] = {"tasks": list(tasks)} if self.routing == "task" else {"num_experts": self.num_experts}
-        return ALoRAConfig(
+    def instead(self, method: str | None = None, output: Path | None = None) -> Recipe:
+        """The same run by another method or into another folder; None keeps the recipe's."""
+        changed = self if method is None else dataclasses.replace(self, method=method, routing=None)
+        return changed if output is None else dataclasses.replace(changed, output=str(output))
+
+    def adapters(self, tasks: tuple[str, ...]) -> Method:
+        """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
+        return Method(
+            self.method,
+            tasks=tasks,
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
-            routing=self.routing,
-            target_modules=self.targets,
+            num_experts=self.num_experts,
+            target_modules=self.target_modules,
             task_type="CAUSAL_LM",
-            **kind,
         )
+
+    def within_budget(self, method: Method, shapes: Sequence[tuple[int, int]]) -> Method:
+        """The same method with the rank that the budget gives it.
+
+        Args:
+            method: at the recipe's rank.
+            shapes: (in_features, out_features) of the adapted layers.
+
+        Raises:
+            ValueError: the method at rank 1 is above the budget.
+        """
+        if self.budget == "rank":
+            return method
+        r = rank_for(self.method, self.r, shapes, tasks=len(method.tasks), num_experts=self.num_experts)
+        grown = r / self.r  # s must not change with the rank, or every step would be longer or shorter
+        alpha = self.lora_alpha * (math.sqrt(grown) if self.use_rslora else grown)
+        return dataclasses.replace(method, r=r, lora_alpha=alpha)
 
     def save(self, folder: Path) -> None:
         """Write the recipe beside the adapter."""

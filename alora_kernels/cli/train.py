@@ -16,12 +16,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
-from ..integrations.peft import save_adapter
+from ..integrations.method_files import load_method, read_method, save_method
+from ..integrations.methods import (
+    METHODS,
+    ROUTED,
+    Method,
+    adapt,
+    base_alone,
+    parameters_of,
+    target_shapes,
+    tasks_of,
+    trainable_parameters,
+)
 from ..training import ALoRATrainer, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError
@@ -33,15 +43,18 @@ class Run:
 
     Attributes:
         recipe: where it came from.
+        method: what the model is adapted with, the rank as the recipe's budget chose it.
         tasks: names in the order of their ids.
-        model: the base with the adapter (a `PeftModel`).
+        model: the base with the adapter (a `PeftModel` for ALoRA and LoRA).
         tokenizer: of the base.
         text: train and test rows as text.
         train, test: the same rows as token ids.
         choices: first tokens of the words each task may answer with.
+        alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
     """
 
     recipe: Recipe
+    method: Method
     tasks: tuple[str, ...]
     model: Any
     tokenizer: Any
@@ -49,6 +62,12 @@ class Run:
     train: Dataset
     test: Dataset
     choices: dict[str, list[int]]
+    alora_parameters: int
+
+    @property
+    def label(self) -> str:
+        """How tables call the method."""
+        return METHODS[self.method.name]
 
 
 def load(recipe: Recipe, adapter: Path | None = None) -> Run:
@@ -58,17 +77,22 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text)
+        method = recipe.adapters(tasks)
+        shapes = target_shapes(base, method)
+        method = recipe.within_budget(method, shapes)
         set_seed(recipe.seed)
         model: Any
         if adapter is None:
-            model = get_peft_model(base, recipe.adapter(tasks))
+            model = adapt(base, method)
         else:
-            model = PeftModel.from_pretrained(base, str(adapter))
-            tasks = tuple(model.active_peft_config.tasks or tasks)
+            method = read_method(adapter) or method
+            model = load_method(base, adapter)
+            tasks = tasks_of(model) or tasks
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         train = data.encode(text["train"], tokenizer, recipe.max_length)
         test = data.encode(text["test"], tokenizer, recipe.max_length)
-    return Run(recipe, tasks, model, tokenizer, text, train, test, _choices(text, tokenizer))
+    count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, _choices(text, tokenizer), count)
 
 
 def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
@@ -122,7 +146,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
 def accuracies(run: Run, label: str, *, base_only: bool = False) -> dict[str, float]:
     """Accuracy per task on the test rows, all tasks mixed in every batch."""
     rows = [dict(row) for row in run.test]
-    routed = run.recipe.routing == "task"
+    routed = run.method.name in ROUTED
     with display.progress("rows") as bar:
         task = bar.add_task(label, total=len(rows), note="")
 
@@ -138,7 +162,7 @@ def accuracies(run: Run, label: str, *, base_only: bool = False) -> dict[str, fl
 
         if not base_only:
             return judge()
-        with run.model.disable_adapter():
+        with base_alone(run.model):
             return judge()
 
 
@@ -155,13 +179,28 @@ def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping
     mean = ["mean", "", display.percent(sum(majority[n] for n in after) / len(after))]
     mean += [display.percent(sum(before.values()) / len(before))] if before is not None else []
     rows.append([*mean, f"[bold]{display.percent(sum(after.values()) / len(after))}[/bold]"])
-    columns = ["task", "test rows", "majority", *(["base, untuned"] if before is not None else []), "ALoRA"]
+    columns = ["task", "test rows", "majority", *(["base, untuned"] if before is not None else []), run.label]
     display.console.print(display.table("accuracy: choice among the task's label words", columns, rows))
+
+
+def show_method(run: Run) -> None:
+    """One line: the method, what it trains, and how its rank was chosen."""
+    count = trainable_parameters(run.model)
+    text = f"{run.label}: r={run.method.r}, {count / 1e6:.3g} M parameters train"
+    if run.recipe.budget == "parameters":
+        share = 100 * count / run.alora_parameters
+        text += f", {share:.1f} % of the {run.alora_parameters / 1e6:.3g} M of ALoRA with r={run.recipe.r}"
+    display.console.print(text, highlight=False, soft_wrap=True)
 
 
 def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     """The adapter as safetensors; beside it the recipe, and the losses of each task over the steps as JSON."""
-    save_adapter(run.model, folder)
+    record = {
+        "budget": run.recipe.budget,
+        "trainable_parameters": trainable_parameters(run.model),
+        "alora_parameters": run.alora_parameters,
+    }
+    save_method(run.model, folder, run.method, record)
     run.recipe.save(folder)
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 

@@ -1,6 +1,6 @@
 """What a model says about its tasks: names for the logs, ids for the routing.
 
-In:   a model with ALoRA layers, and the datasets it will see.
+In:   a model with ALoRA layers, or those of a method it is compared with, and the datasets it will see.
 Out:  its task names in the order of their ids, and whether it is routed by them.
 Who:  `ALoRATrainer`.
 """
@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 
 from ..integrations.peft import ALoRAConfig
 from ..modules import FusedALoRALinear
+from ..modules.adapted import AdaptedLinear
 from ..modules.tasks import task_id
 
 
 def tasks_of_model(model: nn.Module | None, datasets: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """Task names and whether ids pick A (task routing); soft routing takes its names from the data, for logs.
+    """Task names and whether ids pick matrices; models that take no ids have names from the data, for logs.
 
     Args:
-        model: a PEFT model with an ALoRA adapter, or any module with `FusedALoRALinear` layers.
+        model: a PEFT model, or any module with `FusedALoRALinear`, `HydraLinear` or `PerTaskLinear` layers.
         datasets: by argument name; None where not given.
 
     Raises:
-        ValueError: no ALoRA layer, a dataset without a `task` column, or a task the model does not have.
+        ValueError: no such layer, a dataset without a `task` column, or a task the model does not have.
     """
     columns = {name: _task_column(name, dataset) for name, dataset in datasets.items() if dataset is not None}
     tasks = _routed_tasks(model)
-    if tasks is None:  # soft routing
+    if tasks is None:
         return tuple(sorted({str(task) for column in columns.values() for task in column})), False
     for column in columns.values():
         for task in dict.fromkeys(column):
@@ -49,13 +51,16 @@ def _task_column(name: str, dataset: Any) -> list[Any]:
 
 
 def _routed_tasks(model: nn.Module | None) -> tuple[str, ...] | None:
-    """Names of a task-routed model, None for a soft-routed one."""
+    """Names of a task-routed model, None for a soft-routed one and for a single LoRA."""
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapter", None)
     config = configs.get(active) if isinstance(active, str) else None
     if isinstance(config, ALoRAConfig):
         return tuple(config.tasks) if isinstance(config.tasks, list) else None
-    layers = [m for m in model.modules() if isinstance(m, FusedALoRALinear)] if model is not None else []
+    if isinstance(config, PeftConfig):
+        return None
+    modules = model.modules() if model is not None else []
+    layers = [m for m in modules if isinstance(m, FusedALoRALinear | AdaptedLinear)]
     if not layers:
         raise ValueError(
             "the model has no ALoRA layer: wrap it with get_peft_model(model, ALoRAConfig(...)) or put"
@@ -65,7 +70,7 @@ def _routed_tasks(model: nn.Module | None) -> tuple[str, ...] | None:
 
 
 def stacked_a(model: Any) -> Iterator[nn.Parameter]:
-    """The trainable A matrices `[E, R, K]` of all ALoRA layers."""
+    """What each task has for itself in a routed model: the stacked A `[E, R, K]`, and B where they are stacked too."""
     for name, parameter in model.named_parameters():
-        if "lora_A" in name and parameter.dim() == 3:
+        if ("lora_A" in name or "lora_B" in name) and parameter.dim() == 3:
             yield parameter

@@ -1,0 +1,71 @@
+"""Looking inside an adapter: numbers first.
+
+In:   matrices A and B, base weights, gradients.
+Out:  plain numbers and frozen records, computed in float64.
+Who:  users in Python, `alora analyze`.
+
+    similarity      two matrices as vectors and as subspaces, with the level of chance
+    change          how far columns moved, in length and in direction
+    spectrum        singular values of s B A, effective and stable rank
+    gradients       which tasks pull a matrix in opposite directions
+    callback        the same while training, to a CSV
+
+Importing this loads no library; `ConflictCallback` loads transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..later import names_later
+
+if TYPE_CHECKING:
+    from .callback import ConflictCallback
+    from .change import Change, column_change, merged_change
+    from .gradients import Conflicts, NotFiniteError, compare, probe_batches, task_conflicts, task_gradients
+    from .similarity import IncomparableError, chance, cosine, pairwise, subspace_overlap
+    from .spectrum import Spectrum, matrix_spectrum, update_spectrum
+
+_WHERE = {
+    "Change": "change",
+    "ConflictCallback": "callback",
+    "Conflicts": "gradients",
+    "IncomparableError": "similarity",
+    "NotFiniteError": "gradients",
+    "Spectrum": "spectrum",
+    "chance": "similarity",
+    "column_change": "change",
+    "compare": "gradients",
+    "cosine": "similarity",
+    "matrix_spectrum": "spectrum",
+    "merged_change": "change",
+    "pairwise": "similarity",
+    "probe_batches": "gradients",
+    "subspace_overlap": "similarity",
+    "task_conflicts": "gradients",
+    "task_gradients": "gradients",
+    "update_spectrum": "spectrum",
+}
+
+__all__ = [
+    "Change",
+    "ConflictCallback",
+    "Conflicts",
+    "IncomparableError",
+    "NotFiniteError",
+    "Spectrum",
+    "chance",
+    "column_change",
+    "compare",
+    "cosine",
+    "matrix_spectrum",
+    "merged_change",
+    "pairwise",
+    "probe_batches",
+    "subspace_overlap",
+    "task_conflicts",
+    "task_gradients",
+    "update_spectrum",
+]
+
+__getattr__ = names_later(__name__, _WHERE)

@@ -1,0 +1,111 @@
+"""Gradient conflicts while a model trains.
+
+In:   fixed probe batches, one per task, and the trainer's own loss.
+Out:  a CSV, one row per matrix every n steps.
+Who:  users of transformers' Trainer or of ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`.
+
+The batches are given, not taken from training: the same ones at every step, so that a curve shows the model changing
+and not the data, and chosen by whoever reads it (`gradients.probe_batches`; held-out rows are the cleaner choice).
+Training with the callback gives bit for bit the weights of training without it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .gradients import COLUMNS, Conflicts, Loss, NotFiniteError, task_conflicts, two_tasks
+
+logger = logging.getLogger(__name__)
+
+
+class ConflictCallback(TrainerCallback):
+    """Measure `gradients.task_conflicts` after every n-th optimiser step and append it to a CSV.
+
+    Columns: `step`, `module`, `parameter` ("A", "B"), `sharing` ("shared" or "per task"), `norm` (mean over tasks),
+    `conflicts`, `pairs`. A measurement costs one forward and backward per task. Gradients that are not finite are
+    named in a warning, and that step has no rows. Under several processes only the first measures.
+
+    Args:
+        loss: `(model, batch) -> scalar`; `trainer.compute_loss`.
+        batches: task -> batch.
+        path: of the CSV. A resumed run drops rows after its checkpoint and appends.
+        every: steps between measurements.
+        parameters: as for `gradients.task_gradients`.
+
+    Attributes:
+        latest: the records of the last measurement, with all cosines.
+
+    Raises:
+        ValueError: fewer than two tasks, `every` below 1; at the start of a new training: the file exists.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        batches: Mapping[str, Any],
+        path: str | Path,
+        *,
+        every: int = 50,
+        parameters: Sequence[str] | None = None,
+    ) -> None:
+        two_tasks(batches)
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.loss, self.batches, self.path = loss, dict(batches), Path(path)
+        self.every, self.parameters = every, parameters
+        self.latest: list[Conflicts] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the file, or cut it back to where a resumed run stands."""
+        if not state.is_world_process_zero:
+            return
+        kept: list[list[str]] = []
+        if self.path.exists():
+            if state.global_step == 0:
+                raise ValueError(f"{self.path} holds an earlier run's rows: delete it or give another path")
+            kept = self._rows_until(state.global_step)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_name(self.path.name + ".tmp")
+        whole.write_text(_lines([list(COLUMNS), *kept]), newline="")
+        os.replace(whole, self.path)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, if it is time."""
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        try:
+            self.latest = task_conflicts(kwargs["model"], self.batches, self.loss, self.parameters)
+        except NotFiniteError as error:  # a measurement must not end a training, which may have its own remedy
+            logger.warning("step %d: conflicts not measured, %s", state.global_step, error)
+            return
+        rows = [
+            [state.global_step, r.module, r.parameter, r.sharing, repr(r.norm), r.conflicts, r.pairs]
+            for r in self.latest
+        ]
+        with self.path.open("a", newline="") as file:
+            file.write(_lines(rows))
+
+    def _rows_until(self, step: int) -> list[list[str]]:
+        with self.path.open(newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"{self.path} is not a file of conflicts: its columns are {header}, not {list(COLUMNS)}")
+        return [
+            row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step
+        ]  # a killed run's last row is cut
+
+
+def _lines(rows: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()

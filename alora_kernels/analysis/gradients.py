@@ -1,0 +1,255 @@
+"""Do tasks pull an adapter's matrices in opposite directions?
+
+In:   one batch per task, a model and its loss; or gradients that somebody already has.
+Out:  a `Conflicts` per matrix: gradient norm of each task, cosine of each pair, how many pairs conflict.
+Who:  users at any point of a training; `callback.ConflictCallback` every n steps.
+
+Two tasks conflict in a matrix where the cosine of their gradients is negative: a step for one undoes the other. Only
+what tasks share can conflict: under task routing A [E, R, K] is one slice per task, so those gradients never meet and
+count as no pair. The model is measured in eval mode (dropout would add noise of its own) and left as found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .exact import double
+from .similarity import unit
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+#: of the CSV that the callback writes; here, because readers of it need no transformers
+COLUMNS = ("step", "module", "parameter", "sharing", "norm", "conflicts", "pairs")
+
+_NAME = re.compile(r"^(?:(.+?)\.)?(?:(?:asymlora|lora)_([AB])|vera_(lambda_[a-z]+))(?:\.(.+))?$")
+
+
+class NotFiniteError(ValueError):
+    """Gradients with NaN or infinity; the matrices are named."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conflicts:
+    """The gradients of several tasks for one matrix.
+
+    Attributes:
+        module: path of the layer.
+        parameter: "A", "B"; "lambda_b", "lambda_d" of VeRA.
+        shared: False where no two tasks can meet: A under task routing.
+        tasks: names.
+        norms: Frobenius norm of each task's gradient.
+        cosine: `[T, T]` float64 on the CPU; nan where a pair cannot be compared (a gradient of zero, other slices).
+        pairs: pairs of different tasks that were compared.
+        conflicts: those with a negative cosine (Yu et al. 2020, definition 1).
+    """
+
+    module: str
+    parameter: str
+    shared: bool
+    tasks: tuple[str, ...]
+    norms: tuple[float, ...]
+    cosine: Tensor
+    pairs: int
+    conflicts: int
+
+    @property
+    def norm(self) -> float:
+        """Mean norm over tasks."""
+        return sum(self.norms) / len(self.norms)
+
+    @property
+    def sharing(self) -> str:
+        """In words."""
+        return "shared" if self.shared else "per task"
+
+
+def compare(
+    gradients: Mapping[str, Tensor], *, module: str = "", parameter: str = "", routed: bool = False
+) -> Conflicts:
+    """Norms, cosines and conflicts of the gradients of one matrix.
+
+    Args:
+        gradients: task -> gradient, all of one shape.
+        module, parameter: its name, for the record and for errors.
+        routed: the first dimension counts slices, each the own of some tasks: two tasks are compared only if their
+            gradients reach a common slice (several data sets may train one task of the model).
+
+    Raises:
+        NotFiniteError: NaN or infinity; matrix and tasks are named.
+        ValueError: fewer than two tasks, or different shapes.
+    """
+    tasks = two_tasks(gradients)
+    shapes = {task: list(gradients[task].shape) for task in tasks}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        raise ValueError(f"gradients must have one shape, got {shapes}")
+    stacked = torch.stack([double(gradients[task]).cpu() for task in tasks])
+    rows = stacked.flatten(1)
+    bad = [task for task, row in zip(tasks, rows, strict=True) if not bool(row.isfinite().all())]
+    if bad:
+        raise NotFiniteError(f"gradient of {module or 'the matrix'} {parameter}".rstrip() + f" not finite: {bad}")
+    directions = torch.stack([unit(row) for row in rows])
+    cosine = (directions @ directions.T).clamp(-1.0, 1.0)
+    if routed:
+        reached = (stacked != 0).reshape(len(tasks), stacked.shape[1], -1).any(2).double()  # [T, E]
+        cosine[(reached @ reached.T) == 0] = float("nan")
+    above = cosine[tuple(torch.triu_indices(len(tasks), len(tasks), 1))]
+    pairs = int(above.isfinite().sum())
+    norms = tuple(torch.linalg.vector_norm(rows, dim=1).tolist())
+    return Conflicts(module, parameter, not routed or pairs > 0, tasks, norms, cosine, pairs, int((above < 0).sum()))
+
+
+def two_tasks(by_task: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of at least two tasks.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if len(by_task) < 2:
+        found = ", ".join(map(str, by_task)) or "none"
+        raise ValueError(f"conflicts are between tasks: give batches or gradients of at least two, got {found}")
+    return tuple(by_task)
+
+
+def task_gradients(
+    model: nn.Module, batches: Mapping[str, Any], loss: Loss, parameters: Sequence[str] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """The gradient of each task's loss, one forward and backward per task.
+
+    The model's `.grad`, training modes and the random states of torch, numpy and Python are left as found, also after
+    an error. Costs T times the memory of the parameters. Sharded models (FSDP, ZeRO-3) are not supported.
+
+    Args:
+        model: on its device, in any mode.
+        batches: task -> batch; tensors of a mapping are moved to the model's device, the mapping is copied.
+        loss: `(model, batch) -> scalar`, e.g. `trainer.compute_loss`; sets the routing if the model needs one.
+        parameters: names as in `model.named_parameters()`. Default: every trainable A, B and VeRA vector.
+
+    Returns:
+        parameter -> task -> gradient in the parameter's dtype; zeros where the loss does not depend on it.
+
+    Raises:
+        NotFiniteError: NaN or infinity; tasks and modules are named.
+        ValueError: no batch, unknown or frozen parameters, a loss that is not a scalar tensor.
+    """
+    if not batches:
+        raise ValueError("batches is empty: give one batch per task")
+    chosen = _chosen(model, parameters)
+    device = next(iter(chosen.values())).device
+    out: dict[str, dict[str, Tensor]] = {name: {} for name in chosen}
+    with _as_found(model):
+        for task, batch in batches.items():
+            value = loss(model, _on(device, batch))
+            if not isinstance(value, Tensor) or value.dim() > 0:
+                raise ValueError(f"loss must return a scalar tensor; for task {task!r} it returned {_shown(value)}")
+            found: Sequence[Tensor | None] = [None] * len(chosen)
+            if value.requires_grad:  # torch.autograd.grad, not backward: nothing is added to .grad, no hook of DDP runs
+                found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
+            for (name, p), gradient in zip(chosen.items(), found, strict=True):
+                out[name][task] = torch.zeros_like(p) if gradient is None else gradient.detach()
+    bad = [f"{n} ({t})" for n, by_task in out.items() for t, g in by_task.items() if not bool(g.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise NotFiniteError(f"gradients with NaN or infinity: {', '.join(bad[:5])}{more}")
+    return out
+
+
+def task_conflicts(
+    model: nn.Module, batches: Mapping[str, Any], loss: Loss, parameters: Sequence[str] | None = None
+) -> list[Conflicts]:
+    """`compare` for every matrix of `task_gradients`, in the order of the model; arguments and errors as there."""
+    two_tasks(batches)
+    gradients = task_gradients(model, batches, loss, parameters)
+    names = dict(model.named_parameters()).keys()
+    records: dict[tuple[str, str], Conflicts] = {}
+    for name, by_task in gradients.items():
+        module, parameter, adapter = _place(name)
+        if (module, parameter) in records:
+            raise ValueError(f"{module} has several trainable adapters: choose those of one with parameters=[...]")
+        soft = names & {
+            f"{module}.{router}".lstrip(".") for router in (f"asymlora_router.{adapter}", "router", "router.weight")
+        }
+        stack = next(iter(by_task.values())).shape
+        routed = len(stack) == 3 and stack[0] > 1 and not soft
+        records[module, parameter] = compare(by_task, module=module, parameter=parameter, routed=routed)
+    return list(records.values())
+
+
+def probe_batches(rows: Any, collate: Callable[[list[Any]], Any], size: int = 8) -> dict[str, Any]:
+    """One batch per task from a data set: its first `size` rows, the same ones in every run.
+
+    Args:
+        rows: a `datasets.Dataset` or a sequence of mappings, with a column `task`.
+        collate: rows -> batch, e.g. `trainer.data_collator`.
+        size: rows per task; a task with fewer gives what it has.
+
+    Raises:
+        ValueError: size below 1, or rows without a task.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    columns = getattr(rows, "column_names", None)
+    if "task" not in (columns if columns is not None else (rows[0] if len(rows) else ())):
+        raise ValueError("rows need a column `task`")
+    places: dict[str, list[int]] = {}
+    for i, task in enumerate(rows["task"] if columns is not None else [row["task"] for row in rows]):
+        places.setdefault(str(task), []).append(i)
+    return {task: collate([rows[i] for i in found[:size]]) for task, found in places.items()}
+
+
+def _place(name: str) -> tuple[str, str, str]:
+    """Module, matrix and adapter of a parameter's name; a name of another kind is its own module."""
+    match = _NAME.match(name)
+    if match is None:
+        return *name.rpartition(".")[::2], ""
+    module, matrix, vector, rest = match.groups()
+    return module or "", matrix or vector, (rest or "").removesuffix("weight").rstrip(".")
+
+
+def _chosen(model: nn.Module, parameters: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    known = dict(model.named_parameters())
+    if parameters is None:
+        chosen = {name: p for name, p in known.items() if p.requires_grad and _NAME.match(name)}
+        if not chosen:
+            raise ValueError("model has no trainable asymlora_A/B, lora_A/B or vera_lambda_*: name some in parameters")
+        return chosen
+    wrong = [name for name in parameters if name not in known or not known[name].requires_grad]
+    if wrong or not parameters:
+        raise ValueError(f"parameters must name trainable parameters of the model, got {wrong or 'none'}")
+    return {name: known[name] for name in parameters}
+
+
+@contextlib.contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Eval mode and gradients on; afterwards every module's mode and all random states are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            for module, _ in modes:
+                module.training = False  # the flag alone: some modules' own train() and eval() do more
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _shown(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,199 @@
+"""`method:` and `budget:` of a recipe, end to end on a tiny random model: train, resume, save, judge again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alora_kernels.cli import display
+from alora_kernels.cli import train as steps
+from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
+from alora_kernels.integrations.budget import METHODS, ROUTED, parameters_of
+from alora_kernels.integrations.method_files import read_method
+from alora_kernels.integrations.methods import trainable_parameters
+from tests.cli.test_cli import alora, recipe, refused
+
+SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables in full, whatever terminal the tests run in."""
+    monkeypatch.setattr(display.console, "_width", 160)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Two tasks that give the same prompts opposite answers."""
+    answers = {"even": ("yes", "no"), "odd": ("no", "yes")}
+    lines = [
+        {"prompt": f"Number {i}: is it {task}?", "answer": answers[task][i % 2], "task": task}
+        for i in range(40)
+        for task in answers
+    ]
+    path = tmp_path / "parity.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def cells(output: str, task: str) -> list[str]:
+    return next(line for line in output.splitlines() if line.startswith(f"│ {task}")).split("│")
+
+
+def run(tmp_path: Path, jsonl: Path, method: str, **more: object) -> tuple[str, Path]:
+    """Train by a method into a folder of its own."""
+    config, output = recipe(tmp_path, jsonl, **{**SMALL, **more}), tmp_path / f"{method} {more}"
+    out = alora("train", str(config), "--method", method, "--output", str(output))
+    return out, output / "adapter"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_again_resume_and_eval(tmp_path, jsonl, method):
+    out, adapter = run(tmp_path, jsonl, method)
+    assert re.search(rf"{METHODS[method]}: r=2, \S+ M parameters train", out)
+    log = json.loads((adapter / "losses.json").read_text())
+    losses = [{k: v for k, v in entry.items() if "loss" in k} for entry in log]
+    assert len(losses) == 5 and all({"loss", "loss_even", "loss_odd"} <= set(entry) for entry in losses[:4])
+    assert all(math.isfinite(v) for entry in losses for v in entry.values())
+
+    folder = adapter.parent
+    saved = sum(f.stat().st_size for f in (folder / "checkpoint-4").glob("*.safetensors"))
+    assert saved < 1.5 * sum(f.stat().st_size for f in adapter.glob("*.safetensors"))  # what trains, not the base
+    kept = weights(adapter)
+    assert any(v.any() for name, v in kept.items() if "_B" in name)
+    for name in ("checkpoint-4", "adapter"):
+        shutil.rmtree(folder / name)
+    alora("train", str(tmp_path / "recipe.yaml"), "--method", method, "--output", str(folder), "--resume")
+    resumed = weights(adapter)
+    assert resumed.keys() == kept.keys()
+    assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+
+    shutil.rmtree(folder)
+    again, _ = run(tmp_path, jsonl, method)  # the same seed
+    log_again = json.loads((adapter / "losses.json").read_text())
+    assert [{k: v for k, v in entry.items() if "loss" in k} for entry in log_again][:4] == losses[:4]
+    assert all(torch.equal(v, weights(adapter)[name]) for name, v in kept.items())
+    assert cells(again, "even") == cells(out, "even")
+
+    judged = alora("eval", str(adapter), "--base")
+    for task in ("even", "odd"):
+        assert cells(judged, task)[-2] == cells(out, task)[-2]
+    assert METHODS[method] in judged and "base, untuned" in judged
+
+
+def test_the_default_is_alora_as_before(tmp_path, jsonl):
+    alora("train", str(recipe(tmp_path, jsonl, **SMALL)))
+    default = weights(tmp_path / "run" / "adapter")
+    _, named = run(tmp_path, jsonl, "alora")
+    assert all(torch.equal(v, weights(named)[name]) for name, v in default.items())
+
+
+def test_all_methods_see_the_same_rows(tmp_path, jsonl):
+    config = load_recipe(recipe(tmp_path, jsonl, **SMALL))
+    order = {}
+    for method in METHODS:
+        trainer = steps.trainer_for(steps.load(config.instead(method)), save=False)
+        trainer.model.train()
+        batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+        order[method] = batches
+        assert trainer.routed == (method in ROUTED)
+        assert trainer.tasks == ("even", "odd")
+    assert all(batches == order["alora"] for batches in order.values())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_budget_of_parameters_gives_every_method_as_many(tmp_path, jsonl, rslora):
+    config = load_recipe(recipe(tmp_path, jsonl, budget="parameters", r=16, use_rslora=rslora, num_experts=2))
+    ranks = {}
+    for method in METHODS:
+        job = steps.load(config.instead(method))
+        count = trainable_parameters(job.model)
+        ranks[method] = job.method.r
+        one_more = abs(_size(job, method, job.method.r + 1) - job.alora_parameters)
+        assert abs(count - job.alora_parameters) <= one_more
+        assert abs(count / job.alora_parameters - 1) < 0.05
+        s = job.method.alpha / (math.sqrt(job.method.r) if rslora else job.method.r)
+        assert s == pytest.approx(16 / (4 if rslora else 16))  # the recipe's, whatever the rank
+    assert ranks["alora"] == 16
+    assert ranks["lora-per-task"] < 16 < ranks["lora"]
+
+
+def _size(job: steps.Run, method: str, r: int) -> int:
+    shapes = [(m.in_features, m.out_features) for m in job.model.modules() if hasattr(m, "lora_A")] or [
+        (m.in_features, m.out_features) for m in job.model.modules() if hasattr(m, "asymlora_A")
+    ]
+    return parameters_of(method, r, shapes, tasks=2, num_experts=2)
+
+
+def test_the_rank_chosen_is_printed_and_recorded(tmp_path, jsonl):
+    out, adapter = run(tmp_path, jsonl, "lora", budget="parameters", r=4)
+    method = read_method(adapter)
+    assert method is not None and method.r > 4
+    shown = re.search(r"LoRA: r=(\d+), \S+ M parameters train, (\S+) % of the \S+ M of ALoRA with r=4", out)
+    assert shown and int(shown[1]) == method.r and 80 < float(shown[2]) < 120
+    record = json.loads((adapter / "method.json").read_text())["record"]
+    assert record["budget"] == "parameters"
+    assert record["trainable_parameters"] == sum(v.numel() for v in weights(adapter).values())
+    assert float(shown[2]) == pytest.approx(100 * record["trainable_parameters"] / record["alora_parameters"], abs=0.06)
+    assert "even" in alora("eval", str(adapter))
+
+
+def test_a_budget_too_small(tmp_path, jsonl):
+    path = recipe(tmp_path, jsonl, budget="parameters", r=1, method="hydralora", num_experts=64)
+    assert re.search(
+        r"hydralora needs \d+ trainable .* r=1 and 2 tasks: give r of at least \d+", refused("train", str(path))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: vera", "method: must be one of alora, alora-soft, lora, lora-per-task, hydralora, got 'vera'"),
+        ("budget: tokens", "budget: must be one of rank, parameters, got 'tokens'"),
+        ("method: lora\nrouting: soft", "routing: soft is not how lora works: leave routing out"),
+        ("method: alora-soft\nrouting: task", "routing: task is not how alora-soft works: leave routing out"),
+        ("method: [lora]", "method: must be one of"),
+    ],
+)
+def test_bad_keys(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"tasks: [trec]\n{text}")
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(path)
+    assert message in refused("train", str(path))
+
+
+def test_an_unknown_method_on_the_command_line_lists_the_known(tmp_path, jsonl):
+    said = refused("train", str(recipe(tmp_path, jsonl)), "--method", "dora")
+    assert all(method in said for method in METHODS)
+    help_text = alora("train", "--help")
+    assert all(method in " ".join(help_text.split()) for method in METHODS)
+
+
+def test_routing_is_an_older_name():
+    assert Recipe(("trec",)) == Recipe(("trec",), method="alora", routing="task")
+    assert Recipe(("trec",), routing="soft") == Recipe(("trec",), method="alora-soft")
+    assert Recipe(("trec",), routing="soft").instead("lora").routing is None
+    for method in METHODS:
+        first = Recipe(("trec",), method=method, budget="parameters")
+        assert dataclasses.replace(first, seed=1).method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_of_any_method_survives_saving(tmp_path, method):
+    first = Recipe(("trec",), method=method, budget="parameters")
+    first.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == first
