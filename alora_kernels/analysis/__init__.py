@@ -9,6 +9,7 @@ Who:  users in Python, `alora analyze`.
     spectrum        singular values of s B A, effective and stable rank
     gradients       which tasks pull a matrix in opposite directions
     callback        the same while training, to a CSV
+    sources, study  folders as units; all of them compared: CSV, figures, a page
 
 Importing this loads no library; `ConflictCallback` loads transformers.
 """
@@ -24,18 +25,23 @@ if TYPE_CHECKING:
     from .change import Change, column_change, merged_change
     from .gradients import Conflicts, NotFiniteError, compare, probe_batches, task_conflicts, task_gradients
     from .similarity import IncomparableError, chance, cosine, pairwise, subspace_overlap
+    from .sources import Unit, units
     from .spectrum import Spectrum, matrix_spectrum, update_spectrum
+    from .study import Analysis, compare_units
 
 _WHERE = {
+    "Analysis": "study",
     "Change": "change",
     "ConflictCallback": "callback",
     "Conflicts": "gradients",
     "IncomparableError": "similarity",
     "NotFiniteError": "gradients",
     "Spectrum": "spectrum",
+    "Unit": "sources",
     "chance": "similarity",
     "column_change": "change",
     "compare": "gradients",
+    "compare_units": "study",
     "cosine": "similarity",
     "matrix_spectrum": "spectrum",
     "merged_change": "change",
@@ -44,19 +50,23 @@ _WHERE = {
     "subspace_overlap": "similarity",
     "task_conflicts": "gradients",
     "task_gradients": "gradients",
+    "units": "sources",
     "update_spectrum": "spectrum",
 }
 
 __all__ = [
+    "Analysis",
     "Change",
     "ConflictCallback",
     "Conflicts",
     "IncomparableError",
     "NotFiniteError",
     "Spectrum",
+    "Unit",
     "chance",
     "column_change",
     "compare",
+    "compare_units",
     "cosine",
     "matrix_spectrum",
     "merged_change",
@@ -65,6 +75,7 @@ __all__ = [
     "subspace_overlap",
     "task_conflicts",
     "task_gradients",
+    "units",
     "update_spectrum",
 ]
 

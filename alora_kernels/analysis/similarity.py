@@ -75,14 +75,14 @@ def subspace_overlap(p: Tensor, q: Tensor, *, tolerance: float | None = None) ->
     """
     if checked("p", p).shape[1] != checked("q", q).shape[1]:
         raise IncomparableError(f"p {list(p.shape)} and q {list(q.shape)} must have rows of the same length")
-    v, u = _row_basis("p", p, tolerance), _row_basis("q", q, tolerance)
+    v, u = row_basis("p", p, tolerance), row_basis("q", q, tolerance)
     directions = min(len(v), len(u))
     if directions == 0:
         return float("nan")
     return min(float((v @ u.to(v.device).T).square().sum() / directions), 1.0)
 
 
-def _row_basis(name: str, matrix: Tensor, tolerance: float | None) -> Tensor:
+def row_basis(name: str, matrix: Tensor, tolerance: float | None) -> Tensor:
     """Orthonormal rows `[rank, K]` that span the rows of the matrix."""
     _, values, basis = torch.linalg.svd(exact(name, matrix), full_matrices=False)
     share = torch.finfo(matrix.dtype).eps if tolerance is None else tolerance

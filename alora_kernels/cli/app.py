@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..integrations.budget import METHODS
+from .analyze import analyze
 from .edge import USER_ERRORS, fail, quiet
 from .fed import app as federated
 from .lora import export_lora, import_lora
@@ -104,3 +105,4 @@ def doctor() -> None:
 app.command("export")(export_lora)
 app.command("import")(import_lora)
 app.command("serve")(serve)
+app.command("analyze")(analyze)

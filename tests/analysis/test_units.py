@@ -1,0 +1,214 @@
+"""Folders become units with the right names and numbers; what is none of them is refused with what was looked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alora_kernels.analysis.names import clean, clipped, distinct, places
+from alora_kernels.analysis.sources import units
+from alora_kernels.integrations.adapter_config import AdapterFolderError
+from alora_kernels.integrations.method_files import save_method
+from alora_kernels.integrations.methods import Method, adapt
+
+from .adapters import CONFIG, PREFIX, UP, WEIGHTS, Q, alora, het, lora, randn, unequal, vera
+
+
+def test_each_task_of_an_alora_folder_is_a_unit(tmp_path):
+    a, b = {Q.format(0): randn(2, 3, 8)}, {Q.format(0): randn(6, 3)}
+    math, code = units(alora(tmp_path / "adapter", ["math", "code"], a, b))
+    assert (math.name, code.name, math.rank, math.base, math.shared) == ("math", "code", 3, "tiny", {"B"})
+    assert math.names[1] == "adapter"
+    for row, unit in enumerate((math, code)):
+        parts, update = unit.read(Q.format(0))
+        assert torch.equal(parts["A"], a[Q.format(0)][row]) and torch.equal(parts["B"], b[Q.format(0)])
+        assert update is not None and update.s == 1.0 and torch.equal(update.a, parts["A"])
+
+
+def test_a_lora_folder_is_one_unit_named_after_it(tmp_path):
+    a, b = {UP.format(3): randn(4, 8)}, {UP.format(3): randn(6, 4)}
+    (unit,) = units(lora(tmp_path / "movie", a, b, s=2))
+    assert (unit.name, unit.kind, unit.shared) == ("movie", "LoRA", frozenset())
+    assert unit.shapes == {UP.format(3): {"A": (4, 8), "B": (6, 4)}}
+    assert unit.read(UP.format(3)).update.s == 2.0
+    (same,) = units(str(tmp_path / "movie"))
+    assert same.names == unit.names
+
+
+def test_a_run_of_train_is_named_after_the_run(tmp_path):
+    lora(tmp_path / "lora-run" / "adapter", {"up": randn(2, 4)}, {"up": randn(3, 2)})
+    assert units(tmp_path / "lora-run")[0].name == "lora-run"
+
+
+def test_vera_gives_its_two_vectors_and_leaves_projections_alone(tmp_path):
+    folder = vera(tmp_path / "v", {"up": torch.full((2,), 0.1)}, {"up": randn(6)})
+    (unit,) = units(folder)
+    loaded = unit.read("up")
+    assert set(loaded.parts) == {"lambda_b", "lambda_d"} and loaded.update is None
+    assert unit.shapes["up"] == {"lambda_b": (6,), "lambda_d": (2,)} and unit.rank is None
+
+
+class Net(nn.Module):
+    """One layer to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 6)
+
+
+@pytest.mark.parametrize(("name", "labels"), [("lora-per-task", ["x", "y"]), ("hydralora", ["expert 0", "expert 1"])])
+def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
+    method = Method(name, tasks=("x", "y"), r=2, num_experts=2, target_modules=("up",), task_type=None)
+    model = adapt(Net(), method)
+    with torch.no_grad():
+        model.up.lora_B.normal_()
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "alone"):
+        save_method(model, folder, method)
+    found = units(tmp_path / "run")
+    assert [unit.name for unit in found] == [unit.name for unit in units(tmp_path / "alone")] == labels
+    assert found[0].names[1] == "run" and found[0].shared == ({"A"} if name == "hydralora" else set())
+    for row, unit in enumerate(found):
+        parts, update = unit.read("up")
+        a = model.up.lora_A if name == "hydralora" else model.up.lora_A[row]
+        assert torch.equal(parts["A"], a) and torch.equal(parts["B"], model.up.lora_B[row]) and update.s == 2.0
+        assert unit.shapes["up"] == {"A": (2, 8), "B": (6, 2)}
+    (tmp_path / "alone" / "method.json").unlink()
+    with pytest.raises(ValueError, match="holds neither method.json"):
+        units(tmp_path / "alone")
+    save_method(model, tmp_path / "alone", replace(method, tasks=("x", "y", "z"), num_experts=3))
+    with pytest.raises(AdapterFolderError, match=f"not what {name} of 3 makes"):
+        units(tmp_path / "alone")
+
+
+def test_a_federated_run_is_a_unit_per_client(tmp_path):
+    for client, r in (("nyt", 2), ("amazon", 4)):
+        folder = tmp_path / "run" / "clients" / "abc" / client / "adapter"
+        alora(folder, ["client"], {"up": randn(1, r, 8)}, {"up": randn(6, r)})
+    (tmp_path / "run" / "clients" / "abc" / "late").mkdir()
+    amazon, late, nyt = units(tmp_path / "run")
+    assert [amazon.name, nyt.name, amazon.rank, nyt.rank] == ["amazon", "nyt", 4, 2]
+    assert amazon.shared == frozenset() and not late.shapes and "final.safetensors" in late.why
+    assert units(tmp_path / "run" / "clients" / "abc" / "nyt")[0].name == "nyt"
+    with pytest.raises(AdapterFolderError, match="late has neither adapter"):
+        units(tmp_path / "run" / "clients" / "abc" / "late")
+
+
+def test_clients_of_unequal_rank(tmp_path):
+    folder = tmp_path / "run" / "clients" / "abc"
+    unequal(folder / "one", het("layer.0.up", 2))
+    unequal(folder / "two", het("layer.0.up", 4, seed=10))
+    one, two = units(tmp_path / "run")
+    assert set(one.shapes) == {"layer.0.up"} and two.rank == 4
+    parts, update = two.read("layer.0.up")
+    assert torch.allclose(update.a, (parts["M"].double() @ parts["A"].double()))
+    assert torch.allclose(update.b, parts["B"].double() + parts["B2"].double() @ parts["B1"].double())
+    assert update.s is None
+
+
+def test_what_is_none_of_these_is_refused_with_what_was_sought(tmp_path):
+    with pytest.raises(AdapterFolderError, match=r"no such folder: give an adapter folder .*federated run"):
+        units(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterFolderError, match="is a file"):
+        units(tmp_path / "file")
+    lora(tmp_path / "a" / "movie", {"up": randn(2, 4)}, {"up": randn(3, 2)})
+    with pytest.raises(AdapterFolderError, match=r"none of what can be looked into.*give its subfolders: movie"):
+        units(tmp_path / "a")
+    (tmp_path / "run" / "clients" / "abc" / "late").mkdir(parents=True)
+    with pytest.raises(AdapterFolderError, match="no client has finished"):
+        units(tmp_path / "run")
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / CONFIG).write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    (tmp_path / "prompt" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(AdapterFolderError, match="only ASYMLORA"):
+        units(tmp_path / "prompt")
+
+
+def test_numbers_that_are_not_finite_are_named_by_their_layer(tmp_path):
+    bad = randn(2, 4)
+    bad[0, 0] = torch.nan
+    good = {UP.format(0): randn(2, 4), UP.format(1): bad}
+    with pytest.raises(AdapterFolderError, match=r"layers\.1\.mlp\.up_proj holds numbers that are not finite"):
+        units(lora(tmp_path / "l", good, {m: randn(3, 2) for m in good}))
+    with pytest.raises(AdapterFolderError, match="up holds numbers that are not finite in lambda_b"):
+        units(vera(tmp_path / "v", {"up": randn(2)}, {"up": torch.tensor([1.0, torch.inf])}))
+    parts = het("up", 2)
+    parts["up.M"][0, 0] = torch.nan
+    with pytest.raises(AdapterFolderError, match="not finite in M"):
+        units(unequal(tmp_path / "clients" / "abc" / "one", parts))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    folder = vera(tmp_path / "v", {"up": randn(2)}, {"up": randn(3)})
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(AdapterFolderError, match="does not read"):
+        units(folder)
+    save_file({"other": randn(2)}, folder / WEIGHTS)
+    with pytest.raises(AdapterFolderError, match="nothing that can be compared"):
+        units(folder)
+    save_file({f"{PREFIX}up.vera_lambda_b": randn(2, 2)}, folder / WEIGHTS)
+    with pytest.raises(AdapterFolderError, match=r"lambda_b has shape \[2, 2\]"):
+        units(folder)
+    client = unequal(tmp_path / "clients" / "abc" / "one", het("up", 2), method="fedit")
+    with pytest.raises(AdapterFolderError, match="of the method 'fedit'"):
+        units(client)
+    parts = het("up", 2)
+    unequal(client, parts | {"up.M": randn(4, 2)})
+    with pytest.raises(AdapterFolderError, match="do not fit each other"):
+        units(client)
+    unequal(client, {key: value for key, value in parts.items() if key != "up.B1"})
+    with pytest.raises(AdapterFolderError, match="up must have A, M, B1, B2, B"):
+        units(client)
+    data = bytearray((client / "final.safetensors").read_bytes())
+    data[-2] ^= 0xFF
+    (client / "final.safetensors").write_bytes(data)
+    with pytest.raises(AdapterFolderError, match="checksum"):
+        units(client)
+
+
+def test_a_file_that_changes_between_check_and_use_is_refused(tmp_path):
+    folder = lora(tmp_path / "l", {"up": randn(2, 4)}, {"up": randn(3, 2)})
+    (unit,) = units(folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {f"{PREFIX}up.lora_A.weight": randn(2, 4, seed=1)}, folder / "new")
+    os.replace(folder / "new", folder / WEIGHTS)
+    with pytest.raises(AdapterFolderError, match="changed while it was read"):
+        unit.read("up")
+
+
+def test_names_from_strangers_stay_on_one_line(tmp_path):
+    (unit, _) = units(alora(tmp_path / "a", ["x\x1b[2J\ny", "ok"], {"up": randn(2, 2, 4)}, {"up": randn(3, 2)}))
+    assert unit.name == "x?[2J?y"
+    assert len(clean("a" * 1000)) == 256
+    assert clipped("sentiment-of-movies", 9) == "sent…vies" and len(clipped("abcdefghij", 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        ([("math", "x"), ("code", "x")], ["math", "code"]),
+        ([("adapter", "one", "runs"), ("adapter", "two", "runs")], ["one/adapter", "two/adapter"]),
+        ([("tv", "seed-0", "fedit"), ("tv", "seed-0", "fedsa"), ("nyt", "x")], ["fedit/tv", "fedsa/tv", "nyt"]),
+        ([("m", "a", "x"), ("m", "a", "y"), ("m", "b", "x")], ["x/a/m", "y/a/m", "x/b/m"]),
+        ([("m",), ("m",)], ["m", "m (2)"]),
+    ],
+)
+def test_labels_are_short_and_distinct(paths, labels):
+    assert distinct(paths) == labels
+
+
+def test_layers_and_kinds():
+    names = [UP.format(10), UP.format(2), Q.format(2), "lm_head"]
+    found = places(names)
+    assert list(found) == [UP.format(2), Q.format(2), UP.format(10), "lm_head"]
+    assert found[UP.format(10)] == (10, "up_proj") and found["lm_head"] == (None, "lm_head")
+    bert = places(["layer.0.attention.output.dense", "layer.0.output.dense", "layer.0.intermediate.dense"])
+    assert {place.kind for place in bert.values()} == {"attention.output.dense", "output.dense", "intermediate.dense"}
+    experts = places([f"layers.4.mlp.experts.{i}.w1" for i in range(3)])
+    assert {tuple(place) for place in experts.values()} == {(4, "w1")}
