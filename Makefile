@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed demo-serve test lint types check bench gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,10 @@ check: lint types test  ## all that CI runs
 
 bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)
+
+reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about an hour on two cores; goes on where it was
+	for name in init-similarity before-after sharing multitask fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
+	$(BIN)/python -m bench reproduce --write-docs
 
 gpu:  ## on a GPU machine, with the torch of PYTHON: tests (races too), tune, measure, plot
 	$(PYTHON) -m pytest -m gpu -q

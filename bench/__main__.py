@@ -7,6 +7,7 @@ import importlib.util
 import typer
 
 from . import cpu, gpu, group, plot, serving
+from .reproduce import command as reproduce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +19,7 @@ app.command("gpu")(gpu.main)
 app.command("group")(group.main)
 app.command("plot")(plot.main)
 app.command("serving")(serving.main)
+app.command("reproduce")(reproduce.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
     from . import static, tune
 

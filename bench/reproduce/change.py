@@ -1,0 +1,148 @@
+"""`before-after`: what training moves, A or B, length or direction? (ALoRA, Fig. 2)
+
+In:   LoRA on each task by itself; A and B at the start, early on, and at the end.
+Out:  per layer: A against its start; A and B against the early state; W0 against W0 + s B A.
+Who:  `command`.
+
+B begins at zero and has no direction there, so both are compared with the state after a tenth of the steps as well. Who
+turns W0 is asked by putting one factor back: with A as at its start, how much of the turn is left?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alora_kernels.analysis import chance, column_change, cosine, merged_change, subspace_overlap
+
+from . import figures
+from .claims import Claim
+from .config import Config
+from .encoder import base_weights, factors, study
+from .rows import Row, layer_of, per_seed, pick, spread
+
+SOURCE = "ALoRA, Fig. 2"
+START, EARLY, W0, KEPT = "start", "early", "W0", "W0, A as at its start"
+
+
+def cases(config: Config) -> list[str]:
+    """A unit of work per task."""
+    return list(config.names)
+
+
+def run(config: Config, seed: int, case: str) -> list[Row]:
+    """One training, three states."""
+    task = config.tasks[config.names.index(case)]
+    learner = study(config, "lora", seed, tasks=[task])
+    states = {}
+    early = max(1, round(config.early * config.number("steps")))
+
+    def look(step: int) -> None:
+        if step in (0, early):
+            states[START if step == 0 else EARLY] = factors(learner.model)
+
+    learner.train(config, look)
+    now, weights = factors(learner.model), base_weights(config)
+    scaling = (config.lora_alpha or 2 * config.number("r")) / config.number("r")
+    out = []
+    for module, end in now.items():
+        place: dict[str, Any] = {"module": module, "layer": layer_of(module)}
+        start, then = states[START][module], states[EARLY][module]
+        for part, before, name in (("A", start, START), ("A", then, EARLY), ("B", then, EARLY)):
+            out += _moved(place, part, name, before[part], end[part])
+        for name, a in ((W0, end["A"]), (KEPT, start["A"])):
+            change = merged_change(weights[module].cpu(), a, end["B"], scaling)
+            out.append(Row(**place, part="W", item=name, measure="relative_magnitude", value=change.relative_magnitude))
+            out.append(Row(**place, part="W", item=name, measure="direction", value=change.direction))
+    return out
+
+
+def _moved(place: dict[str, Any], part: str, name: str, before: Tensor, after: Tensor) -> list[Row]:
+    """Similarity to an earlier state, and change of the columns."""
+    change = column_change(before, after)
+    p, q = (before, after) if part == "A" else (before.T, after.T)
+    level = chance(p.shape[0], q.shape[0], p.shape[1])
+    values = {
+        "cosine": cosine(before, after),
+        "relative_magnitude": change.relative_magnitude,
+        "direction": change.direction,
+    }
+    out = [Row(**place, part=part, item=name, measure=m, value=v) for m, v in values.items()]
+    value = subspace_overlap(p, q)
+    return [*out, Row(**place, part=part, item=name, measure="overlap", value=value, chance=level)]
+
+
+def _of(rows: Sequence[Row], part: str, item: str, measure: str) -> list[float]:
+    return per_seed(rows, lambda r: (r.part, r.item, r.measure) == (part, item, measure))
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """A stays, B moves, W0 turns rather than grows, and B turns it."""
+    stays = _of(rows, "A", START, "cosine")
+    a, b = _of(rows, "A", EARLY, "direction"), _of(rows, "B", EARLY, "direction")
+    longer = {part: _of(rows, part, EARLY, "relative_magnitude") for part in "AB"}
+    length = _of(rows, "W", W0, "relative_magnitude")
+    turned, kept = _of(rows, "W", W0, "direction"), _of(rows, "W", KEPT, "direction")
+    share = [k / t for k, t in zip(kept, turned, strict=True)]
+    return [
+        Claim(
+            "A remains largely unchanged from its initialisation",
+            SOURCE,
+            "cosine to its start above 0.9",
+            f"cosine {spread(stays)}, overlap {spread(_of(rows, 'A', START, 'overlap'))}",
+            [value > 0.9 for value in stays],
+        ),
+        Claim(
+            "B changes far more than A, in length and in direction",
+            SOURCE,
+            "from the early state to the end both changes of B over twice those of A",
+            f"direction {spread(b)} against {spread(a)}, length {spread(longer['B'])} against {spread(longer['A'])}",
+            [q > 2 * p and m > 2 * n for p, q, n, m in zip(a, b, longer["A"], longer["B"], strict=True)],
+        ),
+        Claim(
+            "LoRA changes the length of W0's columns little",
+            SOURCE,
+            "mean relative change below 5 %",
+            spread([100 * v for v in length], ".2f") + " %" if length else "not run yet",
+            [value < 0.05 for value in length],
+        ),
+        Claim(
+            "nearly all change of direction is captured by B",
+            SOURCE,
+            "with A put back to its start, over 80 % of the turn of W0 is left",
+            spread([100 * v for v in share], ".1f") + " %" if share else "not run yet",
+            [value > 0.8 for value in share],
+        ),
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A row per matrix and earlier state."""
+    lines = ["| matrix | against | cosine | overlap | length | direction |", "|---|---|---:|---:|---:|---:|"]
+    for part, item in (("A", START), ("A", EARLY), ("B", EARLY), ("W", W0), ("W", KEPT)):
+        form = ".4f" if part == "W" else ".3f"
+        cells = []
+        for measure in ("cosine", "overlap", "relative_magnitude", "direction"):
+            values = _of(rows, part, item, measure)
+            cells.append(spread(values, form) if values else "")
+        lines.append(f"| {part} | {item} | {' | '.join(cells)} |")
+    return lines
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Per layer: similarity to the start, change of length, change of direction."""
+    series = {"A, from its start": ("A", START), "A, from early": ("A", EARLY), "B, from early": ("B", EARLY)}
+    panels = [
+        figures.Panel(title, {n: pick(rows, part=p, item=i, measure=m) for n, (p, i) in series.items()})
+        for title, m in (
+            ("overlap with the earlier state", "overlap"),
+            ("relative change of length", "relative_magnitude"),
+            ("change of direction", "direction"),
+        )
+    ]
+    turned = {n: pick(rows, part="W", item=n, measure="direction") for n in (W0, KEPT)}
+    panels.append(figures.Panel("W0 + sBA: change of direction", turned))
+    figures.by_layer(panels, path, columns=2)

@@ -1,0 +1,147 @@
+"""What an experiment is run with: a YAML file as frozen data.
+
+In:   `configs/NAME.yaml`, or a path.
+Out:  a `Config` and its hash; unknown keys and missing values are refused by name.
+Who:  every experiment.
+
+The hash covers all that changes a number, so a row in a CSV says which settings it belongs to; seeds are not part of
+it, more of them add rows to the same table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alora_kernels.data import TaskSpec
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be run; the message names the key."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one experiment; None is a value that the file leaves out.
+
+    Attributes:
+        experiment: key of `command.EXPERIMENTS`.
+        model: "minilm", "tiny-random-encoder", a folder or a hub id of an encoder.
+        tasks: built-in tasks, `.jsonl` files, hub ids, or mappings with the fields of `data.TaskSpec`.
+        seeds: of everything that is drawn: rows, adapters, heads, order of batches.
+        methods: what is compared, where several are.
+        r, lora_alpha: of the adapters; lora_alpha defaults to 2 r.
+        num_experts: E of the methods with a learned router.
+        steps, batch_size, learning_rate: AdamW with a constant rate; batch_size rows of each task in a step.
+        train_size, test_size, max_length: rows per task, tokens per row.
+        every: steps between two measurements of gradients.
+        probe_size: rows per task in these measurements.
+        early: share of the steps after which the "early" state is taken.
+        clients: how many.
+        alphas: of the Dirichlet distribution that splits the labels over clients.
+        variants: adapters that clients train: "lora", "rslora", "vera".
+        vera_r, vera_learning_rate: VeRA's own, whose vectors need larger steps.
+        rounds, local_steps: of federated training.
+    """
+
+    experiment: str
+    model: str
+    tasks: tuple[str | TaskSpec, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = ()
+    r: int | None = None
+    lora_alpha: float | None = None
+    num_experts: int = 4
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    train_size: int | None = 2000
+    test_size: int = 200
+    max_length: int = 64
+    every: int = 10
+    probe_size: int = 32
+    early: float = 0.1
+    clients: int = 3
+    alphas: tuple[float, ...] = ()
+    variants: tuple[str, ...] = ("lora",)
+    vera_r: int = 256
+    vera_learning_rate: float = 2e-2
+    rounds: int | None = None
+    local_steps: int | None = None
+
+    @property
+    def hash(self) -> str:
+        """Eight digits for all settings but the seeds."""
+        values = dataclasses.asdict(self)
+        del values["seeds"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(task if isinstance(task, str) else task.name for task in self.tasks)
+
+    def number(self, key: str) -> Any:
+        """The value of a key that this experiment cannot do without.
+
+        Raises:
+            ConfigError: the file leaves it out.
+        """
+        value = getattr(self, key)
+        if value is None:
+            raise ConfigError(f"{key}: {self.experiment} needs it, and the file leaves it out (not published): set it")
+        return value
+
+    def quick(self) -> Config:
+        """The same in seconds: one seed, few steps, few rows. Tries the machinery; its numbers mean nothing."""
+        small: dict[str, Any] = {
+            name: 2 for name in ("steps", "rounds", "local_steps") if getattr(self, name) is not None
+        }
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[:1],
+            batch_size=2,
+            train_size=24,
+            test_size=8,
+            every=1,
+            probe_size=4,
+            vera_r=8,
+            **small,
+        )
+
+
+def load(name: str | Path) -> Config:
+    """A configuration by name or path.
+
+    Raises:
+        ConfigError: no such file, an unknown key, or a value that is no list where one is needed.
+    """
+    path = Path(name) if Path(name).suffix == ".yaml" else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no experiment {str(name)!r}: choose from {', '.join(available())}, or give a .yaml file")
+    values = yaml.safe_load(path.read_text())
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(values, dict) or (unknown := sorted(values.keys() - fields)):
+        raise ConfigError(f"{path}: unknown keys {unknown if isinstance(values, dict) else values!r}; known: {fields}")
+    missing = [key for key in ("experiment", "model", "tasks") if key not in values]
+    if missing:
+        raise ConfigError(f"{path}: {', '.join(missing)} must be given")
+    for key in ("tasks", "seeds", "methods", "alphas", "variants"):
+        if key in values and not isinstance(values[key], list):
+            raise ConfigError(f"{path}: {key} must be a list, got {values[key]!r}")
+        if key in values:
+            values[key] = tuple(TaskSpec(**v) if isinstance(v, dict) else v for v in values[key])
+    return Config(**values)
+
+
+def available() -> list[str]:
+    """Names of the configurations that ship, those of the papers' size as paths below `configs/`."""
+    return sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))

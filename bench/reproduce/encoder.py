@@ -1,0 +1,218 @@
+"""An encoder that learns one or several tasks at once, with a head for each: what the experiments train.
+
+In:   a `Config`, a method, a seed.
+Out:  a `Study`: model, rows, a batch of all tasks, a loss, accuracies; the factors A and B of every layer.
+Who:  the experiments.
+
+Everything random comes from the seed: rows, adapters, heads, order. Every batch has the same number of rows of each
+task, so tasks weigh the same; the loss is the mean of the tasks' losses.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alora_kernels import data, route
+from alora_kernels.cli.fed.rows import collate
+from alora_kernels.federated.participant import fit, shuffled
+from alora_kernels.integrations.methods import Method, adapt
+
+from .config import Config
+from .shared_a import share_a
+
+SHARED_A, RSLORA, VERA = "shared-a", "rslora", "vera"  # besides the methods of `integrations.methods`
+EVAL_BATCH = 64
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(?:asymlora|lora|vera_lambda)_([ABdb])(?:\.default)?(?:\.weight)?$"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRows:
+    """One task: its label words, token ids and the number of the right label."""
+
+    labels: tuple[str, ...]
+    train: list[list[int]]
+    test: list[list[int]]
+    train_target: Tensor
+    test_target: Tensor
+
+    @property
+    def majority(self) -> float:
+        """Accuracy on the test rows of the most frequent training label."""
+        return float((self.test_target == self.train_target.mode().values).float().mean())
+
+
+class MultiTask(nn.Module):
+    """An adapted encoder with a linear head for each task; a forward takes rows of any tasks."""
+
+    def __init__(self, encoder: nn.Module, heads: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.encoder, self.heads = encoder, nn.ModuleList(heads)
+
+    def forward(self, ids: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """Logits of each task's rows, in the order of tasks; `ids` `[rows]` says whose a row is."""
+        with route(ids):
+            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.to(states.dtype).unsqueeze(2)
+        pooled = (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return [head(pooled[ids == task]) for task, head in enumerate(self.heads)]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A model with its data."""
+
+    model: MultiTask
+    rows: dict[str, TaskRows]
+    pad: int
+
+    def batch(self, chosen: Mapping[int, Tensor], split: str = "train") -> dict[str, Tensor]:
+        """Rows of some tasks side by side: task number -> row numbers."""
+        tasks = list(self.rows.values())
+        texts = [getattr(tasks[t], split)[i] for t, numbers in chosen.items() for i in numbers.tolist()]
+        targets = [getattr(tasks[t], f"{split}_target")[numbers] for t, numbers in chosen.items()]
+        ids = torch.cat([torch.full((len(numbers),), t) for t, numbers in chosen.items()])
+        device = next(self.model.parameters()).device
+        packed = collate(texts, self.pad, left=False, device=device)
+        return {"ids": ids.to(device), "targets": torch.cat(targets).to(device), **packed}
+
+    def batches(self, steps: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Batches with `batch_size` rows of each task."""
+        orders = [shuffled(len(task.train), steps, batch_size) for task in self.rows.values()]
+        for numbers in zip(*orders, strict=True):
+            yield self.batch(dict(enumerate(numbers)))
+
+    def train(
+        self, config: Config, after: Callable[[int], None] = lambda step: None, *, rate: float | None = None
+    ) -> float:
+        """AdamW over the configured steps; `after(n)` is called when n steps are done, before the next one.
+
+        Args:
+            config: steps, batch_size and learning_rate are read.
+            after: looks at the model.
+            rate: a learning rate instead of the configured one.
+        """
+        steps = config.number("steps")
+
+        def announced() -> Iterator[dict[str, Tensor]]:
+            for step, batch in enumerate(self.batches(steps, config.number("batch_size"))):
+                after(step)
+                yield batch
+
+        loss = fit(self.model, announced(), loss_of, lr=rate or config.number("learning_rate"))
+        after(steps)
+        return loss
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """Task -> share of its test rows that are right."""
+        self.model.eval()
+        found = {}
+        for t, (name, task) in enumerate(self.rows.items()):
+            right = 0
+            for numbers in torch.arange(len(task.test)).split(EVAL_BATCH):
+                batch = self.batch({t: numbers}, "test")
+                logits = self.model(batch["ids"], batch["input_ids"], batch["attention_mask"])[t]
+                right += int((logits.argmax(1) == batch["targets"]).sum())
+            found[name] = right / len(task.test)
+        return found
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the tasks in the batch of their cross entropies."""
+    logits = model(batch["ids"], batch["input_ids"], batch["attention_mask"])
+    present = [t for t in range(len(logits)) if len(logits[t])]
+    return torch.stack([F.cross_entropy(logits[t], batch["targets"][batch["ids"] == t]) for t in present]).mean()
+
+
+def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), data_seed: int | None = None) -> Study:
+    """A fresh model with its data; torch's generator then stands where the seed put it.
+
+    Args:
+        config: the settings.
+        method: key of `integrations.methods.METHODS`, "shared-a", "rslora" or "vera".
+        seed: of adapters, heads and order.
+        tasks: those to learn; default all of the configuration.
+        data_seed: which rows are test rows; default the seed.
+    """
+    chosen = tuple(tasks) or config.tasks
+    _, tokenizer = _base(config.model)
+    rows = {
+        (t if isinstance(t, str) else t.name): _rows(t, tokenizer, config, seed if data_seed is None else data_seed)
+        for t in chosen
+    }
+    encoder = copy.deepcopy(_base(config.model)[0])
+    torch.manual_seed(seed)
+    width = encoder.config.hidden_size
+    adapted = _adapted(encoder, method, config, tuple(rows), seed)
+    heads = [nn.Linear(width, len(task.labels)) for task in rows.values()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Study(MultiTask(adapted, heads).to(device), rows, tokenizer.pad_token_id)
+
+
+def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], seed: int) -> nn.Module:
+    """The encoder with a method's adapters on all its linear layers."""
+    if method == SHARED_A:
+        return share_a(encoder, config.number("r"), tasks, config.lora_alpha)
+    if method == VERA:
+        from peft import VeraConfig, get_peft_model
+
+        options: dict[str, Any] = {"projection_prng_key": seed, "d_initial": 0.1, "save_projection": False}
+        return get_peft_model(encoder, VeraConfig(r=config.vera_r, target_modules="all-linear", **options))
+    settings = Method(
+        "lora" if method == RSLORA else method,
+        tasks=tasks,
+        r=config.number("r"),
+        lora_alpha=config.lora_alpha,
+        use_rslora=method == RSLORA,
+        num_experts=config.num_experts,
+        task_type=None,
+    )
+    return adapt(encoder, settings)
+
+
+def base_weights(config: Config) -> dict[str, Tensor]:
+    """Path -> W0 of every linear layer of the encoder."""
+    return {name: m.weight.detach() for name, m in _base(config.model)[0].named_modules() if isinstance(m, nn.Linear)}
+
+
+def factors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Path -> "A", "B" (of VeRA "d", "b") -> a copy of the matrix as it is now; paths are those of the base."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        match = _FACTOR.match(name.removeprefix("encoder."))
+        if match:
+            found.setdefault(match[1], {})[match[2]] = parameter.detach().clone().cpu()
+    return found
+
+
+@lru_cache(maxsize=1)
+def _base(name: str) -> tuple[Any, Any]:
+    """The encoder as it was read, and its tokenizer; callers copy it."""
+    classifier, tokenizer = data.load_encoder(name, num_labels=2)
+    return classifier.encoder, tokenizer
+
+
+def _rows(task: str | data.TaskSpec, tokenizer: Any, config: Config, seed: int) -> TaskRows:
+    """One task's rows as token ids."""
+    splits = data.load_task(task, seed=seed, train_size=config.train_size, test_size=config.test_size)
+    answers = {split: list(splits[split]["answer"]) for split in ("train", "test")}
+    known = isinstance(task, str) and task in data.TASKS
+    labels = data.labels_of(task) if known else tuple(sorted({*answers["train"], *answers["test"]}))  # type: ignore[arg-type]
+    number = {label: i for i, label in enumerate(labels)}
+    ids = {
+        split: tokenizer(list(splits[split]["prompt"]), truncation=True, max_length=config.max_length).input_ids
+        for split in ("train", "test")
+    }
+    target = {split: torch.tensor([number[answer] for answer in answers[split]]) for split in ("train", "test")}
+    return TaskRows(tuple(labels), ids["train"], ids["test"], target["train"], target["test"])

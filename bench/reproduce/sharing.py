@@ -1,0 +1,134 @@
+"""`sharing`: do tasks fight more over a shared A or over a shared B? (ALoRA, Fig. 3)
+
+In:   several tasks at once, with B shared (ALoRA), with A shared (a B per task), and HydraLoRA.
+Out:  every few steps, per layer: the gradient's norm, pairs of tasks, and those that conflict; accuracies at the end.
+Who:  `command`.
+
+A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed rows in eval mode, is
+below zero. Nothing is measured before the first step: B is zero there and A has no gradient. HydraLoRA's B are shared
+too, through its router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from alora_kernels.analysis import Conflicts, task_conflicts
+
+from . import figures
+from .claims import Claim
+from .config import Config
+from .encoder import SHARED_A, Study, loss_of, study
+from .rows import Row, layer_of, per_seed, pick, spread
+
+SOURCE = "ALoRA, Fig. 3"
+SHARED = {"alora": "B", SHARED_A: "A", "hydralora": "A"}  # the matrix that the method's name is about
+LABELS = {
+    "alora": "B shared (ALoRA)",
+    SHARED_A: "A shared, a B per task",
+    "hydralora": "A shared, routed B (HydraLoRA)",
+}
+
+
+def cases(config: Config) -> list[str]:
+    """A unit of work per method."""
+    return list(config.methods)
+
+
+def run(config: Config, seed: int, case: str) -> list[Row]:
+    """One training, looked at on the way."""
+    learner = study(config, case, seed)
+    probes = {
+        name: learner.batch({t: torch.arange(min(config.probe_size, len(task.train)))})
+        for t, (name, task) in enumerate(learner.rows.items())
+    }
+    out: list[Row] = []
+
+    def look(step: int) -> None:
+        if step and step % config.every == 0:
+            out.extend(_measured(learner, probes, step))
+
+    learner.train(config, look)
+    return out + [Row(measure="accuracy", item=name, value=v) for name, v in learner.accuracy().items()]
+
+
+def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: int) -> list[Row]:
+    """Rows per layer and matrix: the mean norm over its linear layers, the sums of pairs and conflicts."""
+    groups: dict[tuple[int, str], list[Conflicts]] = {}
+    for record in task_conflicts(learner.model, probes, loss_of):
+        groups.setdefault((layer_of(record.module), record.parameter), []).append(record)
+    out = []
+    for (layer, part), records in groups.items():
+        values = {
+            "norm": sum(r.norm for r in records) / len(records),
+            "conflicts": float(sum(r.conflicts for r in records)),
+            "pairs": float(sum(r.pairs for r in records)),
+        }
+        out += [Row(layer=layer, part=part, measure=m, item=str(step), value=v) for m, v in values.items()]
+    return out
+
+
+def _mean(rows: Sequence[Row], case: str, part: str, measure: str) -> list[float]:
+    return per_seed(rows, lambda r: (r.case, r.part, r.measure) == (case, part, measure))
+
+
+def _share(rows: Sequence[Row], case: str, part: str) -> list[float]:
+    """Conflicts per pair; none where the matrix is nobody's common one."""
+    both = zip(_mean(rows, case, part, "conflicts"), _mean(rows, case, part, "pairs"), strict=True)
+    return [conflicts / pairs for conflicts, pairs in both if pairs]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Smaller gradients and more conflicts where A is shared."""
+    norm = {case: _mean(rows, case, part, "norm") for case, part in SHARED.items()}
+    share = {case: _share(rows, case, part) for case, part in SHARED.items()}
+
+    def beside(values: dict[str, list[float]], form: str) -> str:
+        return ", ".join(f"{LABELS[case]} {spread(v, form)}" for case, v in values.items() if v) or "not run yet"
+
+    return [
+        Claim(
+            "sharing A gives smaller gradients than sharing B",
+            SOURCE,
+            "mean norm of the shared A below that of ALoRA's shared B",
+            beside(norm, ".4f"),
+            [a < b for a, b in zip(norm[SHARED_A], norm["alora"], strict=False)],
+        ),
+        Claim(
+            "sharing A causes more conflicts than sharing B",
+            SOURCE,
+            "share of conflicting pairs in the shared A above that in ALoRA's shared B",
+            beside(share, ".3f"),
+            [a > b for a, b in zip(share[SHARED_A], share["alora"], strict=False)],
+        ),
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A row per method."""
+    lines = [
+        "| method | gradient of A | gradient of B | conflicts in A | conflicts in B | mean accuracy % |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in dict.fromkeys(row.case for row in rows):
+        norms = [spread(_mean(rows, case, part, "norm"), ".4f") for part in "AB"]
+        shares = [spread(v, ".3f") if (v := _share(rows, case, part)) else "per task" for part in "AB"]
+        accuracy = [100 * v for v in per_seed(rows, lambda r, c=case: (r.case, r.measure) == (c, "accuracy"))]  # type: ignore[misc]
+        lines.append(f"| {LABELS[case]} | {' | '.join([*norms, *shares])} | {spread(accuracy, '.1f')} |")
+    return lines
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Per layer: norm of the shared matrix's gradient, and the number of conflicting pairs in a measurement."""
+    mine = {LABELS[case]: pick(rows, case=case, part=part) for case, part in SHARED.items()}
+    panels = [
+        figures.Panel(title, {name: pick(found, measure=measure) for name, found in mine.items() if found})
+        for title, measure in (
+            ("gradient norm of the shared matrix", "norm"),
+            ("conflicting pairs in the shared matrices of a layer", "conflicts"),
+        )
+    ]
+    figures.by_layer(panels, path, columns=2)
