@@ -1,12 +1,13 @@
-"""Safetensors files that are whole or absent, whatever kills the process or fills the disk.
+"""Files that are whole or absent, whatever kills the process or fills the disk.
 
 In:   named arrays and string metadata.
-Out:  one file; the arrays back, bit for bit, after their checksum was compared.
-Who:  the federated client's store and the server's checkpoint; the task store of serving.
+Out:  a safetensors file; the arrays back, bit for bit, after their checksum was compared.
+Who:  the federated client's store and the server's checkpoint; the task store of serving. `replacing` is for files of
+      other kinds: the ledger, tables and the page of an analysis.
 
-A file is written under a name of its own in the same folder, flushed to the disk, renamed over the final name, and the
-folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but not a changed
-number, hence the SHA-256. Files get mode 600: all kinds are somebody's secret.
+A file of arrays is written under a name of its own in the same folder, flushed to the disk, renamed over the final
+name, and the folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but
+not a changed number, hence the SHA-256. Files get mode 600: all kinds are somebody's secret.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,21 @@ ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file b
 
 class DamagedFileError(ValueError):
     """A file that is cut short, changed, or not one of ours."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end of the block; after an error nothing has changed.
+
+    Args:
+        path: in a folder that exists.
+    """
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def own_copy(key: str, value: NDArray | Tensor) -> Tensor:

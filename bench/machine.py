@@ -13,6 +13,7 @@ import subprocess
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,17 @@ def this_run(command: str, device: str) -> Row:
         torch=torch.__version__,
         triton=_version("triton"),
     )
+
+
+def origin(command: str, device: str) -> dict[str, Any]:
+    """Columns of a row that name transformers and PEFT too: when, on what and with which versions it was measured.
+
+    Args:
+        command, device: as `this_run`.
+    """
+    run = this_run(command, device)
+    versions = {name: metadata.version(name) for name in ("transformers", "peft")}
+    return {"commit": run.commit, "date": run.date, "device": run.device, "torch": run.torch, **versions}
 
 
 def commit() -> str:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .machine import slug, this_run
+from .machine import origin, slug
 from .rows import OK, RESULTS
 
 FOLDER = RESULTS / "serving"
@@ -89,10 +88,7 @@ NUMBERS = tuple(field.name for field in fields(Row) if field.type == "float | No
 
 def run_row(device: str, model: str, r: int) -> Row:
     """An otherwise empty row with the columns that are the same for a whole run."""
-    run = this_run("serving", device)
-    versions: dict[str, Any] = {name: metadata.version(name) for name in ("transformers", "peft")}
-    described = Row(commit=run.commit, date=run.date, device=run.device, torch=run.torch, model=model, r=r)
-    return replace(described, dtype="float32", **versions)
+    return Row(model=model, dtype="float32", r=r, **origin("serving", device))
 
 
 def csv_of(row: Row) -> Path:

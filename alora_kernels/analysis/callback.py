@@ -14,13 +14,13 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import atomic
 from .gradients import COLUMNS, Conflicts, Loss, NotFiniteError, task_conflicts, two_tasks
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,8 @@ class ConflictCallback(TrainerCallback):
                 raise ValueError(f"{self.path} holds an earlier run's rows: delete it or give another path")
             kept = self._rows_until(state.global_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_name(self.path.name + ".tmp")
-        whole.write_text(_lines([list(COLUMNS), *kept]), newline="")
-        os.replace(whole, self.path)
+        with atomic.replacing(self.path) as draft:
+            draft.write_text(_lines([list(COLUMNS), *kept]), newline="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, if it is time."""

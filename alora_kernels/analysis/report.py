@@ -14,13 +14,13 @@ import base64
 import datetime
 import html
 import importlib.metadata
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import atomic
 from ..version import __version__
 from .figures import Picture, check_matplotlib, pictures
 from .page import page
@@ -61,9 +61,8 @@ def write_report(analysis: Analysis, folder: Path, *, command: str | None = None
         images.mkdir(exist_ok=True)
         (images / f"{picture.name}.png").write_bytes(picture.light)
     path = folder / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(render(analysis, drawn, command), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic.replacing(path) as draft:
+        draft.write_text(render(analysis, drawn, command), encoding="utf-8")
     return path
 
 

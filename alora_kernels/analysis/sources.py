@@ -11,7 +11,6 @@ matrices are read when asked for, so 16 tasks of a large model never have to be 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..integrations.adapter_config import MAX_BYTES, refused
+from ..integrations.adapter_config import AdapterFolderError, read_settings, refused
 from ..integrations.adapter_folder import PREFIX, AdapterFile, read_adapter
 from ..integrations.method_files import SETTINGS, STATE, read_method
 from ..integrations.peft.files import CONFIG, WEIGHTS
@@ -146,8 +145,9 @@ def _of_client(folder: Path) -> tuple[str, ...]:
 
 def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list[Unit]:
     """A saved PEFT adapter; of a client its own name is kept."""
-    if _peft_type(folder) == "VERA":
-        return [_vera(folder, names)]
+    settings = _settings(folder)
+    if settings.get("peft_type") == "VERA":
+        return [_vera(folder, names, settings)]
     file = read_adapter(folder)
     weights = Weights(folder, WEIGHTS, file.stamp)
     if file.config.kind == "lora" or (client and len(file.tasks) == 1):
@@ -170,8 +170,7 @@ def _of_file(file: AdapterFile, weights: Weights, row: int, names: tuple[str, ..
     return Unit(names, kind, file.folder, _named(file.base), shapes, read, frozenset("B" if several else ""))
 
 
-def _vera(folder: Path, names: tuple[str, ...]) -> Unit:
-    settings = _settings(folder)
+def _vera(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> Unit:
     weights, found, _ = matched(
         folder, WEIGHTS, _VERA, {"lambda_b": (1,), "lambda_d": (1,)}, {"b": "lambda_b", "d": "lambda_d"}
     )
@@ -251,17 +250,11 @@ def _unequal(folder: Path, names: tuple[str, ...]) -> Unit:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The config as it is; whoever needs more than a name in it lets `read_adapter` check it."""
+    """The config as it is, or nothing: whoever needs more than a name in it lets `read_adapter` complain."""
     try:
-        with (folder / CONFIG).open("rb") as file:
-            settings = json.loads(file.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
+        return read_settings(folder)
+    except AdapterFolderError:
         return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def _peft_type(folder: Path) -> Any:
-    return _settings(folder).get("peft_type")
 
 
 def _named(base: Any) -> str | None:

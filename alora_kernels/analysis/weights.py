@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import atomic
 from ..integrations.adapter_config import AdapterFolderError, refused
-from ..integrations.adapter_folder import Stamp
+from ..integrations.adapter_folder import Stamp, stamp_of
 
 
 class Weights:
@@ -94,9 +94,3 @@ def matched(
     if not found:
         raise refused(folder, f"{name} holds nothing that can be compared: is it the right folder?")
     return Weights(folder, name, stamp), found, metadata
-
-
-def stamp_of(path: Path) -> Stamp:
-    """Which file it is now."""
-    stat = path.stat()
-    return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -168,11 +168,10 @@ def _loop_model(run: Run) -> Any:
     model.requires_grad_(False)
     adapter = run.model.active_adapter
     for name, layer in _layers(run).items():
-        parent, _, child = name.rpartition(".")
         router = layer.asymlora_router[adapter] if adapter in layer.asymlora_router else None
         a, b, spec = layer.asymlora_A[adapter], layer.asymlora_B[adapter], layer.asymlora_spec[adapter]
         loop = LoopLinear(cast(nn.Linear, model.get_submodule(name)), a, b, router, spec.scaling)
-        setattr(model.get_submodule(parent), child, loop)
+        model.set_submodule(name, loop)
     return model.to(run.model.device)
 
 

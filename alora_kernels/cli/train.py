@@ -20,18 +20,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
+from ..integrations.budget import METHODS, ROUTED, parameters_of
 from ..integrations.method_files import load_method, read_method, save_method
-from ..integrations.methods import (
-    METHODS,
-    ROUTED,
-    Method,
-    adapt,
-    base_alone,
-    parameters_of,
-    target_shapes,
-    tasks_of,
-    trainable_parameters,
-)
+from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
 from ..training import ALoRATrainer, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError

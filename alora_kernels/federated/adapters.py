@@ -126,9 +126,8 @@ def _build(
     """The base with empty adapters on the named layers."""
     if spec.adapter == "het":
         for name in names:
-            parent, _, child = name.rpartition(".")
             layer = HetALoRALinear(base.get_submodule(name), rank, d_m, lora_scaling(lora_alpha, rank, False))  # type: ignore[arg-type]
-            setattr(base.get_submodule(parent), child, layer)
+            base.set_submodule(name, layer)
         return base
     from peft import LoraConfig, VeraConfig, get_peft_model
 

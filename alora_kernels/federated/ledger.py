@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import atomic
 from .summary import Event, measured, scores
 
 FIELDS = {"train": ("before", "after"), "evaluate": ("metrics",)}  # what a kind of round measures
@@ -191,15 +192,10 @@ def _cut(path: Path, last: int) -> list[dict[str, Any]]:
     kept = [e for e in events if _stays(e, last)]
     while kept and kept[-1]["event"] == "client":
         kept.pop()  # their round never got its closing line, so it is played again
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.writelines(map(_encode, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic.replacing(path) as draft, open(draft, "wb") as file:
+        file.writelines(map(_encode, kept))
+        file.flush()
+        os.fsync(file.fileno())
     return kept
 
 

@@ -118,6 +118,15 @@ def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
     Raises:
         AdapterFolderError: not valid, of another kind, or of an adapter that is more than s B A per task.
     """
+    return checked_config(folder, read_settings(folder), only)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a folder as they are written, not checked any further.
+
+    Raises:
+        AdapterFolderError: too large, or no JSON object.
+    """
     try:
         with (folder / CONFIG).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -128,7 +137,7 @@ def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
         raise refused(folder, f"{CONFIG} is larger than {MAX_BYTES} bytes: that is not a config")
     if not isinstance(settings, dict):
         raise refused(folder, f"{CONFIG} holds a {type(settings).__name__}, not settings: copy it again")
-    return checked_config(folder, settings, only)
+    return settings
 
 
 def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | None = None) -> AdapterConfig:

@@ -44,6 +44,12 @@ class Stamp(NamedTuple):
     changed: int
 
 
+def stamp_of(path: Path) -> Stamp:
+    """Which file it is now."""
+    stat = path.stat()
+    return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
 class Shape(NamedTuple):
     """Output width, rank and input width of one adapted module."""
 
@@ -203,9 +209,9 @@ def _opened(folder: Path) -> Iterator[tuple[Any, Stamp]]:
     """The folder's weights and which file they are; what safetensors says of a damaged file becomes a refusal."""
     path = folder / WEIGHTS
     try:
-        stat = path.stat()
+        stamp = stamp_of(path)
         with safe_open(path, framework="pt") as file:
-            yield file, Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            yield file, stamp
     except AdapterFolderError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

@@ -24,14 +24,9 @@ from ..modules.adapted import AdaptedLinear
 from ..modules.hydra import HydraLinear
 from ..modules.per_task import PerTaskLinear
 from ..modules.tasks import task_names
-from .budget import METHODS, ROUTED, check_method, parameters_of, rank_for
+from .budget import ROUTED, check_method
 from .peft import ALoRAConfig
 from .peft.targets import base_of, check_target, features, hooked
-
-__all__ = [
-    "METHODS", "ROUTED", "Method", "adapt", "base_alone", "parameters_of", "rank_for", "target_shapes", "tasks_of",
-    "trainable_parameters",
-]  # fmt: skip
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}  # PEFT trains these for the type
 
@@ -41,7 +36,7 @@ class Method:
     """One method with its settings, the same for all methods as far as they have them.
 
     Attributes:
-        name: a key of `METHODS`.
+        name: a key of `budget.METHODS`.
         tasks: names in the order of their ids; for methods that take ids, otherwise a record.
         r: rank.
         lora_alpha: numerator of the scaling s = lora_alpha / r; None is 2 r.
@@ -145,8 +140,7 @@ def adapt(model: Any, method: Method) -> Any:
     targets, heads = _replaceable(model, method), _heads(model, method)
     model.requires_grad_(False)
     for name, linear in targets.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _widened(_layer(linear, method)))
+        model.set_submodule(name, _widened(_layer(linear, method)))
     for head in heads:
         head.requires_grad_(True)
     if hasattr(model, "_keys_to_ignore_on_save"):  # transformers': checkpoints then hold what trains, and resume
@@ -171,8 +165,7 @@ def take_out(model: Any) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear.train(layer.training))
+        model.set_submodule(name, linear.train(layer.training))
     if hasattr(model, "_keys_to_ignore_on_save"):
         model._keys_to_ignore_on_save = set(type(model)._keys_to_ignore_on_save or ())
 

@@ -56,11 +56,25 @@ class HydraLinear(AdaptedLinear):
         h = F.linear(dropped, self.lora_A.to(x.dtype))  # [M, R]
         logits = F.linear(x, self.router.to(x.dtype))
         gate = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        # [M, E, 1] [M, 1, R]
-        mixed = ((gate * self.scaling).to(h.dtype).unsqueeze(2) * h.unsqueeze(1)).flatten(1)
-        # [M, E R] [E R, N]
-        return torch.addmm(y, mixed, self.lora_B.to(x.dtype).transpose(1, 2).flatten(0, 1))
+        return mixed(y, h, (gate * self.scaling).to(h.dtype), self.lora_B.to(x.dtype))
 
     def extra_repr(self) -> str:
         """The arguments that tell one layer from another."""
         return f"{super().extra_repr()}, num_experts={self.num_experts}"
+
+
+def mixed(y: Tensor, h: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    """y plus a mixture of several B over one h, as one product with all B side by side.
+
+    Formula: `y_m + sum_e gate_me B_e h_m`.
+
+    Args:
+        y: `[M, N]`.
+        h: `[M, R]`.
+        gate: `[M, E]`, in h's dtype.
+        b: `[E, N, R]`, likewise.
+    """
+    # [M, E, 1] [M, 1, R]
+    wide = (gate.unsqueeze(2) * h.unsqueeze(1)).flatten(1)
+    # [M, E R] [E R, N]
+    return torch.addmm(y, wide, b.transpose(1, 2).flatten(0, 1))

@@ -101,8 +101,7 @@ class TaskStack:
         """Take the layers out: the model is as it was before `build`."""
         layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)]
         for name, layer in layers:
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.base_layer)
+            self.model.set_submodule(name, layer.base_layer)
         CheckpointGuard.remove(self.model)
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config

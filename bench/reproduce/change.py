@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from alora_kernels.analysis import chance, column_change, cosine, merged_change, subspace_overlap
+from alora_kernels.analysis import column_change, cosine, merged_change
 
 from . import figures
 from .claims import Claim
 from .config import Config
 from .encoder import base_weights, factors, study
-from .rows import Row, layer_of, per_seed, pick, spread
+from .rows import Row, layer_of, overlap_row, per_seed, pick, spread
 
 SOURCE = "ALoRA, Fig. 2"
 START, EARLY, W0, KEPT = "start", "early", "W0", "W0, A as at its start"
@@ -63,20 +63,17 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
 def _moved(place: dict[str, Any], part: str, name: str, before: Tensor, after: Tensor) -> list[Row]:
     """Similarity to an earlier state, and change of the columns."""
     change = column_change(before, after)
-    p, q = (before, after) if part == "A" else (before.T, after.T)
-    level = chance(p.shape[0], q.shape[0], p.shape[1])
     values = {
         "cosine": cosine(before, after),
         "relative_magnitude": change.relative_magnitude,
         "direction": change.direction,
     }
     out = [Row(**place, part=part, item=name, measure=m, value=v) for m, v in values.items()]
-    value = subspace_overlap(p, q)
-    return [*out, Row(**place, part=part, item=name, measure="overlap", value=value, chance=level)]
+    return [*out, overlap_row({**place, "part": part, "item": name}, before, after)]
 
 
 def _of(rows: Sequence[Row], part: str, item: str, measure: str) -> list[float]:
-    return per_seed(rows, lambda r: (r.part, r.item, r.measure) == (part, item, measure))
+    return per_seed(rows, part=part, item=item, measure=measure)
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -77,13 +77,12 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
     """Every client trains by itself; then they are compared."""
     variant, alpha = case.split(", alpha ")
     task, rate = config.tasks[:1], config.vera_learning_rate if variant == VERA else config.number("learning_rate")
+    learners = [study(config, variant, seed, tasks=task) for _ in range(config.clients)]  # equal, each trains its own
+    start = factors(learners[0].model)
+    targets = next(iter(learners[0].rows.values())).train_target
+    parts = split(targets, config.clients, float(alpha), config.number("batch_size"), seed)
     ends, out = [], []
-    start: dict[str, dict[str, torch.Tensor]] = {}
-    for client in range(config.clients):
-        learner = study(config, variant, seed, tasks=task)
-        start = factors(learner.model)
-        targets = next(iter(learner.rows.values())).train_target
-        parts = split(targets, config.clients, float(alpha), config.number("batch_size"), seed)
+    for client, learner in enumerate(learners):
         own = _of_client(learner, parts[client])
         torch.manual_seed(1000 * (seed + 1) + client)  # the order of rows and dropout; the adapter is drawn already
         own.train(config, rate=rate)
@@ -106,7 +105,7 @@ def _matrix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _of(rows: Sequence[Row], case: str, part: str, measure: str = BETWEEN) -> list[float]:
-    return per_seed(rows, lambda r: (r.case, r.part, r.measure) == (case, part, measure))
+    return per_seed(rows, case=case, part=part, measure=measure)
 
 
 def _cases_of(rows: Sequence[Row], variant: str) -> list[str]:

@@ -33,7 +33,7 @@ class Config:
     """The settings of one experiment; None is a value that the file leaves out.
 
     Attributes:
-        experiment: key of `command.EXPERIMENTS`.
+        experiment: key of `docs.EXPERIMENTS`.
         model: "minilm", "tiny-random-encoder", a folder or a hub id of an encoder.
         tasks: built-in tasks, `.jsonl` files, hub ids, or mappings with the fields of `data.TaskSpec`.
         seeds: of everything that is drawn: rows, adapters, heads, order of batches.

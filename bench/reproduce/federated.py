@@ -14,13 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
-from alora_kernels.federated.summary import delta_m
-
 from ..machine import ROOT
 from . import figures
 from .claims import Claim
 from .config import Config, ConfigError
-from .rows import Row, per_seed, pick, spread
+from .rows import Row, delta_per_seed, per_seed, pick, spread
 
 ALONE = "local"
 RUNS = Path("runs/reproduce-federated")
@@ -75,18 +73,6 @@ def _of(rows: Sequence[Row], case: str, measure: str) -> dict[int, float]:
     return {r.seed: r.value for r in pick(rows, case=case, measure=measure) if r.value is not None}
 
 
-def _delta(rows: Sequence[Row], case: str) -> list[float]:
-    found = []
-    for seed in sorted({row.seed for row in rows}):
-        own, alone = (
-            {r.item: r.value for r in pick(rows, case=c, seed=seed, measure="accuracy") if r.value is not None}
-            for c in (case, ALONE)
-        )
-        if own and alone and (value := delta_m(own, alone)) is not None:
-            found.append(value)
-    return found
-
-
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """Fed-ALoRA against FedIT and FedSA-LoRA."""
     out = []
@@ -110,11 +96,11 @@ def table(rows: Sequence[Row]) -> list[str]:
     """A row per method."""
     lines = ["| method | average % | worst client % | delta-m % | MB in all |", "|---|---:|---:|---:|---:|"]
     for name in ROWS:
-        values = per_seed(pick(rows, measure=name), lambda row: True)
+        values = per_seed(rows, measure=name)
         lines.append(f"| {name} | {spread([100 * v for v in values], '.1f')} | | | |")
     for case in dict.fromkeys(row.case for row in rows):
         average, worst = ([100 * v for v in _of(rows, case, m).values()] for m in ("average", "worst"))
-        delta = "0 (baseline)" if case == ALONE else spread(_delta(rows, case), "+.1f")
+        delta = "0 (baseline)" if case == ALONE else spread(delta_per_seed(rows, case, ALONE), "+.1f")
         size = fmean(_of(rows, case, "bytes").values()) / 1e6
         lines.append(f"| {case} | {spread(average, '.1f')} | {spread(worst, '.1f')} | {delta} | {size:.2f} |")
     return lines

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alora_kernels.federated.summary import delta_m
 from alora_kernels.integrations.budget import METHODS
 from alora_kernels.integrations.methods import trainable_parameters
 
@@ -24,7 +23,7 @@ from . import figures
 from .claims import Claim
 from .config import Config
 from .encoder import study
-from .rows import Row, per_seed, pick, spread
+from .rows import Row, delta_per_seed, per_seed, pick, spread
 
 ALONE, ALORA, HYDRA, MAJORITY = "lora-per-task", "alora", "hydralora", "majority"
 SOURCE = "ALoRA, its tables"
@@ -55,20 +54,7 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
 
 
 def _of(rows: Sequence[Row], case: str, measure: str) -> list[float]:
-    return per_seed(rows, lambda r: (r.case, r.measure) == (case, measure))
-
-
-def _delta(rows: Sequence[Row], case: str) -> dict[int, float]:
-    """Seed -> delta-m against single-task training with that seed; seeds that lack either are left out."""
-    out = {}
-    for seed in sorted({row.seed for row in rows}):
-        own, alone = (
-            {r.item: r.value for r in pick(rows, case=c, seed=seed, measure="accuracy") if r.value is not None}
-            for c in (case, ALONE)
-        )
-        if own and alone and (value := delta_m(own, alone)) is not None:
-            out[seed] = value
-    return out
+    return per_seed(rows, case=case, measure=measure)
 
 
 def _paired(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
@@ -108,13 +94,13 @@ def table(rows: Sequence[Row]) -> list[str]:
     tasks = list(dict.fromkeys(row.item for row in pick(rows, measure="accuracy")))
     columns = ["method", *tasks, "average", "worst", "delta-m %", "adapter parameters", "seconds"]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    majority = [per_seed(rows, lambda r, t=t: (r.measure, r.item) == (MAJORITY, t)) for t in tasks]  # type: ignore[misc]
+    majority = [per_seed(rows, measure=MAJORITY, item=t) for t in tasks]
     shown = [spread([100 * v for v in values], ".1f") for values in majority]
     lines.append(f"| always the most frequent | {' | '.join(shown)} | | | | | |")
     for case in [m for m in METHODS if pick(rows, case=m)]:
         scores = [[100 * (r.value or 0) for r in pick(rows, case=case, measure="accuracy", item=t)] for t in tasks]
         scores += [[100 * v for v in _of(rows, case, m)] for m in ("average", "worst")]
-        delta = "0 (baseline)" if case == ALONE else spread(list(_delta(rows, case).values()), "+.1f")
+        delta = "0 (baseline)" if case == ALONE else spread(delta_per_seed(rows, case, ALONE), "+.1f")
         cells = [spread(s, ".1f") for s in scores] + [delta, f"{_of(rows, case, 'parameters')[0]:,.0f}"]
         lines.append(
             f"| {METHODS[case]} | {' | '.join(cells)} | {spread(_of(rows, case, 'training_seconds'), '.0f')} |"

@@ -11,16 +11,19 @@ are not read.
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..machine import this_run
+from alora_kernels.analysis import chance, subspace_overlap
+from alora_kernels.analysis.names import places
+from alora_kernels.federated.summary import delta_m
+
+from ..machine import origin
 from .config import Config
 
 DONE = "seconds"
@@ -63,9 +66,7 @@ class Row:
 
 def stamped(rows: Iterable[Row], config: Config, seed: int, case: str) -> list[Row]:
     """The rows with their unit of work and their origin; a NaN becomes empty."""
-    here = this_run("reproduce", "cuda" if torch.cuda.is_available() else "cpu")
-    versions: dict[str, Any] = {name: metadata.version(name) for name in ("transformers", "peft")}
-    common: dict[str, Any] = {"date": here.date, "commit": here.commit, "device": here.device, "torch": here.torch}
+    common = origin("reproduce", "cuda" if torch.cuda.is_available() else "cpu")
     return [
         dataclasses.replace(
             row,
@@ -75,7 +76,6 @@ def stamped(rows: Iterable[Row], config: Config, seed: int, case: str) -> list[R
             case=case,
             value=None if row.value is None or row.value != row.value else row.value,
             **common,
-            **versions,
         )
         for row in rows
     ]
@@ -93,18 +93,31 @@ def done(rows: Sequence[Row], config: Config) -> set[tuple[int, str]]:
     return {(row.seed, row.case) for row in finished(rows, config)}
 
 
-def per_seed(rows: Iterable[Row], keep: Callable[[Row], bool]) -> list[float]:
-    """For each seed the mean value of the rows to keep; seeds without one are left out."""
+def pick(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows whose fields have these values."""
+    return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+
+
+def per_seed(rows: Iterable[Row], **wanted: object) -> list[float]:
+    """For each seed the mean value of the rows whose fields have these values; seeds without one are left out."""
     found: dict[int, list[float]] = {}
-    for row in rows:
-        if row.value is not None and keep(row):
+    for row in pick(rows, **wanted):
+        if row.value is not None:
             found.setdefault(row.seed, []).append(row.value)
     return [statistics.fmean(found[seed]) for seed in sorted(found)]
 
 
-def pick(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    """The rows whose fields have these values."""
-    return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+def delta_per_seed(rows: Sequence[Row], case: str, alone: str) -> list[float]:
+    """For each seed delta-m of a case's accuracies against another's; seeds that lack either are left out."""
+    out = []
+    for seed in sorted({row.seed for row in rows}):
+        own, base = (
+            {r.item: r.value for r in pick(rows, case=c, seed=seed, measure="accuracy") if r.value is not None}
+            for c in (case, alone)
+        )
+        if own and base and (value := delta_m(own, base)) is not None:
+            out.append(value)
+    return out
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -119,5 +132,17 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 
 def layer_of(module: str) -> int:
     """Number of the block that a layer belongs to, -1 where its path has none."""
-    match = re.search(r"(?:layer|layers|h|blocks)\.(\d+)\.", module)
-    return int(match[1]) if match else -1
+    layer = places([module])[module].layer
+    return -1 if layer is None else layer
+
+
+def overlap_row(place: Mapping[str, Any], p: Tensor, q: Tensor) -> Row:
+    """The subspace overlap of two matrices beside its level of chance: rows of A are inputs, columns of B outputs.
+
+    Args:
+        place: module, layer, part and item of the row.
+        p, q: both A or both B, as the part says.
+    """
+    p, q = (p, q) if place["part"] == "A" else (p.T, q.T)
+    level = chance(p.shape[0], q.shape[0], p.shape[1])
+    return Row(**place, measure="overlap", value=subspace_overlap(p, q), chance=level)

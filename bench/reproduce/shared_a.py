@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alora_kernels.modules.adapted import AdaptedLinear
+from alora_kernels.modules.hydra import mixed
 from alora_kernels.modules.init import reset_adapter_
 from alora_kernels.routing import current_routing
 
@@ -44,16 +45,14 @@ class SharedALinear(AdaptedLinear):
             raise ValueError("call the model inside `with alora_kernels.route(ids): ...`")
         ids = routing.groups(leading, len(self.tasks), x.device).ids.long()
         h = F.linear(dropped, self.lora_A) * self.scaling  # [M, R]
-        # [M, E, R]: all B side by side behind a hard gate; E R is 40 here, so the zeros cost little
+        # all B side by side behind a hard gate; E R is 40 here, so the zeros cost little
         gate = F.one_hot(ids.clamp(min=0), len(self.tasks)) * (ids >= 0).unsqueeze(1)
-        mixed = gate.to(h.dtype).unsqueeze(2) * h.unsqueeze(1)
-        return torch.addmm(y, mixed.flatten(1), self.lora_B.transpose(1, 2).flatten(0, 1))
+        return mixed(y, h, gate.to(h.dtype), self.lora_B)
 
 
 def share_a(encoder: nn.Module, r: int, tasks: tuple[str, ...], lora_alpha: float | None) -> nn.Module:
     """Every linear layer of an encoder with one A and a B per task, all else frozen; the encoder is changed."""
     encoder.requires_grad_(False)
     for name, linear in [(n, m) for n, m in encoder.named_modules() if type(m) is nn.Linear]:
-        parent, _, child = name.rpartition(".")
-        setattr(encoder.get_submodule(parent), child, SharedALinear(linear, r, tasks=tasks, lora_alpha=lora_alpha))
+        encoder.set_submodule(name, SharedALinear(linear, r, tasks=tasks, lora_alpha=lora_alpha))
     return encoder

@@ -72,7 +72,7 @@ def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: 
 
 
 def _mean(rows: Sequence[Row], case: str, part: str, measure: str) -> list[float]:
-    return per_seed(rows, lambda r: (r.case, r.part, r.measure) == (case, part, measure))
+    return per_seed(rows, case=case, part=part, measure=measure)
 
 
 def _share(rows: Sequence[Row], case: str, part: str) -> list[float]:
@@ -116,7 +116,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for case in dict.fromkeys(row.case for row in rows):
         norms = [spread(_mean(rows, case, part, "norm"), ".4f") for part in "AB"]
         shares = [spread(v, ".3f") if (v := _share(rows, case, part)) else "per task" for part in "AB"]
-        accuracy = [100 * v for v in per_seed(rows, lambda r, c=case: (r.case, r.measure) == (c, "accuracy"))]  # type: ignore[misc]
+        accuracy = [100 * v for v in per_seed(rows, case=case, measure="accuracy")]
         lines.append(f"| {LABELS[case]} | {' | '.join([*norms, *shares])} | {spread(accuracy, '.1f')} |")
     return lines
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alora_kernels.analysis import chance, cosine, subspace_overlap
+from alora_kernels.analysis import cosine
 
 from . import figures
 from .claims import Claim
 from .config import Config
 from .encoder import factors, study
-from .rows import Row, layer_of, per_seed, pick, spread
+from .rows import Row, layer_of, overlap_row, per_seed, pick, spread
 
 SAME, SEEDS, BOTH = "two tasks, same seed", "same task, two seeds", "two tasks, two seeds"
 OTHER = 1000  # added to a seed for its partner, so that seeds 0, 1, 2 stay independent of each other
@@ -47,14 +47,12 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
                 p, q = one[part], trained[right][module][part]
                 place: dict[str, Any] = {"module": module, "layer": layer_of(module), "part": part, "item": pair}
                 out.append(Row(**place, measure="cosine", value=cosine(p, q)))
-                p, q = (p, q) if part == "A" else (p.T, q.T)
-                level = chance(p.shape[0], q.shape[0], p.shape[1])
-                out.append(Row(**place, measure="overlap", value=subspace_overlap(p, q), chance=level))
+                out.append(overlap_row(place, p, q))
     return out
 
 
 def _overlap(rows: Sequence[Row], part: str, pair: str) -> list[float]:
-    return per_seed(rows, lambda row: (row.part, row.item, row.measure) == (part, pair, "overlap"))
+    return per_seed(rows, part=part, item=pair, measure="overlap")
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
@@ -100,9 +98,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = ["| pair | A: cosine | A: overlap | B: cosine | B: overlap |", "|---|---:|---:|---:|---:|"]
     for pair in (SAME, SEEDS, BOTH):
         cells = [
-            spread(per_seed(rows, lambda r, k=(part, pair, m): (r.part, r.item, r.measure) == k))  # type: ignore[misc]
-            for part in "AB"
-            for m in ("cosine", "overlap")
+            spread(per_seed(rows, part=part, item=pair, measure=m)) for part in "AB" for m in ("cosine", "overlap")
         ]
         lines.append(f"| {pair} | {' | '.join(cells)} |")
     return lines
