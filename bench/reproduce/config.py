@@ -4,8 +4,9 @@ In:   `configs/NAME.yaml`, or a path.
 Out:  a `Config` and its hash; unknown keys and missing values are refused by name.
 Who:  every experiment.
 
-The hash covers all that changes a number, so a row in a CSV says which settings it belongs to; seeds are not part of
-it, more of them add rows to the same table.
+The hash covers what the file sets differently from the defaults, so a row in a CSV says which settings it belongs to
+and a new field leaves old rows valid. A new default for an old field would not: add a field instead. Seeds are not
+part of the hash, more of them add rows to the same table.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """Eight digits for all settings but the seeds."""
-        values = dataclasses.asdict(self)
-        del values["seeds"]
+        """Eight digits for all settings but the seeds and what is left at its default."""
+        fields = [f for f in dataclasses.fields(self) if f.name != "seeds"]
+        values = {f.name: _plain(value) for f in fields if (value := getattr(self, f.name)) != f.default}
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
     @property
@@ -116,6 +117,13 @@ class Config:
             vera_r=8,
             **small,
         )
+
+
+def _plain(value: Any) -> Any:
+    """A task's specification as a dict, wherever it stands."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def load(name: str | Path) -> Config:

@@ -1,7 +1,8 @@
 """`sharing`: do tasks fight more over a shared A or over a shared B? (ALoRA, Fig. 3)
 
 In:   several tasks at once, with B shared (ALoRA), with A shared (a B per task), and HydraLoRA.
-Out:  every few steps, per layer: the gradient's norm, pairs of tasks, and those that conflict; accuracies at the end.
+Out:  every few steps, per layer: the gradient's norm, the cosine between tasks, pairs of tasks, how many conflict;
+      accuracies at the end.
 Who:  `command`.
 
 A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed rows in eval mode, is
@@ -66,9 +67,15 @@ def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: 
             "norm": sum(r.norm for r in records) / len(records),
             "conflicts": float(sum(r.conflicts for r in records)),
             "pairs": float(sum(r.pairs for r in records)),
+            "cosine": float(torch.stack([_between(r) for r in records]).nanmean()),
         }
         out += [Row(layer=layer, part=part, measure=m, item=str(step), value=v) for m, v in values.items()]
     return out
+
+
+def _between(record: Conflicts) -> torch.Tensor:
+    """Mean cosine over the pairs of tasks; nan where none meet."""
+    return record.cosine[tuple(torch.triu_indices(*record.cosine.shape, 1))].nanmean()
 
 
 def _mean(rows: Sequence[Row], case: str, part: str, measure: str) -> list[float]:
@@ -110,14 +117,16 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 def table(rows: Sequence[Row]) -> list[str]:
     """A row per method."""
     lines = [
-        "| method | gradient of A | gradient of B | conflicts in A | conflicts in B | mean accuracy % |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| method | gradient of A | gradient of B | cosine in A | cosine in B | conflicts in A | conflicts in B "
+        "| mean accuracy % |",
+        "|---|" + "---:|" * 7,
     ]
     for case in dict.fromkeys(row.case for row in rows):
         norms = [spread(_mean(rows, case, part, "norm"), ".4f") for part in "AB"]
         shares = [spread(v, ".3f") if (v := _share(rows, case, part)) else "per task" for part in "AB"]
+        cosines = [spread(v, "+.3f") if (v := _mean(rows, case, part, "cosine")) else "per task" for part in "AB"]
         accuracy = [100 * v for v in per_seed(rows, case=case, measure="accuracy")]
-        lines.append(f"| {LABELS[case]} | {' | '.join([*norms, *shares])} | {spread(accuracy, '.1f')} |")
+        lines.append(f"| {LABELS[case]} | {' | '.join([*norms, *cosines, *shares])} | {spread(accuracy, '.1f')} |")
     return lines
 
 
