@@ -68,7 +68,7 @@ def train(
         trainer = steps.trainer_for(job, save=True)
         trainer.train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
         steps.save(job, Path(recipe.output) / "adapter", trainer)
-        steps.show_accuracies(job, None, steps.accuracies(job, job.label))
+        steps.show_scores(job, None, steps.judge(job, job.label))
     except USER_ERRORS as error:
         raise fail(error) from error
     typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
@@ -88,8 +88,8 @@ def evaluate(
         if not (adapter / FILE).exists():
             raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote")
         job = steps.load(load_recipe(adapter / FILE), adapter)
-        before = steps.accuracies(job, "base, untuned", base_only=True) if base else None
-        steps.show_accuracies(job, before, steps.accuracies(job, job.label))
+        before = steps.judge(job, "base, untuned", base_only=True) if base else None
+        steps.show_scores(job, before, steps.judge(job, job.label))
     except USER_ERRORS as error:
         raise fail(error) from error
 

@@ -47,11 +47,11 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
         f"{recipe.model}: {trainable / 1e6:.2f} M of {total / 1e6:.0f} M parameters train;"
         f" {len(job.train)} train and {len(job.test)} test rows"
     )
-    before = train.accuracies(job, "base, untuned", base_only=True)
+    before = train.judge(job, "base, untuned", base_only=True)
     trainer = train.trainer_for(job, save=False)
     trainer.train()
-    after = train.accuracies(job, "ALoRA")
-    train.show_accuracies(job, before, after)
+    after = train.judge(job, "ALoRA")
+    train.show_scores(job, before, after)
     folder = Path(recipe.output) / "adapter"
     train.save(job, folder, trainer)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors")

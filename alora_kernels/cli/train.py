@@ -1,16 +1,20 @@
 """Follow a recipe: load, train, judge, save. The steps that `alora train`, `alora eval` and the demo share.
 
 In:   a `Recipe`.
-Out:  a `Run` (model, tokenizer, encoded rows), a trained adapter folder, accuracies per task.
+Out:  a `Run` (model, tokenizer, encoded rows), a trained adapter folder, scores per task.
 Who:  the commands; each step prints its own progress.
+
+A task is judged by accuracy where it answers with few words, and by the loss of its answers where they are texts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,24 @@ from .. import data
 from ..integrations.budget import METHODS, ROUTED, parameters_of
 from ..integrations.method_files import load_method, read_method, save_method
 from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
-from ..training import ALoRATrainer, choice_accuracy
+from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError
+
+MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model is worth on the test rows.
+
+    Attributes:
+        accuracy: task -> share of right choices, of tasks that answer with words.
+        loss: task -> nats per token of the right answer, of tasks that answer in texts.
+    """
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,7 +59,7 @@ class Run:
         tokenizer: of the base.
         text: train and test rows as text.
         train, test: the same rows as token ids.
-        choices: first tokens of the words each task may answer with.
+        choices: first tokens of the words each task may answer with; tasks that answer in texts are not in it.
         alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
     """
 
@@ -95,13 +114,21 @@ def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
 
 def _choices(text: DatasetDict, tokenizer: Any) -> dict[str, list[int]]:
     """First tokens of each task's answer words: a built-in task's label words, else the answers seen in training."""
-    answers: dict[str, dict[str, None]] = {}
+    answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
-        answers.setdefault(task, {})[answer] = None
+        answers.setdefault(task, Counter())[answer] += 1
+    words = {name: data.labels_of(name) if name in data.TASKS else list(seen) for name, seen in sorted(answers.items())}
     return {
-        name: list(data.first_tokens(data.labels_of(name) if name in data.TASKS else words, tokenizer).values())
-        for name, words in sorted(answers.items())
+        name: list(data.first_tokens(labels, tokenizer).values())
+        for name, labels in words.items()
+        if name in data.TASKS or not _are_texts(answers[name])
     }
+
+
+def _are_texts(answers: Counter[str]) -> bool:
+    """Whether these answers are texts, hardly any two alike, and not words to choose from."""
+    once = sum(count == 1 for count in answers.values())
+    return len(answers) > MANY_ANSWERS and 2 * once > len(answers)
 
 
 def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
@@ -134,44 +161,58 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     return trainer
 
 
-def accuracies(run: Run, label: str, *, base_only: bool = False) -> dict[str, float]:
-    """Accuracy per task on the test rows, all tasks mixed in every batch."""
+def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
+    """Scores on the test rows, all tasks mixed in every batch.
+
+    Args:
+        run: the model and its data.
+        label: stands beside the progress bar.
+        base_only: judge the base without its adapter.
+    """
     rows = [dict(row) for row in run.test]
-    routed = run.method.name in ROUTED
-    with display.progress("rows") as bar:
+    texts = [row for row in rows if row["task"] not in run.choices]
+    with display.progress("rows") as bar, base_alone(run.model) if base_only else nullcontext():
         task = bar.add_task(label, total=len(rows), note="")
-
-        def judge() -> dict[str, float]:
-            return choice_accuracy(
-                run.model,
-                rows,
-                run.choices,
-                tasks=run.tasks if routed and not base_only else None,
-                pad_token_id=run.tokenizer.pad_token_id or 0,
-                on_batch=lambda done: bar.advance(task, done),
-            )
-
-        if not base_only:
-            return judge()
-        with base_alone(run.model):
-            return judge()
+        how: dict[str, Any] = {
+            "tasks": run.tasks if run.method.name in ROUTED and not base_only else None,
+            "pad_token_id": run.tokenizer.pad_token_id or 0,
+            "on_batch": lambda done: bar.advance(task, done),
+        }
+        accuracy = choice_accuracy(run.model, rows, run.choices, **how)
+        return Scores(accuracy, answer_loss(run.model, texts, **how) if texts else {})
 
 
-def show_accuracies(run: Run, before: Mapping[str, float] | None, after: Mapping[str, float]) -> None:
-    """Accuracy beside the majority baseline, and beside the untuned base where it was measured."""
-    majority = data.majority_baseline(run.text)
+def show_scores(run: Run, before: Scores | None, after: Scores) -> None:
+    """Accuracies beside the majority baseline, losses of texts below, each beside the untuned base if it was judged."""
+    if after.accuracy:
+        majority = data.majority_baseline(run.text)
+        shares = [majority, before.accuracy if before else None, after.accuracy]
+        _show(run, "accuracy: choice among the task's label words", ["majority"], shares, display.percent)
+    if after.loss:
+        losses = [before.loss if before else None, after.loss]
+        _show(run, "answers in text: loss per token (perplexity)", [], losses, _with_perplexity)
+
+
+def _show(
+    run: Run,
+    title: str,
+    first: list[str],
+    columns: Sequence[Mapping[str, float] | None],
+    form: Callable[[float], str],
+) -> None:
+    """A table with a row per task that the last column knows, and their mean."""
+    known = [column for column in columns if column is not None]
+    names = [name for name in run.tasks if name in known[-1]]
     counts = Counter(run.test["task"])
-    rows = []
-    for name in run.tasks:
-        value = after[name]
-        cells = [name, str(counts[name]), display.percent(majority[name])]
-        cells += [display.percent(before[name])] if before is not None else []
-        rows.append([*cells, f"[bold]{display.percent(value)}[/bold]"])
-    mean = ["mean", "", display.percent(sum(majority[n] for n in after) / len(after))]
-    mean += [display.percent(sum(before.values()) / len(before))] if before is not None else []
-    rows.append([*mean, f"[bold]{display.percent(sum(after.values()) / len(after))}[/bold]"])
-    columns = ["task", "test rows", "majority", *(["base, untuned"] if before is not None else []), run.label]
-    display.console.print(display.table("accuracy: choice among the task's label words", columns, rows))
+    values = [[name, str(counts[name]), *[form(column[name]) for column in known]] for name in names]
+    means = [form(sum(column[name] for name in names) / len(names)) for column in known]
+    rows = [[*row[:-1], f"[bold]{row[-1]}[/bold]"] for row in [*values, ["mean", "", *means]]]
+    untuned = ["base, untuned"] if len(known) == len(columns) else []
+    display.console.print(display.table(title, ("task", "test rows", *first, *untuned, run.label), rows))
+
+
+def _with_perplexity(loss: float) -> str:
+    return f"{loss:.3f} ({math.exp(loss):.1f})"
 
 
 def show_method(run: Run) -> None:

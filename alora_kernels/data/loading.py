@@ -1,6 +1,6 @@
 """From a task's name to train and test splits of prompt, answer and task.
 
-In:   names of built-in tasks, paths of JSON Lines files, hub ids, or `TaskSpec`s; a seed and sizes.
+In:   names of built-in tasks, paths of JSON files, hub ids, or `TaskSpec`s; a seed and sizes.
 Out:  a `datasets.DatasetDict` with splits `train` and `test` and string columns `prompt`, `answer`, `task`.
 Who:  the CLI, examples, benchmarks and tests; `encoding` takes what comes out.
 
@@ -11,6 +11,7 @@ first and the train rows next. So test and train share no prompt, and the test r
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,8 @@ def load_task(
     """Train and test split of one task.
 
     Args:
-        name_or_spec: a key of `TASKS`, the path of a `.jsonl` file with `prompt` and `answer` (and perhaps `task`), a
-            hub id whose data set has those columns, or a `TaskSpec` that names other columns.
+        name_or_spec: a key of `TASKS`, the path of a `.jsonl` or `.json` file with `prompt` and `answer` (and perhaps
+            `task`), a hub id whose data set has those columns, or a `TaskSpec` that names other columns.
         seed: decides which rows go where and in what order; the same seed gives the same splits.
         train_size: at most so many train rows; None takes all that are left.
         test_size: number of test rows; at most so many where the spec names a `test_split`.
@@ -90,7 +91,7 @@ def _resolve(source: str | Task | TaskSpec) -> Task | TaskSpec:
         return source
     if source in TASKS:
         return TASKS[source]
-    spec = TaskSpec(name=Path(source).stem if source.endswith(".jsonl") else source, source=source)
+    spec = TaskSpec(name=Path(source).stem if source.endswith((".jsonl", ".json")) else source, source=source)
     if spec.is_file or _HUB_ID.fullmatch(source):
         return spec
     raise ValueError(
@@ -114,10 +115,11 @@ def _split(
 
     seen: set[str] = set()
     examples = _shuffled(spec, rows, seed, seen)
-    if spec.test_split is None or (isinstance(source, TaskSpec) and source.is_file):
+    if spec.test_split is None:
         test = list(islice(examples, test_size))
     else:
-        test = list(islice(_shuffled(spec, read_rows(spec, spec.test_split), seed, seen), test_size))
+        kept = dataclasses.replace(spec, source=spec.test_split) if spec.is_file else spec
+        test = list(islice(_shuffled(kept, read_rows(kept, spec.test_split), seed, seen), test_size))
     train = list(islice(examples, train_size))
     if train_size != 0 and not train:
         raise ValueError(

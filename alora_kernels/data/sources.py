@@ -1,11 +1,11 @@
-"""Where rows of a user's own task come from: a JSON Lines file or a data set on the Hugging Face hub.
+"""Where rows of a user's own task come from: a JSON file or a data set on the Hugging Face hub.
 
 In:   a `TaskSpec`: a path or hub id, and which columns make up the prompt and the answer.
 Out:  the raw rows, random access by index, with the columns checked.
 Who:  `loading`, which turns raw rows of any source into prompt and answer.
 
-A file is read line by line, so that an error can name its line. A hub data set stays the memory-mapped table
-`datasets` makes of it; only the rows that end up in a split are ever formatted.
+A `.jsonl` file is read line by line, so that an error can name its line; a `.json` file holds one list. A hub data set
+stays the memory-mapped table `datasets` makes of it; only the rows that end up in a split are ever formatted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ class TaskSpec:
 
     Attributes:
         name: value of the `task` column.
-        source: path of a `.jsonl` file, or a hub id such as "stanfordnlp/sst2".
+        source: path of a `.jsonl` file or of a `.json` file with a list, or a hub id such as "stanfordnlp/sst2".
         prompt: template with `{column}` placeholders, e.g. "Review: {sentence}\nSentiment:". Best ends in a colon:
             the answer follows after one space.
         answer: template of the answer, e.g. "{label}". A hub column of class numbers gives the class names.
         split: split of the hub data set that rows are taken from. Without effect on a file.
-        test_split: split of the hub data set that test rows are taken from; None cuts them off `split`.
+        test_split: split of the hub data set, or of a file the path of another one, that test rows are taken from;
+            None cuts them off the training rows.
         subset: configuration of the hub data set, e.g. "cola" of "nyu-mll/glue".
         words: replaces answers, e.g. {"0": "negative", "1": "positive"}, so that each starts with its own token.
         task_column: column which, where the data has it, names the task of each row instead of `name`.
@@ -63,7 +64,7 @@ def read_rows(spec: TaskSpec, split: str) -> Rows:
         ValueError: not JSON Lines, no rows, or a column is missing.
     """
     if spec.is_file:
-        rows: Rows = read_jsonl(Path(spec.source))
+        rows: Rows = read_json(Path(spec.source))
         present = list(rows[0]) if rows else []
     else:
         rows, present = _read_hub(spec.source, spec.subset, split)
@@ -92,38 +93,58 @@ def placeholders(*templates: str) -> list[str]:
     return list(found)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON Lines file; blank lines are skipped.
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON Lines file, or of the list in a `.json` file; blank lines are skipped.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, or a line is not a JSON object with the first line's keys; names the line.
+        ValueError: another format, or a line or item is not a JSON object with the first one's keys; names which.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected a .jsonl file with one JSON object per line")
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".json"):
         raise ValueError(
-            f"{str(path)!r} is not a .jsonl file; convert it, e.g. with "
+            f"{str(path)!r} is not a .jsonl or .json file; convert it, e.g. with "
             f"pandas.read_csv(path).to_json('data.jsonl', orient='records', lines=True)"
         )
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse_line(line, f"{path}, line {number}", rows[0] if rows else {}))
+    for value, where in _items(path) if path.suffix == ".json" else _lines(path):
+        rows.append(_check_row(value, where, rows[0] if rows else {}))
     return rows
 
 
-def _parse_line(line: str, where: str, first: Iterable[str]) -> dict[str, Any]:
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+    """What the list in a file holds, and where."""
+    found = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a list of JSON objects, got a single value of {type(found).__name__}")
+    return ((item, f"{path}, item {number}") for number, item in enumerate(found, start=1))
+
+
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """What the lines of a file hold, and where."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+
+
+def _check_row(row: Any, where: str, first: Iterable[str]) -> dict[str, Any]:
+    """An object that has the first one's keys."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {line[:40]!r}")
+        shown = json.dumps(row)[:40]
+        raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}")
     missing = [key for key in first if key not in row]
     if missing:
-        raise ValueError(f"{where}: lacks {', '.join(missing)}, which the first line has; present: {', '.join(row)}")
+        raise ValueError(f"{where}: lacks {', '.join(missing)}, which the first one has; present: {', '.join(row)}")
     return row
 
 

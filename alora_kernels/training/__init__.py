@@ -2,8 +2,15 @@
 
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator
-from .evaluate import choice_accuracy
+from .evaluate import answer_loss, choice_accuracy
 from .sampler import TaskBalancedSampler
 from .trainer import ALoRATrainer
 
-__all__ = ["ALoRATrainer", "KeepAbsentTasks", "TaskBalancedSampler", "TaskCollator", "choice_accuracy"]
+__all__ = [
+    "ALoRATrainer",
+    "KeepAbsentTasks",
+    "TaskBalancedSampler",
+    "TaskCollator",
+    "answer_loss",
+    "choice_accuracy",
+]

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -25,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..integrations.peft import CheckpointGuard
 from ..routing import route
 from .absent import KeepAbsentTasks
-from .collator import IGNORED, TaskCollator
+from .collator import TaskCollator
+from .loss import row_losses
 from .sampler import TaskBalancedSampler
 from .tasks import stacked_a, tasks_of_model
 
@@ -105,20 +105,10 @@ class ALoRATrainer(Trainer):
         """Model outputs, loss and number of labels of each row `[B]`, and whether a row's first choices are right."""
         known = self._model_inputs(inputs)
         labels = known.pop("labels")
-        counts = (labels != IGNORED).view(labels.shape[0], -1).sum(1)
         with self._routing(inputs.get("task_ids")):
             outputs = model(**known)
-        logits = outputs["logits"]
-        if labels.dim() == 2:  # position t predicts token t + 1
-            logits, labels = logits[:, :-1], labels[:, 1:][:, -(logits.shape[1] - 1) :]
-        else:
-            logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        losses = F.cross_entropy(
-            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
-        )
-        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-        return outputs, losses.sum(1), counts, right
+        return outputs, *row_losses(outputs["logits"], labels, smoothing)
 
     def compute_loss(
         self,

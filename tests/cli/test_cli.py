@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from alora_kernels import data, kernels
 from alora_kernels.cli import demo as demo_module
-from alora_kernels.cli import display, doctor
+from alora_kernels.cli import display, doctor, train
 from alora_kernels.cli.app import app
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 
@@ -83,6 +84,32 @@ def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
     text = " ".join(alora("doctor").split())
     assert "task, 8192 rows" in text
     assert "base_first" in text and "no measurement on sm_999" in text
+
+
+def test_answers_that_are_texts_are_judged_by_their_loss(tmp_path, jsonl):
+    lines = [{"prompt": f"Say {i}.", "answer": f"the number {i} twice: {i} {i}", "task": "say"} for i in range(60)]
+    jsonl.write_text(jsonl.read_text() + "\n" + "\n".join(json.dumps(line) for line in lines))
+    out = alora("train", str(recipe(tmp_path, jsonl, test_size=12, max_length=64)))
+    words, texts = out.split("answers in text")
+    assert "│ even" in words and "│ say" not in words
+    assert "│ even" not in texts
+    loss, perplexity = map(float, re.search(r"│ say .*│ ([\d.]+) \(([\d.]+)\) │", texts).groups())
+    assert perplexity == pytest.approx(2.718281828**loss, rel=1e-2)
+    judged = alora("eval", str(tmp_path / "run" / "adapter"), "--base")
+    assert f"{loss:.3f}" in judged and "base, untuned" in judged.split("answers in text")[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "texts"),
+    [
+        (["yes", "no"] * 20, False),
+        ([f"label {i % 40}" for i in range(400)], False),  # many, each several times: words, however many
+        (list("abc"), False),  # three rows say nothing
+        ([f"answer {i}" for i in range(40)] + ["I do not know"] * 20, True),
+    ],
+)
+def test_which_answers_are_texts(answers, texts):
+    assert train._are_texts(Counter(answers)) == texts
 
 
 def test_train_then_eval_a_users_own_file(tmp_path, jsonl):

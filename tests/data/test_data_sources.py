@@ -84,6 +84,40 @@ def test_bad_files(jsonl, lines, message):
         load_task(jsonl(*lines), test_size=1)
 
 
+def test_a_list_in_a_json_file_reads_like_lines(tmp_path, jsonl):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(rows(10), indent=4))
+    want, got = (load_task(p, test_size=4) for p in (jsonl(*rows(10)), str(path)))
+    assert [got[split][:] for split in got] == [want[split][:] for split in want]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{", r"own\.json: not valid JSON .* column 3"),
+        ('[\n{"prompt": "a" "answer": 1}]', r"own\.json: not valid JSON .* at line 2, column"),
+        ('{"data": []}', r"own\.json: expected a list .* single value of dict"),
+        ('[{"prompt": "a", "answer": "b"}, 3]', r"item 2: expected a JSON object .* got '3'"),
+        ('[{"prompt": "a", "answer": "b"}, {"prompt": "a"}]', r"item 2: lacks answer"),
+        ("[]", "has no rows"),
+    ],
+)
+def test_bad_lists(tmp_path, text, message):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_task(str(path), test_size=1)
+
+
+def test_a_file_may_have_its_test_rows_in_another(jsonl):
+    train, test = jsonl(*rows(8), name="train.jsonl"), jsonl(*rows(3), name="test.jsonl")
+    splits = load_task(TaskSpec("sums", train, test_split=test), test_size=200)
+    assert (splits["test"].num_rows, splits["train"].num_rows) == (3, 5)
+    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        load_task(TaskSpec("sums", train, test_split="gone.jsonl"))
+
+
 def test_files_of_another_kind(jsonl):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         load_task("nowhere.jsonl")

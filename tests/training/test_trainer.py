@@ -21,7 +21,7 @@ from transformers import (
 
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.integrations.peft import ALoRAConfig
-from alora_kernels.training import ALoRATrainer, choice_accuracy
+from alora_kernels.training import ALoRATrainer, answer_loss, choice_accuracy
 
 TASKS = ["copy", "next", "zero"]
 CONFIG = dict(
@@ -94,6 +94,9 @@ def test_it_learns_tasks_that_only_the_id_tells_apart(tmp_path):
     assert {f"eval_loss_{task}" for task in TASKS} <= set(metrics)
     mean = sum(metrics[f"eval_accuracy_{task}"] for task in TASKS) / 3
     assert metrics["eval_accuracy"] == pytest.approx(mean)
+    losses = answer_loss(trainer.model, list(rows(30, seed=5)), tasks=TASKS)
+    assert losses == pytest.approx({task: metrics[f"eval_loss_{task}"] for task in losses}, rel=1e-5)
+    assert set(losses) == set(TASKS)
     choices = {task: list(range(32)) for task in TASKS}
     by_choice = choice_accuracy(trainer.model, list(rows(30, seed=5)), choices, tasks=TASKS)
     for task in TASKS:  # all words compete, so choosing is the same as the evaluation's exact match
