@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from .change import Change, column_change, merged_change
     from .gradients import Conflicts, NotFiniteError, compare, probe_batches, task_conflicts, task_gradients
     from .similarity import IncomparableError, chance, cosine, pairwise, subspace_overlap
-    from .sources import Unit, units
+    from .sources import units
     from .spectrum import Spectrum, matrix_spectrum, update_spectrum
     from .study import Analysis, compare_units
+    from .unit import Unit
 
 _WHERE = {
     "Analysis": "study",
@@ -37,7 +38,7 @@ _WHERE = {
     "IncomparableError": "similarity",
     "NotFiniteError": "gradients",
     "Spectrum": "spectrum",
-    "Unit": "sources",
+    "Unit": "unit",
     "chance": "similarity",
     "column_change": "change",
     "compare": "gradients",

@@ -20,9 +20,9 @@ from torch import Tensor
 from .change import Change, column_change, merged_change
 from .names import Place
 from .similarity import chance, cosine, row_basis, subspace_overlap, unit
-from .sources import Loaded
 from .spectrum import update_spectrum
 from .table import Row, rows_at
+from .unit import Loaded
 
 #: which side of a part spans the space that units share: A reads from K inputs, B writes to N outputs, M and B1 meet
 #: in the d_m dimensions that clients of unequal rank have in common

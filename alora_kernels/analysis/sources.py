@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from ..integrations.adapter_config import AdapterFolderError, read_settings, refused
+from ..integrations.adapter_config import AdapterFolderError, checked_config, read_settings, refused
 from ..integrations.adapter_folder import PREFIX, AdapterFile, read_adapter
 from ..integrations.method_files import SETTINGS, STATE, read_method
 from ..integrations.peft.files import CONFIG, WEIGHTS
+from ..integrations.peft.register import NAME as ALORA
 from ..modules.init import lora_scaling
 from .names import clean
+from .unit import HYDRA, SOFT, Loaded, Unit, Update
 from .weights import Weights, matched
 
 FINAL, UNEQUAL = "final.safetensors", "fed-alora-het"  # of `alora fed`: a client's finished matrices, and the method
@@ -36,67 +35,17 @@ SOUGHT = (
 )
 _VERA = re.compile(re.escape(PREFIX) + r"(.{1,256})\.vera_lambda_([bd])")
 _HET = re.compile(r"(.{1,256})\.(A|M|B1|B2|B)")
+_SOFT = re.compile(re.escape(PREFIX) + r"(.{1,256})\.asymlora_(A|B|router)")
 _STATE = re.compile(r"(.{1,256})\.lora_([AB])")
-
-
-class Update(NamedTuple):
-    """The change of a weight, s B A: a `[R, K]`, b `[N, R]`, and s, or None where the folder does not say."""
-
-    a: Tensor
-    b: Tensor
-    s: float | None
-
-
-class Loaded(NamedTuple):
-    """One module of one unit: its matrices by part, and what they do to the weight, if it is s B A."""
-
-    parts: dict[str, Tensor]
-    update: Update | None
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """Something to compare: one task of an adapter, one adapter, or one client.
-
-    Attributes:
-        names: from the most special to the most general: task or client, folder, its parents.
-        kind: what it is, in words.
-        folder: where it lies.
-        base: the base model's name, if the folder gives it.
-        shapes: module -> part -> shape. Parts are A and B; lambda_d and lambda_b of VeRA; A, M, B1, B2 and B of
-            clients with unequal ranks.
-        read: module -> `Loaded`.
-        shared: parts that all units of the same folder hold as one matrix.
-        why: where there are no shapes, the reason.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    folder: Path
-    base: str | None
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    read: Callable[[str], Loaded] = field(repr=False)
-    shared: frozenset[str] = frozenset()
-    why: str = ""
-
-    @property
-    def name(self) -> str:
-        """The task, the client or the folder."""
-        return self.names[0]
-
-    @property
-    def rank(self) -> int | None:
-        """The largest rank of any A; None without one."""
-        return max((parts["A"][0] for parts in self.shapes.values() if "A" in parts), default=None)
 
 
 def units(path: str | Path) -> list[Unit]:
     """What there is to compare in a folder.
 
     Args:
-        path: an ALoRA or LoRA-per-task folder (a unit per task), a HydraLoRA folder (a unit per expert), a LoRA or VeRA
-            folder (one unit), a federated run (a unit per client), or one client's folder in it; also the output folder
-            of `alora train`.
+        path: an ALoRA or LoRA-per-task folder (a unit per task), a soft ALoRA or HydraLoRA folder (a unit per expert),
+            a LoRA or VeRA folder (one unit), a federated run (a unit per client), or one client's folder in it; also
+            the output folder of `alora train`.
 
     Returns:
         At least one; clients that never finished have no shapes, and say why.
@@ -148,6 +97,8 @@ def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list
     settings = _settings(folder)
     if settings.get("peft_type") == "VERA":
         return [_vera(folder, names, settings)]
+    if settings.get("peft_type") == ALORA and settings.get("routing") == "soft":
+        return _soft(folder, names, settings)
     file = read_adapter(folder)
     weights = Weights(folder, WEIGHTS, file.stamp)
     if file.config.kind == "lora" or (client and len(file.tasks) == 1):
@@ -182,6 +133,34 @@ def _vera(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> 
     return Unit(names, "VeRA", folder, _named(settings.get("base_model_name_or_path")), shapes, read)
 
 
+def _soft(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> list[Unit]:
+    """ALoRA's experts under a router: A `[E, R, K]`, B `[N, R]`, router `[E, K]`."""
+    count = settings.get("num_experts")
+    as_tasks = {key: value for key, value in settings.items() if key != "num_experts"}
+    config = checked_config(folder, as_tasks | {"routing": "task", "tasks": count})  # as many A as there are experts
+    weights, found, _ = matched(folder, WEIGHTS, _SOFT, {"A": (3,), "B": (2,), "router": (2,)})
+    for module, parts in found.items():
+        a, b, router = (parts[part][1] if part in parts else () for part in ("A", "B", "router"))
+        if not (a[:1] == router[:1] == (count,) and a[1:2] == b[1:] == (config.rank(module),) and a[2:] == router[1:]):
+            raise refused(folder, f"{module}: A is {list(a)}, B {list(b)}, the router {list(router)}, which is not what"
+                          f" {count} experts of rank {config.rank(module)} make; copy the folder again")  # fmt: skip
+
+    def unit(row: int) -> Unit:
+        def read(module: str) -> Loaded:
+            keys = {part: key for part, (key, _) in found[module].items()}
+            a, b = weights.row(keys["A"], row), weights.whole(keys["B"])
+            parts = {"A": a, "B": b, "router": weights.row(keys["router"], row)}
+            return Loaded(parts, Update(a, b, config.scaling(module, a.shape[0])))
+
+        shapes = {
+            module: {part: shape if part == "B" else shape[1:] for part, (_, shape) in parts.items()}
+            for module, parts in found.items()
+        }
+        return Unit((f"expert {row}", *names), SOFT, folder, config.base, shapes, read, frozenset("B"))
+
+    return [unit(row) for row in range(len(config.tasks))]
+
+
 def _stacked(folder: Path, names: tuple[str, ...]) -> list[Unit]:
     """A LoRA per task, or HydraLoRA's experts, which share one A: `[E, R, K]` or `[R, K]`, `[E, N, R]`."""
     method = read_method(folder)
@@ -204,7 +183,7 @@ def _stacked(folder: Path, names: tuple[str, ...]) -> list[Unit]:
             return Loaded({"A": a, "B": b}, Update(a, b, lora_scaling(method.alpha, a.shape[0], method.use_rslora)))
 
         shapes = {m: {"A": parts["A"][1][-2:], "B": parts["B"][1][1:]} for m, parts in found.items()}
-        kind = "HydraLoRA, one expert" if hydra else "LoRA per task"
+        kind = HYDRA if hydra else "LoRA per task"
         return Unit((clean(name), *names), kind, folder, None, shapes, read, frozenset("A" if hydra else ""))
 
     labels = [f"expert {i}" for i in range(count)] if hydra else method.tasks
@@ -240,10 +219,15 @@ def _unequal(folder: Path, names: tuple[str, ...]) -> Unit:
         if not (a[0] == m[1] == b1[0] == b2[1] and m[0] == b1[1] == b[1] and b2[0] == b[0]):
             raise refused(folder, f"{module}: the shapes in {FINAL} do not fit each other; copy it again")
 
+    try:  # files of earlier versions do not say s
+        s = float(metadata["scaling"]) if "scaling" in metadata else None
+    except ValueError:
+        raise refused(folder, f"{FINAL} says s is {metadata['scaling'][:40]!r}: copy it again") from None
+
     def read(module: str) -> Loaded:
         parts = {part: weights.whole(found[module][part][0]) for part in needed}
         b = parts["B"].double() + parts["B2"].double() @ parts["B1"].double()
-        return Loaded(parts, Update(parts["M"].double() @ parts["A"].double(), b, None))
+        return Loaded(parts, Update(parts["M"].double() @ parts["A"].double(), b, s))
 
     shapes = {module: {part: parts[part][1] for part in needed} for module, parts in found.items()}
     return Unit(names, "Fed-ALoRA client, own rank", folder, None, shapes, read)

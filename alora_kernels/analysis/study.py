@@ -22,8 +22,9 @@ from ..integrations.adapter_config import refused
 from .conflict_files import ConflictFile, conflict_files
 from .measure import W0, Found, Side, measure
 from .names import Place, distinct, places
-from .sources import Loaded, Unit, units
+from .sources import units
 from .table import Row, write_csv
+from .unit import HYDRA, SOFT, Loaded, Unit
 
 COLUMNS = ("module", "layer", "kind", "part", "unit1", "unit2", "measure", "value", "chance")
 SKIPPED = ("unit1", "unit2", "part", "measure", "reason", "modules", "first")
@@ -281,9 +282,14 @@ def _notes(study: Analysis, checked: Sequence[Unit], start: bool, base: bool) ->
             "Clients of unequal rank: compared are each client's own A, M, B1 and B2, and the merged B they share. B2"
             " goes into B after every round and is zero at the end of a run."
         )
-    for part, owner in (("B", "Tasks of one ALoRA folder"), ("A", "Experts of one HydraLoRA folder")):
+    sharing = {"B": "Tasks of one ALoRA folder", "A": "Experts of one HydraLoRA folder"}
+    if SOFT in kinds:
+        sharing["B"] = "Experts of one soft ALoRA folder" if len(kinds) == 1 else "Tasks or experts of one ALoRA folder"
+    for part, owner in sharing.items():
         if any(part in unit.shared for unit in able):
             notes.append(f"{owner} share one {part}: it is not compared with itself.")
+    if SOFT in kinds or HYDRA in kinds:
+        notes.append("s B A of an expert is the change that its router would make by giving it all the weight.")
     if not start:
         notes.append(
             "No start was given (--init): the change of B is measured from zero, where LoRA and ALoRA begin it; of A it"

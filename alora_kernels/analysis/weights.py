@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import atomic
-from ..integrations.adapter_config import AdapterFolderError, refused
+from ..integrations.adapter_config import AdapterFolderError, not_finite, refused
 from ..integrations.adapter_folder import Stamp, stamp_of
 
 
@@ -70,7 +70,7 @@ def matched(
     Raises:
         AdapterFolderError: does not read, nothing matches, wrong dimensions, NaN or infinity.
     """
-    path, found = folder / name, Found()
+    path, found, bad = folder / name, Found(), list[str]()
     try:
         stamp = stamp_of(path)
         metadata = atomic.read(path)[1] if checksum else {}
@@ -84,13 +84,14 @@ def matched(
                     raise refused(folder, f"{match[1]}: {part} has shape {list(tensor.shape)} of {tensor.dtype}, which"
                                   " is not what it must be: copy the file again")  # fmt: skip
                 if not bool(tensor.isfinite().all()):
-                    raise refused(folder, f"{match[1]} holds numbers that are not finite in {part}: train it again with"
-                                  " a lower rate")  # fmt: skip
+                    bad.append(f"{part} of {match[1]}")
                 found.setdefault(match[1], {})[part] = (key, tuple(tensor.shape))
     except AdapterFolderError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise refused(folder, f"{name} does not read ({error}): it is cut short or damaged; copy it again") from None
+    if bad:
+        raise not_finite(folder, bad)
     if not found:
         raise refused(folder, f"{name} holds nothing that can be compared: is it the right folder?")
     return Weights(folder, name, stamp), found, metadata

@@ -135,7 +135,8 @@ class Client:
         """Leave the client with what it trained for: every matrix by key, and the adapter as PEFT loads it."""
         model: Any = self.participant.model
         own = adapters.matrices(model, self.config.spec)
-        atomic.write(folder / FINAL, {key: m.tensor for key, m in own.items()}, {"method": self.config.method})
+        said = {METHOD: self.config.method, SCALING: str(self.config.scaling)}
+        atomic.write(folder / FINAL, {key: m.tensor for key, m in own.items()}, said)
         if hasattr(model, "save_pretrained") and hasattr(model, "peft_config"):
             model.save_pretrained(str(folder / "adapter"))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,15 @@ class AdapterFolderError(ValueError):
 def refused(where: Path | str, why: str) -> AdapterFolderError:
     """The error for a folder, or for what else the adapter is called; what it quotes cannot steer a terminal."""
     return AdapterFolderError(f"{where}: " + "".join(c if c.isprintable() else "?" for c in why))
+
+
+def not_finite(where: Path | str, found: Sequence[str]) -> AdapterFolderError:
+    """The error for modules with NaN or infinity, all of them counted and the first few named."""
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    verb = "holds" if len(found) == 1 else "hold"
+    return refused(
+        where, f"{', '.join(found[:5])}{more} {verb} numbers that are not finite: train it again with a lower rate"
+    )
 
 
 @dataclass(frozen=True)

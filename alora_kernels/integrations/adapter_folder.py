@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter_config import AdapterConfig, AdapterFolderError, Kind, read_config, refused
+from .adapter_config import AdapterConfig, AdapterFolderError, Kind, not_finite, read_config, refused
 from .peft.files import CONFIG, PICKLE, WEIGHTS
 
 PREFIX = "base_model.model."
@@ -174,12 +174,8 @@ def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
         shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
         scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
         dtype = _dtype(folder, file, keys)
-        for module, parts in keys.items():
-            finite = bool(file.get_tensor(parts["B"]).isfinite().all())
-            for row in range(len(config.tasks)):
-                finite = finite and bool(_a(file, config, parts["A"], row).isfinite().all())
-            if not finite:
-                raise refused(folder, f"{module} holds numbers that are not finite: train it again with a lower rate")
+        if bad := [module for module, parts in keys.items() if not _finite(file, config, parts)]:
+            raise not_finite(folder, bad)
     return AdapterFile(folder, config, shapes, scaling, dtype, keys, stamp)
 
 
@@ -261,6 +257,12 @@ def _dtype(folder: Path, file: Any, keys: Keys) -> torch.dtype:
             widest = DTYPES[found] if widest is None else torch.promote_types(widest, DTYPES[found])
     assert widest is not None
     return widest
+
+
+def _finite(file: Any, config: AdapterConfig, parts: dict[str, str]) -> bool:
+    """Whether B and every task's A hold numbers only; one task's rows are in memory at a time."""
+    rows = (_a(file, config, parts["A"], row) for row in range(len(config.tasks)))
+    return bool(file.get_tensor(parts["B"]).isfinite().all()) and all(bool(a.isfinite().all()) for a in rows)
 
 
 def _a(file: Any, config: AdapterConfig, key: str, row: int) -> Tensor:

@@ -75,7 +75,8 @@ def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: 
 
 def _between(record: Conflicts) -> torch.Tensor:
     """Mean cosine over the pairs of tasks; nan where none meet."""
-    return record.cosine[tuple(torch.triu_indices(*record.cosine.shape, 1))].nanmean()
+    tasks = len(record.tasks)
+    return record.cosine[tuple(torch.triu_indices(tasks, tasks, 1))].nanmean()
 
 
 def _mean(rows: Sequence[Row], case: str, part: str, measure: str) -> list[float]:

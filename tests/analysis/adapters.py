@@ -50,9 +50,9 @@ def vera(path: Path, d: Matrices, b: Matrices) -> Path:
     return _write(path, tensors | {"base_model.vera_A": randn(2, 3)}, peft_type="VERA", r=2, base=None)
 
 
-def unequal(path: Path, parts: Mapping[str, Tensor], method: str = "fed-alora-het") -> Path:
+def unequal(path: Path, parts: Mapping[str, Tensor], method: str = "fed-alora-het", **more: str) -> Path:
     """A client's final.safetensors."""
-    atomic.write(path / "final.safetensors", parts, {"method": method})
+    atomic.write(path / "final.safetensors", parts, {"method": method, **more})
     return path
 
 

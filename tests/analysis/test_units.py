@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alora_kernels.analysis.names import clean, clipped, distinct, places
 from alora_kernels.analysis.sources import units
+from alora_kernels.analysis.study import compare_units
 from alora_kernels.integrations.adapter_config import AdapterFolderError
 from alora_kernels.integrations.method_files import save_method
 from alora_kernels.integrations.methods import Method, adapt
+from alora_kernels.integrations.peft import ALoRAConfig
 
 from .adapters import CONFIG, PREFIX, UP, WEIGHTS, Q, alora, het, lora, randn, unequal, vera
 
@@ -55,11 +58,11 @@ def test_vera_gives_its_two_vectors_and_leaves_projections_alone(tmp_path):
 
 
 class Net(nn.Module):
-    """One layer to adapt."""
+    """Two layers to adapt."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(8, 6)
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
 
 
 @pytest.mark.parametrize(("name", "labels"), [("lora-per-task", ["x", "y"]), ("hydralora", ["expert 0", "expert 1"])])
@@ -86,6 +89,35 @@ def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
         units(tmp_path / "alone")
 
 
+def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_path):
+    config = ALoRAConfig(
+        r=2, num_experts=3, routing="soft", lora_alpha=3, rank_pattern={"down": 4}, target_modules=["up", "down"]
+    )
+    model = get_peft_model(Net(), config)
+    with torch.no_grad():
+        model.base_model.up.asymlora_B["default"].normal_()
+    model.save_pretrained(str(tmp_path / "run" / "adapter"))
+    experts = units(tmp_path / "run")
+    assert [unit.name for unit in experts] == ["expert 0", "expert 1", "expert 2"]
+    assert experts[0].names[1] == "run" and experts[0].shared == {"B"} and experts[0].rank == 4
+    assert experts[0].shapes["up"] == {"A": (2, 8), "B": (6, 2), "router": (8,)}
+    for row, unit in enumerate(experts):
+        layer = model.base_model.up
+        parts, update = unit.read("up")
+        assert torch.equal(parts["A"], layer.asymlora_A["default"][row])
+        assert torch.equal(parts["router"], layer.asymlora_router["default"][row])
+        assert torch.equal(update.b, layer.asymlora_B["default"]) and update.s == 1.5
+        assert unit.read("down").update.s == 0.75
+    study = compare_units(experts)
+    assert {row[3] for row in study.similarity} == {"A", "router"}
+    assert any("soft ALoRA folder share one B" in note for note in study.notes)
+    assert any("giving it all the weight" in note for note in study.notes)
+    file = tmp_path / "run" / "adapter" / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts": 2}))
+    with pytest.raises(AdapterFolderError, match="not what 2 experts of rank"):
+        units(tmp_path / "run")
+
+
 def test_a_federated_run_is_a_unit_per_client(tmp_path):
     for client, r in (("nyt", 2), ("amazon", 4)):
         folder = tmp_path / "run" / "clients" / "abc" / client / "adapter"
@@ -108,7 +140,12 @@ def test_clients_of_unequal_rank(tmp_path):
     parts, update = two.read("layer.0.up")
     assert torch.allclose(update.a, (parts["M"].double() @ parts["A"].double()))
     assert torch.allclose(update.b, parts["B"].double() + parts["B2"].double() @ parts["B1"].double())
-    assert update.s is None
+    assert update.s is None  # files of earlier versions do not say it
+    unequal(folder / "three", het("layer.0.up", 2), scaling="2.0")
+    assert units(folder / "three")[0].read("layer.0.up").update.s == 2.0
+    unequal(folder / "four", het("layer.0.up", 2), scaling="two")
+    with pytest.raises(AdapterFolderError, match="says s is 'two'"):
+        units(folder / "four")
 
 
 def test_what_is_none_of_these_is_refused_with_what_was_sought(tmp_path):
@@ -136,11 +173,14 @@ def test_numbers_that_are_not_finite_are_named_by_their_layer(tmp_path):
     good = {UP.format(0): randn(2, 4), UP.format(1): bad}
     with pytest.raises(AdapterFolderError, match=r"layers\.1\.mlp\.up_proj holds numbers that are not finite"):
         units(lora(tmp_path / "l", good, {m: randn(3, 2) for m in good}))
-    with pytest.raises(AdapterFolderError, match="up holds numbers that are not finite in lambda_b"):
+    many = {UP.format(i): bad for i in range(7)}
+    with pytest.raises(AdapterFolderError, match=r"layers\.0.*layers\.4\.mlp\.up_proj and 2 more hold numbers"):
+        units(lora(tmp_path / "m", many, {m: randn(3, 2) for m in many}))
+    with pytest.raises(AdapterFolderError, match="lambda_b of up holds numbers that are not finite"):
         units(vera(tmp_path / "v", {"up": randn(2)}, {"up": torch.tensor([1.0, torch.inf])}))
     parts = het("up", 2)
     parts["up.M"][0, 0] = torch.nan
-    with pytest.raises(AdapterFolderError, match="not finite in M"):
+    with pytest.raises(AdapterFolderError, match="M of up holds numbers"):
         units(unequal(tmp_path / "clients" / "abc" / "one", parts))
 
 
