@@ -43,8 +43,8 @@ check: lint types test  ## all that CI runs
 bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)
 
-reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about an hour on two cores; goes on where it was
-	for name in init-similarity before-after sharing multitask fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
+reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about two hours on two cores; goes on where it was
+	for name in init-similarity before-after sharing multitask multitask-budget fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
 	$(BIN)/python -m bench reproduce --write-docs
 
 gpu:  ## on a GPU machine, with the torch of PYTHON: tests (races too), tune, measure, plot

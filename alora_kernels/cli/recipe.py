@@ -8,7 +8,6 @@ Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..data import TASKS, TaskSpec
-from ..integrations.budget import METHODS, rank_for
+from ..integrations.budget import METHODS
 from ..integrations.methods import Method
 
 FILE = "recipe.yaml"
@@ -136,12 +135,7 @@ class Recipe:
         Raises:
             ValueError: the method at rank 1 is above the budget.
         """
-        if self.budget == "rank":
-            return method
-        r = rank_for(self.method, self.r, shapes, tasks=len(method.tasks), num_experts=self.num_experts)
-        grown = r / self.r  # s must not change with the rank, or every step would be longer or shorter
-        alpha = self.lora_alpha * (math.sqrt(grown) if self.use_rslora else grown)
-        return dataclasses.replace(method, r=r, lora_alpha=alpha)
+        return method if self.budget == "rank" else method.as_large_as_alora(shapes)
 
     def save(self, folder: Path) -> None:
         """Write the recipe beside the adapter."""

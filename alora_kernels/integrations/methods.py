@@ -10,9 +10,10 @@ the targets are found by PEFT's own matching, so the same `target_modules` means
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +25,7 @@ from ..modules.adapted import AdaptedLinear
 from ..modules.hydra import HydraLinear
 from ..modules.per_task import PerTaskLinear
 from ..modules.tasks import task_names
-from .budget import ROUTED, check_method
+from .budget import ROUTED, check_method, rank_for
 from .peft import ALoRAConfig
 from .peft.targets import base_of, check_target, features, hooked
 
@@ -109,6 +110,19 @@ class Method:
         if self.name == "alora-soft":
             return ALoRAConfig(routing="soft", num_experts=self.num_experts, **self._shared())
         raise ValueError(f"{self.name} is not a PEFT method: use alora_kernels.integrations.methods.adapt")
+
+    def as_large_as_alora(self, shapes: Sequence[tuple[int, int]]) -> Method:
+        """The same method with the rank with which it trains about as many parameters as ALoRA of this one; s stays.
+
+        Args:
+            shapes: `target_shapes`.
+
+        Raises:
+            ValueError: the method at rank 1 already has more.
+        """
+        r = rank_for(self.name, self.r, shapes, tasks=len(self.tasks), num_experts=self.num_experts)
+        grown = r / self.r
+        return replace(self, r=r, lora_alpha=self.alpha * (math.sqrt(grown) if self.use_rslora else grown))
 
     @property
     def in_peft(self) -> bool:

@@ -23,6 +23,7 @@ import yaml
 from alora_kernels.data import TaskSpec
 
 CONFIGS = Path(__file__).parent / "configs"
+BUDGETS = ("rank", "parameters")
 
 
 class ConfigError(ValueError):
@@ -41,6 +42,8 @@ class Config:
         methods: what is compared, where several are.
         r, lora_alpha: of the adapters; lora_alpha defaults to 2 r.
         num_experts: E of the methods with a learned router.
+        lora_dropout, target_modules: as PEFT has them; target_modules defaults to all linear layers.
+        budget: "rank", or "parameters": ranks that train about as many parameters as ALoRA of rank r, s unchanged.
         steps, batch_size, learning_rate: AdamW with a constant rate; batch_size rows of each task in a step.
         train_size, test_size, max_length: rows per task, tokens per row.
         every: steps between two measurements of gradients.
@@ -61,6 +64,9 @@ class Config:
     r: int | None = None
     lora_alpha: float | None = None
     num_experts: int = 4
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    budget: str = "rank"
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -142,7 +148,9 @@ def load(name: str | Path) -> Config:
     missing = [key for key in ("experiment", "model", "tasks") if key not in values]
     if missing:
         raise ConfigError(f"{path}: {', '.join(missing)} must be given")
-    for key in ("tasks", "seeds", "methods", "alphas", "variants"):
+    if values.get("budget", BUDGETS[0]) not in BUDGETS:
+        raise ConfigError(f"{path}: budget must be one of {', '.join(BUDGETS)}, got {values['budget']!r}")
+    for key in ("tasks", "seeds", "methods", "alphas", "variants", "target_modules"):
         if key in values and not isinstance(values[key], list):
             raise ConfigError(f"{path}: {key} must be a list, got {values[key]!r}")
         if key in values:

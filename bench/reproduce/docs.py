@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "before-after": "change",
     "sharing": "sharing",
     "multitask": "multitask",
+    "multitask-budget": "equal_parameters",
     "fedsa": "clients",
     "federated": "federated",
 }
@@ -89,6 +90,8 @@ def _origin(row: Row) -> str:
 def setting(config: Config) -> str:
     """The settings in one line."""
     parts = [config.model, f"tasks {', '.join(config.names)}"]
+    if config.budget != "rank":
+        parts.append("ranks by parameters")
     for key, label in (("r", "r"), ("steps", "steps"), ("rounds", "rounds"), ("batch_size", "rows a task and step")):
         if (value := getattr(config, key)) is not None:
             parts.append(f"{label} {value}")

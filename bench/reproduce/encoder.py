@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from alora_kernels import data, route
 from alora_kernels.cli.fed.rows import collate
 from alora_kernels.federated.participant import fit, shuffled
-from alora_kernels.integrations.methods import Method, adapt
+from alora_kernels.integrations.methods import Method, adapt, target_shapes
 
 from .config import Config
 from .shared_a import share_a
@@ -162,13 +162,14 @@ def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), 
 
 def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], seed: int) -> nn.Module:
     """The encoder with a method's adapters on all its linear layers."""
+    targets: Any = config.target_modules or "all-linear"
     if method == SHARED_A:
-        return share_a(encoder, config.number("r"), tasks, config.lora_alpha)
+        return share_a(encoder, config.number("r"), tasks, config.lora_alpha, config.target_modules)
     if method == VERA:
         from peft import VeraConfig, get_peft_model
 
         options: dict[str, Any] = {"projection_prng_key": seed, "d_initial": 0.1, "save_projection": False}
-        return get_peft_model(encoder, VeraConfig(r=config.vera_r, target_modules="all-linear", **options))
+        return get_peft_model(encoder, VeraConfig(r=config.vera_r, target_modules=targets, **options))
     settings = Method(
         "lora" if method == RSLORA else method,
         tasks=tasks,
@@ -176,8 +177,12 @@ def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], 
         lora_alpha=config.lora_alpha,
         use_rslora=method == RSLORA,
         num_experts=config.num_experts,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
         task_type=None,
     )
+    if config.budget == "parameters":
+        settings = settings.as_large_as_alora(target_shapes(encoder, settings))
     return adapt(encoder, settings)
 
 

@@ -50,9 +50,14 @@ class SharedALinear(AdaptedLinear):
         return mixed(y, h, gate.to(h.dtype), self.lora_B)
 
 
-def share_a(encoder: nn.Module, r: int, tasks: tuple[str, ...], lora_alpha: float | None) -> nn.Module:
-    """Every linear layer of an encoder with one A and a B per task, all else frozen; the encoder is changed."""
+def share_a(
+    encoder: nn.Module, r: int, tasks: tuple[str, ...], lora_alpha: float | None, targets: tuple[str, ...] = ()
+) -> nn.Module:
+    """Every linear layer of an encoder (or those so called) with one A and a B per task; the encoder is changed."""
     encoder.requires_grad_(False)
-    for name, linear in [(n, m) for n, m in encoder.named_modules() if type(m) is nn.Linear]:
+    linears = [(name, m) for name, m in encoder.named_modules() if type(m) is nn.Linear]
+    for name, linear in linears:
+        if targets and not f".{name}".endswith(tuple(f".{target}" for target in targets)):
+            continue
         encoder.set_submodule(name, SharedALinear(linear, r, tasks=tasks, lora_alpha=lora_alpha))
     return encoder

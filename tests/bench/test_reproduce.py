@@ -14,6 +14,7 @@ from alora_kernels import data
 from bench.__main__ import app
 from bench.reproduce import command, docs
 from bench.reproduce.config import Config, ConfigError, available, load
+from bench.reproduce.encoder import SHARED_A, factors, study
 from bench.reproduce.rows import DONE, Row, finished
 from bench.sheet import Sheet, read
 
@@ -34,7 +35,7 @@ def tiny(name: str) -> Config:
     small: dict[str, Any] = {"model": "tiny-random-encoder"}
     if name in TASKS:
         small["tasks"] = TASKS[name]
-    if name in ("sharing", "multitask"):
+    if name in ("sharing", "multitask", "multitask-budget"):
         small["tasks"] = ("movie", "amazon", "nyt")
     if name == "fedsa":
         small |= {"alphas": (1.0, 100.0), "variants": ("lora", "rslora", "vera")}
@@ -142,16 +143,25 @@ def test_ctrl_c_keeps_what_is_finished_and_drops_half_a_unit(tmp_path: Path, mon
     assert {row.seed for row in finished(read(out, Row), config)} == {0}
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [("paper/multitask", "could not load encoder"), ("paper/fedsa", "learning_rate: fedsa needs it")],
-)
-def test_the_papers_size_is_one_clear_line_without_a_hub_and_where_a_value_is_unknown(
-    name: str, line: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", [name for name in available() if name.startswith("paper/")])
+def test_the_papers_size_is_one_clear_line_without_a_hub(name: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["reproduce", name, "--out", str(tmp_path / "x.csv")], env={"COLUMNS": "400"})
     assert result.exit_code == 2
-    assert line in result.output and "Traceback" not in result.output
+    assert "could not load encoder" in result.output and "Traceback" not in result.output
+
+
+def test_equal_parameters_are_equal(ran: dict[str, list[Row]]) -> None:
+    sizes = wide(ran["multitask-budget"], "parameters")
+    assert len(sizes) == 5 and max(sizes) < 1.15 * min(sizes)  # to half a rank, which is much in a layer of 32
+    at_equal_rank = wide(ran["multitask"], "parameters")
+    assert max(at_equal_rank) > 2 * min(at_equal_rank)
+
+
+@pytest.mark.parametrize("method", ["alora", SHARED_A, "vera"])
+def test_target_modules_are_those_that_are_adapted(method: str) -> None:
+    config = dataclasses.replace(tiny("sharing"), target_modules=("query", "value"))
+    adapted = factors(study(config, method, 0).model)
+    assert adapted and {name.rpartition(".")[2] for name in adapted} == {"query", "value"}
 
 
 def test_list_names_every_experiment() -> None:
@@ -167,6 +177,7 @@ def test_list_names_every_experiment() -> None:
         ("experiment: sharing\nmodel: minilm\n", "tasks must be given"),
         ("experiment: sharing\nmodel: minilm\ntasks: trec\n", "must be a list"),
         ("experiment: sharing\nmodel: minilm\ntasks: [trec]\nsteep: 3\n", "unknown keys"),
+        ("experiment: multitask\nmodel: minilm\ntasks: [trec]\nbudget: money\n", "budget must be one of rank"),
     ],
 )
 def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -178,13 +189,21 @@ def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> Non
 
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ConfigError, match="learning_rate: fedsa needs it"):
-        load("paper/fedsa").number("learning_rate")
+        dataclasses.replace(load("fedsa"), learning_rate=None).number("learning_rate")
 
 
 def test_seeds_are_not_part_of_the_hash_and_steps_are() -> None:
     config = load("sharing")
     assert dataclasses.replace(config, seeds=(7,)).hash == config.hash
     assert dataclasses.replace(config, steps=7).hash != config.hash
+    assert dataclasses.replace(config, budget="parameters").hash != config.hash
+
+
+def test_a_field_at_its_default_leaves_the_hash_alone() -> None:
+    config = load("sharing")
+    assert dataclasses.replace(config, max_length=Config.max_length).hash == config.hash
+    spec = data.TaskSpec("own", "own.jsonl")
+    assert dataclasses.replace(config, tasks=(spec,)).hash != config.hash
 
 
 def test_the_page_agrees_with_the_numbers() -> None:

@@ -18,6 +18,7 @@ from alora_kernels.cli.app import app
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 
 runner = CliRunner()
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,15 @@ def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
     text = " ".join(alora("doctor").split())
     assert "task, 8192 rows" in text
     assert "base_first" in text and "no measurement on sm_999" in text
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_papers_read_and_say_what_to_fetch(path):
+    found = load_recipe(path)
+    assert found.method == "alora-soft" and found.num_experts == 3 and found.r == 8 and found.learning_rate == 3e-4
+    assert path.read_text().startswith("# git clone https://github.com/")
+    refusal = " ".join(refused("train", str(path)).split())
+    assert "no file" in refusal and "data/" in refusal
 
 
 def test_answers_that_are_texts_are_judged_by_their_loss(tmp_path, jsonl):
