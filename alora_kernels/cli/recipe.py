@@ -50,6 +50,8 @@ class Recipe:
         train_size, test_size: rows per task; None takes all for training.
         max_length: tokens per row.
         save_steps: a checkpoint every so many steps; 0 saves only the final adapter.
+        conflict_steps: every so many steps, gradient conflicts between tasks on held-out rows go to conflicts.csv in
+            the output folder, where `alora analyze` finds them; 0 measures none.
         seed: of data order, adapter and dropout.
     """
 
@@ -75,6 +77,7 @@ class Recipe:
     test_size: int = 100
     max_length: int = 96
     save_steps: int = 0
+    conflict_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise RecipeError(f"{name}: must be a whole number >= 1, got {value!r}")
+        if not isinstance(self.conflict_steps, int) or self.conflict_steps < 0:
+            raise RecipeError(f"conflict_steps: must be a whole number >= 0, got {self.conflict_steps!r}")
 
     def _settle_method(self) -> None:
         """Make `method` and its older spelling `routing` say the same."""

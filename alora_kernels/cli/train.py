@@ -24,6 +24,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
+from ..analysis import ConflictCallback, probe_batches
 from ..integrations.budget import METHODS, ROUTED, parameters_of
 from ..integrations.method_files import load_method, read_method, save_method
 from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
@@ -31,6 +32,7 @@ from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError
 
+PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
 MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
 
 
@@ -158,6 +160,10 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         callbacks=[display.TrainingBar()],
     )
     trainer.remove_callback(PrinterCallback)
+    if save and recipe.conflict_steps:
+        probes = probe_batches(run.test, trainer.data_collator, PROBE_ROWS)
+        file = Path(recipe.output) / "conflicts.csv"
+        trainer.add_callback(ConflictCallback(trainer.compute_loss, probes, file, every=recipe.conflict_steps))
     return trainer
 
 

@@ -96,6 +96,22 @@ def test_recipes_of_the_papers_read_and_say_what_to_fetch(path):
     assert "no file" in refusal and "data/" in refusal
 
 
+def test_conflicts_are_measured_where_analyze_finds_them(tmp_path, jsonl):
+    config = recipe(tmp_path, jsonl, conflict_steps=2, save_steps=2)
+    alora("train", str(config))
+    file = tmp_path / "run" / "conflicts.csv"
+    first = file.read_text()
+    steps = {line.split(",")[0] for line in first.splitlines()[1:]}
+    assert steps == {"2", "4"}
+    alora("train", str(config), "--resume")
+    assert file.read_text() == first
+    assert "delete it" in refused("train", str(config))
+    assert file.read_text() == first
+    alora("analyze", str(tmp_path / "run"), "--out", str(tmp_path / "look"))
+    assert "conflict" in (tmp_path / "look" / "report.html").read_text()
+    assert "conflict_steps" in refused("train", str(recipe(tmp_path, jsonl, conflict_steps=-1)))
+
+
 def test_answers_that_are_texts_are_judged_by_their_loss(tmp_path, jsonl):
     lines = [{"prompt": f"Say {i}.", "answer": f"the number {i} twice: {i} {i}", "task": "say"} for i in range(60)]
     jsonl.write_text(jsonl.read_text() + "\n" + "\n".join(json.dumps(line) for line in lines))
