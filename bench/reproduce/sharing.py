@@ -12,6 +12,7 @@ too, through its router.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,11 +135,22 @@ def table(rows: Sequence[Row]) -> list[str]:
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Per layer: norm of the shared matrix's gradient, and the number of conflicting pairs in a measurement."""
     mine = {LABELS[case]: pick(rows, case=case, part=part) for case, part in SHARED.items()}
+    norms, conflicts = (
+        {name: of(found) for name, found in mine.items() if found} for of in (_norms, _conflicts_beside_half)
+    )
     panels = [
-        figures.Panel(title, {name: pick(found, measure=measure) for name, found in mine.items() if found})
-        for title, measure in (
-            ("gradient norm of the shared matrix", "norm"),
-            ("conflicting pairs in the shared matrices of a layer", "conflicts"),
-        )
+        figures.Panel("gradient norm of the shared matrix", norms),
+        figures.Panel("conflicting pairs in the shared matrices of a layer", conflicts),
     ]
     figures.by_layer(panels, path, columns=2)
+
+
+def _norms(rows: Sequence[Row]) -> list[Row]:
+    return pick(rows, measure="norm")
+
+
+def _conflicts_beside_half(rows: Sequence[Row]) -> list[Row]:
+    """Conflicts with half of the pairs as their level of chance."""
+    pairs = {(r.seed, r.layer, r.item): r.value or 0.0 for r in pick(rows, measure="pairs")}
+    found = pick(rows, measure="conflicts")
+    return [dataclasses.replace(r, chance=pairs[r.seed, r.layer, r.item] / 2) for r in found]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from alora_kernels.cli import display
 from alora_kernels.cli.app import app
+from alora_kernels.federated.config import load_config
 from alora_kernels.federated.ledger import read
 
 runner = CliRunner()
@@ -85,6 +86,14 @@ def test_a_second_run_is_refused_and_resume_goes_on(config, tmp_path):
     events = read(tmp_path / "out" / "ledger.jsonl")
     assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
     alora("run", str(config), "--output", str(tmp_path / "elsewhere"))
+
+
+def test_the_papers_configuration_reads():
+    path = Path(__file__).parents[2] / "examples" / "paper" / "fed-flan.yaml"
+    found = load_config(path)
+    assert (found.method, len(found.clients), found.rounds, found.rank, found.lora_alpha) == ("fed-alora", 5, 11, 8, 16)
+    assert (found.local_steps, found.batch_size, found.learning_rate) == (47, 64, 5e-4)
+    assert path.read_text().startswith("# git clone https://github.com/")
 
 
 def test_methods_lists_them_all():
