@@ -4,7 +4,7 @@ In:   as `multitask`, with `budget: parameters`.
 Out:  as there; the claims say that the numbers of parameters are equal.
 Who:  `command`.
 
-At equal rank one LoRA has a third of ALoRA's parameters for five tasks, and a LoRA per task nearly twice as many: there
+At equal rank one LoRA has a third of ALoRA's parameters for five tasks, and a LoRA per task two thirds more: there
 a better average may be a matter of size.
 """
 
