@@ -11,7 +11,7 @@ seven lines the dashes change. Where chance is not zero it is drawn dotted, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -109,23 +109,25 @@ def _conflicts(analysis: Analysis) -> Iterator[Plan]:
         at = places({row.module for row in file.rows})
         shares: dict[str, dict[int, Mean]] = {}
         norms: dict[str, dict[int, Mean]] = {}
+        looks: dict[str, tuple[str, str]] = {}
         for step, rows in file.by_step():
             for kind, parameter in sorted({(at[row.module].kind, row.parameter) for row in rows}):
                 same = [r for r in rows if (at[r.module].kind, r.parameter) == (kind, parameter)]
                 name = f"{kind} {parameter}"
+                looks[name] = kind, parameter
                 norms.setdefault(name, {})[step] = mean_of(row.norm for row in same)
                 if any(row.pairs for row in same):
                     shares.setdefault(name, {})[step] = mean_of([file.share(same)])
         panels = [
-            Panel("pairs of tasks in conflict (share)", shares, x="step"),
+            Panel("pairs of tasks in conflict (share)", shares, {0.5: ["all"]} if shares else {}, x="step"),
             Panel("norm of the gradient", norms, x="step"),
         ]
         caption = (
             f"From {file.path.name}. Two tasks conflict where the cosine of their gradients is negative; what each task"
-            " has to itself (A under task routing) cannot conflict."
+            " has to itself (A under task routing) cannot conflict. Dotted: random directions, half of all pairs."
         )
         name = "conflicts" if len(files) == 1 else f"conflicts-{number}"
-        yield from _plan(name, "Gradient conflicts while training", caption, panels)
+        yield from _plan(name, "Gradient conflicts while training", caption, panels, looks)
 
 
 def _panel(rows: Sequence[Row], key: tuple[str, str], title: str | None = None) -> Panel:
@@ -141,7 +143,10 @@ def _panel(rows: Sequence[Row], key: tuple[str, str], title: str | None = None) 
     return Panel(text, over_layers(rows), levels, from_zero=key[1] != "cosine")
 
 
-def _plan(name: str, title: str, caption: str, panels: Sequence[Panel]) -> Iterator[Plan]:
+def _plan(
+    name: str, title: str, caption: str, panels: Sequence[Panel], looks: Mapping[str, tuple[str, str]] | None = None
+) -> Iterator[Plan]:
+    """A figure, if there is anything to draw; `looks` says of a line what its colour and its dashes stand for."""
     panels = [panel for panel in panels if any(panel.lines.values())]
     if not panels:
         return
@@ -151,7 +156,8 @@ def _plan(name: str, title: str, caption: str, panels: Sequence[Panel]) -> Itera
     legend = 0.3 * math.ceil(len(names) / _per_row(names)) + 0.15
     size = (10.4 if columns == 2 else 7.0, 2.9 * lines + legend)
     alt = "Line charts. " + " ".join(_told(panel) for panel in panels)
-    yield Plan(name, title, caption, alt, size, partial(_paint, panels=panels, names=names, columns=columns))
+    styled = partial(_styles, {name: (looks or {}).get(name, (name, "")) for name in names})
+    yield Plan(name, title, caption, alt, size, partial(_paint, panels=panels, styled=styled, columns=columns))
 
 
 def _told(panel: Panel) -> str:
@@ -172,27 +178,45 @@ def _per_row(names: Sequence[str]) -> int:
     return max(1, min(len(names) + 1, 110 // (longest + 7)))
 
 
-def _paint(figure: Any, theme: dict[str, str], *, panels: Sequence[Panel], names: Sequence[str], columns: int) -> None:
+Styles = dict[str, dict[str, Any]]
+
+
+def _styles(looks: Mapping[str, tuple[str, str]], theme: dict[str, str]) -> Styles:
+    """Colour and dashes of each line; with more kinds than colours, dashes tell those of one colour apart."""
+    colours = (*COLOURS, theme["soft"])
+    hues = list(dict.fromkeys(hue for hue, _ in looks.values()))
+    dashes = sorted({dash for _, dash in looks.values()}, reverse=True)  # B, which is shared, is drawn through
+    places = {name: (hues.index(hue), dashes.index(dash)) for name, (hue, dash) in looks.items()}
+    return {
+        name: {"color": colours[h % len(colours)], "linestyle": DASHES[(h // len(colours) + d) % len(DASHES)]}
+        for name, (h, d) in places.items()
+    }
+
+
+def _paint(
+    figure: Any,
+    theme: dict[str, str],
+    *,
+    panels: Sequence[Panel],
+    styled: Callable[[dict[str, str]], Styles],
+    columns: int,
+) -> None:
     from matplotlib.lines import Line2D
 
     lines = math.ceil(len(panels) / columns)
     cells = figure.subplots(lines, columns, squeeze=False).flatten()
-    colours = (*COLOURS, theme["soft"])
-    styles: dict[str, dict[str, Any]] = {
-        name: {"color": colours[i % len(colours)], "linestyle": DASHES[i // len(colours) % len(DASHES)]}
-        for i, name in enumerate(names)
-    }
+    styles = styled(theme)
     for axes, panel in zip(cells, panels):
         _draw(axes, panel, styles, theme)
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
-    handles = [Line2D([], [], linewidth=1.8, label=clipped(name, WIDE), **styles[name]) for name in names]
+    handles = [Line2D([], [], linewidth=1.8, label=clipped(name, WIDE), **style) for name, style in styles.items()]
     if any(panel.levels for panel in panels):
         handles.append(Line2D([], [], color=theme["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="chance"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=_per_row(names), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=_per_row(list(styles)), frameon=False, fontsize=8)
 
 
-def _draw(axes: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]], theme: dict[str, str]) -> None:
+def _draw(axes: Any, panel: Panel, styles: Styles, theme: dict[str, str]) -> None:
     for name, line in panel.lines.items():
         xs, means = list(line), [mean.mean for mean in line.values()]
         marker = "." if len(xs) <= 40 else ""

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from alora_kernels.analysis import figures
+from alora_kernels.analysis import curves, figures
 from alora_kernels.analysis.callback import COLUMNS
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
@@ -100,3 +100,14 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         next(figures.pictures(study))
+
+
+def test_a_and_b_of_one_kind_have_one_colour_and_b_is_drawn_through():
+    theme = {"soft": "#777777"}
+    kinds = [f"kind {i}" for i in range(9)]
+    looks = {f"{kind} {part}": (kind, part) for kind in kinds for part in "AB"}
+    styles = curves._styles(looks, theme)
+    assert all(styles[f"{kind} A"]["color"] == styles[f"{kind} B"]["color"] for kind in kinds)
+    assert styles["kind 0 B"]["linestyle"] == "-" and styles["kind 0 A"]["linestyle"] == "--"
+    alone = curves._styles({kind: (kind, "") for kind in kinds}, theme)
+    assert len({tuple(style.values()) for style in alone.values()}) == len(kinds)
