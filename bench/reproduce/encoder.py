@@ -168,7 +168,7 @@ def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], 
     if method == VERA:
         from peft import VeraConfig, get_peft_model
 
-        options: dict[str, Any] = {"projection_prng_key": seed, "d_initial": 0.1, "save_projection": False}
+        options: dict[str, Any] = {"projection_prng_key": seed, "d_initial": 0.1}
         return get_peft_model(encoder, VeraConfig(r=config.vera_r, target_modules=targets, **options))
     settings = Method(
         "lora" if method == RSLORA else method,
