@@ -5,7 +5,8 @@ Out:  rows in bench/results/<gpu>.csv, a table per case, pass and mode, and the 
 Who:  people, and `bench.plot` for the README's figures.
 
 bf16, R = 16, M = 8192 where nothing else is said. The plain GEMM comes first: how near it is to cuBLAS bounds all that
-follows. "frozen", the denominator, is F.linear, and in the backward dx = dy w alone.
+follows. "frozen", the denominator, is F.linear, and in the backward dx = dy w alone. Last come whole models: layers of
+a Llama 3 8B with random weights, in a training step of 8 tasks mixed and a decoding step of 64 requests over 64 tasks.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import typer
 
 from alora_kernels.ops.plans import PLANS
 
+from . import decoding, training
 from .cuda import CudaClock
 from .layers import BOTH, FORWARD
 from .machine import slug
+from .models import FROZEN, Setting, eight_billion
 from .problem import Case
 from .providers import PROVIDERS, find
 from .rows import MODES, RESULTS
 from .session import Session, choose
 from .targets import DOWN, GPU_TARGETS, SQUARE, UP
-from .work import LayerWork
+from .work import LayerWork, Work
 
 _FUSED = ("frozen", "fused", *(f"fused:{plan}" for plan in PLANS))
 _RIVALS = ("hoisted", "hoisted compiled", "authors' loop", "PEFT LoRA", "Unsloth-style addmm")
@@ -45,6 +48,29 @@ _PLAIN = ("frozen", "plain Triton GEMM")
 def _case(name: str, routing: str, size: str = SQUARE, m: int = 8192, e: int = 8, layout: str = "runs") -> Case:
     k, n = _SIZES[size]
     return Case(name, routing, m=m, k=k, n=n, e=e, dtype=torch.bfloat16, layout=layout, device="cuda")
+
+
+STEP = Setting(
+    "model step", tasks=8, rows=8, tokens=1024, answer=64, r=16, alpha=32, dtype=torch.bfloat16, device="cuda"
+)
+TOKEN = Setting("model decode", tasks=64, rows=64, tokens=512, r=16, alpha=32, dtype=torch.bfloat16, device="cuda")
+MODELS = tuple(dict.fromkeys((FROZEN, *training.MODELS, *decoding.MODELS)))
+
+
+def models(names: Sequence[str], layers: int) -> list[Work]:
+    """Whole models with the chosen providers."""
+    width, base = _SIZES[SQUARE][0], eight_billion(layers)
+    shape = f"{layers} layers of Llama 3 8B, random weights; k and n are its hidden size"
+    in_step = [name for name in (FROZEN, *training.MODELS) if name in names]
+    in_decode = [name for name in decoding.MODELS if name in names]
+    found: list[Work] = []
+    if in_step:
+        note = f"{shape}; {STEP.rows} rows of {STEP.tokens} tokens, the last {STEP.answer} supervised"
+        found.append(training.TrainingWork(in_step, base, STEP, width=width, note=note))
+    if in_decode:
+        note = f"{shape}; {TOKEN.tokens} tokens of context"
+        found.append(decoding.DecodingWork(in_decode, base, TOKEN, width=width, note=note))
+    return found
 
 
 def works(names: Sequence[str] = tuple(PROVIDERS)) -> list[LayerWork]:
@@ -66,18 +92,20 @@ def main(
     case: Annotated[list[str] | None, typer.Option(help="a case or a pattern such as 'decode *'; repeatable")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="measure these only; repeatable")] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(MODES)}; repeatable")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="of the whole models; Llama 3 8B has 32")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 50,
     out: Annotated[Path | None, typer.Option(help="rows are appended to this CSV; default: the GPU's name")] = None,
 ) -> None:
     """The kernels on this machine's GPU, beside the frozen layer and the alternatives."""
-    chosen = works(choose("provider", provider, list(PROVIDERS)))
+    providers = choose("provider", provider, list(dict.fromkeys((*PROVIDERS, *MODELS))))
+    chosen: list[Work] = [*works([name for name in providers if name in PROVIDERS]), *models(providers, layers)]
     modes = choose("mode", mode, MODES)
-    names = [work.case.name for work in chosen]
+    names = [work.row.case for work in chosen]
     if case:
         kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in case)]
         if not kept:
             raise typer.BadParameter(f"no case matches {', '.join(map(repr, case))}: choose from {', '.join(names)}")
-        chosen = [work for work in chosen if work.case.name in kept]
+        chosen = [work for work in chosen if work.row.case in kept]
     if not torch.cuda.is_available():
         typer.echo(
             "error: no CUDA device here. `python -m bench cpu` measures the CPU backend, `python -m bench static`"

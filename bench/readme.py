@@ -40,11 +40,11 @@ def block(
         targets: what is asked for.
         source: the CSV, as the README links it.
         figures: name -> PNG file, likewise.
-        cases: whether every case gets a table; a GPU has too many, its figures show them.
+        cases: whether every case gets a table; a GPU has too many, its figures show them, and only whole models do.
     """
     parts = [_about(rows, source)]
-    if cases:
-        parts += [_case_table(same, rows, targets) for same in grouped(rows).values()]
+    shown = [same for same in grouped(rows).values() if cases or same[0].whole_model]
+    parts += [_case_table(same, rows, targets) for same in shown]
     verdicts = [judge(target, rows) for target in targets]
     parts.append(_target_table(verdicts))
     parts.append("Figures: " + ", ".join(f"[{name}]({link})" for name, link in figures.items()) + ".")
@@ -81,20 +81,24 @@ def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Targ
     first = same[0]
     sizes = " ".join(f"{letter.upper()}={getattr(first, letter)}" for letter in "mknre")
     notes = "".join(f"; {note}" for note in dict.fromkeys(row.note for row in same if row.timed and row.note))
+    more = ("tokens/s | peak MB | ", "---:|---:|") if first.whole_model else ("", "")
     lines = [
         f"**{first.case}**: {first.direction}, {first.mode}, {sizes} {first.dtype}{notes}",
         "",
-        "| provider | computes | p50 ms (p20 to p80) | / fused | target |",
-        "|---|---|---:|---:|---|",
+        f"| provider | computes | p50 ms (p20 to p80) | / fused | {more[0]}target |",
+        f"|---|---|---:|---:|{more[1]}---|",
     ]
     fused = next((row.p50_ms for row in same if row.provider == FUSED and row.timed), None)
     for row in sorted(same, key=lambda row: row.p50_ms if row.timed and row.p50_ms else float("inf")):
         if row.timed:
             time = f"{shown_ms(row.p50_ms)} ({shown_ms(row.p20_ms)} to {shown_ms(row.p80_ms)})"
             ratio = f"{row.p50_ms / fused:.2f}" if fused and row.p50_ms else ""
-            lines.append(f"| {row.provider} | {row.computes} | {time} | {ratio} | {_asked(row, rows, targets)} |")
+            cells = [row.provider, row.computes, time, ratio]
+            if row.tokens_per_second is not None:
+                cells += [f"{row.tokens_per_second:,.0f}", "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"]
+            lines.append(f"| {' | '.join([*cells, _asked(row, rows, targets)])} |")
         else:
-            lines.append(f"| {row.provider} | {row.computes} | {row.status} | | |")
+            lines.append(f"| {row.provider} | {row.computes} | {row.status} | | |{' | |' * first.whole_model}")
     return "\n".join(lines)
 
 

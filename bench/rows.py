@@ -74,6 +74,16 @@ class Row:
         return self.status == OK and self.p50_ms is not None
 
     @property
+    def whole_model(self) -> bool:
+        """Whether it is of a language model, and m counts its tokens."""
+        return self.case.startswith("model ")
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of a language model."""
+        return 1e3 * self.m / self.p50_ms if self.whole_model and self.p50_ms else None
+
+    @property
     def group(self) -> tuple[str, str, str]:
         """What is compared with one another: case, pass and mode."""
         return self.case, self.direction, self.mode

@@ -36,7 +36,7 @@ def of_cases(rows: Sequence[Row], denominator: str, targets: Sequence[Target]) -
             table.add_column(name)
         peaks = any(row.peak_mb is not None for row in same)
         numbers = ["p20 ms", "p50 ms", "p80 ms", f"/ {denominator}", "target", "error / allowed"]
-        for name in numbers + ["peak MB"] * peaks:
+        for name in numbers + ["tokens/s"] * first.whole_model + ["peak MB"] * peaks:
             table.add_column(name, justify="right")
         base = next((row for row in same if row.provider == denominator and row.timed), None)
         for row in sorted(same, key=lambda row: row.p50_ms if row.timed and row.p50_ms else float("inf")):
@@ -75,13 +75,14 @@ def shown_ms(value: float | None) -> str:
 
 def _cells(row: Row, base: Row | None, target: str) -> list[str]:
     error = "" if row.worst_error is None else f"{row.worst_error:.1e} / {row.allowed_error:.1e}"
+    speed = ["" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"] * row.whole_model
     peak = "" if row.peak_mb is None else f"{row.peak_mb:.0f}"
     if not row.timed or row.p50_ms is None:
         status = row.status if row.status != "wrong" else f"WRONG, not timed; {row.note}"
-        return [row.provider, f"{row.computes}: {status}", "", "", "", "", "", error, peak]
+        return [row.provider, f"{row.computes}: {status}", "", "", "", "", "", error, *speed, peak]
     times = [shown_ms(value) for value in (row.p20_ms, row.p50_ms, row.p80_ms)]
     ratio = "" if base is None or not base.p50_ms else f"{row.p50_ms / base.p50_ms:.2f}"
-    return [row.provider, row.computes, *times, ratio, target, error, peak]
+    return [row.provider, row.computes, *times, ratio, target, error, *speed, peak]
 
 
 def _target_cell(row: Row, denominator: str, rows: Sequence[Row], targets: Sequence[Target]) -> str:

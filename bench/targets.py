@@ -152,4 +152,14 @@ GPU_TARGETS = (
     *(Target("tasks *", d, FUSED, FUSED, 1.1, 1.05, at_most=True) for d in (FORWARD, BOTH)),
     *(_over_frozen(f"decode {m}", FORWARD, 1.3, 1.1) for m in (1, 8, 32, 64)),
     *(_over_frozen(f"{routing} {SQUARE}", BOTH, 1.1, 1.05, "peak_mb") for routing in ("task", "soft")),
+    *(
+        Target("model step", BOTH, above, below, None, quantity=quantity, mode=EAGER)
+        for quantity in ("p50_ms", "peak_mb")
+        for above, below in ((FUSED, "frozen"), ("PEFT LoRA task by task", FUSED))
+    ),
+    *(
+        Target("model decode", FORWARD, above, below, None, mode=mode)
+        for mode in (EAGER, GRAPH)
+        for above, below in ((FUSED, "frozen"), ("PEFT mixed batch", FUSED))
+    ),
 )

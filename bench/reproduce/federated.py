@@ -110,7 +110,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     """Average and worst client of every method, a dot per seed."""
     cases_ = list(dict.fromkeys(row.case for row in rows))
     panels = {
-        f"{m} accuracy, %": {c: [100 * v for v in _of(rows, c, m).values()] for c in cases_}
-        for m in ("average", "worst")
+        title: {case: [100 * v for v in _of(rows, case, measure).values()] for case in cases_}
+        for title, measure in (("average accuracy, %", "average"), ("accuracy of the worst client, %", "worst"))
     }
     figures.dots(panels, path)

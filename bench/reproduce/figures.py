@@ -97,7 +97,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
             if values:
                 axis.plot([statistics.fmean(values)], [y], "|", ms=16, mew=2, color=COLOURS[1])
         axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     _save(figure, path)

@@ -112,7 +112,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     """Average and worst task of every method, a dot per seed."""
     methods = [m for m in METHODS if pick(rows, case=m)]
     panels = {
-        f"{measure} accuracy, %": {METHODS[m]: [100 * v for v in _of(rows, m, measure)] for m in methods}
-        for measure in ("average", "worst")
+        title: {METHODS[m]: [100 * v for v in _of(rows, m, measure)] for m in methods}
+        for title, measure in (("average accuracy, %", "average"), ("accuracy of the worst task, %", "worst"))
     }
     figures.dots(panels, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import peft  # noqa: F401, before a device is faked: on its way in it looks for one
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from bench import cuda, gpu
 from bench.__main__ import app
 from bench.layers import BOTH, FORWARD
+from bench.models import llama
 from bench.problem import Case
 from bench.providers import find
 from bench.rows import EAGER, GRAPH, MODES, Row
@@ -30,20 +32,35 @@ def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
         return dataclasses.replace(case, m=m, k=24, n=32, r=4, dtype=torch.float32, device="cpu")
 
     monkeypatch.setattr(gpu, "_case", small)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(gpu, "eight_billion", lambda n: lambda: llama(**shape, intermediate_size=48, vocab_size=64))
+    for name in ("STEP", "TOKEN"):
+        toy = {"tokens": 8, "rows": 3, "tasks": 3, "r": 2, "answer": 2, "dtype": torch.float32, "device": "cpu"}
+        monkeypatch.setattr(gpu, name, dataclasses.replace(getattr(gpu, name), **toy))
     monkeypatch.setattr(gpu, "CudaClock", CountingClock)
     monkeypatch.setattr(cuda, "capture", lambda step: step)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    chosen = [x for name in ("frozen", "fused", "hoisted", "grouped by task") for x in ("--provider", name)]
+    names = ("frozen", "fused", "hoisted", "grouped by task", "PEFT LoRA task by task", "PEFT mixed batch")
+    chosen = [x for name in names for x in ("--provider", name)]
     out = tmp_path / "out.csv"
     done = CliRunner().invoke(app, ["gpu", *chosen, "--repeats", "1", "--out", str(out)], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     rows = read(out, Row)
-    assert {row.case for row in rows} == {work.case.name for work in gpu.works()}
+    assert {row.case for row in rows} == {work.row.case for work in [*gpu.works(), *gpu.models(gpu.MODELS, 1)]}
     assert {row.mode for row in rows} == set(MODES)
     refused = [row for row in rows if not row.timed]
-    assert {(row.provider, row.mode) for row in refused} == {("grouped by task", GRAPH)}
+    whole = [row for row in rows if row.whole_model]
+    assert not [row.status for row in whole if row.status.startswith("failed")]
+    assert {(row.case, row.provider) for row in whole if row.timed} == {
+        *(("model step", name) for name in ("frozen", "fused", "PEFT LoRA task by task")),
+        *(("model decode", name) for name in ("frozen", "fused", "PEFT mixed batch")),
+    }
+    assert all(row.tokens_per_second for row in whole if row.timed) and "tokens/s" in done.output
+    assert {(row.case, row.mode) for row in whole if not row.timed} == {("model step", GRAPH), ("model decode", GRAPH)}
+    hosts = {("grouped by task", GRAPH), ("PEFT mixed batch", GRAPH)}  # they look at the ids
+    assert {(row.provider, row.mode) for row in refused if not row.whole_model} == hosts
     assert all(row.device == "NVIDIA H200" for row in rows)
     assert "slowest / fastest" in done.output
     assert "LoRAFusion: not run" in done.output

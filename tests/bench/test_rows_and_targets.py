@@ -75,7 +75,8 @@ def test_what_was_not_measured_in_one_run_is_not_divided():
 def test_every_target_asks_for_something_that_is_run():
     run = {}
     shape = {"m": 32, "k": 8, "n": 8, "e": 2, "r": 2}
-    for work in [*works(list(SECTIONS), [*LAYER, *PROVIDERS, "PEFT LoRA task by task"], shape), *gpu.works()]:
+    on_gpu = [*gpu.works(), *gpu.models(gpu.MODELS, 1)]
+    for work in [*works(list(SECTIONS), [*LAYER, *PROVIDERS, "PEFT LoRA task by task"], shape), *on_gpu]:
         for direction in work.directions:
             run[work.row.case, direction] = {candidate.name for candidate in work.candidates()}
     for target in (*CPU_TARGETS, *GPU_TARGETS):

@@ -1,4 +1,4 @@
-"""The training step: both models give the float64 loss and gradients, and a spoilt one is seen."""
+"""Whole models: training and decoding steps give float64's loss, gradients and logits, and a spoilt one is seen."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import training
-from bench.layers import BOTH
-from bench.rows import EAGER
-from bench.training import FUSED, MODELS, STOCK, TrainingWork
+from bench import decoding, training
+from bench.decoding import DecodingWork
+from bench.layers import BOTH, FORWARD
+from bench.models import FROZEN, FUSED, Setting, eight_billion, judged, llama
+from bench.rows import EAGER, GRAPH
+from bench.training import MODELS, STOCK, TrainingWork
 
 
 def tiny() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return llama(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -24,7 +24,6 @@ def tiny() -> Any:
         intermediate_size=48,
         vocab_size=64,
     )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,9 @@ def test_a_spoilt_gradient_is_seen(work, name):
     models = work._models
     results = models.results(name, models.step(name))
     assert len(results) == 1 + 2 * 14  # the loss, A and B of seven layers in each of two blocks
-    assert models.check(results).ok
+    assert judged(results, models.truth, models.allowed).ok
     for spoilt in list(results)[:3]:
-        check = models.check(results | {spoilt: results[spoilt] * 1.01})
+        check = judged(results | {spoilt: results[spoilt] * 1.01}, models.truth, models.allowed)
         assert not check.ok
         assert check.where == spoilt
 
@@ -63,3 +62,36 @@ def test_steps_do_not_accumulate(work):
 def test_the_row_says_which_weights(cached, monkeypatch):
     monkeypatch.setattr(training, "in_cache", lambda: cached)
     assert ("random weights" in TrainingWork().row.note) == (not cached)
+
+
+def test_the_frozen_model_is_beside_them_and_no_step_is_captured():
+    (frozen,) = TrainingWork((FROZEN,), base=tiny).candidates()
+    assert frozen.computes == "frozen" and frozen.prepare(BOTH, EAGER).check.ok
+    assert "eager" in str(frozen.reason(BOTH, GRAPH)) and frozen.reason(BOTH, EAGER) is None
+    assert not any(p.grad is not None for p in frozen._models.frozen.parameters())
+
+
+@pytest.fixture(scope="module")
+def decode() -> DecodingWork:
+    return DecodingWork(decoding.MODELS, tiny, Setting("model decode", tasks=5, rows=5, tokens=9), width=32, note="")
+
+
+def test_every_request_decodes_under_its_own_task(decode):
+    assert decode.row.m == 5 and decode.row.e == 5
+    for candidate in decode.candidates():
+        assert candidate.reason(FORWARD, EAGER) is None
+        ready = candidate.prepare(FORWARD, EAGER)
+        assert ready.check.ok, (candidate.name, ready.check)
+        first, again = (ready.run()[0] for _ in range(2))
+        assert torch.equal(first, again)  # the same work at every call
+    models = decode._models
+    right = models.step(FUSED, models.filled(FUSED))[0]
+    base = models.step(FROZEN, models.filled(FROZEN))[0]
+    assert not models.check(FUSED, base).ok
+    assert not models.check(FUSED, right.roll(1, 0)).ok
+    assert not models.check(FUSED, right * float("nan")).ok
+
+
+def test_an_eight_billion_shape_has_its_parameters():
+    model = eight_billion(32, "meta")()
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
