@@ -57,6 +57,7 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
         batch_size=config.number("batch_size"),
         train_size=config.train_size,
         test_size=config.test_size,
+        max_length=config.max_length,
     )
     out = []
     for result in results:
