@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from .callback import ConflictCallback
     from .change import Change, column_change, merged_change
     from .gradients import Conflicts, NotFiniteError, compare, probe_batches, task_conflicts, task_gradients
+    from .report import write_report
+    from .result import Analysis
     from .similarity import IncomparableError, chance, cosine, pairwise, subspace_overlap
     from .sources import units
     from .spectrum import Spectrum, matrix_spectrum, update_spectrum
-    from .study import Analysis, compare_units
+    from .study import compare_units
     from .unit import Unit
 
 _WHERE = {
-    "Analysis": "study",
+    "Analysis": "result",
     "Change": "change",
     "ConflictCallback": "callback",
     "Conflicts": "gradients",
@@ -53,6 +55,7 @@ _WHERE = {
     "task_gradients": "gradients",
     "units": "sources",
     "update_spectrum": "spectrum",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -78,6 +81,7 @@ __all__ = [
     "task_gradients",
     "units",
     "update_spectrum",
+    "write_report",
 ]
 
 __getattr__ = names_later(__name__, _WHERE)

@@ -22,7 +22,7 @@ from .table import Mean, Row, mean_of, measures, over_layers, where
 from .words import NAMES
 
 if TYPE_CHECKING:
-    from .study import Analysis
+    from .result import Analysis
 
 # Paul Tol, "Colour schemes", 2021: bright; its grey is the theme's
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")

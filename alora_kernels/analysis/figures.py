@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .study import Analysis
+    from .result import Analysis
 
 DPI = 150  # 10 inches: 1500 pixels, twice the width of the page
 LIGHT = {"paper": "#ffffff", "ink": "#1a1d24", "soft": "#5a6270", "line": "#e3e6ec"}

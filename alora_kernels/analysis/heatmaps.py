@@ -25,7 +25,7 @@ from .table import Row, mean_of, measures, square, where
 from .words import CHANCE_OF, NAMES
 
 if TYPE_CHECKING:
-    from .study import Analysis
+    from .result import Analysis
 
 Table = NDArray[np.float64]
 Key = tuple[str, str]  # part and measure

@@ -2,7 +2,7 @@
 
 In:   an `Analysis`.
 Out:  `report.html`, complete in itself, and the figures as PNG beside it.
-Who:  `Analysis.report`.
+Who:  users in Python, `alora analyze`.
 
 Names of tasks, folders and modules come from strangers: every text goes through `_text`, and the page's own policy
 would run nothing even if one did not.
@@ -28,20 +28,20 @@ from .summary import NOTHING, counted, groups, pair_columns, pairs, shown, unit_
 from .words import READING
 
 if TYPE_CHECKING:
-    from .study import Analysis
+    from .result import Analysis
 
 PAIRS, REASONS, UNITS = 24, 40, 64  # lines of a table; the files have all
 PACKAGES = ("torch", "peft", "safetensors", "numpy", "matplotlib")
 _OURS = re.compile(r"(similarity(-layers)?|(changes|update)-layers|norms-units|layers-\w+-\w+|conflicts(-\d+)?)\.png")
 
 
-def write_report(analysis: Analysis, folder: Path, *, command: str | None = None, figures: bool = True) -> Path:
-    """Write the page and the figures; those of an earlier run that this one does not have are removed.
+def write_report(analysis: Analysis, folder: str | Path, *, command: str | None = None, figures: bool = True) -> Path:
+    """Write figures (PNG) and `report.html`, one file without anything from elsewhere.
 
     Args:
         analysis: what was found.
-        folder: made if needed.
-        command: what made it.
+        folder: made if needed; figures of an earlier run that this one does not have are removed.
+        command: what made it, for the reader who wants to make it again.
         figures: without them matplotlib is not needed.
 
     Returns:
@@ -52,15 +52,16 @@ def write_report(analysis: Analysis, folder: Path, *, command: str | None = None
     """
     if figures:
         check_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
     drawn = list(pictures(analysis)) if figures else []
-    images = folder / "figures"
+    images = out / "figures"
     for old in [p for p in images.glob("*.png") if _OURS.fullmatch(p.name)]:
         old.unlink()
     for picture in drawn:
         images.mkdir(exist_ok=True)
         (images / f"{picture.name}.png").write_bytes(picture.light)
-    path = folder / "report.html"
+    path = out / "report.html"
     with atomic.replacing(path) as draft:
         draft.write_text(render(analysis, drawn, command), encoding="utf-8")
     return path

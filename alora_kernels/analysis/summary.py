@@ -15,7 +15,7 @@ from .table import Mean, by_pair, by_unit, mean_of, measures, where
 from .words import NAMES
 
 if TYPE_CHECKING:
-    from .study import Analysis
+    from .result import Analysis
 
 NOTHING = Mean(math.nan, math.nan, math.nan, math.nan, 0)
 

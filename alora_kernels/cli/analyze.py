@@ -23,7 +23,7 @@ from .edge import USER_ERRORS, fail, quiet
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..analysis.study import Analysis
+    from ..analysis.result import Analysis
     from ..analysis.summary import Column
 
 PATIENCE = 2.0  # seconds before a bar appears
@@ -63,6 +63,7 @@ def analyze(
     """
     quiet()
     from ..analysis.figures import check_matplotlib
+    from ..analysis.report import write_report
     from ..analysis.sources import units
     from ..analysis.study import compare_units
     from . import display
@@ -79,7 +80,7 @@ def analyze(
             study = compare_units(found, start, model, progress=moved)
         study.save(out)
         with display.err.status("drawing ..." if figures else "writing ..."):
-            page = study.report(out, command=_command(folders, out, init, base, figures), figures=figures)
+            page = write_report(study, out, command=_command(folders, out, init, base, figures), figures=figures)
     except USER_ERRORS as error:
         raise fail(error) from error
     _show(study, out, page)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from alora_kernels.analysis.report import render
+from alora_kernels.analysis.report import render, write_report
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
 
@@ -53,7 +53,7 @@ def test_the_page_has_every_section_and_what_a_reader_needs(tmp_path):
 
 def test_names_from_strangers_are_text(tmp_path):
     study = study_of(tmp_path, folder=EVIL_FOLDER)
-    study.report(tmp_path / "out", command=f"alora analyze {EVIL}")
+    write_report(study, tmp_path / "out", command=f"alora analyze {EVIL}")
     text = (tmp_path / "out" / "report.html").read_text()
     page = Tags(text)
     assert EVIL in page.text and EVIL_FOLDER in page.text
@@ -65,7 +65,7 @@ def test_names_from_strangers_are_text(tmp_path):
 
 def test_the_report_is_one_file_and_figures_of_an_earlier_run_go(tmp_path):
     study = study_of(tmp_path, ("math", "code"))
-    page = study.report(tmp_path / "out")
+    page = write_report(study, tmp_path / "out")
     names = {p.stem for p in (tmp_path / "out" / "figures").iterdir()}
     assert page.name == "report.html" and {"similarity", "norms-units"} <= names
     tags = Tags(page.read_text()).tags
@@ -74,7 +74,7 @@ def test_the_report_is_one_file_and_figures_of_an_earlier_run_go(tmp_path):
     linked = {a[key] for _, a in tags for key in ("src", "href", "srcset") if key in a}
     assert linked and all(link.startswith("data:") for link in linked)
     (tmp_path / "out" / "figures" / "mine.png").write_bytes(b"")
-    study.report(tmp_path / "out", figures=False)
+    write_report(study, tmp_path / "out", figures=False)
     assert [p.name for p in (tmp_path / "out" / "figures").iterdir()] == ["mine.png"]
     assert "<img" not in page.read_text()
 
@@ -83,9 +83,9 @@ def test_a_report_without_figures_needs_no_matplotlib(tmp_path, monkeypatch):
     study = study_of(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="--no-figures"):
-        study.report(tmp_path / "out")
+        write_report(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert study.report(tmp_path / "out", figures=False).exists()
+    assert write_report(study, tmp_path / "out", figures=False).exists()
 
 
 def test_one_unit_and_nothing_left_out(tmp_path):
@@ -103,7 +103,7 @@ def test_many_pairs_are_cut_and_said(tmp_path):
 
 
 def test_a_browser_has_nothing_to_say_in_light_and_dark(tmp_path):
-    page_file = study_of(tmp_path).report(tmp_path / "out", command="alora analyze x")
+    page_file = write_report(study_of(tmp_path), tmp_path / "out", command="alora analyze x")
     with chromium.launched() as browser:
         for scheme in ("light", "dark"):
             for width in (1280, 390):

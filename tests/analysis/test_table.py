@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from alora_kernels.analysis.result import COLUMNS, SKIPPED
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import COLUMNS, SKIPPED, compare_units
+from alora_kernels.analysis.study import compare_units
 from alora_kernels.analysis.summary import Column, groups, number, pair_columns, pairs, shown, unit_columns, which
 from alora_kernels.analysis.table import Mean, Row, by_unit, mean_of, measures, over_layers, square, where, write_csv
 
