@@ -9,7 +9,8 @@ Who:  users in Python, `alora analyze`.
     spectrum        singular values of s B A, effective and stable rank
     gradients       which tasks pull a matrix in opposite directions
     callback        the same while training, to a CSV
-    sources, study  folders as units; all of them compared: CSV, figures, a page
+    sources, study  folders as units; all of them compared, module by module
+    result, report  what was found, as CSV; with figures, as one page
 
 Importing this loads no library; `ConflictCallback` loads transformers.
 """
