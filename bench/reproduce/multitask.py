@@ -101,7 +101,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         scores = [[100 * (r.value or 0) for r in pick(rows, case=case, measure="accuracy", item=t)] for t in tasks]
         scores += [[100 * v for v in _of(rows, case, m)] for m in ("average", "worst")]
         delta = "0 (baseline)" if case == ALONE else spread(delta_per_seed(rows, case, ALONE), "+.1f")
-        cells = [spread(s, ".1f") for s in scores] + [delta, f"{_of(rows, case, 'parameters')[0]:,.0f}"]
+        cells = [spread(s, ".1f") for s in scores] + [delta, f"{_of(rows, case, 'parameters')[0] / 1e6:.2f} M"]
         lines.append(
             f"| {METHODS[case]} | {' | '.join(cells)} | {spread(_of(rows, case, 'training_seconds'), '.0f')} |"
         )
