@@ -64,8 +64,10 @@ def capture(step: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tenso
     return replay
 
 
-def peak_mb(step: Run) -> float:
-    """MB that one eager call needs at its peak, above what was allocated before it: outputs and scratch."""
+def peak_mb(step: Run, device: str) -> float | None:
+    """MB that one eager call needs at its peak, above what was allocated before it; None on CPUs, not counted."""
+    if device == "cpu":
+        return None
     step()  # what is kept from the first call on, such as compiled kernels' workspaces, is not counted
     torch.cuda.synchronize()
     gc.collect()

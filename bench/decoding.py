@@ -22,11 +22,10 @@ from alora_kernels import route
 
 from . import cuda
 from .layers import FORWARD
-from .models import FROZEN, FUSED, TINY, Pair, Setting, judged, worst_of
+from .models import FROZEN, FUSED, TINY, Pair, Setting, finite, judged, worst_of
 from .problem import Check
 from .providers import PROVIDERS
-from .rows import GRAPH, Row
-from .training import row_of
+from .rows import GRAPH
 from .work import Ready
 
 STOCK = "PEFT mixed batch"
@@ -44,7 +43,7 @@ class DecodingWork:
     ) -> None:
         self.names = names
         self._models = _Models(base, setting)
-        self.row: Row = row_of(setting, width, note, tokens=1)
+        self.row = setting.row(width, note, tokens=1)
 
     def candidates(self) -> Sequence[DecodingCandidate]:
         """Nothing is built before a candidate is prepared."""
@@ -65,7 +64,7 @@ class DecodingCandidate:
     def prepare(self, direction: str, mode: str) -> Ready:
         """Fill the cache, take a step, judge its logits."""
         step: Callable[[], Sequence[Tensor]] = partial(self._models.step, self.name, self._models.filled(self.name))
-        peak = cuda.peak_mb(step) if self._models.setting.device != "cpu" else None
+        peak = cuda.peak_mb(step, self._models.setting.device)
         if mode == GRAPH:
             step = cuda.capture(step)
         return Ready(step, self._models.check(self.name, step()[0]), peak)
@@ -74,14 +73,15 @@ class DecodingCandidate:
 class _Models(Pair):
     """Steps of the models, and the truth about them."""
 
+    training = False
+
     @cached_property
     def truth(self) -> dict[str, Tensor]:
         """Logits of each row's last token in float64."""
-        model, ids = self.double().eval(), self.setting.ids
-        found = []
+        model, found = self.double(), []
         with torch.no_grad():
-            for row in range(self.setting.rows):
-                model.set_adapter(str(int(ids[row])))
+            for row, name in enumerate(self._names):
+                model.set_adapter(name)
                 found.append(model(input_ids=self.tokens[row : row + 1], logits_to_keep=1).logits[0, -1])
         return {"logits": torch.stack(found)}
 
@@ -94,7 +94,7 @@ class _Models(Pair):
     def check(self, name: str, logits: Tensor) -> Check:
         """The logits against the truth; the frozen model is transformers' own."""
         if name == FROZEN:
-            return Check(0.0 if bool(logits.isfinite().all()) else float("nan"), 0.0, "logits")
+            return finite(logits, "logits")
         return judged({"logits": logits}, self.truth, self.allowed)
 
     def filled(self, name: str) -> Any:
@@ -119,8 +119,9 @@ class _Models(Pair):
         return torch.tensor([self.setting.tokens - 1], device=self.setting.device)
 
     @cached_property
-    def _ids(self) -> Tensor:
-        return self.setting.ids
+    def _names(self) -> list[str]:
+        """The adapter of each row."""
+        return [str(task) for task in self.ids.tolist()]
 
     @torch.no_grad()
     def _call(self, name: str, tokens: Tensor, cache: Any, places: Tensor) -> Tensor:
@@ -128,11 +129,11 @@ class _Models(Pair):
         inputs["position_ids"] = places[None]
         model = self._of(name)
         if name == STOCK:
-            return model(**inputs, adapter_names=[str(t) for t in self._ids.tolist()]).logits[:, -1]
+            return model(**inputs, adapter_names=self._names).logits[:, -1]
         if name == FROZEN:
             return model(**inputs).logits[:, -1]
-        with route(self._ids):
+        with route(self.ids):
             return model(**inputs).logits[:, -1]
 
     def _of(self, name: str) -> Any:
-        return {FROZEN: lambda: self.frozen, FUSED: lambda: self.fused, STOCK: lambda: self.stock}[name]().eval()
+        return self.stock if name == STOCK else self.frozen if name == FROZEN else self.fused

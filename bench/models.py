@@ -21,6 +21,7 @@ from torch import Tensor
 import alora_kernels
 
 from .problem import Check
+from .rows import Row
 
 FROZEN, FUSED = "frozen", "fused"
 TINY = 1e-6
@@ -48,10 +49,19 @@ class Setting:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
-    @property
-    def ids(self) -> Tensor:
-        """The task of each row."""
-        return torch.arange(self.rows, device=self.device) % self.tasks
+    def row(self, width: int, note: str, tokens: int | None = None) -> Row:
+        """The columns that describe it; `tokens` per row that a call computes, by default all of them."""
+        return Row(
+            case=self.case,
+            routing="task",
+            m=self.rows * (self.tokens if tokens is None else tokens),
+            k=width,
+            n=width,
+            r=self.r,
+            e=self.tasks,
+            dtype=str(self.dtype).removeprefix("torch."),
+            note=note,
+        )
 
 
 def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
@@ -81,7 +91,13 @@ def eight_billion(layers: int, device: str = "cuda", dtype: torch.dtype = torch.
 
 
 class Pair:
-    """The two adapted models and the base as it is, each built when first needed, and a batch."""
+    """The two adapted models and the base as it is, each built when first needed, and a batch.
+
+    What every call would do alike, such as switching modes, is done here once: it would be timed, and would cost stock
+    PEFT the most, which has a module per adapter.
+    """
+
+    training = True  # the mode of all models
 
     def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
         self._base, self.setting = base, setting
@@ -89,7 +105,7 @@ class Pair:
     @cached_property
     def frozen(self) -> Any:
         """The base, without adapters."""
-        return self._base().requires_grad_(False)
+        return self._base().requires_grad_(False).train(self.training)
 
     @cached_property
     def fused(self) -> Any:
@@ -105,7 +121,7 @@ class Pair:
         with torch.no_grad():
             for layer in (m for m in model.modules() if hasattr(m, "asymlora_B")):
                 layer.asymlora_B["default"].mul_(0.1)  # a correction of the base, as after training
-        return model
+        return model.train(self.training)
 
     @cached_property
     def stock(self) -> Any:
@@ -123,11 +139,16 @@ class Pair:
                 for task in range(s.tasks):
                     lora.lora_A[str(task)].weight.copy_(layer.asymlora_A["default"][task])
                     lora.lora_B[str(task)].weight.copy_(layer.asymlora_B["default"])
-        return model
+        return model.train(self.training)
 
     def double(self) -> Any:
         """Stock PEFT in float64, which gives the truth."""
         return copy.deepcopy(self.stock).double()
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The task of each row."""
+        return torch.arange(self.setting.rows, device=self.setting.device) % self.setting.tasks
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -139,6 +160,11 @@ class Pair:
     def layers(self) -> list[tuple[str, Any]]:
         """Adapted layers by their path, which is the same in both models."""
         return [(path, m) for path, m in self.fused.named_modules() if hasattr(m, "asymlora_A")]
+
+
+def finite(tensor: Tensor, name: str) -> Check:
+    """Of the frozen model, which is transformers' own: numbers, that is all."""
+    return Check(0.0 if bool(tensor.isfinite().all()) else float("nan"), 0.0, name)
 
 
 def judged(got: dict[str, Tensor], truth: dict[str, Tensor], allowed: float) -> Check:

@@ -25,9 +25,9 @@ from alora_kernels.data.cache import cache_dir
 
 from . import cuda
 from .layers import BOTH
-from .models import FROZEN, FUSED, TINY, Pair, Setting, judged, llama, worst_of
+from .models import FROZEN, FUSED, TINY, Pair, Setting, finite, judged, llama, worst_of
 from .problem import Check
-from .rows import GRAPH, Row
+from .rows import GRAPH
 from .work import Ready
 
 STOCK = "PEFT LoRA task by task"
@@ -80,26 +80,11 @@ class TrainingWork:
     ) -> None:
         self.names = names
         self._models = _Models(base, setting)
-        self.row = row_of(setting, width, smollm_note() if note is None else note)
+        self.row = setting.row(width, smollm_note() if note is None else note)
 
     def candidates(self) -> Sequence[TrainingCandidate]:
         """Nothing is built before a candidate is prepared."""
         return [TrainingCandidate(name, self._models) for name in self.names]
-
-
-def row_of(setting: Setting, width: int, note: str, tokens: int | None = None) -> Row:
-    """The columns of a whole model; `tokens` per row that a call computes, by default all of them."""
-    return Row(
-        case=setting.case,
-        routing="task",
-        m=setting.rows * (setting.tokens if tokens is None else tokens),
-        k=width,
-        n=width,
-        r=setting.r,
-        e=setting.tasks,
-        dtype=str(setting.dtype).removeprefix("torch."),
-        note=note,
-    )
 
 
 class TrainingCandidate:
@@ -118,7 +103,7 @@ class TrainingCandidate:
         step = partial(self._models.step, self.name)
         loss = step()
         check = self._models.check(self.name, loss)
-        return Ready(step, check, cuda.peak_mb(step) if self._models.setting.device != "cpu" else None)
+        return Ready(step, check, cuda.peak_mb(step, self._models.setting.device))
 
 
 class _Models(Pair):
@@ -142,8 +127,8 @@ class _Models(Pair):
             return self._task_by_task(self.stock)
         if name == FROZEN:
             return self._through_frozen()
-        self.fused.train().zero_grad()
-        with route(self.setting.ids):
+        self.fused.zero_grad()
+        with route(self.ids):
             loss = self._loss(self.fused, self.tokens)
         loss.backward()
         return loss.detach()
@@ -161,7 +146,7 @@ class _Models(Pair):
     def check(self, name: str, loss: Tensor) -> Check:
         """The loss and gradients of a step against the truth; the frozen model is transformers' own."""
         if name == FROZEN:
-            return Check(0.0 if bool(loss.isfinite()) else float("nan"), 0.0, "loss")
+            return finite(loss, "loss")
         return judged(self.results(name, loss), self.truth, self.allowed)
 
     def _of_stock(self, model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -176,26 +161,36 @@ class _Models(Pair):
     def _loss(self, model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
         """Loss of the answers' tokens, summed, so that parts of a batch add up."""
         s = self.setting
-        answers = torch.arange(s.tokens - s.answer - 1, s.tokens - 1, device=s.device)
-        logits = model(**inputs or {"input_ids": tokens}, logits_to_keep=answers, use_cache=False).logits
+        logits = model(**inputs or {"input_ids": tokens}, logits_to_keep=self._before_answers, use_cache=False).logits
         return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, answers + 1].flatten(), reduction="sum"
+            logits.flatten(0, 1), tokens[:, s.tokens - s.answer :].flatten(), reduction="sum"
         )
+
+    @cached_property
+    def _before_answers(self) -> Tensor:
+        """The places whose logits name the answer's tokens."""
+        s = self.setting
+        return torch.arange(s.tokens - s.answer - 1, s.tokens - 1, device=s.device)
+
+    @cached_property
+    def _rows_of(self) -> list[Tensor]:
+        """The rows of each task: picking them by a mask would make the host wait for the GPU."""
+        return [self.tokens[self.ids == task] for task in range(self.setting.tasks)]
 
     def _task_by_task(self, model: Any) -> Tensor:
         """What stock PEFT can do with a mixed batch: one adapter after the other, each on its rows."""
-        model.train().zero_grad()
+        model.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.setting.device)
-        for task in range(self.setting.tasks):
+        for task, rows in enumerate(self._rows_of):
             model.set_adapter(str(task))
-            loss = self._loss(model, self.tokens[self.setting.ids == task])
+            loss = self._loss(model, rows)
             loss.backward()
             total += loss.detach()
         return total
 
     def _through_frozen(self) -> Tensor:
         """Forward, and the gradient of the embedded tokens, which is what adapters in a model need from its layers."""
-        embedded = self.frozen.train().get_input_embeddings()(self.tokens).requires_grad_()
+        embedded = self.frozen.get_input_embeddings()(self.tokens).requires_grad_()
         loss = self._loss(self.frozen, self.tokens, inputs_embeds=embedded)
         loss.backward()
         return loss.detach()

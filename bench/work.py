@@ -109,7 +109,7 @@ class LayerCandidate:
         """Build the layer, capture it if asked to, and judge what it gives."""
         problem = self._shared.problem
         run: Callable[[], Sequence[Tensor]] = self._layer.step(direction, problem.tensor("dy"))
-        peak = cuda.peak_mb(run) if problem.case.device != "cpu" else None
+        peak = cuda.peak_mb(run, problem.case.device)
         if mode == GRAPH:
             run = cuda.capture(run)
         named = self._layer.named(run())
