@@ -13,19 +13,13 @@ from typer.testing import CliRunner
 
 from alora_kernels import data, kernels
 from alora_kernels.cli import demo as demo_module
-from alora_kernels.cli import display, doctor, train
+from alora_kernels.cli import doctor, train
 from alora_kernels.cli.app import app
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 
 runner = CliRunner()
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 RECIPES = [path for path in sorted(PAPER.glob("*.yaml")) if "alora train" in path.read_text()]
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables in full, whatever terminal the tests run in."""
-    monkeypatch.setattr(display.console, "_width", 160)
 
 
 def alora(*args: str) -> str:

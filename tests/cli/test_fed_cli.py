@@ -14,17 +14,11 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from alora_kernels.cli import display
 from alora_kernels.cli.app import app
 from alora_kernels.federated.config import load_config
 from alora_kernels.federated.ledger import read
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display.console, "_width", 160)
 
 
 def alora(*args: str) -> str:

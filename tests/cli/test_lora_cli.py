@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from alora_kernels.cli import display, lora
+from alora_kernels.cli import lora
 from alora_kernels.integrations.peft import save_adapter
 
 from ..integrations.stock_lora import stock_lora
@@ -23,12 +23,6 @@ WEIGHTS = "adapter_model.safetensors"
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 app.command("export")(lora.export_lora)
 app.command("import")(lora.import_lora)
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables in full, whatever terminal the tests run in."""
-    monkeypatch.setattr(display.console, "_width", 160)
 
 
 def alora(*args: object, code: int = 0) -> str:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alora_kernels.cli import display
 from alora_kernels.cli import train as steps
 from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.integrations.budget import METHODS, ROUTED, parameters_of
@@ -22,12 +21,6 @@ from alora_kernels.integrations.methods import trainable_parameters
 from tests.cli.test_cli import alora, recipe, refused
 
 SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables in full, whatever terminal the tests run in."""
-    monkeypatch.setattr(display.console, "_width", 160)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from alora_kernels.cli import display
 from alora_kernels.cli import serve as serve_module
 
 app = typer.Typer()
@@ -26,8 +25,7 @@ runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display.console, "_width", 160)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(serve_module.KEY_VARIABLE, raising=False)
 
 
