@@ -103,14 +103,14 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             "LoRA changes the length of W0's columns little",
             SOURCE,
             "mean relative change below 5 %",
-            spread([100 * v for v in length], ".2f") + " %" if length else "not run yet",
+            spread([100 * v for v in length], ".2f") + " %",
             [value < 0.05 for value in length],
         ),
         Claim(
             "nearly all change of direction is captured by B",
             SOURCE,
             "with A put back to its start, over 80 % of the turn of W0 is left",
-            spread([100 * v for v in share], ".1f") + " %" if share else "not run yet",
+            spread([100 * v for v in share], ".1f") + " %",
             [value > 0.8 for value in share],
         ),
     ]

@@ -23,7 +23,7 @@ import torch
 from alora_kernels.analysis import cosine
 
 from . import figures
-from .claims import Claim
+from .claims import NOT_RUN, Claim
 from .config import Config
 from .encoder import RSLORA, VERA, Study, TaskRows, factors, study
 from .rows import Row, layer_of, per_seed, pick, spread
@@ -129,7 +129,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                 f"{variant}: A are more alike across clients than B",
                 SOURCE[variant],
                 "mean cosine of A above that of B at every alpha",
-                shown or "not run yet",
+                shown,
                 [all(p[i] > q[i] for p, q in zip(a, b, strict=True)) for i in seeds],
             )
         )
@@ -138,7 +138,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
                 f"{variant}: B are less alike the more the clients' data differ",
                 SOURCE[variant],
                 "mean cosine of B at the smallest alpha below that at the largest",
-                f"{spread(b[0])} against {spread(b[-1])}" if b else "not run yet",
+                f"{spread(b[0])} against {spread(b[-1])}" if b else NOT_RUN,
                 [b[0][i] < b[-1][i] for i in seeds],
             )
         )

@@ -24,6 +24,7 @@ from alora_kernels.analysis.names import places
 from alora_kernels.federated.summary import delta_m
 
 from ..machine import origin
+from .claims import NOT_RUN
 from .config import Config
 
 DONE = "seconds"
@@ -123,7 +124,7 @@ def delta_per_seed(rows: Sequence[Row], case: str, alone: str) -> list[float]:
 def spread(values: Sequence[float], form: str = ".3f") -> str:
     """Mean and standard deviation over seeds; with one seed, that there is none."""
     if not values:
-        return "not run yet"
+        return NOT_RUN
     mean = format(statistics.fmean(values), form)
     if len(values) == 1:
         return f"{mean} (1 seed)"

@@ -96,7 +96,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     share = {case: _share(rows, case, part) for case, part in SHARED.items()}
 
     def beside(values: dict[str, list[float]], form: str) -> str:
-        return ", ".join(f"{LABELS[case]} {spread(v, form)}" for case, v in values.items() if v) or "not run yet"
+        return ", ".join(f"{LABELS[case]} {spread(v, form)}" for case, v in values.items() if v)
 
     return [
         Claim(
