@@ -28,6 +28,7 @@ from ..analysis import ConflictCallback, probe_batches
 from ..integrations.budget import METHODS, ROUTED, parameters_of
 from ..integrations.method_files import load_method, read_method, save_method
 from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
+from ..integrations.task_cards import write_task_cards
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from . import display
 from .recipe import Recipe, RecipeError
@@ -61,7 +62,8 @@ class Run:
         tokenizer: of the base.
         text: train and test rows as text.
         train, test: the same rows as token ids.
-        choices: first tokens of the words each task may answer with; tasks that answer in texts are not in it.
+        words: what each task may answer with; tasks that answer in texts are not in it.
+        choices: first tokens of these words.
         alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
     """
 
@@ -73,6 +75,7 @@ class Run:
     text: DatasetDict
     train: Dataset
     test: Dataset
+    words: dict[str, list[str]]
     choices: dict[str, list[int]]
     alora_parameters: int
 
@@ -104,7 +107,9 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
         train = data.encode(text["train"], tokenizer, recipe.max_length)
         test = data.encode(text["test"], tokenizer, recipe.max_length)
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, _choices(text, tokenizer), count)
+    words = _words(text)
+    choices = {task: list(data.first_tokens(labels, tokenizer).values()) for task, labels in words.items()}
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, words, choices, count)
 
 
 def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
@@ -114,16 +119,15 @@ def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 
-def _choices(text: DatasetDict, tokenizer: Any) -> dict[str, list[int]]:
-    """First tokens of each task's answer words: a built-in task's label words, else the answers seen in training."""
+def _words(text: DatasetDict) -> dict[str, list[str]]:
+    """Each task's answer words: a built-in task's label words, else the answers seen in training."""
     answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
         answers.setdefault(task, Counter())[answer] += 1
-    words = {name: data.labels_of(name) if name in data.TASKS else list(seen) for name, seen in sorted(answers.items())}
     return {
-        name: list(data.first_tokens(labels, tokenizer).values())
-        for name, labels in words.items()
-        if name in data.TASKS or not _are_texts(answers[name])
+        name: list(data.labels_of(name) if name in data.TASKS else seen)
+        for name, seen in sorted(answers.items())
+        if name in data.TASKS or not _are_texts(seen)
     }
 
 
@@ -232,7 +236,7 @@ def show_method(run: Run) -> None:
 
 
 def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
-    """The adapter as safetensors; beside it the recipe, and the losses of each task over the steps as JSON."""
+    """The adapter as safetensors; beside it the recipe, how tasks were asked, and each task's losses as JSON."""
     record = {
         "budget": run.recipe.budget,
         "trainable_parameters": trainable_parameters(run.model),
@@ -240,6 +244,8 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     }
     save_method(run.model, folder, run.method, record)
     run.recipe.save(folder)
+    routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
+    write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, run.words) if routed else {})
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

@@ -8,6 +8,7 @@ Importing this package imports neither transformers nor datasets.
 """
 
 from alora_kernels.data.baseline import majority_baseline
+from alora_kernels.data.cards import task_cards
 from alora_kernels.data.encoder import EncoderClassifier, load_encoder
 from alora_kernels.data.encoding import encode, first_tokens
 from alora_kernels.data.loading import load_task, load_tasks
@@ -30,4 +31,5 @@ __all__ = [
     "load_task",
     "load_tasks",
     "majority_baseline",
+    "task_cards",
 ]

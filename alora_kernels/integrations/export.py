@@ -27,6 +27,7 @@ from .adapter_config import AdapterConfig, checked_config
 from .adapter_folder import read_adapter
 from .lora_folder import check_replaceable, target_names, write_lora
 from .peft import ALoRAConfig, ALoRALayer
+from .task_cards import TaskCard, read_task_cards, write_task_cards
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as a folder and in `name=path` of the servers
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.26)
@@ -115,12 +116,14 @@ class ExportReport:
 
 
 class _Source(NamedTuple):
-    """An adapter, saved or in memory: its config, module -> s, module -> B `[N, R]`, task -> module -> A `[R, K]`."""
+    """An adapter, saved or in memory: its config, module -> s, module -> B `[N, R]`, task -> module -> A `[R, K]`;
+    and how its tasks are asked, as far as a folder says."""
 
     config: AdapterConfig
     scaling: dict[str, float]
     b: dict[str, Tensor]
     matrices: Callable[[str], dict[str, Tensor]]
+    cards: dict[str, TaskCard]
 
     def shared(self, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """s B with zeros up to R columns, rounded once."""
@@ -184,12 +187,13 @@ def export_lora(
         card = CARD.format(base=base or NO_BASE, name=name, rank=r, task=task)
         matrices = {module: (a, shared[module]) for module, a in given.own(task, r, dtype).items()}
         written.append(ExportedTask(name, task, out / name, write_lora(out / name, matrices, stock, card)))
+        write_task_cards(out / name, {name: given.cards[task]} if task in given.cards else {})
     return ExportReport(base, r, len(shared), tuple(written))
 
 
 def _from_folder(folder: str | Path) -> _Source:
     file = read_adapter(folder, only="alora")
-    return _Source(file.config, file.scaling, file.b, file.matrices)
+    return _Source(file.config, file.scaling, file.b, file.matrices, read_task_cards(file.folder, file.tasks))
 
 
 def _from_model(model: PeftModel) -> _Source:
@@ -219,7 +223,7 @@ def _from_model(model: PeftModel) -> _Source:
         row = config.tasks.index(task)
         return {module: layer.asymlora_A[name][row].detach().cpu() for module, layer in layers.items()}
 
-    return _Source(config, scaling, b, matrices)
+    return _Source(config, scaling, b, matrices, {})
 
 
 def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from .lora_folder import check_replaceable, target_names
 from .peft.config import ALoRAConfig
 from .peft.files import CARD, WEIGHTS, describe_import, written_whole
 from .shared_b import SharedB, rank_for, shared_b
+from .task_cards import read_task_cards, write_task_cards
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names
 HEAD = """---
@@ -176,6 +177,8 @@ def import_lora(
         missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
     )
     _write(report, tensors, config)
+    cards = {task: read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()}
+    write_task_cards(target, {task: found[task] for task, found in cards.items() if task in found})
     return report
 
 

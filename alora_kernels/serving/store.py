@@ -22,6 +22,7 @@ from torch import nn
 
 from ..integrations.adapter_config import AdapterFolderError, refused
 from ..integrations.adapter_folder import AdapterFile, read_adapter
+from ..integrations.task_cards import read_task_cards
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
 from .names import chosen
 from .openmp import release_workers
@@ -153,7 +154,7 @@ class TaskStore:
     def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
         self.stack.fit(file)
         pairs = chosen(file, name, task)
-        names = [public for public, _ in pairs]
+        names, cards = [public for public, _ in pairs], read_task_cards(file.folder, file.tasks)
         with self._lock:
             self._check_names(file, names, replace)
         records: list[Record] = []
@@ -163,7 +164,7 @@ class TaskStore:
                 with self._lock:
                     self._check_names(file, names, replace)  # another thread may have been faster, or closed the store
                     self._versions += 1
-                    records.append(Record(public, self._versions, file.folder, time.time()))
+                    records.append(Record(public, self._versions, file.folder, time.time(), cards.get(own)))
                     self._tiers.add(records[-1], rows)
             with self._lock:
                 self._check_names(file, names, replace)
@@ -288,6 +289,7 @@ class TaskStore:
             in_use=record.leases,
             bytes=self.bytes_per_task,
             loaded_at=record.loaded_at,
+            card=record.card,
         )
 
 

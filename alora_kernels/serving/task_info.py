@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..integrations.task_cards import TaskCard
 from .tiers import Where
 
 
@@ -25,6 +26,7 @@ class TaskInfo:
         in_use: running requests that use this version.
         bytes: of its A's in all layers.
         loaded_at: unix time.
+        card: how it was asked in training; None if the folder does not say.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TaskInfo:
     in_use: int
     bytes: int
     loaded_at: float
+    card: TaskCard | None = None
 
 
 @dataclass(frozen=True, eq=False)  # two leases of one version are two leases

@@ -23,6 +23,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import atomic
+from ..integrations.task_cards import TaskCard
 from .errors import AdapterRefusedError
 from .stack import TaskStack
 
@@ -40,6 +41,7 @@ class Record:
         version: unlike that of any other record of the store.
         folder: it was read from.
         loaded_at: unix time.
+        card: how it was asked in training.
         leases: running requests that use it.
         gone: unloaded or replaced: it goes with its last lease.
         slot: while it is on the device.
@@ -51,6 +53,7 @@ class Record:
     version: int
     folder: Path
     loaded_at: float
+    card: TaskCard | None = None
     leases: int = 0
     gone: bool = False
     slot: int | None = None

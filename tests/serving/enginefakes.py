@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from alora_kernels.integrations.task_cards import TaskCard
 from alora_kernels.serving import EngineConfig, Stats, TaskInfo
 from alora_kernels.serving.errors import (
     AdapterRefusedError,
@@ -33,6 +34,12 @@ from alora_kernels.serving.request import Completion, Piece, Sampling
 
 VOCABULARY = 1000
 BOOM = "boom"
+CARDS = {
+    "movie": TaskCard(
+        "Review: {text}\nSentiment:", ("positive", "negative"), "Review: a warm, funny film.\nSentiment:"
+    ),
+    "news": TaskCard("News: {title}\n{text}\nSection:"),  # no words, no sample
+}  # the others do not say
 
 
 class FakeTokenizer:
@@ -65,7 +72,7 @@ class FakeStore:
         self._tasks = {name: self._info(name, 1, Path("/adapters")) for name in names}
 
     def _info(self, name: str, version: int, folder: Path) -> TaskInfo:
-        return TaskInfo(name, version, folder, "device", 0, self.bytes_per_task, time.time())
+        return TaskInfo(name, version, folder, "device", 0, self.bytes_per_task, time.time(), CARDS.get(name))
 
     def tasks(self) -> list[TaskInfo]:
         return list(self._tasks.values())

@@ -148,6 +148,9 @@ def test_models(engine):
         ("spam", "tiny"),
     ]
     assert call(engine, "GET", "/v1/models/spam").json() == listed["data"][2]
+    movie = {"template": "Review: {text}\nSentiment:", "answers": ["positive", "negative"]}
+    asked = [one.get("prompt", "no key") for one in listed["data"]]
+    assert asked == ["no key", movie | {"sample": "Review: a warm, funny film.\nSentiment:"}, None]
     refused(call(engine, "GET", "/v1/models/nope"), 404, "nope", "tiny, movie, spam")
     slashes = ServerConfig("org/tiny")
     assert call(engine, "GET", "/v1/models/org/tiny", slashes).json()["id"] == "org/tiny"

@@ -1,12 +1,14 @@
 """GET /v1/models: the base and every task.
 
 In:   the task store.
-Out:  OpenAI's list of models; a task's `parent` is the base.
+Out:  OpenAI's list of models; a task's `parent` is the base, and `prompt` is how it was asked in training: null if its
+      folder does not say, else template, answers (label words; none: texts) and sample.
 Who:  OpenAI's clients; the playground's list of tasks.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from anyio.to_thread import run_sync
@@ -21,7 +23,14 @@ OWNER = "alora-kernels"
 def _models(served: Served) -> list[dict[str, Any]]:
     base = {"id": served.base, "object": "model", "created": served.started, "owned_by": OWNER}
     tasks = [
-        {**base, "id": task.name, "created": int(task.loaded_at), "root": served.base, "parent": served.base}
+        {
+            **base,
+            "id": task.name,
+            "created": int(task.loaded_at),
+            "root": served.base,
+            "parent": served.base,
+            "prompt": None if task.card is None else asdict(task.card),
+        }
         for task in served.tasks
     ]
     return [base | {"root": served.base, "parent": None}, *tasks]
