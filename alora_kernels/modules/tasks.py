@@ -8,6 +8,8 @@ Who:  `FusedALoRALinear`, the PEFT tuner, the trainer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,22 +36,32 @@ def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def task_id(task: str | int, tasks: Sequence[str]) -> int:
+def task_id(task: Any, tasks: Sequence[str]) -> int:
     """The id of one task, by name or id; `"__base__"` and -1 give -1.
+
+    Args:
+        task: a name or an integer, also as NumPy or torch give one number of an array.
+        tasks: names in the order of their ids.
 
     Raises:
         ValueError: no such task; the valid ones are listed.
     """
-    if task == BASE or task == -1:
-        return -1
-    if isinstance(task, str) and task in tasks:
-        return list(tasks).index(task)
-    if isinstance(task, int) and 0 <= task < len(tasks):
+    task = plain_task(task)
+    if isinstance(task, str) and (task == BASE or task in tasks):
+        return -1 if task == BASE else list(tasks).index(task)
+    if isinstance(task, int) and not isinstance(task, bool) and -1 <= task < len(tasks):
         return task
     raise ValueError(f"unknown task {task!r}: valid tasks are {', '.join(tasks)} and {BASE} (the base model alone)")
 
 
-def task_ids_from_names(names: Sequence[str | int], tasks: Sequence[str]) -> Tensor:
+def plain_task(task: Any) -> Any:
+    """A task as a Python string or integer, so that equal tasks are equal keys; other values are left as they are."""
+    if getattr(task, "ndim", None) == 0:  # NumPy scalars, and arrays and tensors of one number
+        task = task.item()
+    return int(task) if isinstance(task, Integral) and not isinstance(task, bool) else task
+
+
+def task_ids_from_names(names: Sequence[Any], tasks: Sequence[str]) -> Tensor:
     """Ids `[len(names)]` of the tasks named, int64 on the CPU.
 
     Raises:

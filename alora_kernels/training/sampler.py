@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from ..modules.tasks import plain_task
+
 
 class TaskBalancedSampler(Sampler[int]):
     """Examples in an order that mixes tasks, small tasks repeated or large ones thinned by temperature.
@@ -21,7 +23,7 @@ class TaskBalancedSampler(Sampler[int]):
     drawn once; towards infinity all tasks come equally often.
 
     Args:
-        tasks: the task of each example.
+        tasks: the task of each example, a name or an id; a tensor or an array of ids is grouped by value.
         temperature: T >= 1.
         seed: with the epoch it determines the order.
 
@@ -39,7 +41,7 @@ class TaskBalancedSampler(Sampler[int]):
         self.seed, self.epoch = seed, 0
         self._members: dict[str | int, list[int]] = {}
         for index, task in enumerate(tasks):
-            self._members.setdefault(task, []).append(index)
+            self._members.setdefault(plain_task(task), []).append(index)
         self.counts = _shares({task: len(m) for task, m in self._members.items()}, temperature)
 
     def set_epoch(self, epoch: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from alora_kernels.modules.tasks import task_id, task_ids_from_names
 from alora_kernels.training import KeepAbsentTasks, TaskBalancedSampler, TaskCollator
 
 TASKS = ["big"] * 90 + ["small"] * 30
@@ -116,3 +118,24 @@ def test_a_task_absent_from_the_first_step_starts_with_zero_moments():
     assert torch.equal(p[1], torch.ones(1, 2))
     assert (optimizer.state[p]["exp_avg"][1] == 0).all()
     assert (optimizer.state[p]["exp_avg"][0] != 0).all()
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
+def test_sampler_groups_ids_by_value(make):
+    sampler = TaskBalancedSampler(make([0] * 90 + [1] * 30), temperature=1e9)
+    assert dict(sampler.counts) == {0: 60, 1: 60}
+    assert list(sampler) == list(TaskBalancedSampler(TASKS, temperature=1e9))  # the same groups under names
+
+
+@pytest.mark.parametrize(
+    "task", [1, np.int64(1), np.array(1, np.uint8), torch.tensor(1), torch.tensor(1, dtype=torch.int16), np.str_("b")]
+)
+def test_a_task_is_a_name_or_any_integer(task):
+    assert task_id(task, ["a", "b"]) == 1
+    assert task_ids_from_names([task, "a", np.int32(-1)], ["a", "b"]).tolist() == [1, 0, -1]
+
+
+@pytest.mark.parametrize("task", [True, np.bool_(True), 1.0, np.float32(1), torch.tensor(1.0), torch.tensor(2), None])
+def test_what_is_no_task_is_refused(task):
+    with pytest.raises(ValueError, match="unknown task .*: valid tasks are a, b"):
+        task_id(task, ["a", "b"])
