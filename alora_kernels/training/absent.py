@@ -11,31 +11,43 @@ correction), which is one number per tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class KeepAbsentTasks:
     """Restore the rows of absent tasks after each optimiser step, without a transfer to the host.
 
+    State is kept where it can be told apart by task: moments of the parameter's shape or several of them in one tensor
+    (AdEMAMix), factored moments (Adafactor), and 8-bit moments whose blocks do not reach across tasks (r * in_features
+    a multiple of the block, 256 in bitsandbytes). Other state makes one warning that names it.
+
     Args:
-        optimizer: any torch optimiser whose state tensors have the parameter's shape.
+        optimizer: any torch optimiser, also one that accelerate has wrapped.
         parameters: stacked A matrices; the first dimension counts tasks.
 
+    Raises:
+        TypeError: the optimiser does not run torch's hooks around its step.
+
     Note:
-        A gradient of exactly zero also occurs while B is zero, before the first step: A then waits one step.
+        A gradient of exactly zero also occurs while B is zero, before the first step: A then waits one step. State that
+        is born in a step is what the optimiser makes of a gradient of zero.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        self.optimizer = stepping(optimizer)
         self._parameters = [p for p in parameters if p.requires_grad]
         self._before: list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]] = []
+        self._told: set[str] = set()
         self._handles = (
-            optimizer.register_step_pre_hook(self._remember),
-            optimizer.register_step_post_hook(self._restore),
+            self.optimizer.register_step_pre_hook(self._remember),
+            self.optimizer.register_step_post_hook(self._restore),
         )
 
     def remove(self) -> None:
@@ -45,25 +57,107 @@ class KeepAbsentTasks:
 
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        watched = [p for p in self._parameters if p.grad is not None and id(p) in stepped]
+        if self._parameters and not watched:
+            self._tell_once(
+                f"{type(optimizer).__name__} steps other tensors than the model's A matrices (an optimiser inside it or"
+                " a sharded copy does), so tasks that a batch does not hold are not kept as they are: choose another"
+                " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False"
+            )
         self._before = [
-            (p, p.detach().clone(), {key: value.clone() for key, value in _moments(optimizer, p)})
-            for p in self._parameters
-            if p.grad is not None
+            (p, p.detach().clone(), {key: value.clone() for key, value in _state(optimizer, p)}) for p in watched
         ]
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for p, values, moments in self._before:
+        constant: dict[int, bool] = {}  # tables such as qmap are one tensor for all parameters
+        for p, values, before in self._before:
             assert p.grad is not None
-            absent = (p.grad == 0).flatten(1).all(1).view(-1, *[1] * (p.dim() - 1))
-            p.copy_(torch.where(absent, values, p))
-            for key, value in _moments(optimizer, p):
-                # a moment born in this step starts at zero
-                value.copy_(torch.where(absent, moments.get(key, torch.zeros_like(value)), value))
+            absent = (p.grad == 0).flatten(1).all(1)
+            _put_back(p, values, absent)
+            state = {key: value for key, value in _state(optimizer, p) if key in before}
+            coded = any(value.dtype == torch.uint8 for value in state.values())
+            views = {key: by_task(value, p, coded=coded) for key, value in state.items()}
+            mixed = [
+                key
+                for key, value in state.items()
+                if views[key] is None and not constant.setdefault(id(value), torch.equal(value, before[key]))
+            ]
+            for key, view in views.items():
+                # codes without their scale would mean other numbers
+                if view is not None and not (mixed and state[key].dtype == torch.uint8):
+                    old = by_task(before[key], p, coded=coded)
+                    assert old is not None
+                    _put_back(view, old, absent)
+            if mixed:
+                self._tell_once(_mixed(optimizer, p, mixed))
         self._before = []
 
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=2)
 
-def _moments(optimizer: Optimizer, p: nn.Parameter) -> list[tuple[str, Tensor]]:
-    """The optimiser's per-entry state of one parameter."""
-    state = optimizer.state.get(p, {})
-    return [(key, value) for key, value in state.items() if isinstance(value, Tensor) and value.shape == p.shape]
+
+def stepping(optimizer: Any) -> Optimizer:
+    """The optimiser that runs torch's hooks, below accelerate's wrapper.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                f"{type(optimizer).__name__} runs no hooks around its step, so tasks that a batch does not hold cannot"
+                " be kept as they are: use a torch.optim.Optimizer, or say keep_absent_tasks=False"
+            )
+        inner = inner.optimizer
+    return inner  # type: ignore[no-any-return]
+
+
+def by_task(value: Tensor, p: Tensor, *, coded: bool = False) -> Tensor | None:
+    """A view of one state tensor whose first dimension counts tasks, None where tasks cannot be told apart.
+
+    Args:
+        value: state of p.
+        p: stacked A `[E, R, K]`.
+        coded: some state of p is codes of 8 bits, so that a vector holds the scales of equal blocks of p.
+    """
+    shape, (tasks, *rest) = tuple(value.shape), tuple(p.shape)
+    shortened = [(tasks, *rest[:i], *rest[i + 1 :]) for i in range(len(rest))]
+    kept = len(shape) == p.dim() and shape[0] == tasks and all(s in (1, d) for s, d in zip(shape, p.shape, strict=True))
+    if kept or shape in shortened:
+        return value
+    if shape[1:] == tuple(p.shape):
+        return value.transpose(0, 1)
+    blocks = shape[-1] if shape else 0
+    if not coded or not 1 <= len(shape) <= 2 or not blocks or p.numel() % blocks:
+        return None
+    if p[0].numel() % (p.numel() // blocks):  # a block reaches across two tasks
+        return None
+    return value.view(tasks, -1) if len(shape) == 1 else value.view(shape[0], tasks, -1).transpose(0, 1)
+
+
+def _put_back(target: Tensor, old: Tensor, absent: Tensor) -> None:
+    target.copy_(torch.where(absent.view(-1, *[1] * (target.dim() - 1)), old, target))
+
+
+def _state(optimizer: Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """The optimiser's tensors for one parameter, those inside of quantised tensors one by one; no step counts."""
+    for key, value in optimizer.state.get(p, {}).items():
+        if is_traceable_wrapper_subclass(value) and not is_traceable_wrapper_subclass(p):
+            for name in value.__tensor_flatten__()[0]:
+                yield f"{key}.{name}", getattr(value, name)
+        elif isinstance(value, Tensor) and value.numel() > 1:
+            yield key, value
+
+
+def _mixed(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
+    return (
+        f"{type(optimizer).__name__} keeps {', '.join(keys)} of an A of shape {tuple(p.shape)} for several tasks"
+        " together, so moments of tasks that a batch does not hold decay (their matrices stay as they are): choose an"
+        " optimiser with state per entry, such as optim='adamw_torch', a rank for which r * in_features is a multiple"
+        " of 256 for 8-bit state, or say keep_absent_tasks=False"
+    )

@@ -59,6 +59,7 @@ class ALoRATrainer(Trainer):
         CheckpointGuard.install(self._base_model())
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
+        self._keeper: KeepAbsentTasks | None = None
         self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
         name = type(self._base_model()).__name__
         self._causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "CausalLM" in name
@@ -82,9 +83,19 @@ class ALoRATrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the rows of absent tasks kept."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
+            self._keeper.remove()
+            self._keeper = None
         if self.keep_absent_tasks and self.routed:
-            KeepAbsentTasks(optimizer, stacked_a(self.model))
+            self._keeper = KeepAbsentTasks(optimizer, stacked_a(self.model))
         return optimizer
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which makes one more step of a finished run that is resumed inside an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
