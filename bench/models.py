@@ -120,7 +120,7 @@ class Pair:
         model: Any = get_peft_model(self._base(), config, autocast_adapter_dtype=False)
         with torch.no_grad():
             for layer in (m for m in model.modules() if hasattr(m, "asymlora_B")):
-                layer.asymlora_B["default"].mul_(0.1)  # a correction of the base, as after training
+                layer.asymlora_B["default"].weight.mul_(0.1)  # a correction of the base, as after training
         return model.train(self.training)
 
     @cached_property
@@ -137,8 +137,8 @@ class Pair:
             for name, layer in self.layers():
                 lora = model.get_submodule(name)
                 for task in range(s.tasks):
-                    lora.lora_A[str(task)].weight.copy_(layer.asymlora_A["default"][task])
-                    lora.lora_B[str(task)].weight.copy_(layer.asymlora_B["default"])
+                    lora.lora_A[str(task)].weight.copy_(layer.asymlora_A["default"].weight[task])
+                    lora.lora_B[str(task)].weight.copy_(layer.asymlora_B["default"].weight)
         return model.train(self.training)
 
     def double(self) -> Any:

@@ -86,8 +86,8 @@ class Adapters:
         from alora_kernels import ALoRAConfig
 
         folder.mkdir(parents=True)
-        tensors = {f"base_model.model.{name}.asymlora_A": a[:tasks].contiguous() for name, a in self.a.items()}
-        tensors |= {f"base_model.model.{name}.asymlora_B": b for name, b in self.b.items()}
+        tensors = {f"base_model.model.{name}.asymlora_A.weight": a[:tasks].contiguous() for name, a in self.a.items()}
+        tensors |= {f"base_model.model.{name}.asymlora_B.weight": b for name, b in self.b.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = ALoRAConfig(
             r=self.r,

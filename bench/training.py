@@ -139,8 +139,8 @@ class _Models(Pair):
             return self._of_stock(self.stock, loss)
         found = {"loss": loss}
         for path, layer in self.layers():
-            found[f"{path} A"] = layer.asymlora_A["default"].grad
-            found[f"{path} B"] = layer.asymlora_B["default"].grad
+            found[f"{path} A"] = layer.asymlora_A["default"].weight.grad
+            found[f"{path} B"] = layer.asymlora_B["default"].weight.grad
         return found
 
     def check(self, name: str, loss: Tensor) -> Check:

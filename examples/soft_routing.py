@@ -35,7 +35,7 @@ def main(model: str = "smollm2-135m", steps: int = 30, batch_size: int = 16) -> 
     batch = TaskCollator(tokenizer.pad_token_id, TASKS)(list(test))
     with torch.no_grad():
         peft_model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        gate = reference.gate(seen[0], 3, layer.asymlora_router["default"], None)
+        gate = reference.gate(seen[0], 3, layer.asymlora_router["default"].weight, None)
     hook.remove()
     gates = torch.stack([gate[batch["task_ids"] == i][:, -1].mean(0) for i in range(len(TASKS))])
     for name, row in zip(TASKS, gates.tolist(), strict=True):

@@ -174,9 +174,8 @@ def task_conflicts(
         module, parameter, adapter = _place(name)
         if (module, parameter) in records:
             raise ValueError(f"{module} has several trainable adapters: choose those of one with parameters=[...]")
-        soft = names & {
-            f"{module}.{router}".lstrip(".") for router in (f"asymlora_router.{adapter}", "router", "router.weight")
-        }
+        routers = (f"asymlora_router.{adapter}.weight", "router", "router.weight")
+        soft = names & {f"{module}.{router}".lstrip(".") for router in routers}
         stack = next(iter(by_task.values())).shape
         routed = len(stack) == 3 and stack[0] > 1 and not soft
         records[module, parameter] = compare(by_task, module=module, parameter=parameter, routed=routed)

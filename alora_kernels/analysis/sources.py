@@ -35,7 +35,7 @@ SOUGHT = (
 )
 _VERA = re.compile(re.escape(PREFIX) + r"(.{1,256})\.vera_lambda_([bd])")
 _HET = re.compile(r"(.{1,256})\.(A|M|B1|B2|B)")
-_SOFT = re.compile(re.escape(PREFIX) + r"(.{1,256})\.asymlora_(A|B|router)")
+_SOFT = re.compile(re.escape(PREFIX) + r"(.{1,256})\.asymlora_(A|B|router)(?:\.weight)?")
 _STATE = re.compile(r"(.{1,256})\.lora_([AB])")
 
 

@@ -168,8 +168,8 @@ def _loop_model(run: Run) -> Any:
     model.requires_grad_(False)
     adapter = run.model.active_adapter
     for name, layer in _layers(run).items():
-        router = layer.asymlora_router[adapter] if adapter in layer.asymlora_router else None
-        a, b, spec = layer.asymlora_A[adapter], layer.asymlora_B[adapter], layer.asymlora_spec[adapter]
+        router = layer.asymlora_router[adapter].weight if adapter in layer.asymlora_router else None
+        a, b, spec = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight, layer.asymlora_spec[adapter]
         loop = LoopLinear(cast(nn.Linear, model.get_submodule(name)), a, b, router, spec.scaling)
         model.set_submodule(name, loop)
     return model.to(run.model.device)
@@ -193,7 +193,7 @@ def _peft_model(run: Run) -> Any:
         model.add_adapter(name, config)
     with torch.no_grad():
         for path, layer in _layers(run).items():
-            a, b = layer.asymlora_A[adapter], layer.asymlora_B[adapter]
+            a, b = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight
             lora = model.base_model.model.get_submodule(path)
             for index, name in enumerate(names):
                 lora.lora_A[name].weight.copy_(a[index])

@@ -89,7 +89,7 @@ def _random_adapter(model: str, folder: Path) -> None:
     adapted: Any = get_peft_model(load_model(model)[0], config)
     with torch.no_grad():
         for layer in (module for module in adapted.modules() if hasattr(module, "asymlora_B")):
-            layer.asymlora_B["default"].normal_(std=0.1)
+            layer.asymlora_B["default"].weight.normal_(std=0.1)
     save_adapter(adapted, folder)
 
 

@@ -29,7 +29,7 @@ from .wire import LEFT, RIGHT, WireSpec
 ROLE_OF = {
     "lora": re.compile(r"(.+)\.lora_(A|B)\.default\.weight"),
     "vera": re.compile(r"(.+)\.vera_lambda_(d|b)\.default"),
-    "alora": re.compile(r"(.+)\.asymlora_(A|B)\.default"),
+    "alora": re.compile(r"(.+)\.asymlora_(A|B)\.default\.weight"),
     "het": re.compile(r"(.+)\.lora_(A|M|B1|B2|B)"),
 }
 PREFIX = "base_model.model."  # what PEFT puts before every name

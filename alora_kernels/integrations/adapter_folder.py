@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_NAME = 256  # characters of a module's name: patterns are matched against it
 _KEYS = {
-    "alora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.asymlora_(A|B)"),
+    "alora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.asymlora_(A|B)(?:\.weight)?"),
     "lora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.lora_(A|B)\.weight"),
 }
 Keys = dict[str, dict[str, str]]  # module -> "A" or "B" -> name of the tensor
@@ -222,7 +222,8 @@ def _keys(folder: Path, file: Any, config: AdapterConfig) -> Keys:
         if match is None:
             raise refused(folder, f"holds {key[:200]!r}, no A or B of a linear layer: nothing else can be used; train"
                           " without it")  # fmt: skip
-        keys.setdefault(match[1], {})[match[2]] = key
+        if keys.setdefault(match[1], {}).setdefault(match[2], key) != key:
+            raise refused(folder, f"holds {match[2]} of {match[1]} twice: save the adapter again")
     if not keys:
         raise refused(folder, f"{WEIGHTS} holds no tensor: save the adapter again")
     for module, parts in keys.items():

@@ -214,14 +214,14 @@ def _from_model(model: PeftModel) -> _Source:
         for module, layer in sorted(base.named_modules(remove_duplicate=False))
         if isinstance(layer, ALoRALayer) and name in layer.asymlora_spec
     }
-    if any(layer.asymlora_B[name].is_meta or layer.asymlora_A[name].is_meta for layer in layers.values()):
+    if any(layer.asymlora_B[name].weight.is_meta or layer.asymlora_A[name].weight.is_meta for layer in layers.values()):
         raise ValueError("parts of the adapter are offloaded to meta tensors: export its saved folder instead")
     scaling = {module: layer.asymlora_spec[name].scaling for module, layer in layers.items()}
-    b = {module: layer.asymlora_B[name].detach().cpu() for module, layer in layers.items()}
+    b = {module: layer.asymlora_B[name].weight.detach().cpu() for module, layer in layers.items()}
 
     def matrices(task: str) -> dict[str, Tensor]:
         row = config.tasks.index(task)
-        return {module: layer.asymlora_A[name][row].detach().cpu() for module, layer in layers.items()}
+        return {module: layer.asymlora_A[name].weight[row].detach().cpu() for module, layer in layers.items()}
 
     return _Source(config, scaling, b, matrices, {})
 

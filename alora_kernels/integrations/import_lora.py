@@ -157,10 +157,12 @@ def import_lora(
     shapes = _common_shapes(adapters, r)
     # set now: the config itself would make it a set, in no fixed order
     config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
-    tensors, spectra, norms, lost = {}, [], {}, {}
+    tensors: dict[str, Tensor] = {}
+    spectra, norms, lost = [], {}, {}
     for module, shape in shapes.items():
         solved = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
-        tensors[f"{PREFIX}{module}.asymlora_A"], tensors[f"{PREFIX}{module}.asymlora_B"] = _rounded(solved, dtype)
+        a, b = _rounded(solved, dtype)
+        tensors |= {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
         spectra.append(solved.sigma)
         norms[module], lost[module] = solved.norms, solved.lost
     _check_all_change(adapters, norms)

@@ -90,10 +90,10 @@ class TaskStack:
         slots = tuple(f"slot{i}" for i in range(max(self.capacity, 2)))
         for module, layer in self._layers.items():
             _, r, k = self.shapes[module]
-            device = layer.asymlora_A[ADAPTER].device
+            device = layer.asymlora_A[ADAPTER].weight.device
             a = torch.zeros(self.capacity, r, k, dtype=self.dtype, device=device)
-            layer.asymlora_A[ADAPTER] = nn.Parameter(a, requires_grad=False)
-            layer.asymlora_B[ADAPTER] = nn.Parameter(b[module].to(device), requires_grad=False)
+            layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
+            layer.asymlora_B[ADAPTER].weight = nn.Parameter(b[module].to(device), requires_grad=False)
             layer.asymlora_spec[ADAPTER] = AdapterSpec(r, self._scaling[module], 0.0, slots, self.capacity)
         self.model.eval().requires_grad_(False)
 
@@ -150,7 +150,7 @@ class TaskStack:
         limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
         different = {}
         for module, b in file.b.items():
-            own = self._layers[module].asymlora_B[ADAPTER][:, : b.shape[1]].to("cpu", torch.float64)
+            own = self._layers[module].asymlora_B[ADAPTER].weight[:, : b.shape[1]].to("cpu", torch.float64)
             own, other = own * self._scaling[module], b.to(torch.float64) * file.scaling[module]
             size = max(float(own.abs().max()), float(other.abs().max()), torch.finfo(torch.float64).tiny)
             difference = float((own - other).abs().max()) / size
@@ -200,10 +200,10 @@ class TaskStack:
             if a.dim() != 2 or a.shape[0] > r or a.shape[1] != k:
                 raise ValueError(f"{module}: matrices must be at most [{r}, {k}], got {list(a.shape)}")
         for module, a in matrices.items():
-            held = self._layers[module].asymlora_A[ADAPTER][slot]
+            held = self._layers[module].asymlora_A[ADAPTER].weight[slot]
             held[: a.shape[0]].copy_(a)
             held[a.shape[0] :].zero_()
-        for device in {layer.asymlora_A[ADAPTER].device for layer in self._layers.values()}:
+        for device in {layer.asymlora_A[ADAPTER].weight.device for layer in self._layers.values()}:
             if device.type == "cuda":  # the engine runs on a stream of its own
                 torch.cuda.current_stream(device).synchronize()
 
@@ -215,7 +215,7 @@ class TaskStack:
             ValueError: no such slot.
         """
         self._check_slot(slot)
-        return {m: layer.asymlora_A[ADAPTER][slot].to("cpu", copy=True) for m, layer in self._layers.items()}
+        return {m: layer.asymlora_A[ADAPTER].weight[slot].to("cpu", copy=True) for m, layer in self._layers.items()}
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.capacity:

@@ -26,8 +26,8 @@ Matrices = Mapping[str, Tensor]  # by module
 
 def alora(path: Path, tasks: Sequence[str], a: Matrices, b: Matrices, base: str = "tiny") -> Path:
     """module -> A `[E, R, K]` and B `[N, R]`; alpha = r, so s = 1."""
-    tensors = {f"{PREFIX}{m}.asymlora_A": t for m, t in a.items()} | {
-        f"{PREFIX}{m}.asymlora_B": t for m, t in b.items()
+    tensors = {f"{PREFIX}{m}.asymlora_A.weight": t for m, t in a.items()} | {
+        f"{PREFIX}{m}.asymlora_B.weight": t for m, t in b.items()
     }
     r = next(iter(b.values())).shape[1]
     return _write(path, tensors, peft_type="ASYMLORA", tasks=list(tasks), r=r, lora_alpha=r, base=base)

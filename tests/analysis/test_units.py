@@ -95,7 +95,7 @@ def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_pa
     )
     model = get_peft_model(Net(), config)
     with torch.no_grad():
-        model.base_model.up.asymlora_B["default"].normal_()
+        model.base_model.up.asymlora_B["default"].weight.normal_()
     model.save_pretrained(str(tmp_path / "run" / "adapter"))
     experts = units(tmp_path / "run")
     assert [unit.name for unit in experts] == ["expert 0", "expert 1", "expert 2"]
@@ -104,9 +104,9 @@ def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_pa
     for row, unit in enumerate(experts):
         layer = model.base_model.up
         parts, update = unit.read("up")
-        assert torch.equal(parts["A"], layer.asymlora_A["default"][row])
-        assert torch.equal(parts["router"], layer.asymlora_router["default"][row])
-        assert torch.equal(update.b, layer.asymlora_B["default"]) and update.s == 1.5
+        assert torch.equal(parts["A"], layer.asymlora_A["default"].weight[row])
+        assert torch.equal(parts["router"], layer.asymlora_router["default"].weight[row])
+        assert torch.equal(update.b, layer.asymlora_B["default"].weight) and update.s == 1.5
         assert unit.read("down").update.s == 0.75
     study = compare_units(experts)
     assert {row[3] for row in study.similarity} == {"A", "router"}

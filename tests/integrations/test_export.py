@@ -277,7 +277,7 @@ def test_damaged_folders(tmp_path):
     refused(broken, "adapter_config.json does not read")
     nan = fresh("nan")
     tensors = load_file(nan / WEIGHTS)
-    tensors["base_model.model.up.asymlora_A"][0, 0, 0] = float("nan")
+    tensors["base_model.model.up.asymlora_A.weight"][0, 0, 0] = float("nan")
     save_file(tensors, nan / WEIGHTS)
     refused(nan, "up holds numbers that are not finite")
     save_file({**tensors, "base_model.model.up.weight": torch.ones(1)}, nan / WEIGHTS)

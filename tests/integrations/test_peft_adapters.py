@@ -108,7 +108,7 @@ def test_patterns_and_layer_choice():
     assert set(found) == {"layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"}
     query, down = (found[n].asymlora_spec["default"] for n in ("layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"))
     assert (query.r, query.scaling, down.r, down.scaling) == (2, 4.0, 4, 1.5)
-    assert found["layers.1.self_attn.q_proj"].asymlora_A["default"].shape == (2, 2, 32)
+    assert found["layers.1.self_attn.q_proj"].asymlora_A["default"].weight.shape == (2, 2, 32)
 
 
 def test_default_targets_are_those_of_lora():
@@ -117,7 +117,7 @@ def test_default_targets_are_those_of_lora():
 
 def test_initialisation():
     fresh = layers_of(adapted(init_weights=True))[0]
-    a, b = fresh.asymlora_A["default"], fresh.asymlora_B["default"]
+    a, b = fresh.asymlora_A["default"].weight, fresh.asymlora_B["default"].weight
     assert torch.equal(b, torch.zeros_like(b))
     assert not torch.equal(a[0], a[1])
     assert a.abs().max() <= 32**-0.5

@@ -19,8 +19,8 @@ def _copy_weights(ours, stock):
     modules = dict(stock.named_modules())
     for name, layer in ours.named_modules():
         if layer in layers_of(ours):
-            modules[name].lora_A["default"].weight.data.copy_(layer.asymlora_A["default"][0])
-            modules[name].lora_B["default"].weight.data.copy_(layer.asymlora_B["default"])
+            modules[name].lora_A["default"].weight.data.copy_(layer.asymlora_A["default"].weight[0])
+            modules[name].lora_B["default"].weight.data.copy_(layer.asymlora_B["default"].weight)
 
 
 def _run(model):
@@ -40,7 +40,7 @@ def _run(model):
 def test_values_and_gradients(base, settings, dtype):
     ours = adapted(base().to(dtype), tasks=["only"], **settings)
     stock, exact = _stock(base().to(dtype), **settings), _stock(base().double(), **settings)
-    assert layers_of(ours)[0].asymlora_A["default"].dtype == torch.float32
+    assert layers_of(ours)[0].asymlora_A["default"].weight.dtype == torch.float32
     _copy_weights(ours, stock)
     _copy_weights(ours, exact)
     exact.base_model.model.load_state_dict(  # the same rounded base weights, in float64
@@ -72,7 +72,7 @@ def test_autocast_and_sixteen_bit_adapters():
             model(input_ids=ids, labels=ids, adapter_names=["math", "code"]).loss.backward()
             assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
     model = get_peft_model(llama().bfloat16(), config(), autocast_adapter_dtype=False).train()
-    assert layers_of(model)[0].asymlora_A["default"].dtype == torch.bfloat16
+    assert layers_of(model)[0].asymlora_A["default"].weight.dtype == torch.bfloat16
     model(input_ids=ids, labels=ids, adapter_names=["math", "code"]).loss.backward()
 
 

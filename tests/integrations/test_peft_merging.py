@@ -72,7 +72,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes(merge, setting
 def test_broken_adapters_are_refused_by_safe_merge():
     model = adapted()
     set_task(model, "math")
-    layers_of(model)[0].asymlora_B["default"].data[0] = float("nan")
+    layers_of(model)[0].asymlora_B["default"].weight.data[0] = float("nan")
     before = _weights(model)
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)

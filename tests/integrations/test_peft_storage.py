@@ -33,7 +33,7 @@ def test_round_trip(tmp_path, save, low_memory, dtype, settings):
     names = {} if settings.get("routing") == "soft" else {"adapter_names": NAMES}
     assert torch.equal(logits(model, tokens(), **names), logits(again, tokens(), **names))
     saved = load_file(tmp_path / WEIGHTS)
-    assert saved["base_model.model.model.layers.0.self_attn.q_proj.asymlora_A"].dtype == torch.float32
+    assert saved["base_model.model.model.layers.0.self_attn.q_proj.asymlora_A.weight"].dtype == torch.float32
     assert not any(p.requires_grad for p in again.parameters())
     trainable = PeftModel.from_pretrained(llama().to(dtype), tmp_path, is_trainable=True)
     assert all(p.requires_grad for n, p in trainable.named_parameters() if "asymlora_" in n)
@@ -189,7 +189,7 @@ def test_state_dict_of_the_whole_model():
         adapted(Mlp(), task_type=None, target_modules=["up"]),
     )
     for layer in layers_of(other):
-        layer.asymlora_A["default"].data.zero_()
+        layer.asymlora_A["default"].weight.data.zero_()
     other.load_state_dict(model.state_dict())
     x = torch.randn(2, 8)
     assert torch.equal(model(x, adapter_names=NAMES), other(x, adapter_names=NAMES))

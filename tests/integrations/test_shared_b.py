@@ -154,8 +154,8 @@ def test_the_report_says_what_is_lost(tmp_path):
             d = delta(found, Shape(0, 0, 0))
             new = load_file(tmp_path / "both" / WEIGHTS)
             made = (
-                new[f"base_model.model.{name}.asymlora_B"].double()
-                @ new[f"base_model.model.{name}.asymlora_A"][i].double()
+                new[f"base_model.model.{name}.asymlora_B.weight"].double()
+                @ new[f"base_model.model.{name}.asymlora_A.weight"][i].double()
             )
             squares[name] = (float((d - made).square().sum()), float(d.square().sum()))
             assert report.lost[name][i] == pytest.approx(squares[name][0] ** 0.5, rel=2e-2)  # bf16 in the file
@@ -181,8 +181,8 @@ def test_modules_that_some_do_not_have(tmp_path):
     assert report.missing == {"down": ("up",)}
     assert report.error < 1e-12
     tensors = load_file(tmp_path / "out" / WEIGHTS)
-    assert not tensors["base_model.model.up.asymlora_A"][1].any()
-    assert tensors["base_model.model.up.asymlora_A"][0].any()
+    assert not tensors["base_model.model.up.asymlora_A.weight"][1].any()
+    assert tensors["base_model.model.up.asymlora_A.weight"][0].any()
     stored = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert stored["target_modules"] == ["down", "up"]
     assert "import alora_kernels" in (tmp_path / "out" / "README.md").read_text()

@@ -81,9 +81,9 @@ def fill(model: nn.Module, seed: int, seed_b: int, dtype: torch.dtype = torch.fl
             (layer.asymlora_A, layer.in_features**-0.5, a_numbers),
             (layer.asymlora_B, 0.1, b_numbers),
         ):
-            for name, old in list(parameters.items()):
-                new = torch.randn(old.shape, generator=numbers) * scale
-                parameters[name] = nn.Parameter(new.to(dtype), requires_grad=False)
+            for old in parameters.values():
+                new = torch.randn(old.weight.shape, generator=numbers) * scale
+                old.weight = nn.Parameter(new.to(dtype), requires_grad=False)
 
 
 class Mlp(nn.Module):

@@ -40,9 +40,9 @@ def test_an_alora_folder_reads_as_it_was_saved(alora):
     assert file.shapes == {"up": (16, 4, 8), "down": (4, 4, 16)}
     assert file.scaling == {"up": 2.0, "down": 2.0}  # alpha defaults to 2 r
     for module in ("up", "down"):
-        assert torch.equal(file.b[module], saved[f"base_model.model.{module}.asymlora_B"])
+        assert torch.equal(file.b[module], saved[f"base_model.model.{module}.asymlora_B.weight"])
         for row, task in enumerate(file.tasks):
-            assert torch.equal(file.matrices(task)[module], saved[f"base_model.model.{module}.asymlora_A"][row])
+            assert torch.equal(file.matrices(task)[module], saved[f"base_model.model.{module}.asymlora_A.weight"][row])
 
 
 def test_a_stock_lora_folder_is_one_task_named_after_it(lora):
@@ -183,7 +183,7 @@ def pickled_only(folder: Path) -> None:
 
 def not_finite(part: str, value: float) -> Any:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"base_model.model.down.asymlora_{part}"][-1, -1] = value  # the last task
+        tensors[f"base_model.model.down.asymlora_{part}.weight"][-1, -1] = value  # the last task
 
     return weights(spoil)
 
@@ -236,18 +236,21 @@ REFUSED = [
     (cut(0.9), "cut short or damaged"),
     (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 999), "cut short or damaged"),
     (lambda f: save_file({}, f / WEIGHTS), "holds no tensor"),
-    (weights(lambda t: t.pop(UP + "asymlora_A")), "up has no A"),
-    (weights(lambda t: t.pop(UP + "asymlora_B")), "up has no B"),
-    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 3, 8)})), "must be"),
-    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 8)})), "must be"),
-    (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(())})), "must be"),
-    (weights(lambda t: t.update({UP + "asymlora_A": torch.ones(2, 4, 0)})), "must be"),
-    (weights(lambda t: t.update({UP + "asymlora_B": torch.ones(16, 4, dtype=torch.int32)})), "up is stored as I32"),
-    (weights(lambda t: t.update({UP + "asymlora_router": torch.ones(2, 8)})), "holds '.*router', no A or B"),
+    (weights(lambda t: t.pop(UP + "asymlora_A.weight")), "up has no A"),
+    (weights(lambda t: t.pop(UP + "asymlora_B.weight")), "up has no B"),
+    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 3, 8)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 8)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_B.weight": torch.ones(())})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 4, 0)})), "must be"),
+    (
+        weights(lambda t: t.update({UP + "asymlora_B.weight": torch.ones(16, 4, dtype=torch.int32)})),
+        "up is stored as I32",
+    ),
+    (weights(lambda t: t.update({UP + "asymlora_router.weight": torch.ones(2, 8)})), "router.weight', no A or B"),
     (weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2, 8)})), "holds 'base_model.model.head"),
     (weights(lambda t: t.update({UP + "lora_magnitude_vector": torch.ones(16)})), "holds '.*magnitude"),
-    (weights(lambda t: t.update({"base_model.model.\x1b[2J.asymlora_A": torch.ones(2)})), r"holds '.*\\x1b\[2J"),
-    (weights(lambda t: t.update({f"{UP}{'x' * 254}.asymlora_A": torch.ones(2)})), "holds '.*x', no A or B"),
+    (weights(lambda t: t.update({"base_model.model.\x1b[2J.asymlora_A.weight": torch.ones(2)})), r"holds '.*\\x1b\[2J"),
+    (weights(lambda t: t.update({f"{UP}{'x' * 254}.asymlora_A.weight": torch.ones(2)})), "holds '.*x', no A or B"),
     (not_finite("A", float("nan")), "down holds numbers that are not finite"),
     (not_finite("B", float("inf")), "down holds numbers that are not finite"),
 ]

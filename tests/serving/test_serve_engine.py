@@ -343,7 +343,7 @@ def test_a_task_whose_output_is_not_finite_fails_alone(make, merged):
     for layer in engine.model.modules():
         if isinstance(layer, ALoRALayer):
             for stacked in layer.asymlora_A.values():
-                stacked.data[lease.slot] = float("nan")
+                stacked.weight.data[lease.slot] = float("nan")
     engine.store.release(lease)
     done = engine.generate(ids, [*TASKS, None], GREEDY)
     assert [c.finish_reason for c in done] == ["length", "length", "error", "length", "length", "length"]

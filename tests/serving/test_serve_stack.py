@@ -37,7 +37,7 @@ def mlp_stack(folder: Path, capacity: int = 3, **options: Any) -> TaskStack:
 
 
 def rows_of(stack: TaskStack) -> dict[str, torch.Tensor]:
-    return {m: layer.asymlora_A[ADAPTER].clone() for m, layer in stack._layers.items()}
+    return {m: layer.asymlora_A[ADAPTER].weight.clone() for m, layer in stack._layers.items()}
 
 
 @torch.no_grad()
@@ -100,12 +100,12 @@ def test_write_touches_only_its_slot_and_moves_nothing(tmp_path):
     for slot, task in enumerate(file.tasks):
         stack.write(slot, file.matrices(task))
     before = rows_of(stack)
-    places = {m: layer.asymlora_A[ADAPTER].data_ptr() for m, layer in stack._layers.items()}
+    places = {m: layer.asymlora_A[ADAPTER].weight.data_ptr() for m, layer in stack._layers.items()}
     stack.write(1, {m: torch.full_like(a, 7.0) for m, a in file.matrices("code").items()})
     for m, a in rows_of(stack).items():
         assert torch.equal(a[[0, 2]], before[m][[0, 2]])
         assert bool((a[1] == 7).all())
-    assert places == {m: layer.asymlora_A[ADAPTER].data_ptr() for m, layer in stack._layers.items()}
+    assert places == {m: layer.asymlora_A[ADAPTER].weight.data_ptr() for m, layer in stack._layers.items()}
 
 
 def test_read_gives_back_the_bits_and_copies_them(tmp_path):
@@ -123,7 +123,9 @@ def test_smaller_ranks_are_padded_over_what_was_there(tmp_path):
     stack = mlp_stack(folder)
     small = alora_folder(tmp_path / "small", Mlp(), ["tiny"], r=2, lora_alpha=2, seed=9, **MLP)
     b = read_adapter(folder).b
-    change_weights(small, lambda t: t.update({f"base_model.model.{m}.asymlora_B": b[m][:, :2].clone() for m in b}))
+    change_weights(
+        small, lambda t: t.update({f"base_model.model.{m}.asymlora_B.weight": b[m][:, :2].clone() for m in b})
+    )
     file = read_adapter(small)
     stack.fit(file)  # the same s B in the columns that there are
     stack.write(0, {m: torch.full((4, k), 9.0) for m, (_, _, k) in stack.shapes.items()})
@@ -218,10 +220,10 @@ def test_a_base_that_does_not_fit_is_refused_untouched(tmp_path, make, why):
 def test_numbers_that_the_dtype_cannot_hold(tmp_path):
     folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
     stack = mlp_stack(folder, dtype=torch.float16)
-    change_weights(folder, lambda t: t["base_model.model.up.asymlora_A"].fill_(1e6))
+    change_weights(folder, lambda t: t["base_model.model.up.asymlora_A.weight"].fill_(1e6))
     with pytest.raises(AdapterFolderError, match=r"up holds a number too large for torch\.float16"):
         stack.rows(read_adapter(folder), "math")
-    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B"].fill_(1e6))
+    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B.weight"].fill_(1e6))
     base = Mlp()
     with pytest.raises(AdapterFolderError, match=r"too large for torch\.float16"):
         TaskStack.build(base, read_adapter(folder), 2, torch.float16)
@@ -264,7 +266,7 @@ def test_write_refuses_other_matrices_and_writes_none_of_them(tmp_path):
 
 
 def double_b(folder: Path) -> None:
-    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B"].mul_(1.5))
+    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B.weight"].mul_(1.5))
 
 
 UNFIT = [
@@ -290,7 +292,7 @@ def test_folders_that_do_not_fit(tmp_path, settings, spoil, why):
 def test_an_infinite_s_b_is_not_the_shared_one(tmp_path):
     stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
     other = alora_folder(tmp_path / "b", Mlp(), ["code"], seed=1, seed_b=0, alpha_pattern={"up": 1e308}, **MLP)
-    change_weights(other, lambda t: t["base_model.model.up.asymlora_B"].fill_(1e30))
+    change_weights(other, lambda t: t["base_model.model.up.asymlora_B.weight"].fill_(1e30))
     with pytest.raises(AdapterFolderError, match="its B differs.* nan at up"):
         stack.fit(read_adapter(other))
 
@@ -332,7 +334,7 @@ def test_b_in_16_bits_fits_to_rounding(tmp_path, dtype):
     stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), dtype=dtype)
     other = alora_folder(tmp_path / "b", Mlp(), ["x"], seed=1, seed_b=0, **MLP)
     stack.fit(read_adapter(other))
-    change_weights(other, lambda t: t["base_model.model.up.asymlora_B"].mul_(1.03))
+    change_weights(other, lambda t: t["base_model.model.up.asymlora_B.weight"].mul_(1.03))
     with pytest.raises(AdapterFolderError, match="its B differs"):
         stack.fit(read_adapter(other))
 
@@ -343,6 +345,6 @@ def test_on_a_gpu(tmp_path):
     file, stack = read_adapter(folder), TaskStack.build(Mlp().cuda(), read_adapter(folder), 3)
     stack.write(1, file.matrices("code"))
     with torch.cuda.stream(torch.cuda.Stream()):
-        held = stack._layers["up"].asymlora_A[ADAPTER][1].cpu()
+        held = stack._layers["up"].asymlora_A[ADAPTER].weight[1].cpu()
     assert torch.equal(held, file.matrices("code")["up"])
     assert all(t.device.type == "cpu" for t in stack.read(1).values())

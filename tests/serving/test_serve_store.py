@@ -344,11 +344,11 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any] | None, dict[str, Any]
 
 
 def _nan(tensors: Rows) -> None:
-    tensors["base_model.model.up.asymlora_A"][-1, 0, 0] = float("nan")
+    tensors["base_model.model.up.asymlora_A.weight"][-1, 0, 0] = float("nan")
 
 
 def _huge(tensors: Rows) -> None:
-    tensors["base_model.model.up.asymlora_A"][-1, 0, 0] = 1e9  # of the last task: the first is placed by then
+    tensors["base_model.model.up.asymlora_A.weight"][-1, 0, 0] = 1e9  # of the last task: the first is placed by then
 
 
 @pytest.mark.parametrize(("settings", "spoil", "options", "why"), REFUSED, ids=[f"{i}" for i in range(len(REFUSED))])

@@ -10,6 +10,7 @@ hooked, subclassed) is called, and the low-rank part is added to what it returns
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -60,13 +61,28 @@ class LayerState(NamedTuple):
     fixed: dict[str, int]
 
 
+class Weight(nn.Module):
+    """One adapter's matrices: a module of their own, for PEFT and what builds on it name adapters `*.NAME.weight`.
+
+    Args:
+        weight: the matrices.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        # PEFT's FSDP policy shards trained modules without children on their own, and gathers them in their forward
+        # only; the layer reads the weight without calling the module
+        self.read_by_parent = nn.Identity()
+
+
 class ALoRALayer(BaseTunerLayer):
     """Storage and housekeeping of the adapters of one layer, in the terms PEFT knows.
 
     Attributes:
-        asymlora_A: adapter -> `[E, R, K]`.
-        asymlora_B: adapter -> `[N, R]`.
-        asymlora_router: adapter -> `[E, K]`, only for soft routing.
+        asymlora_A: adapter -> `Weight` `[E, R, K]`.
+        asymlora_B: adapter -> `Weight` `[N, R]`.
+        asymlora_router: adapter -> `Weight` `[E, K]`, only for soft routing.
         asymlora_spec: adapter -> `AdapterSpec`.
         asymlora_fixed: adapter -> the task set by `set_task`; -1 is the base.
     """
@@ -76,8 +92,9 @@ class ALoRALayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
-        self.asymlora_A, self.asymlora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.asymlora_router = nn.ParameterDict()
+        containers: tuple[Any, ...] = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.asymlora_A: MutableMapping[str, Weight]
+        self.asymlora_A, self.asymlora_B, self.asymlora_router = containers
         self.asymlora_spec: dict[str, AdapterSpec] = {}
         self.asymlora_fixed: dict[str, int] = {}
         self._disable_adapters = False
@@ -106,10 +123,9 @@ class ALoRALayer(BaseTunerLayer):
         if not config.init_weights:
             nn.init.normal_(b, std=r**-0.5)
         dtype = self._adapter_dtype()
-        self.asymlora_A[adapter_name] = nn.Parameter(a.to(dtype))
-        self.asymlora_B[adapter_name] = nn.Parameter(b.to(dtype))
+        self.asymlora_A[adapter_name], self.asymlora_B[adapter_name] = Weight(a.to(dtype)), Weight(b.to(dtype))
         if router is not None:
-            self.asymlora_router[adapter_name] = nn.Parameter(router.to(dtype))
+            self.asymlora_router[adapter_name] = Weight(router.to(dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -124,11 +140,9 @@ class ALoRALayer(BaseTunerLayer):
         if target is None or target.type == "meta":
             return
         for name in self.adapter_layer_names:
-            tensors = getattr(self, name)
-            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
-                tensor = tensors[adapter_name]
-                if tensor.device != target:
-                    tensors[adapter_name] = nn.Parameter(tensor.detach().to(target), tensor.requires_grad)
+            weights = getattr(self, name)
+            if adapter_name in weights and not weights[adapter_name].weight.is_meta:
+                weights[adapter_name].to(target)
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """x as it is: the ops take float32 adapters over 16-bit activations, so nothing is widened."""
@@ -177,6 +191,14 @@ class ALoRALinear(nn.Module, ALoRALayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As in torch; state dicts of the first versions name matrices `*.asymlora_A.NAME`, without `.weight`."""
+        for part in self.adapter_layer_names:
+            for name in getattr(self, part):
+                if (key := f"{prefix}{part}.{name}") in state_dict:
+                    state_dict[f"{key}.weight"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base output plus that of every active adapter.
 
@@ -221,9 +243,9 @@ class ALoRALinear(nn.Module, ALoRALayer):
         """The op's arguments for one adapter."""
         spec = self.asymlora_spec[name]
         return {
-            "lora_A": self.asymlora_A[name],
-            "lora_B": self.asymlora_B[name],
-            "router": self.asymlora_router[name] if spec.soft else None,
+            "lora_A": self.asymlora_A[name].weight,
+            "lora_B": self.asymlora_B[name].weight,
+            "router": self.asymlora_router[name].weight if spec.soft else None,
             "task_ids": None if spec.soft else self._ids(name, spec, x, state),
             "scaling": spec.scaling,
             "dropout_p": spec.dropout,

@@ -10,6 +10,7 @@ An adapter that was created only to be loaded (its B are still zero) is taken ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,18 @@ DIMENSIONS = {
     "asymlora_B": "(out_features, r)",
     "asymlora_router": "(experts, in_features)",
 }
+
+
+_BARE = re.compile(r"\.asymlora_(A|B|router)$")
+
+
+def with_weight(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter file by their names of today: the first files said `asymlora_A`, without `.weight`.
+
+    Args:
+        tensors: by their names in the file.
+    """
+    return {f"{key}.weight" if _BARE.search(key) else key: tensor for key, tensor in tensors.items()}
 
 
 def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -43,12 +56,12 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
         )
     for name, layer in layers.items():
         for part, meaning in DIMENSIONS.items():
-            parameters = getattr(layer, part)
-            key = f"{name}.{part}.{adapter_name}"
+            weights = getattr(layer, part)
+            key = f"{name}.{part}.{adapter_name}.weight"
             found = next((tensors[k] for k in (key, f"base_model.model.{key}") if k in tensors), None)
-            if found is None or adapter_name not in parameters or found.shape == parameters[adapter_name].shape:
+            if found is None or adapter_name not in weights or found.shape == weights[adapter_name].weight.shape:
                 continue
-            wanted = tuple(parameters[adapter_name].shape)
+            wanted = tuple(weights[adapter_name].weight.shape)
             module = name.removeprefix("base_model.model.")
             base = layer.get_base_layer()
             _take_out_if_new(model, adapter_name, list(layers.values()))
@@ -60,7 +73,7 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
 
 
 def _is_new(layers: list[ALoRALayer], adapter_name: str) -> bool:
-    b = [layer.asymlora_B[adapter_name] for layer in layers if adapter_name in layer.asymlora_B]
+    b = [layer.asymlora_B[adapter_name].weight for layer in layers if adapter_name in layer.asymlora_B]
     return all(t.is_meta or not torch.any(t != 0) for t in b)
 
 

@@ -62,7 +62,7 @@ def _merged_weight(layer: ALoRALayer, weight: Tensor, adapter: str, task: int, s
     """weight + sign s B A_task, added in float32 or wider and rounded once."""
     spec = layer.asymlora_spec[adapter]
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = layer.asymlora_A[adapter][task].to(wide), layer.asymlora_B[adapter].to(wide)
+    a, b = layer.asymlora_A[adapter].weight[task].to(wide), layer.asymlora_B[adapter].weight.to(wide)
     delta = (sign * spec.scaling) * (b @ a)
     if isinstance(layer.get_base_layer(), Conv1D):
         delta = delta.t()

@@ -22,7 +22,7 @@ from ...routing import current_routing, route
 from .checkpointing import CheckpointGuard
 from .ids import BatchRouting, batch_input
 from .layer import ALoRALayer, ALoRALinear
-from .loading import check_shapes
+from .loading import check_shapes, with_weight
 from .merging import check_mergeable
 from .targets import check_target
 
@@ -84,19 +84,6 @@ class ALoRAModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         CheckpointGuard.install(model)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Widen 16-bit adapters to float32 as PEFT does, which replaces parameters: frozen ones must stay frozen."""
-        layers = [module for module in self.model.modules() if isinstance(module, ALoRALayer)]
-        frozen = [
-            (getattr(layer, part), adapter_name)
-            for layer in layers
-            for part in layer.adapter_layer_names
-            if adapter_name in getattr(layer, part) and not getattr(layer, part)[adapter_name].requires_grad
-        ]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for parameters, name in frozen:
-            parameters[name].requires_grad_(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; ids given for the batch must fit it."""
@@ -162,6 +149,7 @@ class ALoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors = with_weight(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         check_shapes(model, adapter_name, remapped)
         return remapped
