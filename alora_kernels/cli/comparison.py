@@ -24,6 +24,7 @@ from .. import baselines, data
 from ..integrations.peft import ALoRALayer
 from ..routing import Routing, current_routing, route
 from ..training import TaskCollator
+from ..training.loss import kept_positions, next_labels
 from . import display
 from .train import Run
 
@@ -119,7 +120,7 @@ def _batch(run: Run, rows_per_task: int = 3) -> dict[str, Any]:
     """The same rows for every model, tasks in turn."""
     by_task = {task: [row for row in run.train if row["task"] == task][:rows_per_task] for task in run.tasks}
     rows = [by_task[task][i] for i in range(rows_per_task) for task in run.tasks]
-    batch = TaskCollator(run.tokenizer.pad_token_id or 0, run.tasks)(rows)
+    batch = TaskCollator(run.tokenizer.pad_token_id, run.tasks, model=run.model)(rows)
     return {k: v.to(run.model.device) for k, v in batch.items()}
 
 
@@ -127,14 +128,14 @@ def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Call
     """One training pass and one inference pass of a model on the batch."""
     inputs = {k: v for k, v in batch.items() if k != "task_ids"}
     labels = inputs.pop("labels")
+    keep = kept_positions(labels)
+    targets = next_labels(labels[:, keep])
     mixed_peft = name == "PEFT LoRA, unfused" and run.recipe.routing == "task"
 
     def loss_of(rows: Tensor | slice) -> Tensor:
-        part = {k: v if k == "logits_to_keep" else v[rows] for k, v in inputs.items()}
-        logits = model(**part).logits[:, :-1]
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[rows][:, 1:][:, -logits.shape[1] :].flatten(), reduction="sum"
-        )
+        part = {k: v[rows] for k, v in inputs.items()}
+        logits = model(**part, logits_to_keep=keep).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum")
 
     def train() -> None:
         model.train()
@@ -152,7 +153,7 @@ def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Call
         model.eval()
         names = {"adapter_names": [run.tasks[i] for i in batch["task_ids"].tolist()]} if mixed_peft else {}
         with route(Routing(batch["task_ids"])):
-            return model(**inputs, **names).logits
+            return model(**inputs, **names, logits_to_keep=keep).logits
 
     return train, infer
 

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from ..routing import route
-from .collator import IGNORED, TaskCollator
-from .loss import row_losses
+from .collator import TaskCollator
+from .loss import kept_positions, next_labels, predictable, row_losses
+from .rules import IGNORED
 
 
 @torch.no_grad()
@@ -54,9 +55,9 @@ def choice_accuracy(
         for chunk, batch in _batches(
             model, prompts, list(choices) if tasks is None else tasks, pad_token_id, batch_size
         ):
+            ends, at = batch["attention_mask"].cumsum(1).argmax(1).unique(return_inverse=True)
             with _routing(batch, tasks):
-                last = torch.tensor([-1], device=batch["input_ids"].device)
-                logits = model(**batch | {"logits_to_keep": last}).logits[:, -1]
+                logits = model(**batch, logits_to_keep=ends).logits[torch.arange(len(chunk)), at]
             for row, row_logits in zip(chunk, logits, strict=True):
                 words = choices[row["task"]]
                 right[row["task"]].append(words[int(row_logits[list(words)].argmax())] == row["answer"])
@@ -90,9 +91,11 @@ def answer_loss(
     found: dict[str, list[float]] = {row["task"]: [] for row in rows}
     with _judging(model):
         for chunk, batch in _batches(model, rows, list(found) if tasks is None else tasks, pad_token_id, batch_size):
-            labels = batch.pop("labels")
+            labels = predictable(batch.pop("labels"), batch["attention_mask"])
+            keep = kept_positions(labels)
             with _routing(batch, tasks):
-                losses, counts, _ = row_losses(model(**batch).logits, labels)
+                logits = model(**batch, logits_to_keep=keep).logits
+            losses, counts, _ = row_losses(logits, next_labels(labels[:, keep]))
             for row, value in zip(chunk, (losses / counts).tolist(), strict=True):
                 found[row["task"]].append(value)
             on_batch(len(chunk))
@@ -114,7 +117,7 @@ def _batches(
     model: nn.Module, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[Sequence[Mapping[str, Any]], dict[str, Any]]]:
     """Rows of similar length and their batch on the model's device."""
-    collate = TaskCollator(pad_token_id, tasks)
+    collate = TaskCollator(pad_token_id, tasks, model=model)
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(ordered), batch_size):

@@ -5,31 +5,28 @@ Out:  a trained model; the loss of each task in the logs, loss and accuracy of e
 Who:  the CLI, examples and users, with the arguments of `transformers.Trainer`.
 
 What is added is small: the collator turns names into ids, `compute_loss` sets the routing context around the
-model call, and the loss is taken per token so that each task's share can be logged. Everything else, resume
-included, is Trainer's own.
+model call, and the model's own loss is taken by rows, where it can be, so that each task's share can be logged.
+Everything else, resume included, is Trainer's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..integrations.peft import CheckpointGuard
-from ..routing import route
+from ..routing import current_routing, route
 from .absent import KeepAbsentTasks
-from .collator import TaskCollator
-from .loss import row_losses
+from .collator import TaskCollator, WithTasks, positions
+from .loss import ModelLoss, Scored
+from .rules import BatchRules, base_model
 from .sampler import TaskBalancedSampler
 from .tasks import stacked_a, tasks_of_model
-
-OURS = ("task_ids", "logits_to_keep", "position_ids")  # batch entries a model's forward need not know
 
 
 class ALoRATrainer(Trainer):
@@ -53,22 +50,31 @@ class ALoRATrainer(Trainer):
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
         self.tasks, self.routed = tasks_of_model(model, datasets)
-        if kwargs.get("data_collator") is None and len(args) < 3:
-            kwargs["data_collator"] = TaskCollator(_pad_token_id(kwargs.get("processing_class")), self.tasks)
+        own_collator = kwargs.get("data_collator") is None and len(args) < 3
         super().__init__(*args, **kwargs)
+        if own_collator:
+            self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self.model)
+        elif not isinstance(self.data_collator, TaskCollator | WithTasks):
+            self.data_collator = WithTasks(self.data_collator, self.tasks)
         CheckpointGuard.install(self._base_model())
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
         self._keeper: KeepAbsentTasks | None = None
         self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
-        name = type(self._base_model()).__name__
-        self._causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "CausalLM" in name
-        self._forward_keys = set(inspect.signature(self._base_model().forward).parameters)
+        self._rules = BatchRules.of(self.model)
+        self._losses = {mode: ModelLoss(self.model) for mode in (True, False)}  # in training, in evaluation
 
     def _base_model(self) -> Any:
         """The model inside PEFT's wrapper, whose forward says which arguments it knows."""
-        model: Any = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base_model(self.model)
+
+    def _pad_token_id(self) -> int | None:
+        """The tokenizer's padding, of which the model's config is told as `train` would, for heads that look for it."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        pad, config = getattr(tokenizer, "pad_token_id", None), getattr(self._base_model(), "config", None)
+        if pad is not None and config is not None:
+            config.get_text_config().pad_token_id = pad
+        return pad
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -100,26 +106,59 @@ class ALoRATrainer(Trainer):
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
 
-    def _has_token_loss(self, inputs: dict[str, Any]) -> bool:
-        """Whether the loss is a cross entropy that can be split by row: causal language models and classifiers."""
-        labels = inputs.get("labels")
+    def _has_token_loss(self, inputs: dict[str, Any], model: nn.Module | None = None) -> bool:
+        """Whether the loss is a cross entropy that can be split by row; the first batch with labels is tried."""
+        labels, called = inputs.get("labels"), cast(nn.Module, self.model if model is None else model)
         if self.compute_loss_func is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
             return False
-        return labels.dim() == 1 or (labels.dim() == 2 and self._causal)
 
-    def _model_inputs(self, inputs: dict[str, Any], without: str = "task_ids") -> dict[str, Any]:
-        """The batch without what this model's forward does not know, or what the caller keeps from it."""
-        known = self._forward_keys - {without}
-        return {k: v for k, v in inputs.items() if k not in OURS or k in known}
+        def call(few: dict[str, Any]) -> Any:
+            with self.compute_loss_context_manager(), self._routing(few.get("task_ids")):
+                return called(**self._model_inputs(few))
+
+        loss = self._losses[called.training]
+        if "task_ids" in inputs or current_routing() is None:  # ids set by a caller are those of all rows
+            loss.learn(call, inputs)
+        return bool(loss.by_rows)
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch as this model's forward takes it, with positions where padding on the left moves them."""
+        known = {k: v for k, v in inputs.items() if k != "task_ids"}
+        mask = known.get("attention_mask")
+        if self._rules.positions and isinstance(mask, Tensor) and mask.dim() == 2:
+            known.setdefault("position_ids", positions(mask))
+        if self._rules.columns is not None and "position_ids" not in self._rules.columns:
+            known.pop("position_ids", None)
+        return known
+
+    def _score(self, model: nn.Module, inputs: dict[str, Any], all_logits: bool = False) -> Scored:
+        """The model's own loss, by rows where it can be split."""
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        with self._routing(inputs.get("task_ids")):
+            loss = self._losses[model.training]
+            return loss(model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
 
     def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Model outputs, loss and number of labels of each row `[B]`, and whether a row's first choices are right."""
-        known = self._model_inputs(inputs)
-        labels = known.pop("labels")
-        with self._routing(inputs.get("task_ids")):
-            outputs = model(**known)
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        return outputs, *row_losses(outputs["logits"], labels, smoothing)
+        outputs, _, losses, counts, right = self._score(model, inputs)
+        assert losses is not None and right is not None  # of a batch that `_has_token_loss`
+        return outputs, losses, counts, right
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As Trainer's, for every model, and of the labels that its loss counts."""
+        if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counted = []
+        for batch in map(self._prepare_inputs, batch_samples):
+            self._has_token_loss(batch, self.model_wrapped)
+            labels = self._losses[self.model_wrapped.training].labels(batch)
+            labels = torch.zeros_like(labels) if labels.is_floating_point() else labels
+            counted.append({"labels": labels, "shift_labels": labels})
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        try:
+            return super()._get_num_items_in_batch(counted, device)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
 
     def compute_loss(
         self,
@@ -128,20 +167,25 @@ class ALoRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss per label, of the accumulated batch when Trainer counts it; sums per task are kept for the log."""
-        if not self._has_token_loss(inputs):
+        """The model's mean loss per label, of all labels of the step where Trainer counts them; tasks are logged."""
+        by_rows = self._has_token_loss(inputs, model)
+        smoothed = self.label_smoother is not None and model.training and not by_rows
+        if self.compute_loss_func is not None or smoothed or not isinstance(inputs.get("labels"), Tensor):
+            self.loss_is_scaled_for_ga = None
             with self._routing(inputs.get("task_ids")):
                 return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         if model.training and self.routed and not return_outputs:
             inputs = _tasks_side_by_side(inputs)
-        outputs, losses, counts, _ = self._token_losses(model, inputs)
-        task_ids = inputs.get("task_ids")
-        if model.training and task_ids is not None and task_ids.dim() == 1:
-            self._add_to_log(task_ids, losses.detach(), counts)
-        loss = losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss, outputs) if return_outputs else loss
+        scored, task_ids = self._score(model, inputs, all_logits=return_outputs), inputs.get("task_ids")
+        if model.training and scored.losses is not None and task_ids is not None and task_ids.dim() == 1:
+            self._add_to_log(task_ids, scored.losses.detach(), scored.counts)
+        loss = scored.mean
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None:  # the share of this batch in the labels of the step
+            loss = loss * (scored.counts.sum() / num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, scored.outputs) if return_outputs else loss
 
     def _add_to_log(self, task_ids: Tensor, losses: Tensor, counts: Tensor) -> None:
         known = task_ids >= 0
@@ -163,8 +207,9 @@ class ALoRATrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """Loss, (loss, right?) of each row, and task ids; a caller's own `compute_metrics` gets Trainer's logits."""
         inputs = self._prepare_inputs(inputs)
-        if self.compute_metrics != self._task_metrics or not self._has_token_loss(inputs):
-            known = self._model_inputs(inputs, without="logits_to_keep")
+        by_rows = self._has_token_loss(inputs, model)
+        if self.compute_metrics != self._task_metrics or not by_rows:
+            known = self._model_inputs(inputs)
             with self._routing(inputs.get("task_ids")):
                 loss_only = prediction_loss_only or self.compute_metrics == self._task_metrics
                 return super().prediction_step(model, known, loss_only, ignore_keys)
@@ -195,12 +240,7 @@ def _tasks_side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     order = task_ids.argsort(stable=True)
 
-    def is_per_row(name: str, value: Any) -> bool:
-        return isinstance(value, Tensor) and name != "logits_to_keep" and value.shape[:1] == task_ids.shape
+    def is_per_row(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape[:1] == task_ids.shape
 
-    return {k: v[order] if is_per_row(k, v) else v for k, v in inputs.items()}
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return int(pad) if pad is not None else 0  # padding is masked, so any id serves
+    return {k: v[order] if is_per_row(v) else v for k, v in inputs.items()}

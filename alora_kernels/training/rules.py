@@ -1,0 +1,115 @@
+"""What a model expects of a batch, read from its class once.
+
+In:   a transformers model, wrapped by PEFT or not.
+Out:  `BatchRules`: the columns its forward knows, where padding goes, whether positions must be given, what labels are.
+Who:  `TaskCollator` pads by them, `ModelLoss` reads the loss by them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+IGNORED = -100  # the label that no loss counts
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """What a batch must look like; the defaults are those of a causal language model that nothing is known of.
+
+    Attributes:
+        columns: arguments of the forward; None where any column may pass.
+        pad_left: whether short rows are filled on the left.
+        positions: whether a batch padded on the left needs `position_ids`.
+        causal: whether a token sees only those before it, so that padding on the right needs no mask.
+        shifts: whether the label at t is compared with what position t - 1 predicts; None where nothing is known.
+        encoder_decoder: labels are a sequence of their own.
+        labels: the number of labels of a classifier of rows, else None.
+        problem: `config.problem_type`, and "regression" for a classifier of rows with one label.
+        pad_token_id: of the model's config, where it names a token.
+    """
+
+    columns: frozenset[str] | None = None
+    pad_left: bool = True
+    positions: bool = True
+    causal: bool = True
+    shifts: bool | None = None
+    encoder_decoder: bool = False
+    labels: int | None = None
+    problem: str | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> BatchRules:
+        """The rules of one model."""
+        base = base_model(model)
+        config: Any = getattr(base, "config", None)
+        columns = forward_columns(base)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", 0)
+        rows = type(base).__name__.endswith("ForSequenceClassification")
+        labels = getattr(config, "num_labels", None) if rows else None
+        causal = _is_causal(base, config)
+        # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
+        # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
+        given = columns is None or ({"position_ids", "attention_mask"} <= columns and "pixel_values" not in columns)
+        answers_last = causal and _shifts(base, config) and given and not getattr(base, "_is_stateful", False)
+        summary_last = hasattr(base, "sequence_summary") and getattr(config, "summary_type", None) == "last"
+        return cls(
+            columns=columns,
+            pad_left=answers_last or summary_last,
+            positions=answers_last,
+            causal=causal,
+            shifts=_shifts(base, config),
+            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+            labels=labels,
+            problem=getattr(config, "problem_type", None) or ("regression" if labels == 1 else None),
+            pad_token_id=pad if isinstance(pad, int) and 0 <= pad < size else None,
+        )
+
+
+def base_model(model: Any) -> Any:
+    """The model inside PEFT's wrapper and `torch.compile`'s."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_columns(base: Any) -> frozenset[str] | None:
+    """Arguments that the forward names; None for one that takes any."""
+    parameters = inspect.signature(base.forward).parameters
+    names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return None if takes_any and "input_ids" not in names else frozenset(names)
+
+
+def _is_causal(base: Any, config: Any) -> bool:
+    """Whether the class is a decoder; families with a masked language model are encoders, the unknown is believed."""
+    kind = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False) or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    return not kind or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _is_language_model(base)
+
+
+def _is_language_model(base: Any) -> bool:
+    name = type(base).__name__
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "CausalLM" in name or "LMHead" in name
+
+
+def _shifts(base: Any, config: Any) -> bool:
+    """Whether the loss of the class compares position t with label t + 1, as far as its source tells."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is not ForCausalLMLoss and not _is_language_model(base):
+        return False
+    try:
+        source = inspect.getsource(inspect.unwrap(type(base).forward))
+    except (OSError, TypeError):
+        return True
+    return "loss_function(" in source or "shift_" in source
