@@ -137,8 +137,10 @@ def _show_export(report: ExportReport) -> None:
     _say(f"{report.modules} adapted modules each, {total} in all", "dim")
     if report.base is None:
         _say("The adapter does not name its base model: put it in the place of BASE_MODEL.", "yellow")
+    if report.dtype is None:
+        _say("Its dtype is not known here: both servers make 16 bits of a float32 base without --dtype.", "yellow")
     if report.vllm_command is None:
-        _say(f"\nvLLM serves ranks up to 512; this is {report.rank}.", "yellow")
+        _say(f"\nvLLM serves ranks up to 512; this is {report.rank}: no command for it.", "yellow")
     else:
         _say("\n# vLLM", "dim")
         _say(report.vllm_command)

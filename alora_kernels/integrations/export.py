@@ -5,8 +5,8 @@ Out:  `folder/<task>/` with `adapter_config.json` and `adapter_model.safetensors
 Who:  users and `alora export`.
 
 The shared B is written into every folder, so n tasks cost n B on the disk and in the server: the price of leaving.
-vLLM and SGLang read one rank per adapter, no patterns: s goes into B, lora_alpha = R, and smaller modules are filled
-with zeros up to R, which changes no output.
+vLLM 0.32 takes PEFT's rank and alpha patterns exactly; older ones and SGLang read one rank per adapter. So that all of
+them answer alike, s goes into B, lora_alpha = R, and smaller modules are filled with zeros, which changes no output.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedConfig
 
 from .adapter_config import AdapterConfig, checked_config
 from .adapter_folder import read_adapter
@@ -30,8 +31,9 @@ from .peft import ALoRAConfig, ALoRALayer
 from .task_cards import TaskCard, read_task_cards, write_task_cards
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as a folder and in `name=path` of the servers
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.26)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.32)
 NO_BASE = "BASE_MODEL"
+DTYPES = ("float32", "bfloat16", "float16")
 
 CARD = """---
 library_name: peft
@@ -78,12 +80,14 @@ class ExportReport:
         rank: R of every folder.
         modules: adapted modules per folder.
         tasks: the folders.
+        dtype: of the base's weights, or None if they are not on this machine.
     """
 
     base: str | None
     rank: int
     modules: int
     tasks: tuple[ExportedTask, ...]
+    dtype: str | None = None
 
     @property
     def vllm_rank(self) -> int | None:
@@ -92,19 +96,29 @@ class ExportReport:
 
     @property
     def vllm_command(self) -> str | None:
-        """What starts vLLM with all tasks; None for a rank that it does not serve."""
+        """What starts vLLM with all tasks; None for a rank that it does not serve.
+
+        One slot more than there are tasks: with all slots taken, vLLM 0.32 gives rows of the base the last slot's
+        adapter on CPUs.
+        """
         if self.vllm_rank is None:
             return None
-        start = ["vllm", "serve", self.base or NO_BASE]
-        options = ["--enable-lora", "--max-loras", str(len(self.tasks)), "--max-lora-rank", str(self.vllm_rank)]
+        start = ["vllm", "serve", self.base or NO_BASE, *self._dtype]
+        options = ["--enable-lora", "--max-loras", str(len(self.tasks) + 1), "--max-lora-rank", str(self.vllm_rank)]
         return self._command(start, options, "--lora-modules")
 
     @property
     def sglang_command(self) -> str:
-        """What starts SGLang with all tasks."""
-        start = ["python", "-m", "sglang.launch_server", "--model-path", self.base or NO_BASE]
-        options = ["--enable-lora", "--max-loras-per-batch", str(len(self.tasks)), "--max-lora-rank", str(self.rank)]
+        """What starts SGLang with all tasks, which counts the base alone as one more of a batch."""
+        start = ["python", "-m", "sglang.launch_server", "--model-path", self.base or NO_BASE, *self._dtype]
+        slots = str(len(self.tasks) + 1)
+        options = ["--enable-lora", "--max-loras-per-batch", slots, "--max-lora-rank", str(self.rank)]
         return self._command(start, options, "--lora-paths")
+
+    @property
+    def _dtype(self) -> list[str]:
+        """Both servers make 16 bits of a float32 checkpoint unless they are told its dtype."""
+        return ["--dtype", self.dtype] if self.dtype else []
 
     def _command(self, start: Sequence[str], options: Sequence[str], folders: str) -> str:
         pairs = [shlex.quote(f"{task.name}={task.folder}") for task in self.tasks]
@@ -117,13 +131,14 @@ class ExportReport:
 
 class _Source(NamedTuple):
     """An adapter, saved or in memory: its config, module -> s, module -> B `[N, R]`, task -> module -> A `[R, K]`;
-    and how its tasks are asked, as far as a folder says."""
+    how its tasks are asked, as far as a folder says, and the dtype of a base that is in memory."""
 
     config: AdapterConfig
     scaling: dict[str, float]
     b: dict[str, Tensor]
     matrices: Callable[[str], dict[str, Tensor]]
     cards: dict[str, TaskCard]
+    dtype: str | None = None
 
     def shared(self, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """s B with zeros up to R columns, rounded once."""
@@ -188,7 +203,7 @@ def export_lora(
         matrices = {module: (a, shared[module]) for module, a in given.own(task, r, dtype).items()}
         written.append(ExportedTask(name, task, out / name, write_lora(out / name, matrices, stock, card)))
         write_task_cards(out / name, {name: given.cards[task]} if task in given.cards else {})
-    return ExportReport(base, r, len(shared), tuple(written))
+    return ExportReport(base, r, len(shared), tuple(written), given.dtype or _dtype_of(base))
 
 
 def _from_folder(folder: str | Path) -> _Source:
@@ -223,7 +238,18 @@ def _from_model(model: PeftModel) -> _Source:
         row = config.tasks.index(task)
         return {module: layer.asymlora_A[name].weight[row].detach().cpu() for module, layer in layers.items()}
 
-    return _Source(config, scaling, b, matrices, {})
+    dtype = str(getattr(base, "dtype", None)).removeprefix("torch.")  # a plain module has none
+    return _Source(config, scaling, b, matrices, {}, dtype if dtype in DTYPES else None)
+
+
+def _dtype_of(base: str | None) -> str | None:
+    """The dtype in a model's config, in a folder or in the hub's cache; nothing is downloaded."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(base or "", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    given = config.get("dtype", config.get("torch_dtype"))
+    return given if given in DTYPES else None
 
 
 def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:

@@ -51,10 +51,10 @@ def test_export_prints_folders_and_commands(adapter: Path, tmp_path: Path):
     assert "2 stock LoRA folders" in text
     assert re.search(r"math\W+4\W+[\d.]+ [kM]B", text)
     command = (
-        f"vllm serve '{tmp_path / 'a base'}' \\\n    --enable-lora --max-loras 2 --max-lora-rank 8 --lora-modules \\\n"
+        f"vllm serve '{tmp_path / 'a base'}' \\\n    --enable-lora --max-loras 3 --max-lora-rank 8 --lora-modules \\\n"
     )
     assert command + f"    math={tmp_path / 'out/math'} \\\n    code={tmp_path / 'out/code'}\n" in text
-    assert "sglang.launch_server" in text
+    assert "sglang.launch_server" in text and "Its dtype is not known here" in text
     model = PeftModel.from_pretrained(llama(), tmp_path / "out" / "code")
     assert not torch.equal(logits(model, tokens()), logits(llama(), tokens()))
 

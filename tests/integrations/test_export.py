@@ -163,23 +163,43 @@ def test_a_model_in_memory_may_use_patterns_that_no_folder_may(tmp_path):
 
 
 def test_commands(tmp_path):
-    def report(rank: int) -> ExportReport:
+    def report(rank: int, dtype: str | None = None) -> ExportReport:
         tasks = tuple(ExportedTask(n, n, Path("/a b") / n, 1) for n in TASKS)
-        return ExportReport("org/base", rank, 1, tasks)
+        return ExportReport("org/base", rank, 1, tasks, dtype)
 
     words = shlex.split(report(20).vllm_command.replace("\\\n", " "))
     assert words[:3] == ["vllm", "serve", "org/base"]
     assert words[-3:] == ["--lora-modules", "math=/a b/math", "code=/a b/code"]
     assert words[words.index("--max-lora-rank") + 1] == "32"
-    assert words[words.index("--max-loras") + 1] == "2"
+    assert words[words.index("--max-loras") + 1] == "3"  # with every slot taken the base answers as the last task
     assert "--enable-lora" in words
     words = shlex.split(report(20).sglang_command.replace("\\\n", " "))
     assert words[:5] == ["python", "-m", "sglang.launch_server", "--model-path", "org/base"]
     assert words[-3:] == ["--lora-paths", "math=/a b/math", "code=/a b/code"]
+    assert words[words.index("--max-loras-per-batch") + 1] == "3"
+    for command in (report(20, "float32").vllm_command, report(20, "float32").sglang_command):
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[words.index("org/base") + 1 :][:2] == ["--dtype", "float32"]
     assert [report(r).vllm_rank for r in (1, 2, 16, 17, 512, 513)] == [1, 8, 16, 32, 512, None]
     assert report(600).vllm_command is None
     assert report(600).sglang_command
     assert list(VLLM_RANKS) == sorted(VLLM_RANKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_commands_name_the_dtype_of_the_base(tmp_path, dtype):
+    """A base in memory, a base in a folder; not one that is only a name."""
+    base = llama().to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    name = str(dtype).removeprefix("torch.")
+    model = adapted(base)
+    assert export_lora(model, tmp_path / "a").dtype == name
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    folder = saved(tmp_path / "ours", model)
+    assert export_lora(folder, tmp_path / "b").dtype == name
+    (tmp_path / "base" / "config.json").write_text("[")
+    report = export_lora(folder, tmp_path / "c")
+    assert report.dtype is None and "--dtype" not in report.vllm_command + report.sglang_command
 
 
 def test_what_no_fixed_lora_equals_is_refused(tmp_path):
