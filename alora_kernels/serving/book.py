@@ -176,6 +176,8 @@ class Book:
         self.generated += len(new)
         try:
             text = run.text.feed(new)
+            if output.is_finished():
+                text += run.text.finish()
         except Exception as error:  # the decoder's own; no other request is concerned
             self.end(run, "error", f"the answer cannot be decoded: {error}")
             return
@@ -184,7 +186,6 @@ class Book:
             reason = "stop"
         elif output.is_finished():
             reason = "stop" if run.tokens and run.tokens[-1] in self._eos and not run.sampling.ignore_eos else "length"
-            text += run.text.finish()
         run.parts.append(text)
         if reason is None:
             run.generation.push(Piece(text, len(run.tokens)))

@@ -1,11 +1,13 @@
-"""Tokens become text while they arrive: no half characters, no part of a stop text.
+"""Tokens become text while they arrive: no half characters, no part of a stop text, nothing of the prompt.
 
 In:   the new tokens of one request.
 Out:  the text that is certain by now; the rest is held back until it is.
 Who:  the engine, once per request and step.
 
-A character can take several tokens, and a stop text can begin in one token and end three tokens later. `tokenizers`
-decodes in steps; here only what could still become a stop text is held back.
+A character can take several tokens, and a stop text can begin in one token and end three tokens later. What a token
+says depends on those before it (a space, half a character), so the end of the prompt is decoded with the answer, and
+what it says by itself is taken off. Where the prompt ends inside a character, that character is the answer's first if
+the answer completes it, and the prompt's if not.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
-CONTEXT = 4  # prompt tokens the decoder sees first: whether a token begins with a space depends on what precedes it
+CONTEXT = 4  # tokens of the prompt that are decoded with the answer, or more where these begin inside a character
+FOLLOW = 4  # tokens after which a character that is not complete never will be: it has four bytes at most
+BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 
 
 class TextStream:
@@ -32,7 +34,11 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Iterable[str] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(ids=list(prompt[-CONTEXT:]), skip_special_tokens=True)
+        self._ids = self._context(list(prompt))
+        self._done = len(self._ids)  # tokens whose text is out, or is the prompt's
+        self._said = [self._decode(self._ids)]  # what these said; for a prompt that ends inside a character, less too
+        if self._said[0].endswith(BROKEN):
+            self._said += [self._decode(self._ids[:-n]) for n in range(1, FOLLOW)]
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -43,23 +49,75 @@ class TextStream:
         Args:
             tokens: new token ids.
         """
+        for token in tokens:
+            self._ids.append(token)
+            self._held += self._certain()
+        return self._release(done=False)
+
+    def finish(self) -> str:
+        """What was held back, once nothing more can come; half a character reads U+FFFD."""
+        self._held += self._take(len(self._ids), self._text(len(self._ids)))
+        return self._release(done=True)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=True))
+
+    def _context(self, prompt: list[int]) -> list[int]:
+        """The last few tokens that begin with a character."""
+        count = CONTEXT
+        while count < len(prompt):
+            text = self._decode(prompt[-count:])
+            if text and not text.startswith(BROKEN):
+                return prompt[-count:]
+            count *= 2
+        return prompt
+
+    def _text(self, end: int) -> str:
+        """What the first so many tokens say, always going on from what is out.
+
+        A run of byte tokens that is not UTF-8 as a whole is all U+FFFD in some decoders, what was a character before
+        included: such a run is decoded from the first token that is not out.
+        """
+        text = self._decode(self._ids[:end])
+        if len(self._said) > 1 or text.startswith(self._said[0]):
+            return text
+        return self._said[0] + self._decode(self._ids[self._done : end])
+
+    def _certain(self) -> str:
+        """The text that later tokens cannot change any more, and is not out."""
+        text, earlier = self._text(len(self._ids)), len(self._ids) - FOLLOW
+        if not text.endswith(BROKEN):
+            return self._take(len(self._ids), text)
+        if earlier > self._done and text.startswith(before := self._text(earlier)):
+            return self._take(earlier, before)
+        return ""
+
+    def _take(self, end: int, text: str) -> str:
+        """Count the text of the first so many tokens as out, and forget tokens that the next do not depend on."""
+        new = text[max(_agree(said, text) for said in self._said) :]
+        since = self._decode(self._ids[self._done : end])
+        if since and not since.startswith(BROKEN):
+            self._ids, end, text = self._ids[self._done :], end - self._done, since
+        self._done, self._said = end, [text]
+        return new
+
+    def _release(self, done: bool) -> str:
+        """The part of the held text that cannot belong to a stop text."""
         if self.stopped:
             return ""
-        self._held += "".join(self._decoder.step(self._backend, token) or "" for token in tokens)
         found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
         if found:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
-            return out
-        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+            return self._held[: min(found)]
+        keep = 0 if done else max((_overlap(self._held, text) for text in self._stop), default=0)
         cut = len(self._held) - keep
         out, self._held = self._held[:cut], self._held[cut:]
         return out
 
-    def finish(self) -> str:
-        """What was held back, once nothing more can come."""
-        out, self._held = self._held, ""
-        return out
+
+def _agree(one: str, other: str) -> int:
+    """Length of the beginning that two texts have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _overlap(text: str, stop: str) -> int:

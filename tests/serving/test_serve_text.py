@@ -1,15 +1,16 @@
-"""Text as it arrives: whole characters, nothing of a stop text, the spaces of the original."""
+"""Text as it arrives: whole characters, nothing of a stop text, nothing of the prompt, for every kind of tokenizer."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizerkinds import KINDS, LETTERS, TEXT
 
 from alora_kernels.data import load_model
 from alora_kernels.serving.text import TextStream
 
-TEXT = "Héllo wörld 🌍🎉 — naïve 日本語, done.\n\nNext line"
+BROKEN = "\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +24,90 @@ def in_steps(tokenizer, tokens, prompt=(), stop=()):
     return pieces, stream.finish(), stream
 
 
+def answer(tokenizer, tokens, prompt=(), stop=()) -> str:
+    pieces, rest, _ = in_steps(tokenizer, tokens, prompt, stop)
+    return "".join(pieces) + rest
+
+
+def same(one: str, other: str) -> int:
+    """Length of the beginning that both have."""
+    return next(n for n in range(min(len(one), len(other)), -1, -1) if one[:n] == other[:n])
+
+
+def added(tokenizer, prompt, tokens) -> str:
+    """What the tokens add: the whole text without what the prompt says of it; half a character it says is nothing."""
+    decode = tokenizer.backend_tokenizer.decode
+    whole = decode([*prompt, *tokens])
+    said = (decode(prompt[: len(prompt) - cut]) for cut in range(min(4, len(prompt) + 1)))
+    return whole[max(same(one, whole) for one in said) :]
+
+
 def test_the_pieces_are_the_text_and_no_piece_has_half_a_character(tokenizer):
     ids = tokenizer(TEXT)["input_ids"]
     pieces, rest, _ = in_steps(tokenizer, ids)
     assert "".join(pieces) + rest == TEXT
-    assert not any("\ufffd" in piece for piece in pieces) and "" in pieces  # some tokens complete no character
+    assert not any(BROKEN in piece for piece in pieces) and "" in pieces  # some tokens complete no character
 
 
-def test_an_answer_goes_on_from_its_prompt(tokenizer):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_goes_on_from_its_prompt_wherever_that_ends(kind):
+    """Also inside a character, which is then the answer's; with special tokens around, and without a prompt."""
+    tokenizer = KINDS[kind]
     ids = tokenizer(TEXT)["input_ids"]
-    for cut in range(1, len(ids)):
-        head = tokenizer.decode(ids[:cut])
-        if "\ufffd" not in head:
-            pieces, rest, _ = in_steps(tokenizer, ids[cut:], prompt=ids[:cut])
-            assert head + "".join(pieces) + rest == TEXT
+    for cut in range(len(ids)):
+        for prompt in (ids[:cut], [tokenizer.bos_token_id, *ids[:cut]], [*ids[:cut], *[tokenizer.bos_token_id] * 9]):
+            pieces, rest, _ = in_steps(tokenizer, ids[cut:], prompt)
+            assert "".join(pieces) + rest == added(tokenizer, prompt, ids[cut:]), (cut, prompt)
+            assert not any(BROKEN in piece for piece in (*pieces, rest))
+
+
+def test_a_prompt_that_ends_inside_an_emoji_is_not_repeated(tokenizer):
+    """The fault as it was seen: the answer began with "sunny " because the prompt's last token is a third of "☀"."""
+    ids = tokenizer("It is sunny ☀ today")["input_ids"]
+    cut = next(n for n in range(1, len(ids)) if tokenizer.decode(ids[:n]).endswith(BROKEN))
+    assert answer(tokenizer, ids[cut:], ids[:cut]) == "☀ today"
+    other = tokenizer(" and warm")["input_ids"]
+    assert answer(tokenizer, other, ids[:cut]) == " and warm"  # a character that is never completed is the prompt's
+    assert answer(tokenizer, tokenizer(" a☀")["input_ids"], ids[:cut]) == " a☀"
+
+
+def test_half_a_character_at_the_end_reads_as_a_tokenizer_reads_it(tokenizer):
+    ids = tokenizer("Sun: ☀")["input_ids"][:-1]
+    pieces, rest, _ = in_steps(tokenizer, ids)
+    assert not any(BROKEN in piece for piece in pieces) and rest.endswith(BROKEN)
+    assert "".join(pieces) + rest == tokenizer.decode(ids) == "Sun: " + BROKEN
+
+
+@settings(max_examples=150, deadline=None)
+@given(raw=st.binary(min_size=1, max_size=24) | st.text(max_size=8).map(str.encode), cut=st.integers(0, 24))
+def test_any_bytes_after_any_bytes(raw, cut):
+    """A token is a byte here, so Python's own decoder knows the truth."""
+    tokenizer, codes = KINDS["byte_level"], KINDS["byte_level"].get_vocab()
+    ids = [codes[LETTERS[byte]] for byte in raw]
+    whole = raw.decode(errors="replace")
+    pieces, rest, _ = in_steps(tokenizer, ids[cut:], ids[:cut])
+    assert "".join(pieces) + rest == whole[same(raw[:cut].decode(errors="replace"), whole) :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(before=st.text(max_size=6), after=st.text(max_size=6), cut=st.integers(0, 3), junk=st.binary(max_size=3))
+def test_bytes_that_are_no_text_spoil_neither_neighbour(before, after, cut, junk):
+    """With byte fallback one wrong byte makes a decoder give up the characters on both sides."""
+    tokenizer, codes = KINDS["byte_fallback"], KINDS["byte_fallback"].get_vocab()
+
+    def ids(raw: bytes) -> list[int]:
+        return [codes[f"<0x{byte:02X}>"] for byte in raw]
+
+    def safe(text: str) -> str:
+        return text.replace(BROKEN, "").strip()
+
+    head, tail = safe(before).encode(), safe(after).encode()
+    prompt = ids(head[: max(0, len(head) - cut)])
+    assert answer(tokenizer, [*ids(head[len(prompt) :]), *ids(tail), codes["a"]], prompt) == added(
+        tokenizer, prompt, [*ids(head[len(prompt) :]), *ids(tail), codes["a"]]
+    )
+    said = answer(tokenizer, [*ids(tail), codes["a"], *ids(junk), codes["b"]], [codes["a"]])
+    assert said.startswith(tail.decode() + "a") and said.endswith("b")
 
 
 @pytest.mark.parametrize("stop", ["wörld", " done", "日本", "\n\n", "H"])
@@ -45,6 +116,24 @@ def test_a_stop_text_ends_the_answer_before_it_and_none_of_it_is_shown(tokenizer
     pieces, rest, stream = in_steps(tokenizer, ids, stop=(stop, "never there"))
     assert stream.stopped and rest == ""
     assert "".join(pieces) == TEXT[: TEXT.index(stop)]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_stop_text_may_begin_with_the_character_that_the_prompt_began(kind):
+    tokenizer = KINDS[kind]
+    ids = tokenizer("done 日本 next")["input_ids"]
+    decode = tokenizer.backend_tokenizer.decode
+    cut = next(n for n in range(1, len(ids)) if decode(ids[:n]).endswith(BROKEN))
+    pieces, rest, stream = in_steps(tokenizer, ids[cut:], ids[:cut], stop=("日本",))
+    assert stream.stopped and "".join(pieces) + rest == ""
+    pieces, rest, stream = in_steps(tokenizer, ids[cut:], ids[:cut], stop=("done",))  # the prompt's own text
+    assert not stream.stopped and "".join(pieces) + rest == "日本 next"
+
+
+def test_a_stop_text_is_found_in_what_the_end_sets_free(tokenizer):
+    ids = tokenizer("so: STOP")["input_ids"] + tokenizer("☀")["input_ids"][:-1]
+    pieces, rest, stream = in_steps(tokenizer, ids, stop=("STOP" + BROKEN,))
+    assert stream.stopped and "".join(pieces) + rest == "so: "
 
 
 def test_the_first_of_several_stop_texts_wins(tokenizer):
@@ -60,11 +149,12 @@ def test_what_only_looked_like_a_stop_text_is_shown_in_the_end(tokenizer):
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(min_size=1, max_size=30), stop=st.text(min_size=1, max_size=3))
-def test_any_text_with_any_stop(tokenizer, text, stop):
+@given(text=st.text(min_size=1, max_size=30), stop=st.text(min_size=1, max_size=3), cut=st.integers(0, 30))
+def test_any_text_with_any_stop(tokenizer, text, stop, cut):
     ids = tokenizer(text)["input_ids"]
-    whole = "".join(in_steps(tokenizer, ids)[0])  # what the tokenizer makes of the text: some characters are normalised
-    pieces, rest, stream = in_steps(tokenizer, ids, stop=(stop,))
+    prompt, tokens = ids[:cut], ids[cut:]
+    whole = added(tokenizer, prompt, tokens)  # some characters are normalised
+    pieces, rest, stream = in_steps(tokenizer, tokens, prompt, stop=(stop,))
     out = "".join(pieces) + rest
     if stop in whole:
         assert stream.stopped and out == whole[: whole.index(stop)]
