@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "alora_kernels"
 LAYERS = {
-    "version": 0, "atomic": 0, "later": 0, "reference": 0, "baselines": 0, "routing": 0, "recompute": 0,
+    "version": 0, "atomic": 0, "later": 0, "reference": 0, "baselines": 0, "routing": 0, "recompute": 0, "settings": 0,
     "kernels": 1, "ops": 2, "modules": 3, "integrations": 4,
     "training": 5, "data": 5, "federated": 5, "serving": 5, "analysis": 5,
     "cli": 6, "__main__": 7, "__init__": 7,

@@ -29,7 +29,10 @@ app.add_typer(federated, name="fed")
 def demo(
     routing: Annotated[str, typer.Option(help="task: an id picks A; soft: a learned router weighs them")] = "task",
     steps: Annotated[int | None, typer.Option(help="optimiser steps", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for the adapter; default runs/demo")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the adapter; default runs/demo, where an earlier demo is replaced")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished adapter in --output")] = False,
     seed: Annotated[int, typer.Option(help="of data, adapter and order")] = 0,
     model: Annotated[str | None, typer.Option(help="another base: a folder, a hub id, or tiny-random")] = None,
     compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
@@ -37,8 +40,11 @@ def demo(
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
     quiet()
     from . import demo as command
+    from .output import claim
 
     try:
+        if output is not None:
+            claim(output, overwrite=overwrite)
         command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
     except USER_ERRORS as error:
         raise fail(error) from error
@@ -47,31 +53,41 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML; `tasks: \\[trec, spam]` is enough, see examples/train.yaml")],
-    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in the output folder")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint in the output folder")
+    ] = False,
     method: Annotated[
         str | None, typer.Option(help=f"instead of the recipe's: {', '.join(METHODS)}", metavar="METHOD")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="folder, instead of the recipe's")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")] = False,
 ) -> None:
-    """Train as a recipe says, judge every task, save the adapter.
+    """Train as a recipe says, judge every task, save the adapter in the folder `adapter` of the output folder.
 
     The method is ALoRA, or one it is compared with: same data, steps and seeds.
+
+    Paths of data start from the recipe's folder, the output folder from the current one.
     """
     quiet()
     from . import train as steps
+    from .output import ADAPTER, claim, clear
     from .recipe import load_recipe
 
     try:
-        recipe = load_recipe(config).instead(method, output)
+        recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
+        folder = Path(recipe.output)
+        last = claim(folder, resume=resume, overwrite=overwrite)
         job = steps.load(recipe)
         steps.show_method(job)
+        if overwrite:
+            clear(folder)
         trainer = steps.trainer_for(job, save=True)
-        trainer.train(resume_from_checkpoint=steps.checkpoint(recipe) if resume else None)
-        steps.save(job, Path(recipe.output) / "adapter", trainer)
+        trainer.train(resume_from_checkpoint=last)
+        steps.save(job, folder / ADAPTER, trainer)
         steps.show_scores(job, None, steps.judge(job, job.label))
     except USER_ERRORS as error:
         raise fail(error) from error
-    typer.echo(f"adapter saved: {Path(recipe.output) / 'adapter'}")
+    typer.echo(f"adapter saved: {folder / ADAPTER}")
 
 
 @app.command("eval")
@@ -87,7 +103,7 @@ def evaluate(
     try:
         if not (adapter / FILE).exists():
             raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote")
-        job = steps.load(load_recipe(adapter / FILE), adapter)
+        job = steps.load(load_recipe(adapter / FILE, root=Path()), adapter)  # older copies hold paths from here
         before = steps.judge(job, "base, untuned", base_only=True) if base else None
         steps.show_scores(job, before, steps.judge(job, job.label))
     except USER_ERRORS as error:

@@ -8,7 +8,6 @@ Who:  people who have just installed the package.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -94,8 +93,4 @@ def _shorten(prompt: str, width: int = 60) -> str:
 
 def with_options(routing: str, steps: int | None, output: Path | None, seed: int, model: str | None) -> Recipe:
     """The demo's recipe with what the command line changes."""
-    changes: dict[str, object] = {"routing": routing, "seed": seed}
-    changes |= {"steps": steps} if steps is not None else {}
-    changes |= {"output": str(output)} if output is not None else {}
-    changes |= {"model": model} if model is not None else {}
-    return dataclasses.replace(RECIPE, **changes)  # type: ignore[arg-type]
+    return RECIPE.instead(routing=routing, steps=steps, output=str(output) if output else None, seed=seed, model=model)

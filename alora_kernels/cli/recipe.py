@@ -1,26 +1,36 @@
 """What to train, on what, and how: the YAML file of `alora train`, as frozen data.
 
 In:   a YAML mapping.
-Out:  a `Recipe`; unknown keys and wrong values are refused with the valid ones.
+Out:  a `Recipe`; unknown keys and wrong values are refused, all at once, before anything is loaded.
 Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter) and the demo.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from ..data import TASKS, TaskSpec
+from ..data import MODELS, TASKS, TaskSpec, as_source
 from ..integrations.budget import METHODS
 from ..integrations.methods import Method
+from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
 FILE = "recipe.yaml"
-BUDGETS = ("rank", "parameters")
 ROUTING_OF = {"alora": "task", "alora-soft": "soft"}
 
 
@@ -28,93 +38,159 @@ class RecipeError(ValueError):
     """A recipe that cannot be followed; the message says which key and what it may be."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+def _texts(task: Any) -> Any:
+    """A mapping's `words` with numbers as the text they are written as: `words: {0: bad, 1: good}`."""
+    words = task.get("words") if isinstance(task, dict) else None
+    if not isinstance(words, dict):
+        return task
+
+    def text(value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    return {**task, "words": {text(key): text(value) for key, value in words.items()}}
+
+
+def _known(name: str) -> str:
+    as_source(name)
+    return name
+
+
+def _tagged(text: str, other: str) -> Discriminator:
+    """Which of two forms a value has: text, or something else."""
+    return Discriminator(lambda value: text if isinstance(value, str) else other)
+
+
+# a bool is no number, and "3" is a text
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+Entry = Annotated[
+    Annotated[str, BeforeValidator(_known), Tag("as name")]
+    | Annotated[TaskSpec, BeforeValidator(_texts), Tag("as mapping")],
+    _tagged("as name", "as mapping"),
+]
+Targets = Annotated[
+    Annotated[Name, Tag("as text")] | Annotated[tuple[Name, ...], Field(min_length=1), Tag("as list")],
+    _tagged("as text", "as list"),
+]
+
+
+def _says(text: str, default: Any = ..., **limits: Any) -> Any:
+    """A setting with its description, which errors repeat."""
+    return Field(default, description=text, **limits)
+
+
+class Recipe(BaseModel):
     """One training run.
 
-    Attributes:
-        tasks: names of built-in tasks, or mappings with the fields of `alora_kernels.data.TaskSpec`
-            (`name`, `source`: a hub id or a .jsonl file, `prompt`, `answer`, ...).
-        model: "smollm2-135m", "tiny-random", a folder, or a hub id.
-        output: folder for checkpoints and the adapter.
-        method: "alora" (one A per task, one B), "alora-soft" (`num_experts` A under a learned router, one B), "lora"
-            (one for all tasks), "lora-per-task" (A and B of each task's own) or "hydralora" (one A, `num_experts` B
-            under a learned router).
-        budget: "rank" (r as given) or "parameters" (the rank with which the method trains about as many parameters as
-            "alora" with r; the scaling s stays that of r and lora_alpha).
-        routing: of ALoRA by its older name: "task" is the method "alora", "soft" is "alora-soft".
-        num_experts: E of "alora-soft" and "hydralora".
-        r, lora_alpha, lora_dropout, use_rslora, target_modules: the adapter.
-        steps, batch_size, learning_rate, warmup_steps, weight_decay: the optimiser (AdamW, linear decay).
-        temperature: task balance, see `TaskBalancedSampler`.
-        train_size, test_size: rows per task; None takes all for training.
-        max_length: tokens per row.
-        save_steps: a checkpoint every so many steps; 0 saves only the final adapter.
-        conflict_steps: every so many steps, gradient conflicts between tasks on held-out rows go to conflicts.csv in
-            the output folder, where `alora analyze` finds them; 0 measures none.
-        seed: of data order, adapter and dropout.
+    Raises:
+        ValidationError: wrong values, all of them; `load_recipe` says them in plain words.
     """
 
-    tasks: tuple[str | TaskSpec, ...]
-    model: str = "smollm2-135m"
-    output: str = "runs/alora"
-    method: str = "alora"
-    budget: str = "rank"
-    routing: str | None = None
-    num_experts: int = 4
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    target_modules: str | tuple[str, ...] = "all-linear"
-    steps: int = 40
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 4
-    weight_decay: float = 0.0
-    temperature: float = 1e6
-    train_size: int | None = 2000
-    test_size: int = 100
-    max_length: int = 96
-    save_steps: int = 0
-    conflict_steps: int = 0
-    seed: int = 0
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise RecipeError(f"tasks: give at least one, for example {', '.join(TASKS)}")
-        self._settle_method()
-        if self.budget not in BUDGETS:
-            raise RecipeError(f"budget: must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
-        for name in ("r", "steps", "batch_size", "max_length", "num_experts", "test_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise RecipeError(f"{name}: must be a whole number >= 1, got {value!r}")
-        if not isinstance(self.conflict_steps, int) or self.conflict_steps < 0:
-            raise RecipeError(f"conflict_steps: must be a whole number >= 0, got {self.conflict_steps!r}")
+    tasks: tuple[Entry, ...] = _says("a list of built-in tasks, files, hub ids, or mappings with name and source")
+    model: Name = _says("smollm2-135m, tiny-random, a folder, or a hub id", "smollm2-135m")
+    output: Name = _says("folder for checkpoints and the adapter", "runs/alora")
+    method: str = _says(", ".join(METHODS), "alora")
+    budget: Literal["rank", "parameters"] = _says(
+        "rank: r as given; parameters: the rank with which the method trains about as many parameters as alora with r,"
+        " s unchanged",
+        "rank",
+    )
+    routing: Literal["task", "soft"] | None = _says("older: task is the method alora, soft is alora-soft", None)
+    num_experts: Whole = _says("of alora-soft and hydralora", 4, ge=1)
+    r: Whole = _says("rank", 8, ge=1)
+    lora_alpha: Number = _says("the scaling is lora_alpha / r", 16.0, gt=0)
+    lora_dropout: Number = _says("a share", 0.0, ge=0, lt=1)
+    use_rslora: bool = _says("the scaling is lora_alpha / sqrt(r)", False)
+    target_modules: Targets = _says("all-linear, a list of names, or a regular expression", "all-linear")
+    steps: Whole = _says("optimiser steps: AdamW, linear decay", 40, ge=1)
+    batch_size: Whole = _says("rows in a step", 32, ge=1)
+    learning_rate: Number = _says("of AdamW", 1e-3, gt=0)
+    warmup_steps: Whole = _says("steps in which the learning rate rises", 4, ge=0)
+    weight_decay: Number = _says("of AdamW", 0.0, ge=0)
+    temperature: Annotated[float, Strict()] = _says(
+        "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1e6, ge=1
+    )
+    train_size: Whole | None = _says("at most so many training rows of each task; null takes all", 2000, ge=1)
+    test_size: Whole = _says("test rows of each task; never more than half of its rows", 100, ge=1)
+    max_length: Whole = _says("tokens per row", 96, ge=2)
+    save_steps: Whole = _says("a checkpoint every so many steps; 0 saves only the final adapter", 0, ge=0)
+    conflict_steps: Whole = _says(
+        "gradient conflicts between tasks go to conflicts.csv every so many steps, for alora analyze; 0 measures none",
+        0,
+        ge=0,
+    )
+    seed: Whole = _says("of data order, adapter and dropout", 0, ge=0, lt=2**32)
 
-    def _settle_method(self) -> None:
-        """Make `method` and its older spelling `routing` say the same."""
-        if self.method not in list(METHODS):  # a list: YAML may give what has no hash
-            raise RecipeError(f"method: must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.routing not in (None, "task", "soft"):
-            raise RecipeError(f"routing: must be 'task' or 'soft', got {self.routing!r}")
-        if self.method == "alora" and self.routing == "soft":
-            object.__setattr__(self, "method", "alora-soft")  # frozen for everybody else
-        routing = ROUTING_OF.get(self.method)
-        if self.routing not in (None, routing):
-            raise RecipeError(f"routing: {self.routing} is not how {self.method} works: leave routing out")
-        object.__setattr__(self, "routing", routing)
+    @field_validator("tasks")
+    @classmethod
+    def _different(cls, tasks: tuple[str | TaskSpec, ...]) -> tuple[str | TaskSpec, ...]:
+        names = [as_source(task).name for task in tasks]
+        if not names:
+            raise ValueError(f"give at least one, for example {', '.join(TASKS)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names must differ, got {', '.join(names)}")
+        return tasks
+
+    @field_validator("method")
+    @classmethod
+    def _is_method(cls, method: str) -> str:
+        if method not in METHODS:
+            close = did_you_mean(method, METHODS)
+            raise ValueError(
+                f"must be one of {', '.join(METHODS)}, got {method!r}" + (f"; {close}" if "?" in close else "")
+            )
+        return method
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_routing(cls, values: Any) -> Any:
+        """`method` and its older spelling `routing` say the same; pydantic judges what is neither."""
+        if not isinstance(values, Mapping):
+            return values
+        method, routing = values.get("method", "alora"), values.get("routing")
+        if method == "alora" and routing == "soft":
+            method = "alora-soft"
+        if isinstance(method, str) and method in METHODS and routing in ("task", "soft", None):
+            own = ROUTING_OF.get(method)
+            if routing not in (None, own):
+                raise ValueError(f"routing: {routing} is not how {method} works: leave routing out")
+            routing = own
+        return {**values, "method": method, "routing": routing}
 
     @property
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""
         return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
 
-    def instead(self, method: str | None = None, output: Path | None = None) -> Recipe:
-        """The same run by another method or into another folder; None keeps the recipe's."""
-        changed = self if method is None else dataclasses.replace(self, method=method, routing=None)
-        return changed if output is None else dataclasses.replace(changed, output=str(output))
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str = "recipe") -> Self:
+        """A recipe from settings.
+
+        Args:
+            values: settings by name.
+            source: what to call them in errors.
+
+        Raises:
+            RecipeError: unknown keys and wrong values, a line for each.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n  ".join([f"{source}:", *mistakes(error, cls)])) from None
+
+    def instead(self, **changes: Any) -> Self:
+        """The same run with other settings; None keeps the recipe's.
+
+        Raises:
+            RecipeError: as `of`.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes.keys() & {"method", "routing"}:
+            changes = {"method": "alora", "routing": None} | changes
+        return type(self).of({name: getattr(self, name) for name in type(self).model_fields} | changes)
 
     def adapters(self, tasks: tuple[str, ...]) -> Method:
         """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
@@ -142,59 +218,50 @@ class Recipe:
         """
         return method if self.budget == "rank" else method.as_large_as_alora(shapes)
 
+    def located(self, root: Path) -> Self:
+        """The same run with absolute paths of its files.
+
+        Args:
+            root: folder that relative paths start from; the output folder starts from the current one.
+        """
+
+        def found(task: str | TaskSpec) -> str | TaskSpec:
+            if isinstance(task, str):
+                return task if task in TASKS else _path(root, task)
+            test = task.test_split
+            test = _path(root, test) if task.is_file and test is not None else test
+            return dataclasses.replace(task, source=_path(root, task.source), test_split=test)
+
+        model = root / Path(self.model).expanduser()
+        return self.instead(
+            tasks=tuple(found(task) for task in self.tasks),
+            model=str(model.resolve()) if self.model not in MODELS and model.is_dir() else self.model,
+            output=str(Path(self.output).expanduser()),
+        )
+
     def save(self, folder: Path) -> None:
         """Write the recipe beside the adapter."""
-        values = dataclasses.asdict(self)
-        values["tasks"] = [t if isinstance(t, str) else dict(t) for t in values["tasks"]]
-        if not isinstance(self.target_modules, str):
-            values["target_modules"] = list(self.target_modules)
-        (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+        (folder / FILE).write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
 
 
-def load_recipe(path: Path) -> Recipe:
+def _path(root: Path, source: str) -> str:
+    """A file's absolute path; what is neither a file nor a folder there, a hub id, stays as it is."""
+    path = root / Path(source).expanduser()
+    return str(path.resolve()) if TaskSpec("", source).is_file or path.exists() else source
+
+
+def load_recipe(path: Path, root: Path | None = None) -> Recipe:
     """Read a recipe.
 
+    Args:
+        path: the YAML file.
+        root: folder that relative paths of data start from; None is the file's own.
+
     Raises:
-        RecipeError: no such file, not a YAML mapping, an unknown key (the valid ones are listed), a bad value.
+        RecipeError: no such file, not a YAML mapping; unknown keys and bad values, all of them.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"no such file: {path}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold a mapping of settings, for example `tasks: [trec, spam]`")
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise RecipeError(f"{path}: unknown setting {', '.join(map(str, unknown))}; known are {', '.join(known)}")
-    tasks = values.get("tasks") or ()
-    if not isinstance(tasks, list | tuple):
-        raise RecipeError(f"tasks: must be a list, got {tasks!r}")
-    values["tasks"] = tuple(_task(task) for task in tasks)
-    if isinstance(values.get("target_modules"), list):
-        values["target_modules"] = tuple(values["target_modules"])
-    for name in ("learning_rate", "weight_decay", "lora_alpha", "lora_dropout", "temperature"):
-        if name in values:
-            values[name] = _number(name, values[name])
-    return Recipe(**values)
-
-
-def _task(task: Any) -> str | TaskSpec:
-    if isinstance(task, str):
-        return task
-    if not isinstance(task, dict):
-        raise RecipeError(f"tasks: each is a name or a mapping with name and source, got {task!r}")
-    known = [f.name for f in dataclasses.fields(TaskSpec)]
-    unknown = [key for key in task if key not in known]
-    if unknown or not {"name", "source"} <= set(task):
-        raise RecipeError(f"tasks: a mapping needs name and source and may have {', '.join(known)}; got {task!r}")
-    return TaskSpec(**task)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)  # YAML reads 1e-3 as a string
-    except (TypeError, ValueError):
-        raise RecipeError(f"{name}: must be a number, got {value!r}") from None
+        values = read_mapping(path, "tasks: [trec, spam]")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return Recipe.of(values, str(path)).located(path.parent if root is None else root)

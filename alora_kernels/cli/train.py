@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
 from ..analysis import ConflictCallback, probe_batches
@@ -31,7 +30,8 @@ from ..integrations.methods import Method, adapt, base_alone, target_shapes, tas
 from ..integrations.task_cards import write_task_cards
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from . import display
-from .recipe import Recipe, RecipeError
+from .output import CONFLICTS
+from .recipe import Recipe
 
 PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
 MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
@@ -166,7 +166,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     trainer.remove_callback(PrinterCallback)
     if save and recipe.conflict_steps:
         probes = probe_batches(run.test, trainer.data_collator, PROBE_ROWS)
-        file = Path(recipe.output) / "conflicts.csv"
+        file = Path(recipe.output) / CONFLICTS
         trainer.add_callback(ConflictCallback(trainer.compute_loss, probes, file, every=recipe.conflict_steps))
     return trainer
 
@@ -247,16 +247,3 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
     write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, run.words) if routed else {})
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-
-
-def checkpoint(recipe: Recipe) -> str:
-    """The last checkpoint in a recipe's output folder.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    folder = Path(recipe.output)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None:
-        raise RecipeError(f"no checkpoint in {folder}: train without --resume, with save_steps set in the recipe")
-    return last

@@ -11,18 +11,20 @@ from alora_kernels.data.baseline import majority_baseline
 from alora_kernels.data.cards import task_cards
 from alora_kernels.data.encoder import EncoderClassifier, load_encoder
 from alora_kernels.data.encoding import encode, first_tokens
-from alora_kernels.data.loading import load_task, load_tasks
-from alora_kernels.data.models import load_model
+from alora_kernels.data.loading import as_source, load_task, load_tasks
+from alora_kernels.data.models import MODELS, load_model
 from alora_kernels.data.packages import MissingPackageError
 from alora_kernels.data.sources import TaskSpec
 from alora_kernels.data.tasks import TASKS, Task, labels_of
 
 __all__ = [
+    "MODELS",
     "TASKS",
     "EncoderClassifier",
     "MissingPackageError",
     "Task",
     "TaskSpec",
+    "as_source",
     "encode",
     "first_tokens",
     "labels_of",

@@ -12,6 +12,7 @@ first and the train rows next. So test and train share no prompt, and the test r
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alora_kernels.data.sources import Rows, TaskSpec, read_rows
+from alora_kernels.data.sources import FILES, Rows, TaskSpec, read_rows
 from alora_kernels.data.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_task(
         FileNotFoundError, ConnectionError: the file or hub data set is not there.
         ValueError: unknown name, bad file, missing column, empty answer, or too few rows.
     """
-    return _to_splits(*_split(_resolve(name_or_spec), seed, train_size, test_size))
+    return _to_splits(*_split(as_source(name_or_spec), seed, train_size, test_size))
 
 
 def load_tasks(
@@ -69,7 +70,7 @@ def load_tasks(
     Raises:
         ValueError: no task, or a task given twice; else as in `load_task`.
     """
-    sources = [_resolve(name) for name in names]
+    sources = [as_source(name) for name in names]
     called = [source.name for source in sources]
     if not called or len(set(called)) < len(called):
         raise ValueError(f"expected one or more different tasks, got {called}")
@@ -85,18 +86,26 @@ def load_tasks(
     return _to_splits(train, test)
 
 
-def _resolve(source: str | Task | TaskSpec) -> Task | TaskSpec:
-    """What a name means."""
+def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
+    """What a name means: a built-in task, a file or folder, or a hub id.
+
+    Raises:
+        ValueError: none of them; the message lists the built-in tasks and the closest.
+    """
     if not isinstance(source, str):
         return source
     if source in TASKS:
         return TASKS[source]
-    spec = TaskSpec(name=Path(source).stem if source.endswith((".jsonl", ".json")) else source, source=source)
+    path = Path(source)
+    if source.endswith(FILES) or path.is_absolute():
+        return TaskSpec(name=path.stem if source.endswith(FILES) else path.name, source=source)
+    spec = TaskSpec(name=source, source=source)
     if spec.is_file or _HUB_ID.fullmatch(source):
         return spec
+    close = difflib.get_close_matches(source, TASKS, n=1)
     raise ValueError(
-        f"unknown task {source!r}; built-in tasks: {', '.join(TASKS)}. The path of a .jsonl file, a hub id "
-        f"(owner/name) or a TaskSpec works as well"
+        f"unknown task {source!r}{f', did you mean {close[0]}?' if close else ''}; built-in tasks: {', '.join(TASKS)}. "
+        f"The path of a .jsonl file, a hub id (owner/name) or a TaskSpec works as well"
     )
 
 

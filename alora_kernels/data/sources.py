@@ -20,6 +20,8 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 
+FILES = (".jsonl", ".json", ".csv")  # endings of paths; a .csv file is refused with the way to convert it
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -37,6 +39,9 @@ class TaskSpec:
         subset: configuration of the hub data set, e.g. "cola" of "nyu-mll/glue".
         words: replaces answers, e.g. {"0": "negative", "1": "positive"}, so that each starts with its own token.
         task_column: column which, where the data has it, names the task of each row instead of `name`.
+
+    Raises:
+        ValueError: a template that does not read.
     """
 
     name: str
@@ -49,10 +54,15 @@ class TaskSpec:
     words: Mapping[str, str] = field(default_factory=dict)
     task_column: str | None = "task"
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # where it is a field of a pydantic model
+
+    def __post_init__(self) -> None:
+        placeholders(self.prompt, self.answer)
+
     @property
     def is_file(self) -> bool:
         """Whether `source` is a path, by its ending or because the file exists."""
-        return self.source.endswith((".jsonl", ".json", ".csv")) or Path(self.source).is_file()
+        return self.source.endswith(FILES) or Path(self.source).is_file()
 
 
 def read_rows(spec: TaskSpec, split: str) -> Rows:
@@ -101,7 +111,10 @@ def read_json(path: Path) -> list[dict[str, Any]]:
         ValueError: another format, or a line or item is not a JSON object with the first one's keys; names which.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected a .jsonl file with one JSON object per line")
+        raise FileNotFoundError(
+            f"no file {str(path)!r}; expected a .jsonl file with one JSON object per line (in a recipe, relative paths "
+            f"start from the recipe's own folder)"
+        )
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(
             f"{str(path)!r} is not a .jsonl or .json file; convert it, e.g. with "

@@ -15,7 +15,7 @@ from alora_kernels import data, kernels
 from alora_kernels.cli import demo as demo_module
 from alora_kernels.cli import doctor, train
 from alora_kernels.cli.app import app
-from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
+from alora_kernels.cli.recipe import Recipe, load_recipe
 
 runner = CliRunner()
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
@@ -100,11 +100,12 @@ def test_conflicts_are_measured_where_analyze_finds_them(tmp_path, jsonl):
     assert steps == {"2", "4"}
     alora("train", str(config), "--resume")
     assert file.read_text() == first
-    assert "delete it" in refused("train", str(config))
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
+    assert "holds a run that has begun" in refused("train", str(config))
     assert file.read_text() == first
+    (tmp_path / "adapter").rename(tmp_path / "run" / "adapter")
     alora("analyze", str(tmp_path / "run"), "--out", str(tmp_path / "look"))
     assert "conflict" in (tmp_path / "look" / "report.html").read_text()
-    assert "conflict_steps" in refused("train", str(recipe(tmp_path, jsonl, conflict_steps=-1)))
 
 
 def test_answers_that_are_texts_are_judged_by_their_loss(tmp_path, jsonl):
@@ -182,30 +183,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, routing):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tasks: [trec]\nstepz: 3", "unknown setting stepz; known are tasks, model"),
-        ("tasks: []", "give at least one, for example trec"),
-        ("tasks: trec", "must be a list, got 'trec'"),
-        ("tasks: [trec]\nrouting: hard", "must be 'task' or 'soft'"),
-        ("tasks: [trec]\nsteps: 0", "steps: must be a whole number >= 1"),
-        ("tasks: [trec]\nlearning_rate: fast", "learning_rate: must be a number, got 'fast'"),
-        ("tasks: [{name: x}]", "needs name and source"),
-        ("- a\n- b", "must hold a mapping"),
-        ("tasks: [trec", "not valid YAML"),
-    ],
-)
-def test_bad_recipes(tmp_path, text, message):
-    path = tmp_path / "r.yaml"
-    path.write_text(text)
-    with pytest.raises(RecipeError, match=re.escape(message)):
-        load_recipe(path)
-    assert message in refused("train", str(path))
-
-
 def test_other_bad_input(tmp_path):
-    assert "no such file" in refused("train", str(tmp_path / "none.yaml"))
     assert "must be 'task' or 'soft'" in refused("demo", "--routing", "hard")
     (tmp_path / "r.yaml").write_text("tasks: [trek]\nmodel: tiny-random")
     assert "trek" in refused("train", str(tmp_path / "r.yaml"))
@@ -222,10 +200,3 @@ def test_a_backend_that_cannot_run_is_one_line(tmp_path, jsonl, monkeypatch):
 
 def test_the_example_recipe_is_valid():
     assert load_recipe(Path(__file__).parents[2] / "examples" / "train.yaml").learning_rate == 1e-3
-
-
-def test_a_recipe_survives_saving(tmp_path):
-    (tmp_path / "in.yaml").write_text("tasks: [trec, {name: own, source: own.jsonl}]\ntarget_modules: [q_proj, v_proj]")
-    first = load_recipe(tmp_path / "in.yaml")
-    first.save(tmp_path)
-    assert load_recipe(tmp_path / "recipe.yaml") == first

@@ -1,0 +1,179 @@
+"""Settings files: YAML read as people mean it, and every mistake in it said at once.
+
+In:   a YAML file; a pydantic model and what it refused.
+Out:  a mapping; YAML text that reads back the same; one line per mistake with the key's path, the value and the remedy.
+Who:  recipes of `alora train` and whoever else takes settings from a file.
+
+PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false, `12:30` is 750, and the second of two equal keys
+wins without a word. Here scalars follow YAML 1.2, and a key that is given twice is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+TAG = "tag:yaml.org,2002:"
+EXPONENT = r"[eE][-+]?[0-9]+"
+FLOAT = re.compile(
+    rf"^[-+]?((\.[0-9]+|[0-9][0-9_]*\.[0-9]*)({EXPONENT})?|[0-9]+{EXPONENT}|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+)
+SCALARS = (  # the first that matches counts
+    ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+    ("merge", re.compile(r"^<<$"), ["<"]),
+)
+SHOWN = 60  # characters of a wrong value
+PLAIN = {  # pydantic's words -> ours
+    "Input should be": "must be",
+    "a valid integer": "a whole number",
+    "a valid string": "text",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "a valid number": "a number",
+    "a valid boolean, unable to interpret input": "true or false",
+    "greater than or equal to": ">=",
+    "less than or equal to": "<=",
+    "greater than": ">",
+    "less than": "<",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars; keys differ."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # none of YAML 1.1's
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's, which would keep the last of several equal keys."""
+        given: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge":
+                name = self.construct_object(key)
+                if name in given:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} is given twice in one mapping", key.start_mark
+                    )
+                given.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML takes for something else than text."""
+
+
+for _name, _pattern, _first in SCALARS:
+    _Loader.add_implicit_resolver(TAG + _name, _pattern, _first)
+_Dumper.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"))
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """What a YAML text holds.
+
+    Args:
+        text: bytes may be UTF-8 or UTF-16, with or without a byte order mark.
+
+    Raises:
+        ValueError: not YAML, or a key given twice in one mapping; the message names line and column.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"not valid YAML: {error.problem}{where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
+
+
+def write_yaml(values: Any) -> str:
+    """Text that `read_yaml` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per mistake: the key's path, what is wrong with the value, and what the setting is for.
+
+    Args:
+        error: what pydantic says.
+        model: what it was asked to make. Tags of its unions begin with "as ", so that they are not taken for keys.
+    """
+    return [_mistake(each, model) for each in error.errors(include_url=False)]
+
+
+def _mistake(error: Any, model: type[BaseModel]) -> str:
+    path = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("as "))]
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    prefix, fields = f"{shown}: " if shown else "", _fields(model, path)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{prefix}unknown setting; {did_you_mean(str(path[-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{prefix}must be given"
+    if error["type"] == "value_error":
+        return prefix + str(error["msg"]).removeprefix("Value error, ")
+    message = "must not be empty" if error["type"] in ("too_short", "string_too_short") else str(error["msg"])
+    message = "must be a name or a mapping of settings" if error["type"] == "dataclass_type" else message
+    for theirs, ours in PLAIN.items():
+        message = message.replace(theirs, ours)
+    value = repr(error["input"])
+    help_text = fields.get(path[-1], "") if path else ""
+    return f"{prefix}{message}, got {value if len(value) <= SHOWN else value[:SHOWN] + '...'}" + (
+        f" ({help_text})" if help_text else ""
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The closest of the known names, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+
+
+def _fields(model: Any, path: Sequence[Any]) -> dict[str, str]:
+    """Settings that stand beside the last part of a path, with their descriptions."""
+    for part in path[:-1]:
+        known = getattr(model, "model_fields", {})
+        if isinstance(part, str) and part in known:
+            model = next(_records(known[part].annotation), model)
+    if dataclasses.is_dataclass(model):
+        return {field.name: "" for field in dataclasses.fields(model)}
+    return {name: field.description or "" for name, field in model.model_fields.items()}
+
+
+def _records(annotation: Any) -> Iterator[Any]:
+    """Models and dataclasses that a type mentions."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _records(part)
+
+
+def read_mapping(path: Path, example: str) -> dict[str, Any]:
+    """The mapping that a settings file holds.
+
+    Args:
+        path: of the file.
+        example: a line that would do, for the message.
+
+    Raises:
+        ValueError: it cannot be read, or is no YAML mapping with names for keys.
+    """
+    try:
+        values = read_yaml(path.read_bytes())
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise ValueError(f"no such file: {path}" if missing else f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold a mapping of settings, for example `{example}`")
+    return values

@@ -1,0 +1,289 @@
+"""Recipes: every mistake said at once with its path, before anything is loaded; paths; YAML as people mean it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
+from alora_kernels.settings import read_yaml, write_yaml
+from tests.cli.test_cli import alora, jsonl, recipe, refused  # noqa: F401  # jsonl is a fixture
+
+WRONG = {
+    "save_steps: often": "save_steps: must be a whole number, got 'often' (a checkpoint every so many steps",
+    "train_size: all": "train_size: must be a whole number, got 'all' (at most so many training rows",
+    "learning_rate: -1e-3": "learning_rate: must be > 0, got -0.001",
+    "learning_rate: fast": "learning_rate: must be a number, got 'fast'",
+    "weight_decay: .nan": "weight_decay: must be a finite number, got nan",
+    "lora_alpha: [16]": "lora_alpha: must be a number, got [16]",
+    "steps: 0": "steps: must be >= 1, got 0",
+    "steps: 1.5": "steps: must be a whole number, got 1.5",
+    "steps: true": "steps: must be a whole number, got True",
+    "batch_size: '8'": "batch_size: must be a whole number, got '8'",
+    "lora_dropout: 1": "lora_dropout: must be < 1, got 1",
+    "warmup_steps: -1": "warmup_steps: must be >= 0, got -1",
+    "conflict_steps: -1": "conflict_steps: must be >= 0, got -1",
+    "seed: -1": "seed: must be >= 0, got -1",
+    "model: [a]": "model: must be text, got ['a']",
+    "model: ''": "model: must not be empty, got ''",
+    "output: 7": "output: must be text, got 7",
+    "use_rslora: maybe": "use_rslora: must be true or false, got 'maybe'",
+    "target_modules: []": "target_modules: must not be empty",
+    "target_modules: [q_proj, [v_proj]]": "target_modules[1]: must be text, got ['v_proj']",
+    "budget: tokens": "budget: must be 'rank' or 'parameters', got 'tokens'",
+    "routing: hard": "routing: must be 'task' or 'soft', got 'hard'",
+    "method: lore": "method: must be one of alora, alora-soft, lora, lora-per-task, hydralora, got 'lore'; did you",
+    "method: [lora]": "method: must be text, got ['lora']",
+    "stepz: 3": "stepz: unknown setting; did you mean steps?",
+    "nothing_like_it: {a: 1}": "nothing_like_it: unknown setting; known are tasks, model",
+    "tasks: []": "tasks: give at least one, for example trec",
+    "tasks: trec": "tasks: must be a list, got 'trec'",
+    "tasks: {trec: 1}": "tasks: must be a list, got {'trec': 1}",
+    "tasks: [trec, trec]": "tasks: names must differ, got trec, trec",
+    "tasks: [a/x.jsonl, b/x.jsonl]": "tasks: names must differ, got x, x",
+    "tasks: [trec, 7]": "tasks[1]: must be a name or a mapping of settings, got 7",
+    "tasks: [trek]": "tasks[0]: unknown task 'trek', did you mean trec?",
+    "tasks: [{name: x}]": "tasks[0].source: must be given",
+    "tasks: [{name: x, source: x.jsonl, promt: 'a'}]": "tasks[0].promt: unknown setting; did you mean prompt?",
+    "tasks: [{name: x, source: x.jsonl, words: [a]}]": "tasks[0].words: must be a mapping, got ['a']",
+    "tasks: [{name: x, source: x.jsonl, words: {0: true}}]": "tasks[0].words.0: must be text, got True",
+    "tasks: [{name: x, source: x.jsonl, prompt: '{a'}]": "tasks[0]: template '{a': expected '}'",
+    "method: lora\nrouting: soft": "routing: soft is not how lora works: leave routing out",
+    "method: alora-soft\nrouting: task": "routing: task is not how alora-soft works: leave routing out",
+}  # fmt: skip
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything that reads data or a model fails."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded before the recipe was checked")
+
+    monkeypatch.setattr("alora_kernels.data.load_model", load)
+    monkeypatch.setattr("alora_kernels.data.load_tasks", load)
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG)
+def test_a_mistake_names_key_value_and_what_is_expected(tmp_path, loads_nothing, text, message):
+    path = written(tmp_path, text if text.startswith("tasks:") else f"tasks: [trec]\n{text}")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}:" and len(lines) == 2 and message in lines[1]
+    assert message in refused("train", str(path))
+
+
+def test_all_mistakes_at_once(tmp_path, loads_nothing):
+    alone = ("tasks:", "method: ", "routing: ")
+    texts = {text: message for text, message in WRONG.items() if not text.startswith(alone) and "\n" not in text}
+    texts = {text.partition(":")[0]: (text, message) for text, message in texts.items()}  # one for each key
+    path = written(tmp_path, "\n".join(["tasks: [trek, {name: x}]", *(text for text, _ in texts.values())]))
+    said = refused("train", str(path))
+    assert all(message in said for _, message in texts.values())
+    assert "tasks[0]: unknown task 'trek'" in said and "tasks[1].source: must be given" in said
+    assert len(said.splitlines()) == len(texts) + 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [trec", "is not valid YAML: expected ',' or ']', but got '<stream end>' at line 1, column 13"),
+        ("tasks: [trec]\nr: 8\nr: 4", "is not valid YAML: 'r' is given twice in one mapping at line 3, column 1"),
+        ("tasks: [{name: a, name: b}]", "'name' is given twice in one mapping at line 1, column 19"),
+        ("- a\n- b", "must hold a mapping of settings, for example `tasks: [trec, spam]`"),
+        ("", "must hold a mapping of settings"),
+        ("3: x", "must hold a mapping of settings"),
+    ],
+)
+def test_not_a_recipe(tmp_path, text, message):
+    path = written(tmp_path, text)
+    assert f"{path} {message}" in refused("train", str(path)) or message in refused("train", str(path))
+
+
+def test_files_that_do_not_read(tmp_path):
+    assert "no such file" in refused("train", str(tmp_path / "none.yaml"))
+    assert "Is a directory" in refused("train", str(tmp_path))
+    (tmp_path / "latin.yaml").write_bytes(b"tasks: [trec]\nmodel: caf\xe9")
+    assert "not valid YAML" in refused("train", str(tmp_path / "latin.yaml"))
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbftasks: [trec]")
+    assert load_recipe(tmp_path / "bom.yaml").tasks == ("trec",)
+
+
+def test_yaml_as_people_mean_it(tmp_path):
+    text = """
+        tasks: [{name: x, source: x.jsonl, words: {0: no, 1: yes, 007: off, 12:30: noon}}]
+        learning_rate: 1e-3
+        steps: 1_000
+        weight_decay: .5
+        use_rslora: yes
+        temperature: .inf
+        model: 1.5.2
+    """
+    found = load_recipe(written(tmp_path, text))
+    assert found.tasks[0].words == {"0": "no", "1": "yes", "007": "off", "12:30": "noon"}
+    assert (found.learning_rate, found.steps, found.weight_decay) == (1e-3, 1000, 0.5)
+    assert (found.use_rslora, found.temperature, found.model) == (True, float("inf"), "1.5.2")
+
+
+TEXTS = ["1e3", "no", "12:30", "010", "", "~", "null", "12", ".5", "1.", "1_0", "2001-01-01", "<<", "é\n: x", "a: b"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_stay_texts(text):
+    values = {"a": text, "b": 1e-5, "c": 3, "d": [True, None], text: 1}
+    assert read_yaml(write_yaml(values)) == values
+
+
+def test_data_lies_where_the_recipe_says_whatever_the_current_folder(tmp_path, jsonl, monkeypatch):  # noqa: F811
+    folder, other = tmp_path / "recipes", tmp_path / "elsewhere"
+    for path in (folder, other, tmp_path / "home"):
+        path.mkdir()
+    own = "tasks: [{name: parity, source: ../parity.jsonl}]\nmodel: tiny-random\noutput: run\nsteps: 2\ntest_size: 10"
+    config = written(folder, own)
+    monkeypatch.chdir(other)
+    alora("train", str(config))
+    assert (other / "run" / "adapter" / "recipe.yaml").exists()  # the output folder starts from the current one
+    monkeypatch.chdir(tmp_path)
+    alora("eval", str(other / "run" / "adapter"))
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(folder / "none.yaml")
+
+    (folder / "base").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    plain = f"a.jsonl, b/c.json, ~/d.jsonl, {tmp_path}/e.jsonl, me/hub"
+    mappings = "{name: x, source: f.jsonl, test_split: g.jsonl}, {name: y, source: me/hub, test_split: dev}"
+    found = load_recipe(written(folder, f"tasks: [{plain}, {mappings}]\nmodel: base\noutput: ~/out"))
+    paths = [task if isinstance(task, str) else (task.source, task.test_split) for task in found.tasks]
+    here, home = str(folder), str(tmp_path / "home")
+    assert paths == [f"{here}/a.jsonl", f"{here}/b/c.json", f"{home}/d.jsonl", f"{tmp_path}/e.jsonl", "me/hub",
+                     (f"{here}/f.jsonl", f"{here}/g.jsonl"), ("me/hub", "dev")]  # fmt: skip
+    assert (found.model, found.output) == (f"{here}/base", f"{home}/out")
+    said = " ".join(refused("train", str(written(folder, "tasks: [parity.jsonl]"))).split())
+    assert f"no file '{folder}/parity.jsonl'" in said and "start from the recipe's own folder" in said
+
+
+OLDER = """\
+tasks:
+- trec
+- name: own
+  source: own.jsonl
+  prompt: '{prompt}'
+  answer: '{answer}'
+  split: train
+  test_split: null
+  subset: null
+  words:
+    '0': 'no'
+  task_column: task
+model: smollm2-135m
+output: runs/alora
+method: alora
+budget: rank
+routing: task
+num_experts: 4
+r: 8
+lora_alpha: 16
+lora_dropout: 0.0
+use_rslora: false
+target_modules: all-linear
+steps: 40
+batch_size: 32
+learning_rate: 1.0e-05
+warmup_steps: 4
+weight_decay: 0.0
+temperature: 1000000.0
+train_size: null
+test_size: 100
+max_length: 96
+save_steps: 0
+conflict_steps: 0
+seed: 0
+"""
+
+
+def test_recipes_saved_before_still_read_from_the_folder_they_were_written_in(tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = load_recipe(written(tmp_path / "adapter", OLDER), root=Path())
+    own = found.tasks[1]
+    assert (own.source, own.words) == (os.fspath(tmp_path / "own.jsonl"), {"0": "no"})
+    assert (found.learning_rate, found.lora_alpha, found.method) == (1e-5, 16.0, "alora")
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": float("inf")}, {"train_size": None, "target_modules": ("q",)}])
+def test_a_saved_recipe_reads_the_same(tmp_path, changes):
+    written(tmp_path, "tasks: [trec, {name: own, source: own.jsonl, words: {1e3: no}}]\nlearning_rate: 1e-5")
+    first = load_recipe(tmp_path / "r.yaml").instead(**changes)
+    first.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == first
+
+
+def test_other_settings_are_checked_too():
+    first = Recipe(tasks=("trec",), routing="soft")
+    assert first.instead(steps=None) == first
+    assert first.instead(method="lora").routing is None
+    with pytest.raises(RecipeError, match=re.escape("steps: must be >= 1, got 0")):
+        first.instead(steps=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_finished_adapter_is_not_replaced_unasked(tmp_path, jsonl, request):  # noqa: F811
+    config = recipe(tmp_path, jsonl, save_steps=2)
+    alora("train", str(config))
+    request.getfixturevalue("loads_nothing")
+    before = contents(tmp_path / "run")
+    said = " ".join(refused("train", str(config)).split())
+    assert "holds a finished adapter" in said and all(way in said for way in ("--overwrite", "--resume", "--output"))
+    assert "holds a finished adapter" in refused("train", str(config), "--method", "lora")
+    assert "holds a finished" in refused("train", str(config), "--output", str(tmp_path / "x" / ".." / "run"))
+    assert "holds a finished adapter" in refused("demo", "--output", str(tmp_path / "run"))
+    assert "give one of them" in refused("train", str(config), "--resume", "--overwrite")
+    assert "is, or lies below, a file" in refused("train", str(config), "--output", str(jsonl / "x"))
+    assert contents(tmp_path / "run") == before
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(tmp_path, jsonl):  # noqa: F811
+    config = recipe(tmp_path, jsonl, save_steps=2, conflict_steps=2)
+    alora("train", str(config))
+    first = contents(tmp_path / "run" / "adapter")
+    alora("train", str(recipe(tmp_path, jsonl, save_steps=1, steps=3, seed=1, conflict_steps=3)), "--overwrite")
+    second = contents(tmp_path / "run" / "adapter")
+    assert first.keys() == second.keys() and all(first[name] != second[name] for name in first if "model" in name)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 2, 3)}
+    steps = {line.split(",")[0] for line in (tmp_path / "run" / "conflicts.csv").read_text().splitlines()[1:]}
+    assert steps == {"3"}
+
+
+def test_overwrite_keeps_what_is_there_until_everything_is_loaded(tmp_path, jsonl):  # noqa: F811
+    alora("train", str(recipe(tmp_path, jsonl, save_steps=2)))
+    before = contents(tmp_path / "run")
+    refused("train", str(recipe(tmp_path, jsonl, model="nowhere")), "--overwrite")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):  # noqa: F811
+    import shutil
+
+    config = recipe(tmp_path, jsonl, save_steps=2)
+    alora("train", str(config))
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    said = " ".join(refused("train", str(config)).split())
+    assert "holds a run that has begun" in said and "--resume" in said and "--overwrite" in said
+    alora("train", str(config), "--resume")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    (tmp_path / "run2").mkdir()
+    alora("train", str(config), "--output", str(tmp_path / "run2"))  # an empty folder is as good as none
