@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from alora_kernels.data.loading import _resolve
+from alora_kernels.data.loading import as_source
 from alora_kernels.data.sources import TaskSpec
 from alora_kernels.data.tasks import Task
 
@@ -39,7 +39,7 @@ def task_cards(
     """
     from alora_kernels.integrations.task_cards import TaskCard
 
-    known = {source.name: source for source in map(_resolve, sources)}
+    known = {source.name: source for source in map(as_source, sources)}
     naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}
     common = naming.pop() if len(naming) == 1 else None
     cards = {}
