@@ -30,7 +30,7 @@ class TaskCollator:
 
     Args:
         pad_token_id: fills `input_ids`; None takes the model's own, or 0: padding is masked.
-        tasks: names, in the order of the model's ids.
+        tasks: names, in the order of the model's ids; none for a model that takes no ids.
         model: says on which side to pad, whether to send positions, which columns to keep and what labels mean. Without
             it rows are padded on the left, as for a causal language model, and every column of numbers is kept.
         pad_to_multiple_of: round the length up, for fewer shapes under `torch.compile`.
@@ -63,7 +63,7 @@ class TaskCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch."""
         for feature in features:
-            for key in ("input_ids", "task"):
+            for key in ("input_ids", "task") if self.tasks else ("input_ids",):
                 if key not in feature:
                     raise KeyError(f"a feature has no {key!r}, only {', '.join(feature)}")
         rows = as_tensors("input_ids", [f["input_ids"] for f in features])
@@ -83,7 +83,8 @@ class TaskCollator:
         labels = label_column(features)
         if labels is not None:
             batch["labels"] = batch_labels(*labels, lengths, length, self.rules, self.pad_to_multiple_of)
-        batch[self.ids_name] = task_ids_from_names([f["task"] for f in features], self.tasks)
+        if self.tasks:
+            batch[self.ids_name] = task_ids_from_names([f["task"] for f in features], self.tasks)
         return batch
 
     def _knows(self, name: str) -> bool:
@@ -155,6 +156,8 @@ class WithTasks:
             return self.collator(list(features))  # made for mixed batches: it reads the tasks itself
         if "task_ids" in batch:
             return self.collator(list(features))
+        if not self.tasks:  # of a model that takes no ids
+            return batch
         ids = task_ids_from_names([f["task"] for f in features], self.tasks)
         batch["task_ids"] = self._spread(ids, features, batch)
         return batch

@@ -1,76 +1,134 @@
 """What a model says about its tasks: names for the logs, ids for the routing.
 
-In:   a model with ALoRA layers, or those of a method it is compared with, and the datasets it will see.
-Out:  its task names in the order of their ids, and whether it is routed by them.
+In:   a model with ALoRA layers, or those of a method it is compared with; the ids of a batch.
+Out:  the task names of every active adapter, and the routing of a batch, by names.
 Who:  `ALoRATrainer`.
+
+The numbers in a batch count the names of one table, the collator's. Which adapter is active, and in which order it has
+its tasks, may change after the collator was made, so each batch is routed by the names its numbers stand for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from peft import PeftConfig
-from torch import nn
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
-from ..integrations.peft import ALoRAConfig
+from ..integrations.peft.ids import BatchRouting
+from ..integrations.peft.layer import ALoRALayer
 from ..modules import FusedALoRALinear
 from ..modules.adapted import AdaptedLinear
-from ..modules.tasks import task_id
+from ..routing import Routing
+
+Tables = dict[str, tuple[str, ...]]
+DROP_IN = ""  # drop-in layers have one table and no adapter's name
+NOT_KNOWN = -2
 
 
-def tasks_of_model(model: nn.Module | None, datasets: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """Task names and whether ids pick matrices; models that take no ids have names from the data, for logs.
-
-    Args:
-        model: a PEFT model, or any module with `FusedALoRALinear`, `HydraLinear` or `PerTaskLinear` layers.
-        datasets: by argument name; None where not given.
+def active_tables(model: nn.Module) -> Tables:
+    """Adapter -> its task names, for each active adapter that picks matrices by ids; `DROP_IN` for drop-in layers.
 
     Raises:
-        ValueError: no such layer, a dataset without a `task` column, or a task the model does not have.
+        ValueError: drop-in layers with different tasks.
     """
-    columns = {name: _task_column(name, dataset) for name, dataset in datasets.items() if dataset is not None}
-    tasks = _routed_tasks(model)
-    if tasks is None:
-        return tuple(sorted({str(task) for column in columns.values() for task in column})), False
-    for column in columns.values():
-        for task in dict.fromkeys(column):
-            task_id(task, tasks)
-    return tasks, True
+    tables: Tables = {}
+    for module in model.modules():
+        if isinstance(module, ALoRALayer):
+            specs = module.asymlora_spec
+            tables.update({n: specs[n].tasks for n in module.active_adapters if n in specs and specs[n].tasks})
+            continue
+        tasks = module.tasks if isinstance(module, FusedALoRALinear | AdaptedLinear) else ()
+        if tasks and tables.setdefault(DROP_IN, tasks) != tasks:
+            raise ValueError(
+                f"some layers have the tasks {', '.join(tables[DROP_IN])}, others {', '.join(tasks)}: a batch has one"
+                " id per row, so give all layers the same tasks in the same order"
+            )
+    return tables
 
 
-def _task_column(name: str, dataset: Any) -> list[Any]:
-    parts = dataset.values() if isinstance(dataset, dict) else [dataset]
-    column: list[Any] = []
-    for part in parts:
-        names = getattr(part, "column_names", None)
-        if names is not None and "task" not in names:
-            raise ValueError(f"{name} has no `task` column (a name or id per row), only {', '.join(names)}")
-        column += list(part["task"]) if names is not None else [row["task"] for row in part]
-    return column
+def names_of(tables: Tables) -> tuple[str, ...]:
+    """All names, those of the first adapter first."""
+    return tuple(dict.fromkeys(name for table in tables.values() for name in table))
 
 
-def _routed_tasks(model: nn.Module | None) -> tuple[str, ...] | None:
-    """Names of a task-routed model, None for a soft-routed one and for a single LoRA."""
-    configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapter", None)
-    config = configs.get(active) if isinstance(active, str) else None
-    if isinstance(config, ALoRAConfig):
-        return tuple(config.tasks) if isinstance(config.tasks, list) else None
-    if isinstance(config, PeftConfig):
-        return None
-    modules = model.modules() if model is not None else []
-    layers = [m for m in modules if isinstance(m, FusedALoRALinear | AdaptedLinear)]
-    if not layers:
+def check_adapted(model: nn.Module) -> None:
+    """Raise unless the model has something to train for tasks: ALoRA layers, or any PEFT adapter.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    kinds = (FusedALoRALinear, AdaptedLinear, BaseTunerLayer)
+    if not getattr(model, "peft_config", None) and not any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError(
-            "the model has no ALoRA layer: wrap it with get_peft_model(model, ALoRAConfig(...)) or put"
-            " FusedALoRALinear.from_linear(layer, r, tasks=[...]) in the place of its linear layers"
+            "the model has no ALoRA layer: wrap it with get_peft_model(model, ALoRAConfig(...)), add an adapter with"
+            " model.add_adapter(ALoRAConfig(...)), or put FusedALoRALinear.from_linear(layer, r, tasks=[...]) in the"
+            " place of its linear layers"
         )
-    return layers[0].tasks or None
 
 
-def stacked_a(model: Any) -> Iterator[nn.Parameter]:
+def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Routing:
+    """The routing of a batch whose ids count `names`, for every active adapter.
+
+    Args:
+        task_ids: per row or per token; -1 is the base alone.
+        names: what the ids count.
+        tables: of `active_tables`, at least one.
+
+    Raises:
+        ValueError: a row's task is known to no active adapter.
+    """
+    if all(table[: len(names)] == tuple(names) for table in tables.values()):
+        return Routing(task_ids)
+    return NamedRouting(task_ids, names, tables)
+
+
+class NamedRouting(BatchRouting):
+    """Ids of one table of names, looked up in that of each adapter; one without a row's task adds nothing to the row.
+
+    Args:
+        task_ids, names, tables: as `batch_routing`.
+    """
+
+    given_as = "task_ids"
+
+    def __init__(self, task_ids: Tensor, names: Sequence[str], tables: Tables) -> None:
+        self._given, self._tables = (
+            task_ids,
+            {table: self._looked_up(task_ids, names, table) for table in tables.values()},
+        )
+        unknown = torch.stack([ids == NOT_KNOWN for ids in self._tables.values()]).all(0)
+        if unknown.any():
+            strangers = sorted({names[i] for i in task_ids[unknown].tolist()})
+            known = "; ".join(f"{name or 'the layers'}: {', '.join(table)}" for name, table in tables.items())
+            raise ValueError(f"no active adapter has the task {', '.join(strangers)}. Active are {known}")
+        first = tables.get(DROP_IN, next(iter(tables.values())))
+        super().__init__(self._ids_of(first), tables)
+
+    @staticmethod
+    def _looked_up(task_ids: Tensor, names: Sequence[str], table: tuple[str, ...]) -> Tensor:
+        places = [table.index(name) if name in table else NOT_KNOWN for name in names]
+        return torch.tensor([*places, -1], device=task_ids.device)[task_ids]  # id -1 is the last place
+
+    def _ids_of(self, table: tuple[str, ...]) -> Tensor:
+        return self._tables[table].clamp_min(-1)
+
+    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
+        """The ids of this batch for an adapter with these tasks."""
+        if tasks not in self._resolved:
+            self._resolved[tasks] = Routing(self._ids_of(tasks))
+        return self._resolved[tasks]
+
+
+def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
     """What each task has for itself in a routed model: the stacked A `[E, R, K]`, and B where they are stacked too."""
-    for name, parameter in model.named_parameters():
-        if ("lora_A" in name or "lora_B" in name) and parameter.dim() == 3:
-            yield parameter
+    for module in model.modules():
+        if isinstance(module, ALoRALayer):
+            routed = {name for name, spec in module.asymlora_spec.items() if spec.tasks}
+            mine = [(name, p) for name, p in module.named_parameters() if routed & set(name.split("."))]
+        elif isinstance(module, FusedALoRALinear | AdaptedLinear) and module.tasks:
+            mine = list(module.named_parameters())
+        else:
+            continue
+        yield from (p for name, p in mine if ("lora_A" in name or "lora_B" in name) and p.dim() == 3)

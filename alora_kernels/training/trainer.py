@@ -23,10 +23,14 @@ from ..integrations.peft import CheckpointGuard
 from ..routing import current_routing, route
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
+from .columns import check_class_label, check_dataset, check_order, names_in, task_column
 from .loss import ModelLoss, Scored
 from .rules import BatchRules, base_model
 from .sampler import TaskBalancedSampler
-from .tasks import stacked_a, tasks_of_model
+from .tasks import active_tables, batch_routing, check_adapted, names_of, stacked_a
+
+PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_attention_mask")
+PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # one entry per row in the shape of input_ids
 
 
 class ALoRATrainer(Trainer):
@@ -37,25 +41,36 @@ class ALoRATrainer(Trainer):
         task_temperature: 1 draws every example once; larger values let small tasks come more often, see
             `TaskBalancedSampler`.
         keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
-        **kwargs: as `transformers.Trainer`. A dataset needs the columns `input_ids`, `labels` and `task`.
+        **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`.
 
     Raises:
-        ValueError: a dataset without a `task` column, or with a task the model does not have.
+        ValueError: a dataset without a `task` column, or with a task the active adapters do not have; an order of rows
+            that the dataset cannot have.
     """
+
+    model: Any
+    data_collator: Any
 
     def __init__(
         self, *args: Any, task_temperature: float = 1.0, keep_absent_tasks: bool = True, **kwargs: Any
     ) -> None:
-        model = kwargs.get("model", args[0] if args else None)
-        datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+        own_collator = (args[2] if len(args) > 2 else kwargs.get("data_collator")) is None
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
-        self.tasks, self.routed = tasks_of_model(model, datasets)
-        own_collator = kwargs.get("data_collator") is None and len(args) < 3
         super().__init__(*args, **kwargs)
+        check_adapted(self.model)
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        tables = active_tables(self.model)
+        given = () if own_collator else tuple(getattr(self.data_collator, "tasks", ()))
+        self.tasks: tuple[str, ...] = given or names_of(tables) or (not tables and names_in(datasets)) or ()
+        self._counts_ours = not given  # what the ids of a batch count is our table, which may grow
         if own_collator:
             self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self.model)
         elif not isinstance(self.data_collator, TaskCollator | WithTasks):
             self.data_collator = WithTasks(self.data_collator, self.tasks)
+        check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
+        if tables:
+            for name, dataset in datasets.items():
+                check_dataset(name, dataset, self.tasks, tables)
         CheckpointGuard.install(self._base_model())
         if self.compute_metrics is None:
             self.compute_metrics = self._task_metrics
@@ -81,10 +96,38 @@ class ALoRATrainer(Trainer):
         columns: list[str] = self._signature_columns or []
         self._signature_columns: Any = [*columns, *({"task", "labels", "attention_mask"} - set(columns))]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> TaskBalancedSampler:
+    @property
+    def routed(self) -> bool:
+        """Whether an active adapter picks its matrices by the ids of the batch."""
+        return bool(active_tables(self.model))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As Trainer's, with the routing kept by checkpointing."""
+        model: Any = super().call_model_init(trial)
+        CheckpointGuard.install(base_model(model))
+        return model
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; names of adapters that became active are added to the end of the table first."""
+        if self._counts_ours:
+            self.tasks = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self.model))]))
+            self.data_collator.tasks = self.tasks
+            grown = self._sums.new_zeros(2, len(self.tasks))
+            grown[:, : self._sums.shape[1]] = self._sums
+            self._sums = grown
+        check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Tasks spread evenly where the tasks of the rows are known; Trainer's other orders as it has them."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(dataset)
+        column = task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
+        if column is None:
+            return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return TaskBalancedSampler(dataset["task"], temperature=self.task_temperature, seed=seed)
+        return TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the rows of absent tasks kept."""
@@ -104,7 +147,11 @@ class ALoRATrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
-        return route(task_ids) if self.routed and task_ids is not None else contextlib.nullcontext()
+        """Routing by the names that the ids stand for: which adapters are active may have changed."""
+        tables = active_tables(self.model) if task_ids is not None else {}
+        if task_ids is None or not tables:
+            return contextlib.nullcontext()
+        return route(batch_routing(task_ids, self.tasks, tables))
 
     def _has_token_loss(self, inputs: dict[str, Any], model: nn.Module | None = None) -> bool:
         """Whether the loss is a cross entropy that can be split by row; the first batch with labels is tried."""
@@ -233,14 +280,19 @@ class ALoRATrainer(Trainer):
 def _tasks_side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same batch, rows of a task next to each other: one product per task instead of one per row.
 
-    The sum of the losses does not depend on the order of rows; a training step of SmolLM2 on a CPU is 4 % shorter.
+    The sum of the losses does not depend on the order of rows; a training step of SmolLM2 on a CPU is 4 % shorter. A
+    batch that holds anything else than tensors known to have one entry per row, such as images, keeps its order.
     """
-    task_ids = inputs.get("task_ids")
-    if task_ids is None or task_ids.dim() != 1:  # packed rows have an id per token
+    task_ids, input_ids = inputs.get("task_ids"), inputs.get("input_ids")
+    if not isinstance(task_ids, Tensor) or task_ids.dim() != 1 or not isinstance(input_ids, Tensor):
+        return inputs  # packed rows have an id per token
+
+    def is_per_row(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor) or value.shape[:1] != task_ids.shape:
+            return False
+        return name in PER_ROW or (name in PER_TOKEN and value.shape == input_ids.shape)
+
+    if not all(is_per_row(name, value) for name, value in inputs.items()):
         return inputs
     order = task_ids.argsort(stable=True)
-
-    def is_per_row(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.shape[:1] == task_ids.shape
-
-    return {k: v[order] if is_per_row(v) else v for k, v in inputs.items()}
+    return {name: value[order] for name, value in inputs.items()}
