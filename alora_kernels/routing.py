@@ -6,15 +6,18 @@ Who:  `ops` turn ids into groups; modules and integrations read the ids of the r
       routing context, `with route(ids): model(x)`.
 
 A `Routing` remembers the groups it built, so a model of 200 layers sorts its ids once. A module never
-changes the ids: beams and packed rows are expanded here (`Routing.groups`), nowhere else.
+changes the ids: beams and packed rows are expanded here (`expand_ids`), nowhere else. Which dimension of a layer's
+input is the batch cannot be read from its shape: a layer that knows says so (`Layout`); for all others only the first
+dimension counts, and what does not fit is refused.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,42 +79,120 @@ def check_ids(task_ids: Tensor, num_tasks: int) -> None:
         raise ValueError(f"task id {bad} is out of range: valid ids are -1 (base only) and 0 .. {num_tasks - 1}")
 
 
+Layout = Literal["batch", "blocks", "time", "steps"]
+
+
 class Routing:
     """The task ids of one batch, and the row groups already built from them.
 
     Args:
-        task_ids: integer ids, one per batch row `[B]` or one per token (any shape whose number of
-            elements is the number of tokens); -1 means the base alone.
+        task_ids: integer ids, one per batch row `[B]` or one per token `[B, T]` (packed: `[M]` or `[1, M]`); -1 means
+            the base alone.
+        repeats: how many consecutive rows of the model's batch may share an id, such as the beams of `generate`.
 
     Raises:
         TypeError: the ids are not an integer tensor.
+        ValueError: repeats < 1.
     """
 
-    def __init__(self, task_ids: Tensor) -> None:
+    given_as = "task_ids"
+
+    def __init__(self, task_ids: Tensor, repeats: int = 1) -> None:
         if not isinstance(task_ids, Tensor):
             raise TypeError(f"task_ids must be an integer tensor, got {type(task_ids).__name__}")
-        self.task_ids = task_ids
-        self._groups: dict[tuple[torch.Size, int, torch.device], RowGroups] = {}
+        if repeats < 1:
+            raise ValueError(f"repeats is how many rows share an id: at least 1, got {repeats}")
+        self.task_ids, self.repeats = task_ids, repeats
+        self._groups: dict[tuple[torch.Size, int, torch.device, Layout | None], RowGroups] = {}
         self._checked: set[int] = set()
 
-    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
+    def groups(
+        self,
+        leading: torch.Size,
+        num_tasks: int,
+        device: torch.device,
+        layout: Layout | None = None,
+        layer: object = None,
+    ) -> RowGroups:
         """Row groups for activations of shape `[*leading, K]`, built at the first request.
 
         Args:
             leading: the activations' shape without the last dimension.
             num_tasks: E.
             device: where the groups are needed; the ids move there once.
+            layout: where the batch rows are in the leading shape; None if nobody knows, see `expand_ids`.
+            layer: who asks, for the error.
 
         Raises:
-            ValueError: an id is out of range, or the ids fit neither the batch nor the tokens.
+            ValueError: an id is out of range, or the ids do not fit the rows of the layer.
         """
-        key = (leading, num_tasks, device)
+        key = (leading, num_tasks, device, layout)
         if key not in self._groups:
             if num_tasks not in self._checked:
                 check_ids(self.task_ids, num_tasks)
                 self._checked.add(num_tasks)
-            self._groups[key] = group_rows(expand_ids(self.task_ids, leading).to(device), num_tasks)
+            ids = expand_ids(self.task_ids, leading, self.repeats, layout)
+            if ids is None and num_tasks == 1 and _all_equal(self.task_ids):
+                ids = self.task_ids.reshape(-1)[:1].expand(leading.numel())  # no row can be taken for another
+            if ids is None:
+                raise ValueError(_misfit(self.task_ids, leading, self.repeats, layout, layer))
+            self._groups[key] = group_rows(ids.to(device), num_tasks)
         return self._groups[key]
+
+    def at(self, layer: object, layout: Layout | None = None) -> Routing:
+        """The same ids for one layer, which is named in errors.
+
+        Args:
+            layer: its `rows_name`, or else its repr, names it.
+            layout: where the batch rows are in what the layer is given.
+        """
+        return _Placed(self, layer, layout)
+
+    def repeated(self, repeats: int) -> Routing:
+        """The same ids for a model that may repeat each batch row for so many consecutive rows."""
+        other = copy.copy(self)
+        other.repeats, other._groups = repeats, {}
+        return other
+
+    def check_batch(self, rows: int, tokens: int | None) -> None:
+        """Raise unless a model's batch has one id per row or token.
+
+        Args:
+            rows: B of the inputs.
+            tokens: how many tokens they hold; None if that is not known.
+
+        Raises:
+            ValueError: with both numbers and the remedy.
+        """
+        ids = self.task_ids
+        if ids.numel() == tokens or (ids.dim() == 1 and rows in (ids.numel(), ids.numel() * self.repeats)):
+            return
+        beams = ids.dim() == 1 and ids.numel() > 0 and rows % ids.numel() == 0
+        raise ValueError(
+            f"{self.given_as} has {ids.numel()} entries of shape {tuple(ids.shape)} but the batch has {rows} rows"
+            + ("" if tokens is None else f" and {tokens} tokens")
+            + ": give one per row, or a tensor with one id per token"
+            + (f"; if each row stands for {rows // ids.numel()} beams: route(ids, repeats=...)" if beams else "")
+        )
+
+
+class _Placed(Routing):
+    """A routing as one layer sees it."""
+
+    def __init__(self, routing: Routing, layer: object, layout: Layout | None) -> None:
+        self.task_ids, self.repeats = routing.task_ids, routing.repeats
+        self.routing, self.layer, self.layout = routing, layer, layout
+
+    def groups(
+        self,
+        leading: torch.Size,
+        num_tasks: int,
+        device: torch.device,
+        layout: Layout | None = None,
+        layer: object = None,
+    ) -> RowGroups:
+        """As `Routing.groups`."""
+        return self.routing.groups(leading, num_tasks, device, self.layout, self.layer)
 
 
 class ConstantRouting(Routing):
@@ -125,9 +206,16 @@ class ConstantRouting(Routing):
         super().__init__(torch.tensor([task]))
         self.task = task
 
-    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
-        """As `Routing.groups`."""
-        key = (leading, num_tasks, device)
+    def groups(
+        self,
+        leading: torch.Size,
+        num_tasks: int,
+        device: torch.device,
+        layout: Layout | None = None,
+        layer: object = None,
+    ) -> RowGroups:
+        """As `Routing.groups`; rows of any layout fit."""
+        key = (leading, num_tasks, device, None)
         if key not in self._groups:
             rows = leading.numel()
             ids = torch.full((rows,), self.task, dtype=torch.int32, device=device)
@@ -136,25 +224,78 @@ class ConstantRouting(Routing):
             self._groups[key] = RowGroups(ids, order, (after * rows).to(torch.int32))
         return self._groups[key]
 
+    def check_batch(self, rows: int, tokens: int | None) -> None:
+        """Nothing to check: the task is that of every row."""
 
-def expand_ids(task_ids: Tensor, leading: torch.Size) -> Tensor:
-    """One id per token, `[M]`, from ids per token, per batch row, or per group of consecutive batch rows.
 
-    Ids of length B serve a batch of n * B rows (beams, `num_return_sequences`): each id is repeated for n
-    consecutive rows, the way `generate` expands its inputs.
+def expand_ids(task_ids: Tensor, leading: torch.Size, repeats: int = 1, layout: Layout | None = None) -> Tensor | None:
+    """One id per row of the activations `[*leading, K]` as they are flattened, `[M]`; None if the ids do not fit.
 
-    Raises:
-        ValueError: the number of ids divides neither the tokens nor the batch.
+    Ids per batch row, B of them, fit the layouts below; where nothing is known, only the first. Each id counts for
+    `repeats` consecutive rows if the batch has B * repeats, the way `generate` expands its inputs.
+
+    - "batch": `[B, ...]`.
+    - "blocks": as many consecutive rows for each batch row: windows `[n B, ...]`, flattened tokens `[B T]`.
+    - "time": `[T, B, ...]`.
+    - "steps": all rows of one time step after those of the step before, `[T B]`.
     """
-    tokens = leading.numel()
-    if task_ids.numel() == tokens:
+    ids = _per_token(task_ids, leading, layout)
+    return ids if ids is not None else _per_row(task_ids, leading, repeats, layout)
+
+
+def _per_token(task_ids: Tensor, leading: torch.Size, layout: Layout | None) -> Tensor | None:
+    """Ids per token, if the activations have one row for each."""
+    if task_ids.numel() != leading.numel():
+        return None
+    if layout in ("time", "steps"):
+        turned = task_ids.t() if task_ids.dim() == 2 else None
+        fits = turned is not None and (layout == "steps" or turned.shape == leading[:2])
+        return turned.reshape(-1) if turned is not None and fits else None
+    packed = len(leading) > 0 and leading[0] == 1
+    if task_ids.shape == leading or packed:
         return task_ids.reshape(-1)
-    batch = leading[0] if leading else 1
-    if task_ids.dim() == 1 and task_ids.numel() > 0 and batch % task_ids.numel() == 0:
-        return task_ids.repeat_interleave(tokens // task_ids.numel())
-    raise ValueError(
-        f"task_ids of shape {tuple(task_ids.shape)} fit neither the batch nor the tokens of activations with "
-        f"leading shape {tuple(leading)}: give one id per batch row [{batch}] or one per token {tuple(leading)}"
+    if task_ids.dim() == 1:
+        return None
+    return task_ids.reshape(-1) if len(leading) == 1 or leading[0] == task_ids.shape[0] else None
+
+
+def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout | None) -> Tensor | None:
+    """Ids per batch row, if these rows can be told apart in the leading shape."""
+    batch, rows = task_ids.numel(), leading.numel()
+    if task_ids.dim() != 1 or len(leading) == 0:
+        return None
+    if batch == 0:
+        return task_ids if rows == 0 else None
+    if layout == "time":
+        columns = leading[1] if len(leading) > 1 else 0
+        if columns not in (batch, batch * repeats):
+            return None
+        inside = leading[2:].numel()
+        return task_ids.repeat_interleave(columns // batch * inside).repeat(leading[0])
+    if layout == "steps":
+        return task_ids.repeat(rows // batch) if rows % batch == 0 and repeats == 1 else None
+    if layout == "blocks":
+        fits = rows % batch == 0 and (leading[0] % batch == 0 or leading[0] == 1)
+    else:
+        fits = leading[0] in (batch, batch * repeats)
+    return task_ids.repeat_interleave(rows // batch) if fits else None
+
+
+def _all_equal(task_ids: Tensor) -> bool:
+    if torch.compiler.is_compiling() or task_ids.numel() == 0:
+        return False
+    return bool((task_ids == task_ids.reshape(-1)[0]).all())
+
+
+def _misfit(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout | None, layer: object) -> str:
+    name = getattr(layer, "rows_name", None) or ("this layer" if layer is None else repr(layer))
+    known = "" if layout is None else f", known to be laid out as {layout!r}"
+    beams = f" (each for up to {repeats} rows)" if repeats > 1 else ""
+    return (
+        f"{name}: task_ids of shape {tuple(task_ids.shape)}{beams} fit neither the batch nor the tokens of activations"
+        f" with leading shape {tuple(leading)}{known}. With one id per batch row the first dimension must be the batch."
+        " Give one id per token, `route(ids[:, None].expand(B, T))`; say `route(ids, repeats=n)` if the batch holds n"
+        " consecutive rows for each id; or leave the layer out (exclude_modules)"
     )
 
 
@@ -162,20 +303,28 @@ _current: ContextVar[Routing | None] = ContextVar("alora_routing", default=None)
 
 
 @contextmanager
-def route(task_ids: Tensor | Sequence[int] | Routing) -> Iterator[Routing]:
+def route(task_ids: Tensor | Sequence[int] | Routing, repeats: int = 1) -> Iterator[Routing]:
     """Set the task ids of the batch for every ALoRA layer called inside the block.
 
     Blocks nest; leaving one, also by an exception, restores what was set before.
 
     Args:
         task_ids: ids per batch row or per token; -1 means the base alone.
+        repeats: how many consecutive rows of the model's batch may share an id: the beams or returned sequences, where
+            `generate` is not called on the model that `get_peft_model` returned.
+
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: repeats < 1.
 
     Example:
         >>> with alora_kernels.route(torch.tensor([0, 2, -1])):
         ...     model(x)
     """
     if not isinstance(task_ids, Routing):
-        task_ids = Routing(task_ids if isinstance(task_ids, Tensor) else torch.tensor(task_ids))
+        task_ids = Routing(task_ids if isinstance(task_ids, Tensor) else torch.tensor(task_ids), repeats)
+    elif repeats != 1:
+        task_ids = task_ids.repeated(repeats)
     token = _current.set(task_ids)
     try:
         yield task_ids
@@ -186,3 +335,13 @@ def route(task_ids: Tensor | Sequence[int] | Routing) -> Iterator[Routing]:
 def current_routing() -> Routing | None:
     """The routing of the innermost `route` block, or None outside of one."""
     return _current.get()
+
+
+@contextmanager
+def unrouted() -> Iterator[None]:
+    """Inside the block no task ids are set, as outside of every `route` block."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)

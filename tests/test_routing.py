@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alora_kernels import FusedALoRALinear
 from alora_kernels.routing import Routing, current_routing, expand_ids, group_rows, route
 
 
@@ -22,14 +23,71 @@ def test_groups_hold_every_row_once_and_keep_their_order(ids):
     assert offsets[-1] == len(ids)
 
 
-def test_ids_per_row_per_token_and_per_beam():
-    per_row = torch.tensor([2, 0])
-    assert expand_ids(per_row, torch.Size([2, 3])).tolist() == [2, 2, 2, 0, 0, 0]
-    assert expand_ids(torch.tensor([[1, 2], [0, 1]]), torch.Size([2, 2])).tolist() == [1, 2, 0, 1]
-    assert expand_ids(per_row, torch.Size([6, 1])).tolist() == [2, 2, 2, 0, 0, 0]  # three beams each
-    assert expand_ids(torch.tensor([[1, 2], [0, 1]]), torch.Size([4])).tolist() == [1, 2, 0, 1]  # a flattened MLP
-    with pytest.raises(ValueError, match=r"\(3,\) fit neither the batch nor the tokens"):
-        expand_ids(torch.zeros(3).long(), torch.Size([2, 5]))
+def expanded(ids, leading, *how):
+    ids = expand_ids(torch.tensor(ids), torch.Size(leading), *how)
+    return None if ids is None else ids.tolist()
+
+
+def test_ids_per_row():
+    assert expanded([2, 0], [2, 3]) == [2, 2, 2, 0, 0, 0]
+    assert expanded([2, 0], [2]) == [2, 0]
+    assert expanded([2, 0], [2, 2, 2]) == [2] * 4 + [0] * 4
+
+
+def test_ids_per_token():
+    assert expanded([[1, 2], [0, 1]], [2, 2]) == [1, 2, 0, 1]
+    assert expanded([[1, 2], [0, 1]], [4]) == [1, 2, 0, 1]  # a flattened MLP
+    assert expanded([[1, 2, 0]], [3]) == [1, 2, 0]
+    assert expanded([1, 2, 0], [1, 3]) == [1, 2, 0]  # packed
+    assert expanded([[1, 2], [0, 1]], [2]) is None  # a pooler sees no tokens
+
+
+def test_only_declared_beams_are_rows_of_an_id():
+    assert expanded([2, 0], [6, 1]) is None
+    assert expanded([2, 0], [6, 1], 3) == [2, 2, 2, 0, 0, 0]
+    assert expanded([2, 0], [4, 1], 3) is None
+    assert expanded([2, 0], [2, 2], 3) == [2, 2, 0, 0]  # the encoder runs before rows are repeated
+    with pytest.raises(ValueError, match="at least 1"):
+        Routing(torch.tensor([0]), repeats=0)
+
+
+@pytest.mark.parametrize("leading", [[3, 2], [6], [1, 6], [5, 4], [12, 2], []])
+def test_a_first_dimension_that_is_not_the_batch_is_refused(leading):
+    assert expanded([1, 0, 1, 0], leading) is None
+
+
+def test_known_layouts():
+    assert expanded([2, 0], [3, 2], 1, "time") == [2, 0, 2, 0, 2, 0]
+    assert expanded([2, 0], [2, 2], 1, "time") == [2, 0, 2, 0]  # as many steps as rows
+    assert expanded([2, 0], [2, 2], 1, "batch") == [2, 2, 0, 0]
+    assert expanded([2, 0], [1, 4, 2], 2, "time") == [2] * 4 + [0] * 4
+    assert expanded([2, 0], [2, 3], 1, "time") is None
+    assert expanded([2, 0], [6], 1, "steps") == [2, 0, 2, 0, 2, 0]
+    assert expanded([2, 0], [6], 2, "steps") is None
+    assert expanded([2, 0], [6], 1, "blocks") == [2, 2, 2, 0, 0, 0]
+    assert expanded([2, 0], [4, 3], 1, "blocks") == [2] * 6 + [0] * 6
+    assert expanded([2, 0], [3, 2], 1, "blocks") is None
+    assert expanded([[2, 0, 1], [1, 1, 2]], [3, 2], 1, "time") == [2, 1, 0, 1, 1, 2]
+    assert expanded([[2, 0, 1], [1, 1, 2]], [6], 1, "steps") == [2, 1, 0, 1, 1, 2]
+    assert expanded([[2, 0, 1], [1, 1, 2]], [6], 1, "blocks") == [2, 0, 1, 1, 1, 2]
+
+
+def test_what_does_not_fit_names_the_layer_and_the_remedy():
+    layer = FusedALoRALinear(4, 3, r=2, tasks=2)
+    with route([0, 1]), pytest.raises(ValueError, match=r"FusedALoRALinear\(in_features=4.*route\(ids, repeats=n\)"):
+        layer(torch.zeros(4, 4))
+    with route([0, 1], repeats=2):
+        assert layer(torch.zeros(4, 4)).shape == (4, 3)
+    with pytest.raises(ValueError, match=r"FusedALoRALinear.*leading shape \(5, 2\)"):
+        layer(torch.zeros(5, 2, 4), Routing(torch.tensor([0, 1])))
+
+
+def test_a_single_task_for_all_rows_fits_any_shape():
+    layer = FusedALoRALinear(4, 3, r=2, tasks=1)
+    with route([0, 0]):
+        assert layer(torch.zeros(5, 4)).shape == (5, 3)
+    with route([0, -1]), pytest.raises(ValueError, match="fit neither"):
+        layer(torch.zeros(5, 4))
 
 
 def test_groups_are_built_once_per_batch():

@@ -167,7 +167,9 @@ class FusedALoRALinear(nn.Module):
                 f"this layer has the tasks {', '.join(self.tasks)}: pass task_ids to forward, or call the model"
                 " inside `with alora_kernels.route(ids): ...`"
             )
-        if isinstance(task_ids, Tensor | Routing):
+        if isinstance(task_ids, Routing):
+            return task_ids.at(self)
+        if isinstance(task_ids, Tensor):
             return task_ids
         return task_ids_from_names(task_ids, self.tasks).to(device)
 

@@ -226,12 +226,17 @@ def test_meta_device_base():
     assert all(p.is_meta for n, p in model.named_parameters() if "base_layer" in n)
 
 
-def test_encoder_over_flattened_rows():
-    """A layer that sees [batch * tokens, K] gets each row's id for all of the row's tokens."""
+def test_rows_that_are_flattened_must_be_declared():
+    """A layer that sees [batch * tokens, K]: nobody but the caller knows that tokens of a row follow each other."""
     model = _one(nn.Linear(8, 6))
     x = torch.randn(2, 5, 8)
-    with alora_kernels.route([0, 1]):
-        torch.testing.assert_close(model.base_model.model(x.reshape(10, 8)).view(2, 5, 6), model.base_model.model(x))
+    wanted = model(x, adapter_names=torch.tensor([0, 1])).view(10, 6)
+    with alora_kernels.route([0, 1]), pytest.raises(ValueError, match=r"2 entries .* 10 rows.*route\(ids, repeats"):
+        model(x.reshape(10, 8))
+    with alora_kernels.route([0, 1], repeats=5):
+        torch.testing.assert_close(model(x.reshape(10, 8)), wanted)
+    with alora_kernels.route(torch.tensor([0, 1])[:, None].expand(2, 5)):
+        torch.testing.assert_close(model(x.reshape(10, 8)), wanted)
 
 
 def test_bert_all_linear_leaves_the_classifier():

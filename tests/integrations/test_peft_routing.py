@@ -10,7 +10,7 @@ import alora_kernels
 from alora_kernels.integrations.peft import set_task
 from alora_kernels.routing import ConstantRouting, group_rows
 
-from .tiny import Mlp, adapted, adapter_grads, bert, config, gpt2, layers_of, llama, logits, t5, tokens
+from .tiny import IMAGE, Mlp, adapted, adapter_grads, bert, config, gpt2, layers_of, llama, llava, logits, t5, tokens
 
 NAMES = ["math", "code", "__base__"]
 
@@ -91,6 +91,34 @@ def test_generate_returns_several_sequences_per_row():
         num_return_sequences=3, max_new_tokens=3,
     )  # fmt: skip
     assert out.shape == (6, 9)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_generate_inside_a_route_block(wrap):
+    """The beams of a row share its id; the base model itself must be told how many there are."""
+    model, ids = adapted(), tokens(2)
+    how = {"attention_mask": torch.ones_like(ids), "num_beams": 3, "max_new_tokens": 3, "min_new_tokens": 3}
+    wanted = model.generate(input_ids=ids, adapter_names=NAMES[:2], **how)
+    if wrap:
+        with alora_kernels.route([0, 1]):
+            assert torch.equal(model.generate(input_ids=ids, **how), wanted)
+        return
+    with alora_kernels.route([0, 1]), pytest.raises(ValueError, match=r"batch has 6 rows.*route\(ids, repeats"):
+        model.base_model.model.generate(input_ids=ids, **how)
+    with alora_kernels.route([0, 1], repeats=3):
+        assert torch.equal(model.base_model.model.generate(input_ids=ids, **how), wanted)
+
+
+def test_a_vision_language_model_has_the_rows_of_its_text():
+    model = adapted(llava(), target_modules=r".*language_model.*(q|v|up)_proj")
+    ids, images = tokens(3, 9), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    ids[0, 2:6] = ids[2, 1:5] = IMAGE  # two images, in the first and the last row; four patches each
+    mixed = logits(model, ids, pixel_values=images, adapter_names=NAMES)
+    for row, image in ((0, images[:1]), (1, None), (2, images[1:])):
+        alone = logits(model, ids[row : row + 1], pixel_values=image, adapter_names=NAMES[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="2 entries .* the batch has 3 rows"):
+        model(input_ids=ids, pixel_values=images, adapter_names=NAMES[:2])
 
 
 def test_an_encoder_with_a_saved_head():

@@ -12,6 +12,7 @@ from torch import nn
 from alora_kernels.integrations.peft import ALoRAConfig, ALoRALayer
 
 VOCAB = 64
+IMAGE = VOCAB  # the id of llava's image token
 
 
 def _seeded(cls: type, config: Any) -> Any:
@@ -40,6 +41,14 @@ def t5() -> Any:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None)
     return _seeded(transformers.T5ForConditionalGeneration, config)
+
+
+def llava() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {"model_type": "llama", **sizes, "num_key_value_heads": 2, "vocab_size": VOCAB + 1, "pad_token_id": 0}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    return _seeded(transformers.LlavaForConditionalGeneration, config)
 
 
 class Mlp(nn.Module):

@@ -11,6 +11,7 @@ every segment runs through `alora_kernels.keep_routing`, which says why that is 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from ...recompute import keep_routing
+from ...routing import current_routing
+from .ids import batch_shape
 
 
 class RoutedCheckpoint:
@@ -50,7 +53,7 @@ class RoutedCheckpoint:
 
 
 class CheckpointGuard:
-    """Forward pre-hook of the base model: whoever turned checkpointing on, and when, it keeps the routing.
+    """Forward pre-hook of the base model: ids must fit its batch, and checkpointing keeps the routing.
 
     Args:
         model: the base model; its modules that can checkpoint are found once.
@@ -58,14 +61,19 @@ class CheckpointGuard:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.parameters = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each forward: keep the routing of every module that checkpoints."""
+        """Before each forward: check the ids, and keep the routing of every module that checkpoints."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "adapter_names is an argument of the model that get_peft_model returns; call this model inside"
                 " `with alora_kernels.route(ids):`, or fix one task with alora_kernels.set_task(model, task)"
             )
+        routing = current_routing()
+        shape = None if routing is None else batch_shape(self.parameters, args, kwargs)
+        if routing is not None and shape is not None:
+            routing.check_batch(*shape)
         for module in self.modules:
             if module.gradient_checkpointing and module.training:
                 function = getattr(module, "_gradient_checkpointing_func", None)

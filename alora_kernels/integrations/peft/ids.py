@@ -4,12 +4,14 @@ In:   the `adapter_names` of a forward or `generate` call: task names, or intege
 Out:  a `BatchRouting`, entered by `ALoRAModel` for the time of the call and read by each layer.
 Who:  `ALoRAModel`; layers call `ids_for`.
 
+Each forward of the base model, those inside `generate` too, checks that the ids fit its rows (`CheckpointGuard`).
 Names are resolved per adapter, because adapters that are active together may have different tasks. A row
 whose task one of them does not know gets nothing from that adapter.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,7 +22,8 @@ from torch import Tensor
 from ...modules.tasks import BASE, task_ids_from_names
 from ...routing import ConstantRouting, Routing
 
-INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "decoder_input_ids")
+TEXT = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
+INPUTS = (*TEXT, "encoder_outputs", "input_features", "input_values", "pixel_values")  # whose rows are the batch's
 
 
 class BatchRouting(Routing):
@@ -34,6 +37,8 @@ class BatchRouting(Routing):
         ValueError: a name that no active adapter knows.
         TypeError: names are neither a list nor an integer tensor.
     """
+
+    given_as = "adapter_names"
 
     def __init__(self, names: Sequence[str | int] | Tensor, tasks: Mapping[str, Sequence[str]]) -> None:
         self.names: list[str | int] | None = None
@@ -64,25 +69,14 @@ class BatchRouting(Routing):
         if self.names is None:
             return self
         if tasks not in self._resolved:
-            self._resolved[tasks] = Routing(self._ids(tasks))
+            self._resolved[tasks] = Routing(self._ids(tasks), self.repeats)
         return self._resolved[tasks]
 
-    def check_batch(self, inputs: Tensor | None) -> None:
-        """Raise unless there is one id per row of the inputs, or one per token.
-
-        Raises:
-            ValueError: with both numbers.
-        """
-        if inputs is None or inputs.dim() == 0:
-            return
-        ids, rows = self.task_ids, inputs.shape[0]
-        tokens = inputs.shape[:2].numel()
-        if ids.numel() == tokens or (ids.dim() == 1 and ids.numel() == rows):
-            return
-        raise ValueError(
-            f"adapter_names has {ids.numel()} entries of shape {tuple(ids.shape)} but the batch has {rows} rows: give"
-            f" one per row, or a tensor with one id per token {tuple(inputs.shape[:2])}"
-        )
+    def repeated(self, repeats: int) -> BatchRouting:
+        """As `Routing.repeated`, for every adapter."""
+        other = copy.copy(self)
+        other.repeats, other._groups, other._resolved = repeats, {}, {}
+        return other
 
 
 def _unknown(name: str, known: Sequence[str], adapters: Mapping[str, Any]) -> str:
@@ -90,12 +84,34 @@ def _unknown(name: str, known: Sequence[str], adapters: Mapping[str, Any]) -> st
     return text + (f"; {name!r} is an adapter: choose it with set_adapter" if name in adapters else "")
 
 
-def batch_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tensor among a call's arguments whose first dimension is the batch, if there is one."""
-    for name in INPUTS:
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name]
-    return next((arg for arg in args if isinstance(arg, Tensor)), None)
+def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None] | None:
+    """(rows, tokens) of the batch that a model is called with; None if no argument tells.
+
+    The tokens are None where the inputs are no text. A vision-language model's images are not its rows, so the names
+    decide; of a model that uses none of them, its first tensor is the batch.
+
+    Args:
+        names: the parameters of the model's forward, for its positional arguments.
+        args, kwargs: of the call.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    first = next((name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0), None)
+    for name in (*INPUTS, first):
+        value = given.get(name) if name is not None else None
+        if name == "encoder_outputs" and value is not None:
+            value = value[0]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        whole = value.shape if not value.is_floating_point() else value.shape[:-1]
+        return value.shape[0], whole.numel() if name in TEXT or name not in INPUTS else None
+    return None
+
+
+def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many consecutive rows `model.generate(**kwargs)` makes of each row of its batch."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
 @lru_cache(maxsize=4)  # prefill and decoding shapes; each entry is 8 bytes per token

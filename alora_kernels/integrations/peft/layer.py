@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...modules.init import reset_adapter_
 from ...ops import alora_delta, alora_linear
 from ...recompute import noted
-from ...routing import Routing, current_routing
+from ...routing import Layout, Routing, current_routing
 from . import merging
 from .config import ALoRAConfig
 from .ids import BatchRouting, constant_routing
@@ -85,7 +85,12 @@ class ALoRALayer(BaseTunerLayer):
         asymlora_router: adapter -> `Weight` `[E, K]`, only for soft routing.
         asymlora_spec: adapter -> `AdapterSpec`.
         asymlora_fixed: adapter -> the task set by `set_task`; -1 is the base.
+        rows_name: the layer's name in the model.
+        rows: where the batch rows are in what the layer is given; None if nobody knows.
     """
+
+    rows_name: str | None = None
+    rows: Layout | None = None
 
     adapter_layer_names = ("asymlora_A", "asymlora_B", "asymlora_router")
     other_param_names = ("asymlora_spec", "asymlora_fixed")
@@ -256,9 +261,9 @@ class ALoRALinear(nn.Module, ALoRALayer):
         """The batch's ids; without any, the fixed task or the only one."""
         routing = current_routing()
         if isinstance(routing, BatchRouting):
-            return routing.for_tasks(spec.tasks)
+            routing = routing.for_tasks(spec.tasks)
         if routing is not None:
-            return routing
+            return routing.at(self, self.rows)
         task = state.fixed.get(name, 0 if len(spec.tasks) == 1 else None)
         if task is None:
             raise ValueError(

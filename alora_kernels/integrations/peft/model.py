@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...routing import current_routing, route
 from .checkpointing import CheckpointGuard
-from .ids import BatchRouting, batch_input
+from .ids import BatchRouting, batch_shape, beams
 from .layer import ALoRALayer, ALoRALinear
 from .loading import check_shapes, with_weight
 from .merging import check_mergeable
@@ -80,17 +80,11 @@ class ALoRAModel(BaseTuner):
         new = ALoRALinear(target, adapter_name, r, alpha, peft_config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter starts inactive
+        new.rows_name = current_key
         self._replace_module(parent, target_name, new, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         CheckpointGuard.install(model)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward; ids given for the batch must fit it."""
-        routing = current_routing()
-        if isinstance(routing, BatchRouting):
-            routing.check_batch(batch_input(args, kwargs))
-        return super().forward(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -99,10 +93,20 @@ class ALoRAModel(BaseTuner):
         if names is None:
             yield
             return
-        routing = BatchRouting(names, self._active_tasks())
-        routing.check_batch(batch_input(args, kwargs))
-        with route(routing):
+        with route(BatchRouting(names, self._active_tasks()), beams(self.model, kwargs)):
             yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate, where the beams or returned sequences of a row share its id."""
+        model: Any = self.model
+        routing = current_routing()
+        if routing is None:
+            return model.generate(*args, **kwargs)
+        shape = batch_shape(("inputs",), args, kwargs)
+        if shape is not None:
+            routing.check_batch(*shape)
+        with route(routing.repeated(max(routing.repeats, beams(model, kwargs)))):
+            return model.generate(*args, **kwargs)
 
     def _active_tasks(self) -> dict[str, list[str]]:
         """Task names of each active adapter.
