@@ -16,6 +16,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
 from ...modules.init import lora_scaling
 from ...modules.tasks import task_names
@@ -125,6 +126,12 @@ class ALoRAConfig(PeftConfig):
     def experts(self) -> int:
         """E: the number of A matrices per layer."""
         return len(self.tasks) if isinstance(self.tasks, list) else int(self.num_experts or 0)
+
+    def settings_at(self, module: str) -> tuple[int, float]:
+        """Rank and lora_alpha of one module, whose full name the patterns are matched against."""
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        return r, alpha  # type: ignore[return-value]  # lora_alpha is a number once __post_init__ ran
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """s for one layer, whose rank or alpha may come from a pattern."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from ...routing import current_routing, route
 from .checkpointing import CheckpointGuard
 from .ids import BatchRouting, batch_shape, beams
 from .layer import ALoRALayer, ALoRALinear
-from .loading import check_shapes, with_weight
+from .loading import fitted, with_weight
 from .merging import check_mergeable
 from .targets import check_target
 
@@ -70,10 +69,7 @@ class ALoRAModel(BaseTuner):
         if parameter_name is not None:
             raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
         check_target(target, parent, current_key, peft_config.experts, peft_config.routing == "soft")
-        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, current_key), peft_config.r)
-        alpha = peft_config.alpha_pattern.get(
-            get_pattern_key(peft_config.alpha_pattern, current_key), peft_config.lora_alpha
-        )
+        r, alpha = peft_config.settings_at(current_key)
         if isinstance(target, ALoRALinear):
             target.update_layer(adapter_name, r, alpha, peft_config)
             return
@@ -155,5 +151,4 @@ class ALoRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tensors = with_weight(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        check_shapes(model, adapter_name, remapped)
-        return remapped
+        return fitted(model, adapter_name, config, remapped)

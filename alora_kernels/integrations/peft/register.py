@@ -94,6 +94,25 @@ def replace_weights_at_once() -> None:
         peft_model.safe_save_file = whole(peft_model.safe_save_file)
 
 
+def say_what_is_read() -> None:
+    """Let `PeftModel.load_adapter` say which folder it reads; see `loading`. Only ALoRA's tuner listens."""
+    from peft import PeftModel
+
+    from .loading import Source, reading
+
+    def saying(load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+            # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
+            new = adapter_name not in self.peft_config or "key_mapping" in kwargs
+            with reading(Source(str(model_id), kwargs, new)):
+                return load(self, model_id, adapter_name, *args, **kwargs)
+
+        return load_adapter
+
+    PeftModel.load_adapter = saying(PeftModel.load_adapter)  # type: ignore[method-assign]
+
+
 def register(config_cls: type, model_cls: type) -> None:
     """Register the method with PEFT.
 
@@ -116,3 +135,4 @@ def register(config_cls: type, model_cls: type) -> None:
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
     accept_id_tensors()
     replace_weights_at_once()
+    say_what_is_read()
