@@ -15,6 +15,7 @@ from ..integrations.adapter_config import refused
 from ..integrations.adapter_folder import AdapterFile
 from ..modules.tasks import BASE
 
+SHOWN = 20  # names in an error
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -31,12 +32,21 @@ def chosen(file: AdapterFile, name: str | None, task: str | None) -> list[tuple[
     """
     if task is None and name is not None:
         task = file.tasks[0] if len(file.tasks) == 1 else name
+    if task is not None and task not in file.tasks:
+        listed = ", ".join(map(repr, file.tasks[:SHOWN])) + (" and more" if len(file.tasks) > SHOWN else "")
+        raise refused(file.folder, f"has no task {task[:140]!r}: it has {listed}; say which with task=...")
     pairs = [(own, own) for own in file.tasks] if task is None else [(task if name is None else name, task)]
-    for public, _ in pairs:
+    for public, own in pairs:
         if public == BASE or not NAME.fullmatch(public):
             raise refused(
                 file.folder,
                 f"a task cannot be called {public[:140]!r}: names are 1 to 128 letters, digits, '.', '_', ':' or '-'"
-                f" and begin with a letter or digit; load it with task={public[:140]!r} and another name=...",
+                f" and begin with a letter or digit; load it with task={own!r} and another name, such as"
+                f" name={_allowed(own)!r} (lora_name over HTTP), or give it one with `alora export`",
             )
     return pairs
+
+
+def _allowed(name: str) -> str:
+    """A name that is allowed and looks like this one."""
+    return re.sub(r"[^A-Za-z0-9._:-]+", "-", name).strip("._:-")[:128] or "task"

@@ -276,8 +276,8 @@ class TaskStore:
         if taken and not replace:
             raise refused(
                 file.folder,
-                f"a task is called {taken[0]!r} already: give name=... for another name, or replace=True for a new"
-                " version of it",
+                f"a task is called {taken[0]!r} already: give name=... (lora_name over HTTP) for another name, or"
+                " replace=True (load_inplace) for a new version of it",
             )
 
     def _info(self, record: Record) -> TaskInfo:

@@ -51,7 +51,9 @@ def test_load_use_replace_unload(engine, root):
     assert engine.store.loads[-1] == expected
     gone = ask(engine, root, UNLOAD, lora_name="law", lora_int_id=3)
     assert gone.text == "Success: LoRA adapter 'law' removed successfully."
-    refused(ask(engine, root, UNLOAD, lora_name="law"), 404, "law", "tiny, movie, spam")
+    error = refused(ask(engine, root, UNLOAD, lora_name="law"), 404, "law", "known are movie, spam")
+    assert error["param"] == "lora_name" and "tiny" not in error["message"]  # the base is none that could be unloaded
+    refused(ask(engine, root, UNLOAD, lora_name="tiny"), 400, "'tiny' is the base model")
 
 
 def test_without_folders_nothing_is_loaded_or_unloaded(engine, root):

@@ -89,7 +89,7 @@ def test_n_answers_per_prompt_have_their_own_seeds_and_the_prompt_counts_once(en
 
 def test_settings_reach_the_engine(engine):
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop": ["\n", "."], "seed": 3, "max_tokens": 9}
-    post(engine, **ASK, **fields, ignore_eos=True, user="me", metadata={}, store=True, logprobs=None, echo=False)
+    post(engine, **ASK, **fields, ignore_eos=True, user="me", metadata={}, store=False, logprobs=None, echo=False)
     sampling = engine.submitted[0][2]
     assert {name: getattr(sampling, name) for name in fields} == fields | {"stop": ("\n", ".")}
     assert sampling.ignore_eos

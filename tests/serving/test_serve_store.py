@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import stat
 import threading
 import time
@@ -561,3 +562,18 @@ def test_a_store_closed_during_a_load_leaves_no_file(tmp_path, monkeypatch):
     assert not list((tmp_path / "spill").iterdir())
     store.release(lease)
     assert (store.names(), store.resident) == ([], 0)
+
+
+def test_the_remedy_for_a_name_is_one_that_works(tmp_path):
+    """Every error about a name gives names of tasks that are there, and a name that is allowed."""
+    store = opened(tmp_path, "a")
+    alora_folder(tmp_path / "more", Mlp(), ("movie reviews", "law"), **MLP)
+    for asked in ({}, {"task": "movie reviews"}, {"task": "movie reviews", "name": "../up"}):
+        with pytest.raises(AdapterRefusedError, match="cannot be called") as caught:
+            store.load(tmp_path / "more", **asked)
+        task, name = re.search(r"task='([^']+)'.*name='([^']+)'", str(caught.value)).groups()
+        assert (task, name) == ("movie reviews", "movie-reviews")
+    assert [info.name for info in store.load(tmp_path / "more", task=task, name=name)] == ["movie-reviews"]
+    for asked in ({"name": "films"}, {"name": "/films/", "task": "films"}, {"task": "films"}):
+        with pytest.raises(AdapterRefusedError, match="has no task .*: it has 'movie reviews', 'law'; say which"):
+            store.load(tmp_path / "more", **asked)

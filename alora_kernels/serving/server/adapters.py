@@ -21,6 +21,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from ..errors import UnknownTaskError
 from . import body
 from .config import Served
 from .errors import ApiError
@@ -81,7 +82,12 @@ def router(served: Served) -> APIRouter:
         asked = await body.read(request, UnloadAdapter, config.max_body_bytes)
         if not config.adapter_roots or store is None:
             raise ApiError(403, refused, code="forbidden")
-        await run_sync(store.unload, asked.lora_name, limiter=one_at_a_time)
+        if asked.lora_name == served.base:
+            raise ApiError(400, f"{served.base!r} is the base model: it stays while the server runs", "lora_name")
+        try:
+            await run_sync(store.unload, asked.lora_name, limiter=one_at_a_time)
+        except UnknownTaskError as error:  # the base, which other refusals list too, is none that could be unloaded
+            raise ApiError(404, str(error), "lora_name", "model_not_found") from None
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     return routes

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from .errors import ApiError
-from .schema import IGNORED, NEUTRAL
+from .schema import IGNORED, NEUTRAL, is_neutral
 
 SECONDS = 30.0  # a body that takes longer to arrive holds a connection for nothing
 Model = TypeVar("Model", bound=BaseModel)
@@ -71,7 +71,7 @@ async def _bytes(request: Request, limit: int) -> bytes:
 def _checked(fields: dict[str, Any], model: type[Model]) -> Model:
     known = model.model_fields
     for name in [name for name in fields if name not in known]:
-        if name in NEUTRAL and fields[name] not in NEUTRAL[name]:
+        if name in NEUTRAL and not is_neutral(name, fields[name]):
             raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_field")
         if name in NEUTRAL or name in IGNORED:
             del fields[name]
@@ -83,4 +83,6 @@ def _checked(fields: dict[str, Any], model: type[Model]) -> Model:
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unknown field {where[:200]!r}", where[:200], "unknown_field") from None
         said = first["msg"].removeprefix("Value error, ")
+        if not where:  # of several fields: the words begin with the one at fault
+            raise ApiError(400, said, said.partition(" ")[0], "invalid_value") from None
         raise ApiError(400, f"{where}: {said}", where, "invalid_value") from None

@@ -61,7 +61,7 @@ def router(served: Served) -> APIRouter:
         asked = await body.read(request, ChatRequest, served.config.max_body_bytes)
         if asked.max_completion_tokens is not None:
             asked.max_tokens = asked.max_completion_tokens  # the newer name of the same
-        turns = [(message.role, message.content) for message in asked.messages]
+        turns = [(message.role, message.content, message.name) for message in asked.messages]
         prompt = await run_sync(chat_prompt, engine, turns)  # a template is a program: not in the loop
         whole_context = engine.config.max_context or MAX_TOKENS  # the engine cuts it to what the prompt leaves
         return await reply(request, served, asked, [prompt], ChatShape(), whole_context)

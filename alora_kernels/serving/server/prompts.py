@@ -61,7 +61,7 @@ def content_text(value: Any) -> str:
     return "\n".join(part["text"] for part in value)
 
 
-def chat_prompt(engine: Engine, turns: Sequence[tuple[str, str]]) -> str | list[int]:
+def chat_prompt(engine: Engine, turns: Sequence[tuple[str, str, str | None]]) -> str | list[int]:
     """The prompt of a chat.
 
     With a chat template: what the template makes of the turns, as token ids, for the template writes the special
@@ -69,17 +69,20 @@ def chat_prompt(engine: Engine, turns: Sequence[tuple[str, str]]) -> str | list[
 
     Args:
         engine: whose tokenizer has the template.
-        turns: role and text of each message.
+        turns: role, text and name of each message; a name is for templates that look at it.
 
     Raises:
         ApiError: the template refuses these turns; its reason is quoted.
     """
     tokenizer = engine.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        return "\n".join(text for _, text in turns)
+        return "\n".join(text for _, text, _ in turns)
     import jinja2
 
-    messages = [{"role": "system" if role == "developer" else role, "content": text} for role, text in turns]
+    messages = [
+        {"role": "system" if role == "developer" else role, "content": text} | ({} if name is None else {"name": name})
+        for role, text, name in turns
+    ]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except jinja2.TemplateError as error:

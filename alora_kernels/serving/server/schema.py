@@ -4,15 +4,15 @@ In:   parsed JSON.
 Out:  `CompletionRequest`, `ChatRequest`, `LoadAdapter`, `UnloadAdapter`: types checked, ranges left to `Sampling`.
 Who:  `body.read` makes them; the routes use them.
 
-A field that would change the answer and is not supported is refused unless its value changes nothing (`NEUTRAL`); what
-only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
+What is taken has its effect. A field that would have one and is not supported is refused unless its value asks for
+nothing (`NEUTRAL`); what only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from ..request import Sampling
 from .prompts import Content, Prompt, content_text, prompt_list
@@ -21,12 +21,9 @@ MOST_CHOICES = 8
 MOST_MESSAGES = 1024
 UNLIMITED = -1  # vLLM's top_k for "no limit"; ours is 0
 
-IGNORED = frozenset(
-    ["user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"]
-)
+IGNORED = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
-    "best_of": (None, 1),
     "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none", "auto"),
@@ -39,6 +36,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
     "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -46,6 +45,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether a field that is not supported asks for nothing; 0 is not False: `logprobs: 0` asks for something."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name])
 
 
 def _stops(value: Any) -> Any:
@@ -62,7 +66,7 @@ class StreamOptions(Fields):
     """What a stream carries besides text."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # padding against traffic analysis, which this server does not add
+    include_obfuscation: Literal[False] | None = None  # padding against traffic analysis: none is added here
 
 
 class Asked(Fields):
@@ -110,6 +114,13 @@ class CompletionRequest(Asked):
     """POST /v1/completions."""
 
     prompt: Annotated[list[Prompt], BeforeValidator(prompt_list)]
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _all_are_best(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is only supported where it equals n: answers are not ranked")
+        return self
 
 
 class Message(Fields):
