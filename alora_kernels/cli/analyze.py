@@ -169,4 +169,4 @@ def _say(text: str, style: str | None = None) -> None:
     """Text as it is, so that paths can be copied."""
     from . import display
 
-    display.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    display.say(text, style)

@@ -31,6 +31,11 @@ def table(
     return out
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Text as it is: neither wrapped nor coloured by guess, so that paths and commands can be copied."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def progress(unit: str) -> Progress:
     """A progress bar with counts and times."""
     return Progress(

@@ -87,8 +87,9 @@ class Run:
 
 def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     """Base, data and adapter: a fresh adapter, or the one in a folder."""
+    sizes, lost = {"train_size": recipe.train_size, "test_size": recipe.test_size}, data.Lost()
     with display.err.status("reading data ..."):
-        text = data.load_tasks(recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size)
+        text = data.load_tasks(recipe.tasks, seed=recipe.seed, lost=lost, **sizes)
     base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text)
@@ -104,8 +105,10 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
             model = load_method(base, adapter)
             tasks = tasks_of(model) or tasks
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train = data.encode(text["train"], tokenizer, recipe.max_length)
-        test = data.encode(text["test"], tokenizer, recipe.max_length)
+        train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
+        test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
+    for line in lost.lines():
+        display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     words = _words(text)
     choices = {task: list(data.first_tokens(labels, tokenizer).values()) for task, labels in words.items()}
@@ -232,7 +235,7 @@ def show_method(run: Run) -> None:
     if run.recipe.budget == "parameters":
         share = 100 * count / run.alora_parameters
         text += f", {share:.1f} % of the {run.alora_parameters / 1e6:.3g} M of ALoRA with r={run.recipe.r}"
-    display.console.print(text, highlight=False, soft_wrap=True)
+    display.say(text)
 
 
 def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:

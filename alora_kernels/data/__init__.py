@@ -12,6 +12,7 @@ from alora_kernels.data.cards import task_cards
 from alora_kernels.data.encoder import EncoderClassifier, load_encoder
 from alora_kernels.data.encoding import encode, first_tokens
 from alora_kernels.data.loading import as_source, load_task, load_tasks
+from alora_kernels.data.lost import Lost
 from alora_kernels.data.models import MODELS, load_model
 from alora_kernels.data.packages import MissingPackageError
 from alora_kernels.data.sources import TaskSpec
@@ -21,6 +22,7 @@ __all__ = [
     "MODELS",
     "TASKS",
     "EncoderClassifier",
+    "Lost",
     "MissingPackageError",
     "Task",
     "TaskSpec",

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from alora_kernels.data.lost import Lost
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 96) -> Dataset:
+def encode(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 96, *, lost: Lost | None = None
+) -> Dataset:
     """Tokenise `prompt + " " + answer + eos`; labels are -100 except on answer and eos.
 
     A row that is too long loses the middle of its prompt, where a text is longest: its first words say what is
@@ -31,6 +35,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         dataset: string columns `prompt`, `answer` and `task`.
         tokenizer: of the model that will be trained.
         max_length: most tokens of a row, answer and eos included.
+        lost: counts the rows that are cut.
 
     Returns:
         A data set with `input_ids`, `attention_mask`, `labels` (each `[length]`, integers) and `task`. The first label
@@ -58,7 +63,15 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         _row(bos, start, end, answer, tokenizer.eos_token_id, max_length)
         for start, end, answer in zip(before, ends, answers, strict=True)
     ]
-    return _to_dataset(rows, list(dataset["task"]))
+    tasks = list(dataset["task"])
+    if lost is not None:
+        lost.max_length = max_length
+        lost.encoded.update(tasks)
+        whole = (
+            len(bos) + len(start) - sum(label == IGNORE for label in row["labels"]) for start, row in zip(before, rows)
+        )
+        lost.cut.update(task for task, more in zip(tasks, whole, strict=True) if more > 0)
+    return _to_dataset(rows, tasks)
 
 
 def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -4,9 +4,9 @@ In:   names of built-in tasks, paths of JSON files, hub ids, or `TaskSpec`s; a s
 Out:  a `datasets.DatasetDict` with splits `train` and `test` and string columns `prompt`, `answer`, `task`.
 Who:  the CLI, examples, benchmarks and tests; `encoding` takes what comes out.
 
-All sources go one way: shuffle the row numbers, format rows in that order, skip prompts seen before, take the test rows
-first and the train rows next. So test and train share no prompt, and the test rows do not change with
-`train_size`.
+All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
+test rows first and the train rows next. So test and train of a task share no prompt, and the test rows do not change
+with `train_size`. The same prompt under two tasks counts twice: only the task tells such rows apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alora_kernels.data.sources import FILES, Rows, TaskSpec, read_rows
+from alora_kernels.data.lost import Lost
+from alora_kernels.data.sources import FILES, Rows, TaskSpec, place, read_rows
 from alora_kernels.data.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_task(
-    name_or_spec: str | Task | TaskSpec, *, seed: int = 0, train_size: int | None = None, test_size: int = 200
+    name_or_spec: str | Task | TaskSpec,
+    *,
+    seed: int = 0,
+    train_size: int | None = None,
+    test_size: int = 200,
+    lost: Lost | None = None,
 ) -> DatasetDict:
     """Train and test split of one task.
 
@@ -42,30 +48,38 @@ def load_task(
             `task`), a hub id whose data set has those columns, or a `TaskSpec` that names other columns.
         seed: decides which rows go where and in what order; the same seed gives the same splits.
         train_size: at most so many train rows; None takes all that are left.
-        test_size: number of test rows; at most so many where the spec names a `test_split`.
+        test_size: at most so many test rows, and at most half of all rows where the spec names no `test_split` and
+            there is something to train.
+        lost: counts what is left out.
 
     Returns:
-        Splits `train` and `test` with string columns `prompt`, `answer`, `task`. The answer follows the prompt after
-        one space.
+        Splits `train` and `test` with string columns `prompt`, `answer`, `task`; they share no prompt of a task. The
+        answer follows the prompt after one space.
 
     Raises:
         MissingPackageError: the task's data package is not installed.
         FileNotFoundError, ConnectionError: the file or hub data set is not there.
-        ValueError: unknown name, bad file, missing column, empty answer, or too few rows.
+        ValueError: unknown name, bad file, missing column, empty answer, or no row to train on.
     """
-    return _to_splits(*_split(as_source(name_or_spec), seed, train_size, test_size))
+    return _to_splits(*_split([as_source(name_or_spec)], seed, train_size, test_size, lost or Lost()))
 
 
 def load_tasks(
-    names: Sequence[str | Task | TaskSpec], *, seed: int = 0, train_size: int | None = None, test_size: int = 200
+    names: Sequence[str | Task | TaskSpec],
+    *,
+    seed: int = 0,
+    train_size: int | None = None,
+    test_size: int = 200,
+    lost: Lost | None = None,
 ) -> DatasetDict:
     """Several tasks mixed: each as `load_task` gives it, rows shuffled together by the seed.
 
     Args:
         names: as in `load_task`, each task once.
         seed: as in `load_task`.
-        train_size: per task.
-        test_size: per task.
+        train_size: per source.
+        test_size: per source.
+        lost: as in `load_task`.
 
     Raises:
         ValueError: no task, or a task given twice; else as in `load_task`.
@@ -74,12 +88,7 @@ def load_tasks(
     called = [source.name for source in sources]
     if not called or len(set(called)) < len(called):
         raise ValueError(f"expected one or more different tasks, got {called}")
-    train: list[Example] = []
-    test: list[Example] = []
-    for source in sources:
-        own_train, own_test = _split(source, seed, train_size, test_size)
-        train += own_train
-        test += own_test
+    train, test = _split(sources, seed, train_size, test_size, lost or Lost())
     mix = random.Random(seed)
     mix.shuffle(train)
     mix.shuffle(test)
@@ -110,11 +119,34 @@ def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
 
 
 def _split(
-    source: Task | TaskSpec, seed: int, train_size: int | None, test_size: int
+    sources: Sequence[Task | TaskSpec], seed: int, train_size: int | None, test_size: int, lost: Lost
 ) -> tuple[list[Example], list[Example]]:
-    """Train and test examples of one source."""
+    """Train and test examples of all sources, one after the other."""
     if test_size < 0 or (train_size is not None and train_size < 0):
         raise ValueError(f"sizes must not be negative, got train_size={train_size}, test_size={test_size}")
+    seen: dict[tuple[str, str], str] = {}
+    train: list[Example] = []
+    test: list[Example] = []
+    for source in sources:
+        own_train, own_test = _split_source(source, seed, train_size, test_size, seen, lost)
+        train += own_train
+        test += own_test
+    if train_size != 0:
+        trained = {task for _, _, task in train}
+        lost.untrained.update(task for _, _, task in test if task not in trained)
+        test = [example for example in test if example[2] in trained]
+    return train, test
+
+
+def _split_source(
+    source: Task | TaskSpec,
+    seed: int,
+    train_size: int | None,
+    test_size: int,
+    seen: dict[tuple[str, str], str],
+    lost: Lost,
+) -> tuple[list[Example], list[Example]]:
+    """Train and test examples of one source that are not in `seen` yet, (task, prompt) -> answer."""
     if isinstance(source, Task):
         spec = TaskSpec(source.name, source.path, prompt=source.template, answer="{label}", task_column=None)
         rows: Rows = source.rows()
@@ -122,44 +154,61 @@ def _split(
         spec = source
         rows = read_rows(spec, spec.split)
 
-    seen: set[str] = set()
-    examples = _shuffled(spec, rows, seed, seen)
+    examples = _shuffled(spec, rows, seed, seen, lost)
     if spec.test_split is None:
         test = list(islice(examples, test_size))
     else:
         kept = dataclasses.replace(spec, source=spec.test_split) if spec.is_file else spec
-        test = list(islice(_shuffled(kept, read_rows(kept, spec.test_split), seed, seen), test_size))
-    train = list(islice(examples, train_size))
-    if train_size != 0 and not train:
+        test = list(islice(_shuffled(kept, read_rows(kept, spec.test_split), seed, seen, lost), test_size))
+    if train_size == 0:
+        return [], test
+    # looks so far ahead that the test rows do not change with train_size
+    rest = list(islice(examples, None if train_size is None else max(train_size, test_size)))
+    if spec.test_split is None and len(rest) < len(test):
+        half = (len(test) + len(rest)) // 2
+        lost.capped[spec.name] = half, test_size
+        test, rest = test[:half], test[half:] + rest
+    if not rest:
         raise ValueError(
-            f"task {spec.name!r} has {len(test)} different prompts, none is left to train on after "
-            f"test_size={test_size}; pass a smaller test_size"
+            f"task {spec.name!r}: every prompt of {spec.source!r} is a test prompt, none is left to train on"
         )
-    return train, test
+    own_test = len(test) if spec.test_split is None else 0
+    if train_size is not None and train_size <= len(rest) and train_size + own_test < len(rows):
+        lost.limited[spec.name] = train_size, len(rows)
+    return rest[:train_size], test
 
 
-def _shuffled(spec: TaskSpec, rows: Rows, seed: int, seen: set[str]) -> Iterator[Example]:
-    """Rows in the seed's order as examples; prompts in `seen` are skipped, new ones added to it."""
+def _shuffled(spec: TaskSpec, rows: Rows, seed: int, seen: dict[tuple[str, str], str], lost: Lost) -> Iterator[Example]:
+    """Rows in the seed's order as examples; prompts that their task has in `seen` are skipped, new ones added."""
     order = list(range(len(rows)))
     # the name in the seed: tasks of equal length must not be shuffled alike
     random.Random(f"{seed} {spec.name}").shuffle(order)
     for number in order:
-        example = _to_example(spec, rows, number)
-        same = " ".join(example[0].casefold().split())
+        prompt, answer, task = _to_example(spec, rows, number)
+        same = task, " ".join(prompt.casefold().split())
         if same not in seen:
-            seen.add(same)
-            yield example
+            seen[same] = answer
+            yield prompt, answer, task
+        else:
+            lost.repeated[task] += 1
+            if seen[same] != answer:
+                lost.contradicting[task] += 1
 
 
 def _to_example(spec: TaskSpec, rows: Rows, number: int) -> Example:
     """Row `number` through the templates."""
     row = {column: "" if value is None else value for column, value in rows[number].items()}
-    prompt = spec.prompt.format_map(row).rstrip()
-    answer = spec.answer.format_map(row).strip()
+    try:
+        prompt = spec.prompt.format_map(row).rstrip()
+        answer = spec.answer.format_map(row).strip()
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place(rows, spec.source, number)} does not fit the templates {spec.prompt!r}, {spec.answer!r}: {error!r}"
+        ) from None
     answer = spec.words.get(answer, answer)
     if not prompt or not answer:
         raise ValueError(
-            f"row {number} of {spec.source!r} has an empty {'answer' if prompt else 'prompt'} (templates "
+            f"{place(rows, spec.source, number)} has an empty {'answer' if prompt else 'prompt'} (templates "
             f"{spec.prompt!r}, {spec.answer!r}); drop such rows, or choose a labelled split"
         )
     task = row.get(spec.task_column) if spec.task_column else None

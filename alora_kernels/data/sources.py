@@ -4,7 +4,7 @@ In:   a `TaskSpec`: a path or hub id, and which columns make up the prompt and t
 Out:  the raw rows, random access by index, with the columns checked.
 Who:  `loading`, which turns raw rows of any source into prompt and answer.
 
-A `.jsonl` file is read line by line, so that an error can name its line; a `.json` file holds one list. A hub data set
+Of a `.jsonl` file each line is an object, and an error names it; a `.json` file holds one list. A hub data set
 stays the memory-mapped table `datasets` makes of it; only the rows that end up in a split are ever formatted.
 """
 
@@ -103,12 +103,26 @@ def placeholders(*templates: str) -> list[str]:
     return list(found)
 
 
-def read_json(path: Path) -> list[dict[str, Any]]:
+class FileRows(list[dict[str, Any]]):
+    """The objects of a file; `places` says where each stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+
+def place(rows: Rows, source: str, number: int) -> str:
+    """How messages call a row: its line or item in a file, else its number."""
+    return rows.places[number] if isinstance(rows, FileRows) else f"row {number} of {source!r}"
+
+
+def read_json(path: Path) -> FileRows:
     """All objects of a JSON Lines file, or of the list in a `.json` file; blank lines are skipped.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, or a line or item is not a JSON object with the first one's keys; names which.
+        ValueError: another format, not UTF-8, or a line or item is not a JSON object with the first one's keys; names
+            which.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -120,34 +134,40 @@ def read_json(path: Path) -> list[dict[str, Any]]:
             f"{str(path)!r} is not a .jsonl or .json file; convert it, e.g. with "
             f"pandas.read_csv(path).to_json('data.jsonl', orient='records', lines=True)"
         )
-    rows: list[dict[str, Any]] = []
-    for value, where in _items(path) if path.suffix == ".json" else _lines(path):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    rows = FileRows()
+    for value, where in _items(text, path) if path.suffix == ".json" else _lines(text, path):
         rows.append(_check_row(value, where, rows[0] if rows else {}))
+        rows.places.append(where)
     return rows
 
 
-def _items(path: Path) -> Iterator[tuple[Any, str]]:
+def _items(text: str, path: Path) -> Iterator[tuple[Any, str]]:
     """What the list in a file holds, and where."""
-    found = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+    found = _parse(text, str(path)) if text.strip() else []
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a list of JSON objects, got a single value of {type(found).__name__}")
     return ((item, f"{path}, item {number}") for number, item in enumerate(found, start=1))
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+def _lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
     """What the lines of a file hold, and where."""
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which knows line ends within texts
+        if line.strip():
+            yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+        end = len(text.rstrip())  # what is missing is missed after the last word, not on the empty line below
+        found = json.JSONDecodeError(error.msg, text, min(error.pos, end))
+        line = f"line {found.lineno}, " if "\n" in text[:end] else ""
+        raise ValueError(f"{where}: not valid JSON ({found.msg} at {line}column {found.colno})") from None
 
 
 def _check_row(row: Any, where: str, first: Iterable[str]) -> dict[str, Any]:

@@ -149,6 +149,23 @@ def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
     assert "base, untuned" in again
 
 
+def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
+    again = [json.dumps({"prompt": "Number 3: is it even?", "answer": a, "task": "even"}) for a in ("yes", "no")]
+    long = json.dumps({"prompt": "Number " + "9" * 300, "answer": "no", "task": "even"})
+    jsonl.write_text("\n".join([jsonl.read_text(), *again, long]))
+    spec = f"[{{name: parity, source: {jsonl}}}]"
+    out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, test_size=60, train_size=20)))
+    lines = [
+        "repeated prompts left out: even 2 (with another answer: even 1)",
+        "training rows taken (train_size): parity 20 of 83",
+        "test rows taken, at most half of all: parity 40 of 60 asked for",
+        "prompts cut in the middle to fit max_length=96: even 1 of ",
+    ]
+    assert all(line in out for line in lines)
+    judged = alora("eval", str(tmp_path / "run" / "adapter"))
+    assert all(line in judged for line in lines)
+
+
 def test_train_resumes(tmp_path, jsonl):
     path = recipe(tmp_path, jsonl, save_steps=2)
     assert "no checkpoint in" in refused("train", str(path), "--resume")

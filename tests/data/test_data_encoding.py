@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, DatasetDict
 
-from alora_kernels.data import encode, first_tokens, majority_baseline
+from alora_kernels.data import Lost, encode, first_tokens, majority_baseline
 
 
 def dataset(*rows):
@@ -51,6 +51,18 @@ def test_a_long_prompt_keeps_its_head_and_its_cue(smollm2):
     text = tokenizer.decode(row["input_ids"])
     assert text.startswith("Review: very")
     assert text.endswith("good\nSentiment: positive<|im_end|>")
+
+
+def test_prompts_that_are_cut_are_counted(byte_tok):
+    lost = Lost()
+    table = dataset(("x" * 20, "tech", "bbc"), ("x" * 6, "tech", "bbc"), ("x" * 6, "spam", "spam"))
+    encode(table, byte_tok, max_length=9, lost=lost)
+    encode(table, byte_tok, max_length=9, lost=lost)
+    assert lost.lines() == ["prompts cut in the middle to fit max_length=9: bbc 2 of 4"]
+    encode(table, byte_tok, max_length=8, lost=(fits := Lost()))
+    assert fits.lines() == ["prompts cut in the middle to fit max_length=8: bbc 1 of 2"]
+    encode(table, byte_tok, max_length=7, lost=(less := Lost()))
+    assert less.lines() == ["prompts cut in the middle to fit max_length=7: bbc 2 of 2, spam 1 of 1"]
 
 
 def test_bos_and_no_eos(byte_tok):

