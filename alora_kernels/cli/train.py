@@ -87,9 +87,11 @@ class Run:
 
 def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     """Base, data and adapter: a fresh adapter, or the one in a folder."""
-    sizes, lost = {"train_size": recipe.train_size, "test_size": recipe.test_size}, data.Lost()
+    lost = data.Lost()
     with display.err.status("reading data ..."):
-        text = data.load_tasks(recipe.tasks, seed=recipe.seed, lost=lost, **sizes)
+        text = data.load_tasks(
+            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
+        )
     base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text)
