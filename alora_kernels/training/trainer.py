@@ -12,12 +12,14 @@ Everything else, resume included, is Trainer's own.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..integrations.peft import CheckpointGuard
 from ..routing import current_routing, route
@@ -27,6 +29,7 @@ from .columns import check_class_label, check_dataset, check_order, names_in, ta
 from .loss import ModelLoss, Scored
 from .rules import BatchRules, base_model
 from .sampler import TaskBalancedSampler
+from .sums import TaskSums
 from .tasks import active_tables, batch_routing, check_adapted, names_of, stacked_a
 
 PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_attention_mask")
@@ -72,10 +75,10 @@ class ALoRATrainer(Trainer):
             for name, dataset in datasets.items():
                 check_dataset(name, dataset, self.tasks, tables)
         CheckpointGuard.install(self._base_model())
-        if self.compute_metrics is None:
-            self.compute_metrics = self._task_metrics
         self._keeper: KeepAbsentTasks | None = None
-        self._sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # loss and count per task since the last log
+        self._trained, self._evaluated = TaskSums(), TaskSums()  # since the last log, in the last evaluation
+        self._told: set[str] = set()
+        self._all_logits = True
         self._rules = BatchRules.of(self.model)
         self._losses = {mode: ModelLoss(self.model) for mode in (True, False)}  # in training, in evaluation
 
@@ -112,9 +115,6 @@ class ALoRATrainer(Trainer):
         if self._counts_ours:
             self.tasks = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self.model))]))
             self.data_collator.tasks = self.tasks
-            grown = self._sums.new_zeros(2, len(self.tasks))
-            grown[:, : self._sums.shape[1]] = self._sums
-            self._sums = grown
         check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
@@ -185,12 +185,6 @@ class ALoRATrainer(Trainer):
             loss = self._losses[model.training]
             return loss(model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
 
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """Model outputs, loss and number of labels of each row `[B]`, and whether a row's first choices are right."""
-        outputs, _, losses, counts, right = self._score(model, inputs)
-        assert losses is not None and right is not None  # of a batch that `_has_token_loss`
-        return outputs, losses, counts, right
-
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """As Trainer's, for every model, and of the labels that its loss counts."""
         if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
@@ -223,58 +217,72 @@ class ALoRATrainer(Trainer):
                 return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         if model.training and self.routed and not return_outputs:
             inputs = _tasks_side_by_side(inputs)
-        scored, task_ids = self._score(model, inputs, all_logits=return_outputs), inputs.get("task_ids")
-        if model.training and scored.losses is not None and task_ids is not None and task_ids.dim() == 1:
-            self._add_to_log(task_ids, scored.losses.detach(), scored.counts)
+        scored, task_ids = self._score(model, inputs, return_outputs and self._all_logits), inputs.get("task_ids")
+        if task_ids is not None:
+            self._add(self._trained if model.training else self._evaluated, task_ids, scored)
         loss = scored.mean
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None:  # the share of this batch in the labels of the step
+            if model.training:  # a step without a label moves nothing; an evaluation leaves such a batch out
+                num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp_min(1)
             loss = loss * (scored.counts.sum() / num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, scored.outputs) if return_outputs else loss
 
-    def _add_to_log(self, task_ids: Tensor, losses: Tensor, counts: Tensor) -> None:
-        known = task_ids >= 0
-        sums = torch.stack([losses.double(), counts.double()])[:, known]
-        self._sums = self._sums.to(losses.device).index_add(1, task_ids[known], sums)
+    def _add(self, sums: TaskSums, task_ids: Tensor, scored: Scored) -> None:
+        """Note what the rows of a batch scored; of an evaluation by several processes, once for each row."""
+        rows = (task_ids, scored.counts, scored.losses, scored.right)
+        if sums is self._evaluated and scored.losses is not None and task_ids.dim() == 1:
+            rows = self.accelerator.gather_for_metrics(rows)
+        sums.add(len(self.tasks), *rows)
+
+    def _tell_unlabelled(self, sums: TaskSums, where: str) -> None:
+        if sums.unlabelled and where not in self._told:
+            self._told.add(where)
+            warnings.warn(
+                f"{sums.unlabelled} of {sums.rows} rows {where} have no label that counts (all are -100, or the first"
+                " token alone is labelled): they are left out of loss and accuracy",
+                stacklevel=3,
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with `loss_<task>` beside `loss`."""
         if "loss" in logs:
-            for name, loss, count in zip(self.tasks, *self._sums.tolist(), strict=True):
-                if count:
-                    logs[f"loss_{name}"] = loss / count
-            self._sums.zero_()
+            logs.update(self._trained.logs(self.tasks))
+            self._tell_unlabelled(self._trained, "in the first steps of training")
+            self._trained = TaskSums()
         super().log(logs, *args, **kwargs)
 
-    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, with loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
+        self._evaluated = TaskSums()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        tasks = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics(self.tasks).items()}
+        output = output._replace(metrics={**tasks, **(output.metrics or {})})  # a caller's own metrics come first
+        self._tell_unlabelled(self._evaluated, f"of the {description.lower()}")
+        return output
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Loss, (loss, right?) of each row, and task ids; a caller's own `compute_metrics` gets Trainer's logits."""
+        """As Trainer's, routed; logits that nobody asks for are not computed."""
         inputs = self._prepare_inputs(inputs)
-        by_rows = self._has_token_loss(inputs, model)
-        if self.compute_metrics != self._task_metrics or not by_rows:
-            known = self._model_inputs(inputs)
+        labelled = self.label_names and all(inputs.get(name) is not None for name in self.label_names)
+        self._all_logits = not prediction_loss_only
+        try:
             with self._routing(inputs.get("task_ids")):
-                loss_only = prediction_loss_only or self.compute_metrics == self._task_metrics
-                return super().prediction_step(model, known, loss_only, ignore_keys)
-        _, losses, counts, right = self._token_losses(model, inputs)
-        return losses.sum() / counts.sum(), (losses / counts, right), inputs["task_ids"]
-
-    def _task_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
-        losses, right = (np.asarray(v) for v in prediction.predictions)
-        task_ids = np.asarray(prediction.label_ids)
-        metrics: dict[str, float] = {}
-        for index, name in enumerate(self.tasks):
-            rows = task_ids == index
-            if rows.any():
-                metrics[f"loss_{name}"] = float(losses[rows].mean())
-                metrics[f"accuracy_{name}"] = float(right[rows].mean())
-        metrics["accuracy"] = float(np.mean([v for k, v in metrics.items() if k.startswith("accuracy_")]))
-        return metrics
+                given = inputs if labelled else self._model_inputs(inputs)
+                return super().prediction_step(model, given, prediction_loss_only, ignore_keys)
+        finally:
+            self._all_logits = True
 
 
 def _tasks_side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
