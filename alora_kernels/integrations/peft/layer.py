@@ -10,7 +10,7 @@ hooked, subclassed) is called, and the low-rank part is added to what it returns
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -103,13 +103,14 @@ class ALoRALayer(BaseTunerLayer):
         self.asymlora_spec: dict[str, AdapterSpec] = {}
         self.asymlora_fixed: dict[str, int] = {}
         self._disable_adapters = False
+        self._paused: list[Weight] = []
         self.merged_adapters: list[str] = []
         self.merged_tasks: dict[str, int] = {}
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ALoRAConfig) -> None:
-        """Add an adapter to this layer.
+        """Add an adapter to this layer; nothing is left of an earlier one of its name.
 
         Args:
             adapter_name: its name.
@@ -117,6 +118,7 @@ class ALoRALayer(BaseTunerLayer):
             lora_alpha: numerator of its scaling here.
             config: the rest.
         """
+        self.forget(adapter_name)
         tasks = tuple(config.tasks) if isinstance(config.tasks, list) else ()
         self.asymlora_spec[adapter_name] = AdapterSpec(
             r, config.scaling(r, lora_alpha), config.lora_dropout, tasks, config.experts
@@ -132,7 +134,37 @@ class ALoRALayer(BaseTunerLayer):
         if router is not None:
             self.asymlora_router[adapter_name] = Weight(router.to(dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
+
+    def forget(self, adapter_name: str) -> None:
+        """Remove all that is known of an adapter, whose place another of its name may take."""
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, part):
+                del getattr(self, part)[adapter_name]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT, but what was frozen before the adapters were disabled stays so when they are enabled again."""
+        if enabled is not self._disable_adapters:
+            return
+        if not enabled:
+            weights = [weight for part in self.adapter_layer_names for weight in getattr(self, part).values()]
+            self._paused = [weight for weight in weights if weight.weight.requires_grad]
+        for weight in self._paused:
+            weight.requires_grad_(enabled)
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; said while adapters are disabled, it holds when they are enabled."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._paused = []
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in PEFT; said while adapters are disabled, it holds when they are enabled."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        parts = [getattr(self, part) for part in self.adapter_layer_names]
+        said = {weights[name] for weights in parts for name in names if name in weights}
+        self._paused = [weight for weight in self._paused if weight not in said]
 
     def _adapter_dtype(self) -> torch.dtype:
         """The base's dtype, if it can hold an adapter; PEFT raises 16 bits to 32 later unless told not to."""

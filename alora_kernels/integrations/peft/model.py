@@ -8,12 +8,12 @@ Who:  stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ class ALoRAModel(BaseTuner):
     """
 
     prefix = "asymlora_"
+    _paused: Sequence[nn.Parameter] = ()  # heads that train when adapters are enabled again
     tuner_layer_cls = ALoRALayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -78,6 +79,38 @@ class ALoRAModel(BaseTuner):
             new.requires_grad_(False)  # a further adapter starts inactive
         new.rows_name = current_key
         self._replace_module(parent, target_name, new, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; an adapter that has the name already is replaced, also where the new one adapts nothing.
+
+        Raises:
+            ValueError: that adapter is merged.
+        """
+        layers = [m for m in model.modules() if isinstance(m, ALoRALayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base: call unmerge_adapter() first")
+        before = [layer.asymlora_spec.get(adapter_name) for layer in layers]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for layer, spec in zip(layers, before, strict=True):
+            if layer.asymlora_spec.get(adapter_name) is spec:
+                layer.forget(adapter_name)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """As in PEFT, but modules_to_save that were frozen before adapters were disabled stay so."""
+        heads = [
+            p
+            for m in self.model.modules()
+            if isinstance(m, ModulesToSaveWrapper)
+            for name in m.active_adapters
+            for p in m.modules_to_save[name].parameters()
+        ]
+        self._paused = [*self._paused, *(p for p in heads if p.requires_grad)]
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            trained = {id(p) for p in self._paused}
+            for p in heads:
+                p.requires_grad_(id(p) in trained)
+            self._paused = []
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         CheckpointGuard.install(model)
