@@ -27,6 +27,7 @@ from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .columns import check_class_label, check_dataset, check_order, names_in, task_column
 from .loss import ModelLoss, Scored
+from .restore import load_adapters
 from .rules import BatchRules, base_model
 from .sampler import TaskBalancedSampler
 from .sums import TaskSums
@@ -145,6 +146,17 @@ class ALoRATrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As Trainer's, every adapter under its own name."""
+        if not load_adapters(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's, every adapter under its own name."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or not load_adapters(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         """Routing by the names that the ids stand for: which adapters are active may have changed."""
