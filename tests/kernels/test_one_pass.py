@@ -82,7 +82,6 @@ def test_task(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         return torch.nn.functional.linear(x, w, bias) + mixture(x, a) @ b.T
 
     assert_close(y, layer, dtype, t.x, t.w, t.bias, t.a, t.b)
-    assert torch.equal(h, ak.task_shrink(t.x, t.a, t.groups, scaling=S, dropout=t.drop)) or DEVICE == "cuda"
     assert clean()
 
 
