@@ -29,8 +29,12 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`"tf32"` for float32 if the user allowed it (`torch.set_float32_matmul_precision`), else `"ieee"`."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """`"tf32"` for float32 if the user allowed it, else `"ieee"`.
+
+    `torch.backends.cuda.matmul.fp32_precision` knows of every way to allow it, `torch.set_float32_matmul_precision`
+    among them; the getters of the older ways raise once a newer one was used.
+    """
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
