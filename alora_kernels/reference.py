@@ -60,7 +60,7 @@ def alora_linear(
     Args:
         x: activations `[..., K]`.
         weight: frozen base weight `[N, K]`.
-        lora_A: the E matrices A, `[E, R, K]`.
+        lora_A: the E matrices A, `[E, R, K]`; float32 ones over 16-bit x make the low-rank part float32, as in PEFT.
         lora_B: the shared B, `[N, R]`.
         bias: base bias `[N]`, or None.
         router: router weight `[E, K]` for soft routing; it sees x before dropout.
@@ -74,7 +74,8 @@ def alora_linear(
 
     Source: Ban & Ji 2025, ALoRA: multiple A, single B.
     """
-    g = gate(x, lora_A.shape[0], router, task_ids)
-    p = torch.einsum("...k,erk->...er", F.dropout(x, dropout_p, training), lora_A.to(x.dtype))
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    g = gate(x.to(wide), lora_A.shape[0], router, task_ids)
+    p = torch.einsum("...k,erk->...er", F.dropout(x.to(wide), dropout_p, training), lora_A.to(wide))
     h = torch.einsum("...e,...er->...r", g, p)
-    return F.linear(x, weight, bias) + scaling * F.linear(h, lora_B.to(x.dtype))
+    return (F.linear(x, weight, bias) + scaling * F.linear(h, lora_B.to(wide))).to(x.dtype)

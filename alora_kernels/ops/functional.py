@@ -13,6 +13,8 @@ from torch import Tensor
 from ..routing import Routing
 from . import backend as backends
 from . import checks, library
+from .mixed import add_product_, no_autocast, product, turned_product
+from .types import wider
 
 
 def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -161,6 +163,7 @@ def alora_delta(
     (x_cast,) = autocast(x)
     assert x_cast is not None
     rows = x_cast.reshape(-1, x.shape[-1])
+    backend = backends.choose(rows, backend)
     shrink = library.shrink if library.needs_dispatch(rows, lora_A, router) else library.shrink_now
     h, _ = shrink(
         rows,
@@ -170,14 +173,23 @@ def alora_delta(
         dropout_seed(x, dropout_p, training),
         scaling,
         dropout_p,
-        backends.choose(rows, backend),
+        backend,
     )
+    # Triton multiplies in the dtype of the activations, torch in the wider one of both sides
+    like = rows if base is None else base
+    dtype = wider(like, h, lora_B) if backend == "torch" else like.dtype
+    with no_autocast(x.device.type):
+        return _expanded(base, h.to(dtype), lora_B.to(dtype)).to(like.dtype).view(out_shape)
+
+
+def _expanded(base: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
+    """base + h b^T, written into base where that may be."""
     if base is None:
-        return (h @ lora_B.to(h.dtype).t()).view(out_shape)
-    h, b = h.to(base.dtype), lora_B.to(base.dtype)
+        return h @ b.t()
     if _may_overwrite(base):
         return _AddExpanded.apply(base, h, b)  # type: ignore[no-any-return]
-    return torch.addmm(base.reshape(-1, b.shape[0]), h, b.t()).view(out_shape)
+    rows = base.reshape(-1, b.shape[0])
+    return torch.addmm(rows, h, b.t()) if base.dtype == h.dtype else rows + h @ b.t()
 
 
 def _may_overwrite(base: Tensor) -> bool:
@@ -194,7 +206,7 @@ class _AddExpanded(torch.autograd.Function):
     def forward(ctx, base: Tensor, h: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(h, b)
         ctx.mark_dirty(base)
-        base.view(-1, b.shape[0]).addmm_(h, b.t())
+        add_product_(base.view(-1, b.shape[0]), h, b.t())
         return base
 
     @staticmethod
@@ -202,6 +214,7 @@ class _AddExpanded(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
         h, b = ctx.saved_tensors
         rows = dy.reshape(-1, b.shape[0])
-        dh = rows @ b if ctx.needs_input_grad[1] else None
-        db = rows.t() @ h if ctx.needs_input_grad[2] else None
+        with no_autocast(dy.device.type):
+            dh = product(rows, b, 1.0) if ctx.needs_input_grad[1] else None
+            db = turned_product(rows, h) if ctx.needs_input_grad[2] else None
         return dy, dh, db

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_group
-from .library import adapter_of, differentiated, needs_dispatch, no_double_backward, or_empty, traced
+from .library import adapter_of, differentiated, h_dtype, needs_dispatch, no_double_backward, or_empty, traced
 from .types import Member, Needs, Saved, acc_dtype
 
 
@@ -123,7 +123,7 @@ def _(x: Tensor, weights: Any, biases: Any, a: Any, b: Any, routers: Any, *rest:
     rows = x.shape[0]
     columns = sum(t.shape[0] * (t.shape[1] + 1) for t in a)
     ys = [x.new_empty(rows, w.shape[0]) for w in weights]
-    h = x.new_empty(rows, sum(t.shape[1] for t in b))
+    h = x.new_empty(rows, sum(t.shape[1] for t in b), dtype=h_dtype(rest[-1], x, *a, *routers))
     return [*ys, h, x.new_empty((rows, columns) if routers else (0,), dtype=acc_dtype(x))]
 
 

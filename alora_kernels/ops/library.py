@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..routing import RowGroups
 from . import torch_backend
-from .types import Adapter, Dropout, Needs, Saved, acc_dtype
+from .types import Adapter, Dropout, Needs, Saved, acc_dtype, wider
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -180,20 +180,26 @@ def shrink_backward(
     return tuple(or_empty(g, dh) for g in (grads.dx, grads.da, grads.drouter))  # type: ignore[return-value]
 
 
-def _fake_saved(x: Tensor, a: Tensor, router: Tensor | None) -> tuple[Tensor, Tensor]:
+def h_dtype(backend: str, x: Tensor, *adapter: Tensor | None) -> torch.dtype:
+    """The dtype of the h that a backend saves; see `types.Saved`."""
+    return wider(x, *adapter) if backend == "torch" else x.dtype
+
+
+def _fake_saved(x: Tensor, a: Tensor, router: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     experts, rank, _ = a.shape
     p_shape = (0,) if router is None else (x.shape[0], experts * rank + experts)
-    return x.new_empty(x.shape[0], rank), x.new_empty(p_shape, dtype=acc_dtype(x))
+    h = x.new_empty(x.shape[0], rank, dtype=h_dtype(backend, x, a, router))
+    return h, x.new_empty(p_shape, dtype=acc_dtype(x))
 
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, router: Tensor | None, *rest: Any) -> Any:
-    return (x.new_empty(x.shape[0], weight.shape[0]), *_fake_saved(x, a, router))
+    return (x.new_empty(x.shape[0], weight.shape[0]), *_fake_saved(x, a, router, rest[-1]))
 
 
 @shrink.register_fake
 def _(x: Tensor, a: Tensor, router: Tensor | None, *rest: Any) -> Any:
-    return _fake_saved(x, a, router)
+    return _fake_saved(x, a, router, rest[-1])
 
 
 def _fake_grads(like: Tensor, shapes: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -5,8 +5,9 @@ Out:  the same four results as `triton_backend`: `linear`, `shrink` and their ba
 Who:  `ops.library` calls these functions through its custom ops.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
-whatever the routing; the low-rank part is accumulated into their result in place. Task routing picks rows in
-one of the ways of `torch_rows`; nothing loops over tokens. Soft routing is in `torch_soft`.
+whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and
+float32 adapters are taken in float32 (`mixed`): h, dh and the adapter's gradients are float32 numbers. Task routing
+picks rows in one of the ways of `torch_rows`; nothing loops over tokens. Soft routing is in `torch_soft`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from ..routing import RowGroups
 from . import torch_soft as soft
+from .mixed import add_product_, product, turned_product, without_autocast
 from .torch_rows import Rows, Slots, Whole, layout_of
-from .types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype
+from .types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype, wider
 
 HAS_MKL = torch.backends.mkl.is_available()
 TURNED = (1 << 18, 1 << 20)  # entries of the smallest weights whose product is turned, see `_turns`
@@ -39,17 +41,20 @@ def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
     return (bits >= dropped - 32768).view(x.shape).to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
-def product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """scaling * left right, rounded once."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
-
-
 def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
     """out[rows] += scaling * left right, in place."""
     if isinstance(rows, slice):
-        out[rows].addmm_(left, right, alpha=scaling)
+        add_product_(out[rows], left, right, scaling)
     else:
-        out.index_add_(0, rows, product(left, right, scaling))
+        _add(out, rows, product(left, right, scaling))
+
+
+def _add(out: Tensor, rows: Rows, part: Tensor) -> None:
+    """out[rows] += part, in place; rounded once where part is the wider one."""
+    if isinstance(rows, slice) or out.dtype != part.dtype:
+        out[rows] += part
+    else:
+        out.index_add_(0, rows, part)
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
@@ -78,8 +83,10 @@ def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tens
     return h
 
 
+@without_autocast
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
+    x = x.to(wider(x, adapter.a, adapter.router))
     dropped, _ = drop(x, adapter.dropout)
     if adapter.router is None:
         h = task_shrink(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
@@ -110,11 +117,12 @@ def _turns(x: Tensor, w: Tensor) -> bool:
     return (2 <= rows <= 4 and size >= TURNED[0]) or (16 <= rows <= 128 and size >= TURNED[1])
 
 
+@without_autocast
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
     """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs."""
     saved = shrink(x, adapter)
     y = base_product(x, w, bias, adapter.groups)
-    return y.addmm_(saved.h, b.to(x.dtype).t()), saved
+    return add_product_(y, saved.h, b.t()), saved
 
 
 def task_backward(
@@ -132,7 +140,7 @@ def task_backward(
         if dx is not None and mask is None:
             _accumulate(dx, rows, dh_rows, a[task])
         elif dx is not None and mask is not None:
-            dx[rows] += (dh_rows @ a[task]) * mask[rows]
+            _add(dx, rows, (dh_rows @ a[task]) * mask[rows])
         if da is not None and da.dtype == dh.dtype:
             da[task].addmm_(dh_rows.t(), dropped[rows])
         elif da is not None:  # runs of 16-bit rows are summed in float32
@@ -148,7 +156,7 @@ def _slots_backward(
     if dx is not None:
         # [T, C, R] [T, R, K]
         part = layout.collect(torch.bmm(dh_slots, layout.matrices(a)))
-        dx.index_add_(0, layout.rows, part if mask is None else part * mask[layout.rows])
+        _add(dx, layout.rows, part if mask is None else part * mask[layout.rows])
     if not wanted:
         return None
     # [T, R, C] [T, C, K]
@@ -156,12 +164,15 @@ def _slots_backward(
     return da if layout.tasks is None else torch.zeros_like(a).index_copy_(0, layout.tasks, da)
 
 
+@without_autocast
 def shrink_backward(
     dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dx: Tensor | None = None
 ) -> Grads:
     """Gradients of `shrink` from the gradient of the UNSCALED h; the low-rank part of dx is added to dx in place."""
     if dx is None and needs.x:
         dx = torch.zeros_like(x)
+    x = x.to(wider(x, adapter.a, adapter.router))
+    dh = dh.to(x.dtype)
     dropped, mask = drop(x, adapter.dropout)
     if adapter.router is None:
         da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
@@ -172,13 +183,14 @@ def shrink_backward(
     return grads.cast_adapter(adapter)
 
 
+@without_autocast
 def linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs
 ) -> tuple[Grads, Tensor | None]:
     """Gradients of `linear` for x, a, router and b: dx = dy w + dp [a; router], db = dy^T h."""
-    db = (dy.t() @ saved.h).to(b.dtype) if needs.b else None
+    db = turned_product(dy, saved.h).to(b.dtype) if needs.b else None
     dx = dy @ w if needs.x else None
     if not (needs.x or needs.a or needs.router):
         return Grads(None, None, None), db
-    dh = product(dy, b.to(dy.dtype), adapter.scaling)
+    dh = product(dy, b, adapter.scaling)
     return shrink_backward(dh, x, adapter, saved, needs, dx), db

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import torch_soft as soft
-from .torch_backend import base_product, drop, product, task_backward, task_shrink
-from .types import Grads, Member, Needs, Saved, acc_dtype
+from .mixed import add_product_, product, turned_product, without_autocast
+from .torch_backend import base_product, drop, task_backward, task_shrink
+from .types import Grads, Member, Needs, Saved, acc_dtype, wider
 
 STACKED = 12  # largest number of rows of A, of all tasks and members, per row of x at which the A are stacked
 
@@ -35,36 +36,44 @@ def _side_by_side(stack: Sequence[Member], x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def _widened(x: Tensor, members: Sequence[Member]) -> Tensor:
+    """x in the dtype of the skinny products."""
+    return x.to(wider(x, *(t for m in members for t in (m.adapter.a, m.adapter.router))))
+
+
 def _ranks(members: Sequence[Member]) -> list[int]:
     return [m.b.shape[1] for m in members]
 
 
+@without_autocast
 def linear_group(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], Saved]:
     """y_i = x w_i^T + bias_i + s_i h_i b_i^T of every member; what is saved is unscaled, members side by side."""
     adapters = [m.adapter for m in members]
-    dropped, _ = drop(x, adapters[0].dropout)
+    wide = _widened(x, members)
+    dropped, _ = drop(wide, adapters[0].dropout)
     if adapters[0].router is None:
         groups = adapters[0].task_groups
-        hs = [task_shrink(dropped, _side_by_side(stack, x), groups, 1.0) for stack in _stacks(members, x)]
+        hs = [task_shrink(dropped, _side_by_side(stack, wide), groups, 1.0) for stack in _stacks(members, x)]
         h = hs[0] if len(hs) == 1 else torch.cat(hs, dim=1)
         p = x.new_empty(0, dtype=acc_dtype(x))
     else:
-        p = soft.products(x, dropped, adapters)
-        h = torch.cat(soft.mixtures(p, adapters), dim=1).to(x.dtype)
+        p = soft.products(wide, dropped, adapters)
+        h = torch.cat(soft.mixtures(p, adapters), dim=1).to(wide.dtype)
     ys = [
-        base_product(x, m.w, m.bias, m.adapter.groups).addmm_(part, m.b.to(x.dtype).t(), alpha=m.adapter.scaling)
+        add_product_(base_product(x, m.w, m.bias, m.adapter.groups), part, m.b.t(), m.adapter.scaling)
         for m, part in zip(members, h.split(_ranks(members), 1), strict=True)
     ]
     return ys, Saved(h, p)
 
 
+@without_autocast
 def linear_group_backward(
     dys: Sequence[Tensor], x: Tensor, members: Sequence[Member], saved: Saved, needs: Sequence[Needs]
 ) -> tuple[Tensor | None, list[Grads], list[Tensor | None]]:
     """dx = sum_i dy_i w_i + the low-rank parts, in one tensor; the gradients of each member's adapter and B."""
     triples = list(zip(members, dys, saved.h.split(_ranks(members), 1), strict=True))
     dbs = [
-        product(dy.t(), h, m.adapter.scaling).to(m.b.dtype) if need.b else None
+        turned_product(dy, h, m.adapter.scaling).to(m.b.dtype) if need.b else None
         for (m, dy, h), need in zip(triples, needs, strict=True)
     ]
     dx = None
@@ -75,8 +84,9 @@ def linear_group_backward(
     wanted = any(need.a or need.router for need in needs)
     if dx is None and not wanted:
         return None, [Grads(None, None, None)] * len(members), dbs
-    dhs = [product(dy, m.b.to(dy.dtype), m.adapter.scaling) for m, dy, _ in triples]
-    grads = _routed_backward(dx, dhs, x, members, saved, wanted)
+    wide = _widened(x, members)
+    dhs = [product(dy, m.b, m.adapter.scaling).to(wide.dtype) for m, dy, _ in triples]
+    grads = _routed_backward(dx, dhs, wide, members, saved, wanted)
     return dx, [found.cast_adapter(m.adapter) for found, m in zip(grads, members, strict=True)], dbs
 
 

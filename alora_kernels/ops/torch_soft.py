@@ -1,6 +1,6 @@
 """Soft routing in torch calls: skinny products, gate and their gradients, for one adapter or several that share x.
 
-In:   x, x after dropout, and adapters with a router.
+In:   x and x after dropout, in the dtype of the skinny products; adapters with a router.
 Out:  p and the mixture h; in the backward dx in place, and the gradients of every a and router.
 Who:  `ops.torch_backend`, and `ops.torch_group` for layers that read the same x.
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .mixed import add_product_
 from .types import Adapter, Grads, acc_dtype
 
 
@@ -98,7 +99,7 @@ def backward(
             _dropped_backward(dx, part, x, ad, dropped, mask, wanted) for part, ad in zip(dps, adapters, strict=True)
         ]
     if dx is not None:
-        dx.addmm_(dp, _stacked(adapters, x))
+        add_product_(dx, dp, _stacked(adapters, x))
     if not wanted:
         return [Grads(dx, None, None)] * len(adapters)
     d = dp.t() @ x
@@ -118,7 +119,7 @@ def _dropped_backward(
     a, router = adapter.a.to(x.dtype).flatten(0, 1), router_of(adapter).to(x.dtype)
     low, logits = dp.split([a.shape[0], router.shape[0]], 1)
     if dx is not None:
-        dx.addmm_(logits, router).addcmul_(low @ a, mask)
+        dx.add_((low @ a).mul_(mask).addmm_(logits, router))
     if not wanted:
         return Grads(dx, None, None)
     return Grads(dx, (low.t() @ dropped).view_as(adapter.a), logits.t() @ x)

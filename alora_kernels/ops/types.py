@@ -8,6 +8,7 @@ Who:  `library` builds them, `torch_backend` and `triton_backend` read them.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ from ..routing import RowGroups
 def acc_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are summed and the softmax is taken."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wider(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that holds the numbers of all these tensors: of 16-bit and float32 ones float32."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 
 class Dropout(NamedTuple):
@@ -77,7 +83,7 @@ class Saved(NamedTuple):
     """What the forward keeps for the backward, besides x.
 
     Attributes:
-        h: `[M, R]`, already times s, in x's dtype.
+        h: `[M, R]`, already times s; in x's dtype, on the torch backend in the wider one of x and the adapter.
         p: skinny products, unscaled, and logits `[M, E*R + E]` in `acc_dtype`; empty for task routing. Only the
             backend that made it reads it (torch keeps the gate where the logits were).
     """

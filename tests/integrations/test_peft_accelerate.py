@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora import layer as lora
 from torch import nn
 
 import alora_kernels
-from alora_kernels import reference
 from tests.compare import skip_unless_runnable
 
 from .stock_lora import MLP, dy_for, fused_copy, no_worse, spy_on_the_op, step, stock_lora
@@ -62,27 +60,15 @@ def test_a_whole_model(dtype, calls):
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_adapters_over_a_sixteen_bit_base(dtype, lora_bias, calls):
-    """PEFT's default: y and dx as good as PEFT's; dA and dB as good as the specification in the base's dtype."""
+    """PEFT's default: output and every gradient as good as PEFT's, which takes the low-rank path in float32."""
     stock = stock_lora(nn.Sequential(nn.Linear(64, 48)).to(dtype), target_modules=["0"], lora_bias=lora_bias)
     x = torch.randn(40, 64).to(dtype)
-    ours, exact = step(fused_copy(stock), x), step(deepcopy(stock).double(), x.double())
+    ours = step(fused_copy(stock), x)
     assert len(calls) == 1
-    same = _step_of_the_specification(stock, x, dtype)
-    wide = step(stock, x)
-    no_worse(ours, wide | {n: t.to(wide[n].dtype) for n, t in same.items() if "lora" in n}, exact, dtype)
-    a = next(n for n in wide if "lora_A" in n)
-    assert (wide[a] - exact[a]).abs().max() < 0.01 * (ours[a] - exact[a]).abs().max()  # what the docstring admits
-
-
-def _step_of_the_specification(model: PeftModel, x: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """dA, dB and the gradient of a bias of `reference.alora_linear`, all in one dtype."""
-    layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
-    leaves = {n: p.detach().to(dtype).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    a, b, *own = leaves.values()
-    ids, scaling = torch.zeros(x.shape[0], dtype=torch.long), layer.scaling["default"]
-    bias = layer.base_layer.bias + scaling * own[0] if own else layer.base_layer.bias
-    y = reference.alora_linear(x, layer.base_layer.weight, a[None], b, bias=bias, task_ids=ids, scaling=scaling)
-    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy_for(y)), strict=True))
+    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), dtype)
+    for name, grad in ours.items():
+        if "lora_A" in name or "lora_B.default.weight" in name:
+            assert grad.dtype == torch.float32 and (grad != grad.to(dtype).float()).float().mean() > 0.5, name
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)

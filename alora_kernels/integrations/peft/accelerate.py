@@ -73,11 +73,13 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
         arguments = _arguments(self, x) if fused else None
         if arguments is None:
             return lora.Linear.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        return alora_linear(x, **arguments)
+        added = arguments.pop("added")
+        y = alora_linear(x, **arguments)
+        return y if added is None else (y + added).to(y.dtype)
 
 
 def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
-    """The op's arguments for this call, or None if PEFT's forward must run."""
+    """The op's arguments for this call and what is added to its result, or None if PEFT's forward must run."""
     if layer.disable_adapters or layer.merged or not _ordinary(x):
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -90,10 +92,15 @@ def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
     weight, bias, a, b, scaling = base.weight, base.bias, lora_A.weight, lora_B.weight, layer.scaling[name]
     if not _dtypes_fit(x, weight, bias, a, b, layer.cast_input_dtype_enabled) or not isinstance(scaling, int | float):
         return None
+    added = None
     if lora_B.bias is not None:  # lora_bias=True: s * bias_B is one more constant of the layer
         own = lora_B.bias * scaling
-        bias = (own if bias is None else bias + own).to(weight.dtype)
+        if own.dtype == weight.dtype:
+            bias = own if bias is None else bias + own
+        else:  # as a 16-bit bias it would get a 16-bit gradient
+            added = own
     return {
+        "added": added,
         "weight": weight,
         "lora_A": a[None],
         "lora_B": b,
@@ -166,11 +173,12 @@ def accelerate(model: nn.Module) -> Accelerated:
     tensor subclass, or a transform of `torch.func`.
 
     What differs from PEFT: (1) Dropout masks come from a seed that torch's generator draws: the same seed gives other
-    masks. (2) Float32 adapters over a 16-bit base, PEFT's default: PEFT computes the low-rank path in float32, the op
-    multiplies 16-bit operands and sums in float32, which is as accurate as PEFT with `autocast_adapter_dtype=False`.
-    Outputs and the gradient of x stay as good as PEFT's (they are rounded to 16 bits in any case); gradients of A and B
-    carry 16-bit rounding where those of PEFT, for the same x and dy, do not. (3) Second derivatives are refused: call
-    `restore` first. (4) A pickle of the whole model needs this package to load; state dicts and adapter folders do not.
+    masks. (2) Float32 adapters over a 16-bit base, PEFT's default, on the Triton backend: PEFT computes the low-rank
+    path in float32, kernels multiply 16-bit operands and sum in float32, which is as accurate as PEFT with
+    `autocast_adapter_dtype=False`. Outputs and the gradient of x stay as good as PEFT's (they are rounded to 16 bits in
+    any case); gradients of A and B carry the rounding of their 16-bit factors. The torch backend computes as PEFT.
+    (3) Second derivatives are refused: call `restore` first. (4) A pickle of the whole model needs this package to
+    load; state dicts and adapter folders do not.
     `torch.compile` takes accelerated layers without a graph break; `torch.export` records PEFT's operations by default.
     On CPUs expect less memory for the backward rather than less time: `examples/accelerate_lora.py` measures both.
 

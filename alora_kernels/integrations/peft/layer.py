@@ -264,16 +264,10 @@ class ALoRALinear(nn.Module, ALoRALayer):
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
                 out = self.quantization_backend.maybe_clone_base_result(out)
-            elif not output_is_fresh(self.base_layer):
-                return self._added(out, x, active, state)
+            elif active and not output_is_fresh(self.base_layer):
+                out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
             out = alora_delta(x, base=out, **self._adapter(name, x, state))
-        return out
-
-    def _added(self, out: Tensor, x: Tensor, active: list[str], state: LayerState) -> Tensor:
-        """out plus the adapters, without writing into out: hooks or the base itself may hold it."""
-        for name in active:
-            out = out + alora_delta(x, **self._adapter(name, x, state)).to(out.dtype)
         return out
 
     def _adapter(self, name: str, x: Tensor, state: LayerState) -> dict[str, Any]:
