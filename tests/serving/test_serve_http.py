@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -252,17 +254,20 @@ def test_a_client_that_leaves_ends_its_answers(stream):
                     next(response.iter_lines())
                     engine.hold()
             else:
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post("/v1/completions", json=fields, timeout=0.3)
-        assert engine.idle(), "answers that nobody reads still run"
+                with ThreadPoolExecutor(1) as pool:
+                    asked = pool.submit(client.post, "/v1/completions", json=fields, timeout=httpx.Timeout(60, read=2))
+                    while not engine.stats().running and not asked.done():
+                        time.sleep(0.01)
+                    assert isinstance(asked.exception(), httpx.ReadTimeout)
+        assert engine.idle(60), "answers that nobody reads still run"
         assert engine.cancelled == {"movie"}
 
 
 def test_the_event_loop_is_free_while_an_engine_submits(engine):
-    slow, real = asyncio.Event(), engine.submit
+    slow, seen, real = asyncio.Event(), threading.Event(), engine.submit
 
     def submit(*args, **more):
-        time.sleep(0.3)
+        seen.wait(30)  # in vain where the loop itself waits for this call
         return real(*args, **more)
 
     engine.submit = submit
@@ -281,6 +286,7 @@ def test_the_event_loop_is_free_while_an_engine_submits(engine):
                 await slow.wait()
                 await client.get("/health")
                 order.append("health")
+                seen.set()
 
             await asyncio.gather(ask(), look())
         return order

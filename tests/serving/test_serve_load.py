@@ -292,9 +292,10 @@ def test_sigterm_lets_the_command_finish_its_answers(folder):
                 for n, line in enumerate(response.iter_lines()):
                     if n == 2:
                         process.send_signal(signal.SIGTERM)
-                        time.sleep(0.2)
                         try:
-                            late = httpx.post(f"{url}/v1/completions", json=body(1, model="spam"), timeout=5)
+                            while httpx.get(f"{url}/health", timeout=60).status_code == 200:
+                                assert time.monotonic() < deadline + 60, "it does not drain"
+                            late = httpx.post(f"{url}/v1/completions", json=body(1, model="spam"), timeout=60)
                             assert late.status_code == 503
                         except httpx.TransportError:
                             pass  # the socket is closed already: refused as well

@@ -45,7 +45,7 @@ def process():
         started.append(child)
         assert child.stdout is not None
         url = f"http://127.0.0.1:{child.stdout.readline().strip()}"
-        for _ in range(600):
+        for _ in range(2400):
             try:
                 httpx.get(url + "/health")
                 return child, url
@@ -62,7 +62,7 @@ def process():
 def ask_slowly(url: str, then) -> str:
     """Stream an answer of 50 words, and do something after the first."""
     fields = ASK | {"stream": True, "max_tokens": 50}
-    with httpx.stream("POST", url + "/v1/completions", json=fields, timeout=30) as response:
+    with httpx.stream("POST", url + "/v1/completions", json=fields, timeout=60) as response:
         lines = response.iter_lines()
         first = next(lines)
         then()
@@ -70,12 +70,12 @@ def ask_slowly(url: str, then) -> str:
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new(process):
-    child, url = process(0.05, 60)
+    child, url = process(0.1, 60)
     seen = []
 
     def drain() -> None:
         child.send_signal(signal.SIGTERM)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while httpx.get(url + "/health").status_code == 200 and time.monotonic() < end:
             time.sleep(0.01)
         seen.append(httpx.get(url + "/health").json())
@@ -84,7 +84,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(process):
     text = ask_slowly(url, drain)
     assert seen == [{"status": "draining"}, 503]
     assert '"finish_reason":"length"' in text and text.rstrip().endswith("data: [DONE]")
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert child.stdout.read().strip() == "tidied up stopped"
 
 
@@ -92,11 +92,11 @@ def test_what_outlasts_the_drain_is_cut_off_and_told(process):
     child, url = process(0.2, 0.3)
     text = ask_slowly(url, lambda: child.send_signal(signal.SIGTERM))
     assert "the engine was stopped" in text and text.rstrip().endswith("data: [DONE]")
-    assert child.wait(20) == 1
+    assert child.wait(60) == 1
 
 
 def test_a_second_signal_cuts_off_at_once(process):
-    child, url = process(0.5, 60)
+    child, url = process(2.0, 600)
 
     def twice() -> None:
         child.send_signal(signal.SIGTERM)
@@ -104,7 +104,7 @@ def test_a_second_signal_cuts_off_at_once(process):
         child.send_signal(signal.SIGINT)
 
     assert "the engine was stopped" in ask_slowly(url, twice)
-    assert child.wait(20) == 1  # the answer alone would take 25 s
+    assert child.wait(60) == 1  # the answer alone would take 100 s
     assert child.stdout.read().strip() == "tidied up stopped"
 
 
