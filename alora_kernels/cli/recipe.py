@@ -113,8 +113,11 @@ class Recipe(BaseModel):
     temperature: Annotated[float, Strict()] = _says(
         "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1e6, ge=1
     )
-    train_size: Whole | None = _says("at most so many training rows of each task; null takes all", 2000, ge=1)
-    test_size: Whole = _says("test rows of each task; never more than half of its rows", 100, ge=1)
+    train_size: Whole | None = _says("at most so many training rows of each entry of tasks; null takes all", 2000, ge=1)
+    test_size: Whole = _says("test rows of each entry of tasks, never more than half of its rows", 100, ge=1)
+    label_score: Literal["sum", "mean"] = _says(
+        "label words are compared by the sum of their tokens' log-probabilities, or by the mean", "sum"
+    )
     max_length: Whole = _says("tokens per row", 96, ge=2)
     save_steps: Whole = _says("a checkpoint every so many steps; 0 saves only the final adapter", 0, ge=0)
     conflict_steps: Whole = _says(

@@ -29,6 +29,7 @@ from ..integrations.method_files import load_method, read_method, save_method
 from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
 from ..integrations.task_cards import write_task_cards
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
+from ..training.choices import whole_words
 from . import display
 from .output import CONFLICTS
 from .recipe import Recipe
@@ -63,7 +64,7 @@ class Run:
         text: train and test rows as text.
         train, test: the same rows as token ids.
         words: what each task may answer with; tasks that answer in texts are not in it.
-        choices: first tokens of these words.
+        choices: token ids of these words.
         alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
     """
 
@@ -76,7 +77,7 @@ class Run:
     train: Dataset
     test: Dataset
     words: dict[str, list[str]]
-    choices: dict[str, list[int]]
+    choices: dict[str, dict[str, tuple[int, ...]]]
     alora_parameters: int
 
     @property
@@ -109,11 +110,12 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
         test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
-    for line in lost.lines():
+    words = _words(text)
+    cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
+    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
+    for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
-    words = _words(text)
-    choices = {task: list(data.first_tokens(labels, tokenizer).values()) for task, labels in words.items()}
     return Run(recipe, method, tasks, model, tokenizer, text, train, test, words, choices, count)
 
 
@@ -134,6 +136,26 @@ def _words(text: DatasetDict) -> dict[str, list[str]]:
         for name, seen in sorted(answers.items())
         if name in data.TASKS or not _are_texts(seen)
     }
+
+
+def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
+    """A line about test answers that are none of their task's words.
+
+    Raises:
+        ValueError: words of which one begins another, and a tokenizer that has no end.
+    """
+    for task, words in choices.items():
+        try:
+            whole_words(list(words.values()), tokenizer.eos_token_id)
+        except ValueError:
+            raise ValueError(
+                f"task {task!r}: some of its label words begin others, and this tokenizer has no end of text to tell"
+                f" them apart by; choose other words, e.g. with `words:` in the recipe"
+            ) from None
+    answers = zip(text["test"]["task"], text["test"]["answer"], strict=True)
+    counts = Counter(task for task, answer in answers if task in choices and answer not in choices[task])
+    said = ", ".join(f"{task} {count}" for task, count in counts.items())
+    return [f"test rows whose answer no training row has, counted as wrong: {said}"] if counts else []
 
 
 def _are_texts(answers: Counter[str]) -> bool:
@@ -184,7 +206,9 @@ def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
         label: stands beside the progress bar.
         base_only: judge the base without its adapter.
     """
-    rows = [dict(row) for row in run.test]
+    rows = [
+        _with_word(run, dict(row), answer) for row, answer in zip(run.test, run.text["test"]["answer"], strict=True)
+    ]
     texts = [row for row in rows if row["task"] not in run.choices]
     with display.progress("rows") as bar, base_alone(run.model) if base_only else nullcontext():
         task = bar.add_task(label, total=len(rows), note="")
@@ -193,8 +217,20 @@ def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
             "pad_token_id": run.tokenizer.pad_token_id or 0,
             "on_batch": lambda done: bar.advance(task, done),
         }
-        accuracy = choice_accuracy(run.model, rows, run.choices, **how)
+        choices = {name: list(words.values()) for name, words in run.choices.items()}
+        ends, per_token = run.tokenizer.eos_token_id, run.recipe.label_score == "mean"
+        accuracy = choice_accuracy(run.model, rows, choices, eos_token_id=ends, per_token=per_token, **how)
         return Scores(accuracy, answer_loss(run.model, texts, **how) if texts else {})
+
+
+def _with_word(run: Run, row: dict[str, Any], answer: str) -> dict[str, Any]:
+    """A row whose answer has the tokens of its label word, which some prompts make a tokenizer divide otherwise."""
+    word = run.choices.get(row["task"], {}).get(answer)
+    if word is None:
+        return row
+    end = () if run.tokenizer.eos_token_id is None else (run.tokenizer.eos_token_id,)
+    prompt = row["input_ids"][: sum(label == data.IGNORE for label in row["labels"])]
+    return {**row, "input_ids": [*prompt, *word, *end], "labels": [data.IGNORE] * len(prompt) + [*word, *end]}
 
 
 def show_scores(run: Run, before: Scores | None, after: Scores) -> None:

@@ -10,7 +10,7 @@ Importing this package imports neither transformers nor datasets.
 from alora_kernels.data.baseline import majority_baseline
 from alora_kernels.data.cards import task_cards
 from alora_kernels.data.encoder import EncoderClassifier, load_encoder
-from alora_kernels.data.encoding import encode, first_tokens
+from alora_kernels.data.encoding import IGNORE, encode, first_tokens, word_tokens
 from alora_kernels.data.loading import as_source, load_task, load_tasks
 from alora_kernels.data.lost import Lost
 from alora_kernels.data.models import MODELS, load_model
@@ -19,6 +19,7 @@ from alora_kernels.data.sources import TaskSpec
 from alora_kernels.data.tasks import TASKS, Task, labels_of
 
 __all__ = [
+    "IGNORE",
     "MODELS",
     "TASKS",
     "EncoderClassifier",
@@ -36,4 +37,5 @@ __all__ = [
     "load_tasks",
     "majority_baseline",
     "task_cards",
+    "word_tokens",
 ]

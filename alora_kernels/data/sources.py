@@ -37,7 +37,7 @@ class TaskSpec:
         test_split: split of the hub data set, or of a file the path of another one, that test rows are taken from;
             None cuts them off the training rows.
         subset: configuration of the hub data set, e.g. "cola" of "nyu-mll/glue".
-        words: replaces answers, e.g. {"0": "negative", "1": "positive"}, so that each starts with its own token.
+        words: replaces answers, e.g. {"0": "negative", "1": "positive"}.
         task_column: column which, where the data has it, names the task of each row instead of `name`.
 
     Raises:

@@ -5,7 +5,7 @@ Out:  a frozen `Task`: its label words, its prompt template, and where its rows 
 Who:  `loading`; the CLI and the tests read `TASKS` and `labels_of` to list and to score.
 
 Every label is one English word that is one token after a space in SmolLM2's vocabulary, and no two labels of a
-task share it, so a prediction is judged on the first answer token. Prompts end with a colon: the model
+task share it, so one forward of the prompt judges a prediction. Prompts end with a colon: the model
 goes on with a space and the word. They do not list the labels. On TREC, 40 LoRA steps of 8 rows gave .80 without
 the list (17 tokens a prompt) and .75 with it (32 tokens): 100 test rows, one seed, so no worse and half as long.
 """

@@ -5,7 +5,7 @@ Out:  a two-layer Llama with 64 features and random weights, always the same one
 Who:  `models.load_model`.
 
 The tokenizer is SmolLM2's where its package is installed. Elsewhere it is built in memory: one token per byte, plus
-one per label word of the built-in tasks with its leading space, so that first-token scoring works there too.
+one per label word of the built-in tasks with its leading space, so that they are as short there too.
 """
 
 from __future__ import annotations

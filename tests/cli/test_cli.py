@@ -149,6 +149,48 @@ def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
     assert "base, untuned" in again
 
 
+def test_labels_of_any_words(tmp_path, jsonl, monkeypatch):
+    """First tokens are shared, one word begins another, and one answer is seen in the test rows alone."""
+    words = ["New", "New York", "New Jersey", "Nowhere"]
+    lines = [json.dumps({"prompt": f"City {i}?", "answer": words[i % 4], "task": "city"}) for i in range(60)]
+    test = [json.dumps({"prompt": f"Town {i}?", "answer": a, "task": "city"}) for i, a in enumerate([*words, "Newark"])]
+    jsonl.write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text("\n".join(test))
+    spec = f"[{{name: city, source: {jsonl}, test_split: test.jsonl}}]"
+    out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, steps=30, learning_rate="1e-2", batch_size=16)))
+    assert "test rows whose answer no training row has, counted as wrong: city 1" in out
+    assert re.search(r"│ city │ +5 │ +20.0 % │", out)  # the majority is one of four words
+    share = out.split("│ city")[1].split("│")[3].strip()
+    assert f"│ {share} │" in alora("eval", str(tmp_path / "run" / "adapter"))
+
+    job = train.load(load_recipe(tmp_path / "recipe.yaml"))
+    trainer = train.trainer_for(job, save=False)
+    trainer.train()
+    rows = {row["prompt"]: row["answer"] for row in job.text["test"]}
+    best = {}
+    for row, prompt in zip(job.test, job.text["test"]["prompt"], strict=True):
+        start = row["labels"].count(-100)
+        scores = {}
+        for word, ids in job.choices["city"].items():
+            whole = torch.tensor([[*row["input_ids"][:start], *ids, job.tokenizer.eos_token_id]])
+            with torch.no_grad():
+                logits = job.model.eval()(whole, adapter_names=["city"]).logits[0].double().log_softmax(-1)
+            scores[word] = float(logits[range(start - 1, whole.shape[1] - 1), whole[0, start:]].sum())
+        best[prompt] = max(scores, key=scores.__getitem__)
+    right = sum(best[prompt] == answer for prompt, answer in rows.items()) / 5
+    assert train.judge(job, "x").accuracy == {"city": pytest.approx(right)}
+
+
+def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):
+    lines = [json.dumps({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]}) for i in range(20)]
+    jsonl.write_text("\n".join(lines))
+    model, tokenizer = data.load_model("tiny-random")
+    tokenizer.eos_token = None
+    monkeypatch.setattr(data, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(train, "trainer_for", lambda *_, **__: pytest.fail("trained first"))
+    assert "some of its label words begin others" in refused("train", str(recipe(tmp_path, jsonl)))
+
+
 def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
     again = [json.dumps({"prompt": "Number 3: is it even?", "answer": a, "task": "even"}) for a in ("yes", "no")]
     long = json.dumps({"prompt": "Number " + "9" * 300, "answer": "no", "task": "even"})

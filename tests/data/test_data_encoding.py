@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, DatasetDict
 
-from alora_kernels.data import Lost, encode, first_tokens, majority_baseline
+from alora_kernels.data import Lost, encode, first_tokens, majority_baseline, word_tokens
 
 
 def dataset(*rows):
@@ -96,6 +96,26 @@ def test_errors_of_encode(byte_tok):
 def test_labels_that_begin_alike(byte_tok):
     with pytest.raises(ValueError, match="'foo' and 'bar' begin with the same token"):
         first_tokens(["foo", "bar"], byte_tok)
+
+
+def test_words_of_any_tokens(tokenizer):
+    words = word_tokens(["New", "New York", "foo", "bar", "foo"], tokenizer, cue="Where?\nCity:")
+    assert list(words) == ["New", "New York", "foo", "bar"]
+    for word, ids in words.items():
+        (row,) = encode(dataset(("Where?\nCity:", word, "t")), tokenizer)
+        assert [i for i in row["labels"] if i != -100] == [*ids, tokenizer.eos_token_id]
+        assert tokenizer.decode(ids) == f" {word}"
+    assert words["New York"][: len(words["New"])] == words["New"]
+    assert word_tokens([], tokenizer) == {}
+
+
+def test_words_that_are_the_same_tokens(byte_tok):
+    from tokenizers import normalizers
+
+    backend = byte_tok.backend_tokenizer.from_str(byte_tok.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="'yes' and 'Yes' are the same tokens"):
+        word_tokens(["yes", "Yes"], type(byte_tok)(tokenizer_object=backend))
 
 
 def test_majority_baseline_by_hand():
