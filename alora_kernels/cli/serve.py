@@ -20,10 +20,12 @@ import typer
 from .edge import USER_ERRORS, fail, quiet
 
 if TYPE_CHECKING:
-    from ..serving import Engine
+    from ..serving import Engine, TaskInfo
     from ..serving.server import ServerConfig
 
 KEY_VARIABLE = "ALORA_API_KEY"
+EXTRA = ("fastapi", "limits", "prometheus_client", "threadpoolctl", "uvicorn")  # what the extra `serving` installs
+SHOWN, WIDE = 8, 120  # tasks in the banner, and words of each; characters of a template
 DTYPES = ("float32", "bfloat16", "float16")
 MIB = 1 << 20
 
@@ -76,6 +78,7 @@ def serve(
     served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
 ) -> None:
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
+    _check_extra()
     quiet()
     sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
     sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
@@ -97,6 +100,15 @@ def serve(
     except USER_ERRORS as error:
         raise fail(error) from error
     raise typer.Exit(code)
+
+
+def _check_extra() -> None:
+    """End with one line if the libraries of the extra are not installed."""
+    from importlib.util import find_spec
+
+    missing = [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise fail(ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'"))
 
 
 def _keys(given: Sequence[str] | None) -> tuple[str, ...]:
@@ -179,6 +191,8 @@ def open_engine(options: EngineOptions) -> Engine:
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     sizes = {name: size for name, size in options.sizes.items() if size is not None}
     config = EngineConfig(**sizes)
+    for folder in options.adapters:
+        _check_adapter(folder)
     base, tokenizer = data.load_model(options.model, dtype=dtype)
     base.to(device)  # type: ignore[arg-type]
     store = TaskStore.open(base, options.adapters, resident=options.resident, host=options.host_tasks)
@@ -187,6 +201,26 @@ def open_engine(options: EngineOptions) -> Engine:
     except BaseException:
         store.close()
         raise
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder that is no adapter's before the model is loaded; the store looks at the rest.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    from ..integrations.peft.files import CONFIG
+
+    if (folder / CONFIG).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise ValueError(
+            f"--adapter {folder} is a model's folder, not an adapter's: give it as MODEL, and as --adapter the folder"
+            f" that `alora train` wrote, with {CONFIG}"
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))[:5]
+    hint = f"give one of its subfolders: {', '.join(inside)}" if inside else "give the folder that `alora train` wrote"
+    raise ValueError(f"--adapter {folder} has no {CONFIG}, so it is no adapter's folder: {hint}")
 
 
 def _show(engine: Engine, config: ServerConfig, port: int) -> None:
@@ -198,22 +232,57 @@ def _show(engine: Engine, config: ServerConfig, port: int) -> None:
 
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
-    tasks = [] if engine.store is None else engine.store.names()
-    more = f" and {len(tasks) - 8} more" if len(tasks) > 8 else ""
+    tasks = [] if engine.store is None else engine.store.tasks()
+    names = ", ".join(task.name for task in tasks[:SHOWN])
+    more = f" and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
     lines = [
         f"[bold]{escape(address)}[/bold]   page at /, OpenAI's interface at /v1, /metrics",
-        escape(f"base: {config.base_model_id}; tasks: {', '.join(tasks[:8])}{more}"),
+        escape(f"base: {config.base_model_id}; tasks: {names}{more}"),
     ]
     if engine.store is not None:
         each, shared = engine.store.bytes_per_task, engine.store.bytes_shared
         lines.append(
             f"{_size(each)} a task and {_size(shared)} shared B; as separate LoRAs {_size(each + shared)} a task"
         )
-    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
     display.console.print(Panel.fit("\n".join(lines)))
-    curl = f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' \\\n  -d "
-    body = f'{{"model": "{tasks[0] if tasks else config.base_model_id}", "prompt": "The film was"}}'
-    display.console.print(f"{curl}'{body}'", markup=False, highlight=False, soft_wrap=True)
+    for line in [*how_asked(tasks), example(address, config.base_model_id, tasks, bool(config.api_keys))]:
+        display.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def how_asked(tasks: Sequence[TaskInfo]) -> list[str]:
+    """A line per task that says how it was asked in training, and one for those that do not."""
+    import json
+
+    lines = []
+    for name, card in [(task.name, task.card) for task in tasks[:SHOWN]]:
+        if card is None or not card.template:
+            continue
+        words = [" ".join(answer.split())[:WIDE] for answer in card.answers[:SHOWN]]
+        answers = ", ".join(words) + (", ..." if len(card.answers) > SHOWN else "")
+        template = card.template if len(card.template) <= WIDE else card.template[:WIDE] + "…"
+        lines.append(
+            f"{name} answers {json.dumps(template, ensure_ascii=False)}{f' with {answers}' if answers else ''}"
+        )
+    silent = [task.name for task in tasks[:SHOWN] if task.card is None or not task.card.template]
+    if silent:
+        lines.append(f"no prompt template is known of {', '.join(silent)}: ask as in training")
+    return lines
+
+
+def example(address: str, base: str, tasks: Sequence[TaskInfo], keyed: bool) -> str:
+    """A command that asks a task as it was asked in training, where that is known."""
+    import json
+    import shlex
+
+    known = [task for task in tasks if task.card is not None and (task.card.sample or task.card.template)]
+    known.sort(key=lambda task: task.card is None or task.card.sample is None)  # a whole prompt before a template
+    first = next(iter(known or tasks), None)
+    card = None if first is None else first.card
+    prompt = (card.sample or card.template if card else None) or "The film was"
+    asked = {"model": base if first is None else first.name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
+    return f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' \\\n  -d {body}"
 
 
 def _size(count: int) -> str:

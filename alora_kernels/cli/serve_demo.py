@@ -80,8 +80,10 @@ def _random_adapter(model: str, folder: Path) -> None:
     import torch
     from peft import get_peft_model
 
+    from ..data import TASKS as BUILT_IN
     from ..data import load_model
     from ..integrations.peft import ALoRAConfig, save_adapter
+    from ..integrations.task_cards import TaskCard, write_task_cards
 
     quiet()
     torch.manual_seed(0)
@@ -91,6 +93,7 @@ def _random_adapter(model: str, folder: Path) -> None:
         for layer in (module for module in adapted.modules() if hasattr(module, "asymlora_B")):
             layer.asymlora_B["default"].weight.normal_(std=0.1)
     save_adapter(adapted, folder)
+    write_task_cards(folder, {task: TaskCard(BUILT_IN[task].template, BUILT_IN[task].labels) for task in TASKS})
 
 
 def prompts(count: int) -> list[tuple[str | None, str]]:

@@ -9,11 +9,13 @@ Which side to pad on is left to the caller: `TaskCollator` decides for training,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from alora_kernels.data.convert import smollm2_folder, use_distinct_pad
+from alora_kernels.data.folders import check_model_folder
 from alora_kernels.data.tiny import tiny_random
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def load_model(
 
     Raises:
         MissingPackageError: the package behind "smollm2-135m" is not installed.
-        OSError: no such folder or hub id, or the hub cannot be reached.
+        OSError: no such folder or hub id, a folder that is no model's, or the hub cannot be reached.
     """
     if name == "tiny-random":
         model, tokenizer = tiny_random(dtype)
@@ -54,15 +56,29 @@ def load_model(
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id, with an error that names the remedy."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    local = bool(source) and Path(source).exists()
+    if local:
+        check_model_folder(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if local:
+            raise OSError(f"{source} does not load as a causal language model: {error}") from error
+        if not isinstance(error, OSError):
+            raise
         raise OSError(
             f"could not load model {source!r}: it is neither one of {', '.join(MODELS)}, nor a transformers folder, "
             f"nor a hub id that can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN "
             f"for gated models), or give the path of a folder. Cause: {error}"
         ) from error
+    absent = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if absent:
+        raise OSError(
+            f"{source} lacks {len(absent)} of the weights of a {type(model).__name__}, such as {absent[0]}: they would"
+            " be random; copy the whole model, or give one of this kind"
+        )
     return model, tokenizer

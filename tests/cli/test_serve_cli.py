@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,7 +18,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from alora_kernels import data
 from alora_kernels.cli import serve as serve_module
+from alora_kernels.integrations.task_cards import TaskCard, write_task_cards
+from alora_kernels.serving import TaskInfo
 
 app = typer.Typer()
 app.command("serve")(serve_module.serve)
@@ -109,7 +113,9 @@ def adapter(tmp_path_factory) -> Path:
         from adapterfakes import alora_folder, tiny_base
     finally:
         sys.path.pop(0)
-    return alora_folder(tmp_path_factory.mktemp("serve") / "adapter", tiny_base()[0], ("math", "code"))
+    folder = alora_folder(tmp_path_factory.mktemp("serve") / "adapter", tiny_base()[0], ("math", "code"))
+    write_task_cards(folder, {"code": TaskCard("Code: {text}\nIt's:", ("good", "bad"), "Code: x = 1\nIt's:")})
+    return folder
 
 
 def test_a_real_server_answers_every_task_drains_and_tidies_up(adapter, tmp_path):
@@ -128,6 +134,8 @@ def test_a_real_server_answers_every_task_drains_and_tidies_up(adapter, tmp_path
             assert line, f"it ended: {said}"
             said += line
         url = re.search(r"http://127\.0\.0\.1:\d+", said).group()
+        assert 'code answers "Code: {text}\\nIt\'s:" with good, bad' in said
+        assert "no prompt template is known of math" in said
         assert "math, code" in said and "as separate LoRAs" in said and "Bearer KEY" in said
         for _ in range(2400):
             try:
@@ -153,3 +161,85 @@ def ask(url: str, model: str) -> str:
         reply = json.load(response)
     assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
     return reply["choices"][0]["text"]
+
+
+def test_without_the_extra_it_is_named(started, monkeypatch, tmp_path):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("limits", "uvicorn") else real(name))
+    said = alora("m", "--adapter", str(tmp_path), code=2)
+    assert "serving needs limits, uvicorn: pip install 'alora-kernels[serving]'" in " ".join(said.split())
+    assert not started
+
+
+def test_the_extra_that_is_looked_for_is_the_one_that_is_installed():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    named = {re.split(r"[^\w-]", need)[0].replace("-", "_") for need in project["optional-dependencies"]["serving"]}
+    assert named == set(serve_module.EXTRA)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "has no adapter_config.json, so it is no adapter's folder: give the folder that `alora train` wrote"),
+        (["math/adapter_config.json"], "give one of its subfolders: math"),
+        (["config.json", "model.safetensors"], "is a model's folder, not an adapter's: give it as MODEL"),
+    ],
+)
+def test_an_adapter_that_is_none_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path, files, said):
+    monkeypatch.setattr(data, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    text = " ".join(alora("tiny-random", "--adapter", str(tmp_path), "--port", "0", code=2).split())
+    assert f"--adapter {tmp_path}" in text and said in text
+
+
+def test_an_adapter_given_as_the_model_is_named(adapter):
+    text = " ".join(alora(str(adapter), "--adapter", str(adapter), "--port", "0", code=2).split())
+    assert f"{adapter} is an adapter's folder, not a base model: give its base, 'tiny-random'," in text
+
+
+SPAM = TaskCard("Message: {text}\nSpam or ham:", ("spam", "ham"), "Message: You've won!\nSpam or ham:")
+
+
+def task(name: str, card: TaskCard | None = None) -> TaskInfo:
+    return TaskInfo(name, 1, Path("/x"), "device", 0, 1, 0.0, card)
+
+
+def test_the_example_asks_as_in_training_and_survives_a_shell():
+    tasks = [task("law"), task("movie", TaskCard("Review: {text}\nSentiment:")), task("spam", SPAM)]
+    words = shlex.split(serve_module.example("http://h:1", "base", tasks, keyed=True).replace("\\\n", " "))
+    assert words[:2] == ["curl", "http://h:1/v1/completions"] and "Authorization: Bearer KEY" in words
+    assert json.loads(words[-1]) == {"model": "spam", "prompt": SPAM.sample, "max_tokens": 8, "temperature": 0}
+    for known, model, prompt in ((tasks[:2], "movie", "Review: {text}\nSentiment:"), (tasks[:1], "law", "The film was"),
+                                 ([], "base", "The film was")):  # fmt: skip
+        body = json.loads(shlex.split(serve_module.example("http://h:1", "base", known, keyed=False))[-1])
+        assert (body["model"], body["prompt"]) == (model, prompt)
+
+
+def test_the_banner_says_how_each_task_was_asked_and_of_which_nothing_is_known():
+    many = TaskCard("x" * 500, tuple(f"word\n{n}" for n in range(20)))
+    lines = serve_module.how_asked([task("spam", SPAM), task("law"), task("many", many)])
+    assert lines[0] == 'spam answers "Message: {text}\\nSpam or ham:" with spam, ham'
+    assert lines[1].startswith('many answers "xxx') and lines[1].endswith("word 7, ...") and len(lines[1]) < 250
+    assert lines[2:] == ["no prompt template is known of law: ask as in training"]
+
+
+def test_the_prompts_of_the_readme_are_those_the_tasks_were_trained_on():
+    """What README asks of a task begins and ends as the task's template does."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = text[text.index("## Serve many tasks") : text.index("<!-- serving:begin -->")]
+    curl = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", text)]
+    asked = {(body["model"], body["prompt"]) for body in curl}
+    prompt = json.loads('"' + re.search(r'^prompt = "(.*?)"', text, re.M)[1] + '"')
+    asked |= {(model, prompt) for model in re.findall(r'completions\.create\(model="(\w+)", prompt=prompt', text)}
+    found = re.findall(r'submit\("(.*?)", task="(\w+)"', text)
+    asked |= {(model, json.loads(f'"{prompt}"')) for prompt, model in found}
+    assert {model for model, _ in asked} == {"movie", "spam"} and len(asked) == 3
+    for model, prompt in asked:
+        head, tail = data.TASKS[model].template.split("{text}")
+        assert prompt.startswith(head) and prompt.endswith(tail) and len(prompt) > len(head + tail), (model, prompt)
