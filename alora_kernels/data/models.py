@@ -10,7 +10,7 @@ Which side to pad on is left to the caller: `TaskCollator` decides for training,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         check_model_folder(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
             raise OSError(f"{source} does not load as a causal language model: {error}") from error
@@ -75,6 +75,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
             f"nor a hub id that can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN "
             f"for gated models), or give the path of a folder. Cause: {error}"
         ) from error
+    model, report = loaded
     absent = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
         raise OSError(

@@ -24,6 +24,14 @@ from starlette.routing import Route
 PAGE = files("alora_kernels.serving") / "server" / "page"
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
 BASE = "tiny-base"
+PROMPTS = {
+    "movie": {
+        "template": "Review: {text}\nSentiment:",
+        "answers": ["positive", "negative"],
+        "sample": "Review: a warm, funny film.\nSentiment:",
+    },
+    "news": {"template": "News: {title}\n{text}\nSection:", "answers": [], "sample": None},
+}
 
 
 @dataclass
@@ -37,6 +45,7 @@ class FakeServer:
         allowed: an answer waits while it has so many words; raise it to let all go on.
         key: API key that is asked for, if any.
         faults: task -> "refuse" (400), "full" (429), "event" (an error in the stream), "cut" (the stream ends early).
+        prompts: task -> how it was asked in training, as /v1/models has it.
         bodies: what was asked.
     """
 
@@ -47,6 +56,7 @@ class FakeServer:
     key: str | None = None
     state: str = "ready"
     faults: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=lambda: dict(PROMPTS))
     bodies: list[dict[str, Any]] = field(default_factory=list)
     stats_asked: int = 0
     running: int = 0
@@ -75,7 +85,9 @@ class FakeServer:
 
     async def models(self, request: Request) -> Response:
         base = {"id": BASE, "object": "model", "created": 0, "owned_by": "alora-kernels"}
-        entries = [base] + [{**base, "id": name, "root": name, "parent": BASE} for name in self.tasks]
+        entries = [base] + [
+            {**base, "id": name, "root": name, "parent": BASE, "prompt": self.prompts.get(name)} for name in self.tasks
+        ]
         return self.refused(request) or JSONResponse({"object": "list", "data": entries})
 
     async def stats(self, request: Request) -> Response:

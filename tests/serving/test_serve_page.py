@@ -15,13 +15,13 @@ import chromium
 import pytest
 from enginefakes import FakeEngine
 from httpserver import listening, running
-from pagefakes import FakeServer
+from pagefakes import PROMPTS, FakeServer
 
 from alora_kernels.serving import EngineConfig
 from alora_kernels.serving.server import ServerConfig
 
 pytest.register_assert_rewrite("pagecontract")
-from pagecontract import ENDED, TASKS, PageContract, ask, choose, part, state, text  # noqa: E402
+from pagecontract import ENDED, TASKS, PageContract, ask, choose, overflow, part, state, text  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,36 @@ class TestOnTheFake(PageContract):
         page.click("#copy-curl")
         page.get_by_text("Copied as curl").wait_for()
         assert fake.key not in page.evaluate("navigator.clipboard.readText()")
+
+    def test_how_tasks_were_asked_is_shown_and_fills_the_prompt(self, page: Any, fake: FakeServer) -> None:
+        hints = page.locator("#hints")
+        assert hints.is_hidden()
+        choose(page, "spam")
+        assert hints.is_hidden()  # it does not say
+        choose(page, *TASKS)
+        page.get_by_text("How these tasks were asked in training").click()
+        assert hints.locator("h3").all_inner_texts() == ["movie", "news"]
+        assert hints.locator("pre").all_inner_texts() == [PROMPTS[name]["template"] for name in ("movie", "news")]
+        assert page.get_by_text("answers: positive, negative").is_visible()
+        assert page.get_by_text("Not known of spam.").is_visible()
+        page.get_by_role("button", name="Use as prompt: movie").click()
+        assert page.input_value("#prompt") == PROMPTS["movie"]["sample"]
+        page.get_by_role("button", name="Use as prompt: news").click()
+        page.keyboard.type("Rain")  # the first placeholder is selected: typing fills it in
+        assert page.input_value("#prompt") == "News: Rain\n{text}\nSection:"
+        page.get_by_role("checkbox", name="movie").uncheck()
+        assert hints.locator("h3").all_inner_texts() == ["news"]
+        assert page.seen.errors == []
+
+    def test_hints_of_a_hostile_folder_are_text(self, page: Any, fake: FakeServer) -> None:
+        markup = "<img src=x onerror=\"document.title='owned'\">{text}"
+        fake.prompts = {"movie": {"template": markup, "answers": [markup] * 300, "sample": None}}
+        page.reload()
+        page.wait_for_selector("#choices input")
+        page.get_by_text("How these tasks were asked in training").click()
+        assert page.locator(".hint pre").inner_text() == markup
+        assert page.locator("#hints img").count() == 0 and page.title() == "alora playground"
+        assert overflow(page) <= 0
 
     def test_three_hundred_tasks(self, page: Any, fake: FakeServer) -> None:
         fake.tasks = [f"task-{n:03d}" for n in range(300)]

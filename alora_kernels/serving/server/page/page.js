@@ -3,17 +3,18 @@
  *
  * In:   the form.
  * Out:  a card per chosen task.
- * Who:  index.html; the other files are its parts: api, snippets, picker, cards, live.
+ * Who:  index.html; the other files are its parts: api, snippets, picker, hints, cards, live.
  */
 
 import { getJSON, key } from "./api.js";
 import { Card } from "./cards.js";
+import { showHints } from "./hints.js";
 import { Live } from "./live.js";
 import { Picker } from "./picker.js";
 import { asCurl, asPython, copy } from "./snippets.js";
 
 const at = (id) => document.getElementById(id);
-const picker = new Picker();
+const picker = new Picker({ onChange: () => showHints(picker.chosen(), picker.cards) });
 const live = new Live({ onUp: start, onKey: askKey, onTasks: loadModels });
 let cards = [];
 

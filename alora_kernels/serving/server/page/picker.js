@@ -1,8 +1,9 @@
 /*
  * Which tasks answer: a list of checkboxes with a search.
  *
- * In:   ids from /v1/models, the base model first.
- * Out:  `chosen()`: ids in the order of the list.
+ * In:   entries of /v1/models, the base model first.
+ * Out:  `chosen()`: ids in the order of the list; `cards`: id of a task -> how it was asked, or null. `onChange` after
+ *       every change of either.
  * Who:  page.js.
  *
  * At most LIMIT tasks at once (each is a card), and at most SHOWN checkboxes: thousands of tasks stay usable, the search
@@ -17,8 +18,10 @@ const at = (id) => document.getElementById(id);
 export const hue = (index) => (index * 137) % 360; // the golden angle: neighbours differ
 
 export class Picker {
-  constructor() {
+  constructor({ onChange }) {
+    this.onChange = onChange;
     this.models = [];
+    this.cards = new Map();
     this.selected = new Set();
     this.list = at("choices");
     at("search").addEventListener("input", () => this.draw());
@@ -42,7 +45,8 @@ export class Picker {
     const ids = (wanted) => entries.filter((entry) => Boolean(entry.parent) === wanted).map((entry) => entry.id);
     const [base, tasks] = [ids(false), ids(true)];
     const models = [...base, ...tasks];
-    if (models.join("\n") === this.models.join("\n")) return;
+    this.cards = new Map(entries.filter((entry) => entry.parent).map((entry) => [entry.id, entry.prompt ?? null]));
+    if (models.join("\n") === this.models.join("\n")) return this.onChange();
     const first = this.models.length === 0;
     this.models = models;
     this.base = new Set(base);
@@ -105,5 +109,6 @@ export class Picker {
     const full = this.selected.size >= LIMIT;
     for (const box of this.list.querySelectorAll("input")) box.disabled = full && !box.checked;
     at("chosen").textContent = `${this.selected.size} of ${this.models.length} chosen${full ? " (the most)" : ""}`;
+    this.onChange();
   }
 }
