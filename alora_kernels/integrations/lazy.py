@@ -11,23 +11,28 @@ PEFT takes seconds to import. People who use only the layer never pay for it, an
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 LIBRARY = "peft"
 ADAPTER = "alora_kernels.integrations.peft"
 
 
 class _ThenRegister(Loader):
-    """Runs the library's own loader, then imports the integration."""
+    """Runs the library's own loader, then imports the integration; in all else it is the library's own loader."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)  # a copy before __init__
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -45,29 +50,33 @@ class _ThenRegister(Loader):
                 f" `import {ADAPTER}` shows why",
                 stacklevel=2,
             )
+            return
+        # a new list: another thread may be walking through the old one
+        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
 
 
 class _AfterImport(MetaPathFinder):
-    """Answers once, for the library's first import, and takes itself out of the import system."""
+    """Finds the library as the other finders do, however often it is looked for, until it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != LIBRARY:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
-        return spec
+        for finder in [f for f in sys.meta_path if not isinstance(f, _AfterImport) and hasattr(f, "find_spec")]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                    spec.loader = _ThenRegister(spec.loader)
+                return spec
+        return None
 
 
 def register_with_peft() -> None:
     """Make PEFT know ALoRA now, or as soon as PEFT is imported. Calling it again changes nothing."""
-    if LIBRARY in sys.modules:
-        spec = sys.modules[LIBRARY].__spec__
-        if not getattr(spec, "_initializing", False):
+    if sys.modules.get(LIBRARY) is not None:
+        library = importlib.import_module(LIBRARY)  # waits for another thread that is importing it
+        if not getattr(library.__spec__, "_initializing", False):
             importlib.import_module(ADAPTER)
             return
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):

@@ -95,3 +95,62 @@ def test_a_failing_registration_does_not_break_the_import_of_peft():
         "print(any('could not register' in str(w.message) for w in seen), peft.__name__)"
     )
     assert out == "True peft"
+
+
+def test_looking_for_peft_first_loses_no_registration():
+    out = _python(
+        "import copy, importlib, importlib.metadata, importlib.util as u, pathlib, sys, threading, alora_kernels\n"
+        "from transformers.utils import is_peft_available\n"
+        "assert is_peft_available() and importlib.metadata.version('peft') and importlib.metadata.files('peft')\n"
+        "spec = [u.find_spec('peft') for _ in range(3)][-1]; copy.deepcopy(spec)\n"
+        "assert spec.loader.is_package('peft') and pathlib.Path(spec.loader.get_filename('peft')).exists()\n"
+        "assert 'peft' not in sys.modules\n"
+        "threads = [threading.Thread(target=importlib.import_module, args=('peft',)) for _ in range(4)]\n"
+        "[x.start() for x in threads]; [x.join() for x in threads]\n"
+        "import peft; print(peft.PeftType.ASYMLORA.value, 'ASYMLORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)\n"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)\n"
+        "assert 'Register' not in type(peft.__spec__.loader).__name__\n"
+        "importlib.reload(peft); print(peft.PeftType.ASYMLORA.value)"
+    )
+    assert out.split() == ["ASYMLORA", "True", "ASYMLORA"]
+
+
+def test_an_import_that_fails_first_is_registered_when_it_succeeds():
+    out = _python(
+        "import sys; import alora_kernels\n"
+        "sys.modules['accelerate'] = None\n"  # PEFT cannot be imported without it
+        "try:\n    import peft\nexcept ImportError:\n    print('no')\n"
+        "del sys.modules['accelerate']\n"
+        "[sys.modules.pop(n) for n in list(sys.modules) if n.partition('.')[0] == 'peft']\n"
+        "import peft; print(peft.PeftType.ASYMLORA.value)"
+    )
+    assert out.split() == ["no", "ASYMLORA"]
+
+
+@pytest.mark.parametrize("missing", ["None", "absent"])
+def test_without_peft_nothing_changes(missing):
+    hide = (
+        "sys.modules['peft'] = None"
+        if missing == "None"
+        else "find = importlib.machinery.PathFinder.find_spec;"
+        "importlib.machinery.PathFinder.find_spec = "
+        "classmethod(lambda c, n, *a: None if n == 'peft' else find(n, *a))"
+    )
+    out = _python(
+        f"import sys, importlib.util, importlib.machinery\n{hide}\nimport alora_kernels\n"
+        "try:\n    import peft\nexcept ModuleNotFoundError as error:\n    print(error.name)\n"
+        + ("" if missing == "None" else "print(importlib.util.find_spec('peft'))\n")
+    )
+    assert out.split() == (["peft"] if missing == "None" else ["peft", "None"])
+
+
+def test_a_thread_that_imports_peft_meanwhile():
+    """The one who comes second waits: there is no moment at which the type is neither registered nor awaited."""
+    out = _python(
+        "import sys, threading, importlib, time\n"
+        "peft = threading.Thread(target=importlib.import_module, args=('peft',)); peft.start()\n"
+        "while 'peft' not in sys.modules and peft.is_alive(): time.sleep(0.001)\n"
+        "import alora_kernels; peft.join()\n"
+        "print(sys.modules['peft'].PeftType.ASYMLORA.value)"
+    )
+    assert out == "ASYMLORA"
