@@ -98,7 +98,7 @@ class ALoRATrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
-        self._signature_columns: Any = [*columns, *({"task", "labels", "attention_mask"} - set(columns))]
+        self._signature_columns: Any = [*columns, *({"task", "labels", "input_ids", "attention_mask"} - set(columns))]
 
     @property
     def routed(self) -> bool:

@@ -1,0 +1,179 @@
+"""Stock collators beside a `task` column, our collator under stock tools, and streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from alora_kernels import route
+from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels.training.collator import WithTasks
+
+from .test_batch_loss import gradient_of_rows_alone, step, trained
+from .tiny_models import TASKS, alone, build, rows
+
+
+def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w9"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", mask_token="w3", padding_side=side)
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    options = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=1, learning_rate=1.0, optim="sgd",
+        max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    return TrainingArguments(**{**options, **changes})
+
+
+def check_step(model, examples, head, folder, collator) -> None:
+    """One step with the collator has the gradient of the rows alone."""
+    want, loss = gradient_of_rows_alone(model, examples, head)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    dataset = Dataset.from_list(examples)
+    if isinstance(collator, DataCollatorForLanguageModeling):
+        dataset = dataset.remove_columns("labels")  # it makes them of input_ids
+    trainer = ALoRATrainer(model=model, args=arguments(folder), train_dataset=dataset, data_collator=collator)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == pytest.approx(loss, rel=1e-4)
+    for name, gradient in want.items():
+        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "head", "collator"), [
+    ("T5", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer())),
+    ("T5", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer(), model=model.get_base_model())),
+    ("Bart", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer())),
+    ("Bert", "row", lambda model: DataCollatorWithPadding(tokenizer())),
+    ("Bert", "token", lambda model: DataCollatorForTokenClassification(tokenizer())),
+    ("Llama", "token", lambda model: DataCollatorForTokenClassification(tokenizer("left"))),
+    ("Llama", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
+    ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
+    ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
+    ("Llama", "lm", lambda model: DataCollatorForSeq2Seq(tokenizer("left"))),
+], ids=[
+    "T5-seq2seq", "T5-seq2seq-model", "Bart-seq2seq", "Bert-padding", "Bert-tagger", "Llama-tagger-left",
+    "Llama-lm-left", "GPT2-lm-left", "GPT2-lm-right", "Llama-seq2seq-left",
+])  # fmt: skip
+def test_stock_collators_train_as_the_rows_alone(tmp_path, family, head, collator):
+    model = build(family, head)
+    examples = rows(model, head)
+    check_step(model, examples, head, tmp_path, collator(model))
+
+
+def test_rows_joined_to_one_keep_their_tasks(tmp_path):
+    for family in ("Llama", "GPT2"):
+        model = build(family, "lm")
+        check_step(model, rows(model, "lm"), "lm", tmp_path, DataCollatorWithFlattening())
+        batch = WithTasks(DataCollatorWithFlattening(), TASKS)(rows(model, "lm"))
+        assert batch["task_ids"].tolist() == [[0] * 9 + [1] * 3 + [0] * 6 + [1] * 2]
+
+
+def test_the_default_collator_takes_rows_of_one_length(tmp_path):
+    model = build("Bert", "row")
+    examples = [{"input_ids": [5, 6, 7], "label": 1, "task": "a"}, {"input_ids": [7, 6, 5], "label": 2, "task": "b"}]
+    renamed = [{"input_ids": r["input_ids"], "labels": r["label"], "task": r["task"]} for r in examples]
+    want, _ = gradient_of_rows_alone(model, renamed, "row")
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    args = arguments(tmp_path, gradient_accumulation_steps=1)
+    dataset = Dataset.from_list(examples)
+    ALoRATrainer(model=model, args=args, train_dataset=dataset, data_collator=default_data_collator).train()
+    for name, gradient in want.items():
+        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def own_reading(examples):
+    """A collator of a user that reads the tasks itself."""
+    batch = TaskCollator(0, TASKS)([{k: v for k, v in row.items() if k != "task"} | {"task": 1} for row in examples])
+    batch["task_ids"] = torch.tensor([TASKS.index(row["task"]) for row in examples])
+    return batch
+
+
+def own_getting(examples):
+    """Another, that is content without."""
+    tasks = [row.get("task", "b") for row in examples]
+    return own_reading([{**row, "task": task} for row, task in zip(examples, tasks, strict=True)])
+
+
+@pytest.mark.parametrize("collate", [own_reading, own_getting])
+def test_a_collator_that_knows_tasks_gets_them(collate):
+    model = build("Llama", "lm")
+    batch = WithTasks(collate, TASKS)(rows(model, "lm"))
+    assert batch["task_ids"].tolist() == [0, 1, 0, 1]
+
+
+def test_a_batch_whose_rows_are_not_known_is_refused():
+    def halves(examples):
+        return {"input_ids": torch.zeros(2 * len(examples), 3, dtype=torch.long)}
+
+    with pytest.raises(ValueError, match=r"shape \(8, 3\) from 4 rows: which task each part belongs to is not known"):
+        WithTasks(halves, TASKS)(rows(build("Llama", "lm"), "lm"))
+    with pytest.raises(KeyError, match="task"):
+        WithTasks(halves, TASKS)([{"input_ids": [1], "task": "a"}, {"input_ids": [1]}])
+
+
+@pytest.mark.parametrize(("family", "head"), [("Llama", "lm"), ("Bert", "row"), ("T5", "seq2seq")])
+@pytest.mark.parametrize("stream", [False, True], ids=["set", "stream"])
+def test_our_collator_under_stock_trainer(tmp_path, family, head, stream):
+    model = build(family, head)
+    examples = rows(model, head)
+    want, loss = gradient_of_rows_alone(model, examples, head)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    collate = TaskCollator(0, TASKS, model=model, ids_name="adapter_names")
+    dataset = IterableDataset.from_generator(lambda: iter(examples)) if stream else Dataset.from_list(examples)
+    args = arguments(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, remove_unused_columns=False
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=dataset, data_collator=collate)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    for name, gradient in want.items():
+        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_our_collator_in_any_loop(workers):
+    model = build("GPT2", "lm")
+    examples = rows(model, "lm")
+    loader = torch.utils.data.DataLoader(
+        examples, batch_size=4, collate_fn=TaskCollator(0, TASKS, model=model), num_workers=workers
+    )
+    batch = next(iter(loader))
+    assert all(len(value) == 4 for value in batch.values())
+    with torch.no_grad(), route(batch.pop("task_ids")):
+        logits = model(**batch).logits
+    for row, got in zip(examples, logits, strict=True):
+        with torch.no_grad(), route(torch.tensor([TASKS.index(row["task"])])):
+            want = model(**alone(row)).logits[0]
+        torch.testing.assert_close(got[-len(want) :], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_trains_on_the_loss_of_a_set(tmp_path):
+    """A stream's loader cuts every entry of a batch to the number of rows."""
+    model = build("Llama", "lm")
+    examples = [{**row, "labels": [-100, *row["labels"][1:]]} for row in rows(model, "lm")]
+    want, log = step(build("Llama", "lm"), examples, tmp_path, per_device_train_batch_size=4)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    stream = IterableDataset.from_generator(lambda: iter(examples))
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    trainer = ALoRATrainer(model=model, args=args, train_dataset=stream)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(log["loss"], rel=1e-4)
+    for name, gradient in want.items():
+        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,179 @@
+"""One gradient however a step is cut into batches, and it is that of the model's own loss on the rows alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from alora_kernels import FusedALoRALinear, route
+from alora_kernels.training import ALoRATrainer, answer_loss
+from alora_kernels.training.loss import kept_positions, predictable, row_losses
+
+from .tiny_models import TASKS, alone, build, rows
+
+MULTI_HOT = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
+
+
+def trainer_of(model: nn.Module, examples: list, folder, **changes) -> ALoRATrainer:
+    options = dict(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=1, learning_rate=1.0, optim="sgd",
+        max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    arguments = TrainingArguments(**{**options, **changes})
+    return ALoRATrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples))
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step(model: nn.Module, examples: list, folder, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The gradient of one optimiser step, read from what plain SGD at rate 1 moved, and the log."""
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    trainer = trainer_of(model, examples, folder, **changes)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return {name: before[name] - p.detach() for name, p in trained(model).items()}, log
+
+
+def gradient_of_rows_alone(model: nn.Module, examples: list, head: str) -> tuple[dict[str, torch.Tensor], float]:
+    """The model's own loss, rows one at a time, weighted by their labels."""
+    total, labels = torch.zeros(()), 0
+    model.zero_grad()
+    for row in examples:
+        count = 1 if head == "row" else len(row["labels"]) - (head == "lm")
+        with route(torch.tensor([TASKS.index(row["task"])])):
+            total = total + model(**alone(row)).loss * count
+        labels += count
+    (total / labels).backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained(model).items()}
+    return grads, float(total.detach() / labels)
+
+
+@pytest.mark.parametrize(("family", "head"), [
+    ("Llama", "lm"), ("GPT2", "lm"), ("OPT", "lm"), ("Bloom", "lm"), ("Bert", "row"), ("Bert", "token"),
+    ("Roberta", "masked"), ("Llama", "row"), ("T5", "seq2seq"), ("Bart", "seq2seq"), ("Bart", "lm"),
+])  # fmt: skip
+@pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=["1x8", "4x2"])
+def test_the_gradient_is_that_of_the_rows_alone(tmp_path, family, head, cut):
+    model = build(family, head)
+    examples = rows(model, head, seed=1) + rows(model, head, seed=2)
+    kind = "token" if (family, head) == ("Bart", "lm") else head  # this class compares without a shift
+    want, loss = gradient_of_rows_alone(model, examples, kind)
+    got, log = step(model, examples, tmp_path, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1])
+    assert log["loss"] == pytest.approx(loss, rel=1e-4)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression", None])
+def test_losses_that_are_no_cross_entropy_are_the_models_own(tmp_path, problem):
+    results = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        model = build("Bert", "row", problem_type=problem)
+        examples = [{**row, "labels": MULTI_HOT[i % 4]} for i, row in enumerate(rows(model, "row") * 2)]
+        want, loss = gradient_of_rows_alone(model, examples, "row")
+        got, log = step(
+            model, examples, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate
+        )
+        assert log["loss"] == pytest.approx(loss, rel=1e-4)
+        assert "loss_a" not in log  # no loss by rows is made up
+        results.append((want, got))
+    for want, got in results:
+        for name, gradient in want.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_label_smoothing_is_spread_over_a_step_too(tmp_path):
+    for family, head in (("Llama", "lm"), ("T5", "seq2seq")):
+        examples = rows(build(family, head), head, seed=1) + rows(build(family, head), head, seed=2)
+        one, whole = step(build(family, head), examples, tmp_path, label_smoothing_factor=0.2)
+        many, cut = step(
+            build(family, head), examples, tmp_path, label_smoothing_factor=0.2, per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        assert whole["loss"] == pytest.approx(cut["loss"], rel=1e-4)
+        for name, gradient in one.items():
+            torch.testing.assert_close(many[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+class TwiceItsCrossEntropy(LlamaForCausalLM):
+    """A class whose name promises the usual loss, and whose loss is another one."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        outputs = super().forward(*args, labels=labels, **kwargs)
+        outputs.loss = None if outputs.loss is None else 2 * outputs.loss
+        return outputs
+
+
+def test_a_loss_is_not_guessed_by_the_class(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = TwiceItsCrossEntropy(LlamaConfig(**sizes, intermediate_size=48)).requires_grad_(False)
+    layer = model.model.layers[0].mlp
+    layer.down_proj = FusedALoRALinear.from_linear(layer.down_proj, 2, tasks=TASKS)
+    examples = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7], "task": "a"}]
+    with torch.no_grad(), route(torch.tensor([0])):
+        want = float(model(**alone(examples[0])).loss)
+    _, log = step(model, examples, tmp_path)
+    assert log["loss"] == pytest.approx(want, rel=1e-4)
+    assert "loss_a" not in log
+
+
+def test_trying_the_loss_draws_nothing(tmp_path):
+    model = build("Llama", "lm")
+    trainer = trainer_of(model, rows(model, "lm"), tmp_path)
+    batch = trainer.data_collator(rows(model, "lm"))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    before = torch.get_rng_state()
+    assert trainer._has_token_loss(batch, model)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_evaluation_leaves_out_the_label_that_the_shift_drops(tmp_path):
+    model = build("GPT2", "lm")
+    examples = rows(model, "lm")
+    trainer = trainer_of(model, examples, tmp_path)
+    metrics = trainer.evaluate(Dataset.from_list(examples))
+    losses = answer_loss(model, examples, tasks=TASKS)
+    for task in TASKS:
+        own = []
+        for row in examples:
+            if row["task"] == task:
+                with torch.no_grad(), route(torch.tensor([TASKS.index(task)])):
+                    own.append(float(model(**alone(row)).loss))
+        assert losses[task] == pytest.approx(sum(own) / len(own), rel=1e-4)
+        assert metrics[f"eval_loss_{task}"] == pytest.approx(losses[task], rel=1e-4)
+
+
+def test_a_step_without_labels_leaves_the_weights(tmp_path):
+    for family, head in (("Llama", "lm"), ("Bert", "token")):
+        model = build(family, head)
+        examples = [{**row, "labels": [-100] * len(row["input_ids"])} for row in rows(model, head)]
+        moved, log = step(model, examples, tmp_path, logging_nan_inf_filter=False)
+        assert log["loss"] == 0.0
+        assert all((gradient == 0).all() for gradient in moved.values())
+
+
+def test_logits_and_labels_of_other_places_are_not_compared():
+    logits = torch.zeros(2, 3, 5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 5\) and labels of shape \(2, 4\) cannot be aligned"):
+        row_losses(logits, torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        row_losses(logits[:1], torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_labels_that_follow_no_token_are_left_out():
+    labels = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert predictable(labels, mask).tolist() == [[-100, -100, -100, 4], [-100, 2, 3, 4]]
+    assert predictable(labels, None).tolist() == [[-100, 2, 3, 4]] * 2
+    asked = torch.tensor([[-100, -100, 3, -100], [-100, -100, -100, -100]])
+    assert kept_positions(asked).tolist() == [1, 2]  # from before the first label to the last
