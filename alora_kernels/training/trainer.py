@@ -31,10 +31,7 @@ from .restore import load_adapters
 from .rules import BatchRules, base_model
 from .sampler import TaskBalancedSampler
 from .sums import TaskSums
-from .tasks import active_tables, batch_routing, check_adapted, names_of, stacked_a
-
-PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_attention_mask")
-PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # one entry per row in the shape of input_ids
+from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a
 
 
 class ALoRATrainer(Trainer):
@@ -77,7 +74,10 @@ class ALoRATrainer(Trainer):
                 check_dataset(name, dataset, self.tasks, tables)
         CheckpointGuard.install(self._base_model())
         self._keeper: KeepAbsentTasks | None = None
-        self._trained, self._evaluated = TaskSums(), TaskSums()  # since the last log, in the last evaluation
+        self._trained, self._evaluated = (
+            TaskSums(self.tasks),
+            TaskSums(self.tasks),
+        )  # since the last log, in the last evaluation
         self._told: set[str] = set()
         self._all_logits = True
         self._rules = BatchRules.of(self.model)
@@ -113,9 +113,10 @@ class ALoRATrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
-        if self._counts_ours:
-            self.tasks = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self.model))]))
-            self.data_collator.tasks = self.tasks
+        names = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self.model))]))
+        if self._counts_ours and names != self.tasks:
+            self.tasks = self.data_collator.tasks = names
+            self._trained = TaskSums(names)
         check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
@@ -228,7 +229,7 @@ class ALoRATrainer(Trainer):
             with self._routing(inputs.get("task_ids")):
                 return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         if model.training and self.routed and not return_outputs:
-            inputs = _tasks_side_by_side(inputs)
+            inputs = side_by_side(inputs)
         scored, task_ids = self._score(model, inputs, return_outputs and self._all_logits), inputs.get("task_ids")
         if task_ids is not None:
             self._add(self._trained if model.training else self._evaluated, task_ids, scored)
@@ -247,7 +248,7 @@ class ALoRATrainer(Trainer):
         rows = (task_ids, scored.counts, scored.losses, scored.right)
         if sums is self._evaluated and scored.losses is not None and task_ids.dim() == 1:
             rows = self.accelerator.gather_for_metrics(rows)
-        sums.add(len(self.tasks), *rows)
+        sums.add(*rows)
 
     def _tell_unlabelled(self, sums: TaskSums, where: str) -> None:
         if sums.unlabelled and where not in self._told:
@@ -258,12 +259,18 @@ class ALoRATrainer(Trainer):
                 stacklevel=3,
             )
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; every process logs the tasks of all."""
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._trained.sum_over(self.accelerator)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with `loss_<task>` beside `loss`."""
         if "loss" in logs:
-            logs.update(self._trained.logs(self.tasks))
+            logs.update(self._trained.logs())
             self._tell_unlabelled(self._trained, "in the first steps of training")
-            self._trained = TaskSums()
+            self._trained = TaskSums(self.tasks)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -275,9 +282,9 @@ class ALoRATrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
-        self._evaluated = TaskSums()
+        self._evaluated = TaskSums(self.tasks)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        tasks = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics(self.tasks).items()}
+        tasks = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics().items()}
         output = output._replace(metrics={**tasks, **(output.metrics or {})})  # a caller's own metrics come first
         self._tell_unlabelled(self._evaluated, f"of the {description.lower()}")
         return output
@@ -295,24 +302,3 @@ class ALoRATrainer(Trainer):
                 return super().prediction_step(model, given, prediction_loss_only, ignore_keys)
         finally:
             self._all_logits = True
-
-
-def _tasks_side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same batch, rows of a task next to each other: one product per task instead of one per row.
-
-    The sum of the losses does not depend on the order of rows; a training step of SmolLM2 on a CPU is 4 % shorter. A
-    batch that holds anything else than tensors known to have one entry per row, such as images, keeps its order.
-    """
-    task_ids, input_ids = inputs.get("task_ids"), inputs.get("input_ids")
-    if not isinstance(task_ids, Tensor) or task_ids.dim() != 1 or not isinstance(input_ids, Tensor):
-        return inputs  # packed rows have an id per token
-
-    def is_per_row(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.shape[:1] != task_ids.shape:
-            return False
-        return name in PER_ROW or (name in PER_TOKEN and value.shape == input_ids.shape)
-
-    if not all(is_per_row(name, value) for name, value in inputs.items()):
-        return inputs
-    order = task_ids.argsort(stable=True)
-    return {name: value[order] for name, value in inputs.items()}

@@ -124,12 +124,13 @@ def test_resume_is_bit_identical(tmp_path, stop):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_absent_tasks_are_left_alone(tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "lion_32bit", "adamw_bnb_8bit"])
+def test_absent_tasks_are_left_alone(tmp_path, optim):
     data = rows(30).filter(lambda row: row["task"] != "zero")
     for keep in (True, False):
         trainer = ALoRATrainer(
             model=peft_model(),
-            args=arguments(tmp_path, weight_decay=0.1),
+            args=arguments(tmp_path, weight_decay=0.1, optim=optim),
             train_dataset=data,
             keep_absent_tasks=keep,
         )

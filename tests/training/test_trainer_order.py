@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from alora_kernels.training import ALoRATrainer
-from alora_kernels.training.trainer import _tasks_side_by_side
+from alora_kernels.training.tasks import side_by_side
 
 from .test_trainer import arguments, peft_model, rows
 
@@ -31,18 +31,18 @@ KEPT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KEPT)
 def test_a_batch_with_anything_else_keeps_its_order(kind):
     batch = {**TEXT, "task_ids": IDS, **KEPT[kind]}
-    assert _tasks_side_by_side(batch) is batch
+    assert side_by_side(batch) is batch
 
 
 def test_rows_of_a_task_come_together():
     batch = {**TEXT, "task_ids": IDS, "token_type_ids": torch.arange(12).view(4, 3) + 100}
-    after = _tasks_side_by_side(batch)
+    after = side_by_side(batch)
     assert after["task_ids"].tolist() == [0, 0, 1, 2]
     assert after["input_ids"][:, 0].tolist() == [3, 9, 6, 0]
     assert after["labels"].tolist() == [1, 3, 2, 0]
     assert after["token_type_ids"][:, 0].tolist() == [103, 109, 106, 100]
     per_token = {**TEXT, "task_ids": IDS.repeat_interleave(3).view(4, 3)}
-    assert _tasks_side_by_side(per_token) is per_token
+    assert side_by_side(per_token) is per_token
 
 
 def classifier() -> Any:
@@ -74,10 +74,10 @@ def test_values_and_gradients_do_not_depend_on_the_order(tmp_path, kind, monkeyp
     trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=data)
     batch = trainer.data_collator(list(data))
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    sort = _tasks_side_by_side
+    sort = side_by_side
     moved = []
     for function in (lambda b: moved.append(not torch.equal(sort(b)["task_ids"], b["task_ids"])) or sort(b), dict):
-        monkeypatch.setattr("alora_kernels.training.trainer._tasks_side_by_side", function)
+        monkeypatch.setattr("alora_kernels.training.trainer.side_by_side", function)
         model.train()
         model.zero_grad()
         loss = trainer.compute_loss(model, dict(batch))

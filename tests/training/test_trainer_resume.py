@@ -31,6 +31,17 @@ def test_a_second_call_of_train_goes_on_with_the_same_optimiser(tmp_path):
     assert moved == {"copy": True, "next": True, "zero": False}
 
 
+def test_a_model_made_by_model_init_trains_anew_each_time(tmp_path):
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    trainer = ALoRATrainer(model_init=lambda: named("default"), args=args, train_dataset=rows(30))
+    found = []
+    for _ in range(2):
+        trainer.train()
+        found.append({k: v.clone() for k, v in states(trainer).items()})
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+    assert any(entry.keys() >= {"loss_copy", "loss_next", "loss_zero"} for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("steps", [7, 10])  # inside an epoch of five steps, and at its end
 def test_resuming_a_finished_run_makes_no_step(tmp_path, steps):
     def trainer() -> ALoRATrainer:
