@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from adapterfakes import alora_folder, tiny_base
+from tokenizerkinds import added
 from truth import alone, merged_models
 
 from alora_kernels.integrations.peft import ALoRALayer
@@ -108,6 +109,19 @@ def test_pieces_add_up_and_end_once(make):
     assert pieces[-1].tokens == completion.completion_tokens == 9 and pieces[-1].finish_reason == "length"
     assert list(generation) == pieces  # a second reader gets all of it
     assert completion.first_token is not None and completion.queued <= completion.first_token <= completion.seconds
+
+
+def test_prompts_that_end_inside_a_character_are_not_repeated(make):
+    """Every cut of a text with emoji, several tasks at once: pieces, text and what the tokens truly add are one."""
+    engine = make()
+    ids = engine.encode("Weather: sunny ☀ 🌍🎉 and 日本語 today")
+    cuts = [ids[:n] for n in range(1, len(ids))]
+    running = [engine.submit(prompt, TASKS[n % 5], GREEDY) for n, prompt in enumerate(cuts)]
+    for prompt, generation in zip(cuts, running, strict=True):
+        pieces, completion = list(generation), generation.result(1)
+        assert "".join(piece.text for piece in pieces) == completion.text
+        assert completion.text == added(engine.tokenizer, prompt, list(completion.token_ids))
+    assert any(engine.tokenizer.decode(prompt).endswith("\ufffd") for prompt in cuts)
 
 
 def test_sampling_is_repeatable_with_a_seed_whatever_runs_beside_it(make):

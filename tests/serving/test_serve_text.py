@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizerkinds import KINDS, LETTERS, TEXT
+from tokenizerkinds import KINDS, LETTERS, TEXT, added, same
 
 from alora_kernels.data import load_model
 from alora_kernels.serving.text import TextStream
@@ -27,19 +27,6 @@ def in_steps(tokenizer, tokens, prompt=(), stop=()):
 def answer(tokenizer, tokens, prompt=(), stop=()) -> str:
     pieces, rest, _ = in_steps(tokenizer, tokens, prompt, stop)
     return "".join(pieces) + rest
-
-
-def same(one: str, other: str) -> int:
-    """Length of the beginning that both have."""
-    return next(n for n in range(min(len(one), len(other)), -1, -1) if one[:n] == other[:n])
-
-
-def added(tokenizer, prompt, tokens) -> str:
-    """What the tokens add: the whole text without what the prompt says of it; half a character it says is nothing."""
-    decode = tokenizer.backend_tokenizer.decode
-    whole = decode([*prompt, *tokens])
-    said = (decode(prompt[: len(prompt) - cut]) for cut in range(min(4, len(prompt) + 1)))
-    return whole[max(same(one, whole) for one in said) :]
 
 
 def test_the_pieces_are_the_text_and_no_piece_has_half_a_character(tokenizer):

@@ -1,8 +1,8 @@
 """Tokenizers of every kind that decodes in its own way, built in memory, over one small alphabet.
 
 In:   nothing.
-Out:  `KINDS`: name -> a tokenizer as transformers wraps it.
-Who:  test_serve_text.py.
+Out:  `KINDS`: name -> a tokenizer as transformers wraps it; `added`: the true text of an answer.
+Who:  test_serve_text.py, test_serve_engine.py.
 
 Real vocabularies differ in size only: what matters to streaming is how pieces become text.
 """
@@ -87,3 +87,16 @@ def word_ends() -> PreTrainedTokenizerFast:
 
 
 KINDS = {made.__name__: made() for made in (byte_level, byte_fallback, unigram, wordpiece, word_ends)}
+
+
+def same(one: str, other: str) -> int:
+    """Length of the beginning that both have."""
+    return next(n for n in range(min(len(one), len(other)), -1, -1) if one[:n] == other[:n])
+
+
+def added(tokenizer, prompt, tokens) -> str:
+    """What the tokens add: the whole text without what the prompt says of it; half a character it says is nothing."""
+    decode = tokenizer.backend_tokenizer.decode
+    whole = decode([*prompt, *tokens])
+    said = (decode(prompt[: len(prompt) - cut]) for cut in range(min(4, len(prompt) + 1)))
+    return whole[max(same(one, whole) for one in said) :]
