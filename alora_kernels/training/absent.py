@@ -43,7 +43,7 @@ class KeepAbsentTasks:
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         self.optimizer = stepping(optimizer)
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._before: list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]] = []
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []  # absent?, values, state
         self._told: set[str] = set()
         self._handles = (
             self.optimizer.register_step_pre_hook(self._remember),
@@ -66,15 +66,14 @@ class KeepAbsentTasks:
                 " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False"
             )
         self._before = [
-            (p, p.detach().clone(), {key: value.clone() for key, value in _state(optimizer, p)}) for p in watched
+            (p, _absent(p), p.detach().clone(), {key: value.clone() for key, value in _state(optimizer, p)})
+            for p in watched
         ]
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         constant: dict[int, bool] = {}  # tables such as qmap are one tensor for all parameters
-        for p, values, before in self._before:
-            assert p.grad is not None
-            absent = (p.grad == 0).flatten(1).all(1)
+        for p, absent, values, before in self._before:
             _put_back(p, values, absent)
             state = {key: value for key, value in _state(optimizer, p) if key in before}
             coded = any(value.dtype == torch.uint8 for value in state.values())
@@ -138,6 +137,12 @@ def by_task(value: Tensor, p: Tensor, *, coded: bool = False) -> Tensor | None:
     if p[0].numel() % (p.numel() // blocks):  # a block reaches across two tasks
         return None
     return value.view(tasks, -1) if len(shape) == 1 else value.view(shape[0], tasks, -1).transpose(0, 1)
+
+
+def _absent(p: nn.Parameter) -> Tensor:
+    """Which tasks have a gradient of zero, `[E]`; asked before the step, which may write into the gradient."""
+    assert p.grad is not None
+    return (p.grad == 0).flatten(1).all(1)
 
 
 def _put_back(target: Tensor, old: Tensor, absent: Tensor) -> None:

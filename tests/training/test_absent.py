@@ -25,7 +25,23 @@ def bitsandbytes(name: str, **options: Any) -> Make:
     return make
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD in a few lines: its state is a copy of the parameter, and it writes into the gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1, "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            p.grad.add_(p, alpha=0.1)
+            p.lerp_(z, 0.5).sub_(p.grad, alpha=0.01)
+            z.sub_(p.grad, alpha=0.1)
+
+
 OPTIMISERS: dict[str, Make] = {
+    "schedule-free": ScheduleFree,
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
