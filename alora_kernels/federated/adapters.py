@@ -195,6 +195,11 @@ def arrays_of(model: nn.Module, spec: ShareSpec, lives: Lives) -> dict[str, NDAr
     }
 
 
+def untrained(model: nn.Module, spec: ShareSpec) -> dict[str, NDArray]:
+    """Values of the matrices that local training must leave as they are."""
+    return {k: _to_numpy(t) for k, (role, t) in matrices(model, spec).items() if not spec.roles[role].trained}
+
+
 def _to_numpy(tensor: Tensor) -> NDArray:
     wide = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))  # NumPy has no bf16
     return np.array(wide.numpy(), copy=True)

@@ -52,13 +52,11 @@ class Checks:
         spec: what was agreed.
         norm_cap: largest L2 norm of `reply - sent` over all arrays; None for sqrt(number of values).
         max_examples: largest weight a client may claim.
-        reject_unchanged: refuse an update that is zero in its own precision.
     """
 
     spec: wire.WireSpec
     norm_cap: float | None
     max_examples: int
-    reject_unchanged: bool
 
     def answer(self, kind: Kind, content: RecordDict, nonce: str, sent: wire.NDArrays) -> Answer:
         """The arrays and metrics of a reply.
@@ -123,8 +121,6 @@ class Checks:
         norm, cap = distance(arrays, sent), self.cap
         if not norm <= cap:
             raise RefusedError(f"L2 norm of the update is {norm:.3g}, the cap is {cap:.3g}")
-        if self.reject_unchanged and arrays and _vanishes(arrays, sent):
-            raise RefusedError("update is zero, which clipping cannot scale")
         return arrays
 
     @property
@@ -140,12 +136,6 @@ def distance(arrays: wire.NDArrays, sent: wire.NDArrays) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         squares = (np.square(np.subtract(arrays[key], sent[key], dtype=np.float64)).sum() for key in sent)
         return math.sqrt(sum(map(float, squares)))
-
-
-def _vanishes(arrays: wire.NDArrays, sent: wire.NDArrays) -> bool:
-    """Whether the norm is zero as Flower's clipping computes it, in the arrays' precision: 1e-30 squared is."""
-    with np.errstate(over="ignore"):
-        return all(float(np.linalg.norm((arrays[key] - sent[key]).ravel()) ** 2) == 0 for key in sent)
 
 
 def finite(value: object) -> bool:

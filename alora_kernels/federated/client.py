@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
@@ -37,6 +38,10 @@ log = logging.getLogger("alora_kernels.federated")
 
 METHOD, BASE, SCALING, LAST = "method", "base", "scaling", "last"  # in a message's `config`, beside wire's
 FINAL = "final.safetensors"  # a client's finished adapter, private half included; on the server the shared half
+
+
+class DriftError(ValueError):
+    """Local training changed what its method trains nowhere; the message names it, and holds neither data nor path."""
 
 
 def agreement(config: FedConfig, model: nn.Module, base: str) -> wire.WireSpec:
@@ -61,11 +66,17 @@ class Client:
     store: PrivateStore
     spec: wire.WireSpec = field(init=False)
     _first: Mapping[str, NDArray] = field(init=False, repr=False)
+    _trains: Mapping[str, bool] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         model = self.participant.model
         object.__setattr__(self, "spec", agreement(self.config, model, self.participant.base))
-        object.__setattr__(self, "_first", adapters.arrays_of(model, self.config.spec, "private"))
+        first = {
+            **adapters.arrays_of(model, self.config.spec, "private"),
+            **adapters.arrays_of(model, self.config.spec, "frozen"),
+        }
+        object.__setattr__(self, "_first", first)
+        object.__setattr__(self, "_trains", {name: p.requires_grad for name, p in model.named_parameters()})
 
     @property
     def name(self) -> str:
@@ -80,8 +91,11 @@ class Client:
         model, share = self.participant.model, self.config.spec
         self._assemble(run, round_, sent)
         before = self._judge(round_)
+        self._freeze()
+        untrained = adapters.untrained(model, share)
         with seeded(seed_of(self.config.seed, self.name, round_)):
             self.participant.train(model)
+        self._check_untouched(untrained)
         after = self._judge(round_)
         arrays = adapters.to_share(model, share, factors=not client_mods(self.config.dp))
         metrics = {wire.BEFORE + name: value for name, value in before.items()}
@@ -130,6 +144,26 @@ class Client:
             adapters.put(model, share, kept[1] if kept else {})
         adapters.restart(model, share)
         adapters.put(model, share, sent)
+
+    def _freeze(self) -> None:
+        """Every parameter trains, or does not, as the method built it: PEFT thaws adapters that it enables again."""
+        for name, parameter in self.participant.model.named_parameters():
+            parameter.requires_grad_(self._trains[name])
+
+    def _check_untouched(self, before: Mapping[str, NDArray]) -> None:
+        """Raise if local training changed what the method trains nowhere.
+
+        Raises:
+            DriftError: names the arrays; the others were trained beside wrong ones, so nothing is sent.
+        """
+        after = adapters.untrained(self.participant.model, self.config.spec)
+        moved = [key for key, values in before.items() if not np.array_equal(after[key], values)]
+        if moved:
+            raise DriftError(
+                f"client {self.name}: local training changed {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}, which"
+                f" {self.config.method} trains nowhere: give its optimiser only parameters that require a gradient when"
+                " training begins (PEFT's disable_adapter() thaws what it enables again)"
+            )
 
     def _finish(self, folder: Path) -> None:
         """Leave the client with what it trained for: every matrix by key, and the adapter as PEFT loads it."""
@@ -210,7 +244,7 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
 
 def told(error: Exception) -> str:
     """What the server may learn of a client's exception: its type, and texts that cannot hold data or paths."""
-    if isinstance(error, wire.WireError):
+    if isinstance(error, wire.WireError | DriftError):
         return str(error)
     if isinstance(error, BehindError):
         return "the server's checkpoint is older than the private half this client keeps, see the client's log"

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp.mod import fixedclipping_mod
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
@@ -75,7 +76,11 @@ class DpSettings:
 
 
 class ServerSideClipping(DifferentialPrivacyServerSideFixedClipping):
-    """Flower's, for arrays that it does clip."""
+    """Flower's, for arrays that it does clip, and for updates of norm zero, which stay zero."""
+
+    def __init__(self, strategy: Strategy, noise_multiplier: float, clipping_norm: float, *args: Any, **kw: Any):
+        # Flower divides by the norm of an update: a NumPy number over zero is infinity, and min(1, infinity) is 1
+        super().__init__(strategy, noise_multiplier, np.float64(clipping_norm), *args, **kw)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -83,6 +88,13 @@ class ServerSideClipping(DifferentialPrivacyServerSideFixedClipping):
         """Flower's, see `_refuse_scalars`."""
         _refuse_scalars(arrays)
         return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's."""
+        with np.errstate(divide="ignore"):
+            return super().aggregate_train(server_round, replies)
 
 
 class ClientSideClipping(DifferentialPrivacyClientSideFixedClipping):
@@ -153,7 +165,23 @@ def client_mods(dp: DpSettings | None) -> list[Mod]:
 
     Flower's mod pairs arrays by position and wants the keys it sent, so such a client may not reply with factors.
     """
-    return [fixedclipping_mod] if dp is not None and dp.side == "client" else []
+    return [clip] if dp is not None and dp.side == "client" else []
+
+
+def clip(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower's clipping of a client's reply, which divides by the norm of the update; a zero update stays as it is."""
+    replies: list[Message] = []
+
+    def answered(message: Message, context: Context) -> Message:
+        replies.append(call_next(message, context))
+        return replies[0]
+
+    try:
+        return fixedclipping_mod(message, context, answered)
+    except ZeroDivisionError:
+        if not replies:  # not the clipping's: local training divided by zero
+            raise
+        return replies[0]
 
 
 def needs_equal_weights(dp: DpSettings | None) -> bool:

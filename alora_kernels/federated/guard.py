@@ -74,7 +74,6 @@ class GuardedGrid(Grid):
         limits: quorum, deadline and caps.
         run: name of the run, told to the clients.
         on_event: called with each event, a flat dictionary ready for JSON.
-        reject_unchanged: refuse updates of norm zero; Flower's clipping divides by the norm.
         clock: seconds that only grow.
     """
 
@@ -86,14 +85,15 @@ class GuardedGrid(Grid):
         *,
         run: str,
         on_event: Callable[[dict[str, Any]], None],
-        reject_unchanged: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._grid, self._spec, self._limits, self._name = grid, spec, limits, run
         self._on_event, self._clock = on_event, clock
-        self._checks = Checks(spec, limits.norm_cap, limits.max_examples, reject_unchanged)
+        self._checks = Checks(spec, limits.norm_cap, limits.max_examples)
         self._clients: dict[int, str] = {}
         self._void_rounds = 0
+        self._last_void = ""
+        self.effective = 0  # training rounds that had a quorum
         self._most_nodes, self._waiting_since = -1, 0.0
 
     def set_run(self, run: Run) -> None:
@@ -170,6 +170,7 @@ class GuardedGrid(Grid):
         self._most_nodes = -1
         if current.kind == "train":
             self._void_rounds = self._void_rounds + 1 if void else 0
+            self.effective += not void
         if void:
             self._void(current)
             return []
@@ -178,13 +179,22 @@ class GuardedGrid(Grid):
     def _void(self, current: Round) -> None:
         counts = f"{len(current.accepted)} of {len(current.sent)} replies accepted, {self._limits.quorum} needed"
         log.warning("round %d is void: %s", current.number, counts)
-        if self._void_rounds < self._limits.patience:
-            return
         entries = [*current.sent.values(), *current.extra]
         refused = [f"{entry.client or f'node {entry.node}'}: {entry.reason}" for entry in entries if entry.reason]
         shown = "; ".join(refused[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
-        raise QuorumError(
+        self._last_void = (
             f"{self._void_rounds} rounds in a row without a quorum, the last one (round {current.number}) with "
             f"{counts} within {self._limits.deadline:g} s: mend the clients named here, or lower the quorum. "
             f"{shown or 'Every reply was accepted: sample more nodes'}"
         )
+        if self._void_rounds >= self._limits.patience:
+            raise QuorumError(self._last_void)
+
+    def check_effect(self) -> None:
+        """Raise if rounds were played and all of them were void.
+
+        Raises:
+            QuorumError: as for too many void rounds in a row.
+        """
+        if self._last_void and not self.effective:
+            raise QuorumError(self._last_void)

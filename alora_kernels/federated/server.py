@@ -105,10 +105,9 @@ def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engi
             ledger.write(_run_event(config, spec, template, run, engine, resume))
             if not resume:
                 _save(config, spec, strategy, run)
-            guard = GuardedGrid(
-                grid, spec, config.guard, run=run.token, on_event=ledger.write, reject_unchanged=config.dp is not None
-            )
+            guard = GuardedGrid(grid, spec, config.guard, run=run.token, on_event=ledger.write)
             _rounds(guard, config, spec, strategy, run, ledger)
+            guard.check_effect()
             _judge(guard, config, spec, run)
             status, reason = "finished", None
         except (QuorumError, PrivacyBudgetExhausted, OSError) as error:
@@ -154,7 +153,7 @@ def _rounds(
     first = run.done
 
     def after(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if round_ > 0:
+        if round_ > 0 and guard.effective:  # rounds before the first with an effect are played again by a resumption
             spent = privacy_spent(strategy)
             if spent is not None:
                 ledger.write({"event": "privacy", "round": first + round_, **spent})

@@ -302,5 +302,5 @@ def test_random_replies_never_raise_and_never_get_in(records, node):
 
 
 def test_the_default_cap_is_a_change_of_one_per_value():
-    assert Checks(SPEC, None, 1, False).cap == 44**0.5
-    assert Checks(SPEC, 0.25, 1, False).cap == 0.25
+    assert Checks(SPEC, None, 1).cap == 44**0.5
+    assert Checks(SPEC, 0.25, 1).cap == 0.25

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy
 from flwr.app import Context, Message
+from torch import nn
 
 from alora_kernels.atomic import read as read_arrays
 from alora_kernels.federated import METHODS, Template, run
@@ -141,17 +143,45 @@ def test_a_budget_ends_the_run_and_what_was_learned_stays(tmp_path):
     assert outcome.arrays["proj.B"].any()
 
 
-def test_an_unchanged_update_cannot_kill_a_private_run(tmp_path):
-    """Flower's clipping divides by the update's norm."""
-    config = toy.config(tmp_path / "out", dp=DpSettings(**DP, accounting=False), rounds=2)
+@pytest.mark.parametrize("side", ["server", "client"])
+@pytest.mark.parametrize("step", [0.0, 1e-170])
+def test_an_unchanged_client_counts_with_an_update_of_zero(side, step, tmp_path):
+    """Flower's clipping divides by the update's norm, and 1e-170 squared is zero in float64."""
+    dp = DpSettings(noise_multiplier=0.0, clipping_norm=100.0, side=side, accounting=False)
+
+    def go(folder: Path, private: DpSettings | None, lazy: tuple[str, ...]) -> Outcome:
+        config = toy.config(folder, dp=private, weights="equal", rounds=1)
+
+        @torch.no_grad()
+        def nudge(model: nn.Module) -> None:
+            for name, p in model.named_parameters():
+                if p.requires_grad and "_B" in name:
+                    p.add_(step)
+
+        def make(name: str):
+            p = toy.participant(config, name, lr=LR)
+            return replace(p, train=nudge) if name in lazy else p
+
+        return run(config, make)
+
+    plain, private = (go(tmp_path / str(i), dp, ("bob",)) for i, dp in enumerate((None, dp)))
+    assert private.status == "finished" and private.rejections == []
+    np.testing.assert_allclose(private.arrays["proj.B"], plain.arrays["proj.B"], rtol=1e-12)
+    assert plain.arrays["proj.B"].any()
+    still = go(tmp_path / "still", dp, toy.NAMES)
+    assert still.status == "finished" and abs(still.arrays["proj.B"]).max() <= step
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_a_division_by_zero_in_training_is_the_client_s(side, tmp_path):
+    config = toy.config(tmp_path / "out", dp=DpSettings(**DP, side=side, accounting=False), rounds=1)
 
     def make(name: str):
         p = toy.participant(config, name, lr=LR)
-        return replace(p, train=lambda _: None) if name == "bob" else p
+        return replace(p, train=lambda _: 1 / 0) if name == "bob" else p
 
     outcome = run(config, make)
-    assert outcome.status == "finished" and {e["client"] for e in outcome.rejections} == {"bob"}
-    assert all("unchanged" in e["reason"] or "zero" in e["reason"] for e in outcome.rejections)
+    assert {e["reason"] for e in outcome.rejections} == {"ZeroDivisionError, see the client's log"}
 
 
 @pytest.mark.parametrize(
