@@ -159,10 +159,11 @@ class Client:
         after = adapters.untrained(self.participant.model, self.config.spec)
         moved = [key for key, values in before.items() if not np.array_equal(after[key], values)]
         if moved:
+            shown = ", ".join(moved[:3]) + ", ..." * (len(moved) > 3)
             raise DriftError(
-                f"client {self.name}: local training changed {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}, which"
-                f" {self.config.method} trains nowhere: give its optimiser only parameters that require a gradient when"
-                " training begins (PEFT's disable_adapter() thaws what it enables again)"
+                f"client {self.name}: local training changed {shown}, which {self.config.method} trains nowhere:"
+                " give its optimiser only parameters that require a gradient when training begins"
+                " (PEFT's disable_adapter() thaws what it enables again)"
             )
 
     def _finish(self, folder: Path) -> None:

@@ -18,10 +18,8 @@ from .inprocess import InProcessGrid
 from .outcome import Outcome
 from .participant import Participant, seeded
 from .seeds import seed_of
-from .server import Template, serve
+from .server import CLIENTS, Template, serve
 from .store import PrivateStore
-
-CLIENTS = "clients"  # folder of the private halves
 
 
 def clients_of(

@@ -96,6 +96,7 @@ def watch(
     console: Console | None = None,
     interval: float = 0.5,
     sleep: Callable[[float], None] = time.sleep,
+    since: datetime | None = None,
 ) -> list[dict[str, Any]]:
     """Show a ledger while it grows.
 
@@ -105,6 +106,7 @@ def watch(
         console: where to; standard output by default.
         interval: seconds between looks at the file.
         sleep: waits for them.
+        since: nothing is shown until a run begins after this moment, nor lines of rounds before it.
 
     Returns:
         The events at the end.
@@ -114,17 +116,21 @@ def watch(
     """
     console = console or Console()
     if not console.is_terminal or console.is_dumb_terminal:
-        return _watch_plainly(_looks(Path(path), until, interval, sleep), console)
+        return _watch_plainly(_looks(Path(path), until, interval, sleep, since), console, since)
     events: list[dict[str, Any]] = []
     with Live(table(events), console=console, auto_refresh=False, transient=False) as view:
-        for events in _looks(Path(path), until, interval, sleep):
+        for events in _looks(Path(path), until, interval, sleep, since):
             view.update(table(events, now=datetime.now(UTC)), refresh=True)
         view.update(table(events), refresh=True)
     return events
 
 
 def _looks(
-    path: Path, until: Callable[[], bool] | None, interval: float, sleep: Callable[[float], None]
+    path: Path,
+    until: Callable[[], bool] | None,
+    interval: float,
+    sleep: Callable[[float], None],
+    since: datetime | None,
 ) -> Iterator[list[dict[str, Any]]]:
     """What the file holds, again and again; the last time after it was complete."""
     while True:
@@ -133,29 +139,37 @@ def _looks(
             events = read(path)
         except FileNotFoundError:
             events = []
+        if not any(_after(event, since) for event in of_kind(events, "run")):
+            events = []  # of an earlier run, which this one goes on from
         yield events
         if complete or (until is None and events and events[-1]["event"] == "end"):
             return
         sleep(interval)
 
 
-def _watch_plainly(looks: Iterable[list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+def _after(event: Event, since: datetime | None) -> bool:
+    return since is None or datetime.fromisoformat(event["time"]) >= since
+
+
+def _watch_plainly(
+    looks: Iterable[list[dict[str, Any]]], console: Console, since: datetime | None
+) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     printed = 0
     for events in looks:
-        lines = list(_lines(events))
+        lines = list(_lines(events, since))
         for line in lines[printed:]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         printed = len(lines)  # a resumed run may have cut the file
     return events
 
 
-def _lines(events: Sequence[Event]) -> Iterator[str]:
-    """A line per finished training round."""
+def _lines(events: Sequence[Event], since: datetime | None) -> Iterator[str]:
+    """A line per training round that was finished after that moment."""
     run = run_of(events)
     name, metric = str(run.get("method", "")), str(run.get("metric", ""))
     for e in of_kind(events, "round"):
-        if e["kind"] != "train":
+        if e["kind"] != "train" or not _after(e, since):
             continue
         before, after = e.get("before") or {}, e.get("after") or {}
         line = (

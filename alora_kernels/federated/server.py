@@ -14,9 +14,11 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ from .outcome import Outcome
 from .seeds import seed_of
 from .strategies import FromRound, build_strategy
 
-LEDGER = "ledger.jsonl"
+LEDGER, PLOT = "ledger.jsonl", "rounds.png"
+CLIENTS = "clients"  # folder of the private halves, of clients on this machine
 
 
 @dataclass(frozen=True)
@@ -124,15 +127,33 @@ def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engi
     return Outcome(status, reason, run.done, arrays, read(folder / LEDGER))
 
 
+def check_fresh(folder: Path) -> None:
+    """Raise unless a new run may begin in this folder.
+
+    Raises:
+        FileExistsError: it holds a run, finished or not; names the ways out.
+    """
+    ledger = folder / LEDGER
+    begun = ledger.exists() and any(event["event"] not in ("run", "end") for event in read(ledger))
+    if begun or (folder / checkpoint.FILE).exists():
+        raise FileExistsError(
+            f"{folder} holds a run already: go on with --resume, replace it with --overwrite, or choose another output"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove a run from its folder: ledger, checkpoint, results and the private halves kept there."""
+    for name in (LEDGER, checkpoint.FILE, FINAL, PLOT):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CLIENTS, ignore_errors=True)
+
+
 def _begin(strategy: Strategy, spec: wire.WireSpec, template: Template, config: FedConfig, resume: bool) -> _Run:
     """A fresh run, or the one in the folder."""
     folder = config.output
     if not resume:
-        if (folder / checkpoint.FILE).exists():
-            raise FileExistsError(f"{folder} holds a run already: go on with --resume, or choose another output")
-        ledger = folder / LEDGER
-        if ledger.exists() and all(event["event"] in ("run", "end") for event in read(ledger)):
-            ledger.unlink()  # killed before its first checkpoint: nothing has happened yet
+        check_fresh(folder)
+        (folder / LEDGER).unlink(missing_ok=True)  # killed before its first checkpoint: nothing has happened yet
         random.seed(seed_of(config.seed, "sampling"))
         if config.dp is not None:
             np.random.seed(None)  # noise that somebody could draw again hides nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,33 @@ def test_a_second_run_is_refused_and_resume_goes_on(config, tmp_path):
     events = read(tmp_path / "out" / "ledger.jsonl")
     assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
     alora("run", str(config), "--output", str(tmp_path / "elsewhere"))
+
+
+def rounds_shown(said: str) -> list[str]:
+    return re.findall(r"round (\d)/\d", said)
+
+
+def test_an_earlier_run_is_neither_shown_as_new_nor_replaced_by_accident(config, tmp_path):
+    out = tmp_path / "out"
+    assert rounds_shown(alora("run", str(config))) == ["1", "2"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for engine in ("inprocess", "ray"):
+        said = refused("run", str(config), "--engine", engine)
+        assert "--overwrite" in said and "--resume" in said and str(out) in said.replace("\n", "")
+        assert rounds_shown(said) == []
+    said = refused("server", str(config), "--certificates", str(tmp_path))
+    assert "--overwrite" in said and rounds_shown(said) == []
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert "give one of them" in refused("run", str(config), "--resume", "--overwrite")
+
+    whole, old = arrays(out), [e["run"] for e in read(out / "ledger.jsonl") if e["event"] == "run"]
+    assert rounds_shown(alora("run", str(config), "--overwrite")) == ["1", "2"]
+    assert arrays(out) == whole
+    (new,) = [e["run"] for e in read(out / "ledger.jsonl") if e["event"] == "run"]
+    assert [new] != old and [p.name for p in (out / "clients").iterdir()] == [new]
+
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
+    assert rounds_shown(alora("run", str(config), "--resume")) == ["3"]
 
 
 def test_the_papers_configuration_reads():

@@ -91,7 +91,11 @@ def test_training_that_moves_a_frozen_part_is_refused_by_name(method: str, tmp_p
     outcome, _ = go(tmp_path / "out", method, drifts, rounds=1)
     (refused,) = outcome.rejections
     reason = refused["reason"]
-    assert reason.startswith("client bob: local training changed proj.") and method in reason and "disable_adapter" in reason
+    assert (
+        reason.startswith("client bob: local training changed proj.")
+        and method in reason
+        and "disable_adapter" in reason
+    )
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="Fine-tune together without sharing
 Config = Annotated[Path, typer.Argument(help="YAML file, see examples/federated.yaml")]
 Output = Annotated[Path | None, typer.Option(help="folder of the run, instead of the configuration's")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")]
 
 
 @app.command()
@@ -51,17 +53,19 @@ def run(
         "inprocess"
     ),
     resume: Resume = False,
+    overwrite: Overwrite = False,
     output: Output = None,
 ) -> None:
     """Run server and all clients on this machine."""
     with _errors():
         settings = _settings(config, output)
+        if engine not in ("inprocess", "ray"):
+            raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
+        _claim(settings, resume, overwrite)
         if engine == "inprocess":
             _in_process(settings, resume)
-        elif engine == "ray":
-            _with_ray(settings, resume)
         else:
-            raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
+            _with_ray(settings, resume)
         _report(settings.output)
 
 
@@ -116,6 +120,7 @@ def server(
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="TCP port for the clients")] = 8000,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     output: Output = None,
 ) -> None:
     """Serve a run to clients on other machines: TLS, and only registered keys."""
@@ -125,6 +130,7 @@ def server(
         from ...federated.flower.processes import Processes
 
         settings = _settings(config, output)
+        _claim(settings, resume, overwrite)
         home = settings.output / "flower"
         with Processes(home / "logs") as processes, _table(settings):
             flower.start_superlink(processes, home, host=host, port=port, certificates=Certificates(certificates))
@@ -163,6 +169,18 @@ def _settings(config: Path, output: Path | None) -> FedConfig:
     return settings.model_copy(update={"output": (output or settings.output).resolve()})
 
 
+def _claim(settings: FedConfig, resume: bool, overwrite: bool) -> None:
+    """Before anything is shown or started: the output folder is free, or it is said what becomes of its run."""
+    from ...federated.server import check_fresh, clear
+
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the run in the folder, --overwrite replaces it: give one of them")
+    if overwrite:
+        clear(settings.output)
+    elif not resume:
+        check_fresh(settings.output)
+
+
 def _in_process(settings: FedConfig, resume: bool) -> None:
     from ...federated.engine import run as run_here
     from .participants import participant
@@ -194,9 +212,10 @@ def _table(settings: FedConfig) -> Iterator[None]:
     from ...federated.server import LEDGER
     from .. import display
 
-    done = threading.Event()
+    done, now = threading.Event(), datetime.now(UTC)
     path = settings.output / LEDGER
-    options: dict[str, Any] = {"until": done.is_set, "console": display.err}
+    since = now.replace(microsecond=now.microsecond // 1000 * 1000)  # a ledger's times are cut to milliseconds
+    options: dict[str, Any] = {"until": done.is_set, "console": display.err, "since": since}
     thread = threading.Thread(target=live.watch, args=(path,), kwargs=options, daemon=True)
     thread.start()
     try:
@@ -210,14 +229,14 @@ def _report(folder: Path) -> None:
     """What came of a run: the table, and the plot beside its ledger."""
     from ...federated import live, plot
     from ...federated.ledger import read
-    from ...federated.server import LEDGER
+    from ...federated.server import LEDGER, PLOT
     from .. import display
 
     events = read(folder / LEDGER)
     display.console.print(live.summary(events))
     name = next((e["method"] for e in events if e["event"] == "run"), "run")
     try:
-        plot.plot({name: events}, folder / "rounds.png")
+        plot.plot({name: events}, folder / PLOT)
     except ImportError as error:
         typer.echo(f"no plot: {error}", err=True)
     typer.echo(f"everything is in {folder}")
