@@ -190,11 +190,7 @@ class GuardedGrid(Grid):
         if self._void_rounds >= self._limits.patience:
             raise QuorumError(self._last_void)
 
-    def check_effect(self) -> None:
-        """Raise if rounds were played and all of them were void.
-
-        Raises:
-            QuorumError: as for too many void rounds in a row.
-        """
-        if self._last_void and not self.effective:
-            raise QuorumError(self._last_void)
+    @property
+    def nothing_done(self) -> QuorumError | None:
+        """Why a run is not finished after its last round, if all its rounds were void."""
+        return QuorumError(self._last_void) if self._last_void and not self.effective else None

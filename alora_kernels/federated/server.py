@@ -110,7 +110,6 @@ def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engi
                 _save(config, spec, strategy, run)
             guard = GuardedGrid(grid, spec, config.guard, run=run.token, on_event=ledger.write)
             _rounds(guard, config, spec, strategy, run, ledger)
-            guard.check_effect()
             _judge(guard, config, spec, run)
             status, reason = "finished", None
         except (QuorumError, PrivacyBudgetExhausted, OSError) as error:
@@ -174,7 +173,7 @@ def _rounds(
     first = run.done
 
     def after(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if round_ > 0 and guard.effective:  # rounds before the first with an effect are played again by a resumption
+        if round_ > 0:
             spent = privacy_spent(strategy)
             if spent is not None:
                 ledger.write({"event": "privacy", "round": first + round_, **spent})
@@ -191,6 +190,10 @@ def _rounds(
             train_config=ConfigRecord(_terms(config, spec)),
             evaluate_fn=after,
         )
+    if guard.nothing_done is not None:  # a resumption plays these rounds again
+        run.done = first
+        _save(config, spec, strategy, run)
+        raise guard.nothing_done
 
 
 def _save(config: FedConfig, spec: wire.WireSpec, strategy: Strategy, run: _Run) -> None:
