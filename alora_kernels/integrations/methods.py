@@ -27,7 +27,11 @@ from ..modules.per_task import PerTaskLinear
 from ..modules.tasks import task_names
 from .budget import ROUTED, check_method, rank_for
 from .peft import ALoRAConfig
+from .peft.probe import Finding, probe
+from .peft.selection import leave_out, rows_of
 from .peft.targets import base_of, check_target, features, hooked
+
+Findings = Mapping[str, Finding] | None
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}  # PEFT trains these for the type
 
@@ -151,10 +155,13 @@ def adapt(model: Any, method: Method) -> Any:
         raise ValueError("the model has adapters already: load the base anew")
     if method.in_peft:
         return get_peft_model(model, method.peft_config())
-    targets, heads = _replaceable(model, method), _heads(model, method)
+    findings = probe(model)
+    targets, heads = _replaceable(model, method, findings), _heads(model, method)
     model.requires_grad_(False)
     for name, linear in targets.items():
-        model.set_submodule(name, _widened(_layer(linear, method)))
+        layer = _widened(_layer(linear, method))
+        layer.rows_name, layer.rows = name, rows_of(name, model.get_submodule(name.rpartition(".")[0]), findings)
+        model.set_submodule(name, layer)
     for head in heads:
         head.requires_grad_(True)
     if hasattr(model, "_keys_to_ignore_on_save"):  # transformers': checkpoints then hold what trains, and resume
@@ -192,8 +199,8 @@ def _widened(layer: AdaptedLinear) -> AdaptedLinear:
     return layer
 
 
-def _targets(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The modules that `target_modules` selects, by PEFT's matching.
+def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, nn.Module]:
+    """The modules that `target_modules` selects, by PEFT's matching, without those that ALoRA leaves alone.
 
     Raises:
         ValueError: there are none.
@@ -206,6 +213,7 @@ def _targets(model: nn.Module, method: Method) -> dict[str, nn.Module]:
             raise ValueError(f"target_modules: there is no default for {kind or type(model).__name__}: name them")
         config.target_modules = default
     config.modules_to_save = [*method.trained_in_full]
+    leave_out(model, config, findings, len(method.tasks) if method.name in ROUTED else 1)
     _maybe_include_all_linear_layers(config, model)
     found = {name: m for name, m in model.named_modules() if name and check_target_module_exists(config, name)}
     if not found:
@@ -213,13 +221,13 @@ def _targets(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     return found
 
 
-def _replaceable(model: nn.Module, method: Method) -> dict[str, nn.Linear]:
+def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[str, nn.Linear]:
     """The same, all of them plain `nn.Linear`.
 
     Raises:
         ValueError: naming the module and the remedy.
     """
-    targets = _targets(model, method)
+    targets = _targets(model, method, findings)
     routed = len(method.tasks) if method.name in ROUTED else 1
     linears: dict[str, nn.Linear] = {}
     for name, module in targets.items():
@@ -260,7 +268,7 @@ def target_shapes(model: nn.Module, method: Method) -> list[tuple[int, int]]:
     Raises:
         ValueError: no module matches.
     """
-    return [features(base_of(module)) for module in _targets(model, method).values()]
+    return [features(base_of(module)) for module in _targets(model, method, probe(model)).values()]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

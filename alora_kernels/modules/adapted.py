@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..routing import Layout
 from .init import lora_scaling
 
 
@@ -33,6 +34,8 @@ class AdaptedLinear(nn.Module):
         weight, bias: the frozen base.
         tasks: task names; empty where ids of the batch do not matter.
         enabled: False leaves the base alone.
+        rows_name: the layer's name in the model, if somebody told it.
+        rows: where the batch rows are in what the layer is given; None if nobody knows.
 
     Raises:
         TypeError: linear is something else, such as a quantised layer.
@@ -40,6 +43,8 @@ class AdaptedLinear(nn.Module):
     """
 
     tasks: tuple[str, ...] = ()
+    rows_name: str | None = None
+    rows: Layout | None = None
 
     def __init__(
         self,

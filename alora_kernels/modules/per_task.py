@@ -62,7 +62,7 @@ class PerTaskLinear(AdaptedLinear):
         """
         routing: Routing | None = noted(self, current_routing, routed=len(self.tasks) > 1)
         if routing is not None:
-            return routing.at(self)
+            return routing.at(self, self.rows)
         if len(self.tasks) == 1:
             return ConstantRouting(0)
         raise ValueError(

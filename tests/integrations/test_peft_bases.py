@@ -199,7 +199,6 @@ class Zoo(nn.Module):
         ("norm", r"norm is a LayerNorm, which is not a linear layer"),
         ("attention.out_proj", r"attention.out_proj belongs to nn.MultiheadAttention"),
         ("attention", r"attention belongs to nn.MultiheadAttention"),
-        ("experts.0", r"experts.0 is a routed expert.*soft"),
     ],
 )
 def test_refused_targets_leave_the_model_untouched(target, text):
@@ -207,8 +206,17 @@ def test_refused_targets_leave_the_model_untouched(target, text):
     with pytest.raises(ValueError, match=text):
         adapted(model, task_type=None, target_modules=["fine", target])
     assert not layers_of(model)
-    if target == "experts.0":
-        assert adapted(model, task_type=None, target_modules=[target], routing="soft")
+
+
+def test_routed_experts_are_left_alone_unless_rows_do_not_matter():
+    with pytest.raises(ValueError, match=r"cannot adapt.*\n.*an order that the data decide.*: experts.0"):
+        adapted(Zoo(), task_type=None, target_modules=["experts.0"])
+    with pytest.warns(UserWarning, match=r"leaves 1 of 2 target modules alone.*\n.*: experts.0\n.*soft"):
+        model = adapted(Zoo(), task_type=None, target_modules=["fine", "experts.0"])
+    assert [layer.rows_name for layer in layers_of(model)] == ["fine"]
+    assert model.peft_config["default"].exclude_modules == {"experts.0"}
+    for other in ({"routing": "soft"}, {"tasks": ["only"]}):
+        assert adapted(Zoo(), task_type=None, target_modules=["experts.0"], **other)
 
 
 def test_two_adapters_of_a_model_with_conv1d():

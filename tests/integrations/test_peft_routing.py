@@ -84,6 +84,14 @@ def test_generate_equals_each_task_alone(base, how):
         assert torch.equal(together[row * n : (row + 1) * n], alone), name
 
 
+def test_generate_batch_says_that_it_cannot_route():
+    model = adapted()
+    with pytest.raises(ValueError, match=r"cannot take adapter_names.*generate\(.*Engine.*set_task"):
+        model.generate_batch(inputs=[[1, 2], [3]], adapter_names=NAMES[:2])
+    with alora_kernels.route([0, 1]), pytest.raises(ValueError, match="ids of `route`"):
+        model.generate_batch(inputs=[[1, 2], [3]])
+
+
 def test_generate_returns_several_sequences_per_row():
     model, ids = adapted(), tokens(2)
     out = model.generate(
@@ -247,6 +255,11 @@ def test_a_model_that_is_not_from_transformers():
         torch.testing.assert_close(mixed[row], model(x[row : row + 1], adapter_names=[name])[0])
     with pytest.raises(ValueError, match="but the batch has 3 rows"):
         model(x, adapter_names=["math"])
+
+
+def test_target_parameters_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"target_parameters \['mlp.experts.down_proj'\]: ALoRA adapts layers"):
+        config(target_parameters=["mlp.experts.down_proj"])
 
 
 def test_int_tasks_are_named_by_number():

@@ -53,6 +53,7 @@ class ALoRAConfig(PeftConfig):
         modules_to_save: further modules to train in full and to save, such as a classifier head.
         bias: which biases to train: "none", "all" or "asymlora_only" (those of adapted layers).
         init_weights: True: A random (each A_e its own draw), B zero. False: B random too, for tests.
+        target_parameters: not supported; refused with the reason.
 
     Raises:
         ValueError: settings that contradict each other; the message names the remedy.
@@ -79,6 +80,7 @@ class ALoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     init_weights: bool = True
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +89,11 @@ class ALoRAConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
         self._check_routing()
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters {list(self.target_parameters)}: ALoRA adapts layers that are called, not parameters"
+                " such as the fused experts of a mixture: name layers in target_modules"
+            )
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

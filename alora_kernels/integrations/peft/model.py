@@ -23,6 +23,8 @@ from .ids import BatchRouting, batch_shape, beams
 from .layer import ALoRALayer, ALoRALinear
 from .loading import fitted, with_weight
 from .merging import check_mergeable
+from .probe import Finding, probe
+from .selection import leave_out, listened_to, rows_of, targets_of, tell_fused_experts
 from .targets import check_target
 
 
@@ -40,21 +42,18 @@ class ALoRAModel(BaseTuner):
     prefix = "asymlora_"
     _paused: Sequence[nn.Parameter] = ()  # heads that train when adapters are enabled again
     tuner_layer_cls = ALoRALayer
+    findings: dict[str, Finding] | None  # of `probe`: the same for all adapters of the model
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Refuse targets that cannot be adapted while the model is still untouched."""
-        modules = dict(model.named_modules())
-        for name, module in modules.items():
-            if name and self._check_target_module_exists(peft_config, name) and not self._inside(name, modules):
-                parent = modules[name.rpartition(".")[0]]
-                check_target(module, parent, name, peft_config.experts, peft_config.routing == "soft")
-
-    @staticmethod
-    def _inside(name: str, modules: dict[str, nn.Module]) -> bool:
-        """Whether the module is a part of an adapted layer."""
-        parent = name.rpartition(".")[0]
-        return bool(parent) and (isinstance(modules[parent], ALoRALayer) or ALoRAModel._inside(parent, modules))
+        """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
+        if getattr(self, "findings", None) is None:
+            self.findings = probe(model)
+        leave_out(model, peft_config, self.findings, peft_config.experts if peft_config.routing == "task" else 1)
+        tell_fused_experts(model, peft_config)
+        for name in targets_of(model, peft_config):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            check_target(model.get_submodule(name), parent, name, peft_config.experts, peft_config.routing == "soft")
 
     def _create_and_replace(
         self,
@@ -77,7 +76,9 @@ class ALoRAModel(BaseTuner):
         new = ALoRALinear(target, adapter_name, r, alpha, peft_config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter starts inactive
-        new.rows_name = current_key
+        new.rows_name, new.rows = current_key, rows_of(current_key, parent, self.findings)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            new.register_forward_pre_hook(listened_to)
         self._replace_module(parent, target_name, new, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -136,6 +137,21 @@ class ALoRAModel(BaseTuner):
             routing.check_batch(*shape)
         with route(routing.repeated(max(routing.repeats, beams(model, kwargs)))):
             return model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The base model's generate_batch, for calls that need no ids: one task, or the one that `set_task` fixed.
+
+        Raises:
+            ValueError: adapter_names, or a call inside of `route`: its batches change from step to step, in a thread.
+        """
+        if adapter_names is not None or current_routing() is not None:
+            raise ValueError(
+                "generate_batch mixes tokens of requests that come and go, so it cannot take adapter_names or the ids"
+                " of `route`: use model.generate(..., adapter_names=[...]); alora_kernels.serving.Engine, which mixes"
+                " tasks that way; or alora_kernels.set_task(model, task) for one task at a time"
+            )
+        model: Any = self.model
+        return model.generate_batch(*args, **kwargs)
 
     def _active_tasks(self) -> dict[str, list[str]]:
         """Task names of each active adapter.

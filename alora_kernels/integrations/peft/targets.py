@@ -16,7 +16,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+ROUTED_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
 
 def base_of(module: nn.Module) -> nn.Module:
