@@ -248,9 +248,12 @@ def _per_token(task_ids: Tensor, leading: torch.Size, layout: Layout | None) -> 
     if task_ids.numel() != leading.numel():
         return None
     if layout in ("time", "steps"):
-        turned = task_ids.t() if task_ids.dim() == 2 else None
-        fits = turned is not None and (layout == "steps" or turned.shape == leading[:2])
-        return turned.reshape(-1) if turned is not None and fits else None
+        if task_ids.dim() != 2 or task_ids.shape[0] == task_ids.shape[1]:
+            return None  # as many rows as tokens: which are which?
+        turned = task_ids.t()
+        if layout == "steps" or turned.shape == leading[:2]:
+            return turned.reshape(-1)
+        return task_ids.reshape(-1) if task_ids.shape == leading else None
     packed = len(leading) > 0 and leading[0] == 1
     if task_ids.shape == leading or packed:
         return task_ids.reshape(-1)

@@ -68,6 +68,8 @@ def test_known_layouts():
     assert expanded([2, 0], [4, 3], 1, "blocks") == [2] * 6 + [0] * 6
     assert expanded([2, 0], [3, 2], 1, "blocks") is None
     assert expanded([[2, 0, 1], [1, 1, 2]], [3, 2], 1, "time") == [2, 1, 0, 1, 1, 2]
+    assert expanded([[2, 1], [0, 1], [1, 2]], [3, 2], 1, "time") == [2, 1, 0, 1, 1, 2]  # as the layer has them
+    assert expanded([[2, 0], [1, 1]], [2, 2], 1, "time") is None
     assert expanded([[2, 0, 1], [1, 1, 2]], [6], 1, "steps") == [2, 1, 0, 1, 1, 2]
     assert expanded([[2, 0, 1], [1, 1, 2]], [6], 1, "blocks") == [2, 0, 1, 1, 1, 2]
 
