@@ -66,7 +66,7 @@ class KeepAbsentTasks:
                 " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False"
             )
         self._before = [
-            (p, _absent(p), p.detach().clone(), {key: value.clone() for key, value in _state(optimizer, p)})
+            (p, _absent(p), p.detach().clone(), {key: value.clone() for key, value in tensors_of(optimizer, p)})
             for p in watched
         ]
 
@@ -75,8 +75,8 @@ class KeepAbsentTasks:
         constant: dict[int, bool] = {}  # tables such as qmap are one tensor for all parameters
         for p, absent, values, before in self._before:
             _put_back(p, values, absent)
-            state = {key: value for key, value in _state(optimizer, p) if key in before}
-            coded = any(value.dtype == torch.uint8 for value in state.values())
+            state = {key: value for key, value in tensors_of(optimizer, p) if key in before}
+            coded = any(value.dtype.itemsize == 1 for value in state.values())
             views = {key: by_task(value, p, coded=coded) for key, value in state.items()}
             mixed = [
                 key
@@ -85,7 +85,7 @@ class KeepAbsentTasks:
             ]
             for key, view in views.items():
                 # codes without their scale would mean other numbers
-                if view is not None and not (mixed and state[key].dtype == torch.uint8):
+                if view is not None and not (mixed and state[key].dtype.itemsize == 1):
                     old = by_task(before[key], p, coded=coded)
                     assert old is not None
                     _put_back(view, old, absent)
@@ -149,7 +149,7 @@ def _put_back(target: Tensor, old: Tensor, absent: Tensor) -> None:
     target.copy_(torch.where(absent.view(-1, *[1] * (target.dim() - 1)), old, target))
 
 
-def _state(optimizer: Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(optimizer: Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """The optimiser's tensors for one parameter, those inside of quantised tensors one by one; no step counts."""
     for key, value in optimizer.state.get(p, {}).items():
         if is_traceable_wrapper_subclass(value) and not is_traceable_wrapper_subclass(p):

@@ -85,6 +85,9 @@ def check_class_label(name: str, dataset: Any, names: Sequence[str]) -> None:
     Raises:
         ValueError: with both lists.
     """
+    inside = dataset.datasets if isinstance(dataset, ConcatDataset) else []
+    for part in [dataset.dataset] if isinstance(dataset, Subset) else inside:
+        check_class_label(name, part, names)
     meant = getattr((getattr(dataset, "features", None) or {}).get("task"), "names", None)
     if meant is not None and tuple(meant) != tuple(names)[: len(meant)]:
         raise ValueError(

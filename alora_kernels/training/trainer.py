@@ -74,6 +74,7 @@ class ALoRATrainer(Trainer):
                 check_dataset(name, dataset, self.tasks, tables)
         CheckpointGuard.install(self._base_model())
         self._keeper: KeepAbsentTasks | None = None
+        self._optimized: set[int] | None = None
         self._trained, self._evaluated = (
             TaskSums(self.tasks),
             TaskSums(self.tasks),
@@ -132,7 +133,12 @@ class ALoRATrainer(Trainer):
         return TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's, with the rows of absent tasks kept."""
+        """As Trainer's, with the rows of absent tasks kept; made anew when other parameters train than before."""
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if self._optimized not in (None, trained):  # by an optimiser that was made here, for another adapter
+            self.optimizer = None
+        if self.optimizer is None:
+            self._optimized = trained
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
             self._keeper.remove()

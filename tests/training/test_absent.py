@@ -12,7 +12,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from alora_kernels.training import KeepAbsentTasks
-from alora_kernels.training.absent import by_task
+from alora_kernels.training.absent import by_task, tensors_of
 
 SHAPE = (4, 8, 256)
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -21,6 +21,14 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 def bitsandbytes(name: str, **options: Any) -> Make:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return getattr(pytest.importorskip("bitsandbytes").optim, name)(parameters, lr=0.01, **options)
+
+    return make
+
+
+def torchao(name: str) -> Make:
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        library = pytest.importorskip("torchao.optim", reason="quantised state as tensors of their own kind")
+        return getattr(library, name)(parameters, lr=0.01, weight_decay=0.1)
 
     return make
 
@@ -57,11 +65,10 @@ OPTIMISERS: dict[str, Make] = {
     "lion-8bit": bitsandbytes("Lion8bit"),
     "sgd-8bit": bitsandbytes("SGD8bit", momentum=0.9),
     "ademamix-8bit": bitsandbytes("AdEMAMix8bit"),
+    "torchao-8bit": torchao("AdamW8bit"),
+    "torchao-4bit": torchao("AdamW4bit"),
+    "torchao-fp8": torchao("AdamWFp8"),
 }
-
-
-def state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and v.numel() > 1}
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -75,15 +82,16 @@ def test_values_and_state_of_an_absent_task_stay(name):
     KeepAbsentTasks(ours, [kept])
     for grad in grads[:3]:
         before = kept.detach().clone()
-        old = {k: v.clone() for k, v in state(ours, kept).items()}
+        old = {k: v.clone() for k, v in dict(tensors_of(ours, kept)).items()}
         kept.grad, plain.grad = grad.clone(), grad.clone()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ours.step()
         theirs.step()
     assert torch.equal(kept[1], before[1])
-    for key, value in state(ours, kept).items():
-        now, then = (by_task(v, kept, coded="8bit" in name) for v in (value, old[key]))
+    coded = any(value.dtype.itemsize == 1 for value in dict(tensors_of(ours, kept)).values())
+    for key, value in dict(tensors_of(ours, kept)).items():
+        now, then = (by_task(v, kept, coded=coded) for v in (value, old[key]))
         if now is None:  # a table of codes
             assert torch.equal(value, old[key])
         else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alora_kernels import FusedALoRALinear, route
@@ -41,6 +42,19 @@ def test_another_adapter_made_active_after_the_trainer_is_trained_by_name(tmp_pa
     model = peft_model()
     second_adapter(model)
     trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("zero"))
+    model.set_adapter("second")
+    before = copy.deepcopy(model.state_dict())
+    trainer.train()
+    assert moved(before, model, "second") == {0}
+    assert moved(before, model, "default") == set()
+
+
+def test_the_second_adapter_trains_after_the_first_was_trained(tmp_path):
+    """Stock Trainer goes on with an optimiser that holds the first one's parameters only."""
+    model = peft_model()
+    second_adapter(model)
+    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("zero"))
+    trainer.train()
     model.set_adapter("second")
     before = copy.deepcopy(model.state_dict())
     trainer.train()
@@ -115,6 +129,9 @@ def test_numbers_that_mean_other_names_are_refused(tmp_path):
     meant = numbered.cast_column("task", ClassLabel(names=names))
     with pytest.raises(ValueError, match="mean zero, next, copy, but the model's tasks are copy, next, zero"):
         ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=meant)
+    joined = ConcatDataset([rows(3), Subset(meant, [0, 1])])
+    with pytest.raises(ValueError, match="mean zero, next, copy, but the model's tasks are copy, next, zero"):
+        ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=joined)
     same = numbered.cast_column("task", ClassLabel(names=TASKS))
     trainer = ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=same)
     with pytest.raises(ValueError, match="numbers in the `task` column of the evaluation dataset"):
