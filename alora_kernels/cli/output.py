@@ -31,11 +31,11 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with the run that is there, --overwrite starts anew: give one of them")
-    folder = folder.resolve()  # x/../run is run, even while there is no x
-    if next((p for p in (folder, *folder.parents) if p.exists()), folder).is_file():
+    place = folder.resolve()  # x/../run is run, even while there is no x
+    if not next(p for p in (place, *place.parents) if p.exists()).is_dir():
         raise ValueError(f"output: {folder} is, or lies below, a file; give the path of a folder")
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    finished = (folder / ADAPTER).is_dir() and any((folder / ADAPTER).iterdir())
+    last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    finished = (place / ADAPTER).is_dir() and any((place / ADAPTER).iterdir())
     if resume and last is None:
         again = "with --overwrite, or into another --output" if finished else "without --resume"
         raise ValueError(
@@ -43,7 +43,7 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
         )
     if resume or overwrite:
         return last if resume else None
-    if finished or last or (folder / CONFLICTS).exists():
+    if finished or last or (place / CONFLICTS).exists():
         what = f"a finished adapter, {folder / ADAPTER}" if finished else "a run that has begun"
         on = "--resume goes on from its last checkpoint, " if last else ""
         raise ValueError(f"{folder} holds {what}: {on}--overwrite replaces it, --output writes to another folder")

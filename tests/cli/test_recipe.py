@@ -252,6 +252,8 @@ def test_a_finished_adapter_is_not_replaced_unasked(tmp_path, jsonl, request):  
     assert "holds a finished adapter" in refused("demo", "--output", str(tmp_path / "run"))
     assert "give one of them" in refused("train", str(config), "--resume", "--overwrite")
     assert "is, or lies below, a file" in refused("train", str(config), "--output", str(jsonl / "x"))
+    assert "is, or lies below, a file" in refused("train", str(config), "--output", "/dev/null")
+    assert f"wrote, {tmp_path / 'run' / 'adapter'}" in refused("eval", str(tmp_path / "run"))
     assert contents(tmp_path / "run") == before
 
 
