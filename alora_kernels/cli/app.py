@@ -77,7 +77,7 @@ def train(
         recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
         folder = Path(recipe.output)
         last = claim(folder, resume=resume, overwrite=overwrite)
-        job = steps.load(recipe)
+        job = steps.load(recipe, resume=last)
         steps.show_method(job)
         if overwrite:
             clear(folder)

@@ -27,6 +27,7 @@ from ..analysis import ConflictCallback, probe_batches
 from ..integrations.budget import METHODS, ROUTED, parameters_of
 from ..integrations.method_files import load_method, read_method, save_method
 from ..integrations.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
+from ..integrations.peft.files import CONFIG
 from ..integrations.task_cards import write_task_cards
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.choices import whole_words
@@ -86,8 +87,8 @@ class Run:
         return METHODS[self.method.name]
 
 
-def load(recipe: Recipe, adapter: Path | None = None) -> Run:
-    """Base, data and adapter: a fresh adapter, or the one in a folder."""
+def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None) -> Run:
+    """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on."""
     lost = data.Lost()
     with display.err.status("reading data ..."):
         text = data.load_tasks(
@@ -95,7 +96,7 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
         )
     base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
-        tasks = _task_order(recipe, text)
+        tasks = _task_order(recipe, text, resume)
         method = recipe.adapters(tasks)
         shapes = target_shapes(base, method)
         method = recipe.within_budget(method, shapes)
@@ -119,10 +120,14 @@ def load(recipe: Recipe, adapter: Path | None = None) -> Run:
     return Run(recipe, method, tasks, model, tokenizer, text, train, test, words, choices, count)
 
 
-def _task_order(recipe: Recipe, text: DatasetDict) -> tuple[str, ...]:
-    """Names of the tasks in the data: first those the recipe names, in its order, then what files add."""
-    named = [task if isinstance(task, str) else task.name for task in recipe.tasks]
+def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[str, ...]:
+    """Names of the tasks in the data: a checkpoint's if they are the same, else the recipe's and what files add."""
+    named = [data.as_source(task).name for task in recipe.tasks]
     present = set(text["train"]["task"])
+    config = Path(resume, CONFIG) if resume else None
+    saved = json.loads(config.read_text(encoding="utf-8")).get("tasks") if config and config.is_file() else None
+    if saved and set(saved) == present:
+        return tuple(saved)
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 

@@ -171,3 +171,28 @@ def test_a_recipe_of_any_method_survives_saving(tmp_path, method):
     first = Recipe(tasks=("trec",), method=method, budget="parameters")
     first.save(tmp_path)
     assert load_recipe(tmp_path / "recipe.yaml") == first
+
+
+def test_resume_finds_each_tasks_rows_by_its_name(tmp_path):
+    for name, answers in (("math", ("yes", "no")), ("code", ("no", "yes")), ("law", ("yes", "no"))):
+        lines = [{"prompt": f"{name} {i}?", "answer": answers[i % 2]} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def train(*tasks: str) -> list[str]:
+        path = recipe(tmp_path, tmp_path / "none", **SMALL, tasks=f"[{', '.join(f'{t}.jsonl' for t in tasks)}]")
+        return ["train", str(path)]
+
+    alora(*train("math", "code"))
+    adapter = tmp_path / "run" / "adapter"
+    before, config = weights(adapter), (adapter / "adapter_config.json").read_text()
+    assert json.loads(config)["tasks"] == ["math", "code"]
+    shutil.rmtree(adapter)
+    said = refused(*train("math", "law"), "--resume")
+    assert all(task in said for task in ("math", "code", "law"))
+    alora(*train("code", "math"), "--resume")  # the last checkpoint is the end: nothing is left to train
+    assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == ["math", "code"]
+    after = weights(adapter)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    shutil.rmtree(tmp_path / "run")
+    alora(*train("code", "math"))  # the order of another run is its own
+    assert json.loads((adapter / "adapter_config.json").read_text())["tasks"] == ["code", "math"]
