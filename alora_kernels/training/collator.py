@@ -11,6 +11,7 @@ vocabulary-sized logits are computed there only. `BatchRules` says which.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,12 @@ class TaskCollator:
                 )
         lengths = [len(ids) for ids in rows]
         length = round_up(max(lengths), self.pad_to_multiple_of)
+        if self.rules.leaks and min(lengths) < length:
+            warnings.warn(
+                f"layers of {self.rules.leaks} let padding change the tokens beside it: rows are not scored as they are"
+                " alone, unless all rows of a batch have one length",
+                stacklevel=2,
+            )
         batch = {"input_ids": pad("input_ids", rows, length, self.pad_token_id, self.rules.pad_left)}
         batch |= self._mask(features, lengths, length)
         for name in dict.fromkeys(name for feature in features for name in feature):

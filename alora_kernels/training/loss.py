@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .rules import IGNORED, BatchRules, base_model
+from .tasks import all_per_row
 
 
 class Scored(NamedTuple):
@@ -72,18 +73,15 @@ class ModelLoss:
 
         Args:
             call: the model, routed for the rows it gets.
-            inputs: a batch with `labels`.
+            inputs: a batch with `labels`; one with images or the like is run whole.
         """
         if self.by_rows is not None:
             return
         labels = inputs["labels"]
         if labels.is_floating_point() or labels.dim() > 2:
             return
-        asked = (labels != IGNORED).reshape(len(labels), -1).sum(1)
-        rows = asked.topk(min(2, len(labels))).indices
-        few = {
-            k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == labels.shape[:1] else v for k, v in inputs.items()
-        }
+        rows = label_counts(labels).topk(min(2, len(labels))).indices
+        few = {name: value[rows] for name, value in inputs.items()} if all_per_row(inputs) else dict(inputs)
         devices = [labels.device] if labels.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             outputs = call(few)
@@ -97,11 +95,13 @@ class ModelLoss:
             return
         agreed = []
         for shifts in (False, True)[: labels.dim()]:
-            losses, counts, _ = row_losses(logits, next_labels(labels) if shifts else labels)
-            if not counts.sum():
+            aligned = next_labels(labels) if shifts else labels
+            if (aligned == IGNORED).all():
                 return  # no label to tell by: another batch will
-            mean = losses.sum() / counts.sum() + (0.0 if extra is None else self._coefficient * extra)
-            if torch.isclose(own.float(), mean.float(), rtol=_tolerance(own)):
+            by_class = logits.flatten(0, -2).to(own.dtype)  # rounded as the model rounds
+            mean = F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED)
+            mean = mean if extra is None else mean + self._coefficient * extra
+            if torch.isclose(own.double(), mean.double(), rtol=_tolerance(own)):
                 agreed.append(shifts)
         if len(agreed) == 2:
             return  # uniform logits: both agree

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 IGNORED = -100  # the label that no loss counts
+LEAKS = {"convbert", "prophetnet"}  # a convolution over masked tokens; the other was seen to, not understood
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class BatchRules:
         labels: the number of labels of a classifier of rows, else None.
         problem: `config.problem_type`, and "regression" for a classifier of rows with one label.
         pad_token_id: of the model's config, where it names a token.
+        leaks: the model's type, where its own layers let padding change the tokens beside it.
     """
 
     columns: frozenset[str] | None = None
@@ -45,6 +47,7 @@ class BatchRules:
     labels: int | None = None
     problem: str | None = None
     pad_token_id: int | None = None
+    leaks: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> BatchRules:
@@ -52,15 +55,15 @@ class BatchRules:
         base = base_model(model)
         config: Any = getattr(base, "config", None)
         columns = forward_columns(base)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", 0)
+        text = text_config(config)
+        pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None) or 0
         rows = type(base).__name__.endswith("ForSequenceClassification")
         labels = getattr(config, "num_labels", None) if rows else None
         causal = _is_causal(base, config)
         # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
         # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
         given = columns is None or ({"position_ids", "attention_mask"} <= columns and "pixel_values" not in columns)
-        answers_last = causal and _shifts(base, config) and given and not getattr(base, "_is_stateful", False)
+        answers_last = causal and _shifts(base, config) and given and _only_attends(base, text)
         summary_last = hasattr(base, "sequence_summary") and getattr(config, "summary_type", None) == "last"
         return cls(
             columns=columns,
@@ -72,6 +75,7 @@ class BatchRules:
             labels=labels,
             problem=getattr(config, "problem_type", None) or ("regression" if labels == 1 else None),
             pad_token_id=pad if isinstance(pad, int) and 0 <= pad < size else None,
+            leaks=kind if (kind := getattr(config, "model_type", None)) in LEAKS else None,
         )
 
 
@@ -87,6 +91,21 @@ def forward_columns(base: Any) -> frozenset[str] | None:
     names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return None if takes_any and "input_ids" not in names else frozenset(names)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about text; the whole where there are several."""
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # an encoder and a decoder of text
+        return config
+
+
+def _only_attends(base: Any, config: Any) -> bool:
+    """Whether no layer carries a state from token to token, which padding before them would enter."""
+    kinds = getattr(config, "layer_types", None) or ()
+    carries = [kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear")]
+    return not carries and not getattr(base, "_is_stateful", False)
 
 
 def _is_causal(base: Any, config: Any) -> bool:

@@ -10,7 +10,7 @@ its tasks, may change after the collator was made, so each batch is routed by th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,16 +143,22 @@ def side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
     The sum of the losses does not depend on the order of rows; a training step of SmolLM2 on a CPU is 4 % shorter. A
     batch that holds anything else than tensors known to have one entry per row, such as images, keeps its order.
     """
-    task_ids, input_ids = inputs.get("task_ids"), inputs.get("input_ids")
-    if not isinstance(task_ids, Tensor) or task_ids.dim() != 1 or not isinstance(input_ids, Tensor):
+    task_ids = inputs.get("task_ids")
+    if not isinstance(task_ids, Tensor) or task_ids.dim() != 1 or not all_per_row(inputs):
         return inputs  # packed rows have an id per token
+    order = task_ids.argsort(stable=True)
+    return {name: value[order] for name, value in inputs.items()}
+
+
+def all_per_row(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch holds nothing but tensors that are known to have one entry per row."""
+    input_ids = inputs.get("input_ids")
+    if not isinstance(input_ids, Tensor):
+        return False
 
     def is_per_row(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.shape[:1] != task_ids.shape:
+        if not isinstance(value, Tensor) or value.shape[:1] != input_ids.shape[:1]:
             return False
         return name in PER_ROW or (name in PER_TOKEN and value.shape == input_ids.shape)
 
-    if not all(is_per_row(name, value) for name, value in inputs.items()):
-        return inputs
-    order = task_ids.argsort(stable=True)
-    return {name: value[order] for name, value in inputs.items()}
+    return all(is_per_row(name, value) for name, value in inputs.items())

@@ -28,7 +28,7 @@ from .collator import TaskCollator, WithTasks, positions
 from .columns import check_class_label, check_dataset, check_order, names_in, task_column
 from .loss import ModelLoss, Scored
 from .restore import load_adapters
-from .rules import BatchRules, base_model
+from .rules import BatchRules, base_model, text_config
 from .sampler import TaskBalancedSampler
 from .sums import TaskSums
 from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a
@@ -93,7 +93,7 @@ class ALoRATrainer(Trainer):
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         pad, config = getattr(tokenizer, "pad_token_id", None), getattr(self._base_model(), "config", None)
         if pad is not None and config is not None:
-            config.get_text_config().pad_token_id = pad
+            text_config(config).pad_token_id = pad
         return pad
 
     def _set_signature_columns_if_needed(self) -> None:

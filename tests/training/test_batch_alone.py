@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import FNetConfig, FNetForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
+from transformers import (
+    BertConfig,
+    ConvBertConfig,
+    ConvBertForTokenClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    FNetConfig,
+    FNetForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from alora_kernels import route
 from alora_kernels.training import TaskCollator
@@ -82,3 +92,22 @@ def test_padding_that_nothing_masks_is_refused():
     assert set(collate(same)) == {"input_ids", "task_ids"}
     with pytest.raises(ValueError, match="takes no attention_mask.*a row of 1 tokens beside 2"):
         collate([{"input_ids": [7], "task": "a"}, *same])
+
+
+def test_layers_that_let_padding_in_are_named():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ConvBertForTokenClassification(ConvBertConfig(**sizes, intermediate_size=48, embedding_size=16))
+    collate = TaskCollator(0, TASKS, model=model)
+    collate([{"input_ids": [7, 8], "task": "a"}, {"input_ids": [9, 8], "task": "b"}])  # nothing to say
+    with pytest.warns(UserWarning, match="layers of convbert let padding change the tokens beside it"):
+        collate([{"input_ids": [7, 8], "task": "a"}, {"input_ids": [9], "task": "b"}])
+
+
+def test_a_model_of_two_texts_is_an_encoder_decoder():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    part = BertConfig(**sizes, intermediate_size=48)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(part, part, decoder_start_token_id=1, pad_token_id=0)
+    rules = BatchRules.of(EncoderDecoderModel(config))
+    assert rules.encoder_decoder
+    assert not rules.pad_left
+    assert not rules.shifts

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.training import ALoRATrainer, answer_loss
-from alora_kernels.training.loss import kept_positions, predictable, row_losses
+from alora_kernels.training.loss import ModelLoss, kept_positions, predictable, row_losses
 
 from .tiny_models import TASKS, alone, build, rows
 
@@ -177,3 +177,27 @@ def test_labels_that_follow_no_token_are_left_out():
     assert predictable(labels, None).tolist() == [[-100, 2, 3, 4]] * 2
     asked = torch.tensor([[-100, -100, 3, -100], [-100, -100, -100, -100]])
     assert kept_positions(asked).tolist() == [1, 2]  # from before the first label to the last
+
+
+@pytest.mark.parametrize(("family", "head"), [("Llama", "lm"), ("Bert", "row"), ("T5", "seq2seq")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_loss_is_known_in_any_dtype(tmp_path, family, head, dtype):
+    model = build(family, head).to(dtype)
+    if head != "row":
+        model.get_output_embeddings().weight.data *= 4  # else bfloat16 gives one loss with and without a shift
+    trainer = trainer_of(model, rows(model, head), tmp_path)
+    batch = trainer.data_collator(rows(model, head))
+    assert trainer._has_token_loss(batch, model)
+    with torch.no_grad(), route(batch["task_ids"]):
+        own = model(**{k: v for k, v in batch.items() if k != "task_ids"}).loss
+        torch.testing.assert_close(trainer.compute_loss(model, batch).to(own.dtype), own)
+
+
+def test_a_batch_with_images_is_tried_whole():
+    """How many images a row has is not known, so none of them can be left out."""
+    loss, seen = ModelLoss(build("Llama", "lm")), []
+    batch = {"input_ids": torch.ones(4, 3, dtype=torch.long), "labels": torch.ones(4, 3, dtype=torch.long)}
+    loss.learn(lambda few: seen.append(len(few["input_ids"])), batch)
+    loss.by_rows = None
+    loss.learn(lambda few: seen.append(len(few["input_ids"])), batch | {"pixel_values": torch.ones(4, 3, 8, 8)})
+    assert seen == [2, 4]
