@@ -10,11 +10,14 @@ import subprocess
 import sys
 
 import pytest
-from peft import PeftType
+import torch
+from peft import LoraConfig, PeftType, get_peft_model, peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from alora_kernels.integrations.peft import ALoRAConfig, ALoRAModel
 from alora_kernels.integrations.peft.register import extend_str_enum, register
+
+from .tiny import adapted, llama, tokens
 
 
 def test_tables():
@@ -77,6 +80,18 @@ def test_peft_imported_later_and_a_config_unpickled_in_a_new_process(tmp_path):
         f"import pickle; print(pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')).tasks)"
     )
     assert out.splitlines() == ["ASYMLORA", "['a']"]
+
+
+def test_other_types_get_their_names_from_peft():
+    """With a tensor of ids stock LoRA fails as it does without us; ours takes it."""
+    stock = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    search = peft_model.get_alora_offsets_for_forward
+    ids = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        search.__wrapped__(stock, tokens(), adapter_names=ids)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        search(stock, tokens(), adapter_names=ids)
+    assert search(adapted(), tokens(), adapter_names=ids)["adapter_names"] is ids
 
 
 def test_peft_imported_before():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 from copy import deepcopy
+from pathlib import Path
 
 import peft.peft_model
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from alora_kernels.integrations.peft import ALoRAConfig, save_adapter, set_task
@@ -126,6 +127,17 @@ def test_stock_save_pretrained_replaces_the_weights_at_once(tmp_path, monkeypatc
         adapted(routing="soft").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_adapters_of_other_types_are_written_as_before(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", lambda tensors, path, **_: written.append(path))
+    replace_weights_at_once()
+    stock = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
+    stock.save_pretrained(tmp_path / "lora")
+    adapted().save_pretrained(tmp_path / "alora")
+    assert written[0] == str(tmp_path / "lora" / "adapter_model.safetensors")
+    assert Path(written[1]).parent.parent == tmp_path / "alora"
 
 
 def test_pickles_are_refused(tmp_path):

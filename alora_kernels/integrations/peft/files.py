@@ -5,13 +5,14 @@ Out:  a folder that always holds a complete adapter, the old one or the new one.
 Who:  `ALoRAConfig` (through stock `save_pretrained`) and users, by `save_adapter`.
 
 PEFT writes weights straight into their final file, where an interruption destroys the previous adapter. Here every
-file is written beside its target and renamed (`register` makes stock `save_pretrained` do so too). `save_adapter`
-goes one step further: it renames only after all files are complete, weights before config.
+file is written beside its target and renamed (`register` makes stock `save_pretrained` of ALoRA do so too).
+`save_adapter` goes one step further: it renames only after all files are complete, weights before config.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,18 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
 ```
 """
+
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(name: str) -> str:
+    """A module's or tensor's name in the plain model: without what torch.compile, FSDP and checkpointing put in.
+
+    Args:
+        name: e.g. `model._orig_mod.layers.0.q_proj`.
+    """
+    return _WRAPPERS.sub("", name)
 
 
 def check_weights_file(folder: str | os.PathLike[str], saving: bool) -> None:

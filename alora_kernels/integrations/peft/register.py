@@ -53,7 +53,7 @@ def accept_id_tensors() -> None:
     """Let `adapter_names` be an integer tensor for causal language models too.
 
     PEFT looks through `adapter_names` for its own aLoRA and, doing so, asks a tensor for its truth value, which
-    raises. A tensor holds no adapter name, so the search is skipped for it; nothing else changes.
+    raises. A tensor holds no adapter name, so the search is skipped for it in models with an ALoRA adapter.
     """
     import torch
     from peft import peft_model
@@ -61,7 +61,8 @@ def accept_id_tensors() -> None:
     def skip_tensors(search: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(search)
         def searched(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(kwargs.get("adapter_names"), torch.Tensor):
+            ours = any(config.peft_type == NAME for config in model.peft_config.values())
+            if ours and isinstance(kwargs.get("adapter_names"), torch.Tensor):
                 return kwargs
             return search(model, *args, **kwargs)
 
@@ -76,14 +77,16 @@ def accept_id_tensors() -> None:
 def replace_weights_at_once() -> None:
     """Let stock `save_pretrained` replace a weights file by one rename, so that an interruption leaves the old one.
 
-    PEFT writes into the final file. This holds for every PEFT type once the package is imported; the files are the
-    same.
+    PEFT writes into the final file. Files without an ALoRA adapter are still written as PEFT writes them.
     """
     from peft import peft_model
 
     def whole(save: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(save)
         def saved(tensors: Any, filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+            if not any(".asymlora_" in name for name in tensors):
+                save(tensors, filename, *args, **kwargs)
+                return
             path = Path(filename)
             with written_whole(path.parent) as folder:
                 save(tensors, os.path.join(folder, path.name), *args, **kwargs)
