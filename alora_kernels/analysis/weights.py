@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import atomic
 from ..integrations.adapter_config import AdapterFolderError, not_finite, refused
 from ..integrations.adapter_folder import Stamp, stamp_of
+from ..integrations.peft.files import unwrapped
 
 
 class Weights:
@@ -76,7 +77,7 @@ def matched(
         metadata = atomic.read(path)[1] if checksum else {}
         with safe_open(path, framework="pt") as file:
             for key in sorted(file.keys()):
-                match = pattern.fullmatch(key) if key.isprintable() else None
+                match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None
                 if match is None:
                     continue
                 tensor, part = file.get_tensor(key), (rename or {}).get(match[2], match[2])

@@ -23,7 +23,7 @@ from peft.utils.other import get_pattern_key
 
 from ..modules.init import lora_scaling
 from ..modules.tasks import task_names
-from .peft.files import CONFIG
+from .peft.files import CONFIG, unwrapped
 from .peft.register import NAME as ALORA
 
 Kind = Literal["alora", "lora"]
@@ -237,7 +237,7 @@ def _targets(settings: Mapping[str, Any]) -> frozenset[str] | None:
     names = settings.get("target_modules")
     narrowed = settings.get("exclude_modules") or settings.get("layers_to_transform") is not None
     listed = isinstance(names, list | set) and all(isinstance(name, str) for name in names)
-    return frozenset(names) if names and listed and not narrowed else None
+    return frozenset(map(unwrapped, names or ())) if names and listed and not narrowed else None
 
 
 def _number(where: Path | str, name: str, value: Any, whole: bool = False) -> float:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapter_config import AdapterConfig, AdapterFolderError, Kind, not_finite, read_config, refused
-from .peft.files import CONFIG, PICKLE, WEIGHTS
+from .peft.files import CONFIG, PICKLE, WEIGHTS, unwrapped
 
 PREFIX = "base_model.model."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -83,6 +85,7 @@ class AdapterFile:
         scaling: module -> s.
         dtype: the widest of its tensors.
         keys: names of the tensors in the file.
+        copies: parameter of the base -> name in the file, of what PEFT copies beside an adapter on the output layer.
         stamp: of the file that was checked.
     """
 
@@ -92,6 +95,7 @@ class AdapterFile:
     scaling: dict[str, float]
     dtype: torch.dtype
     keys: Keys
+    copies: dict[str, str]
     stamp: Stamp
 
     @property
@@ -130,6 +134,30 @@ class AdapterFile:
         row = self.tasks.index(task)
         with self._checked() as file:
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
+
+    def check_copies(self, base: Mapping[str, Tensor]) -> None:
+        """Raise unless the weights of the base that the file holds too are those of the base it is used on.
+
+        Args:
+            base: its parameters; names that it lacks and quantised ones are not compared.
+
+        Raises:
+            AdapterFolderError: another weight, or the file is not the one that was checked any more.
+        """
+        with self._checked() as file:
+            for name, key in self.copies.items():
+                own = base.get(name)
+                if own is None or not own.is_floating_point() or own.is_meta:
+                    continue
+                if not torch.equal(file.get_tensor(key).to(own.device, own.dtype), own):
+                    raise refused(self.folder, f"was trained on another {name} than the base's, and holds it: merge the"
+                                  " adapter into the base that it was trained on")  # fmt: skip
+
+    def say_copies(self) -> None:
+        """Warn of weights of the base that the file holds too, where they are left out and no base is there."""
+        if self.copies:
+            warnings.warn(f"{self.folder} holds {', '.join(self.copies)} of its base too, which is left out: the base"
+                          " must have it unchanged", stacklevel=3)  # fmt: skip
 
     def factors(self, module: str) -> Factors:
         """A of the first task, B and s of one module; only these are read.
@@ -170,13 +198,13 @@ def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
         raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
     config = read_config(folder, only)
     with _opened(folder) as (file, stamp):
-        keys = _keys(folder, file, config)
+        keys, copies = _keys(folder, file, config)
         shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
         scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
         dtype = _dtype(folder, file, keys)
         if bad := [module for module, parts in keys.items() if not _finite(file, config, parts)]:
             raise not_finite(folder, bad)
-    return AdapterFile(folder, config, shapes, scaling, dtype, keys, stamp)
+    return AdapterFile(folder, config, shapes, scaling, dtype, keys, copies, stamp)
 
 
 def _look(folder: Path) -> None:
@@ -214,15 +242,16 @@ def _opened(folder: Path) -> Iterator[tuple[Any, Stamp]]:
         raise refused(folder, f"{WEIGHTS} does not read ({error}): it is cut short or damaged; copy it again") from None
 
 
-def _keys(folder: Path, file: Any, config: AdapterConfig) -> Keys:
-    """The tensors by module, if there is an A and a B of each and nothing else."""
+def _keys(folder: Path, file: Any, config: AdapterConfig) -> tuple[Keys, dict[str, str]]:
+    """The tensors by module, if there is an A and a B of each, and copies from the base; nothing else."""
     keys: Keys = {}
+    others: dict[str, str] = {}
     for key in file.keys():  # noqa: SIM118, not a dict
-        match = _KEYS[config.kind].fullmatch(key) if key.isprintable() else None
+        name = unwrapped(key)
+        match = _KEYS[config.kind].fullmatch(name) if key.isprintable() else None
         if match is None:
-            raise refused(folder, f"holds {key[:200]!r}, no A or B of a linear layer: nothing else can be used; train"
-                          " without it")  # fmt: skip
-        if keys.setdefault(match[1], {}).setdefault(match[2], key) != key:
+            others[name.removeprefix(PREFIX)] = key
+        elif keys.setdefault(match[1], {}).setdefault(match[2], key) != key:
             raise refused(folder, f"holds {match[2]} of {match[1]} twice: save the adapter again")
     if not keys:
         raise refused(folder, f"{WEIGHTS} holds no tensor: save the adapter again")
@@ -230,7 +259,27 @@ def _keys(folder: Path, file: Any, config: AdapterConfig) -> Keys:
         for part in "AB":
             if part not in parts:
                 raise refused(folder, f"{module} has no {part}: the file is incomplete; save the adapter again")
-    return dict(sorted(keys.items()))
+    for name, key in others.items():
+        if key.isprintable() and _is_copy(name, keys, others):
+            continue
+        remedy = "nothing else can be used; train without it"
+        if name.endswith(".weight") and name.split(".")[-2] in EMBEDDING_LAYER_NAMES:
+            remedy = (
+                "if the base has it unchanged, save the adapter again with save_pretrained(folder,"
+                " save_embedding_layers=False); otherwise save a base of its own"
+            )
+        raise refused(folder, f"holds {key[:200]!r}, no A or B of a linear layer: {remedy}")
+    return dict(sorted(keys.items())), {name.replace(".base_layer.", "."): key for name, key in others.items()}
+
+
+def _is_copy(name: str, keys: Keys, others: Mapping[str, str]) -> bool:
+    """Whether PEFT copied a tensor from the frozen base, as it does beside an adapter on the output layer.
+
+    A bias alone is no copy but a trained one.
+    """
+    module, _, parameter = name.rpartition(".base_layer.")
+    output = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and module in keys
+    return output and parameter in ("weight", "bias") and f"{module}.base_layer.weight" in others
 
 
 def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: dict[str, str]) -> Shape:

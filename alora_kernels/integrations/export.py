@@ -28,6 +28,7 @@ from .adapter_config import AdapterConfig, checked_config
 from .adapter_folder import read_adapter
 from .lora_folder import check_replaceable, target_names, write_lora
 from .peft import ALoRAConfig, ALoRALayer
+from .peft.files import unwrapped
 from .task_cards import TaskCard, read_task_cards, write_task_cards
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as a folder and in `name=path` of the servers
@@ -184,6 +185,8 @@ def export_lora(
 
     Source: Hu et al. 2021, LoRA; Ban & Ji 2025, ALoRA.
     """
+    if not isinstance(source, PeftModel):
+        source = getattr(source, "_orig_mod", source)  # what torch.compile wrapped
     given = _from_model(source) if isinstance(source, PeftModel) else _from_folder(source)
     names = _folder_names(tasks, given.config.tasks)
     r = max(b.shape[1] for b in given.b.values())
@@ -208,6 +211,7 @@ def export_lora(
 
 def _from_folder(folder: str | Path) -> _Source:
     file = read_adapter(folder, only="alora")
+    file.say_copies()
     return _Source(file.config, file.scaling, file.b, file.matrices, read_task_cards(file.folder, file.tasks))
 
 
@@ -225,7 +229,7 @@ def _from_model(model: PeftModel) -> _Source:
     config = checked_config(f"adapter {name!r} of the model", trusted)
     base: Any = model.base_model.model
     layers = {
-        module: layer
+        unwrapped(module): layer
         for module, layer in sorted(base.named_modules(remove_duplicate=False))
         if isinstance(layer, ALoRALayer) and name in layer.asymlora_spec
     }

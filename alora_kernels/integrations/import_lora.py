@@ -153,6 +153,9 @@ def import_lora(
     check_replaceable(target, overwrite)
     adapters = dict(zip(tasks, [read_adapter(folder, only="lora") for folder in folders], strict=True))
     r = rank or max(adapter.rank for adapter in adapters.values())
+    _check_names(adapters)
+    for adapter in adapters.values():
+        adapter.say_copies()
     config = _new_config(adapters, r)
     shapes = _common_shapes(adapters, r)
     # set now: the config itself would make it a set, in no fixed order
@@ -228,6 +231,20 @@ def _common_shapes(adapters: Mapping[str, AdapterFile], r: int) -> dict[str, Sha
                     " are for different models"
                 )
     return {module: Shape(shape.n, r, shape.k) for module, (_, shape) in sorted(owners.items())}
+
+
+def _check_names(adapters: Mapping[str, AdapterFile]) -> None:
+    """Refuse a module that one adapter has under another's name with something before it: no B would be shared."""
+    owners = {module: task for task, adapter in adapters.items() for module in adapter.shapes}
+    for module, task in owners.items():
+        parts = module.split(".")
+        for shorter in (".".join(parts[i:]) for i in range(1, len(parts) - 1)):
+            other = owners.get(shorter)
+            if other is not None and not adapters[task].shapes.keys() & adapters[other].shapes.keys():
+                raise ValueError(
+                    f"{task} adapts {module} and {other} adapts {shorter}, and they have no module in common: they were"
+                    " saved from models of other classes; save them from the same one"
+                )
 
 
 def _rounded(solved: SharedB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .methods import Method, adapt, take_out, trained
 from .peft import save_adapter
-from .peft.files import CONFIG, WEIGHTS, written_whole
+from .peft.files import CONFIG, WEIGHTS, unwrapped, written_whole
 
 SETTINGS, STATE = "method.json", "adapter.safetensors"
 
@@ -46,7 +46,7 @@ def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, A
         kept = (STATE,)
     with written_whole(folder) as temporary:
         if not method.in_peft:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}
+            tensors = {unwrapped(name): p.detach().cpu().contiguous() for name, p in trained(model).items()}
             save_file(tensors, Path(temporary, STATE), metadata={"format": "pt"})
         settings = {"settings": dataclasses.asdict(method), "record": dict(record or {})}
         Path(temporary, SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -71,9 +71,9 @@ def load_method(model: nn.Module, folder: Path) -> Any:
     method = read_method(folder)
     if method is None or method.in_peft:
         return PeftModel.from_pretrained(model, str(folder))
-    tensors = _read_state(folder / STATE)
+    tensors = {unwrapped(name): tensor for name, tensor in _read_state(folder / STATE).items()}
     model = adapt(model, method)
-    own = trained(model)
+    own = {unwrapped(name): parameter for name, parameter in trained(model).items()}
     try:
         _check_fit(folder / STATE, tensors, own)
     except ValueError:

@@ -145,6 +145,8 @@ class TaskStack:
             if r > own_r:
                 raise refused(file.folder, f"rank {r} does not fit the stack's rank {own_r} at {module}")
         self._check_b(file)
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        file.check_copies({name.replace(".base_layer.", "."): p for name, p in parameters})
 
     def _check_b(self, file: AdapterFile) -> None:
         limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
@@ -240,6 +242,7 @@ def _check_model(model: nn.Module, file: AdapterFile) -> None:
                 f"{name} maps {k} features to {n} but the base maps {own_k} to {own_n}: serve it on the base it was"
                 " trained on",
             )
+    file.check_copies(dict(model.named_parameters(remove_duplicate=False)))
 
 
 def _cast(file: AdapterFile, module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -110,7 +110,7 @@ def test_nothing_is_kept_until_it_is_asked_for(alora):
     """Folders are imported together that do not fit into the memory together."""
     file = read_adapter(alora)
     file.matrices("math"), file.factors("up")
-    assert vars(file).keys() == {"folder", "config", "shapes", "scaling", "dtype", "keys", "stamp"}
+    assert vars(file).keys() == {"folder", "config", "shapes", "scaling", "dtype", "keys", "copies", "stamp"}
     assert file.b is file.b
 
 

@@ -27,6 +27,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from .config import ALoRAConfig
+from .files import unwrapped
 from .layer import ALoRALayer
 
 DIMENSIONS = {
@@ -67,13 +68,16 @@ def reading(source: Source) -> Iterator[None]:
         _source.reset(token)
 
 
-def with_weight(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter file by their names of today: the first files said `asymlora_A`, without `.weight`.
+def named_now(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter file by their names of today.
+
+    The first files said `asymlora_A`, without `.weight`, and those of compiled models had `_orig_mod.` in their names.
 
     Args:
         tensors: by their names in the file.
     """
-    return {f"{key}.weight" if _BARE.search(key) else key: tensor for key, tensor in tensors.items()}
+    found = {unwrapped(key) if ".asymlora_" in key else key: tensor for key, tensor in tensors.items()}
+    return {f"{key}.weight" if _BARE.search(key) else key: tensor for key, tensor in found.items()}
 
 
 def fitted(

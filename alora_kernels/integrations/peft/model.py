@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ...routing import current_routing, route
 from .checkpointing import CheckpointGuard
+from .files import unwrapped
 from .ids import BatchRouting, batch_shape, beams
 from .layer import ALoRALayer, ALoRALinear
-from .loading import fitted, with_weight
+from .loading import fitted, named_now
 from .merging import check_mergeable
 from .probe import Finding, probe
 from .selection import leave_out, listened_to, rows_of, targets_of, tell_fused_experts
@@ -195,9 +196,15 @@ class ALoRAModel(BaseTuner):
         return model
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in PEFT; matrices are saved, and found again, by their names in the model before it was compiled."""
+        name = super()._remove_adapter_name_from_key(key, adapter_name)
+        return unwrapped(name) if ".asymlora_" in name else name
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = with_weight(state_dict)
+        tensors = named_now(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return fitted(model, adapter_name, config, remapped)
