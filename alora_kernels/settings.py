@@ -2,7 +2,7 @@
 
 In:   a YAML file; a pydantic model and what it refused.
 Out:  a mapping; YAML text that reads back the same; one line per mistake with the key's path, the value and the remedy.
-Who:  recipes of `alora train` and whoever else takes settings from a file.
+Who:  recipes of `alora train`, configurations of federated runs.
 
 PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false, `12:30` is 750, and the second of two equal keys
 wins without a word. Here scalars follow YAML 1.2, and a key that is given twice is refused.
@@ -97,7 +97,7 @@ def read_yaml(text: str | bytes) -> Any:
 
 def write_yaml(values: Any) -> str:
     """Text that `read_yaml` reads back."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -107,7 +107,10 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
         error: what pydantic says.
         model: what it was asked to make. Tags of its unions begin with "as ", so that they are not taken for keys.
     """
-    return [_mistake(each, model) for each in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    within = {each["loc"][:i] for each in found for i in range(len(each["loc"]))}
+    # a list all of whose items are wrong is not empty
+    return [_mistake(each, model) for each in found if each["type"] != "too_short" or each["loc"] not in within]
 
 
 def _mistake(error: Any, model: type[BaseModel]) -> str:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..modules.init import lora_scaling
+from ..settings import mistakes, read_yaml, write_yaml
 from .dp import DpSettings, needs_equal_weights
 from .guard import Limits
 from .methods import ShareSpec, share_spec
@@ -185,9 +185,9 @@ class FedConfig(_Frozen):
             ConfigError: not YAML, not a mapping, unknown keys or wrong values; one line per mistake.
         """
         try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{source} is not valid YAML: {error}") from None
+            values = read_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{source} is {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{source} must hold a mapping, for example `method: fed-alora`")
         return cls.from_values(values, source)
@@ -198,22 +198,11 @@ class FedConfig(_Frozen):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {_says(e, cls)}".removeprefix(": ") for e in error.errors()]
-            raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+            raise ConfigError("\n  ".join([f"{source}:", *mistakes(error, cls)])) from None
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-
-
-def _says(error: Any, cls: type[BaseModel]) -> str:
-    """One mistake in plain words."""
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = f"; known are {', '.join(cls.model_fields)}" if len(error["loc"]) == 1 else ""
-        return f"unknown setting{known}"
-    return str(error["msg"]).removeprefix("Value error, ") + (
-        f", got {error['input']!r}" if error["type"] not in ("missing", "value_error") else ""
-    )
+        return write_yaml(self.model_dump(mode="json", exclude_defaults=True))
 
 
 def load_config(path: Path) -> FedConfig:

@@ -33,6 +33,7 @@ WRONG = {
     "use_rslora: maybe": "use_rslora: must be true or false, got 'maybe'",
     "target_modules: []": "target_modules: must not be empty",
     "target_modules: [q_proj, [v_proj]]": "target_modules[1]: must be text, got ['v_proj']",
+    "target_modules: [[q_proj]]": "target_modules[0]: must be text, got ['q_proj']",
     "budget: tokens": "budget: must be 'rank' or 'parameters', got 'tokens'",
     "routing: hard": "routing: must be 'task' or 'soft', got 'hard'",
     "method: lore": "method: must be one of alora, alora-soft, lora, lora-per-task, hydralora, got 'lore'; did you",
