@@ -176,7 +176,7 @@ def test_a_backend_that_cannot_merge_says_so():
 
     layers_of(model)[0].quantization_backend = ForwardOnlyQuantizationBackend("gptq")
     set_task(model, "math")
-    with pytest.raises(ValueError, match="gptq cannot be merged"):
+    with pytest.raises(ValueError, match="layer, a Linear, has weights quantised by gptq, which cannot be merged"):
         model.merge_adapter()
 
 

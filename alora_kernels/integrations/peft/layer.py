@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from ...modules.init import reset_adapter_
@@ -26,7 +26,7 @@ from ...routing import Layout, Routing, current_routing
 from . import merging
 from .config import ALoRAConfig
 from .ids import BatchRouting, constant_routing
-from .targets import call_base, features, output_is_fresh, takes_fused_op, undo_cpu_packing
+from .targets import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ALoRALayer(BaseTunerLayer):
         self._paused: list[Weight] = []
         self.merged_adapters: list[str] = []
         self.merged_tasks: dict[str, int] = {}
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ALoRAConfig) -> None:

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...routing import current_routing
 
+TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may be a quarter off
+
 if TYPE_CHECKING:
     from .layer import ALoRALayer
 
@@ -69,12 +71,40 @@ def _merged_weight(layer: ALoRALayer, weight: Tensor, adapter: str, task: int, s
     return (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
 
 
-def _check_backend(layer: ALoRALayer) -> None:
-    backend = layer.quantization_backend
+def _check_base(layer: ALoRALayer) -> None:
+    """Raise unless a weight that is put into the base is the weight it computes with.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    backend, base = layer.quantization_backend, layer.get_base_layer()
+    name = f"{layer.rows_name or 'a layer'}, a {type(base).__name__},"
+    remedy = "merge into a base that is loaded unquantised, or keep the adapter"
     if backend is not None and not backend.supports_merge:
         raise ValueError(
-            f"weights quantised by {backend.backend_name} cannot be merged into: load the base unquantised"
+            f"{name} has weights quantised by {backend.backend_name}, which cannot be merged into: {remedy}"
         )
+    plain = type(base) in (nn.Linear, Conv1D) and type(base._parameters.get("weight")) is nn.Parameter
+    if backend is None and not plain and not _takes_weights(layer):
+        raise ValueError(
+            f"{name} does not compute with a weight that is put into it, so a merge would be lost or another than the"
+            f" adapter: {remedy}"
+        )
+
+
+@torch.no_grad()
+def _takes_weights(layer: ALoRALayer) -> bool:
+    """Whether a random change of the base's weight is read back and changes its output as much; it is taken back."""
+    base, old = layer.get_base_layer(), layer.get_base_weight().detach().clone()
+    change = torch.randn_like(old, dtype=torch.float32) * (old.float().std().nan_to_num() + TRIAL)
+    x = torch.randn(TRIAL_ROWS, layer.in_features, device=old.device).to(old.dtype)
+    before = base(x).float()
+    layer.set_base_weight((old + change).to(old.dtype))
+    after, read = base(x).float(), layer.get_base_weight().float()
+    layer.set_base_weight(old)
+    wanted = x.float() @ (change if isinstance(base, Conv1D) else change.t())
+    pairs = ((read - old.float(), change), (after - before, wanted))
+    return all(bool((got - want).norm() < TRIAL * want.norm()) for got, want in pairs)
 
 
 @torch.no_grad()
@@ -92,7 +122,7 @@ def merge(layer: ALoRALayer, safe_merge: bool, adapter_names: list[str] | None) 
     for adapter in check_adapters_to_merge(layer, adapter_names):
         if adapter not in layer.asymlora_spec:
             continue
-        _check_backend(layer)
+        _check_base(layer)
         task = task_to_merge(layer, adapter)
         weight = _merged_weight(layer, layer.get_base_weight(), adapter, task, +1)
         if safe_merge and not torch.isfinite(weight).all():
@@ -138,7 +168,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         for adapter in chosen:
             task_to_merge(layer, adapter)
         if chosen:
-            _check_backend(layer)
+            _check_base(layer)
             _check_owner(name, owners.get(id(layer.get_base_layer()._parameters.get("weight")), []))
 
 

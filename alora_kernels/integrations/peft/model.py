@@ -26,7 +26,7 @@ from .loading import fitted, named_now
 from .merging import check_mergeable
 from .probe import Finding, probe
 from .selection import leave_out, listened_to, rows_of, targets_of, tell_fused_experts
-from .targets import check_target
+from .targets import check_target, guard_gradients
 
 
 class ALoRAModel(BaseTuner):
@@ -116,6 +116,7 @@ class ALoRAModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         CheckpointGuard.install(model)
+        guard_gradients(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -86,7 +86,7 @@ def _is_linear(base: nn.Module) -> bool:
 
 def _quantised(base: nn.Module) -> bool:
     try:
-        return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None) is not None
+        return quantization_backend(base) is not None
     except Exception:  # a backend that is installed but broken must not decide about other modules
         return False
 
@@ -128,14 +128,44 @@ def undo_cpu_packing(base: nn.Module) -> None:
         weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)  # type: ignore[union-attr]
 
 
+def _unpack_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        undo_cpu_packing(module)
+
+
+def guard_gradients(model: nn.Module) -> None:
+    """Let gradients pass every 4-bit layer of the model after an evaluation, adapted or not; see `undo_cpu_packing`."""
+    for module in model.modules():
+        is_four_bit = hasattr(module._parameters.get("weight"), "quant_state")
+        if is_four_bit and _unpack_for_gradients not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_unpack_for_gradients, with_kwargs=True)
+
+
+def quantization_backend(base: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised base, None for any other.
+
+    A torchao base made by `quantize_()` does not say how a merged weight is quantised again: it trains, and its backend
+    supports no merge.
+    """
+    how = "get_apply_tensor_subclass"
+    known = quantization.get(how) is not None
+    backend = resolve_quantization_backend(base, **(quantization if known else {**quantization, how: _unknown}))
+    if backend is not None and getattr(backend, how, None) is _unknown:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown() -> None:
+    """Stands for torchao's recipe where the model has none; never called, because such a base is not merged."""
+
+
 def call_base(base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`base(x)`.
 
     Raises:
         TypeError: the module returns something else than one tensor.
     """
-    if x.requires_grad:
-        undo_cpu_packing(base)
     out = base(x, *args, **kwargs)
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{type(base).__name__} returns {type(out).__name__}; ALoRA adapts layers that return a tensor")
