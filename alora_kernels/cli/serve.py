@@ -209,10 +209,13 @@ def _check_adapter(folder: Path) -> None:
     Raises:
         ValueError: naming the folder.
     """
+    from ..integrations.method_files import SETTINGS, read_method
     from ..integrations.peft.files import CONFIG
 
     if (folder / CONFIG).is_file():
         return
+    if (folder / SETTINGS).is_file() and (method := read_method(folder)) is not None:
+        raise ValueError(f"--adapter {folder} is of the method {method.name}, which is not served: train it as alora")
     if (folder / "config.json").is_file():
         raise ValueError(
             f"--adapter {folder} is a model's folder, not an adapter's: give it as MODEL, and as --adapter the folder"

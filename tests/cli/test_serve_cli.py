@@ -198,6 +198,13 @@ def test_an_adapter_that_is_none_is_refused_before_the_model_is_loaded(monkeypat
     assert f"--adapter {tmp_path}" in text and said in text
 
 
+def test_an_adapter_of_another_method_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "method.json").write_text('{"settings": {"name": "hydralora", "num_experts": 2}}')
+    text = " ".join(alora("tiny-random", "--adapter", str(tmp_path), "--port", "0", code=2).split())
+    assert f"--adapter {tmp_path} is of the method hydralora, which is not served" in text
+
+
 def test_an_adapter_given_as_the_model_is_named(adapter):
     text = " ".join(alora(str(adapter), "--adapter", str(adapter), "--port", "0", code=2).split())
     assert f"{adapter} is an adapter's folder, not a base model: give its base, 'tiny-random'," in text
