@@ -61,9 +61,10 @@ class KeepAbsentTasks:
         watched = [p for p in self._parameters if p.grad is not None and id(p) in stepped]
         if self._parameters and not watched:
             self._tell_once(
+                "elsewhere",
                 f"{type(optimizer).__name__} steps other tensors than the model's A matrices (an optimiser inside it or"
                 " a sharded copy does), so tasks that a batch does not hold are not kept as they are: choose another"
-                " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False"
+                " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False",
             )
         self._before = [
             (p, _absent(p), p.detach().clone(), {key: value.clone() for key, value in tensors_of(optimizer, p)})
@@ -72,17 +73,19 @@ class KeepAbsentTasks:
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        constant: dict[int, bool] = {}  # tables such as qmap are one tensor for all parameters
+        seen: dict[int, bool] = {}  # tables such as qmap are one tensor for all parameters
+
+        def changed(value: Tensor, old: Tensor) -> bool:
+            if id(value) not in seen:
+                seen[id(value)] = not torch.equal(value, old)
+            return seen[id(value)]
+
         for p, absent, values, before in self._before:
             _put_back(p, values, absent)
             state = {key: value for key, value in tensors_of(optimizer, p) if key in before}
             coded = any(value.dtype.itemsize == 1 for value in state.values())
             views = {key: by_task(value, p, coded=coded) for key, value in state.items()}
-            mixed = [
-                key
-                for key, value in state.items()
-                if views[key] is None and not constant.setdefault(id(value), torch.equal(value, before[key]))
-            ]
+            mixed = [key for key, view in views.items() if view is None and changed(state[key], before[key])]
             for key, view in views.items():
                 # codes without their scale would mean other numbers
                 if view is not None and not (mixed and state[key].dtype.itemsize == 1):
@@ -90,12 +93,12 @@ class KeepAbsentTasks:
                     assert old is not None
                     _put_back(view, old, absent)
             if mixed:
-                self._tell_once(_mixed(optimizer, p, mixed))
+                self._tell_once("mixed", _mixed(optimizer, p, mixed))
         self._before = []
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _tell_once(self, kind: str, text: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
             warnings.warn(text, stacklevel=2)
 
 

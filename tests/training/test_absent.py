@@ -122,14 +122,15 @@ def test_a_task_that_never_came_starts_as_a_fresh_one():
 @pytest.mark.parametrize("name", ["adamw-8bit", "ademamix-8bit"])
 def test_blocks_across_tasks_are_named_once(name):
     p = nn.Parameter(torch.randn(5, 4, 208))  # 832 numbers of a task are three and a quarter blocks
-    optimizer = OPTIMISERS[name]([p])
-    KeepAbsentTasks(optimizer, [p])
+    wider = nn.Parameter(torch.randn(5, 4, 240))
+    optimizer = OPTIMISERS[name]([p, wider])
+    KeepAbsentTasks(optimizer, [p, wider])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(4):
             before = p.detach().clone()
-            p.grad = torch.randn_like(p)
-            p.grad[1] = 0
+            p.grad, wider.grad = torch.randn_like(p), torch.randn_like(wider)
+            p.grad[1] = wider.grad[1] = 0
             optimizer.step()
     told = [str(w.message) for w in caught if "for several tasks together" in str(w.message)]
     assert len(told) == 1
