@@ -21,7 +21,7 @@ from torch import Tensor
 from ..modules.tasks import task_ids_from_names
 from .labels import NAMES, batch_labels, label_column
 from .padding import as_tensors, pad, per_token, round_up, stack
-from .rules import BatchRules
+from .rules import BatchRules, base_model
 
 FILL = {"special_tokens_mask": 1}  # what is no token counts as special; every other column is filled with 0
 
@@ -113,7 +113,7 @@ class TaskCollator:
         if any(m.dim() != 1 for m in masks) or not per_token(masks, lengths):
             raise ValueError("attention_mask must have one entry per token of input_ids in every row")
         mask = pad("attention_mask", [m.long() for m in masks], length, 0, self.rules.pad_left)
-        if self.rules.positions and "position_ids" not in features[0]:
+        if self.rules.pad_left and self.rules.positions and "position_ids" not in features[0]:
             return {"attention_mask": mask, "position_ids": positions(mask)}
         return {"attention_mask": mask}
 
@@ -143,13 +143,22 @@ class WithTasks:
     Args:
         collator: e.g. one of transformers'; it gets the rows without `task`, unless it asks for it.
         tasks: names, in the order of the model's ids.
+        model: a tokenizer that pads where this model cannot bear it is warned of.
 
     Returns (of a call):
         The collator's batch and `task_ids`: `[B]`, or `[1, T]` with an id per token where it put all rows in one.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], tasks: Sequence[str]) -> None:
+    def __init__(self, collator: Callable[[list[Any]], Any], tasks: Sequence[str], *, model: Any = None) -> None:
         self.collator, self.tasks = collator, tuple(tasks)
+        self.tokenizer = getattr(collator, "tokenizer", None)  # which Trainer saves with the model
+        rules = BatchRules() if model is None else BatchRules.of(model)
+        if getattr(self.tokenizer, "padding_side", None) == "left" and not (rules.pad_left or rules.positions):
+            warnings.warn(
+                f"the data_collator pads on the left, but {type(base_model(model)).__name__} cannot be told positions:"
+                " short rows may be read from their padding; set tokenizer.padding_side = 'right'",
+                stacklevel=3,
+            )
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """One batch."""

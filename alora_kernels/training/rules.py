@@ -28,7 +28,7 @@ class BatchRules:
     Attributes:
         columns: arguments of the forward; None where any column may pass.
         pad_left: whether short rows are filled on the left.
-        positions: whether a batch padded on the left needs `position_ids`.
+        positions: whether a batch padded on the left needs `position_ids`, and is exact with them.
         causal: whether a token sees only those before it, so that padding on the right needs no mask.
         shifts: whether the label at t is compared with what position t - 1 predicts; None where nothing is known.
         encoder_decoder: labels are a sequence of their own.
@@ -63,12 +63,12 @@ class BatchRules:
         # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
         # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
         given = columns is None or ({"position_ids", "attention_mask"} <= columns and "pixel_values" not in columns)
-        answers_last = causal and _shifts(base, config) and given and _only_attends(base, text)
+        told = causal and given and _only_attends(base, text)
         summary_last = hasattr(base, "sequence_summary") and getattr(config, "summary_type", None) == "last"
         return cls(
             columns=columns,
-            pad_left=answers_last or summary_last,
-            positions=answers_last,
+            pad_left=(told and _shifts(base, config)) or summary_last,
+            positions=told,
             causal=causal,
             shifts=_shifts(base, config),
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),

@@ -67,7 +67,7 @@ class ALoRATrainer(Trainer):
         if own_collator:
             self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self.model)
         elif not isinstance(self.data_collator, TaskCollator | WithTasks):
-            self.data_collator = WithTasks(self.data_collator, self.tasks)
+            self.data_collator = WithTasks(self.data_collator, self.tasks, model=self.model)
         check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
         if tables:
             for name, dataset in datasets.items():

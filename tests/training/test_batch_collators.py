@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -63,18 +65,34 @@ def check_step(model, examples, head, folder, collator) -> None:
     ("Bert", "row", lambda model: DataCollatorWithPadding(tokenizer())),
     ("Bert", "token", lambda model: DataCollatorForTokenClassification(tokenizer())),
     ("Llama", "token", lambda model: DataCollatorForTokenClassification(tokenizer("left"))),
+    ("GPT2", "token", lambda model: DataCollatorForTokenClassification(tokenizer("left"))),
+    ("GPT2", "row", lambda model: DataCollatorWithPadding(tokenizer("left"))),
     ("Llama", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
     ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
     ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
     ("Llama", "lm", lambda model: DataCollatorForSeq2Seq(tokenizer("left"))),
 ], ids=[
     "T5-seq2seq", "T5-seq2seq-model", "Bart-seq2seq", "Bert-padding", "Bert-tagger", "Llama-tagger-left",
+    "GPT2-tagger-left", "GPT2-row-left",
     "Llama-lm-left", "GPT2-lm-left", "GPT2-lm-right", "Llama-seq2seq-left",
 ])  # fmt: skip
 def test_stock_collators_train_as_the_rows_alone(tmp_path, family, head, collator):
     model = build(family, head)
     examples = rows(model, head)
     check_step(model, examples, head, tmp_path, collator(model))
+
+
+@pytest.mark.parametrize(("family", "head"), [("Bert", "row"), ("Bart", "seq2seq"), ("RecurrentGemma", "lm")])
+def test_padding_that_a_model_cannot_bear_is_warned_of(tmp_path, family, head):
+    model = build(family, head)
+    for side, warned in (("left", 1), ("right", 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ALoRATrainer(
+                model=model, args=arguments(tmp_path), data_collator=DataCollatorWithPadding(tokenizer(side)),
+                train_dataset=Dataset.from_list(rows(model, head)),
+            )  # fmt: skip
+        assert sum("set tokenizer.padding_side = 'right'" in str(w.message) for w in caught) == warned
 
 
 def test_rows_joined_to_one_keep_their_tasks(tmp_path):
