@@ -79,7 +79,7 @@ def check_ids(task_ids: Tensor, num_tasks: int) -> None:
         raise ValueError(f"task id {bad} is out of range: valid ids are -1 (base only) and 0 .. {num_tasks - 1}")
 
 
-Layout = Literal["batch", "blocks", "time", "steps"]
+Layout = Literal["batch", "blocks", "time", "steps", "mixed"]
 
 
 class Routing:
@@ -238,7 +238,10 @@ def expand_ids(task_ids: Tensor, leading: torch.Size, repeats: int = 1, layout: 
     - "blocks": as many consecutive rows for each batch row: windows `[n B, ...]`, flattened tokens `[B T]`.
     - "time": `[T, B, ...]`.
     - "steps": all rows of one time step after those of the step before, `[T B]`.
+    - "mixed": no ids fit; the data decide.
     """
+    if layout == "mixed":
+        return None
     ids = _per_token(task_ids, leading, layout)
     return ids if ids is not None else _per_row(task_ids, leading, repeats, layout)
 
@@ -338,13 +341,3 @@ def route(task_ids: Tensor | Sequence[int] | Routing, repeats: int = 1) -> Itera
 def current_routing() -> Routing | None:
     """The routing of the innermost `route` block, or None outside of one."""
     return _current.get()
-
-
-@contextmanager
-def unrouted() -> Iterator[None]:
-    """Inside the block no task ids are set, as outside of every `route` block."""
-    token = _current.set(None)
-    try:
-        yield
-    finally:
-        _current.reset(token)

@@ -266,6 +266,36 @@ def test_a_model_that_is_not_from_transformers_is_not_run():
     assert adapted(Counts(), task_type=None, target_modules=["up"]) and Counts.calls == 0
 
 
+class TimeFirst(nn.Module):
+    """Nobody's model: time first inside, a table that every batch shares, and a running count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.inner, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+        self.places = torch.randn(3, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        time_first = torch.tanh(self.first(x)).transpose(0, 1)
+        return self.inner(time_first).transpose(0, 1) + self.table(self.places)[None]
+
+
+def test_a_model_of_ones_own_is_tried_with_its_first_batch():
+    model = adapted(TimeFirst(), task_type=None, target_modules=["first", "inner"])
+    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
+    state = torch.get_rng_state()
+    mixed = model(x, adapter_names=NAMES)
+    assert {layer.rows_name: layer.rows for layer in layers_of(model)} == {"first": "batch", "inner": "time"}
+    assert model.base_model.model.calls == 1 and torch.equal(torch.get_rng_state(), state)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[row], model(x, adapter_names=[name] * 3)[row])
+    with_table = adapted(TimeFirst(), task_type=None, target_modules=["first", "table"])
+    with pytest.raises(ValueError, match="table: task_ids .* laid out as 'mixed'"):
+        with_table(x, adapter_names=NAMES)
+
+
 def test_a_second_adapter_beside_the_first():
     model = quietly(led(), target_modules=["key", "fc1"])
     model.add_adapter("other", config(task_type=None, target_modules=["query", "fc1"], r=2))

@@ -21,6 +21,7 @@ from torch import nn
 from ...recompute import keep_routing
 from ...routing import current_routing
 from .ids import batch_shape
+from .selection import learn_rows
 
 
 class RoutedCheckpoint:
@@ -62,6 +63,7 @@ class CheckpointGuard:
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.parameters = list(inspect.signature(model.forward).parameters)
+        self.learned = False  # where the rows are in layers that could not be tried at injection
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward: check the ids, and keep the routing of every module that checkpoints."""
@@ -74,6 +76,8 @@ class CheckpointGuard:
         shape = None if routing is None else batch_shape(self.parameters, args, kwargs)
         if routing is not None and shape is not None:
             routing.check_batch(*shape)
+            if not self.learned and not torch.compiler.is_compiling():
+                self.learned = learn_rows(model, args, kwargs, shape[0])
         for module in self.modules:
             if module.gradient_checkpointing and module.training:
                 function = getattr(module, "_gradient_checkpointing_func", None)
@@ -82,8 +86,11 @@ class CheckpointGuard:
 
     @classmethod
     def install(cls, model: nn.Module) -> None:
-        """Hook the model, once."""
-        if not any(isinstance(hook, cls) for hook in model._forward_pre_hooks.values()):
+        """Hook the model, once; an adapter that was added may have layers of which nothing is known yet."""
+        hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, cls)]
+        for hook in hooks:
+            hook.learned = False
+        if not hooks:
             model.register_forward_pre_hook(cls(model), with_kwargs=True)
 
     @classmethod

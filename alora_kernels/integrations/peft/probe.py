@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import Context
+from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ...routing import Layout, unrouted
+from ...routing import Layout
 from .probe_inputs import parameters_of, probe_inputs
 from .targets import undo_cpu_packing
 
@@ -42,6 +44,7 @@ class Seen(NamedTuple):
 
 
 Calls = dict[str, list[Seen]]
+Batch = tuple[dict[int, Any], dict[str, Any]]  # positional and named arguments
 
 
 def probe(model: nn.Module) -> dict[str, Finding] | None:
@@ -60,18 +63,62 @@ def probe(model: nn.Module) -> dict[str, Finding] | None:
         return None
     prefix = "" if base is model else "_orig_mod."
     for (part, inside), images in product(_parts(base), (False, True)):
-        with ExitStack() as stack:
-            for manager in (_quiet(), _as_it_was(base), unrouted(), torch.no_grad(), _same_random_numbers(base)):
-                stack.enter_context(manager)
-            base.eval()
-            for layer in base.modules():
-                if isinstance(layer, BaseTunerLayer) and not layer.merged:
-                    layer._disable_adapters = True  # not by enable_adapters, which changes what requires a gradient
-            runs = _try(part, images)
-        if runs is not None:
-            findings = _findings(part, runs)
+        findings = Context().run(_found, base, part, partial(_tiny_batches, part, images))
+        if findings is not None:
             return {f"{prefix}{inside}{name}": finding for name, finding in findings.items()}
     return None
+
+
+def probe_call(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+) -> dict[str, Finding] | None:
+    """The same from a batch that a model is called with, for one whose inputs nobody can make up.
+
+    Two of its rows are run, and again with the one in the place of the other.
+
+    Args:
+        model: the base model.
+        args, kwargs: of the call.
+        rows: B; all tensors of as many rows are taken for the batch.
+
+    Returns:
+        As `probe`, nothing if the model could not be run; None if this batch cannot tell: it has one row, or an
+        argument that a forward may change, such as a cache.
+    """
+    values = [*args, *kwargs.values()]
+    if rows < 2 or not all(v is None or isinstance(v, Tensor | bool | int | float | str) for v in values):
+        return None
+
+    def batches() -> list[Batch]:
+        return [
+            (
+                {i: _rows(v, rows, picked) for i, v in enumerate(args)},
+                {name: _rows(v, rows, picked) for name, v in kwargs.items()},
+            )
+            for picked in ([0, 1], [1, 1], [0, 0], [0, 1, 0])
+        ]
+
+    return Context().run(_found, model, model, batches) or {}
+
+
+def _rows(value: Any, rows: int, picked: list[int]) -> Any:
+    return value[picked] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
+
+
+def _found(model: Any, part: Any, batches: Callable[[], list[Batch]]) -> dict[str, Finding] | None:
+    """The findings of four runs; in a context of its own, where neither ids are set nor checkpoints take notes."""
+    with ExitStack() as stack:
+        for manager in (_quiet(), _as_it_was(model), torch.no_grad(), _same_random_numbers()):
+            stack.enter_context(manager)
+        model.eval()
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer) and not layer.merged:
+                layer._disable_adapters = True  # not by enable_adapters, which changes what requires a gradient
+        try:
+            runs = [_record(part, *batch) for batch in batches()]
+        except Exception:  # whatever a model may ask of its inputs that these have not
+            return None
+    return _findings(part, runs)
 
 
 def _parts(model: Any) -> Iterator[tuple[Any, str]]:
@@ -82,22 +129,20 @@ def _parts(model: Any) -> Iterator[tuple[Any, str]]:
         yield getattr(model, name), f"{name}."
 
 
-def _try(model: Any, images: bool) -> list[tuple[Calls, set[str]]] | None:
-    """What the modules were given in four runs: two rows, the first changed, the second changed, three rows."""
-    try:
-        generator = torch.Generator().manual_seed(0)
-        one, other, third = (probe_inputs(model, 3, generator, images) for _ in range(3))
-        two = {name: value[:2] for name, value in one.items()}
-        changed = [
-            {name: torch.stack([other[name][i] if i == row else two[name][i] for i in range(2)]) for name in two}
-            for row in range(2)
-        ]
-        return [_record(model, batch) for batch in (two, *changed, third)]
-    except Exception:  # whatever a model may ask of its inputs that these have not
-        return None
+def _tiny_batches(model: Any, images: bool) -> list[Batch]:
+    """Two rows, the first changed, the second changed, three rows."""
+    generator = torch.Generator().manual_seed(0)
+    one, other, third = (probe_inputs(model, 3, generator, images) for _ in range(3))
+    two = {name: value[:2] for name, value in one.items()}
+    changed = [
+        {name: torch.stack([other[name][i] if i == row else two[name][i] for i in range(2)]) for name in two}
+        for row in range(2)
+    ]
+    fixed = {"use_cache": False} if "use_cache" in parameters_of(model) else {}
+    return [({}, batch | fixed) for batch in (two, *changed, third)]
 
 
-def _record(model: Any, batch: dict[str, Tensor]) -> tuple[Calls, set[str]]:
+def _record(model: Any, args: dict[int, Any], kwargs: dict[str, Any]) -> tuple[Calls, set[str]]:
     """One run: the inputs of every leaf, and the names of all modules that ran."""
     calls: Calls = {}
     ran: set[str] = set()
@@ -117,10 +162,9 @@ def _record(model: Any, batch: dict[str, Tensor]) -> tuple[Calls, set[str]]:
         if not name.rpartition(".")[0] or not _inside_adapter(model, name):
             leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
             handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
-    fixed = {name: False for name in ("use_cache",) if name in parameters_of(model)}
-    torch.manual_seed(0)  # each run draws the same numbers, such as the hashes of Reformer
+    _seed()  # each run draws the same numbers, such as the hashes of Reformer
     try:
-        model(**batch, **fixed)
+        model(*args.values(), **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +239,7 @@ def _fits(layout: Layout, leading: torch.Size, first: Tensor, second: Tensor) ->
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Put back what a forward changed: flags, caches, buffers, and modules that it replaced."""
-    owners = [*model.modules(), model.config]
+    owners = [*model.modules(), *([model.config] if hasattr(model, "config") else [])]
     before = [dict(owner.__dict__) for owner in owners]
     tables = [[dict(kept[key]) for key in TABLES if key in kept] for kept in before]
     buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta and b.nbytes <= SMALL]
@@ -214,21 +258,35 @@ def _as_it_was(model: Any) -> Iterator[None]:
                 undo_cpu_packing(owner)
 
 
+def _generators() -> list[torch.Generator]:
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+
+
+def _seed() -> None:
+    for generator in _generators():
+        generator.manual_seed(0)
+
+
 @contextmanager
-def _same_random_numbers(model: Any) -> Iterator[None]:
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+def _same_random_numbers() -> Iterator[None]:
+    before = [(generator, generator.get_state()) for generator in _generators()]
+    try:
         yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Nobody asked for this batch, so nobody wants to hear what is odd about it."""
-    level = transformers_logging.get_verbosity()
+    level, caching = transformers_logging.get_verbosity(), torch.is_autocast_cache_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
+    torch.set_autocast_cache_enabled(False)  # weights cast without gradients must not be found by the next forward
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_autocast_cache_enabled(caching)
         transformers_logging.set_verbosity(level)

@@ -12,10 +12,11 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _check_lora_target_modules_mamba,
@@ -25,7 +26,8 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from ...routing import Layout
-from .probe import Finding
+from .layer import ALoRALayer
+from .probe import Finding, probe_call
 from .targets import ROUTED_EXPERT
 
 EXAMPLES = 4  # patterns of names shown for each reason
@@ -59,6 +61,27 @@ def rows_of(name: str, parent: nn.Module, findings: Mapping[str, Finding] | None
         return "batch" if parent.self_attn.batch_first else "time"
     finding: Any = (findings or {}).get(name)
     return None if finding in REASONS else finding
+
+
+def learn_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> bool:
+    """Find out where the rows are from the first batch of a model that could not be tried before it had one.
+
+    Args:
+        model: the base model.
+        args, kwargs: of the call.
+        rows: B.
+
+    Returns:
+        False if this batch cannot tell, so that the next may be asked.
+    """
+    unknown = {name: m for name, m in model.named_modules() if isinstance(m, ALoRALayer) and m.rows is None}
+    if not unknown or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True  # processes that hold parts of a model must not run it one without the others
+    findings = probe_call(model, args, kwargs, rows)
+    for name, layer in unknown.items():
+        finding: Any = (findings or {}).get(name)
+        layer.rows = {"shared": "mixed", "uncalled": None, "unreached": None}.get(finding, finding)
+    return findings is not None
 
 
 def listened_to(module: nn.Module, args: Any) -> None:
