@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from functools import partial
@@ -70,7 +70,7 @@ def probe(model: nn.Module) -> dict[str, Finding] | None:
 
 
 def probe_call(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, names: Collection[str]
 ) -> dict[str, Finding] | None:
     """The same from a batch that a model is called with, for one whose inputs nobody can make up.
 
@@ -80,6 +80,7 @@ def probe_call(
         model: the base model.
         args, kwargs: of the call.
         rows: B; all tensors of as many rows are taken for the batch.
+        names: the modules in question: of a large batch not every input can be kept.
 
     Returns:
         As `probe`, nothing if the model could not be run; None if this batch cannot tell: it has one row, or an
@@ -98,14 +99,16 @@ def probe_call(
             for picked in ([0, 1], [1, 1], [0, 0], [0, 1, 0])
         ]
 
-    return Context().run(_found, model, model, batches) or {}
+    return Context().run(_found, model, model, batches, names) or {}
 
 
 def _rows(value: Any, rows: int, picked: list[int]) -> Any:
     return value[picked] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
 
 
-def _found(model: Any, part: Any, batches: Callable[[], list[Batch]]) -> dict[str, Finding] | None:
+def _found(
+    model: Any, part: Any, batches: Callable[[], list[Batch]], names: Collection[str] | None = None
+) -> dict[str, Finding] | None:
     """The findings of four runs; in a context of its own, where neither ids are set nor checkpoints take notes."""
     with ExitStack() as stack:
         for manager in (_quiet(), _as_it_was(model), torch.no_grad(), _same_random_numbers()):
@@ -115,7 +118,7 @@ def _found(model: Any, part: Any, batches: Callable[[], list[Batch]]) -> dict[st
             if isinstance(layer, BaseTunerLayer) and not layer.merged:
                 layer._disable_adapters = True  # not by enable_adapters, which changes what requires a gradient
         try:
-            runs = [_record(part, *batch) for batch in batches()]
+            runs = [_record(part, *batch, names) for batch in batches()]
         except Exception:  # whatever a model may ask of its inputs that these have not
             return None
     return _findings(part, runs)
@@ -142,7 +145,9 @@ def _tiny_batches(model: Any, images: bool) -> list[Batch]:
     return [({}, batch | fixed) for batch in (two, *changed, third)]
 
 
-def _record(model: Any, args: dict[int, Any], kwargs: dict[str, Any]) -> tuple[Calls, set[str]]:
+def _record(
+    model: Any, args: dict[int, Any], kwargs: dict[str, Any], names: Collection[str] | None
+) -> tuple[Calls, set[str]]:
     """One run: the inputs of every leaf, and the names of all modules that ran."""
     calls: Calls = {}
     ran: set[str] = set()
@@ -161,6 +166,7 @@ def _record(model: Any, args: dict[int, Any], kwargs: dict[str, Any]) -> tuple[C
     for name, module in model.named_modules():
         if not name.rpartition(".")[0] or not _inside_adapter(model, name):
             leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
+            leaf = leaf and (names is None or name in names)
             handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
     _seed()  # each run draws the same numbers, such as the hashes of Reformer
     try:

@@ -77,7 +77,7 @@ def learn_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
     unknown = {name: m for name, m in model.named_modules() if isinstance(m, ALoRALayer) and m.rows is None}
     if not unknown or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return True  # processes that hold parts of a model must not run it one without the others
-    findings = probe_call(model, args, kwargs, rows)
+    findings = probe_call(model, args, kwargs, rows, unknown)
     for name, layer in unknown.items():
         finding: Any = (findings or {}).get(name)
         layer.rows = {"shared": "mixed", "uncalled": None, "unreached": None}.get(finding, finding)
