@@ -78,10 +78,6 @@ class DpSettings:
 class ServerSideClipping(DifferentialPrivacyServerSideFixedClipping):
     """Flower's, for arrays that it does clip, and for updates of norm zero, which stay zero."""
 
-    def __init__(self, strategy: Strategy, noise_multiplier: float, clipping_norm: float, *args: Any, **kw: Any):
-        # Flower divides by the norm of an update: a NumPy number over zero is infinity, and min(1, infinity) is 1
-        super().__init__(strategy, noise_multiplier, np.float64(clipping_norm), *args, **kw)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -92,9 +88,13 @@ class ServerSideClipping(DifferentialPrivacyServerSideFixedClipping):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's."""
-        with np.errstate(divide="ignore"):
-            return super().aggregate_train(server_round, replies)
+        """Flower's, which divides by norms: a NumPy number over zero is infinity, and min(1, inf) clips nothing."""
+        norm, self.clipping_norm = self.clipping_norm, np.float64(self.clipping_norm)
+        try:
+            with np.errstate(divide="ignore"):
+                return super().aggregate_train(server_round, replies)
+        finally:
+            self.clipping_norm = norm  # a checkpoint holds plain numbers
 
 
 class ClientSideClipping(DifferentialPrivacyClientSideFixedClipping):
