@@ -231,7 +231,8 @@ class ALoRATrainer(Trainer):
         by_rows = self._has_token_loss(inputs, model)
         smoothed = self.label_smoother is not None and model.training and not by_rows
         if self.compute_loss_func is not None or smoothed or not isinstance(inputs.get("labels"), Tensor):
-            self.loss_is_scaled_for_ga = None
+            # Trainer's own smoother divides by the labels of the step; everything else here it scales as it knows to
+            self.loss_is_scaled_for_ga = True if smoothed and num_items_in_batch is not None else None
             with self._routing(inputs.get("task_ids")):
                 return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         if model.training and self.routed and not return_outputs:

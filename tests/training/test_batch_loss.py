@@ -124,6 +124,29 @@ def test_a_loss_is_not_guessed_by_the_class(tmp_path):
     assert "loss_a" not in log
 
 
+def test_smoothing_of_a_loss_of_its_own_is_spread_over_a_step_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(TwiceItsCrossEntropy, "accepts_loss_kwargs", False, raising=False)
+    results = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        model = TwiceItsCrossEntropy(LlamaConfig(**sizes, intermediate_size=48)).requires_grad_(False)
+        layer = model.model.layers[0].mlp
+        layer.down_proj = FusedALoRALinear.from_linear(layer.down_proj, 2, tasks=TASKS)
+        torch.nn.init.normal_(layer.down_proj.lora_B)
+        examples = [{"input_ids": [4 + i, 5, 6, 7], "labels": [4, 5, 6, 7], "task": TASKS[i % 2]} for i in range(8)]
+        results.append(
+            step(
+                model, examples, tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulate,
+            )
+        )  # fmt: skip
+    (one, whole), (many, cut) = results
+    assert whole["loss"] == pytest.approx(cut["loss"], rel=1e-4)
+    for name, gradient in one.items():
+        torch.testing.assert_close(many[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_trying_the_loss_draws_nothing(tmp_path):
     model = build("Llama", "lm")
     trainer = trainer_of(model, rows(model, "lm"), tmp_path)
