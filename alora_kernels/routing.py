@@ -165,7 +165,7 @@ class Routing:
             ValueError: with both numbers and the remedy.
         """
         ids = self.task_ids
-        if ids.numel() == tokens or (ids.dim() == 1 and rows in (ids.numel(), ids.numel() * self.repeats)):
+        if ids.numel() == tokens or (ids.dim() == 1 and _repeated(rows, ids.numel(), self.repeats)):
             return
         beams = ids.dim() == 1 and ids.numel() > 0 and rows % ids.numel() == 0
         raise ValueError(
@@ -274,7 +274,7 @@ def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout
         return task_ids if rows == 0 else None
     if layout == "time":
         columns = leading[1] if len(leading) > 1 else 0
-        if columns not in (batch, batch * repeats):
+        if not _repeated(columns, batch, repeats):
             return None
         inside = leading[2:].numel()
         return task_ids.repeat_interleave(columns // batch * inside).repeat(leading[0])
@@ -283,8 +283,13 @@ def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout
     if layout == "blocks":
         fits = rows % batch == 0 and (leading[0] % batch == 0 or leading[0] == 1)
     else:
-        fits = leading[0] in (batch, batch * repeats)
+        fits = _repeated(leading[0], batch, repeats)
     return task_ids.repeat_interleave(rows // batch) if fits else None
+
+
+def _repeated(rows: int, ids: int, repeats: int) -> bool:
+    """Whether so many rows are those of the ids: one for each, or a number that divides the repeats, as an encoder has."""
+    return rows == ids or (ids > 0 and rows > 0 and rows % ids == 0 and repeats % (rows // ids) == 0)
 
 
 def _all_equal(task_ids: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from alora_kernels import route
 from alora_kernels.integrations.methods import Method, adapt
+from alora_kernels.integrations.peft import set_task
 from alora_kernels.integrations.peft.probe import probe
 from alora_kernels.modules.per_task import PerTaskLinear
 
@@ -294,6 +295,46 @@ def test_a_model_of_ones_own_is_tried_with_its_first_batch():
     with_table = adapted(TimeFirst(), task_type=None, target_modules=["first", "table"])
     with pytest.raises(ValueError, match="table: task_ids .* laid out as 'mixed'"):
         with_table(x, adapter_names=NAMES)
+
+
+def test_a_router_that_returns_several_tensors_is_left_alone():
+    text = {**WIDTH, "vocab_size": VOCAB, "num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size_mlp": 48}
+    base = build("Llama4ForCausalLM", config="Llama4Text", **text, head_dim=8)
+    with pytest.warns(UserWarning, match=r"more than one tensor.*feed_forward\.router"):
+        model = adapted(base, routing="soft")
+    assert not any(layer.rows_name.endswith("router") for layer in layers_of(model))
+
+
+def test_whisper_repeats_rows_by_beams_and_by_returned_sequences():
+    sizes = {**ENCODER_DECODER, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = quietly(build("WhisperForConditionalGeneration", **sizes, **special))
+    sound = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))
+    how = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    together = model.generate(input_features=sound, adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        alone = model.generate(input_features=sound[row : row + 1], adapter_names=[name], **how)
+        assert torch.equal(together[2 * row : 2 * row + 2], alone)
+
+
+def test_mpt_which_peft_calls_in_a_way_of_its_own():
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
+    model = adapted(build("MptForCausalLM", **sizes))
+    given = torch.randint(4, VOCAB, (3, 5), generator=torch.Generator().manual_seed(1))
+    mixed = model(input_ids=given, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        alone = model(input_ids=given[row : row + 1], adapter_names=[name]).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_beside_a_head_that_is_a_block():
+    base = build("RobertaForSequenceClassification", vocab_size=VOCAB, **WIDTH, max_position_embeddings=64)
+    model = adapted(base, task_type="SEQ_CLS")
+    given = torch.randint(4, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
+    wanted = model(input_ids=given, adapter_names=["code", "code"]).logits
+    set_task(model, "code")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=given).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_adapter_beside_the_first():

@@ -12,6 +12,7 @@ whose task one of them does not know gets nothing from that adapter.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -110,8 +111,9 @@ def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
 def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
     """How many consecutive rows `model.generate(**kwargs)` makes of each row of its batch."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+    wanted = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    twice = hasattr(model, "_expand_variables_for_generation")  # Whisper repeats its rows by both
+    return math.prod(wanted) if twice else max(wanted)
 
 
 @lru_cache(maxsize=4)  # prefill and decoding shapes; each entry is 8 bytes per token

@@ -128,6 +128,15 @@ class ALoRAModel(BaseTuner):
         with route(BatchRouting(names, self._active_tasks()), beams(self.model, kwargs)):
             yield
 
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The base model's forward; PEFT passes adapter_names on for some models (MPT) instead of routing by them."""
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+            return super().forward(*args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in its place. PEFT's own also copies `weight`, which a saved head that is a block has not."""
+        setattr(parent, child_name, new_module)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, where the beams or returned sequences of a row share its id."""
         model: Any = self.model

@@ -31,7 +31,7 @@ from ...routing import Layout
 from .probe_inputs import parameters_of, probe_inputs
 from .targets import undo_cpu_packing
 
-Finding = Literal["batch", "blocks", "time", "steps", "shared", "mixed", "uncalled", "unreached"]
+Finding = Literal["batch", "blocks", "time", "steps", "shared", "mixed", "uncalled", "unreached", "several"]
 CHANNELS, SMALL = 64, 1 << 20  # channels compared; bytes of a buffer that is copied
 TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -41,6 +41,9 @@ class Seen(NamedTuple):
 
     leading: torch.Size
     sample: Tensor
+
+
+SEVERAL = Seen(torch.Size(), torch.empty(0))  # a call that returned more than a tensor
 
 
 Calls = dict[str, list[Seen]]
@@ -56,7 +59,8 @@ def probe(model: nn.Module) -> dict[str, Finding] | None:
     Returns:
         For every module that could be adapted: a `Layout`; "shared" for inputs of no row, such as a table of positions;
         "mixed" where rows come in an order that the data decide; "uncalled" where a parent runs without calling the
-        module; "unreached" where the parents do not run either. None if the model could not be run.
+        module; "unreached" where the parents do not run either; "several" where it returns more than a tensor. None if
+        the model could not be run.
     """
     base: Any = getattr(model, "_orig_mod", model)
     if not isinstance(base, PreTrainedModel):
@@ -163,11 +167,20 @@ def _record(
 
         return hook
 
+    def returned(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if not isinstance(out, Tensor) and calls.get(name):
+                calls[name][-1] = SEVERAL
+
+        return hook
+
     for name, module in model.named_modules():
         if not name.rpartition(".")[0] or not _inside_adapter(model, name):
             leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
             leaf = leaf and (names is None or name in names)
             handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
+            if leaf:
+                handles.append(module.register_forward_hook(returned(name)))
     _seed()  # each run draws the same numbers, such as the hashes of Reformer
     try:
         model(*args.values(), **kwargs)
@@ -192,6 +205,8 @@ def _findings(model: nn.Module, runs: list[tuple[Calls, set[str]]]) -> dict[str,
         if not any(calls):
             parent = name.rpartition(".")[0]
             findings[name] = "uncalled" if parent in ran else "unreached"
+        elif any(call is SEVERAL for seen in calls for call in seen):
+            findings[name] = "several"
         elif len({len(c) for c in calls}) > 1:
             findings[name] = "mixed"
         else:

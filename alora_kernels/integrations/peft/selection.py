@@ -38,6 +38,7 @@ REASONS: Mapping[str | None, str] = {
     "shared": "they see inputs of no row, such as a table of positions",
     "mixed": "they see rows in an order that the data decide, as routed experts do",
 }
+SEVERAL = "they return more than one tensor, as some routers do"
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}  # names that older versions had
 
 
@@ -60,7 +61,7 @@ def rows_of(name: str, parent: nn.Module, findings: Mapping[str, Finding] | None
     if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return "batch" if parent.self_attn.batch_first else "time"
     finding: Any = (findings or {}).get(name)
-    return None if finding in REASONS else finding
+    return None if finding in REASONS or finding == "several" else finding
 
 
 def learn_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> bool:
@@ -80,7 +81,7 @@ def learn_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
     findings = probe_call(model, args, kwargs, rows, unknown)
     for name, layer in unknown.items():
         finding: Any = (findings or {}).get(name)
-        layer.rows = {"shared": "mixed", "uncalled": None, "unreached": None}.get(finding, finding)
+        layer.rows = {"shared": "mixed", "several": None, "uncalled": None, "unreached": None}.get(finding, finding)
     return findings is not None
 
 
@@ -109,13 +110,15 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
         finding = None if findings is None else findings.get(name)
         if _used_directly(model, name, finding):
             reasons[name] = DIRECT
+        elif finding == "several":
+            reasons[name] = SEVERAL
         elif tasks > 1 and (finding in REASONS or ROUTED_EXPERT.search(f"{name}.")):
             reasons[name] = REASONS[finding] if finding in REASONS else REASONS["mixed"]
     if not reasons:
         return
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     text = _text(reasons)
-    if len(reasons) == len(targets) or (not everything and DIRECT in reasons.values()):
+    if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
         raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
     _exclude(config, list(reasons))
     warnings.warn(
@@ -150,7 +153,7 @@ def _text(reasons: Mapping[str, str]) -> str:
         patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) if len(names) > EXAMPLES else name for name in names))
         shown = ", ".join(patterns[:EXAMPLES]) + (", ..." if len(patterns) > EXAMPLES else "")
         lines.append(f"- {len(names)}, because {reason}: {shown}")
-    if set(reasons.values()) != {DIRECT}:
+    if set(reasons.values()) - {DIRECT, SEVERAL}:
         lines.append('A learned router (routing="soft") or an adapter with one task needs no rows and can have them.')
     return "\n".join(lines)
 
