@@ -288,7 +288,7 @@ def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout
 
 
 def _repeated(rows: int, ids: int, repeats: int) -> bool:
-    """Whether so many rows are those of the ids: one for each, or a number that divides the repeats, as an encoder has."""
+    """Whether so many rows are those of the ids: one for each, or a divisor of the repeats, as an encoder has."""
     return rows == ids or (ids > 0 and rows > 0 and rows % ids == 0 and repeats % (rows // ids) == 0)
 
 
