@@ -258,6 +258,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.timeout(900)  # seconds on an idle machine, minutes beside busy neighbours
 def test_sigterm_lets_the_command_finish_its_answers(folder):
     port = free_port()
     command = [
@@ -276,7 +277,7 @@ def test_sigterm_lets_the_command_finish_its_answers(folder):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy()
     ) as process:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 600
             while True:
                 assert process.poll() is None, process.stdout.read()
                 assert time.monotonic() < deadline, "the server did not start"
@@ -294,7 +295,7 @@ def test_sigterm_lets_the_command_finish_its_answers(folder):
                         process.send_signal(signal.SIGTERM)
                         try:
                             while httpx.get(f"{url}/health", timeout=60).status_code == 200:
-                                assert time.monotonic() < deadline + 60, "it does not drain"
+                                assert time.monotonic() < deadline + 120, "it does not drain"
                             late = httpx.post(f"{url}/v1/completions", json=body(1, model="spam"), timeout=60)
                             assert late.status_code == 503
                         except httpx.TransportError:
@@ -303,6 +304,6 @@ def test_sigterm_lets_the_command_finish_its_answers(folder):
                         choice = json.loads(line[6:])["choices"][0]
                         answer, finish = answer + choice["text"], choice["finish_reason"] or finish
             assert finish == "length" and answer
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
