@@ -105,7 +105,7 @@ def test_an_error_in_the_block_stops_the_server(tmp_path, quick_adapter):
         pytest.raises(ZeroDivisionError),
         Server("tiny-random", quick_adapter, tmp_path / "server.log") as server,
     ):
-        assert urllib.request.urlopen(f"{server.address}/health", timeout=5).status == 200
+        assert urllib.request.urlopen(f"{server.address}/health", timeout=60).status == 200
         assert "MB per task" in serve_demo.memory(server.address)
         raise ZeroDivisionError
     assert gone(server.pid)

@@ -233,7 +233,7 @@ class FakeEngine:
             cache_used=running / self.config.max_batch,
         )
 
-    def idle(self, timeout: float = 10.0) -> bool:
+    def idle(self, timeout: float = 60.0) -> bool:
         """Whether nothing runs, or will soon."""
         with self._lock:
             return self._lock.wait_for(lambda: not self._runs, timeout)

@@ -161,7 +161,7 @@ def test_end_of_text_token_stops_unless_ignored(make, merged):
         assert forced.token_ids == tokens and forced.finish_reason == "length"
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen"
@@ -181,7 +181,7 @@ def test_cancelling_running_and_waiting_requests_frees_everything(make):
     for generation in [*running, *waiting]:
         generation.cancel()
         generation.cancel()
-    assert {g.result(5).finish_reason for g in [*running, *waiting]} == {"cancelled"}
+    assert {g.result(60).finish_reason for g in [*running, *waiting]} == {"cancelled"}
     wait_until(lambda: in_use(engine) == 0)
     assert engine.generate(["and now"], "law", GREEDY)[0].completion_tokens == 12
     assert engine.stats().waiting == 0
@@ -381,7 +381,7 @@ def test_a_loop_that_dies_is_replaced_and_only_its_requests_fail(make, monkeypat
     victim = engine.submit("go on", "math", Sampling(max_tokens=120, temperature=0))
     next(iter(victim))
     broken.set()
-    assert "the scheduler is lost" in victim.result(10).error
+    assert "the scheduler is lost" in victim.result(60).error
     assert engine.generate(["again"], "math", GREEDY)[0].completion_tokens == 12
     assert engine.metrics.restarts._value.get() == 1 and engine.state == "ready"
     wait_until(lambda: in_use(engine) == 0)
