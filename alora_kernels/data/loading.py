@@ -164,10 +164,8 @@ def _split_source(
         return [], test
     # looks so far ahead that the test rows do not change with train_size
     rest = list(islice(examples, None if train_size is None else max(train_size, test_size)))
-    if spec.test_split is None and len(rest) < len(test):
-        half = (len(test) + len(rest)) // 2
-        lost.capped[spec.name] = half, test_size
-        test, rest = test[:half], test[half:] + rest
+    if spec.test_split is None and (train_size is None or len(rest) < max(train_size, test_size)):  # all rows are known
+        test, rest = _enough_to_train(spec.name, test, rest, test_size, lost)
     if not rest:
         raise ValueError(
             f"task {spec.name!r}: every prompt of {spec.source!r} is a test prompt, none is left to train on"
@@ -176,6 +174,24 @@ def _split_source(
     if train_size is not None and train_size <= len(rest) and train_size + own_test < len(rows):
         lost.limited[spec.name] = train_size, len(rows)
     return rest[:train_size], test
+
+
+def _enough_to_train(
+    name: str, test: list[Example], rest: list[Example], test_size: int, lost: Lost
+) -> tuple[list[Example], list[Example]]:
+    """Test and training examples such that half of all train, and half of a task that the test rows hold whole."""
+    if len(rest) < len(test):
+        half = (len(test) + len(rest)) // 2
+        lost.capped[name] = half, test_size
+        test, rest = test[:half], test[half:] + rest
+    trained = {task for _, _, task in rest}
+    places: dict[str, list[int]] = {}
+    for at, (_, _, task) in enumerate(test):
+        if task not in trained:
+            places.setdefault(task, []).append(at)
+    moved = {at for own in places.values() for at in own[len(own) // 2 :]}
+    lost.moved.update(test[at][2] for at in moved)
+    return [e for at, e in enumerate(test) if at not in moved], [test[at] for at in sorted(moved)] + rest
 
 
 def _shuffled(spec: TaskSpec, rows: Rows, seed: int, seen: dict[tuple[str, str], str], lost: Lost) -> Iterator[Example]:

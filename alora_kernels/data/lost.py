@@ -21,6 +21,7 @@ class Lost:
         contradicting: those of them with another answer.
         limited: source -> (training rows taken, rows it has), where `train_size` leaves some out.
         capped: source -> (test rows taken, test rows asked for), where half of its rows are fewer.
+        moved: test rows that train, since their task has no others.
         untrained: test rows left out because their task has no training row.
         cut: rows whose prompt lost its middle.
         encoded: rows turned into token ids.
@@ -31,6 +32,7 @@ class Lost:
     contradicting: Counter[str] = field(default_factory=Counter)
     limited: dict[str, tuple[int, int]] = field(default_factory=dict)
     capped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    moved: Counter[str] = field(default_factory=Counter)
     untrained: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     encoded: Counter[str] = field(default_factory=Counter)
@@ -44,6 +46,7 @@ class Lost:
             f"repeated prompts left out: {_by(self.repeated)}{other}": self.repeated,
             f"training rows taken (train_size): {_of(self.limited)}": self.limited,
             f"test rows taken, at most half of all: {_of(self.capped, 'asked for')}": self.capped,
+            f"test rows trained on, their task has no others: {_by(self.moved)}": self.moved,
             f"test rows of tasks without training rows left out: {_by(self.untrained)}": self.untrained,
             f"prompts cut in the middle to fit max_length={self.max_length}: {_of(cut)}": cut,
         }

@@ -114,6 +114,24 @@ def test_test_rows_are_at_most_half(jsonl, count, asked, train_size, test, train
         assert splits["test"][:] == load_task(path, test_size=asked)["test"][:]
 
 
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_a_task_that_the_test_rows_hold_whole_trains_with_half_of_its_rows(jsonl, few):
+    path = jsonl(*rows(20, task="often"), *[{"prompt": f"rare {i}", "answer": "x", "task": "rare"} for i in range(few)])
+    held = 0
+    for seed in range(40):
+        lost = Lost()
+        splits = load_task(path, test_size=12, seed=seed, lost=lost)
+        counts = {split: list(splits[split]["task"]).count("rare") for split in ("train", "test")}
+        assert counts["train"] + counts["test"] == few and counts["train"] >= 1
+        assert splits["test"].num_rows == min(12, (20 + few) // 2) - lost.moved["rare"]
+        assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
+        if lost.moved:
+            held += 1
+            assert counts == {"train": few - few // 2, "test": few // 2}
+            assert f"test rows trained on, their task has no others: rare {few - few // 2}" in lost.lines()
+    assert held
+
+
 def test_test_rows_of_a_task_that_is_not_trained_are_left_out(jsonl):
     train = jsonl(*rows(8, task="sums"), name="train.jsonl")
     test = jsonl(*rows(12, task="sums"), *rows(3, task="new"), name="test.jsonl")
