@@ -10,7 +10,7 @@ its tasks, may change after the collator was made, so each batch is routed by th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,23 @@ PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_atte
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # one entry per row in the shape of input_ids
 
 
-def active_tables(model: nn.Module) -> Tables:
+def task_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that may be routed by ids."""
+    kinds = (ALoRALayer, FusedALoRALinear, AdaptedLinear)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def active_tables(layers: Iterable[nn.Module]) -> Tables:
     """Adapter -> its task names, for each active adapter that picks matrices by ids; `DROP_IN` for drop-in layers.
+
+    Args:
+        layers: of `task_layers`; which of their adapters are active is asked at every call.
 
     Raises:
         ValueError: drop-in layers with different tasks.
     """
     tables: Tables = {}
-    for module in model.modules():
+    for module in layers:
         if isinstance(module, ALoRALayer):
             specs = module.asymlora_spec
             tables.update({n: specs[n].tasks for n in module.active_adapters if n in specs and specs[n].tasks})

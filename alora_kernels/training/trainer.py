@@ -31,7 +31,7 @@ from .restore import load_adapters
 from .rules import BatchRules, base_model, text_config
 from .sampler import TaskBalancedSampler
 from .sums import TaskSums
-from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a
+from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a, task_layers
 
 
 class ALoRATrainer(Trainer):
@@ -60,7 +60,8 @@ class ALoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_adapted(self.model)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        tables = active_tables(self.model)
+        self._layers = task_layers(self.model)
+        tables = active_tables(self._layers)
         given = () if own_collator else tuple(getattr(self.data_collator, "tasks", ()))
         self.tasks: tuple[str, ...] = given or names_of(tables) or (not tables and names_in(datasets)) or ()
         self._counts_ours = not given  # what the ids of a batch count is our table, which may grow
@@ -104,7 +105,7 @@ class ALoRATrainer(Trainer):
     @property
     def routed(self) -> bool:
         """Whether an active adapter picks its matrices by the ids of the batch."""
-        return bool(active_tables(self.model))
+        return bool(active_tables(self._layers))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As Trainer's, with the routing kept by checkpointing."""
@@ -114,7 +115,8 @@ class ALoRATrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
-        names = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self.model))]))
+        self._layers = task_layers(self.model)
+        names = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self._layers))]))
         if self._counts_ours and names != self.tasks:
             self.tasks = self.data_collator.tasks = names
             self._trained = TaskSums(names)
@@ -167,7 +169,7 @@ class ALoRATrainer(Trainer):
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         """Routing by the names that the ids stand for: which adapters are active may have changed."""
-        tables = active_tables(self.model) if task_ids is not None else {}
+        tables = active_tables(self._layers) if task_ids is not None else {}
         if task_ids is None or not tables:
             return contextlib.nullcontext()
         return route(batch_routing(task_ids, self.tasks, tables))
