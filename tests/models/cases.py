@@ -1,0 +1,135 @@
+"""The models of the table, by family.
+
+In:   nothing; no network, no files.
+Out:  `CASES`, one per line of docs/models.md.
+Who:  `test_models` and `table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+
+from .case import BOS, EOS, HEADS, LABELS, PAD, VOCAB, WIDTH, Case
+
+# fmt: off
+IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+ENDLESS = IDS | {"eos_token_id": None}  # texts of one length
+SIZES = IDS | {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "intermediate_size": 48, "max_position_embeddings": 64,
+}
+GQA = {"num_key_value_heads": 2, "head_dim": 8}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+LOUD = {"router_aux_loss_coef": 1.0, "output_router_logits": False}  # a loss of the router that cannot be overlooked
+EXPERTS = {"num_experts_per_tok": 2} | LOUD
+SEQ2SEQ = IDS | {
+    "vocab_size": VOCAB, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": EOS,
+    "forced_eos_token_id": None,
+}
+T5 = {
+    "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS,
+    "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None,
+}
+QKV = "query, key and value fused"
+
+
+def _encoder(model: str, rows: str, config: str, settings: dict[str, Any] | None = None, **more: Any) -> Case:
+    sizes = SIZES | {"num_labels": LABELS} | (settings or {})
+    if config == "XLNetConfig":  # knows no longest text
+        del sizes["max_position_embeddings"]
+    task_type = more.pop("task_type", "TOKEN_CLS" if rows in ("token", "boxes") else "SEQ_CLS")
+    return Case(model, "Encoders", lambda: getattr(tf, config)(**sizes), rows, task_type, **more)
+
+
+def _decoder(model: str, config: str, settings: dict[str, Any] | None = None, sizes: Any = None, **more: Any) -> Case:
+    arguments = (SIZES | ENDLESS if sizes is None else sizes | ENDLESS) | (settings or {})
+    options = {"family": "Decoders", "rows": "causal", "task_type": "CAUSAL_LM", "generates": True} | more
+    return Case(model, settings=lambda: getattr(tf, config)(**arguments), **options)
+
+
+def _seq2seq(model: str, settings: Callable[[], Any], **more: Any) -> Case:
+    options = {"family": "Encoder-decoders", "rows": "seq2seq", "task_type": "SEQ_2_SEQ_LM", "generates": True} | more
+    return Case(model, settings=settings, **options)
+
+
+ENCODERS = (
+    _encoder("BertForSequenceClassification", "pairs", "BertConfig", variant="sentence pairs"),
+    _encoder("RobertaForTokenClassification", "token", "RobertaConfig", {"type_vocab_size": 1},
+             exclude_modules=("classifier",)),
+    _encoder("RobertaForTokenClassification", "token", "RobertaConfig", {"type_vocab_size": 1},
+             variant="without `exclude_modules`", refused="modules_to_save cannot be applied"),
+    _encoder("DistilBertForSequenceClassification", "sequence", "DistilBertConfig",
+             # PEFT takes pre_classifier for the classifier, which it trains in full
+             {"dim": WIDTH, "n_layers": 2, "n_heads": HEADS, "hidden_dim": 48}, exclude_modules=("pre_classifier",)),
+    _encoder("ElectraForTokenClassification", "token", "ElectraConfig", {"embedding_size": 16},
+             exclude_modules=("classifier",)),
+    _encoder("BertForQuestionAnswering", "question", "BertConfig", {"num_labels": 2}, task_type="QUESTION_ANS",
+             exclude_modules=("qa_outputs",)),
+    _encoder("BertForSequenceClassification", "regression", "BertConfig", {"num_labels": 1}, variant="regression"),
+    _encoder("LayoutLMForTokenClassification", "boxes", "LayoutLMConfig", {"max_2d_position_embeddings": 64},
+             exclude_modules=("classifier",), variant="boxes of the tokens"),
+    _encoder("AlbertForSequenceClassification", "pairs", "AlbertConfig", {"embedding_size": 16},
+             variant="shared layers"),
+    _encoder("DebertaV2ForSequenceClassification", "sequence", "DebertaV2Config",
+             {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+              "max_relative_positions": 8, "pooler_hidden_size": WIDTH}, variant="positions with layers of their own"),
+    _encoder("DebertaV2ForSequenceClassification", "sequence", "DebertaV2Config",
+             {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+              "max_relative_positions": 8, "pooler_hidden_size": WIDTH, "share_att_key": True},
+             variant="positions through the query and key layers, as in v3"),
+    _encoder("XLNetForSequenceClassification", "sequence", "XLNetConfig",
+             {"d_model": WIDTH, "n_layer": 2, "n_head": HEADS, "d_inner": 48}, variant="time first", pads_left=True),
+    _encoder("ModernBertForTokenClassification", "token", "ModernBertConfig",
+             {"cls_token_id": BOS, "sep_token_id": EOS, "global_attn_every_n_layers": 2},
+             exclude_modules=("classifier",)),
+)
+
+DECODERS = (
+    _decoder("GPT2LMHeadModel", "GPT2Config", {"n_positions": 64},
+             {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": HEADS}, variant="Conv1D"),
+    _decoder("OPTForCausalLM", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
+    # float32: with a float64 mask its softmax gives nan for padded rows
+    _decoder("BloomForCausalLM", "BloomConfig", sizes={"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2,
+             "n_head": HEADS}, variant=QKV, dtype=torch.float32),
+    _decoder("FalconForCausalLM", "FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+             variant=QKV),
+    _decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", variant=QKV),
+    _decoder("Phi3ForCausalLM", "Phi3Config", {"num_key_value_heads": 2}, variant=f"{QKV}, gate and up too"),
+    _decoder("LlamaForCausalLM", "LlamaConfig", GQA),
+    _decoder("LlamaForCausalLM", "LlamaConfig", GQA | {"tie_word_embeddings": True}, variant="a tied head, adapted",
+             targets=("q_proj", "down_proj", "lm_head"),
+             merge_refused="the weight of lm_head is also that of model.embed_tokens"),
+    _decoder("LlamaForSequenceClassification", "LlamaConfig", GQA | {"num_labels": LABELS}, rows="sequence",
+             task_type="SEQ_CLS", generates=False),
+    _decoder("Qwen3ForCausalLM", "Qwen3Config", GQA),
+    _decoder("Gemma3ForCausalLM", "Gemma3TextConfig", GQA | WINDOWS | {"query_pre_attn_scalar": 8},
+             variant="sliding window"),
+)
+
+
+SPECIAL = (
+    _decoder("MixtralForCausalLM", "MixtralConfig", GQA | EXPERTS | {"num_local_experts": 4}, aux=True,
+             family="Mixtures of experts"),
+    _decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", GQA | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4,
+             "decoder_sparse_step": 1, "norm_topk_prob": True}, aux=True, family="Mixtures of experts"),
+    _decoder("DeepseekV3ForCausalLM", "DeepseekV3Config", {
+             "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+             "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+             "v_head_dim": 8, "first_k_dense_replace": 1}, family="Mixtures of experts",
+             variant="latent attention, shared experts"),
+)
+
+SEQ2SEQS = (
+    _seq2seq("T5ForConditionalGeneration", lambda: tf.T5Config(**T5), pad=0),
+    _seq2seq("BartForConditionalGeneration", lambda: tf.BartConfig(**SEQ2SEQ, max_position_embeddings=64)),
+    _seq2seq("LEDForConditionalGeneration", lambda: tf.LEDConfig(
+             **SEQ2SEQ, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, attention_window=4),
+             rows="seq2seq with global attention", variant="time first, padded to its window"),
+)
+
+CASES: tuple[Case, ...] = (*ENCODERS, *DECODERS, *SEQ2SEQS, *SPECIAL)
