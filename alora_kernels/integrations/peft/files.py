@@ -1,4 +1,4 @@
-"""Adapter folders: safetensors only, written whole, with the import line on the model card.
+"""Adapter folders: safetensors only, written whole, with the import line on the model card; which one is read.
 
 In:   a PEFT model, or the folder PEFT is writing.
 Out:  a folder that always holds a complete adapter, the old one or the new one.
@@ -17,8 +17,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md"
 IMPORT = "import alora_kernels"
@@ -46,6 +47,38 @@ def unwrapped(name: str) -> str:
         name: e.g. `model._orig_mod.layers.0.q_proj`.
     """
     return _WRAPPERS.sub("", name)
+
+
+class Source(NamedTuple):
+    """What `PeftModel.load_adapter` reads.
+
+    Attributes:
+        folder: path or name on the Hub.
+        download: what PEFT was told about the Hub.
+        new: whether the adapter was made for it.
+    """
+
+    folder: str
+    download: dict[str, Any]
+    new: bool
+
+
+_source: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Say where the tensors come from that are loaded inside the block."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def source_read() -> Source | None:
+    """What is read at this moment, None where nobody said."""
+    return _source.get()
 
 
 def check_weights_file(folder: str | os.PathLike[str], saving: bool) -> None:

@@ -17,17 +17,15 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from .config import ALoRAConfig
-from .files import unwrapped
+from .files import Source, source_read, unwrapped
 from .layer import ALoRALayer
 
 DIMENSIONS = {
@@ -39,33 +37,6 @@ PREFIX = "base_model.model."
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")  # of transformers' Trainer, beside an adapter or above its folder
 _BARE = re.compile(r"\.asymlora_(A|B|router)$")
 _OURS = re.compile(r"(.+)\.asymlora_(?:A|B|router)(?:\..+)?")
-
-
-class Source(NamedTuple):
-    """What `PeftModel.load_adapter` reads.
-
-    Attributes:
-        folder: path or name on the Hub.
-        download: what PEFT was told about the Hub.
-        new: whether the adapter was made for it.
-    """
-
-    folder: str
-    download: dict[str, Any]
-    new: bool
-
-
-_source: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)
-
-
-@contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """Say where the tensors come from that are loaded inside the block."""
-    token = _source.set(source)
-    try:
-        yield
-    finally:
-        _source.reset(token)
 
 
 def named_now(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +71,7 @@ def fitted(
         raise ValueError(
             f"the model has no ALoRA layers for adapter {adapter_name!r}: add the adapter before loading it"
         )
-    source = _source.get()
+    source = source_read()
     try:
         order = None
         if source is not None:

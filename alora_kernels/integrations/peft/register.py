@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .files import written_whole
+from .files import Source, reading, written_whole
 
 NAME = "ASYMLORA"
 
@@ -100,8 +100,6 @@ def replace_weights_at_once() -> None:
 def say_what_is_read() -> None:
     """Let `PeftModel.load_adapter` say which folder it reads; see `loading`. Only ALoRA's tuner listens."""
     from peft import PeftModel
-
-    from .loading import Source, reading
 
     def saying(load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)
