@@ -35,6 +35,11 @@ T5 = {
     "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS,
     "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None,
 }
+SPARSE = {"num_experts": 4, "expert_capacity": 64} | LOUD
+IMAGES = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "image_size": 8, "patch_size": 4,
+}
 QKV = "query, key and value fused"
 
 
@@ -112,6 +117,11 @@ DECODERS = (
 )
 
 
+def _mamba(**more: Any) -> Case:
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
+    return _decoder("MambaForCausalLM", "MambaConfig", sizes=sizes, family="State space", **more)
+
+
 SPECIAL = (
     _decoder("MixtralForCausalLM", "MixtralConfig", GQA | EXPERTS | {"num_local_experts": 4}, aux=True,
              family="Mixtures of experts"),
@@ -122,6 +132,28 @@ SPECIAL = (
              "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
              "v_head_dim": 8, "first_k_dense_replace": 1}, family="Mixtures of experts",
              variant="latent attention, shared experts"),
+    _decoder("GptOssForCausalLM", "GptOssConfig", GQA | EXPERTS | WINDOWS | {"num_local_experts": 4}, aux=True,
+             family="Mixtures of experts"),
+    _seq2seq("SwitchTransformersForConditionalGeneration", lambda: tf.SwitchTransformersConfig(
+             **T5, **SPARSE, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2,
+             router_jitter_noise=0.0), family="Mixtures of experts", aux=True, pad=0),
+    _seq2seq("NllbMoeForConditionalGeneration", lambda: tf.NllbMoeConfig(
+             **SEQ2SEQ, **SPARSE, max_position_embeddings=64, encoder_sparse_step=2, decoder_sparse_step=2,
+             moe_token_dropout=0.0, moe_eval_capacity_token_fraction=-1.0), family="Mixtures of experts", aux=True),
+    _mamba(targets=("in_proj",)),
+    _mamba(targets=("in_proj", "x_proj", "out_proj"), refused="weights are used without calling them"),
+    _decoder("Qwen3NextForCausalLM", "Qwen3NextConfig", GQA | {
+             "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+             "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+             "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+             "decoder_sparse_step": 1}, family="State space", variant="linear attention and experts"),
+    # padding on the left changes its texts: it takes no mask
+    _decoder("RwkvForCausalLM", "RwkvConfig", sizes={"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2,
+             "attention_hidden_size": WIDTH, "context_length": 64}, family="State space", generates=False),
+    _decoder("JambaForCausalLM", "JambaConfig", EXPERTS | {
+             "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+             "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4}, aux=True,
+             family="State space"),
 )
 
 SEQ2SEQS = (
@@ -132,4 +164,26 @@ SEQ2SEQS = (
              rows="seq2seq with global attention", variant="time first, padded to its window"),
 )
 
-CASES: tuple[Case, ...] = (*ENCODERS, *DECODERS, *SEQ2SEQS, *SPECIAL)
+VISION = (
+    Case("LlavaForConditionalGeneration", "Vision and language", lambda: tf.LlavaConfig(
+         vision_config=tf.CLIPVisionConfig(**IMAGES), text_config=tf.LlamaConfig(**(SIZES | ENDLESS | GQA)),
+         image_token_index=VOCAB - 1, vision_feature_layer=-1), "images and text", "CAUSAL_LM", generates=True),
+    Case("Qwen2VLForConditionalGeneration", "Vision and language", lambda: tf.Qwen2VLConfig(
+         text_config=SIZES | ENDLESS | {"num_key_value_heads": 2, "rope_parameters": {
+             "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+         vision_config={"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": HEADS, "mlp_ratio": 2,
+                        "patch_size": 2, "temporal_patch_size": 1, "spatial_merge_size": 1},
+         image_token_id=VOCAB - 1, vision_start_token_id=VOCAB - 2, vision_end_token_id=VOCAB - 3,
+         video_token_id=VOCAB - 4), "patches and text", "CAUSAL_LM", generates=False,
+         variant="patches of all images in one dimension"),
+    Case("CLIPModel", "Vision and language", lambda: tf.CLIPConfig(
+         text_config=SIZES | {"projection_dim": 16}, vision_config=IMAGES | {"projection_dim": 16}, projection_dim=16),
+         "image-text pairs", None),
+    Case("ViTForImageClassification", "Vision and language", lambda: tf.ViTConfig(**IMAGES, num_labels=LABELS),
+         "images", None),
+    Case("SwinForImageClassification", "Vision and language", lambda: tf.SwinConfig(
+         image_size=8, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=2, num_labels=LABELS),
+         "images", None, variant="windows as rows"),
+)
+
+CASES: tuple[Case, ...] = (*ENCODERS, *DECODERS, *SEQ2SEQS, *SPECIAL, *VISION)

@@ -202,9 +202,9 @@ def training(case: Case, lengths: Sequence[int] = LENGTHS, names: Sequence[str] 
 
 def own_loss(case: Case, lengths: Sequence[int] = LENGTHS) -> float:
     """The trainer's loss on a batch and the model's own on the same batch, losses over the whole batch included."""
-    model, trainer = adapted(case)[0], trainer_of(case)
-    batch = batch_of(case, make_rows(case, lengths, MIXED))
+    model, batch = adapted(case)[0], batch_of(case, make_rows(case, lengths, MIXED))
     with with_aux(case):
+        trainer = trainer_of.__wrapped__(case)  # a new one: it may have learned how the loss was without
         own = call(model, batch, batch["task_ids"]).loss
         return _compared(model, trainer.compute_loss(model, dict(batch)), own)
 

@@ -101,6 +101,6 @@ def _merge_refusal(case: Case) -> str:
 
 
 def _cell(error: Exception) -> str:
-    """A message as one cell: its first sentence."""
-    text = re.sub(r"\s+", " ", re.sub(r"\n- \d+, ", " ", str(error))).replace("|", "\\|").replace("<", "&lt;")
+    """A message as one cell: its first sentence, or the first line of its list."""
+    text = re.sub(r"\s+", " ", str(error).partition("\n- ")[2] or str(error)).replace("|", "\\|").replace("<", "&lt;")
     return re.split(r"(?<=[.:;]) ", text, maxsplit=1)[0].rstrip(":;")

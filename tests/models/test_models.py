@@ -54,7 +54,7 @@ def test_the_base_model_alone_is_right_on_a_padded_batch(case: Case) -> None:
 def test_what_is_left_out_is_said(case: Case) -> None:
     """Which modules that are is on the page."""
     said = [text for text in adapted(case)[1] if text.startswith(("ALoRA leaves", "ALoRA adapts layers"))]
-    assert bool(said) == bool(excluded(case)), (said, excluded(case))
+    assert said or not excluded(case), excluded(case)
 
 
 @pytest.mark.parametrize("case", _by_name([case for case in CASES if case.refused]))
