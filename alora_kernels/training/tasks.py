@@ -106,10 +106,7 @@ class NamedRouting(BatchRouting):
     given_as = "task_ids"
 
     def __init__(self, task_ids: Tensor, names: Sequence[str], tables: Tables) -> None:
-        self._given, self._tables = (
-            task_ids,
-            {table: self._looked_up(task_ids, names, table) for table in tables.values()},
-        )
+        self._tables = {table: self._looked_up(task_ids, names, table) for table in tables.values()}
         unknown = torch.stack([ids == NOT_KNOWN for ids in self._tables.values()]).all(0)
         if unknown.any():
             strangers = sorted({names[i] for i in task_ids[unknown].tolist()})
@@ -129,7 +126,7 @@ class NamedRouting(BatchRouting):
     def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
         """The ids of this batch for an adapter with these tasks."""
         if tasks not in self._resolved:
-            self._resolved[tasks] = Routing(self._ids_of(tasks))
+            self._resolved[tasks] = Routing(self._ids_of(tasks), self.repeats)
         return self._resolved[tasks]
 
 

@@ -76,10 +76,8 @@ class ALoRATrainer(Trainer):
         CheckpointGuard.install(self._base_model())
         self._keeper: KeepAbsentTasks | None = None
         self._optimized: set[int] | None = None
-        self._trained, self._evaluated = (
-            TaskSums(self.tasks),
-            TaskSums(self.tasks),
-        )  # since the last log, in the last evaluation
+        self._trained = TaskSums(self.tasks)  # since the last log
+        self._evaluated = TaskSums(self.tasks)  # in the last evaluation
         self._told: set[str] = set()
         self._all_logits = True
         self._rules = BatchRules.of(self.model)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels.training.tasks import batch_routing
 
 from .test_trainer import CONFIG, TASKS, arguments, peft_model, rows
 
@@ -162,3 +163,11 @@ def test_packed_rows_are_routed_by_name_token_by_token(tmp_path):
     with torch.no_grad():
         want = model(input_ids=tokens, adapter_names=["zero"]).logits
     torch.testing.assert_close(got, want)
+
+
+def test_rows_that_share_an_id_do_so_for_every_adapter():
+    tables = {"first": ("a", "b"), "second": ("b", "c")}
+    routing = batch_routing(torch.tensor([1, 2]), ("a", "b", "c"), tables).repeated(2)
+    for tasks, ids in ((tables["first"], [1, 1, -1, -1]), (tables["second"], [0, 0, 1, 1])):
+        groups = routing.for_tasks(tasks).groups(torch.Size([4]), 2, torch.device("cpu"))
+        assert groups.ids.tolist() == ids
