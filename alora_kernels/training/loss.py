@@ -18,9 +18,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from .rules import IGNORED, BatchRules, base_model
 from .tasks import all_per_row
+
+UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
+TRIALS = 4  # at most so many calls for a head with a label per row
+FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
 
 
 class Scored(NamedTuple):
@@ -59,6 +64,8 @@ class ModelLoss:
         self.by_rows: bool | None = None
         self._keeps = rules.columns is not None and "logits_to_keep" in rules.columns
         self._decoder = rules.encoder_decoder
+        self._labelled = rules.needs_labels
+        self._counts_rows = type(base).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
         config = getattr(base, "config", None)
         self._coefficient = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
 
@@ -68,12 +75,25 @@ class ModelLoss:
         per_token = labels.dim() == 2 and not labels.is_floating_point()
         return predictable(labels, inputs.get("attention_mask")) if self.shifts and per_token else labels
 
-    def learn(self, call: Callable[[dict[str, Any]], Any], inputs: Mapping[str, Any]) -> None:
-        """Find out what the model's loss is, from two rows that have labels; nothing is drawn from the generators.
+    def counted(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The labels that the loss is a mean of: one per row where it is a mean of rows (CTC)."""
+        labels = self.labels(inputs)
+        if not self._counts_rows:
+            return labels
+        return labels.new_zeros(len(labels)).masked_fill(label_counts(labels) == 0, IGNORED)
+
+    def learn(
+        self,
+        call: Callable[[dict[str, Any]], Any],
+        inputs: Mapping[str, Any],
+        agree: Callable[[int], int] = lambda verdict: verdict,
+    ) -> None:
+        """Find out what the model's loss is, from a few rows; nothing is drawn from the generators.
 
         Args:
             call: the model, routed for the rows it gets.
             inputs: a batch with `labels`; one with images or the like is run whole.
+            agree: the largest verdict of all processes, which must run the model equally often.
         """
         if self.by_rows is not None:
             return
@@ -81,32 +101,59 @@ class ModelLoss:
         if labels.is_floating_point() or labels.dim() > 2:
             return
         rows = label_counts(labels).topk(min(2, len(labels))).indices
+        if labels.dim() == 1:  # one label per row: several rows, for several classes
+            rows = torch.arange(max(2, len(labels)), device=labels.device) % len(labels)
         few = {name: value[rows] for name, value in inputs.items()} if all_per_row(inputs) else dict(inputs)
         devices = [labels.device] if labels.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             outputs = call(few)
-        self._compare(outputs, few["labels"])
+            self._settle(agree(self._compare(outputs, few["labels"])))
+            if self.by_rows:
+                self._settle(agree(self._try_classes(call, few, outputs)))
+                self._try_without_labels(call, few, outputs)
 
-    def _compare(self, outputs: Any, labels: Tensor) -> None:
-        """Settle `by_rows` and `shifts` by the value of the model's loss."""
+    def _settle(self, verdict: int) -> None:
+        self.by_rows = {UNKNOWN: None, OTHER: False}.get(verdict, True)
+        self.shifts = verdict == SHIFTED if self.by_rows else self.shifts
+
+    def _try_classes(self, call: Callable[[dict[str, Any]], Any], few: dict[str, Any], outputs: Any) -> int:
+        """The verdict on labels of all classes in turn: a mean over labels of one class does not show its weight."""
+        labels, classes = few["labels"], outputs["logits"].shape[-1]
+        asked, verdict = labels != IGNORED, SHIFTED if self.shifts else ALIGNED
+        step = max(1, len(labels) - 1)  # calls overlap in a class, which compares those of one with those of the next
+        starts = range(0, classes - 1, step)[:TRIALS] if labels.dim() == 1 else range(int(classes <= FEW_CLASSES))
+        for start in starts:
+            other = labels.clone()
+            other[asked] = (torch.arange(int(asked.sum()), device=labels.device) + start) % classes
+            verdict = max(verdict, self._compare(call(few | {"labels": other}), other))
+        return verdict
+
+    def _try_without_labels(self, call: Callable[[dict[str, Any]], Any], few: dict[str, Any], outputs: Any) -> None:
+        """Whether the model, asked without labels, gives what the loss is made of."""
+        if self._labelled or (self._decoder and "decoder_input_ids" not in few):
+            return
+        bare = call({name: value for name, value in few.items() if name != "labels"})
+        shapes = [[getattr(_value(o, name), "shape", None) for name in ("logits", "aux_loss")] for o in (outputs, bare)]
+        self._labelled = shapes[0] != shapes[1]
+
+    def _compare(self, outputs: Any, labels: Tensor) -> int:
+        """What the value of the model's loss says of it: `UNKNOWN`, `ALIGNED`, `SHIFTED` or `OTHER`."""
         own, logits, extra = (_value(outputs, name) for name in ("loss", "logits", "aux_loss"))
         if own is None or logits is None or not _fits(logits, labels):
-            self.by_rows = False
-            return
+            return OTHER
         agreed = []
         for shifts in (False, True)[: labels.dim()]:
             aligned = next_labels(labels) if shifts else labels
             if (aligned == IGNORED).all():
-                return  # no label to tell by: another batch will
+                return UNKNOWN  # no label to tell by: another batch will
             by_class = logits.flatten(0, -2).to(own.dtype)  # rounded as the model rounds
             mean = F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED)
             mean = mean if extra is None else mean + self._coefficient * extra
             if torch.isclose(own.double(), mean.double(), rtol=_tolerance(own)):
-                agreed.append(shifts)
+                agreed.append(SHIFTED if shifts else ALIGNED)
         if len(agreed) == 2:
-            return  # uniform logits: both agree
-        self.by_rows = bool(agreed)
-        self.shifts = agreed[0] if agreed else self.shifts
+            return UNKNOWN  # uniform logits: both agree
+        return agreed[0] if agreed else OTHER
 
     def __call__(
         self, model: Any, inputs: Mapping[str, Any], label_smoothing: float = 0.0, *, all_logits: bool = True
@@ -120,13 +167,18 @@ class ModelLoss:
             all_logits: False lets a language model leave out the logits that no label asks for.
         """
         known, labels = dict(inputs), self.labels(inputs)
-        counts = label_counts(labels)
+        counts = label_counts(self.counted(inputs))
         if not self.by_rows:
             outputs = model(**known | {"labels": labels})
             return Scored(outputs, _own(outputs, counts), None, counts, None)
-        if not (self._decoder and "decoder_input_ids" not in known):  # which a model makes from its labels
+        if not (self._labelled or (self._decoder and "decoder_input_ids" not in known)):  # made from the labels
             del known["labels"]
-        if self.shifts and self._keeps and not all_logits and not isinstance(model, nn.DataParallel):
+        if (
+            self.shifts
+            and self._keeps
+            and not (all_logits or self._labelled)
+            and not isinstance(model, nn.DataParallel)
+        ):
             known["logits_to_keep"] = kept_positions(labels)
             labels = labels[:, known["logits_to_keep"]]
         outputs = model(**known)

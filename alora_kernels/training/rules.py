@@ -35,6 +35,7 @@ class BatchRules:
         labels: the number of labels of a classifier of rows, else None.
         problem: `config.problem_type`, and "regression" for a classifier of rows with one label.
         pad_token_id: of the model's config, where it names a token.
+        needs_labels: whether the forward cannot be called without.
         leaks: the model's type, where its own layers let padding change the tokens beside it.
     """
 
@@ -47,6 +48,7 @@ class BatchRules:
     labels: int | None = None
     problem: str | None = None
     pad_token_id: int | None = None
+    needs_labels: bool = False
     leaks: str | None = None
 
     @classmethod
@@ -75,6 +77,7 @@ class BatchRules:
             labels=labels,
             problem=getattr(config, "problem_type", None) or ("regression" if labels == 1 else None),
             pad_token_id=pad if isinstance(pad, int) and 0 <= pad < size else None,
+            needs_labels=_needs_labels(base),
             leaks=kind if (kind := getattr(config, "model_type", None)) in LEAKS else None,
         )
 
@@ -91,6 +94,11 @@ def forward_columns(base: Any) -> frozenset[str] | None:
     names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return None if takes_any and "input_ids" not in names else frozenset(names)
+
+
+def _needs_labels(base: Any) -> bool:
+    labels = inspect.signature(base.forward).parameters.get("labels")
+    return labels is not None and labels.default is labels.empty
 
 
 def text_config(config: Any) -> Any:

@@ -184,8 +184,14 @@ class ALoRATrainer(Trainer):
 
         loss = self._losses[called.training]
         if "task_ids" in inputs or current_routing() is None:  # ids set by a caller are those of all rows
-            loss.learn(call, inputs)
+            loss.learn(call, inputs, self._agreed)
         return bool(loss.by_rows)
+
+    def _agreed(self, verdict: int) -> int:
+        """The largest of all processes: they must run the model and gather its scores equally often."""
+        if self.accelerator.num_processes == 1:
+            return verdict
+        return int(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).max())
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch as this model's forward takes it, with positions where padding on the left moves them."""
@@ -211,7 +217,7 @@ class ALoRATrainer(Trainer):
         counted = []
         for batch in map(self._prepare_inputs, batch_samples):
             self._has_token_loss(batch, self.model_wrapped)
-            labels = self._losses[self.model_wrapped.training].labels(batch)
+            labels = self._losses[self.model_wrapped.training].counted(batch)
             labels = torch.zeros_like(labels) if labels.is_floating_point() else labels
             counted.append({"labels": labels, "shift_labels": labels})
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True

@@ -1,0 +1,161 @@
+"""Models of one's own, whose loss and forward agree with the usual ones only in part."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, Wav2Vec2Config, Wav2Vec2ForCTC
+
+from alora_kernels import route
+from alora_kernels.integrations.peft import ALoRAConfig
+from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels.training.loss import ModelLoss
+
+from .test_batch_loss import step, trained, trainer_of
+from .tiny_models import TASKS, build, rows
+
+
+class Weighted(BertForSequenceClassification):
+    """One class weighs more, which a mean over labels of one class does not show."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        if labels is not None:
+            outputs.loss = F.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 1.0, 5.0]))
+        return outputs
+
+
+def test_class_weights_are_seen_in_a_batch_of_one_class(tmp_path, monkeypatch):
+    """All rows of the first batch have one class."""
+    monkeypatch.setattr("transformers.BertForSequenceClassification", Weighted)
+    model = build("Bert", "row")
+    examples = [{**row, "labels": 0 if i < 8 else i % 3} for i, row in enumerate(rows(model, "row") * 4)]
+    batches = [examples[:8], examples[8:]]
+    want = []
+    for batch in batches:
+        inputs = TaskCollator(0, TASKS, model=model)(batch)
+        with torch.no_grad(), route(inputs.pop("task_ids")):
+            want.append(float(model(**inputs).loss))
+    trainer = trainer_of(
+        model, examples, tmp_path, max_steps=2, learning_rate=0.0, train_sampling_strategy="sequential"
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in logs] == pytest.approx(want, rel=1e-4)
+    assert "loss_a" not in logs[0]
+
+
+class AnyArguments(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **batch):
+        return self.inside(**batch)
+
+
+class NeedsLabels(AnyArguments):
+    def forward(self, input_ids, attention_mask, labels):
+        return self.inside(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class LastLogits(AnyArguments):
+    """Without labels it is asked for the next token only."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        outputs = self.inside(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        return (
+            {"logits": outputs.logits[:, -1:]} if labels is None else {"loss": outputs.loss, "logits": outputs.logits}
+        )
+
+
+@pytest.mark.parametrize("kind", [AnyArguments, NeedsLabels, LastLogits])
+@pytest.mark.parametrize(("family", "head"), [("Roberta", "row"), ("Llama", "lm")])
+def test_a_model_inside_a_module_of_ones_own(tmp_path, kind, family, head):
+    if kind is LastLogits and head == "row":
+        pytest.skip("its logits have no positions")
+    model = build(family, head)
+    examples = rows(model, head, seed=1) + rows(model, head, seed=2)
+    want, reference = step(model, examples, tmp_path)
+    got, log = step(kind(build(family, head)).eval(), examples, tmp_path, remove_unused_columns=False)
+    assert log["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert log["loss_a"] == pytest.approx(reference["loss_a"], rel=1e-5)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[f"inside.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
+    """CTC: labels of a row do not count one by one."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    front = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+    config = Wav2Vec2Config(
+        vocab_size=20, **sizes, **front, feat_extract_norm="layer", num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, ctc_loss_reduction="mean", mask_time_prob=0.0, layerdrop=0.0,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        {"input_values": torch.randn(400, generator=generator).tolist(), "labels": list(range(1, 3 + i)), "task": task}
+        for i, task in enumerate(TASKS * 4)
+    ]
+
+    def collate(features: list) -> dict[str, Tensor]:
+        labels = [torch.tensor(f["labels"]) for f in features]
+        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {"input_values": torch.tensor([f["input_values"] for f in features]), "labels": padded}
+
+    logged, moved = [], []
+    for size, accumulate in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        adapted = ALoRAConfig(r=2, tasks=TASKS, target_modules=["q_proj", "v_proj"], init_weights=False)
+        model = get_peft_model(Wav2Vec2ForCTC(config), adapted)
+        before = {name: p.detach().clone() for name, p in trained(model).items()}
+        args = trainer_of(
+            build("Bert", "row"), examples, tmp_path, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential",
+        ).args  # fmt: skip
+        trainer = ALoRATrainer(model, args, collate, Dataset.from_list(examples))
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["loss"])
+        moved.append({name: before[name] - p.detach() for name, p in trained(model).items()})
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+    for name, gradient in moved[0].items():
+        torch.testing.assert_close(moved[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_processes_agree_on_a_loss_and_run_the_model_equally_often():
+    """One of two has a first batch without labels: forwards of DDP and gathers of scores must not differ."""
+    barrier, verdicts, calls, found = threading.Barrier(2, timeout=60), [0, 0], [0, 0], [None, None]
+    models = [build("Llama", "lm") for _ in range(2)]
+
+    def process(rank: int) -> None:
+        def agree(verdict: int) -> int:
+            verdicts[rank] = verdict
+            barrier.wait()
+            largest = max(verdicts)
+            barrier.wait()
+            return largest
+
+        def call(few: dict[str, Tensor]):
+            calls[rank] += 1
+            return models[rank](**few)
+
+        ids = torch.arange(10, 22).view(2, 6)
+        loss = ModelLoss(models[rank])
+        with route(torch.tensor([0, 1])):
+            loss.learn(call, {"input_ids": ids, "labels": torch.full_like(ids, -100) if rank else ids}, agree)
+        found[rank] = (loss.by_rows, loss.shifts)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [(True, True)] * 2
+    assert calls[0] == calls[1] > 0
