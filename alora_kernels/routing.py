@@ -103,6 +103,7 @@ class Routing:
         if repeats < 1:
             raise ValueError(f"repeats is how many rows share an id: at least 1, got {repeats}")
         self.task_ids, self.repeats = task_ids, repeats
+        self.one_row = False  # known to be a batch of one row: wherever its rows are, they are of its task
         self._groups: dict[tuple[torch.Size, int, torch.device, Layout | None], RowGroups] = {}
         self._checked: set[int] = set()
 
@@ -132,7 +133,7 @@ class Routing:
                 check_ids(self.task_ids, num_tasks)
                 self._checked.add(num_tasks)
             ids = expand_ids(self.task_ids, leading, self.repeats, layout)
-            if ids is None and num_tasks == 1 and _all_equal(self.task_ids):
+            if ids is None and (self.one_row or (num_tasks == 1 and _all_equal(self.task_ids))):
                 ids = self.task_ids.reshape(-1)[:1].expand(leading.numel())  # no row can be taken for another
             if ids is None:
                 raise ValueError(_misfit(self.task_ids, leading, self.repeats, layout, layer))
@@ -166,6 +167,7 @@ class Routing:
         """
         ids = self.task_ids
         if ids.numel() == tokens or (ids.dim() == 1 and _repeated(rows, ids.numel(), self.repeats)):
+            self.one_row = ids.numel() == 1
             return
         beams = ids.dim() == 1 and ids.numel() > 0 and rows % ids.numel() == 0
         raise ValueError(

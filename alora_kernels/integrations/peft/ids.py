@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...modules.tasks import BASE, task_ids_from_names
 from ...routing import ConstantRouting, Routing
@@ -71,6 +72,7 @@ class BatchRouting(Routing):
             return self
         if tasks not in self._resolved:
             self._resolved[tasks] = Routing(self._ids(tasks), self.repeats)
+        self._resolved[tasks].one_row = self.one_row
         return self._resolved[tasks]
 
     def repeated(self, repeats: int) -> BatchRouting:
@@ -89,13 +91,17 @@ def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
     """(rows, tokens) of the batch that a model is called with; None if no argument tells.
 
     The tokens are None where the inputs are no text. A vision-language model's images are not its rows, so the names
-    decide; of a model that uses none of them, its first tensor is the batch.
+    decide; of a model that uses none of them, its first tensor is the batch, also inside of a dict, list or tuple.
 
     Args:
         names: the parameters of the model's forward, for its positional arguments.
         args, kwargs: of the call.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for key, nested in list(given.items()):
+        if key not in INPUTS and isinstance(nested, Mapping | list | tuple):
+            leaves = tree_leaves(dict(nested) if isinstance(nested, Mapping) else nested)
+            given[key] = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
     first = next((name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0), None)
     for name in (*INPUTS, first):
         value = given.get(name) if name is not None else None

@@ -25,7 +25,7 @@ from .layer import ALoRALayer, ALoRALinear
 from .loading import fitted, named_now
 from .merging import check_mergeable
 from .probe import Finding, probe
-from .selection import leave_out, listened_to, rows_of, targets_of, tell_fused_experts
+from .selection import keep_dense, leave_out, listened_to, rows_of, targets_of, tell_fused_experts
 from .targets import check_target, guard_gradients
 
 
@@ -80,6 +80,7 @@ class ALoRAModel(BaseTuner):
         new.rows_name, new.rows = current_key, rows_of(current_key, parent, self.findings)
         if isinstance(parent, nn.TransformerEncoderLayer):
             new.register_forward_pre_hook(listened_to)
+            keep_dense(self.model)
         self._replace_module(parent, target_name, new, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -203,6 +204,7 @@ class ALoRAModel(BaseTuner):
             check_mergeable(self.model, adapter_names)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         CheckpointGuard.remove(model)
+        keep_dense(model, False)
         return model
 
     @classmethod

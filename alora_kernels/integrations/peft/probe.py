@@ -83,15 +83,14 @@ def probe_call(
     Args:
         model: the base model.
         args, kwargs: of the call.
-        rows: B; all tensors of as many rows are taken for the batch.
+        rows: B; all tensors of as many rows are taken for the batch, also in dicts, lists and tuples.
         names: the modules in question: of a large batch not every input can be kept.
 
     Returns:
         As `probe`, nothing if the model could not be run; None if this batch cannot tell: it has one row, or an
         argument that a forward may change, such as a cache.
     """
-    values = [*args, *kwargs.values()]
-    if rows < 2 or not all(v is None or isinstance(v, Tensor | bool | int | float | str) for v in values):
+    if rows < 2 or not _plain([*args, *kwargs.values()]):
         return None
 
     def batches() -> list[Batch]:
@@ -106,8 +105,25 @@ def probe_call(
     return Context().run(_found, model, model, batches, names) or {}
 
 
+def _plain(value: Any) -> bool:
+    """Whether a value is a tensor, a number or a text, or dicts, lists and tuples of such."""
+    if type(value) in (list, tuple, dict):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
 def _rows(value: Any, rows: int, picked: list[int]) -> Any:
-    return value[picked] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
+    """Some rows of an argument: of tensors with as many rows, and of lists with as many entries, such as lengths."""
+    if isinstance(value, Tensor):
+        return value[picked] if value.dim() > 0 and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {key: _rows(v, rows, picked) for key, v in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    batched = any(isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows for v in value)
+    if len(value) == rows and not batched:
+        return type(value)(value[i] for i in picked)
+    return type(value)(_rows(v, rows, picked) for v in value)
 
 
 def _found(

@@ -89,6 +89,21 @@ def listened_to(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: without any, the fast path of torch's encoder reads weights and calls no layer."""
 
 
+def keep_dense(model: nn.Module, dense: bool = True) -> None:
+    """Let torch's encoders make no nested tensors of padded batches, which only their fast path can take, or again.
+
+    Args:
+        model: holds the encoders.
+        dense: False gives them back as they were.
+    """
+    encoders: list[Any] = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    for module in encoders:
+        if dense and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor, module.nested_before = False, True
+        elif not dense and module.__dict__.pop("nested_before", False):
+            module.use_nested_tensor = True
+
+
 def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | None, tasks: int) -> None:
     """Exclude from the config what its adapter cannot serve, with one warning.
 
@@ -104,11 +119,13 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
     Raises:
         ValueError: no module would be left, or one that was named has a weight that is used without calling it.
     """
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     targets = targets_of(model, config)
     reasons: dict[str, str] = {}
     for name in targets:
         finding = None if findings is None else findings.get(name)
-        if _used_directly(model, name, finding):
+        of_attention = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if (everything and of_attention) or _used_directly(model, name, finding):
             reasons[name] = DIRECT
         elif finding == "several":
             reasons[name] = SEVERAL
@@ -116,7 +133,6 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
             reasons[name] = REASONS[finding] if finding in REASONS else REASONS["mixed"]
     if not reasons:
         return
-    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     text = _text(reasons)
     if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
         raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
