@@ -80,6 +80,7 @@ class ALoRATrainer(Trainer):
         self._evaluated = TaskSums(self.tasks)  # in the last evaluation
         self._told: set[str] = set()
         self._all_logits = True
+        self._predicted: Tensor | None = None  # ids of the batch of a prediction step
         self._rules = BatchRules.of(self.model)
         self._losses = {mode: ModelLoss(self.model) for mode in (True, False)}  # in training, in evaluation
 
@@ -234,6 +235,8 @@ class ALoRATrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's mean loss per label, of all labels of the step where Trainer counts them; tasks are logged."""
+        if self._predicted is not None:
+            inputs = {**inputs, "task_ids": self._predicted}
         by_rows = self._has_token_loss(inputs, model)
         smoothed = self.label_smoother is not None and model.training and not by_rows
         if self.compute_loss_func is not None or smoothed or not isinstance(inputs.get("labels"), Tensor):
@@ -307,11 +310,9 @@ class ALoRATrainer(Trainer):
     ) -> tuple[Any, Any, Any]:
         """As Trainer's, routed; logits that nobody asks for are not computed."""
         inputs = self._prepare_inputs(inputs)
-        labelled = self.label_names and all(inputs.get(name) is not None for name in self.label_names)
-        self._all_logits = not prediction_loss_only
+        self._all_logits, self._predicted = not prediction_loss_only, inputs.get("task_ids")
         try:
-            with self._routing(inputs.get("task_ids")):
-                given = inputs if labelled else self._model_inputs(inputs)
-                return super().prediction_step(model, given, prediction_loss_only, ignore_keys)
+            with self._routing(self._predicted):  # a Seq2SeqTrainer beside us gives all it gets to `generate`
+                return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
         finally:
-            self._all_logits = True
+            self._all_logits, self._predicted = True, None
