@@ -64,7 +64,7 @@ class BatchRules:
         causal = _is_causal(base, config)
         # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
         # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
-        given = columns is None or ({"position_ids", "attention_mask"} <= columns and "pixel_values" not in columns)
+        given = {"position_ids", "attention_mask"} <= (columns or set()) and "pixel_values" not in (columns or ())
         told = causal and given and _only_attends(base, text)
         summary_last = hasattr(base, "sequence_summary") and getattr(config, "summary_type", None) == "last"
         return cls(
