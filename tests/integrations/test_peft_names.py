@@ -124,3 +124,15 @@ def test_no_matrix_is_sharded_alone():
     policy = fsdp_auto_wrap_policy(model)
     wrapped = [n for n, m in model.named_modules() if policy(module=m, recurse=False, nonwrapped_numel=0)]
     assert sorted(wrapped) == [f"base_model.model.model.layers.{i}" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_all_linear_of_a_compiled_base_is_saved_by_plain_names(whole, tmp_path):
+    base = llama()
+    if not whole:
+        base.model.layers[0] = torch.compile(base.model.layers[0], backend="eager")
+    model = adapted(torch.compile(base, backend="eager") if whole else base)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    given = {"input_ids": tokens(), "adapter_names": ["code", "math"]}
+    torch.testing.assert_close(again(**given).logits, model(**given).logits)

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 
 from ...modules.init import lora_scaling
 from ...modules.tasks import task_names
-from .files import check_weights_file, describe_import, written_whole
+from .files import check_weights_file, describe_import, unwrapped, written_whole
 from .register import NAME, extend_str_enum
 
 ROUTINGS = ("task", "soft")
@@ -143,6 +143,14 @@ class ALoRAConfig(PeftConfig):
     def scaling(self, r: int, lora_alpha: float) -> float:
         """s for one layer, whose rank or alpha may come from a pattern."""
         return lora_scaling(lora_alpha, r, self.use_rslora)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT, with names of modules in the plain model: "all-linear" lists those of a compiled one."""
+        settings = super().to_dict()
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(settings[key], set | list):
+                settings[key] = type(settings[key])(map(unwrapped, settings[key]))
+        return settings
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, whole or not at all.
