@@ -218,14 +218,19 @@ def test_weights_that_are_used_without_a_call_are_refused(base, target, settings
         adapted(base(), task_type=None, target_modules=["in_proj", target], **settings)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1"], ["q_proj", "down_proj"]])
-def test_experts_that_are_parameters_are_named(targets):
-    count, name = (
-        (4, "gate_up_proj.*down_proj") if targets == "all-linear" else (2, "gate_up" if "w1" in targets else "down")
-    )
-    with pytest.warns(
-        UserWarning, match=rf"{count} tensors of experts are parameters.*layers\.\*\.mlp\.experts\.{name}"
-    ):
+EXPERTS = r"mlp\.experts\."
+
+
+@pytest.mark.parametrize(
+    ("targets", "count", "names"),
+    [
+        ("all-linear", 6, rf"{EXPERTS}gate_up_proj.*{EXPERTS}down_proj.*mlp\.gate\.weight"),
+        (["q_proj", "w1"], 2, f"{EXPERTS}gate_up_proj"),
+        (["q_proj", "down_proj"], 2, f"{EXPERTS}down_proj"),
+    ],
+)
+def test_experts_and_routers_that_are_parameters_are_named(targets, count, names):
+    with pytest.warns(UserWarning, match=rf"{count} tensors of experts or their routers.* model\.layers\.\*\.{names}"):
         assert layers_of(adapted(mixtral(), target_modules=targets))
 
 

@@ -76,6 +76,11 @@ ENCODERS = (
     _encoder("BertForQuestionAnswering", "question", "BertConfig", {"num_labels": 2}, task_type="QUESTION_ANS",
              exclude_modules=("qa_outputs",)),
     _encoder("BertForSequenceClassification", "regression", "BertConfig", {"num_labels": 1}, variant="regression"),
+    _encoder("XLMRobertaForSequenceClassification", "multi-label", "XLMRobertaConfig",
+             {"type_vocab_size": 1, "problem_type": "multi_label_classification"}, variant="several labels per row"),
+    _encoder("MPNetForSequenceClassification", "sequence", "MPNetConfig"),
+    _encoder("LongformerForSequenceClassification", "sequence", "LongformerConfig",
+             {"type_vocab_size": 1, "attention_window": 4}, variant="time first, padded to its window"),
     _encoder("LayoutLMForTokenClassification", "boxes", "LayoutLMConfig", {"max_2d_position_embeddings": 64},
              exclude_modules=("classifier",), variant="boxes of the tokens"),
     _encoder("AlbertForSequenceClassification", "pairs", "AlbertConfig", {"embedding_size": 16},
@@ -98,11 +103,16 @@ DECODERS = (
     _decoder("GPT2LMHeadModel", "GPT2Config", {"n_positions": 64},
              {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": HEADS}, variant="Conv1D"),
     _decoder("OPTForCausalLM", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
+    _decoder("OPTForCausalLM", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}, targets=None,
+             variant="PEFT's default `target_modules`"),
     # float32: with a float64 mask its softmax gives nan for padded rows
     _decoder("BloomForCausalLM", "BloomConfig", sizes={"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2,
              "n_head": HEADS}, variant=QKV, dtype=torch.float32),
     _decoder("FalconForCausalLM", "FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
              variant=QKV),
+    # float32: with a float64 mask its softmax gives nan for padded rows
+    _decoder("MptForCausalLM", "MptConfig", sizes={"vocab_size": VOCAB, "d_model": WIDTH, "n_layers": 2,
+             "n_heads": HEADS, "expansion_ratio": 2, "max_seq_len": 64}, variant=QKV, dtype=torch.float32),
     _decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", variant=QKV),
     _decoder("Phi3ForCausalLM", "Phi3Config", {"num_key_value_heads": 2}, variant=f"{QKV}, gate and up too"),
     _decoder("LlamaForCausalLM", "LlamaConfig", GQA),
@@ -134,6 +144,9 @@ SPECIAL = (
              variant="latent attention, shared experts"),
     _decoder("GptOssForCausalLM", "GptOssConfig", GQA | EXPERTS | WINDOWS | {"num_local_experts": 4}, aux=True,
              family="Mixtures of experts"),
+    _decoder("Llama4ForCausalLM", "Llama4TextConfig", GQA | {
+             "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48,
+             "interleave_moe_layer_step": 2, "attention_chunk_size": 4}, family="Mixtures of experts"),
     _seq2seq("SwitchTransformersForConditionalGeneration", lambda: tf.SwitchTransformersConfig(
              **T5, **SPARSE, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2,
              router_jitter_noise=0.0), family="Mixtures of experts", aux=True, pad=0),
@@ -162,6 +175,9 @@ SEQ2SEQS = (
     _seq2seq("LEDForConditionalGeneration", lambda: tf.LEDConfig(
              **SEQ2SEQ, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, attention_window=4),
              rows="seq2seq with global attention", variant="time first, padded to its window"),
+    _seq2seq("WhisperForConditionalGeneration", lambda: tf.WhisperConfig(
+             **SEQ2SEQ, num_mel_bins=8, max_source_positions=16, max_target_positions=64), rows="speech",
+             task_type=None, variant="without `task_type`"),
 )
 
 VISION = (

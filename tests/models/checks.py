@@ -41,7 +41,7 @@ from .rows import make_rows
 
 
 def lora_config(case: Case) -> LoraConfig:
-    """Stock LoRA on the same targets; its B are zero, so what it adapts besides ours does nothing."""
+    """Stock LoRA on the same targets."""
     excluded = list(case.exclude_modules) or None
     return LoraConfig(
         r=4, lora_alpha=8, target_modules=targets_of(case), exclude_modules=excluded, task_type=case.task_type
@@ -50,7 +50,10 @@ def lora_config(case: Case) -> LoraConfig:
 
 def stock_lora(case: Case, task: int) -> PeftModel:
     """PEFT's own LoRA with one task's A and the shared B, on a fresh base."""
-    model, lora = adapted(case)[0], get_peft_model(case.build(), lora_config(case))
+    model, settings = adapted(case)[0], lora_config(case)
+    # what we leave out would do nothing, and fails where a router returns several tensors
+    settings.exclude_modules = model.peft_config["default"].exclude_modules
+    lora = get_peft_model(case.build(), settings)
     theirs, ours = dict(lora.named_modules()), dict(model.named_parameters())
     with torch.no_grad():
         for name, layer in model.named_modules():

@@ -34,7 +34,8 @@ float64; what they give away is their own float32 parts):
 - **Generate.** For models that generate: greedy search, beams and several texts per row equal each prompt alone.
 
 `all-linear` is what `target_modules` says unless a line names others. *Left out* are modules that stock LoRA adapts
-under the same `target_modules` and ALoRA does not, because they see something else than the rows of the batch.
+under the same `target_modules` and ALoRA does not: they see something else than the rows of the batch, return several
+tensors, or are parameters instead of layers, as fused experts are. A warning names them.
 
 | model | outcome | left out, or the reason |
 |---|---|---|

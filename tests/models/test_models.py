@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -52,9 +54,11 @@ def test_the_base_model_alone_is_right_on_a_padded_batch(case: Case) -> None:
 
 @pytest.mark.parametrize("case", _by_name(ADAPTED))
 def test_what_is_left_out_is_said(case: Case) -> None:
-    """Which modules that are is on the page."""
-    said = [text for text in adapted(case)[1] if text.startswith(("ALoRA leaves", "ALoRA adapts layers"))]
-    assert said or not excluded(case), excluded(case)
+    """By name; where the warning lists too many, some of them."""
+    texts = [text for text in adapted(case)[1] if text.startswith(("ALoRA leaves", "ALoRA adapts layers"))]
+    said = set(re.findall(r"\w[\w.*]+", re.sub(r"\d+", "*", " ".join(texts))))
+    left_out = {re.sub(r"\d+", "*", name) for name in excluded(case)}
+    assert left_out <= said or (left_out & said and ", ..." in " ".join(texts)), (left_out - said, texts)
 
 
 @pytest.mark.parametrize("case", _by_name([case for case in CASES if case.refused]))

@@ -12,7 +12,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,7 +194,7 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
     if isinstance(targets, str) and targets.lower() != "all-linear":
         missed = [name for name in fused if re.fullmatch(targets, name)]
     elif isinstance(targets, str):
-        missed = list(fused)
+        missed = [*fused, *_routers_of(model, fused)]
     else:
         wanted = set(targets or ())
         missed = [
@@ -207,7 +207,18 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
         return
     patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in missed))
     warnings.warn(
-        f"ALoRA adapts layers, and {len(missed)} tensors of experts are parameters, so they get no adapter:"
-        f" {', '.join(patterns[:EXAMPLES])}" + (", ..." if len(patterns) > EXAMPLES else ""),
+        f"ALoRA adapts layers, and {len(missed)} tensors of experts or their routers are parameters, so they get no"
+        f" adapter: {', '.join(patterns[:EXAMPLES])}" + (", ..." if len(patterns) > EXAMPLES else ""),
         stacklevel=2,
     )
+
+
+def _routers_of(model: nn.Module, experts: Iterable[str]) -> list[str]:
+    """Weights of the routers beside these tensors of experts that are no linear layers either."""
+    parents = dict.fromkeys(name.rsplit(".", 2)[0] for name in experts)
+    names = {f"{parent}.{leaf}" for parent in parents for leaf in ("gate", "router")}
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name in names and not isinstance(module, nn.Linear) and "weight" in module._parameters
+    ]
