@@ -51,4 +51,8 @@ _LATER = {  # they import PEFT or transformers, which takes seconds: only when a
 __getattr__ = names_later(__name__, _LATER)
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 register_with_peft()

@@ -335,7 +335,15 @@ def route(task_ids: Tensor | Sequence[int] | Routing, repeats: int = 1) -> Itera
         ...     model(x)
     """
     if not isinstance(task_ids, Routing):
-        task_ids = Routing(task_ids if isinstance(task_ids, Tensor) else torch.tensor(task_ids), repeats)
+        if not isinstance(task_ids, Tensor):
+            if any(isinstance(task, str) for task in task_ids):
+                raise TypeError(
+                    f"route takes ids, got {list(task_ids)!r}: names belong to an adapter or a layer, so give"
+                    " adapter_names=[...] to a PEFT model, a list of names to the layer itself, or"
+                    " [tasks.index(name) for name in ...] here"
+                )
+            task_ids = torch.tensor(task_ids)
+        task_ids = Routing(task_ids, repeats)
     elif repeats != 1:
         task_ids = task_ids.repeated(repeats)
     token = _current.set(task_ids)

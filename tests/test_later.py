@@ -44,3 +44,10 @@ def test_a_missing_library_names_the_remedy_and_other_mistakes_stay_what_they_ar
         get("a")
     with pytest.raises(ModuleNotFoundError, match="another_missing_library"):
         get("b")
+
+
+def test_completion_shows_what_users_import():
+    import alora_kernels
+
+    assert {"ALoRAConfig", "ALoRATrainer", "set_task", "route"} <= set(dir(alora_kernels))
+    assert "names_later" not in dir(alora_kernels)

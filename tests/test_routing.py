@@ -114,3 +114,11 @@ def test_route_nests_and_survives_errors():
 def test_route_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match="integer tensor"):
         Routing("math")  # type: ignore[arg-type]
+
+
+def test_route_takes_ids_and_says_where_names_go():
+    with (
+        pytest.raises(TypeError, match=r"route takes ids, got \['math', 0\].*adapter_names=\[\.\.\.\] to a PEFT model"),
+        route(["math", 0]),
+    ):  # type: ignore[list-item]
+        pass

@@ -222,6 +222,8 @@ def _check_columns(spec: TaskSpec, present: list[str]) -> None:
     missing = [name for name in needed if name not in present]
     if missing:
         raise ValueError(
-            f"{spec.source!r} has no column {', '.join(map(repr, missing))}; present: {', '.join(present)}. "
-            f"Name the columns in TaskSpec(prompt=..., answer=...), e.g. prompt='Text: {{{present[0]}}}\\nLabel:'"
+            f"{spec.source!r} has no column {' and no column '.join(map(repr, missing))}; present:"
+            f" {', '.join(present)}. "
+            f"Name the columns in the task's prompt and answer, e.g. prompt: 'Text: {{{present[0]}}}\\nLabel:' and"
+            f" answer: '{{{present[-1]}}}'"
         )

@@ -263,7 +263,7 @@ def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequen
     names = dict(tasks) if isinstance(tasks, Mapping) else {t: t for t in (known if tasks is None else tasks)}
     unknown = [task for task in names if task not in known]
     if unknown or not names:
-        raise ValueError(f"unknown tasks {', '.join(map(repr, unknown)) or '(none given)'}: the adapter has"
+        raise ValueError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}: the adapter has"
                          f" {', '.join(known)}")  # fmt: skip
     for task, name in names.items():
         if not SAFE.fullmatch(name):

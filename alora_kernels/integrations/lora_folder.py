@@ -51,7 +51,9 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not empty and holds no adapter: give another folder")
     if not overwrite:
-        raise ValueError(f"{folder} holds an adapter: say overwrite (--overwrite) to replace it, or give another")
+        raise ValueError(
+            f"{folder} holds an adapter: say overwrite (--overwrite) to replace it, or another folder (--out)"
+        )
 
 
 def write_lora(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, card: str) -> int:

@@ -77,7 +77,7 @@ def test_export_without_a_base_name_says_so(tmp_path: Path):
 
 
 def test_export_refuses_in_one_line(adapter: Path, tmp_path: Path):
-    assert "unknown tasks 'law'" in alora("export", adapter, "--task", "law", "--out", tmp_path / "out", code=2)
+    assert "unknown task 'law'" in alora("export", adapter, "--task", "law", "--out", tmp_path / "out", code=2)
     assert "--dtype must be one of" in alora("export", adapter, "--dtype", "int8", "--out", tmp_path / "out", code=2)
     assert "has no adapter_config.json" in alora("export", tmp_path, "--out", tmp_path / "out", code=2)
     alora("export", adapter, "--out", tmp_path / "out")

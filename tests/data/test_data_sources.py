@@ -154,7 +154,10 @@ def test_test_rows_of_a_task_that_is_not_trained_are_left_out(jsonl):
         ([{"prompt": "a", "answer": "b"}, "{oops"], r"line 2: not valid JSON"),
         ([{"prompt": "a", "answer": "b"}, "", "[1]"], r"line 3: expected a JSON object"),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "c"}], r"line 2: lacks answer"),
-        ([{"question": "a", "answer": "b"}], r"no column 'prompt'; present: question, answer.*TaskSpec"),
+        (
+            [{"question": "a", "answer": "b"}],
+            r"no column 'prompt'; present: question, answer.*task.s prompt and answer",
+        ),
         ([], r"has no rows"),
         ([{"prompt": "a", "answer": None}], r"own\.jsonl, line 1 has an empty answer"),
         ([{"prompt": " ", "answer": "b"}], r"own\.jsonl, line 1 has an empty prompt"),

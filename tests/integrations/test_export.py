@@ -149,7 +149,7 @@ def test_rank_dtype_and_names(tmp_path):
     assert_same_answers(PeftModel.from_pretrained(llama(), tmp_path / "code"), model, "code")
     with pytest.raises(ValueError, match=r"rank must be at least 3.*got 2"):
         export_lora(model, tmp_path, rank=2)
-    with pytest.raises(ValueError, match=r"unknown tasks 'maths'.*math, code"):
+    with pytest.raises(ValueError, match=r"unknown task 'maths'.*math, code"):
         export_lora(model, tmp_path, tasks=["maths"])
     with pytest.raises(ValueError, match="use \\['math'\\]"):
         export_lora(model, tmp_path, tasks="math")

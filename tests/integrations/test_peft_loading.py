@@ -105,9 +105,11 @@ def test_a_config_beside_the_folder_is_compared_too(folder):
     assert torch.equal(logits(model, row, adapter_names=["math"]), logits(saved, row, adapter_names=["math"]))
     given.lora_alpha = 100
     base = llama()
-    with pytest.raises(ValueError, match="scaling"):
+    with pytest.raises(ValueError, match=r"scaling .* or leave config= out"):
         PeftModel.from_pretrained(base, folder, config=given)
     assert not layers_of(base)
+    with pytest.raises(ValueError, match=r"scaling .* or load it under a name of its own"):
+        adapted(tasks=THREE, lora_alpha=100).load_adapter(folder, "default")
 
 
 def test_a_new_name_takes_the_folder_as_it_is(folder):

@@ -216,7 +216,7 @@ def test_set_task_refuses_what_it_cannot_set():
         set_task(model, "x")
     with pytest.raises(ValueError, match="unknown adapter 'x': the model has default"):
         set_task(model, "math", adapter_name="x")
-    with pytest.raises(ValueError, match="soft routing"):
+    with pytest.raises(ValueError, match="default has no tasks: its router chooses by itself"):
         set_task(adapted(routing="soft"), "math")
     with pytest.raises(ValueError, match="has no ALoRA layers"):
         set_task(llama(), "math")
@@ -225,7 +225,9 @@ def test_set_task_refuses_what_it_cannot_set():
 def test_soft_routing_takes_no_names_and_has_a_router():
     model, ids = adapted(routing="soft"), tokens()
     assert not torch.allclose(logits(model, ids), logits(llama(), ids), atol=1e-3)
-    with pytest.raises(ValueError, match="soft routing chooses by itself"):
+    with pytest.raises(
+        ValueError, match="default has no tasks: its router chooses by itself, so leave adapter_names out"
+    ):
         model(input_ids=ids, adapter_names=["math", "code"])
     model.train()(input_ids=ids, labels=ids).loss.backward()
     grads = adapter_grads(model)

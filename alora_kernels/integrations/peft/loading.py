@@ -100,7 +100,7 @@ def _rows(source: Source, saved: PeftConfig, adapter_name: str, config: ALoRACon
         )
     if saved.routing != config.routing:
         raise ValueError(f"{_both(source, adapter_name)} differ in routing, {saved.routing!r} there and"
-                         f" {config.routing!r} here: load it under a name of its own")  # fmt: skip
+                         f" {config.routing!r} here: {_remedy(source)}")  # fmt: skip
     theirs: Any = saved.tasks or []
     ours: Any = config.tasks or []
     if theirs == ours:
@@ -108,8 +108,8 @@ def _rows(source: Source, saved: PeftConfig, adapter_name: str, config: ALoRACon
     if set(theirs) != set(ours):
         raise ValueError(
             f"{_both(source, adapter_name)} differ in their tasks, {', '.join(theirs)} there and {', '.join(ours)}"
-            f" here, and rows of A go by the names of the tasks: make the adapter with tasks={theirs}, or load it"
-            " under a name of its own"
+            f" here, and rows of A go by the names of the tasks: make the adapter with tasks={theirs}, or"
+            f" {_remedy(source)}"
         )
     folder = Path(source.folder)
     if any((place / name).exists() for place in (folder, folder.parent) for name in OPTIMIZER):
@@ -119,6 +119,11 @@ def _rows(source: Source, saved: PeftConfig, adapter_name: str, config: ALoRACon
             f" tasks={theirs}"
         )
     return [theirs.index(task) for task in ours]
+
+
+def _remedy(source: Source) -> str:
+    """What gives the file's adapter as it was saved."""
+    return "leave config= out, so that the file's own is taken" if source.new else "load it under a name of its own"
 
 
 def _both(source: Source, adapter_name: str) -> str:
@@ -180,7 +185,7 @@ def _check_scaling(
         )
         raise ValueError(
             f"{_both(source, adapter_name)} differ in the scaling of {module}, {theirs:g} there and {spec.scaling:g}"
-            f" here ({settings}): make the adapter with the file's settings, or load it under a name of its own"
+            f" here ({settings}): make the adapter with the file's settings, or {_remedy(source)}"
         )
     if saved.lora_dropout != config.lora_dropout:
         warnings.warn(f"{_both(source, adapter_name)} differ in lora_dropout, {saved.lora_dropout} there and"

@@ -175,8 +175,8 @@ class ALoRAModel(BaseTuner):
         tasks = {name: config.tasks for name, config in configs.items() if config.routing == "task"}
         if not tasks:
             raise ValueError(
-                f"adapter_names was given but {', '.join(configs) or 'no active adapter'} has tasks: soft routing"
-                " chooses by itself; leave adapter_names out"
+                f"adapter_names was given, but {', '.join(configs)} has no tasks: its router chooses by itself, so"
+                " leave adapter_names out"
             )
         return tasks
 

@@ -56,8 +56,10 @@ def _chosen(
     active = list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in tasks))
     names = [adapter_name] if adapter_name is not None else active
     routed = [name for name in names if tasks[name]]
+    if not names:
+        raise ValueError("no ALoRA adapter is active: choose one with set_adapter")
     if not routed:
-        raise ValueError(f"{', '.join(names) or 'no active adapter'} has tasks: soft routing chooses by itself")
+        raise ValueError(f"{', '.join(names)} has no tasks: its router chooses by itself")
     if task is None:
         return routed
     fitting = [name for name in routed if _knows(task, tasks[name])]
