@@ -104,7 +104,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
     config = config_for(tmp_path / "out", "fedavg")
     before = go(config)
-    with pytest.raises(FileExistsError, match="--resume, or choose another output"):
+    with pytest.raises(FileExistsError, match="--resume, replace it with --overwrite, or choose another output"):
         go(config)
     assert read(config.output / LEDGER) == before.events
 
