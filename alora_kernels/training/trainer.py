@@ -33,6 +33,9 @@ from .sampler import TaskBalancedSampler
 from .sums import TaskSums
 from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a, task_layers
 
+# transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
+DIVIDES_AGAIN = not hasattr(Trainer, "loss_is_scaled_for_ga")
+
 
 class ALoRATrainer(Trainer):
     """Train several tasks at once on one frozen model.
@@ -243,7 +246,8 @@ class ALoRATrainer(Trainer):
             # Trainer's own smoother divides by the labels of the step; everything else here it scales as it knows to
             self.loss_is_scaled_for_ga = True if smoothed and num_items_in_batch is not None else None
             with self._routing(inputs.get("task_ids")):
-                return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
+                given: Any = super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
+            return (self._undivided(given[0]), given[1]) if return_outputs else self._undivided(given)
         if model.training and self.routed and not return_outputs:
             inputs = side_by_side(inputs)
         scored, task_ids = self._score(model, inputs, return_outputs and self._all_logits), inputs.get("task_ids")
@@ -257,7 +261,15 @@ class ALoRATrainer(Trainer):
             loss = loss * (scored.counts.sum() / num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = self._undivided(loss)
         return (loss, scored.outputs) if return_outputs else loss
+
+    def _undivided(self, loss: Tensor) -> Tensor:
+        """The loss, so that it is right after a division that this version of transformers makes once too often."""
+        divided = not self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.model.training
+        if DIVIDES_AGAIN and divided and self.loss_is_scaled_for_ga:
+            return loss * self.current_gradient_accumulation_steps
+        return loss
 
     def _add(self, sums: TaskSums, task_ids: Tensor, scored: Scored) -> None:
         """Note what the rows of a batch scored; of an evaluation by several processes, once for each row."""
