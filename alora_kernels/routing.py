@@ -96,6 +96,8 @@ class Routing:
     """
 
     given_as = "task_ids"
+    layer: object = None  # that asks, and where the rows are in what it is given; see `at`
+    layout: Layout | None = None
 
     def __init__(self, task_ids: Tensor, repeats: int = 1) -> None:
         if not isinstance(task_ids, Tensor):
@@ -107,47 +109,40 @@ class Routing:
         self._groups: dict[tuple[torch.Size, int, torch.device, Layout | None], RowGroups] = {}
         self._checked: set[int] = set()
 
-    def groups(
-        self,
-        leading: torch.Size,
-        num_tasks: int,
-        device: torch.device,
-        layout: Layout | None = None,
-        layer: object = None,
-    ) -> RowGroups:
+    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
         """Row groups for activations of shape `[*leading, K]`, built at the first request.
 
         Args:
             leading: the activations' shape without the last dimension.
             num_tasks: E.
             device: where the groups are needed; the ids move there once.
-            layout: where the batch rows are in the leading shape; None if nobody knows, see `expand_ids`.
-            layer: who asks, for the error.
 
         Raises:
             ValueError: an id is out of range, or the ids do not fit the rows of the layer.
         """
-        key = (leading, num_tasks, device, layout)
+        key = (leading, num_tasks, device, self.layout)
         if key not in self._groups:
             if num_tasks not in self._checked:
                 check_ids(self.task_ids, num_tasks)
                 self._checked.add(num_tasks)
-            ids = expand_ids(self.task_ids, leading, self.repeats, layout)
+            ids = expand_ids(self.task_ids, leading, self.repeats, self.layout)
             if ids is None and (self.one_row or (num_tasks == 1 and _all_equal(self.task_ids))):
                 ids = self.task_ids.reshape(-1)[:1].expand(leading.numel())  # no row can be taken for another
             if ids is None:
-                raise ValueError(_misfit(self.task_ids, leading, self.repeats, layout, layer))
+                raise ValueError(_misfit(self.task_ids, leading, self.repeats, self.layout, self.layer))
             self._groups[key] = group_rows(ids.to(device), num_tasks)
         return self._groups[key]
 
     def at(self, layer: object, layout: Layout | None = None) -> Routing:
-        """The same ids for one layer, which is named in errors.
+        """The same ids for one layer, which is named in errors; what was built for one layer serves all of its layout.
 
         Args:
             layer: its `rows_name`, or else its repr, names it.
-            layout: where the batch rows are in what the layer is given.
+            layout: where the batch rows are in what the layer is given; None if nobody knows, see `expand_ids`.
         """
-        return _Placed(self, layer, layout)
+        placed = copy.copy(self)
+        placed.layer, placed.layout = layer, layout
+        return placed
 
     def repeated(self, repeats: int) -> Routing:
         """The same ids for a model that may repeat each batch row for so many consecutive rows."""
@@ -178,25 +173,6 @@ class Routing:
         )
 
 
-class _Placed(Routing):
-    """A routing as one layer sees it."""
-
-    def __init__(self, routing: Routing, layer: object, layout: Layout | None) -> None:
-        self.task_ids, self.repeats = routing.task_ids, routing.repeats
-        self.routing, self.layer, self.layout = routing, layer, layout
-
-    def groups(
-        self,
-        leading: torch.Size,
-        num_tasks: int,
-        device: torch.device,
-        layout: Layout | None = None,
-        layer: object = None,
-    ) -> RowGroups:
-        """As `Routing.groups`."""
-        return self.routing.groups(leading, num_tasks, device, self.layout, self.layer)
-
-
 class ConstantRouting(Routing):
     """One task for every row: its groups need no sort, which a compiled graph would hold once per layer.
 
@@ -208,14 +184,7 @@ class ConstantRouting(Routing):
         super().__init__(torch.tensor([task]))
         self.task = task
 
-    def groups(
-        self,
-        leading: torch.Size,
-        num_tasks: int,
-        device: torch.device,
-        layout: Layout | None = None,
-        layer: object = None,
-    ) -> RowGroups:
+    def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
         """As `Routing.groups`; rows of any layout fit."""
         key = (leading, num_tasks, device, None)
         if key not in self._groups:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -28,7 +28,7 @@ from ..modules.tasks import task_names
 from .budget import ROUTED, check_method, rank_for
 from .peft import ALoRAConfig
 from .peft.probe import Finding, probe
-from .peft.selection import leave_out, rows_of
+from .peft.selection import leave_out, rows_of, targets_of
 from .peft.targets import base_of, check_target, features, hooked
 
 Findings = Mapping[str, Finding] | None
@@ -214,8 +214,7 @@ def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, 
         config.target_modules = default
     config.modules_to_save = [*method.trained_in_full]
     leave_out(model, config, findings, len(method.tasks) if method.name in ROUTED else 1)
-    _maybe_include_all_linear_layers(config, model)
-    found = {name: m for name, m in model.named_modules() if name and check_target_module_exists(config, name)}
+    found = {name: model.get_submodule(name) for name in targets_of(model, config)}
     if not found:
         raise ValueError(f"target_modules: {method.target_modules!r} matches no module of this model")
     return found

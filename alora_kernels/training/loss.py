@@ -148,7 +148,7 @@ class ModelLoss:
                 return UNKNOWN  # no label to tell by: another batch will
             by_class = logits.flatten(0, -2).to(own.dtype)  # rounded as the model rounds
             mean = F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED)
-            mean = mean if extra is None else mean + self._coefficient * extra
+            mean = self._balanced(mean, extra)
             if torch.isclose(own.double(), mean.double(), rtol=_tolerance(own)):
                 agreed.append(SHIFTED if shifts else ALIGNED)
         if len(agreed) == 2:
@@ -185,8 +185,11 @@ class ModelLoss:
         aligned = next_labels(labels) if self.shifts else labels
         losses, _, right = row_losses(outputs["logits"], aligned, label_smoothing)
         mean = losses.sum() / counts.sum().clamp_min(1)
-        extra = _value(outputs, "aux_loss")
-        return Scored(outputs, mean if extra is None else mean + self._coefficient * extra, losses, counts, right)
+        return Scored(outputs, self._balanced(mean, _value(outputs, "aux_loss")), losses, counts, right)
+
+    def _balanced(self, mean: Tensor, extra: Tensor | None) -> Tensor:
+        """A mean with the balancing loss of a mixture of experts, where the model gives one."""
+        return mean if extra is None else mean + self._coefficient * extra
 
 
 def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
