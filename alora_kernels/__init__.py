@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from . import reference
-from .integrations.lazy import register_with_peft
-from .later import names_later
+from ._lazy import names_later
+from ._peft_hook import register_with_peft
 from .modules import FusedALoRALinear
 from .ops import alora_delta, alora_linear, alora_linear_group
 from .recompute import keep_routing
@@ -12,11 +12,11 @@ from .routing import Routing, route
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .integrations.export import export_lora
-    from .integrations.import_lora import import_lora
-    from .integrations.peft import ALoRAConfig, save_adapter, set_task
-    from .integrations.peft.accelerate import accelerate, restore
+    from .adapters.export import export_lora
+    from .adapters.import_lora import import_lora
     from .training import ALoRATrainer
+    from .tuner import ALoRAConfig, save_adapter, set_task
+    from .tuner.accelerate import accelerate, restore
 
 __all__ = [
     "ALoRAConfig",
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 _LATER = {  # they import PEFT or transformers, which takes seconds: only when asked for
-    "ALoRAConfig": "integrations.peft",
+    "ALoRAConfig": "tuner",
     "ALoRATrainer": "training",
-    "accelerate": "integrations.peft.accelerate",
-    "export_lora": "integrations.export",
-    "import_lora": "integrations.import_lora",
-    "restore": "integrations.peft.accelerate",
-    "save_adapter": "integrations.peft",
-    "set_task": "integrations.peft",
+    "accelerate": "tuner.accelerate",
+    "export_lora": "adapters.export",
+    "import_lora": "adapters.import_lora",
+    "restore": "tuner.accelerate",
+    "save_adapter": "tuner",
+    "set_task": "tuner",
 }
 
 __getattr__ = names_later(__name__, _LATER)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels.config import Tile
+from alora_kernels.kernels.tiles import Tile
 from alora_kernels.routing import RowGroups, group_rows
 
 R, E, S = 16, 8, 2.0

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alora_kernels
-from alora_kernels import baselines as torch_baselines
+from alora_kernels.baselines import formulas as torch_baselines
 from alora_kernels.ops.plans import PLANS
 
 from .baselines import addmm, foreign, grouped, hydra, peft_layers

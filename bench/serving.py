@@ -102,8 +102,8 @@ def main(
 
 def measure(plan: Plan, run: Row, sheet: Sheet[Row]) -> tuple[list[Row], bool]:
     """All rows, and whether Ctrl-C ended it."""
-    from alora_kernels.cli.edge import quiet
     from alora_kernels.data import MissingPackageError, load_model
+    from alora_kernels.recipes.display import quiet
 
     from .serving_adapters import Adapters, Truth, sharing
     from .serving_load import prompts

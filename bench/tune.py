@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import config, tuned
-from alora_kernels.kernels.config import Tile, trying
+from alora_kernels.kernels import tiles as config
+from alora_kernels.kernels import tuned
+from alora_kernels.kernels.tiles import Tile, trying
 from alora_kernels.ops.plans import PLANS, Plan
 
 from . import aot, candidates, cuda

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import rich
 
-from alora_kernels.federated import FedConfig, flower
-from alora_kernels.federated.flower.app import write_app
-from alora_kernels.federated.flower.commands import environment, supernode_command
-from alora_kernels.federated.flower.keys import make_certificates, make_node_key
-from alora_kernels.federated.flower.processes import Processes, free_port
-from alora_kernels.federated.ledger import read
-from alora_kernels.federated.live import summary
+from alora_kernels.federated import FedConfig, deploy
+from alora_kernels.federated.deploy.apps import write_app
+from alora_kernels.federated.deploy.commands import environment, supernode_command
+from alora_kernels.federated.deploy.keys import make_certificates, make_node_key
+from alora_kernels.federated.deploy.processes import Processes, free_port
+from alora_kernels.federated.log import read
+from alora_kernels.federated.view import summary
 
 HERE, TASKS = "127.0.0.1", ("movie", "amazon", "nyt")
 
@@ -35,9 +35,9 @@ def main(output: str = "runs/fed-loopback", model: str = "minilm", **settings: i
     with Processes(folder / "logs") as processes:
         # on the server: alora fed server run.yaml --certificates tls --key movie.pub --key amazon.pub --key nyt.pub
         server = folder / "server"
-        flower.start_superlink(processes, server, host=HERE, port=port, certificates=certificates)
+        deploy.start_superlink(processes, server, host=HERE, port=port, certificates=certificates)
         for task, (_, public) in keys.items():
-            flower.register(server, public, task)
+            deploy.register(server, public, task)
 
         # on each client: alora fed client run.yaml movie --server fed.example.org:8000 --ca ca.pem --key movie
         for task, (private, _) in keys.items():
@@ -46,7 +46,7 @@ def main(output: str = "runs/fed-loopback", model: str = "minilm", **settings: i
             processes.start(task, command, environment(folder / task))
 
         # part of `alora fed server`: the run begins when enough clients are connected
-        flower.submit_and_wait(server, write_app(folder / "app", config.to_yaml()), echo=print)
+        deploy.submit_and_wait(server, write_app(folder / "app", config.to_yaml()), echo=print)
     events = read(config.output / "ledger.jsonl")
     rich.print(summary(events))
     return events

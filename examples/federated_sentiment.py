@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alora_kernels.cli.display import console
-from alora_kernels.cli.fed import study as fed_study
 from alora_kernels.federated import METHODS, FedConfig
+from alora_kernels.recipes import study as fed_study
+from alora_kernels.recipes.display import console
 
 FOUR = ("movie", "amazon", "nyt", "tweets")
 EIGHT = (*FOUR, "trec", "spam", "bbc", "words")

@@ -6,8 +6,8 @@ from peft import get_peft_model
 from transformers import TrainingArguments
 
 from alora_kernels import data
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer
+from alora_kernels.tuner import ALoRAConfig
 
 TASKS = ["trec", "movie", "spam", "bbc"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import rich
 
-from alora_kernels.cli import serve_demo
-from alora_kernels.cli.serve_demo import Answer, Server
+from alora_kernels.recipes import serve_demo
+from alora_kernels.recipes.serve_demo import Answer, Server
 
 
 async def ask(client: openai.AsyncOpenAI, base: str, task: str | None, prompt: str, stream: bool) -> Answer:

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers import TrainingArguments
 
 from alora_kernels import data, reference
-from alora_kernels.integrations.peft import ALoRAConfig, ALoRALayer
 from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels.tuner import ALoRAConfig, ALoRALayer
 
 TASKS = ["trec", "spam"]
 

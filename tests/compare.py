@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import reference
-from alora_kernels.ops.backend import interpreting
+from alora_kernels.ops.dispatch import interpreting
 
 Layer = Callable[..., Tensor]
 

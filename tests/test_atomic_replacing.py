@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alora_kernels.atomic import replacing
+from alora_kernels.files import replacing
 
 
 def test_the_draft_takes_the_files_place_when_the_block_ends(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alora_kernels.later import names_later
+from alora_kernels._lazy import names_later
 
 
 @pytest.fixture

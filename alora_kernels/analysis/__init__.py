@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..later import names_later
+from .._lazy import names_later
 
 if TYPE_CHECKING:
     from .callback import ConflictCallback
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .sources import units
     from .spectrum import Spectrum, matrix_spectrum, update_spectrum
     from .study import compare_units
-    from .unit import Unit
+    from .units import Unit
 
 _WHERE = {
     "Analysis": "result",
@@ -41,7 +41,7 @@ _WHERE = {
     "IncomparableError": "similarity",
     "NotFiniteError": "gradients",
     "Spectrum": "spectrum",
-    "Unit": "unit",
+    "Unit": "units",
     "chance": "similarity",
     "column_change": "change",
     "compare": "gradients",

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import atomic
+from .. import files
 from .gradients import COLUMNS, Conflicts, Loss, NotFiniteError, task_conflicts, two_tasks
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ConflictCallback(TrainerCallback):
                 raise ValueError(f"{self.path} holds an earlier run's rows: delete it or give another path")
             kept = self._rows_until(state.global_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(self.path) as draft:
+        with files.replacing(self.path) as draft:
             draft.write_text(_lines([list(COLUMNS), *kept]), newline="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .exact import checked, exact, factors, scale
+from .float64 import checked, exact, factors, scale
 
 BLOCK = 2**20  # numbers per block: 8 MB in float64, a handful of which are alive at a time
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .labels import NAMES
 from .names import clipped
 from .plan import Plan
 from .table import Mean, Row, mean_of, measures, over_layers, where
-from .words import NAMES
 
 if TYPE_CHECKING:
     from .result import Analysis

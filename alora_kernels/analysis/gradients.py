@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .exact import double
+from .float64 import double
 from .similarity import unit
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .labels import CHANCE_OF, NAMES
 from .names import clipped
 from .plan import Plan
 from .table import Row, mean_of, measures, square, where
-from .words import CHANCE_OF, NAMES
 
 if TYPE_CHECKING:
     from .result import Analysis

@@ -20,12 +20,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import atomic
+from .. import files
 from ..version import __version__
 from .figures import Picture, check_matplotlib, pictures
+from .labels import READING
 from .page import page
 from .summary import NOTHING, counted, groups, pair_columns, pairs, shown, unit_columns, which
-from .words import READING
 
 if TYPE_CHECKING:
     from .result import Analysis
@@ -62,7 +62,7 @@ def write_report(analysis: Analysis, folder: str | Path, *, command: str | None 
         images.mkdir(exist_ok=True)
         (images / f"{picture.name}.png").write_bytes(picture.light)
     path = out / "report.html"
-    with atomic.replacing(path) as draft:
+    with files.replacing(path) as draft:
         draft.write_text(render(analysis, drawn, command), encoding="utf-8")
     return path
 

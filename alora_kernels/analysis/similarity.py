@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .exact import checked, exact
+from .float64 import checked, exact
 
 
 class IncomparableError(ValueError):

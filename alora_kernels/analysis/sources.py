@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..integrations.adapter_config import AdapterFolderError, checked_config, read_settings, refused
-from ..integrations.adapter_folder import PREFIX, AdapterFile, read_adapter
-from ..integrations.method_files import SETTINGS, STATE, read_method
-from ..integrations.peft.files import CONFIG, WEIGHTS
-from ..integrations.peft.register import NAME as ALORA
+from ..adapters.config import AdapterFolderError, checked_config, read_settings, refused
+from ..adapters.reader import PREFIX, AdapterFile, read_adapter
+from ..baselines.files import SETTINGS, STATE, read_method
 from ..modules.init import lora_scaling
+from ..tuner.files import CONFIG, WEIGHTS
+from ..tuner.register import NAME as ALORA
 from .names import clean
-from .unit import HYDRA, SOFT, Loaded, Unit, Update
+from .units import HYDRA, SOFT, Loaded, Unit, Update
 from .weights import Weights, matched
 
 FINAL, UNEQUAL = "final.safetensors", "fed-alora-het"  # of `alora fed`: a client's finished matrices, and the method

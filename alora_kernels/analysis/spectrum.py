@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .exact import exact, factors, scale
+from .float64 import exact, factors, scale
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.adapter_config import refused
+from ..adapters.config import refused
+from .compare import W0, Found, Side, measure
 from .conflict_files import conflict_files
-from .measure import W0, Found, Side, measure
 from .names import distinct, places
 from .result import Analysis, Described, Skipped
 from .sources import units
-from .unit import HYDRA, SOFT, Loaded, Unit
+from .units import HYDRA, SOFT, Loaded, Unit
 
 
 def compare_units(

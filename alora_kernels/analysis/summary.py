@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .labels import NAMES
 from .table import Mean, by_pair, by_unit, mean_of, measures, where
-from .words import NAMES
 
 if TYPE_CHECKING:
     from .result import Analysis

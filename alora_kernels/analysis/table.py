@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import atomic
+from .. import files
 from .names import Place
 
 
@@ -129,7 +129,7 @@ def rows_at(place: Place, module: str) -> Any:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     """Write a file whole or not at all; numbers with nine digits, NaN and None blank."""
-    with atomic.replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    with files.replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(header)
         out.writerows([_cell(value) for value in row] for row in rows)

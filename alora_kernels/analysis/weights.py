@@ -16,10 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import atomic
-from ..integrations.adapter_config import AdapterFolderError, not_finite, refused
-from ..integrations.adapter_folder import Stamp, stamp_of
-from ..integrations.peft.files import unwrapped
+from .. import files
+from ..adapters.config import AdapterFolderError, not_finite, refused
+from ..adapters.reader import Stamp, stamp_of
+from ..tuner.files import unwrapped
 
 
 class Weights:
@@ -74,7 +74,7 @@ def matched(
     path, found, bad = folder / name, Found(), list[str]()
     try:
         stamp = stamp_of(path)
-        metadata = atomic.read(path)[1] if checksum else {}
+        metadata = files.read(path)[1] if checksum else {}
         with safe_open(path, framework="pt") as file:
             for key in sorted(file.keys()):
                 match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .edge import USER_ERRORS, fail, quiet
+from ..recipes.display import quiet
+from .errors import USER_ERRORS, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,7 @@ def analyze(
     from ..analysis.report import write_report
     from ..analysis.sources import units
     from ..analysis.study import compare_units
-    from . import display
+    from ..recipes import display
 
     try:
         if figures:
@@ -98,7 +99,7 @@ def _command(folders: list[Path], out: Path, init: Path | None, base: str | None
 
 def _load(name: str) -> Any:
     from .. import data
-    from . import display
+    from ..recipes import display
 
     with display.err.status(f"loading {name} ..."):
         return data.load_model(name)[0]
@@ -107,7 +108,7 @@ def _load(name: str) -> Any:
 @contextmanager
 def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that stays away from work that is over before it could be read."""
-    from . import display
+    from ..recipes import display
 
     began, bar = time.monotonic(), display.progress(unit)
     task = bar.add_task(what, total=None, note="")
@@ -127,7 +128,7 @@ def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 def _show(study: Analysis, out: Path, page: Path) -> None:
     """The shortest tables that say something, then where the rest is."""
     from ..analysis import summary
-    from . import display
+    from ..recipes import display
 
     per_pair, per_unit = summary.pair_columns(study), summary.unit_columns(study)
     chosen, more = summary.pairs(per_pair, PAIRS)
@@ -155,7 +156,7 @@ def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[t
     from rich.markup import escape
 
     from ..analysis import summary
-    from . import display
+    from ..recipes import display
 
     for start in range(0, len(columns), COLUMNS) if keys else ():
         part = columns[start : start + COLUMNS]
@@ -169,6 +170,6 @@ def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[t
 
 def _say(text: str, style: str | None = None) -> None:
     """Text as it is, so that paths can be copied."""
-    from . import display
+    from ..recipes import display
 
     display.say(text, style)

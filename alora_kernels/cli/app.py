@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ..integrations.budget import METHODS
+from ..baselines.budget import METHODS
+from ..recipes.display import quiet
+from .adapters import export_lora, import_lora
 from .analyze import analyze
-from .edge import USER_ERRORS, fail, quiet
+from .errors import USER_ERRORS, fail
 from .fed import app as federated
-from .lora import export_lora, import_lora
 from .serve import serve
 
 app = typer.Typer(
@@ -39,8 +40,8 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
     quiet()
-    from . import demo as command
-    from .output import claim
+    from ..recipes import demo as command
+    from ..recipes.output import claim
 
     try:
         if output is not None:
@@ -69,9 +70,9 @@ def train(
     Paths of data start from the recipe's folder, the output folder from the current one.
     """
     quiet()
-    from . import train as steps
-    from .output import ADAPTER, claim, clear
-    from .recipe import load_recipe
+    from ..recipes import train as steps
+    from ..recipes.output import ADAPTER, claim, clear
+    from ..recipes.recipe import load_recipe
 
     try:
         recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
@@ -100,9 +101,9 @@ def evaluate(
     All tasks are mixed in every batch.
     """
     quiet()
-    from . import train as steps
-    from .output import ADAPTER
-    from .recipe import FILE, load_recipe
+    from ..recipes import train as steps
+    from ..recipes.output import ADAPTER
+    from ..recipes.recipe import FILE, load_recipe
 
     try:
         if not (adapter / FILE).exists():

@@ -15,9 +15,9 @@ import platform
 import torch
 
 from ..data.packages import PINS
-from ..ops.backend import ENV, explain, interpreting
+from ..ops.dispatch import ENV, explain, interpreting
 from ..ops.plans import explain_plan
-from . import display
+from ..recipes import display
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
 DATA_PACKAGES = {

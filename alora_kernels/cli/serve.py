@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .edge import USER_ERRORS, fail, quiet
+from ..recipes.display import quiet
+from .errors import USER_ERRORS, fail
 
 if TYPE_CHECKING:
     from ..serving import Engine, TaskInfo
-    from ..serving.server import ServerConfig
+    from ..serving.http import ServerConfig
 
 KEY_VARIABLE = "ALORA_API_KEY"
 EXTRA = ("fastapi", "limits", "prometheus_client", "threadpoolctl", "uvicorn")  # what the extra `serving` installs
@@ -124,7 +125,7 @@ def _check(options: EngineOptions, host: str, keys: Sequence[str], allow_anonymo
     Raises:
         ValueError: names the option.
     """
-    from ..serving.server.config import is_loopback
+    from ..serving.http.config import is_loopback
 
     if not is_loopback(host) and not keys and not allow_anonymous:
         raise ValueError(
@@ -140,8 +141,8 @@ def _check(options: EngineOptions, host: str, keys: Sequence[str], allow_anonymo
 
 def _config(**settings: Any) -> ServerConfig:
     """Server settings; without keys on loopback only loopback's names are answered."""
-    from ..serving.server import ServerConfig
-    from ..serving.server.config import LOOPBACK_NAMES, is_loopback
+    from ..serving.http import ServerConfig
+    from ..serving.http.config import LOOPBACK_NAMES, is_loopback
 
     host = settings["host"]
     closed = is_loopback(host) and not settings["api_keys"]
@@ -149,8 +150,8 @@ def _config(**settings: Any) -> ServerConfig:
 
 
 def _run(options: EngineOptions, config: ServerConfig) -> int:
-    from ..serving.server import bind, serve
-    from . import display
+    from ..recipes import display
+    from ..serving.http import bind, serve
 
     bound = bind(config.host, config.port)
     try:
@@ -209,8 +210,8 @@ def _check_adapter(folder: Path) -> None:
     Raises:
         ValueError: naming the folder.
     """
-    from ..integrations.method_files import SETTINGS, read_method
-    from ..integrations.peft.files import CONFIG
+    from ..baselines.files import SETTINGS, read_method
+    from ..tuner.files import CONFIG
 
     if (folder / CONFIG).is_file():
         return
@@ -231,7 +232,7 @@ def _show(engine: Engine, config: ServerConfig, port: int) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
-    from . import display
+    from ..recipes import display
 
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"

@@ -20,7 +20,7 @@ from alora_kernels.data.tasks import Task
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from alora_kernels.integrations.task_cards import TaskCard
+    from alora_kernels.adapters.cards import TaskCard
 
 
 def task_cards(
@@ -37,7 +37,7 @@ def task_cards(
         Task -> card. A task that a file's column names has the file's template; if several files could have named it
         and their templates differ, none.
     """
-    from alora_kernels.integrations.task_cards import TaskCard
+    from alora_kernels.adapters.cards import TaskCard
 
     known = {source.name: source for source in map(as_source, sources)}
     naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}

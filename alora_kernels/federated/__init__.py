@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..later import names_later
+from .._lazy import names_later
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -29,30 +29,30 @@ os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 if TYPE_CHECKING:
-    from .adapters import adapt, fingerprint
     from .config import ConfigError, FedConfig, load_config
     from .engine import run
     from .guard import Limits
-    from .methods import METHODS, ShareSpec, share_spec
+    from .model import adapt, fingerprint
     from .outcome import Outcome
     from .participant import Participant, fit, shuffled
     from .server import Template
+    from .share_specs import METHODS, ShareSpec, share_spec
 
 _WHERE = {
-    "METHODS": "methods",
+    "METHODS": "share_specs",
     "ConfigError": "config",
     "FedConfig": "config",
     "Limits": "guard",
     "Outcome": "outcome",
     "Participant": "participant",
-    "ShareSpec": "methods",
+    "ShareSpec": "share_specs",
     "Template": "server",
-    "adapt": "adapters",
-    "fingerprint": "adapters",
+    "adapt": "model",
+    "fingerprint": "model",
     "fit": "participant",
     "load_config": "config",
     "run": "engine",
-    "share_spec": "methods",
+    "share_spec": "share_specs",
     "shuffled": "participant",
 }
 

@@ -25,7 +25,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from .. import atomic
+from .. import files
 from .strategies import FromRound
 
 FORMAT = "alora-server-1"
@@ -98,7 +98,7 @@ def save(
     }
     path = Path(folder) / FILE
     try:
-        atomic.write(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
+        files.write(path, tensors, {"format": FORMAT, "state": json.dumps(state)})
     except OSError as error:
         raise CheckpointError(
             f"could not write {path}: {error.strerror or error}; the checkpoint before it is untouched, make room or "
@@ -115,12 +115,12 @@ def load(folder: Path) -> Checkpoint:
     """
     path = Path(folder) / FILE
     try:
-        tensors, metadata = atomic.read(path)
+        tensors, metadata = files.read(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"there is no checkpoint {path}; give the folder of the run that was stopped, or start it without resuming"
         ) from None
-    except (OSError, atomic.DamagedFileError) as error:
+    except (OSError, files.DamagedFileError) as error:
         raise CheckpointError(f"{error}; restore the file from a backup, or start the run anew") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(

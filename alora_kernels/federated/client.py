@@ -26,13 +26,14 @@ from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 from torch import nn
 
-from .. import atomic
-from . import adapters, wire
+from .. import files
+from . import model as adapters
+from . import wire
 from .config import FedConfig
 from .dp import client_mods
 from .participant import Participant, seeded
 from .seeds import seed_of
-from .store import BehindError, PrivateStore
+from .state import BehindError, PrivateStore
 
 log = logging.getLogger("alora_kernels.federated")
 
@@ -171,7 +172,7 @@ class Client:
         model: Any = self.participant.model
         own = adapters.matrices(model, self.config.spec)
         said = {METHOD: self.config.method, SCALING: str(self.config.scaling)}
-        atomic.write(folder / FINAL, {key: m.tensor for key, m in own.items()}, said)
+        files.write(folder / FINAL, {key: m.tensor for key, m in own.items()}, said)
         if hasattr(model, "save_pretrained") and hasattr(model, "peft_config"):
             model.save_pretrained(str(folder / "adapter"))
 

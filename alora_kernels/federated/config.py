@@ -4,7 +4,7 @@ In:   YAML text or keyword arguments.
 Out:  a frozen `FedConfig`; unknown keys and wrong values are refused, all at once, with the key's path.
 Who:  the command line, the Flower apps, `engine.run`; the same text goes to every machine.
 
-The fields from `model` on are read only by the built-in participants (`alora_kernels.cli.fed.participants`); who brings
+The fields from `model` on are read only by the built-in participants (`alora_kernels.recipes.federated`); who brings
 models and data of their own may leave them out.
 """
 
@@ -19,8 +19,8 @@ from ..modules.init import lora_scaling
 from ..settings import mistakes, read_yaml, write_yaml
 from .dp import DpSettings, needs_equal_weights
 from .guard import Limits
-from .methods import ShareSpec, share_spec
 from .names import NAME
+from .share_specs import ShareSpec, share_spec
 from .strategies import refuse_secagg
 
 

@@ -14,12 +14,12 @@ from flwr.app import Context, Message
 
 from .client import Client, client_app, client_name
 from .config import FedConfig
-from .inprocess import InProcessGrid
+from .local import InProcessGrid
 from .outcome import Outcome
 from .participant import Participant, seeded
 from .seeds import seed_of
 from .server import CLIENTS, Template, serve
-from .store import PrivateStore
+from .state import PrivateStore
 
 
 def clients_of(

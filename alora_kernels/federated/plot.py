@@ -19,8 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .live import clean
 from .summary import Event, Track, run_of, tracks
+from .view import clean
 
 # Paul Tol, "Colour schemes", 2021: muted, without its pale yellow
 COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499")

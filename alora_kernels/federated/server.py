@@ -28,13 +28,14 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from .. import atomic
-from . import adapters, checkpoint, wire
+from .. import files
+from . import checkpoint, wire
+from . import model as adapters
 from .client import BASE, FINAL, LAST, METHOD, SCALING, agreement
 from .config import FedConfig
 from .dp import privacy_spent
 from .guard import GuardedGrid, QuorumError
-from .ledger import Ledger, read
+from .log import Ledger, read
 from .outcome import Outcome
 from .seeds import seed_of
 from .strategies import FromRound, build_strategy
@@ -122,7 +123,7 @@ def _serve(grid: Grid, config: FedConfig, template: Template, resume: bool, engi
                 ledger.write({"event": "end", "round": run.done, "status": status, "reason": reason})
     arrays = wire.from_record(run.arrays, spec)
     if run.done == config.rounds:
-        atomic.write(folder / FINAL, arrays, {"method": config.method, "spec": spec.digest, "round": str(run.done)})
+        files.write(folder / FINAL, arrays, {"method": config.method, "spec": spec.digest, "round": str(run.done)})
     return Outcome(status, reason, run.done, arrays, read(folder / LEDGER))
 
 

@@ -7,7 +7,7 @@ Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they c
 See README.md in this folder for the derivations and for what each launch reads and writes.
 """
 
-from .config import chip_of
+from .da import soft_da, task_da
 from .decode import linear_decode, takes_decode
 from .dropout import Dropout, dropout_mask
 from .dx_soft import linear_dx_soft
@@ -18,10 +18,10 @@ from .gate_backward import gate_backward
 from .launch import Launch, recording
 from .one_pass_soft import linear_one_pass_soft, takes_one_pass_soft
 from .one_pass_task import linear_one_pass_task, takes_one_pass_task
-from .planes import sum_planes
-from .soft_shrink import soft_shrink
-from .task_shrink import task_shrink
-from .wgrad import soft_da, task_da
+from .partial_sums import sum_planes
+from .shrink_soft import soft_shrink
+from .shrink_task import task_shrink
+from .tiles import chip_of
 
 __all__ = [
     "Dropout",

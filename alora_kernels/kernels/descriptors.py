@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import has_copy_engine
+from .tiles import has_copy_engine
 
 
 def describable(*matrices: Tensor) -> bool:

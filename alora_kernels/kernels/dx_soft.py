@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, power_of_two, rank_step, tl_dtype
+from .tiles import GROUP_M
 
 
 @triton.jit

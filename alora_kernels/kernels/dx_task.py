@@ -18,13 +18,13 @@ from torch import Tensor
 
 from alora_kernels.routing import RowGroups
 
-from .config import GROUP_M
 from .descriptors import descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
-from .segments import next_task
+from .task_walk import next_task
+from .tiles import GROUP_M
 
 
 @triton.jit

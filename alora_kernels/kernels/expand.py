@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M
 from .descriptors import descriptor_loop, store_tile
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
+from .tiles import GROUP_M
 
 
 @triton.jit

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import MAX_GATE
 from .launch import launch
 from .numerics import acc_dtype, power_of_two, tl_dtype
-from .soft_shrink import softmax_rows
+from .shrink_soft import softmax_rows
+from .tiles import MAX_GATE
 
 _ELEMENTS = 4096  # of one [rows, experts, ranks] tile: 32 registers a thread in four warps
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Tile, shape_class, tile_for
 from .descriptors import describable, describe
 from .numerics import power_of_two
+from .tiles import Tile, shape_class, tile_for
 
 
 class Operands(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import MAX_RANK_BLOCK
+from .tiles import MAX_RANK_BLOCK
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

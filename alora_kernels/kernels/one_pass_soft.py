@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout
-from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
 from .gemm import rank_loop
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, power_of_two, rank_block, rank_step, tl_dtype
-from .soft_shrink import soft_shrink_rows
+from .shrink_soft import soft_shrink_rows
+from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
+from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .workspace import counters
 
 MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .descriptors import describable, describe, descriptor_loop, store_tile
 from .dropout import Dropout, dropout_keep, dropout_scale
-from .flags import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
 from .gemm import rank_loop
 from .launch import launch
 from .numerics import acc_dtype, dot_precision, rank_block, rank_step, tl_dtype
-from .segments import next_task
+from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
+from .task_walk import next_task
+from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
 from .workspace import counters
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from . import backend as backends
-from . import checks, library
+from . import autograd, checks
+from . import dispatch as backends
 from .mixed import add_product_, no_autocast, product, turned_product
 from .types import wider
 
@@ -98,7 +98,7 @@ def alora_linear(
     checks.check_routing(x, router, task_ids)
     checks.check_dropout(dropout_p)
     rows = x_cast.reshape(-1, x.shape[-1])
-    y, _, _ = library.linear_for(rows, bias, lora_A, lora_B, router)(
+    y, _, _ = autograd.linear_for(rows, bias, lora_A, lora_B, router)(
         rows,
         w.detach(),
         bias,
@@ -164,7 +164,7 @@ def alora_delta(
     assert x_cast is not None
     rows = x_cast.reshape(-1, x.shape[-1])
     backend = backends.choose(rows, backend)
-    shrink = library.shrink if library.needs_dispatch(rows, lora_A, router) else library.shrink_now
+    shrink = autograd.shrink if autograd.needs_dispatch(rows, lora_A, router) else autograd.shrink_now
     h, _ = shrink(
         rows,
         lora_A,

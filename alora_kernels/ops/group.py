@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..routing import Routing
-from . import backend as backends
-from . import checks, group_library, library
+from . import autograd, checks, group_library
+from . import dispatch as backends
 from .functional import autocast, dropout_seed, routing_args
 
 
@@ -94,7 +94,7 @@ def _outputs(
         y = []
         for i, s in enumerate(scalings):
             bias = biases[i] if biases else None
-            linear = library.linear_for(x, bias, a[i], b[i], routers[i])
+            linear = autograd.linear_for(x, bias, a[i], b[i], routers[i])
             y.append(linear(x, weights[i], bias, a[i], b[i], routers[i], *routing, s, dropout_p, backend)[0])
         return y
     group = group_library.linear_group_for(x, *biases, *a, *b, *routers)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_group
-from .library import adapter_of, differentiated, h_dtype, needs_dispatch, no_double_backward, or_empty, traced
+from .autograd import adapter_of, differentiated, h_dtype, needs_dispatch, no_double_backward, or_empty, traced
 from .types import Member, Needs, Saved, acc_dtype
 
 

@@ -55,7 +55,7 @@ def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int)
         n: out_features.
     """
     from ..kernels import tuned  # the kernels package needs triton
-    from ..kernels.config import chip_class, shape_class
+    from ..kernels.tiles import chip_class, shape_class
 
     measured = tuned.PLANS.get((chip, routing, itemsize, shape_class(m, k, n)))
     if measured is not None:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import torch_soft as soft
 from .mixed import add_product_, product, turned_product, without_autocast
-from .torch_backend import base_product, drop, task_backward, task_shrink
+from .torch import soft as soft
+from .torch.layer import base_product, drop, task_backward, task_shrink
 from .types import Grads, Member, Needs, Saved, acc_dtype, wider
 
 STACKED = 12  # largest number of rows of A, of all tasks and members, per row of x at which the A are stacked

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .triton_backend import kernel_dropout
+from .triton.layer import kernel_dropout
 from .types import Grads, Member, Needs, Saved, acc_dtype
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..later import names_later
+from .._lazy import names_later
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineConfig, Stats

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from .batching import BASE_SLOT, TaskBatching
-from .book import Book, Run
 from .errors import ServingError
 from .metrics import Metrics
+from .request_table import Book, Run
 from .store import Lease, TaskStore
 
 CHECK = 0.5  # seconds between looks at the loop's health

@@ -31,8 +31,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-from ..integrations.peft.layer import ALoRALayer
 from ..routing import route
+from ..tuner.layer import ALoRALayer
 from .request import Sampling
 from .sampling import Row, choose
 

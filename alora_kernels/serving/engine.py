@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .admission import CHECK, Admission
 from .batching import Callbacks, TaskBatching, cache_config
-from .book import Book, Run
 from .config import EngineConfig, State, Stats
 from .errors import NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
 from .generation import Generation
 from .metrics import Metrics
 from .openmp import release_workers
 from .request import Completion, Sampling
+from .request_table import Book, Run
 from .sampling import Row, random_numbers
 from .store import TaskStore
 from .text import TextStream, eos_tokens

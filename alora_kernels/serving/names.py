@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 
-from ..integrations.adapter_config import refused
-from ..integrations.adapter_folder import AdapterFile
+from ..adapters.config import refused
+from ..adapters.reader import AdapterFile
 from ..modules.tasks import BASE
 
 SHOWN = 20  # names in an error

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..integrations.adapter_config import AdapterFolderError, refused
-from ..integrations.adapter_folder import AdapterFile, read_adapter
-from ..integrations.task_cards import read_task_cards
+from ..adapters.cards import read_task_cards
+from ..adapters.config import AdapterFolderError, refused
+from ..adapters.reader import AdapterFile, read_adapter
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
 from .names import chosen
 from .openmp import release_workers
-from .stack import TaskStack
+from .placement import Record, Tiers
+from .slots import TaskStack
 from .task_info import Lease, TaskInfo
-from .tiers import Record, Tiers
 
 
 class TaskStore:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..integrations.task_cards import TaskCard
-from .tiers import Where
+from ..adapters.cards import TaskCard
+from .placement import Where
 
 
 @dataclass(frozen=True)

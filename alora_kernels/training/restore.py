@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 
-from ..integrations.peft.files import Source, reading
+from ..tuner.files import Source, reading
 
 
 def load_adapters(model: Any, folder: str) -> bool:

@@ -17,11 +17,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..integrations.peft.ids import BatchRouting
-from ..integrations.peft.layer import ALoRALayer
 from ..modules import FusedALoRALinear
-from ..modules.adapted import AdaptedLinear
+from ..modules.adapter import AdaptedLinear
 from ..routing import Routing
+from ..tuner.ids import BatchRouting
+from ..tuner.layer import ALoRALayer
 
 Tables = dict[str, tuple[str, ...]]
 DROP_IN = ""  # drop-in layers have one table and no adapter's name

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..integrations.peft import CheckpointGuard
 from ..routing import current_routing, route
+from ..tuner import CheckpointGuard
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .columns import check_class_label, check_dataset, check_order, names_in, task_column

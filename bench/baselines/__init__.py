@@ -2,5 +2,5 @@
 
 In:   a `bench.problem.Problem`.
 Out:  a `bench.layers.Layer`: a forward, the tensors it trains, and their gradients under the truth's names.
-Who:  `bench.providers`, which lists them. `alora_kernels.baselines` has those that the demo needs too.
+Who:  `bench.providers`, which lists them. `alora_kernels.baselines.formulas` has those that the demo needs too.
 """

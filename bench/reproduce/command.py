@@ -47,7 +47,7 @@ def perform(config: Config, out: Path) -> bool:
         config: the settings.
         out: the CSV; the figure is beside it.
     """
-    from alora_kernels.cli.edge import quiet  # it loads transformers
+    from alora_kernels.recipes.display import quiet  # it loads transformers
 
     quiet()
     kind = module_of(config.experiment)

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alora_kernels import data, route
-from alora_kernels.cli.fed.rows import collate
+from alora_kernels.baselines.methods import Method, adapt, target_shapes
 from alora_kernels.federated.participant import fit, shuffled
-from alora_kernels.integrations.methods import Method, adapt, target_shapes
+from alora_kernels.recipes.fed_rows import collate
 
 from .config import Config
 from .shared_a import share_a
 
-SHARED_A, RSLORA, VERA = "shared-a", "rslora", "vera"  # besides the methods of `integrations.methods`
+SHARED_A, RSLORA, VERA = "shared-a", "rslora", "vera"  # besides the methods of `baselines.methods`
 EVAL_BATCH = 64
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(.+)\.(?:asymlora|lora|vera_lambda)_([ABdb])(?:\.default)?(?:\.weight)?$"
@@ -140,7 +140,7 @@ def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), 
 
     Args:
         config: the settings.
-        method: key of `integrations.methods.METHODS`, "shared-a", "rslora" or "vera".
+        method: key of `baselines.methods.METHODS`, "shared-a", "rslora" or "vera".
         seed: of adapters, heads and order.
         tasks: those to learn; default all of the configuration.
         data_seed: which rows are test rows; default the seed.

@@ -1,6 +1,6 @@
 """`multitask`: five ways to put several tasks into one model, on the same rows. (ALoRA, its tables)
 
-In:   five or more tasks in every batch, each method of `integrations.methods`.
+In:   five or more tasks in every batch, each method of `baselines.methods`.
 Out:  accuracy per task, on average and of the worst task; delta-m; parameters; seconds.
 Who:  `command`.
 
@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alora_kernels.integrations.budget import METHODS
-from alora_kernels.integrations.methods import trainable_parameters
+from alora_kernels.baselines.budget import METHODS
+from alora_kernels.baselines.methods import trainable_parameters
 
 from . import figures
 from .claims import Claim

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alora_kernels.modules.adapted import AdaptedLinear
-from alora_kernels.modules.hydra import mixed
+from alora_kernels.baselines.hydra import mixed
+from alora_kernels.modules.adapter import AdaptedLinear
 from alora_kernels.modules.init import reset_adapter_
 from alora_kernels.routing import current_routing
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alora_kernels import atomic
+from alora_kernels import files
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,7 +52,7 @@ def vera(path: Path, d: Matrices, b: Matrices) -> Path:
 
 def unequal(path: Path, parts: Mapping[str, Tensor], method: str = "fed-alora-het", **more: str) -> Path:
     """A client's final.safetensors."""
-    atomic.write(path / "final.safetensors", parts, {"method": method, **more})
+    files.write(path / "final.safetensors", parts, {"method": method, **more})
     return path
 
 

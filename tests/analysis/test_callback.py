@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from alora_kernels.analysis import ConflictCallback, probe_batches
 from alora_kernels.analysis.gradients import COLUMNS
 from alora_kernels.data import load_model
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels.tuner import ALoRAConfig
 
 from .test_gradients import TASKS, towards, toy_batches
 

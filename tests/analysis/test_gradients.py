@@ -18,7 +18,7 @@ from alora_kernels.analysis import (
     task_gradients,
 )
 from alora_kernels.data import load_model
-from alora_kernels.integrations.peft import ALoRAConfig
+from alora_kernels.tuner import ALoRAConfig
 
 from .draws import randn
 

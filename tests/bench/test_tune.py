@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="tiles are Triton's")
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels.config import Tile, trying
+from alora_kernels.kernels.tiles import Tile, trying
 from alora_kernels.ops.plans import PLANS, Plan
 from bench import candidates, tune
 from bench.__main__ import app

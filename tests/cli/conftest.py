@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alora_kernels.cli import display
+from alora_kernels.recipes import display
 
 
 @pytest.fixture(autouse=True)

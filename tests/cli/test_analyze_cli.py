@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from alora_kernels.cli import analyze as command
-from alora_kernels.cli import display
+from alora_kernels.recipes import display
 
 from ..analysis.adapters import UP, Q, alora, lora, randn
 

@@ -12,10 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from alora_kernels import data, kernels
-from alora_kernels.cli import demo as demo_module
-from alora_kernels.cli import doctor, train
+from alora_kernels.cli import doctor
 from alora_kernels.cli.app import app
-from alora_kernels.cli.recipe import Recipe, load_recipe
+from alora_kernels.recipes import demo as demo_module
+from alora_kernels.recipes import train
+from alora_kernels.recipes.recipe import Recipe, load_recipe
 
 runner = CliRunner()
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
@@ -232,7 +233,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, routing):
         tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4
     )
     monkeypatch.setattr(demo_module, "RECIPE", small)
-    monkeypatch.setattr("alora_kernels.cli.comparison.ROUNDS", 1)
+    monkeypatch.setattr("alora_kernels.recipes.comparison.ROUNDS", 1)
     out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path))
     assert "majority" in out
     assert "one generate call" in out

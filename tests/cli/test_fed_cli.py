@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from alora_kernels.cli.app import app
 from alora_kernels.federated.config import load_config
-from alora_kernels.federated.ledger import read
+from alora_kernels.federated.log import read
 
 runner = CliRunner()
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from alora_kernels import data
-from alora_kernels.cli.fed import participants as fed_participants
-from alora_kernels.cli.fed import rows as fed_rows
-from alora_kernels.cli.fed.participants import base_fingerprint, majority, participant, template
 from alora_kernels.federated import METHODS, ConfigError, FedConfig
-from alora_kernels.federated.adapters import wire_spec
+from alora_kernels.federated.model import wire_spec
 from alora_kernels.federated.participant import seeded
+from alora_kernels.recipes import fed_rows as fed_rows
+from alora_kernels.recipes import federated as fed_participants
+from alora_kernels.recipes.federated import base_fingerprint, majority, participant, template
 from alora_kernels.training import choice_accuracy
 
 MODELS = ("tiny-random-encoder", "tiny-random")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from alora_kernels.cli.display import Console
-from alora_kernels.cli.fed import study as fed_study
-from alora_kernels.cli.fed.study import Result, rows_of
 from alora_kernels.federated import FedConfig
+from alora_kernels.recipes import study as fed_study
+from alora_kernels.recipes.display import Console
+from alora_kernels.recipes.study import Result, rows_of
 
 RESULTS = [
     Result("majority", 0, {"a": 0.5, "b": 0.6}),

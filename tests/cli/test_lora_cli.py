@@ -13,16 +13,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from alora_kernels.cli import lora
-from alora_kernels.integrations.peft import save_adapter
+from alora_kernels.cli import adapters
+from alora_kernels.tuner import save_adapter
 
-from ..integrations.stock_lora import stock_lora
-from ..integrations.tiny import Mlp, adapted, llama, logits, tokens
+from ..support.stock_lora import stock_lora
+from ..support.tiny import Mlp, adapted, llama, logits, tokens
 
 WEIGHTS = "adapter_model.safetensors"
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-app.command("export")(lora.export_lora)
-app.command("import")(lora.import_lora)
+app.command("export")(adapters.export_lora)
+app.command("import")(adapters.import_lora)
 
 
 def alora(*args: object, code: int = 0) -> str:

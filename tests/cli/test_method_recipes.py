@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alora_kernels.cli import train as steps
-from alora_kernels.cli.recipe import Recipe, load_recipe
-from alora_kernels.integrations.budget import METHODS, ROUTED, parameters_of
-from alora_kernels.integrations.method_files import read_method
-from alora_kernels.integrations.methods import trainable_parameters
+from alora_kernels.baselines.budget import METHODS, ROUTED, parameters_of
+from alora_kernels.baselines.files import read_method
+from alora_kernels.baselines.methods import trainable_parameters
+from alora_kernels.recipes import train as steps
+from alora_kernels.recipes.recipe import Recipe, load_recipe
 from tests.cli.test_cli import alora, recipe, refused
 
 SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}

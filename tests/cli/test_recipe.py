@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alora_kernels.cli.recipe import Recipe, RecipeError, load_recipe
+from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
 from tests.cli.test_cli import alora, jsonl, recipe, refused  # noqa: F401  # jsonl is a fixture
 

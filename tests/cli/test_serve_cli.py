@@ -19,8 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 from alora_kernels import data
+from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.cli import serve as serve_module
-from alora_kernels.integrations.task_cards import TaskCard, write_task_cards
 from alora_kernels.serving import TaskInfo
 
 app = typer.Typer()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from alora_kernels.adapters.cards import FILE, TaskCard, read_task_cards
 from alora_kernels.cli.app import app
 from alora_kernels.data import TASKS, TaskSpec, load_tasks, task_cards
-from alora_kernels.integrations.task_cards import FILE, TaskCard, read_task_cards
 
 
 def alora(*args: str) -> str:

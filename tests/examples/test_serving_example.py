@@ -13,8 +13,8 @@ pytest.importorskip("uvicorn", reason="the server needs the extra `serving`")
 pytest.importorskip("openai", reason="the demo's requests are sent by OpenAI's client")
 
 from alora_kernels import data
-from alora_kernels.cli import serve_demo
-from alora_kernels.cli.serve_demo import NOTHING, TASKS, Answer, Server
+from alora_kernels.recipes import serve_demo
+from alora_kernels.recipes.serve_demo import NOTHING, TASKS, Answer, Server
 
 from .test_examples import load
 

@@ -16,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from strategyfakes import arrays_of, grid_of, play, record_of, wandering
 
-from alora_kernels import atomic
+from alora_kernels import files
 from alora_kernels.federated import checkpoint, wire
 from alora_kernels.federated.checkpoint import CheckpointError
 from alora_kernels.federated.dp import DpSettings, privacy_spent
@@ -176,7 +176,7 @@ def test_no_file_wrong_file(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"server.safetensors does not .*; restore the file from a backup"):
             checkpoint.load(tmp_path)
-    atomic.write(path, {"w": torch.zeros(2)}, {"format": "alora-server-0"})
+    files.write(path, {"w": torch.zeros(2)}, {"format": "alora-server-0"})
     with pytest.raises(CheckpointError, match="has format 'alora-server-0', this version reads 'alora-server-1'"):
         checkpoint.load(tmp_path)
 

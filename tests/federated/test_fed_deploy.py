@@ -18,14 +18,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from alora_kernels import data
-from alora_kernels.cli.fed.participants import participant
 from alora_kernels.federated import FedConfig, run
-from alora_kernels.federated.flower import app as flower_app
-from alora_kernels.federated.flower import runs as flower
-from alora_kernels.federated.flower.app import write_app
-from alora_kernels.federated.flower.commands import environment, supernode_command
-from alora_kernels.federated.flower.keys import Certificates, make_certificates, make_node_key
-from alora_kernels.federated.flower.processes import FlowerError, Process, Processes, free_port, tls, wait_line
+from alora_kernels.federated.deploy import apps as flower_app
+from alora_kernels.federated.deploy import runs as flower
+from alora_kernels.federated.deploy.apps import write_app
+from alora_kernels.federated.deploy.commands import environment, supernode_command
+from alora_kernels.federated.deploy.keys import Certificates, make_certificates, make_node_key
+from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes, free_port, tls, wait_line
+from alora_kernels.recipes.federated import participant
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 600  # for what takes seconds on an idle machine: only a hang comes so far

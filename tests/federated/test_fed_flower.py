@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from alora_kernels.federated.flower import app as flower_app
-from alora_kernels.federated.flower import commands as flower_commands
-from alora_kernels.federated.flower import keys as flower_keys
-from alora_kernels.federated.flower import processes as flower_processes
-from alora_kernels.federated.flower import runs as flower
-from alora_kernels.federated.flower import superlink as flower_superlink
-from alora_kernels.federated.flower.processes import FlowerError
+from alora_kernels.federated.deploy import apps as flower_app
+from alora_kernels.federated.deploy import commands as flower_commands
+from alora_kernels.federated.deploy import keys as flower_keys
+from alora_kernels.federated.deploy import processes as flower_processes
+from alora_kernels.federated.deploy import runs as flower
+from alora_kernels.federated.deploy import superlink as flower_superlink
+from alora_kernels.federated.deploy.processes import FlowerError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "federated_app"
 AWKWARD = 'method: fed-alora\nnote: "a \\"quoted\\" \\\\ path, \'single\' and ümlaut"\nclients:\n  - {name: a}\n'

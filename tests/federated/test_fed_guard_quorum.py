@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import (
 
 from alora_kernels.federated import wire
 from alora_kernels.federated.guard import GuardedGrid, Limits, QuorumError
-from alora_kernels.federated.inprocess import InProcessGrid
+from alora_kernels.federated.local import InProcessGrid
 from tests.federated.wirefakes import SPEC, Clock, failing, guarded, honest, initial, messages
 
 HONEST = {1: honest, 2: honest, 3: honest}

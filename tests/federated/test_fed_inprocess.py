@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.inprocess import InProcessGrid
+from alora_kernels.federated.local import InProcessGrid
 from tests.federated.wirefakes import initial, messages
 
 

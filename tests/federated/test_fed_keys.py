@@ -12,8 +12,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from alora_kernels.federated.flower import keys as flower_keys
-from alora_kernels.federated.flower import processes as flower_processes
+from alora_kernels.federated.deploy import keys as flower_keys
+from alora_kernels.federated.deploy import processes as flower_processes
 
 
 def mode(file: Path) -> int:

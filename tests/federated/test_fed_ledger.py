@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra `federated`")
 
-from alora_kernels.federated import ledger as ledger_module
-from alora_kernels.federated.ledger import Ledger, read
+from alora_kernels.federated import log as ledger_module
+from alora_kernels.federated.log import Ledger, read
 from tests.federated.ledgerfakes import (
     REASON,
     SILENT,

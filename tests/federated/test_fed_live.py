@@ -11,8 +11,8 @@ from rich.console import Console
 
 pytest.importorskip("flwr", reason="needs the extra `federated`")
 
-from alora_kernels.federated.ledger import Ledger, read
-from alora_kernels.federated.live import clean, elapsed, size, spark, summary, table, watch
+from alora_kernels.federated.log import Ledger, read
+from alora_kernels.federated.view import clean, elapsed, size, spark, summary, table, watch
 from tests.federated.ledgerfakes import REASON, SILENT, client_event, judgement, one_round, run_event, whole_run
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import toy
 
-from alora_kernels.atomic import read as read_arrays
 from alora_kernels.federated import METHODS, FedConfig, adapt, run, share_spec
-from alora_kernels.federated.adapters import layer_shapes, matrices
 from alora_kernels.federated.engine import CLIENTS
-from alora_kernels.federated.methods import LayerShape
+from alora_kernels.federated.model import layer_shapes, matrices
 from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.share_specs import LayerShape
+from alora_kernels.files import read as read_arrays
 
 ROUNDS, STEPS = 3, 2
 RANKS = {"ann": 1, "bob": 2, "cyd": 4}

@@ -14,15 +14,15 @@ import toy
 from flwr.app import Context, Message
 from torch import nn
 
-from alora_kernels.atomic import read as read_arrays
 from alora_kernels.federated import METHODS, Template, run
 from alora_kernels.federated.client import Client, client_app
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
 from alora_kernels.federated.engine import CLIENTS, clients_of
-from alora_kernels.federated.inprocess import InProcessGrid
+from alora_kernels.federated.local import InProcessGrid
 from alora_kernels.federated.outcome import Outcome
 from alora_kernels.federated.server import serve
+from alora_kernels.files import read as read_arrays
 
 LR = 0.02
 
@@ -213,7 +213,7 @@ def refuse(*a, **k): raise AssertionError('a socket was opened')
 socket.socket.connect = socket.socket.bind = socket.create_connection = socket.getaddrinfo = refuse
 import alora_kernels.federated as federated
 federated.run, federated.FedConfig, federated.adapt
-import alora_kernels.federated.flower, alora_kernels.federated.live, alora_kernels.federated.plot
+import alora_kernels.federated.deploy, alora_kernels.federated.view, alora_kernels.federated.plot
 assert os.environ['FLWR_TELEMETRY_ENABLED'] == '0' and os.environ['RAY_USAGE_STATS_ENABLED'] == '0'
 assert 'ray' not in sys.modules
 """

@@ -10,9 +10,9 @@ import sys
 import psutil
 import pytest
 
-from alora_kernels.federated.flower import processes as flower_processes
-from alora_kernels.federated.flower import runs as flower
-from alora_kernels.federated.flower.processes import FlowerError, Process, Processes
+from alora_kernels.federated.deploy import processes as flower_processes
+from alora_kernels.federated.deploy import runs as flower
+from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes
 
 FOREVER = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"]
 
@@ -71,7 +71,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_detached_children(tmp
 def test_sigterm_to_the_supervisor_stops_its_processes(tmp_path):
     code = python(
         "import os, sys, time; from pathlib import Path",
-        "from alora_kernels.federated.flower.processes import Processes",
+        "from alora_kernels.federated.deploy.processes import Processes",
         f"with Processes(Path({str(tmp_path)!r})) as processes:",
         f"    print(processes.start('child', {FOREVER!r}, os.environ).pid, flush=True)",
         "    time.sleep(600)",

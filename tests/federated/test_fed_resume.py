@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import toy
 
-from alora_kernels import atomic
+from alora_kernels import files
 from alora_kernels.federated import FedConfig, checkpoint, run
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
-from alora_kernels.federated.ledger import read
+from alora_kernels.federated.log import read
 from alora_kernels.federated.outcome import Outcome
 from alora_kernels.federated.server import LEDGER
 
@@ -142,7 +142,7 @@ def test_resuming_with_another_configuration_is_refused(change, tmp_path):
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, what: str, after: int) -> None:
     """Writes to files of that name fail from the n-th on."""
-    real, count = atomic.write, 0
+    real, count = files.write, 0
 
     def write(path: Path, *rest: object) -> None:
         nonlocal count
@@ -152,7 +152,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, what: str, after: int) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, *rest)
 
-    monkeypatch.setattr(atomic, "write", write)
+    monkeypatch.setattr(files, "write", write)
 
 
 def test_a_client_with_a_full_disk_is_left_out_and_takes_part_again(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alora_kernels import atomic
-from alora_kernels.federated.store import PrivateStore, StoreError
+from alora_kernels import files as atomic
+from alora_kernels.federated.state import PrivateStore, StoreError
 
 SPEC = "c0ffee"
 
@@ -226,7 +226,7 @@ def test_a_write_that_really_stops_half_way(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, numpy as np
 from pathlib import Path
-from alora_kernels.federated.store import PrivateStore, StoreError
+from alora_kernels.federated.state import PrivateStore, StoreError
 store = PrivateStore(Path({str(tmp_path)!r}))
 store.commit("run", "ada", 1, {{"A": np.ones(3)}}, "s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -272,7 +272,7 @@ def test_what_killed_writers_left_is_swept_after_an_hour(store: PrivateStore) ->
 LOOP = """
 import sys, numpy as np
 from pathlib import Path
-from alora_kernels.federated.store import PrivateStore
+from alora_kernels.federated.state import PrivateStore
 store = PrivateStore(Path(sys.argv[1]))
 for n in range(*map(int, sys.argv[2:])):
     store.commit("run", "ada", n, {"A": np.full((200, 200), n, np.float32)}, "s")

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from alora_kernels.federated import wire
 from alora_kernels.federated.guard import GuardedGrid, Limits
-from alora_kernels.federated.inprocess import InProcessGrid
+from alora_kernels.federated.local import InProcessGrid
 
 SPEC = wire.WireSpec(
     method="fed-alora",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alora_kernels.kernels import Dropout, dropout_mask, linear_dx_task, soft_da, task_da, task_shrink
+from alora_kernels.kernels import Dropout, dropout_mask, linear_dx_task, shrink_task, soft_da, task_da
 from alora_kernels.routing import group_rows
 
 from .cases import DEVICE
@@ -54,7 +54,7 @@ def test_every_kernel_draws_the_same_mask() -> None:
     mask = dropout_mask(m, k, drop, dtype=torch.float32)
     routed = mask * (ids >= 0)[:, None]
     ones, eyes = torch.ones(m, k, device=DEVICE), torch.stack([one, one])
-    assert torch.equal(task_shrink(ones, eyes, groups, scaling=1.0, dropout=drop), routed)
+    assert torch.equal(shrink_task(ones, eyes, groups, scaling=1.0, dropout=drop), routed)
     dx = linear_dx_task(None, None, ones, eyes, groups, dtype=torch.float32, dropout=drop)
     assert torch.equal(dx, routed)
     # row m of d is the unit vector m, so d^T x is x row by row

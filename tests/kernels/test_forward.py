@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alora_kernels.kernels import linear_expand, soft_shrink, task_shrink
+from alora_kernels.kernels import linear_expand, shrink_soft, shrink_task
 
 from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
 
@@ -22,7 +22,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_task_shrink(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
-    h = task_shrink(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
+    h = shrink_task(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
 
     def reference(x: Tensor, a: Tensor) -> Tensor:
         products = torch.einsum("mk,erk->mer", t.dropped(x), a)
@@ -36,7 +36,7 @@ def test_task_shrink(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_soft_shrink(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
-    h, p = soft_shrink(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+    h, p = shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
 
     def products(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
         return torch.cat([t.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
@@ -73,16 +73,16 @@ def test_linear_expand_takes_a_transposed_weight() -> None:
 
 def test_a_task_with_nan_leaves_the_others_alone() -> None:
     t = Layer(Case(m=20, e=3), torch.float32)
-    clean = task_shrink(t.x, t.a, t.groups, scaling=S)
+    clean = shrink_task(t.x, t.a, t.groups, scaling=S)
     t.a[1] = torch.nan
-    h = task_shrink(t.x, t.a, t.groups, scaling=S)
+    h = shrink_task(t.x, t.a, t.groups, scaling=S)
     assert h[t.ids == 1].isnan().all()
     assert torch.equal(h[t.ids != 1], clean[t.ids != 1])
 
 
 def test_soft_shrink_large_logits() -> None:
     t = Layer(Case(), torch.float32)
-    h, p = soft_shrink(t.x, t.a, t.router * 1e4, scaling=S)
+    h, p = shrink_soft(t.x, t.a, t.router * 1e4, scaling=S)
     best = p[:, -3:].argmax(1)
     picked = p[:, :-3].view(-1, 3, 4)[torch.arange(37, device=best.device), best]
     assert torch.isfinite(h).all()
@@ -92,4 +92,4 @@ def test_soft_shrink_large_logits() -> None:
 def test_soft_shrink_refuses_too_many_experts() -> None:
     x, a = torch.zeros(2, 4), torch.zeros(1025, 1, 4)
     with pytest.raises(ValueError, match="1025"):
-        soft_shrink(x, a, torch.zeros(1025, 4), scaling=1.0)
+        shrink_soft(x, a, torch.zeros(1025, 4), scaling=1.0)

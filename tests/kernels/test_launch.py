@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels.config import chip_of, tile_for
+from alora_kernels.kernels.tiles import chip_of, tile_for
 from alora_kernels.routing import RowGroups
 
 from .cases import DEVICE, Case, Layer

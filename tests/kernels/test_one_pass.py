@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import flags, workspace
-from alora_kernels.kernels.config import GROUP_M, Tile, trying
+from alora_kernels.kernels import sync, workspace
+from alora_kernels.kernels.tiles import GROUP_M, Tile, trying
 
 from .cases import DEVICE, Case, Layer, assert_close, skip_unmodelled
 
@@ -192,7 +192,7 @@ def ahead_of(ticket: int, ahead: int, rest: int) -> tuple[int, int, bool]:
 
 @pytest.mark.parametrize(("groups", "ahead", "rest"), [(1, 2, 3), (3, 8, 8), (4, 1, 5), (2, 3, 0)])
 def test_tickets_number_all_work_once_and_producers_first(groups: int, ahead: int, rest: int) -> None:
-    work = [ahead_of(t, ahead, rest) for t in range(flags.tickets_of(groups, ahead, rest))]
+    work = [ahead_of(t, ahead, rest) for t in range(sync.tickets_of(groups, ahead, rest))]
     real = [w for w in work if w[0] < groups]
     assert len(set(real)) == len(real) == groups * (ahead + rest)
     for position, (group, _, is_ahead) in enumerate(work):
@@ -208,12 +208,12 @@ def test_the_kernel_numbers_work_the_same_way(ahead: int, rest: int) -> None:
     @triton.jit
     def number(out_ptr, AHEAD, REST):
         ticket = tl.program_id(0)
-        group, index, is_ahead = flags.ahead_of(ticket, AHEAD, REST)
+        group, index, is_ahead = sync.ahead_of(ticket, AHEAD, REST)
         tl.store(out_ptr + 3 * ticket, group)
         tl.store(out_ptr + 3 * ticket + 1, index)
         tl.store(out_ptr + 3 * ticket + 2, is_ahead.to(tl.int32))
 
-    total = flags.tickets_of(3, ahead, rest)
+    total = sync.tickets_of(3, ahead, rest)
     out = torch.empty(total, 3, dtype=torch.int32, device=DEVICE)
     number[(total,)](out, ahead, rest)
     assert [tuple(row) for row in out.tolist()] == [tuple(map(int, ahead_of(t, ahead, rest))) for t in range(total)]

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import alora_kernels
-from alora_kernels.integrations.peft import ALoRALayer
+from alora_kernels.tuner import ALoRALayer
 
 from .case import Case
 from .judge import (

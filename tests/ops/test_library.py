@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alora_kernels import Routing, alora_linear, reference
-from alora_kernels.ops import library, torch_backend
-from alora_kernels.ops.backend import choose, explain
+from alora_kernels.ops import autograd
+from alora_kernels.ops.dispatch import choose, explain
+from alora_kernels.ops.torch import layer as torch_backend
 from alora_kernels.routing import group_rows
 from tests.compare import problem, skip_unless_runnable
 
@@ -96,14 +97,14 @@ def test_the_dispatcher_is_skipped_only_where_nobody_looks():
     with torch.no_grad():
         assert torch.equal(layer(x), watched) and torch.equal(layer(x), layer(x.detach()))
         graph = make_fx(layer)(x.detach()).graph
-        assert not library.needs_dispatch(x, p.leaves["a"])
-        assert library.needs_dispatch(x.to("meta"))
+        assert not autograd.needs_dispatch(x, p.leaves["a"])
+        assert autograd.needs_dispatch(x.to("meta"))
     assert "alora.linear.default" in {str(node.target) for node in graph.nodes}
-    assert library.needs_dispatch(x.detach(), p.leaves["a"]) and not library.needs_dispatch(x.detach(), None)
+    assert autograd.needs_dispatch(x.detach(), p.leaves["a"]) and not autograd.needs_dispatch(x.detach(), None)
     with FakeTensorMode(), torch.no_grad():
         fake = torch.empty(6, 7)
-        assert library.needs_dispatch(fake)
-    assert library.needs_dispatch(fake)  # outside of its mode, too
+        assert autograd.needs_dispatch(fake)
+    assert autograd.needs_dispatch(fake)  # outside of its mode, too
 
 
 @pytest.mark.parametrize("name", ["triton", "triton:one_pass"])
@@ -121,11 +122,11 @@ def test_what_stands_behind_the_colon_goes_to_the_backend(monkeypatch, name):
             plans.append(plan)
             return torch_backend.linear_backward(dy, x, w, adapter, b, saved, needs)
 
-    monkeypatch.setattr(library, "backend_module", lambda backend: Spy)
+    monkeypatch.setattr(autograd, "backend_module", lambda backend: Spy)
     p = problem((6,), 7, 5, 2, 3, routing="task", dtype=torch.float32, bias=False)
     x, a, b = (p.leaves[k] for k in ("x", "a", "b"))
     groups = group_rows(p.given["task_ids"], 3)
-    y, _, _ = library.linear(x, p.weight, None, a, b, None, *groups, None, 1.0, 0.0, name)
+    y, _, _ = autograd.linear(x, p.weight, None, a, b, None, *groups, None, 1.0, 0.0, name)
     y.sum().backward()
     assert plans == [{"plan": "one_pass"} if ":" in name else {}] * 2
 
@@ -169,7 +170,7 @@ def test_backend_choice(monkeypatch):
 
 def test_without_triton_the_torch_backend_serves(monkeypatch):
     monkeypatch.delenv("ALORA_BACKEND", raising=False)
-    monkeypatch.setattr("alora_kernels.ops.backend.triton_installed", lambda: False)
+    monkeypatch.setattr("alora_kernels.ops.dispatch.triton_installed", lambda: False)
     assert explain(torch.device("cuda")) == ("torch", "triton is not installed: pip install triton (Linux)")
     with pytest.raises(RuntimeError, match="pip install triton"):
         explain(torch.device("cuda"), "triton")

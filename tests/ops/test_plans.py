@@ -7,11 +7,11 @@ import torch
 
 from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import config, tuned
-from alora_kernels.ops import backend as backends
-from alora_kernels.ops.backend import BackendError, explain
+from alora_kernels.kernels import tiles, tuned
+from alora_kernels.ops import dispatch as backends
+from alora_kernels.ops.dispatch import BackendError, explain
 from alora_kernels.ops.plans import PLANS, Plan, explain_plan
-from alora_kernels.ops.streams import beside
+from alora_kernels.ops.triton.side_stream import beside
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
 
 SHAPES = [(2, 35, 32, 48, 4, 3), (3, 7, 32, 64, 4, 2)]  # 70 rows and 21: the one-pass kernels and the decode kernel
@@ -54,7 +54,7 @@ def test_a_forced_plan_with_dropout_repeats_its_mask(plan: str) -> None:
 
 def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
     """Kernels of one forward on sm_90 under a plan."""
-    from alora_kernels.ops import triton_backend
+    from alora_kernels.ops.triton import layer
     from alora_kernels.ops.types import Adapter
     from alora_kernels.routing import RowGroups
 
@@ -67,7 +67,7 @@ def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
         meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
     )
     with ak.recording("sm_90") as seen:
-        triton_backend.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan=plan)
+        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan=plan)
     return [launch.kernel.__name__ for launch in seen]
 
 
@@ -101,7 +101,7 @@ def test_tables_name_real_plans_and_tiles() -> None:
         assert forward in {p.forward for p in PLANS.values()} and dx in ("fused", "low_rank_first")
         assert isinstance(overlap, bool)
     for fields in tuned.TILES.values():
-        config.Tile(*fields)
+        tiles.Tile(*fields)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_tables_name_real_plans_and_tiles() -> None:
     ],
 )
 def test_classes_of_shapes(rows: int, depth: int, cols: int, name: str) -> None:
-    assert config.shape_class(rows, depth, cols) == name
+    assert tiles.shape_class(rows, depth, cols) == name
 
 
 def test_unknown_plans_list_the_known_ones() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alora_kernels.data import load_model
-from alora_kernels.integrations.peft import ALoRAConfig, ALoRALayer, save_adapter
+from alora_kernels.tuner import ALoRAConfig, ALoRALayer, save_adapter
 
 
 def tiny_base() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alora_kernels.integrations.task_cards import TaskCard
+from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import EngineConfig, Stats, TaskInfo
 from alora_kernels.serving.errors import (
     AdapterRefusedError,

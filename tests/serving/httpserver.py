@@ -43,7 +43,7 @@ def listening(app: Any) -> Iterator[str]:
 @contextmanager
 def running(engine: Any, config: Any = None) -> Iterator[str]:
     """Our application around an engine that was started; `config` is a `ServerConfig`, or the base is called tiny."""
-    from alora_kernels.serving.server import ServerConfig, create_app
+    from alora_kernels.serving.http import ServerConfig, create_app
 
     with listening(create_app(engine, config or ServerConfig("tiny"))) as url:
         yield url

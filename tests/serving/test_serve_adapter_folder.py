@@ -16,9 +16,9 @@ import torch
 from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
 from safetensors.torch import load_file, save_file
 
-from alora_kernels.integrations.adapter_config import AdapterFolderError
-from alora_kernels.integrations.adapter_folder import read_adapter
-from alora_kernels.integrations.peft.layer import ALoRALayer
+from alora_kernels.adapters.config import AdapterFolderError
+from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.tuner.layer import ALoRALayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,7 +11,7 @@ import pytest
 from enginefakes import FakeEngine
 from test_serve_http import ASK, call, refused
 
-from alora_kernels.serving.server import ServerConfig, create_app
+from alora_kernels.serving.http import ServerConfig, create_app
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from adapterfakes import alora_folder, lora_folder, tiny_base
 
-from alora_kernels.integrations.task_cards import FILE, TaskCard, write_task_cards
+from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.serving import TaskStore
 
 MATH, CODE = TaskCard("Sum: {text}\nResult:"), TaskCard("{prompt}", ("yes", "no"))

@@ -14,10 +14,10 @@ from adapterfakes import alora_folder, tiny_base
 from tokenizerkinds import added
 from truth import alone, merged_models
 
-from alora_kernels.integrations.peft import ALoRALayer
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
 from alora_kernels.serving.errors import NotServingError, QueueFullError, RequestError, UnknownTaskError
+from alora_kernels.tuner import ALoRALayer
 
 TASKS = ("math", "code", "law", "news", "chat")
 GREEDY = Sampling(max_tokens=12, temperature=0)

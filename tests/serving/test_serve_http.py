@@ -14,8 +14,8 @@ from enginefakes import FakeEngine
 from httpserver import running
 
 from alora_kernels.serving.errors import NotServingError, QueueFullError
-from alora_kernels.serving.server import ServerConfig, create_app
-from alora_kernels.serving.server import static as static_files
+from alora_kernels.serving.http import ServerConfig, create_app
+from alora_kernels.serving.http import static as static_files
 
 ASK = {"model": "movie", "prompt": "is it good"}
 

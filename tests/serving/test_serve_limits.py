@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_serve_http import ASK, call, post, refused
 
-from alora_kernels.serving.server import ServerConfig, body, create_app
-from alora_kernels.serving.server.config import is_loopback
+from alora_kernels.serving.http import ServerConfig, create_app, openai
+from alora_kernels.serving.http.config import is_loopback
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"
@@ -134,7 +134,7 @@ def test_a_chunked_body_over_a_socket_is_cut_at_the_limit(engine):
 
 
 def test_a_body_that_does_not_come_is_408(engine, monkeypatch):
-    monkeypatch.setattr(body, "SECONDS", 0.1)
+    monkeypatch.setattr(openai, "SECONDS", 0.1)
 
     async def slow():
         yield b"{"

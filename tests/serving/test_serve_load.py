@@ -21,7 +21,7 @@ from httpserver import running
 from truth import alone, merged_models
 
 from alora_kernels.serving import Engine, EngineConfig, TaskStore
-from alora_kernels.serving.server import ServerConfig
+from alora_kernels.serving.http import ServerConfig
 
 TASKS = ("movie", "spam", "news", "law")
 MODELS = (*TASKS, "base")

@@ -9,7 +9,7 @@ from enginefakes import FakeEngine
 from httpserver import running
 
 from alora_kernels.serving.errors import QueueFullError
-from alora_kernels.serving.server import ServerConfig
+from alora_kernels.serving.http import ServerConfig
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed: pip install openai")
 

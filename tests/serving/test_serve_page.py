@@ -18,7 +18,7 @@ from httpserver import listening, running
 from pagefakes import PROMPTS, FakeServer
 
 from alora_kernels.serving import EngineConfig
-from alora_kernels.serving.server import ServerConfig
+from alora_kernels.serving.http import ServerConfig
 
 pytest.register_assert_rewrite("pagecontract")
 from pagecontract import ENDED, TASKS, PageContract, ask, choose, overflow, part, state, text  # noqa: E402

@@ -20,7 +20,7 @@ from adapterfakes import alora_folder, tiny_base
 from httpserver import running
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
-from alora_kernels.serving.server import ServerConfig
+from alora_kernels.serving.http import ServerConfig
 
 pytest.register_assert_rewrite("pagecontract")
 from pagecontract import ENDED, TASKS, PageContract, ask, choose, opened, part, runs, shown, state, text  # noqa: E402

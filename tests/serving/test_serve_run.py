@@ -14,13 +14,13 @@ import httpx
 import pytest
 from test_serve_http import ASK
 
-from alora_kernels.serving.server import ServerConfig, bind
+from alora_kernels.serving.http import ServerConfig, bind
 
 HERE = Path(__file__).parent
 SERVER = """
 import sys
 from enginefakes import FakeEngine
-from alora_kernels.serving.server import ServerConfig, bind, serve
+from alora_kernels.serving.http import ServerConfig, bind, serve
 engine = FakeEngine(words=10**6, delay=float(sys.argv[1])).start()
 bound = bind("127.0.0.1", 0)
 print(bound.getsockname()[1], flush=True)

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import nn
 
 from alora_kernels import route
-from alora_kernels.integrations.adapter_config import AdapterFolderError
-from alora_kernels.integrations.adapter_folder import read_adapter
-from alora_kernels.integrations.peft import ALoRALayer
-from alora_kernels.serving import stack as module
-from alora_kernels.serving.stack import ADAPTER, TaskStack
+from alora_kernels.adapters.config import AdapterFolderError
+from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.serving import slots as module
+from alora_kernels.serving.slots import ADAPTER, TaskStack
+from alora_kernels.tuner import ALoRALayer
 
 
 @pytest.fixture(scope="module")

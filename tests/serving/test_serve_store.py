@@ -18,12 +18,12 @@ import torch
 from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 from peft import PeftModel
 
-from alora_kernels import atomic, route
-from alora_kernels.integrations.adapter_folder import read_adapter
+from alora_kernels import files, route
+from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
-from alora_kernels.serving.stack import TaskStack
+from alora_kernels.serving.placement import Tiers
+from alora_kernels.serving.slots import TaskStack
 from alora_kernels.serving.store import Lease, TaskStore
-from alora_kernels.serving.tiers import Tiers
 
 Rows = dict[str, torch.Tensor]
 
@@ -173,8 +173,8 @@ def test_eviction_to_host_and_disk_and_back_is_exact(tmp_path):
 
 def test_a_file_is_written_once_and_goes_with_its_task(tmp_path, monkeypatch):
     written: list[Path] = []
-    write = atomic.write
-    monkeypatch.setattr(atomic, "write", lambda path, *rest: (written.append(path), write(path, *rest)))
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda path, *rest: (written.append(path), write(path, *rest)))
     store = opened(tmp_path, "a", "b", "c", resident=1, host=0, spill=tmp_path / "spill")
     for name in "abcabcabc":
         touch(store, name)
@@ -248,7 +248,7 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog):
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic, "write", full)
+    monkeypatch.setattr(files, "write", full)
     with pytest.raises(OSError, match="No space left"):
         store.load(mlp_folder(tmp_path / "d", "d", "e"))
     assert places(store) == {"a": "device", "b": "device", "c": "host"}

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alora_kernels import route
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import answer_loss, choice_accuracy
+from alora_kernels.tuner import ALoRAConfig
 
 TASKS = ["one", "two", "three", "four"]
 EOS = 2

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from alora_kernels import route
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.training.loss import ModelLoss
+from alora_kernels.tuner import ALoRAConfig
 
 from .test_batch_loss import step, trained, trainer_of
 from .tiny_models import TASKS, build, rows

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from alora_kernels import FusedALoRALinear, route
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer, answer_loss, choice_accuracy
+from alora_kernels.tuner import ALoRAConfig
 
 TASKS = ["copy", "next", "zero"]
 CONFIG = dict(

@@ -12,9 +12,9 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alora_kernels import FusedALoRALinear, route
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.training.tasks import batch_routing
+from alora_kernels.tuner import ALoRAConfig
 
 from .test_trainer import CONFIG, TASKS, arguments, peft_model, rows
 

@@ -48,7 +48,7 @@ def test_rows_of_a_task_come_together():
 def classifier() -> Any:
     from peft import get_peft_model
 
-    from alora_kernels.integrations.peft import ALoRAConfig
+    from alora_kernels.tuner import ALoRAConfig
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

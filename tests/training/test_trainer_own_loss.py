@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from alora_kernels import route
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer
+from alora_kernels.tuner import ALoRAConfig
 
 from .test_trainer import CONFIG, TASKS, arguments
 from .test_trainer_data import texts

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from alora_kernels.integrations.peft import ALoRAConfig
 from alora_kernels.training import ALoRATrainer
 from alora_kernels.training.restore import active_adapters
+from alora_kernels.tuner import ALoRAConfig
 
 from .test_trainer import CONFIG, TASKS, arguments, peft_model, rows, states
 

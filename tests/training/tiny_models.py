@@ -9,7 +9,7 @@ import transformers
 from peft import get_peft_model
 from torch import nn
 
-from alora_kernels.integrations.peft import ALoRAConfig
+from alora_kernels.tuner import ALoRAConfig
 
 TASKS = ["a", "b"]
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -1,0 +1,147 @@
+"""`adapter_tasks.json`: how each task of an adapter was asked in training, beside the adapter's weights.
+
+In:   a prompt template, label words and a sample prompt per task; later a folder that somebody else may have written.
+Out:  the file; `TaskCard`s by task.
+Who:  `alora train`, `export_lora` and `import_lora` write it; the task store of serving reads it.
+
+A task answers well only the prompts it was trained on, and no weight says which these are. The file is optional: an
+adapter without one is served all the same, and so is one whose file is broken, after a warning. Texts are kept to what
+can be printed and be sent as UTF-8, since they are shown on terminals and pages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..tuner.files import written_whole
+from .config import AdapterFolderError, refused
+
+log = logging.getLogger("alora_kernels.task_cards")
+FILE = "adapter_tasks.json"
+VERSION = 1
+MAX_BYTES = 4 * 2**20
+MAX_TEXT, MAX_ANSWERS = 8192, 1024  # characters of a text; label words of a task
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    r"""How one task was asked in training.
+
+    Attributes:
+        template: prompt with placeholders as in `str.format`, such as "Review: {text}\nSentiment:"; the answer follows
+            after one space. None if it is not known.
+        answers: the words it answers with; none if it answers in texts.
+        sample: a whole prompt, ready to be sent; None if there is none.
+    """
+
+    template: str | None = None
+    answers: tuple[str, ...] = ()
+    sample: str | None = None
+
+
+def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
+    """Write the file, or remove it where there is nothing to say.
+
+    Args:
+        folder: of the adapter.
+        cards: task -> how it was asked. One that could not be read back is left out with a warning.
+    """
+    good = {}
+    for task, card in cards.items():
+        fields = asdict(card) | {"answers": list(card.answers)}
+        try:
+            _card(folder, task, fields)
+            good[task] = fields
+        except AdapterFolderError as error:
+            log.warning("%s", error)
+    if not good:
+        Path(folder, FILE).unlink(missing_ok=True)
+        return
+    with written_whole(folder) as temporary:
+        text = json.dumps({"version": VERSION, "tasks": good}, indent=1)
+        Path(temporary, FILE).write_text(text, encoding="utf-8")
+
+
+def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskCard]:
+    """Read the file of an adapter.
+
+    Args:
+        folder: of the adapter.
+        tasks: names in the adapter. The only card is that of the only task whatever it is called, since a stock LoRA
+            is called as its folder is.
+
+    Returns:
+        Task -> card, of the tasks that have one. Nothing without the file, nor, after a warning that names the fault,
+        for one that is not as `write_task_cards` leaves it.
+    """
+    path = Path(folder, FILE)
+    if not path.exists():
+        return {}
+    try:
+        cards = {task: _card(folder, task, fields) for task, fields in _content(folder, path).items()}
+    except AdapterFolderError as error:
+        log.warning("%s", error)
+        return {}
+    if len(tasks) == len(cards) == 1:
+        return {tasks[0]: next(iter(cards.values()))}
+    return {task: cards[task] for task in tasks if task in cards}
+
+
+def _content(folder: str | Path, path: Path) -> dict[str, Any]:
+    """The object that holds the cards."""
+    if not path.is_file():  # a pipe would never end
+        raise _wrong(folder, "is no file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        content = json.loads(data) if len(data) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _wrong(folder, f"does not read ({str(error)[:200]})") from None
+    if len(data) > MAX_BYTES:
+        raise _wrong(folder, f"is longer than {MAX_BYTES} bytes")
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
+        raise _wrong(folder, "must be an object whose 'tasks' is an object")
+    version, tasks = content.get("version"), content["tasks"]
+    if type(version) is not int or version != VERSION:
+        raise _wrong(folder, f"has version {str(version)[:40]}, and only {VERSION} is known")
+    return tasks
+
+
+def _card(folder: str | Path, task: str, fields: Any) -> TaskCard:
+    where = f"tasks[{task[:80]!r}]"
+    if not isinstance(fields, dict):
+        raise _wrong(folder, f"{where} must be an object, not {type(fields).__name__}")
+    answers = fields.get("answers", [])
+    if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
+        raise _wrong(folder, f"{where}.answers must be a list of at most {MAX_ANSWERS} texts")
+    checked = tuple(_text(folder, f"{where}.answers", answer) for answer in answers)
+    template, sample = (
+        None if fields.get(name) is None else _text(folder, f"{where}.{name}", fields[name])
+        for name in ("template", "sample")
+    )
+    try:
+        list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        raise _wrong(folder, f"{where}.template has braces that do not match ({error})") from None
+    return TaskCard(template, checked, sample)
+
+
+def _text(folder: str | Path, where: str, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise _wrong(folder, f"{where} must be a text that is not empty, not {str(text)[:40]!r}")
+    if len(text) > MAX_TEXT:
+        raise _wrong(folder, f"{where} has more than {MAX_TEXT} characters")
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t" for c in text):
+        raise _wrong(folder, f"{where} has control characters or halves of characters")
+    return text
+
+
+def _wrong(folder: str | Path, what: str) -> AdapterFolderError:
+    return refused(Path(folder), f"{FILE} {what}: write it again, or delete it; the adapter works without")

@@ -1,0 +1,282 @@
+"""`import_lora`: many stock LoRAs as one ALoRA adapter with the best shared B, and how much that loses.
+
+In:   n folders of plain LoRA on one base.
+Out:  one ALoRA folder with n tasks; a report with the error of every module and task.
+Who:  users and `alora import`.
+
+LoRAs that were trained apart share no B, so one B of their rank loses much, and only more rank helps: the report names
+the ranks that would lose 10 % and 1 %. Adapters that came from one ALoRA return to it exactly.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..modules.tasks import task_names
+from ..tuner.config import ALoRAConfig
+from ..tuner.files import CARD, WEIGHTS, describe_import, written_whole
+from .cards import read_task_cards, write_task_cards
+from .lora_folder import check_replaceable, target_names
+from .reader import PREFIX, AdapterFile, Shape, read_adapter
+from .shared_b import SharedB, rank_for, shared_b
+
+GOALS = (0.10, 0.01)  # errors whose rank the report names
+HEAD = """---
+library_name: peft
+base_model: {base}
+---
+
+# {n} LoRAs with one B
+
+Made from {n} stock LoRA adapters ({tasks}) by `alora import`: the best shared B of rank {rank} in the Frobenius norm.
+Over all tasks and modules the weights' change differs from that of the originals by {error:.2f} %.
+"""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What one B for all of them costs. Errors are ||D_i - B A_i||_F / ||D_i||_F, before rounding to the file's dtype.
+
+    Attributes:
+        base: name of the base model, or None.
+        folder: absolute path of the new adapter.
+        rank: its R.
+        bytes, bytes_before: size of its weights, and of the originals' together.
+        ranks: task -> largest rank of the original.
+        norms, lost: module -> ||D_i||_F and ||D_i - B A_i||_F of each task.
+        needed: error over everything -> the smallest R that reaches it.
+        missing: task -> modules that its adapter does not have; they stay as the base.
+    """
+
+    base: str | None
+    folder: Path
+    rank: int
+    bytes: int
+    bytes_before: int
+    ranks: dict[str, int]
+    norms: dict[str, list[float]]
+    lost: dict[str, list[float]]
+    needed: dict[float, int]
+    missing: dict[str, tuple[str, ...]]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names, in the order of the rows of A."""
+        return tuple(self.ranks)
+
+    @property
+    def error(self) -> float:
+        """Over all tasks and modules."""
+        flat = [[x for row in table.values() for x in row] for table in (self.lost, self.norms)]
+        return _ratio(*flat)
+
+    def task_error(self, task: str) -> float:
+        """Over all modules of one task."""
+        i = self.tasks.index(task)
+        return _ratio([row[i] for row in self.lost.values()], [row[i] for row in self.norms.values()])
+
+    def module_error(self, module: str) -> float:
+        """Over all tasks of one module."""
+        return _ratio(self.lost[module], self.norms[module])
+
+    def worst(self, count: int = 5) -> list[tuple[str, float]]:
+        """(module, error) of the modules that lose most."""
+        return sorted(((m, self.module_error(m)) for m in self.lost), key=lambda row: -row[1])[:count]
+
+    def table(self) -> list[tuple[str, int, float]]:
+        """(task, original rank, error) of each task."""
+        return [(task, rank, self.task_error(task)) for task, rank in self.ranks.items()]
+
+    def save(self, path: str | Path) -> None:
+        """Write module, task, ||D_i||_F and the relative error of each as CSV."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["module", "task", "norm", "relative_error"])
+            for module, norms in self.norms.items():
+                for task, norm, lost in zip(self.tasks, norms, self.lost[module], strict=True):
+                    rows.writerow([module, task, norm, _ratio([lost], [norm])])
+
+
+def _ratio(part: Sequence[float], whole: Sequence[float]) -> float:
+    """||part|| / ||whole||; nothing of nothing is 0."""
+    total = math.hypot(*whole)
+    return math.hypot(*part) / total if total else 0.0
+
+
+def import_lora(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    names: Sequence[str] | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> ImportReport:
+    """Write several stock LoRA adapters as one ALoRA adapter with the best shared B.
+
+    Formula: minimise sum_i ||D_i - B A_i||_F^2 over B `[N, R]` and A_i, module by module; s = 1. See `shared_b`.
+
+    Args:
+        folders: stock PEFT LoRA adapters on one base. Adapters of one ALoRA (`export_lora`) come back exactly.
+        out: folder of the new adapter.
+        rank: R; None is the largest rank of the originals. The sum of their ranks loses nothing.
+        names: of the tasks; None takes the folders' names.
+        overwrite: replace an adapter in `out`.
+        dtype: of the file.
+
+    Returns:
+        Errors per module and task, and the ranks that would reach 10 % and 1 %.
+
+    Raises:
+        ValueError: an adapter that is not plain LoRA, that is damaged or changes nothing; other bases, task types or
+            shapes; names that repeat. Nothing is written then.
+
+    Example:
+        >>> import_lora(["loras/movie", "loras/trec"], "both").error
+
+    Source: Eckart & Young 1936; Ban & Ji 2025, ALoRA.
+    """
+    tasks = _task_names(folders, names)
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    target = Path(out).resolve()
+    check_replaceable(target, overwrite)
+    adapters = dict(zip(tasks, [read_adapter(folder, only="lora") for folder in folders], strict=True))
+    r = rank or max(adapter.rank for adapter in adapters.values())
+    _check_names(adapters)
+    for adapter in adapters.values():
+        adapter.say_copies()
+    config = _new_config(adapters, r)
+    shapes = _common_shapes(adapters, r)
+    # set now: the config itself would make it a set, in no fixed order
+    config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
+    tensors: dict[str, Tensor] = {}
+    spectra, norms, lost = [], {}, {}
+    for module, shape in shapes.items():
+        solved = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
+        a, b = _rounded(solved, dtype)
+        tensors |= {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
+        spectra.append(solved.sigma)
+        norms[module], lost[module] = solved.norms, solved.lost
+    _check_all_change(adapters, norms)
+    report = ImportReport(
+        base=config.base_model_name_or_path,
+        folder=target,
+        rank=r,
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bytes_before=sum(adapter.stamp.bytes for adapter in adapters.values()),
+        ranks={task: adapter.rank for task, adapter in adapters.items()},
+        norms=norms,
+        lost=lost,
+        needed={goal: rank_for(goal, spectra) for goal in GOALS},
+        missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
+    )
+    _write(report, tensors, config)
+    cards = {task: read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()}
+    write_task_cards(target, {task: found[task] for task, found in cards.items() if task in found})
+    return report
+
+
+def _task_names(folders: Sequence[str | Path], names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(folders, str | Path) or not folders:
+        raise ValueError(f"folders must be a list of at least one adapter folder, got {folders!r}")
+    if names is not None and len(names) != len(folders):
+        raise ValueError(f"{len(names)} names for {len(folders)} folders: give each folder one, in order")
+    given = [Path(folder).resolve().name for folder in folders] if names is None else list(names)
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise ValueError(f"two tasks would be called {', '.join(twice)}: give names (--name, one per folder, in order)")
+    return task_names(given)
+
+
+def _one_base(adapters: Mapping[str, AdapterFile]) -> str | None:
+    """The base they share; adapters that name none are taken to fit."""
+    bases = {adapter.base: task for task, adapter in adapters.items() if adapter.base}
+    if len(bases) > 1:
+        said = ", ".join(f"{task} on {base}" for base, task in bases.items())
+        raise ValueError(
+            f"the adapters are for different base models: {said}. If these are one model under several names, make"
+            " base_model_name_or_path equal in their adapter_config.json"
+        )
+    return next(iter(bases), None)
+
+
+def _one_task_type(adapters: Mapping[str, AdapterFile]) -> str | None:
+    kinds = {a.config.task_type: task for task, a in adapters.items() if a.config.task_type}
+    if len(kinds) > 1:
+        said = ", ".join(f"{task} is {kind}" for kind, task in kinds.items())
+        raise ValueError(f"the adapters are of different task types: {said}. Import them separately")
+    return next(iter(kinds), None)
+
+
+def _common_shapes(adapters: Mapping[str, AdapterFile], r: int) -> dict[str, Shape]:
+    """Every module of any adapter, with the new rank."""
+    owners: dict[str, tuple[str, Shape]] = {}
+    for task, adapter in adapters.items():
+        for module, shape in adapter.shapes.items():
+            first, known = owners.setdefault(module, (task, shape))
+            if (known.n, known.k) != (shape.n, shape.k):
+                raise ValueError(
+                    f"{module} is {known.n} x {known.k} in {first} but {shape.n} x {shape.k} in {task}: these adapters"
+                    " are for different models"
+                )
+    return {module: Shape(shape.n, r, shape.k) for module, (_, shape) in sorted(owners.items())}
+
+
+def _check_names(adapters: Mapping[str, AdapterFile]) -> None:
+    """Refuse a module that one adapter has under another's name with something before it: no B would be shared."""
+    owners = {module: task for task, adapter in adapters.items() for module in adapter.shapes}
+    for module, task in owners.items():
+        parts = module.split(".")
+        for shorter in (".".join(parts[i:]) for i in range(1, len(parts) - 1)):
+            other = owners.get(shorter)
+            if other is not None and not adapters[task].shapes.keys() & adapters[other].shapes.keys():
+                raise ValueError(
+                    f"{task} adapts {module} and {other} adapts {shorter}, and they have no module in common: they were"
+                    " saved from models of other classes; save them from the same one"
+                )
+
+
+def _rounded(solved: SharedB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a, b = solved.a.to(dtype), solved.b.to(dtype)
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError(f"numbers too large for {dtype}: use float32")
+    return a, b
+
+
+def _check_all_change(adapters: Mapping[str, AdapterFile], norms: Mapping[str, Sequence[float]]) -> None:
+    for i, (task, adapter) in enumerate(adapters.items()):
+        if not any(row[i] for row in norms.values()):
+            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
+                             " adapter that was never trained; leave it out")  # fmt: skip
+
+
+def _new_config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
+    return ALoRAConfig(
+        r=r,
+        lora_alpha=r,
+        tasks=list(adapters),
+        base_model_name_or_path=_one_base(adapters),
+        task_type=_one_task_type(adapters),
+        inference_mode=True,
+    )
+
+
+def _write(report: ImportReport, tensors: Mapping[str, Tensor], config: ALoRAConfig) -> None:
+    head = HEAD.format(base=report.base or "unknown", n=len(report.tasks), tasks=", ".join(report.tasks),
+                       rank=report.rank, error=100 * report.error)  # fmt: skip
+    with written_whole(report.folder) as temporary:
+        save_file(dict(tensors), Path(temporary, WEIGHTS), metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        Path(temporary, CARD).write_text(head, encoding="utf-8")
+        describe_import(temporary)

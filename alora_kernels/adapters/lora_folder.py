@@ -1,0 +1,79 @@
+"""Stock PEFT LoRA folders, written whole; `adapter_folder` reads them.
+
+In:   matrices by module name, and a config.
+Out:  a folder with `adapter_config.json` and `adapter_model.safetensors`, or the one that was there before.
+Who:  `export` writes such folders; `import_lora` names its modules and looks at its target in the same way.
+
+Adapted modules are named by `target_modules` alone, because servers other than PEFT know no more of its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..tuner.files import CARD, CONFIG, WEIGHTS, written_whole
+from .config import AdapterConfig
+from .reader import PREFIX
+
+
+def target_names(configs: Iterable[AdapterConfig], modules: Iterable[str]) -> list[str]:
+    """`target_modules` that select the same modules without any other setting.
+
+    Args:
+        configs: of the adapters the modules come from.
+        modules: their full names.
+
+    Returns:
+        The names that all the configs list, where a list alone says it; otherwise the modules' full names.
+    """
+    exact = sorted(modules)
+    names, *others = {config.targets for config in configs}
+    if names is None or others or not all(any(m == t or m.endswith(f".{t}") for t in names) for m in exact):
+        return exact
+    return sorted(names)
+
+
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raise unless an adapter may be written to the folder.
+
+    Raises:
+        ValueError: it holds an adapter and `overwrite` is False, or it holds something else.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the path of a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not empty and holds no adapter: give another folder")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds an adapter: say overwrite (--overwrite) to replace it, or another folder (--out)"
+        )
+
+
+def write_lora(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, card: str) -> int:
+    """Write a stock LoRA folder, whole or not at all.
+
+    Args:
+        folder: made if needed.
+        matrices: module -> (A `[R, K]`, B `[N, R]`), with the scaling already in B.
+        config: of the same rank, with lora_alpha = R.
+        card: text of README.md.
+
+    Returns:
+        Bytes of the weights file.
+    """
+    tensors = {}
+    for module, (a, b) in matrices.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    with written_whole(folder) as temporary:
+        save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        Path(temporary, CARD).write_text(card, encoding="utf-8")
+    return (folder / WEIGHTS).stat().st_size

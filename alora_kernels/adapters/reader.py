@@ -1,0 +1,320 @@
+"""A folder becomes matrices, or is refused with the reason: the one reader of saved adapters.
+
+In:   the path of a saved adapter, ALoRA or stock LoRA, that somebody else may have written.
+Out:  `AdapterFile`: its config, its shapes and scalings, and matrices by task or by module when asked for.
+Who:  `TaskStore` serves it, `export_lora` and `import_lora` turn one kind into the other.
+
+Only JSON and safetensors are read, nothing is unpickled and nothing in the folder is executed. Every number is looked
+at once, one task's rows of one tensor at a time, so that a folder of 1000 tasks never has to be in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..tuner.files import CONFIG, PICKLE, WEIGHTS, unwrapped
+from .config import AdapterConfig, AdapterFolderError, Kind, not_finite, read_config, refused
+
+PREFIX = "base_model.model."
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_NAME = 256  # characters of a module's name: patterns are matched against it
+_KEYS = {
+    "alora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.asymlora_(A|B)(?:\.weight)?"),
+    "lora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.lora_(A|B)\.weight"),
+}
+Keys = dict[str, dict[str, str]]  # module -> "A" or "B" -> name of the tensor
+
+
+class Stamp(NamedTuple):
+    """Which file it is: another one under the same name differs in one of inode, bytes, time of the last change."""
+
+    inode: int
+    bytes: int
+    changed: int
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Which file it is now."""
+    stat = path.stat()
+    return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+class Shape(NamedTuple):
+    """Output width, rank and input width of one adapted module."""
+
+    n: int
+    r: int
+    k: int
+
+
+class Factors(NamedTuple):
+    """One module of one task: its change of the weight is s B A.
+
+    Attributes:
+        a: `[R, K]`.
+        b: `[N, R]`.
+        s: scaling.
+    """
+
+    a: Tensor
+    b: Tensor
+    s: float
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """A saved adapter whose contents were checked. What reads it again refuses a file that changed since.
+
+    Attributes:
+        folder: where it lies.
+        config: what it says of itself.
+        shapes: module -> (N, R, K), by name.
+        scaling: module -> s.
+        dtype: the widest of its tensors.
+        keys: names of the tensors in the file.
+        copies: parameter of the base -> name in the file, of what PEFT copies beside an adapter on the output layer.
+        stamp: of the file that was checked.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    shapes: dict[str, Shape]
+    scaling: dict[str, float]
+    dtype: torch.dtype
+    keys: Keys
+    copies: dict[str, str]
+    stamp: Stamp
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of its tasks; a stock LoRA is one task, called like its folder."""
+        return self.config.tasks
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name that the folder gives; None if it gives none."""
+        return self.config.base
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(shape.r for shape in self.shapes.values())
+
+    @cached_property
+    def b(self) -> dict[str, Tensor]:
+        """Module -> B `[N, R]`, read when first asked for."""
+        with self._checked() as file:
+            return {module: file.get_tensor(parts["B"]).clone() for module, parts in self.keys.items()}
+
+    def matrices(self, task: str) -> dict[str, Tensor]:
+        """A of one task: module -> `[R, K]`; only these rows are read.
+
+        Args:
+            task: one of `tasks`.
+
+        Raises:
+            AdapterFolderError: no such task, or the file is not the one that was checked any more.
+        """
+        if task not in self.tasks:
+            listed = ", ".join(map(repr, self.tasks[:20]))
+            raise refused(self.folder, f"has no task {task!r}: it has {listed}; ask for one of these")
+        row = self.tasks.index(task)
+        with self._checked() as file:
+            return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
+
+    def check_copies(self, base: Mapping[str, Tensor]) -> None:
+        """Raise unless the weights of the base that the file holds too are those of the base it is used on.
+
+        Args:
+            base: its parameters; names that it lacks and quantised ones are not compared.
+
+        Raises:
+            AdapterFolderError: another weight, or the file is not the one that was checked any more.
+        """
+        with self._checked() as file:
+            for name, key in self.copies.items():
+                own = base.get(name)
+                if own is None or not own.is_floating_point() or own.is_meta:
+                    continue
+                if not torch.equal(file.get_tensor(key).to(own.device, own.dtype), own):
+                    raise refused(self.folder, f"was trained on another {name} than the base's, and holds it: merge the"
+                                  " adapter into the base that it was trained on")  # fmt: skip
+
+    def say_copies(self) -> None:
+        """Warn of weights of the base that the file holds too, where they are left out and no base is there."""
+        if self.copies:
+            warnings.warn(f"{self.folder} holds {', '.join(self.copies)} of its base too, which is left out: the base"
+                          " must have it unchanged", stacklevel=3)  # fmt: skip
+
+    def factors(self, module: str) -> Factors:
+        """A of the first task, B and s of one module; only these are read.
+
+        Raises:
+            AdapterFolderError: the file is not the one that was checked any more.
+        """
+        parts = self.keys[module]
+        with self._checked() as file:
+            return Factors(_a(file, self.config, parts["A"], 0), file.get_tensor(parts["B"]), self.scaling[module])
+
+    @contextmanager
+    def _checked(self) -> Iterator[Any]:
+        with _opened(self.folder) as (file, stamp):
+            if stamp != self.stamp:
+                raise refused(self.folder, f"{WEIGHTS} changed while it was read: load the folder again")
+            yield file
+
+
+def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
+    """Read and check a saved adapter.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        only: refuse the other kind.
+
+    Returns:
+        The adapter; module names are those of the base model.
+
+    Raises:
+        AdapterFolderError: there is none, it is damaged, of the other kind, or more than s B A per task; naming the
+            remedy.
+    """
+    folder = Path(os.path.abspath(folder))
+    try:
+        _look(folder)
+    except OSError as error:  # a path longer than the system allows, a folder that may not be looked into
+        raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
+    config = read_config(folder, only)
+    with _opened(folder) as (file, stamp):
+        keys, copies = _keys(folder, file, config)
+        shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
+        scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
+        dtype = _dtype(folder, file, keys)
+        if bad := [module for module, parts in keys.items() if not _finite(file, config, parts)]:
+            raise not_finite(folder, bad)
+    return AdapterFile(folder, config, shapes, scaling, dtype, keys, copies, stamp)
+
+
+def _look(folder: Path) -> None:
+    """Refuse a folder without the two files."""
+    if not folder.exists():
+        raise refused(folder, "no such folder: give the folder that save_adapter or save_pretrained wrote")
+    if not folder.is_dir():
+        raise refused(folder, "is a file: give the folder that holds it")
+    if not (folder / CONFIG).is_file():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))[:5]
+        hint = f"give one of its subfolders: {', '.join(inside)}" if inside else "is it an adapter's folder?"
+        raise refused(folder, f"has no {CONFIG}: {hint}")
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PICKLE).exists():
+        raise refused(
+            folder,
+            f"holds {PICKLE}, a pickle, which could run code and is never read: save the adapter again with a"
+            f" current PEFT, which writes {WEIGHTS}",
+        )
+    raise refused(folder, f"has no {WEIGHTS} beside its {CONFIG}: save the adapter again, or copy the missing file")
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Any, Stamp]]:
+    """The folder's weights and which file they are; what safetensors says of a damaged file becomes a refusal."""
+    path = folder / WEIGHTS
+    try:
+        stamp = stamp_of(path)
+        with safe_open(path, framework="pt") as file:
+            yield file, stamp
+    except AdapterFolderError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise refused(folder, f"{WEIGHTS} does not read ({error}): it is cut short or damaged; copy it again") from None
+
+
+def _keys(folder: Path, file: Any, config: AdapterConfig) -> tuple[Keys, dict[str, str]]:
+    """The tensors by module, if there is an A and a B of each, and copies from the base; nothing else."""
+    keys: Keys = {}
+    others: dict[str, str] = {}
+    for key in file.keys():  # noqa: SIM118, not a dict
+        name = unwrapped(key)
+        match = _KEYS[config.kind].fullmatch(name) if key.isprintable() else None
+        if match is None:
+            others[name.removeprefix(PREFIX)] = key
+        elif keys.setdefault(match[1], {}).setdefault(match[2], key) != key:
+            raise refused(folder, f"holds {match[2]} of {match[1]} twice: save the adapter again")
+    if not keys:
+        raise refused(folder, f"{WEIGHTS} holds no tensor: save the adapter again")
+    for module, parts in keys.items():
+        for part in "AB":
+            if part not in parts:
+                raise refused(folder, f"{module} has no {part}: the file is incomplete; save the adapter again")
+    for name, key in others.items():
+        if key.isprintable() and _is_copy(name, keys, others):
+            continue
+        remedy = "nothing else can be used; train without it"
+        if name.endswith(".weight") and name.split(".")[-2] in EMBEDDING_LAYER_NAMES:
+            remedy = (
+                "if the base has it unchanged, save the adapter again with save_pretrained(folder,"
+                " save_embedding_layers=False); otherwise save a base of its own"
+            )
+        raise refused(folder, f"holds {key[:200]!r}, no A or B of a linear layer: {remedy}")
+    return dict(sorted(keys.items())), {name.replace(".base_layer.", "."): key for name, key in others.items()}
+
+
+def _is_copy(name: str, keys: Keys, others: Mapping[str, str]) -> bool:
+    """Whether PEFT copied a tensor from the frozen base, as it does beside an adapter on the output layer.
+
+    A bias alone is no copy but a trained one.
+    """
+    module, _, parameter = name.rpartition(".base_layer.")
+    output = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and module in keys
+    return output and parameter in ("weight", "bias") and f"{module}.base_layer.weight" in others
+
+
+def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: dict[str, str]) -> Shape:
+    """(N, R, K) of a module whose two tensors fit each other and the config."""
+    a, b = (tuple(file.get_slice(parts[part]).get_shape()) for part in "AB")
+    tasks = (len(config.tasks),) if config.kind == "alora" else ()
+    if len(a) != len(tasks) + 2 or len(b) != 2 or a[: len(tasks)] != tasks or a[-2] != b[1] or 0 in (*a, *b):
+        wanted = f"[{tasks[0]} tasks, R, K]" if tasks else "[R, K]"
+        raise refused(folder, f"{module}: A is {list(a)} and B {list(b)}, but they must be {wanted} and [N, R]: save"
+                      " the adapter again, without convolutions")  # fmt: skip
+    if config.rank(module) != b[1]:
+        raise refused(folder, f"{module} has rank {b[1]} but {CONFIG} says {config.rank(module)}: the two files do not"
+                      " belong together; save the adapter again")  # fmt: skip
+    return Shape(b[0], b[1], a[-1])
+
+
+def _dtype(folder: Path, file: Any, keys: Keys) -> torch.dtype:
+    """The widest dtype of all tensors."""
+    widest: torch.dtype | None = None
+    for module, parts in keys.items():
+        for key in parts.values():
+            found = file.get_slice(key).get_dtype()
+            if found not in DTYPES:
+                raise refused(folder, f"{module} is stored as {found}: save it as one of {', '.join(DTYPES)}")
+            widest = DTYPES[found] if widest is None else torch.promote_types(widest, DTYPES[found])
+    assert widest is not None
+    return widest
+
+
+def _finite(file: Any, config: AdapterConfig, parts: dict[str, str]) -> bool:
+    """Whether B and every task's A hold numbers only; one task's rows are in memory at a time."""
+    rows = (_a(file, config, parts["A"], row) for row in range(len(config.tasks)))
+    return bool(file.get_tensor(parts["B"]).isfinite().all()) and all(bool(a.isfinite().all()) for a in rows)
+
+
+def _a(file: Any, config: AdapterConfig, key: str, row: int) -> Tensor:
+    """One task's A `[R, K]`, sharing no memory with the file."""
+    return (file.get_slice(key)[row] if config.kind == "alora" else file.get_tensor(key)).clone()  # type: ignore[no-any-return]

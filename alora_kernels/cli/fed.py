@@ -1,0 +1,262 @@
+"""`alora fed`: federated fine-tuning from the command line, on one machine or on many.
+
+In:   a YAML configuration (`federated.config.FedConfig`).
+Out:  a run's folder: ledger, checkpoints, finished arrays, plot; a live table while it runs.
+Who:  `cli.app` mounts it. Commands only wire: participants come from `participants`, engines from `federated`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..federated.config import FedConfig
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tune together without sharing data (Flower).")
+
+Config = Annotated[Path, typer.Argument(help="YAML file, see examples/federated.yaml")]
+Output = Annotated[Path | None, typer.Option(help="folder of the run, instead of the configuration's")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")]
+
+
+@app.command()
+def methods() -> None:
+    """What each method shares, what stays with the client, and how much travels."""
+    from ..recipes.display import quiet
+
+    quiet()
+    from ..federated.share_specs import METHODS
+    from ..recipes import display
+
+    rows = []
+    for spec in METHODS.values():
+        private = [*(role for role in spec.living("private") if role != "head"), "head"]
+        shared = ", ".join(spec.living("shared")) or "-"
+        rows.append([spec.name, shared, ", ".join(private), spec.aggregation, spec.cost])
+    columns = ["method", "shared", "private", "the server computes", "floats up and down"]
+    said = "floats per adapted layer (K in, N out, rank r), client and round; d_m is the rank of the shared space"
+    display.console.print(display.table("federated methods", columns, rows, said, left=len(columns)))
+
+
+@app.command()
+def run(
+    config: Config,
+    engine: Annotated[str, typer.Option(help="inprocess: one client after the other; ray: Flower's simulation")] = (
+        "inprocess"
+    ),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    output: Output = None,
+) -> None:
+    """Run server and all clients on this machine."""
+    with _errors():
+        settings = _settings(config, output)
+        if engine not in ("inprocess", "ray"):
+            raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
+        _claim(settings, resume, overwrite)
+        if engine == "inprocess":
+            _in_process(settings, resume)
+        else:
+            _with_ray(settings, resume)
+        _report(settings.output)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, finished or still running")],
+    follow: Annotated[bool, typer.Option(help="stay until the run ends")] = False,
+) -> None:
+    """The table and the plot of a run, from its ledger."""
+    with _errors():
+        from ..federated import view
+        from ..federated.server import LEDGER
+
+        if not (folder / LEDGER).exists():
+            raise ValueError(f"{folder} has no {LEDGER}: give the output folder of a federated run")
+        if follow:
+            view.watch(folder / LEDGER)
+        _report(folder)
+
+
+@app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(help="where to write ca.pem and the server's certificate and key")],
+    host: Annotated[list[str] | None, typer.Option(help="name or address that clients will use; repeatable")] = None,
+) -> None:
+    """Make a certificate authority and a server certificate, unless your organisation has its own."""
+    with _errors():
+        from ..federated.deploy.keys import make_certificates
+
+        made = make_certificates(folder, tuple(host) if host else ("localhost", "127.0.0.1"))
+        typer.echo(f"server: keep {made.certificate} and {made.key}; every client needs a copy of {made.ca}")
+
+
+@app.command()
+def key(
+    client: Annotated[str, typer.Argument(help="name of the client, as in the configuration")],
+    folder: Annotated[Path, typer.Option(help="where to write the pair")] = Path("."),
+) -> None:
+    """Make a client's key pair; its public half goes to the server, its private half never leaves."""
+    with _errors():
+        from ..federated.deploy.keys import make_node_key
+
+        private, public = make_node_key(folder, client)
+        typer.echo(f"send {public} to the server's operator; keep {private}")
+
+
+@app.command()
+def server(
+    config: Config,
+    certificates: Annotated[Path, typer.Option(help="folder made by `alora fed certificates`")],
+    key: Annotated[list[Path] | None, typer.Option(help="public key of a client, NAME.pub; repeatable")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="TCP port for the clients")] = 8000,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    output: Output = None,
+) -> None:
+    """Serve a run to clients on other machines: TLS, and only registered keys."""
+    with _errors():
+        from ..federated import deploy
+        from ..federated.deploy.keys import Certificates
+        from ..federated.deploy.processes import Processes
+
+        settings = _settings(config, output)
+        _claim(settings, resume, overwrite)
+        home = settings.output / "flower"
+        with Processes(home / "logs") as processes, _table(settings):
+            deploy.start_superlink(processes, home, host=host, port=port, certificates=Certificates(certificates))
+            for public in key or []:
+                deploy.register_once(home, public, public.name.removesuffix(".pub"))
+            deploy.submit_and_wait(home, _app(settings, home, resume))
+        _report(settings.output)
+
+
+@app.command()
+def client(
+    config: Annotated[Path, typer.Argument(help="this client's own copy of the configuration: what it shares")],
+    name: Annotated[str, typer.Argument(help="this client, as the configuration calls it")],
+    server: Annotated[str, typer.Option(help="host:port of the server")],
+    ca: Annotated[Path, typer.Option(help="the server's ca.pem")],
+    key: Annotated[Path, typer.Option(help="this client's private key")],
+    state_dir: Annotated[Path, typer.Option(help="keeps the private half between rounds")] = Path("state"),
+    data: Annotated[Path | None, typer.Option(help=".jsonl with `prompt` and `answer`; never leaves")] = None,
+) -> None:
+    """Take part in a run as one client; stays until stopped, and may be restarted at any time."""
+    with _errors():
+        from ..federated import deploy
+        from ..federated.config import load_config
+        from ..federated.deploy.commands import supernode_command
+
+        load_config(config).client(name)
+        command = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
+        deploy.run_client(name, command, state_dir, echo=typer.echo)
+
+
+def _settings(config: Path, output: Path | None) -> FedConfig:
+    """The configuration, with an output folder that means the same in every process."""
+    from ..federated.config import load_config
+
+    settings = load_config(config)
+    return settings.model_copy(update={"output": (output or settings.output).resolve()})
+
+
+def _claim(settings: FedConfig, resume: bool, overwrite: bool) -> None:
+    """Before anything is shown or started: the output folder is free, or it is said what becomes of its run."""
+    from ..federated.server import check_fresh, clear
+
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the run in the folder, --overwrite replaces it: give one of them")
+    if overwrite:
+        clear(settings.output)
+    elif not resume:
+        check_fresh(settings.output)
+
+
+def _in_process(settings: FedConfig, resume: bool) -> None:
+    from ..federated.engine import run as run_here
+    from ..recipes.federated import participant
+
+    with _table(settings):
+        outcome = run_here(settings, lambda name: participant(settings, name), resume=resume)
+    if outcome.status != "finished":
+        raise ValueError(f"stopped after round {outcome.rounds}: {outcome.reason}; go on with --resume")
+
+
+def _with_ray(settings: FedConfig, resume: bool) -> None:
+    from ..federated import deploy
+
+    home = settings.output / "flower"
+    with _table(settings):
+        deploy.run_ray(_app(settings, home, resume), len(settings.clients), home)
+
+
+def _app(settings: FedConfig, home: Path, resume: bool) -> Path:
+    from ..federated.deploy.apps import write_app
+
+    return write_app(home / "app", settings.to_yaml(), resume=resume)
+
+
+@contextmanager
+def _table(settings: FedConfig) -> Iterator[None]:
+    """The live table beside a run: a thread that reads the ledger, whichever process writes it."""
+    from ..federated import view
+    from ..federated.server import LEDGER
+    from ..recipes import display
+
+    done, now = threading.Event(), datetime.now(UTC)
+    path = settings.output / LEDGER
+    since = now.replace(microsecond=now.microsecond // 1000 * 1000)  # a ledger's times are cut to milliseconds
+    options: dict[str, Any] = {"until": done.is_set, "console": display.err, "since": since}
+    thread = threading.Thread(target=view.watch, args=(path,), kwargs=options, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+def _report(folder: Path) -> None:
+    """What came of a run: the table, and the plot beside its ledger."""
+    from ..federated import plot, view
+    from ..federated.log import read
+    from ..federated.server import LEDGER, PLOT
+    from ..recipes import display
+
+    events = read(folder / LEDGER)
+    display.console.print(view.summary(events))
+    name = next((e["method"] for e in events if e["event"] == "run"), "run")
+    try:
+        plot.plot({name: events}, folder / PLOT)
+    except ImportError as error:
+        typer.echo(f"no plot: {error}", err=True)
+    typer.echo(f"everything is in {folder}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One clear line instead of a traceback, for errors that are the input's."""
+    from ..recipes.display import quiet
+    from .errors import USER_ERRORS, fail
+
+    quiet()
+    try:
+        from ..federated.deploy.processes import FlowerError
+        from ..federated.guard import QuorumError
+
+        errors: tuple[type[Exception], ...] = (*USER_ERRORS, FlowerError, QuorumError)
+    except ImportError as error:
+        raise fail(ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'")) from error
+    try:
+        yield
+    except errors as error:
+        raise fail(error) from error

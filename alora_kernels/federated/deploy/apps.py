@@ -1,0 +1,104 @@
+"""The folder that `flwr run` submits: a configuration and two imports.
+
+In:   the configuration's text and where the server and client apps are.
+Out:  a folder with `pyproject.toml` and `app.py`; Flower packs both and sends them to every client.
+Who:  `alora fed run` and `alora fed server`; `examples/federated_app` is the same folder by hand.
+
+Only these two files travel. The apps themselves are imported from what is installed on each machine, so a client runs
+no code from the server but the names of two objects, and every machine needs the same version of this package.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+SERVER, CLIENT = "alora_kernels.recipes.fed_apps:server", "alora_kernels.recipes.fed_apps:client"
+_REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+
+_PROJECT = """\
+[project]
+name = "alora-federated"
+version = "1.0.0"
+description = "One federated run of alora-kernels"
+license = "Apache-2.0"
+dependencies = []  # nothing is installed: every machine has alora-kernels[federated] already
+
+[tool.flwr.app]
+publisher = "local"
+fab-include = ["app.py"]  # the logs and databases of a run may lie in the same folder
+
+[tool.flwr.app.components]
+serverapp = "app:server"
+clientapp = "app:client"
+
+[tool.flwr.app.config]
+resume = {resume}
+config = '''
+{config}'''
+"""
+
+_APP = '''\
+"""What Flower starts: the two apps, imported from what is installed on this machine."""
+
+from {client_module} import {client} as client
+from {server_module} import {server} as server
+
+__all__ = ["client", "server"]  # Flower looks the names up here, without importing the file
+'''
+
+
+def write_app(folder: Path, config: str, *, resume: bool = False, server: str = SERVER, client: str = CLIENT) -> Path:
+    """Write a folder that `flwr run` accepts.
+
+    Args:
+        folder: made if missing; `pyproject.toml` and `app.py` in it are replaced.
+        config: text of the configuration, which both apps find as `context.run_config["config"]`.
+        resume: whether the server goes on from its checkpoint; `context.run_config["resume"]`.
+        server: "module:name" of a `ServerApp` importable on the server.
+        client: "module:name" of a `ClientApp` importable on every client.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a reference that is not "module:name", or a configuration that TOML cannot hold as a literal.
+    """
+    parts = [_REFERENCE.fullmatch(reference) for reference in (server, client)]
+    if parts[0] is None or parts[1] is None:
+        raise ValueError(f"server and client must be 'module:name', got {server!r} and {client!r}")
+    project = _PROJECT.format(config=_literal(config), resume=str(resume).lower())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pyproject.toml").write_text(project)
+    (server_module, server_name), (client_module, client_name) = parts[0].groups(), parts[1].groups()
+    (folder / "app.py").write_text(
+        _APP.format(server_module=server_module, server=server_name, client_module=client_module, client=client_name)
+    )
+    return folder
+
+
+def read_config(folder: Path) -> str:
+    """The configuration in an app folder.
+
+    Raises:
+        ValueError: no `pyproject.toml` with `[tool.flwr.app.config]` and `config` in it.
+    """
+    file = Path(folder) / "pyproject.toml"
+    try:
+        return str(tomllib.loads(file.read_text())["tool"]["flwr"]["app"]["config"]["config"])
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{file} holds no config under [tool.flwr.app.config]: {error!r}") from None
+
+
+def _literal(config: str) -> str:
+    """The text with a newline at its end, if a multi-line literal string gives it back unchanged."""
+    text = "\n".join(config.splitlines()) + "\n"
+    try:
+        kept = tomllib.loads(f"config = '''\n{text}'''")["config"] == text
+    except tomllib.TOMLDecodeError:
+        kept = False
+    if not kept:
+        raise ValueError("config must not hold ''' or control characters: TOML could not carry it to the clients")
+    return text

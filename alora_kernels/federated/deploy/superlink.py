@@ -1,0 +1,81 @@
+"""Flower's SuperLink with one door closed: only clients' calls are answered to other machines.
+
+In:   the arguments of `flower-superlink`.
+Out:  the same server; calls from another machine to anything but `/v1/fleet/` and `/health` get status 403.
+Who:  `commands.superlink_command`, as `python -m alora_kernels.federated.deploy.superlink`.
+
+Flower 1.41 serves clients (fleet), operators (control) and its own processes (runtime) on one port, and without an
+account plugin the control interface asks nobody who they are: whoever reaches the port registers a key of their own,
+then starts a run, which is code that every client executes. Registered keys protect nothing while that door is open.
+Operators therefore work on the server's own machine, or through a tunnel that ends there. A proxy on that machine makes
+everyone look local: let it pass `/v1/fleet/` only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = ("/v1/fleet/",)  # what clients call
+HEALTH = "/health"
+REFUSED = b"only clients' calls are answered to other machines: run operators' commands on the server's own machine\n"
+
+
+def allowed(path: str, peer: str | None, here: str | None) -> bool:
+    """Whether a call to `path` from the address `peer`, received at the address `here`, is answered.
+
+    Formula: the path is `/health` or below `/v1/fleet/`, or the peer is this machine: a loopback address, or `here`.
+    """
+    if path == HEALTH or (path.startswith(OPEN) and ".." not in path):
+        return True
+    try:
+        address = ipaddress.ip_address(peer or "")
+    except ValueError:
+        return False
+    # a SuperLink that listens on one address only is called by its own processes at that address
+    return peer == here or (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _address(scope: Scope, side: str) -> str | None:
+    pair = scope.get(side)
+    return pair[0] if pair else None
+
+
+def guarded(app: App) -> App:
+    """An ASGI application that answers 403 where `allowed` says no."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or allowed(scope["path"], _address(scope, "client"), _address(scope, "server")):
+            await app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": REFUSED})
+
+    return answer
+
+
+def main() -> None:
+    """Run `flower-superlink` with its application guarded."""
+    import flwr.superlink.main as superlink
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    create = superlink.create_app
+
+    def create_guarded(*args: Any, **kwargs: Any) -> App:
+        return guarded(create(*args, **kwargs))
+
+    superlink.create_app = create_guarded  # type: ignore[assignment]  # looked up there when the server starts
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Gradients of the matrices A and of the router: d^T x, per task or over all rows.
+
+In:   d, the gradient of the skinny products (dh per task, dp for soft routing), x [M, K], dropout.
+Out:  da [E, R, K], and drouter [E, K] for soft routing; absent tasks get zeros.
+Who:  the backward op, last step.
+
+A program owns one task, one block of K and a share of the task's rows, and walks down them. Shares exist
+only to fill the chip when tasks and K blocks are few; their partial sums lie in planes that are summed in
+a fixed order. No atomics, so nothing needs zero-filling and results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alora_kernels.routing import RowGroups
+
+from .dropout import Dropout, dropout_keep, dropout_scale
+from .launch import launch
+from .numerics import acc_dtype, dot_precision, power_of_two, splits_for, tl_dtype
+from .partial_sums import sum_planes
+from .tiles import MIN_PROGRAMS, tile_for
+
+
+@triton.jit
+def _wgrad_kernel(
+    d_ptr,
+    x_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    seed_ptr,
+    p_drop,
+    M,
+    C,
+    K,
+    num_tasks,
+    stride_dm,
+    stride_dc,
+    stride_xm,
+    stride_xk,
+    HAS_GROUPS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    num_k = tl.cdiv(K, BLOCK_K)
+    task = tl.program_id(0) // num_k
+    col0 = (tl.program_id(0) % num_k) * BLOCK_K
+    offs_k = col0 + tl.arange(0, BLOCK_K)
+    offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_k, mask_c = offs_k < K, offs_c < C
+    cols, outs = offs_k.to(tl.int64), offs_c.to(tl.int64)
+    if HAS_GROUPS:
+        first, last = tl.load(offsets_ptr + task), tl.load(offsets_ptr + task + 1)
+    else:
+        first, last = tl.program_id(1) * 0, M
+    # this program's share of the task's rows, in whole blocks
+    share = tl.cdiv(tl.cdiv(last - first, tl.num_programs(1)), BLOCK_M) * BLOCK_M
+    first += tl.program_id(1) * share
+    last = tl.minimum(first + share, last)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
+    for start in range(first, last, BLOCK_M):
+        pos_m = start + tl.arange(0, BLOCK_M)
+        mask_m = pos_m < last
+        if HAS_GROUPS:
+            row = tl.load(order_ptr + pos_m, mask=mask_m, other=0)
+        else:
+            row = pos_m
+        rows = row.to(tl.int64)
+        # [BLOCK_M, BLOCK_C]
+        d_ptrs = d_ptr + rows[:, None] * stride_dm + outs[None, :] * stride_dc
+        d = tl.load(d_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(DTYPE)
+        # [BLOCK_M, BLOCK_K]
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if HAS_DROPOUT:
+            x = tl.where(dropout_keep(seed, row, col0, p_drop, BLOCK_K), x, 0.0)
+        # K is the long side: x^T d uses full tensor-core tiles where d^T x, 16 rows high, would not.
+        acc = tl.dot(tl.trans(x), d, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if HAS_DROPOUT:
+        acc *= dropout_scale(p_drop, ACC)
+    # [planes, num_tasks, C, K], contiguous
+    plane = (tl.program_id(1).to(tl.int64) * num_tasks + task) * C
+    out_ptrs = out_ptr + (plane + outs)[None, :] * K + cols[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
+
+
+def _wgrad(
+    d: Tensor, x: Tensor, groups: RowGroups | None, num_tasks: int, dropout: Dropout | None, dtype: torch.dtype
+) -> Tensor:
+    """Planes `[S, num_tasks, C, K]` whose sum over S is d^T x; in `dtype` if S is 1, else accumulator dtype."""
+    (m, c), k, acc = d.shape, x.shape[1], acc_dtype(x.dtype)
+    tile = tile_for("wgrad", x.device, x.dtype)
+    block_c, block_m = power_of_two(c, 16, tile.block_m), tile.block_k
+    programs, c_blocks = num_tasks * triton.cdiv(k, tile.block_n), triton.cdiv(c, block_c)
+    splits = splits_for(programs * c_blocks, triton.cdiv(m, block_m), MIN_PROGRAMS)
+    planes = torch.empty(splits, num_tasks, c, k, dtype=dtype if splits == 1 else acc, device=x.device)
+    launch(
+        _wgrad_kernel, (programs, splits, c_blocks),
+        d, x, planes, None if groups is None else groups.order, None if groups is None else groups.offsets,
+        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
+        m, c, k, num_tasks, *d.stride(), *x.stride(),
+        HAS_GROUPS=groups is not None, HAS_DROPOUT=dropout is not None,
+        BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=tile.block_n,
+        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return planes
+
+
+def task_da(
+    dh: Tensor,
+    x: Tensor,
+    groups: RowGroups,
+    num_tasks: int,
+    *,
+    dropout: Dropout | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of the matrices A under task routing.
+
+    Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`.
+
+    Args:
+        dh: gradient of the unscaled h `[M, R]`, accumulator dtype; rounded to x's dtype for the product.
+        x: activations `[M, K]`, any strides.
+        groups: rows grouped by task.
+        num_tasks: E.
+        dropout: the same that forward used.
+        dtype: of the result, the dtype of a.
+
+    Returns:
+        da `[E, R, K]`; zeros for tasks without rows.
+    """
+    planes = _wgrad(dh, x, groups, num_tasks, dropout, dtype)
+    return sum_planes(planes, planes[:, :0], dtype, planes.dtype)[0]
+
+
+def soft_da(
+    dp: Tensor, x: Tensor, num_experts: int, *, dropout: Dropout | None = None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the matrices A and of the router under soft routing.
+
+    Formula: `da_cat = dp[:, :E*R]^T dropout(x)`, `drouter = dp[:, E*R:]^T x`.
+
+    Args:
+        dp: gradient of the products and logits `[M, E*R + E]`, as `gate_backward` returned it.
+        x: activations `[M, K]`, any strides.
+        num_experts: E.
+        dropout: the same that forward used.
+        dtype: of the results, the dtype of a.
+
+    Returns:
+        da `[E, R, K]` and drouter `[E, K]`. Without dropout one launch makes both.
+    """
+    cut = dp.shape[1] - num_experts
+    if dropout is None:
+        planes = _wgrad(dp, x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_planes(planes[:, :cut], planes[:, cut:], dtype, dtype)
+        if planes.shape[0] == 1:  # both are parts of the one plane, and results of an op must not share memory
+            drouter = drouter.clone()
+    else:
+        da_planes = _wgrad(dp[:, :cut], x, None, 1, dropout, dtype)[:, 0]
+        drouter_planes = _wgrad(dp[:, cut:], x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_planes(da_planes, drouter_planes, dtype, dtype)
+    return da.view(num_experts, cut // num_experts, -1), drouter

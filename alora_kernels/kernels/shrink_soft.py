@@ -1,0 +1,244 @@
+"""Forward of the layer, first half, soft routing: all skinny products, the gate, and their mixture.
+
+In:   x [M, K], the matrices a [E, R, K], the router [E, K], s, dropout.
+Out:  p [M, E*R + E], the unscaled products A_e x next to the logits (kept for backward), and h [M, R], scaled.
+Who:  the forward op with a router.
+
+One launch, and one pass over x while the products of all experts fit in `block_n` columns. More experts
+are taken in chunks: the first pass makes the logits, each further one a chunk of products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import Dropout, dropout_keep, dropout_scale
+from .launch import launch
+from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
+from .tiles import MAX_GATE, tile_for
+
+
+@triton.jit
+def _soft_products(
+    x_rows,
+    stride_xk,
+    a_rows,
+    mask_a,
+    stride_ak,
+    router_rows,
+    mask_e,
+    stride_ok,
+    K,
+    rows,
+    seed_ptr,
+    p_drop,
+    BLOCK_K: tl.constexpr,
+    WITH_A: tl.constexpr,
+    WITH_ROUTER: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One pass over x: products dropout(x) a^T [BLOCK_M, W] and logits x router^T [BLOCK_M, E_PAD]."""
+    products = tl.zeros((x_rows.shape[0], a_rows.shape[0]), dtype=ACC)
+    logits = tl.zeros((x_rows.shape[0], router_rows.shape[0]), dtype=ACC)
+    offs_k = tl.arange(0, BLOCK_K)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    step = tl.full((), BLOCK_K, tl.int64)
+    x_ptrs = x_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_xk
+    a_ptrs = a_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ak
+    router_ptrs = router_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ok
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+        x_ptrs += step * stride_xk
+        if WITH_ROUTER:
+            # [BLOCK_K, E_PAD]
+            router = tl.load(router_ptrs, mask=mask_k[:, None] & mask_e[None, :], other=0.0).to(x.dtype)
+            router_ptrs += step * stride_ok
+            logits = tl.dot(x, router, logits, input_precision=PRECISION, out_dtype=logits.dtype)
+        if WITH_A:
+            # [BLOCK_K, W]
+            a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_a[None, :], other=0.0).to(x.dtype)
+            a_ptrs += step * stride_ak
+            if HAS_DROPOUT:
+                x = tl.where(dropout_keep(seed, rows, k, p_drop, BLOCK_K), x, 0.0)
+            products = tl.dot(x, a, products, input_precision=PRECISION, out_dtype=products.dtype)
+    return products, logits
+
+
+@triton.jit
+def softmax_rows(logits, mask_e):
+    """softmax over the experts that exist [BLOCK_M, E_PAD]; padded ones get 0."""
+    logits = tl.where(mask_e[None, :], logits, float("-inf"))
+    weight = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weight / tl.sum(weight, axis=1)[:, None]
+
+
+@triton.jit
+def soft_shrink_rows(
+    pid_m,
+    pid_r,
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    h_ptr,
+    p_ptr,
+    seed_ptr,
+    p_drop,
+    scaling,
+    M,
+    K,
+    R,
+    E,
+    stride_xm,
+    stride_xk,
+    stride_ac,
+    stride_ak,
+    stride_oe,
+    stride_ok,
+    stride_hm,
+    stride_pm,
+    HAS_DROPOUT: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """p and h of one block of rows and one block of ranks."""
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows < M
+    x_rows = x_ptr + tl.where(mask_m, rows, 0).to(tl.int64) * stride_xm
+    p_rows = p_ptr + rows.to(tl.int64) * stride_pm
+    offs_e = tl.arange(0, E_PAD)
+    mask_e = offs_e < E
+    router_rows = router_ptr + offs_e.to(tl.int64) * stride_oe
+    # column c of a chunk is rank r of expert e
+    col = tl.arange(0, CHUNK * BLOCK_R)
+    offs_r = pid_r * BLOCK_R + col % BLOCK_R
+    h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    gate = tl.zeros((BLOCK_M, E_PAD), dtype=ACC)
+
+    if not ONE_PASS:
+        _, logits = _soft_products(
+            x_rows, stride_xk, x_rows, mask_m, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
+            BLOCK_K, False, True, False, PRECISION, ACC,
+        )  # fmt: skip
+        gate = softmax_rows(logits, mask_e)
+        tl.store(p_rows[:, None] + (E * R + offs_e)[None, :], logits, mask=mask_m[:, None] & mask_e[None, :])
+    for first in range(0, E, CHUNK):
+        expert = first + col // BLOCK_R
+        mask_a = (expert < E) & (offs_r < R)
+        a_rows = a_ptr + (expert * R + offs_r).to(tl.int64) * stride_ac
+        products, logits = _soft_products(
+            x_rows, stride_xk, a_rows, mask_a, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
+            BLOCK_K, True, ONE_PASS, HAS_DROPOUT, PRECISION, ACC,
+        )  # fmt: skip
+        if ONE_PASS:
+            gate = softmax_rows(logits, mask_e)
+            tl.store(p_rows[:, None] + (E * R + offs_e)[None, :], logits, mask=mask_m[:, None] & mask_e[None, :])
+        if HAS_DROPOUT:
+            products *= dropout_scale(p_drop, ACC)
+        tl.store(p_rows[:, None] + (expert * R + offs_r)[None, :], products, mask=mask_m[:, None] & mask_a[None, :])
+        # [BLOCK_M, CHUNK]: the gate of this chunk's experts
+        index = tl.broadcast_to((first + tl.arange(0, CHUNK))[None, :], (BLOCK_M, CHUNK))
+        weight = tl.gather(gate, index, 1)
+        # [BLOCK_M, CHUNK, BLOCK_R]
+        h += tl.sum(tl.reshape(products, [BLOCK_M, CHUNK, BLOCK_R]) * weight[:, :, None], axis=1)
+
+    h *= tl.cast(scaling, ACC)
+    out_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + out_r[None, :]
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & (out_r < R)[None, :])
+
+
+@triton.jit
+def _soft_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    h_ptr,
+    p_ptr,
+    seed_ptr,
+    p_drop,
+    scaling,
+    M,
+    K,
+    R,
+    E,
+    stride_xm,
+    stride_xk,
+    stride_ac,
+    stride_ak,
+    stride_oe,
+    stride_ok,
+    stride_hm,
+    stride_pm,
+    HAS_DROPOUT: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    soft_shrink_rows(
+        tl.program_id(0), tl.program_id(1), x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
+        M, K, R, E, stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
+        HAS_DROPOUT, ONE_PASS, CHUNK, E_PAD, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+    )  # fmt: skip
+
+
+def soft_shrink(
+    x: Tensor, a: Tensor, router: Tensor, *, scaling: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """All skinny products, the softmax gate and the mixture, in one launch.
+
+    Formula: `p = [dropout(x) a_cat^T | x router^T]`, `gate = softmax(p[:, E*R:])`, `h = s sum_e gate_e p_e`.
+
+    Args:
+        x: activations `[M, K]`, any strides.
+        a: the matrices A `[E, R, K]`, x's dtype or float32.
+        router: router weight `[E, K]`; it sees x before dropout.
+        scaling: s.
+        dropout: of x, or None.
+
+    Returns:
+        h `[M, R]` in x's dtype and the unscaled p `[M, E*R + E]` in the accumulator dtype.
+
+    Raises:
+        ValueError: more than 1024 experts.
+    """
+    (m, k), (e, r, _) = x.shape, a.shape
+    if e > MAX_GATE:
+        raise ValueError(f"soft routing supports up to {MAX_GATE} experts, lora_A has {e}")
+    idea = "soft_shrink_narrow" if dropout is not None or k % 16 else "soft_shrink"
+    h = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
+    tile, block_r, experts = tile_for(idea, x.device, x.dtype), rank_block(r, x.dtype), triton.next_power_of_2(e)
+    chunk = min(experts, max(tile.block_n // block_r, 1))
+    block_m = power_of_two(m, 16, tile.block_m if experts <= 64 else 16)  # wide logits: fewer rows, same registers
+    inside, outside = kernel_scaling(scaling, x.dtype)
+    a_cat = a.reshape(e * r, k)
+    launch(
+        _soft_shrink_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
+        x, a_cat, router, h, p,
+        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), inside,
+        m, k, r, e, *x.stride(), *a_cat.stride(), *router.stride(), h.stride(0), p.stride(0),
+        HAS_DROPOUT=dropout is not None, ONE_PASS=chunk == experts, CHUNK=chunk, E_PAD=max(16, experts),
+        BLOCK_M=block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
+        PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return (h if outside == 1.0 else h.mul_(outside)), p

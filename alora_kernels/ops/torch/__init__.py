@@ -1,0 +1,1 @@
+"""The op in plain torch."""

@@ -1,0 +1,196 @@
+"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
+
+In:   two-dimensional activations, the adapter, and rows grouped by task (or a router).
+Out:  the same four results as `triton_backend`: `linear`, `shrink` and their backwards.
+Who:  `ops.library` calls these functions through its custom ops.
+
+B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
+whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and
+float32 adapters are taken in float32 (`mixed`): h, dh and the adapter's gradients are float32 numbers. Task routing
+picks rows in one of the ways of `torch_rows`; nothing loops over tokens. Soft routing is in `torch_soft`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...routing import RowGroups
+from ..mixed import add_product_, product, turned_product, without_autocast
+from ..types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype, wider
+from . import soft as soft
+from .rows import Rows, Slots, Whole, layout_of
+
+HAS_MKL = torch.backends.mkl.is_available()
+TURNED = (1 << 18, 1 << 20)  # entries of the smallest weights whose product is turned, see `_turns`
+
+
+def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
+    """The scaled keep mask of x, the same for the same seed.
+
+    16 random bits decide an entry, so p is rounded to 1/65536 and the scale is that of the rounded p. `bernoulli_`
+    takes 2.6 times as long, and the mask is drawn twice, in forward and in backward.
+    """
+    dropped = round(dropout.p * 65536)
+    if dropped == 65536:
+        return torch.zeros_like(x)
+    generator = torch.Generator(x.device).manual_seed(int(dropout.seed.item()))
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    return (bits >= dropped - 32768).view(x.shape).to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+    """out[rows] += scaling * left right, in place."""
+    if isinstance(rows, slice):
+        add_product_(out[rows], left, right, scaling)
+    else:
+        _add(out, rows, product(left, right, scaling))
+
+
+def _add(out: Tensor, rows: Rows, part: Tensor) -> None:
+    """out[rows] += part, in place; rounded once where part is the wider one."""
+    if isinstance(rows, slice) or out.dtype != part.dtype:
+        out[rows] += part
+    else:
+        out.index_add_(0, rows, part)
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
+    """What the low-rank path sees of x, and the mask; x itself without dropout."""
+    if dropout is None:
+        return x, None
+    mask = dropout_mask(x, dropout)
+    return x * mask, mask
+
+
+def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
+    """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
+    layout = layout_of(groups)
+    if isinstance(layout, Whole):
+        return product(x, a[layout.task].t(), scaling)
+    if isinstance(layout, Slots):
+        # [T, C, K] [T, K, R]
+        left, right = layout.lay(x), layout.matrices(a).transpose(1, 2)
+        slots = torch.baddbmm(x.new_empty(()), left, right, beta=0, alpha=scaling)
+        if layout.back is not None:
+            return slots.flatten(0, 1).index_select(0, layout.back)
+        return x.new_zeros(x.shape[0], a.shape[1]).index_copy_(0, layout.rows, layout.collect(slots))
+    h = x.new_zeros(x.shape[0], a.shape[1])
+    for task, rows in layout:
+        _accumulate(h, rows, x[rows], a[task].t(), scaling)
+    return h
+
+
+@without_autocast
+def shrink(x: Tensor, adapter: Adapter) -> Saved:
+    """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
+    x = x.to(wider(x, adapter.a, adapter.router))
+    dropped, _ = drop(x, adapter.dropout)
+    if adapter.router is None:
+        h = task_shrink(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
+        return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
+    p = soft.products(x, dropped, [adapter])
+    return Saved(soft.mixture(p, adapter, adapter.scaling).to(x.dtype), p)
+
+
+def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
+    """x w^T + bias; with few rows as (w x^T)^T, which MKL shares out better between threads.
+
+    That rounds otherwise than `F.linear`, so it is not done where base-only rows are to equal the base bit for bit.
+    """
+    if not _turns(x, w) or (groups is not None and groups.offsets[0].item() > 0):
+        return F.linear(x, w, bias)
+    turned = torch.mm(w, x.t()).t()
+    return turned.contiguous() if bias is None else torch.add(turned, bias, out=x.new_empty(turned.shape))
+
+
+def _turns(x: Tensor, w: Tensor) -> bool:
+    """Whether the turned product is the faster one; measured with two threads (LOG.md).
+
+    2 to 4 rows: 1.3 to 2.5 times as fast; 16 to 128 rows of a weight from 2^20 entries: 1.05 to 1.7 times.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not HAS_MKL or torch.get_num_threads() == 1:
+        return False
+    rows, size = x.shape[0], w.numel()
+    return (2 <= rows <= 4 and size >= TURNED[0]) or (16 <= rows <= 128 and size >= TURNED[1])
+
+
+@without_autocast
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
+    """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs."""
+    saved = shrink(x, adapter)
+    y = base_product(x, w, bias, adapter.groups)
+    return add_product_(y, saved.h, b.t()), saved
+
+
+def task_backward(
+    dx: Tensor | None, dh: Tensor, a: Tensor, groups: RowGroups, dropped: Tensor, mask: Tensor | None, wanted: bool
+) -> Tensor | None:
+    """Add the low-rank part to dx in place; the gradient of each task's a, zero where a task has no rows, if wanted."""
+    layout = layout_of(groups)
+    if isinstance(layout, Slots):
+        return _slots_backward(dx, dh, a, layout, dropped, mask, wanted)
+    if isinstance(layout, Whole):
+        layout = [(layout.task, slice(None))]
+    da = torch.zeros_like(a, dtype=acc_dtype(dh)) if wanted else None
+    for task, rows in layout:
+        dh_rows = dh[rows]
+        if dx is not None and mask is None:
+            _accumulate(dx, rows, dh_rows, a[task])
+        elif dx is not None and mask is not None:
+            _add(dx, rows, (dh_rows @ a[task]) * mask[rows])
+        if da is not None and da.dtype == dh.dtype:
+            da[task].addmm_(dh_rows.t(), dropped[rows])
+        elif da is not None:  # runs of 16-bit rows are summed in float32
+            da[task] += dh_rows.t() @ dropped[rows]
+    return da
+
+
+def _slots_backward(
+    dx: Tensor | None, dh: Tensor, a: Tensor, layout: Slots, dropped: Tensor, mask: Tensor | None, wanted: bool
+) -> Tensor | None:
+    """The same with one product for the rows of all tasks and one for all da."""
+    dh_slots = layout.lay_once(dh)
+    if dx is not None:
+        # [T, C, R] [T, R, K]
+        part = layout.collect(torch.bmm(dh_slots, layout.matrices(a)))
+        _add(dx, layout.rows, part if mask is None else part * mask[layout.rows])
+    if not wanted:
+        return None
+    # [T, R, C] [T, C, K]
+    da = torch.bmm(dh_slots.transpose(1, 2), layout.lay(dropped))
+    return da if layout.tasks is None else torch.zeros_like(a).index_copy_(0, layout.tasks, da)
+
+
+@without_autocast
+def shrink_backward(
+    dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dx: Tensor | None = None
+) -> Grads:
+    """Gradients of `shrink` from the gradient of the UNSCALED h; the low-rank part of dx is added to dx in place."""
+    if dx is None and needs.x:
+        dx = torch.zeros_like(x)
+    x = x.to(wider(x, adapter.a, adapter.router))
+    dh = dh.to(x.dtype)
+    dropped, mask = drop(x, adapter.dropout)
+    if adapter.router is None:
+        da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
+        grads = Grads(dx, da, None)
+    else:
+        wanted = needs.a or needs.router
+        (grads,) = soft.backward(dx, [dh], x, saved.p, [adapter], dropped, mask, wanted)
+    return grads.cast_adapter(adapter)
+
+
+@without_autocast
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs
+) -> tuple[Grads, Tensor | None]:
+    """Gradients of `linear` for x, a, router and b: dx = dy w + dp [a; router], db = dy^T h."""
+    db = turned_product(dy, saved.h).to(b.dtype) if needs.b else None
+    dx = dy @ w if needs.x else None
+    if not (needs.x or needs.a or needs.router):
+        return Grads(None, None, None), db
+    dh = product(dy, b, adapter.scaling)
+    return shrink_backward(dh, x, adapter, saved, needs, dx), db

@@ -1,0 +1,1 @@
+"""The op on the Triton kernels."""

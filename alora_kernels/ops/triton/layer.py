@@ -1,0 +1,158 @@
+"""The layer in Triton launches: one or two forward, three to five backward.
+
+In:   two-dimensional activations, the adapter, and rows grouped by task (or a router); the name of a plan, or None.
+Out:  the same four results as `torch_backend`: `linear`, `shrink` and their backwards.
+Who:  `ops.library` calls these functions through its custom ops, on CUDA and ROCm devices and in the
+      interpreter. What each launch reads and writes is derived in `kernels/README.md`, plans in `plans.py`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import kernels
+from ..dispatch import BackendError
+from ..plans import PLANS, Plan, explain_plan
+from ..types import Adapter, Grads, Needs, Saved, acc_dtype
+from .side_stream import beside
+
+ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
+
+
+def plan_for(x: Tensor, w: Tensor, adapter: Adapter, name: str | None) -> Plan:
+    """The plan of that name, or the one that tables and rules choose."""
+    if name is not None:
+        return PLANS[name]
+    chip, routing = kernels.chip_of(x.device), "task" if adapter.router is None else "soft"
+    return explain_plan(chip, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
+
+
+def kernel_dropout(adapter: Adapter) -> kernels.Dropout | None:
+    """The adapter's dropout as kernels take it."""
+    return None if adapter.dropout is None else kernels.Dropout(*adapter.dropout)
+
+
+def shrink(x: Tensor, adapter: Adapter) -> Saved:
+    """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
+    dropout = kernel_dropout(adapter)
+    if adapter.router is None:
+        h = kernels.task_shrink(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=dropout)
+        return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
+    return Saved(*kernels.soft_shrink(x, adapter.a, adapter.router, scaling=adapter.scaling, dropout=dropout))
+
+
+def _one_pass(
+    x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, forced: bool
+) -> tuple[Tensor, Saved] | None:
+    """The whole layer in one launch, or None where no one-pass kernel takes it.
+
+    Raises:
+        BackendError: it was forced and cannot run.
+    """
+    dropout, a, scaling = kernel_dropout(adapter), adapter.a, adapter.scaling
+    if adapter.router is None:
+        ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x))
+        if dropout is None and kernels.takes_decode(x, a):
+            y, h = kernels.linear_decode(x, w, bias, a, b, ids, scaling=scaling)
+            return y, Saved(h, empty)
+        crowded = x.shape[0] < ROWS_PER_TASK * a.shape[0] and not forced
+        if kernels.takes_one_pass_task(x, w, a, dropout) and not crowded:
+            y, h = kernels.linear_one_pass_task(x, w, bias, a, b, ids, scaling=scaling, dropout=dropout)
+            return y, Saved(h, empty)
+    elif kernels.takes_one_pass_soft(x, w, a):
+        y, h, p = kernels.linear_one_pass_soft(x, w, bias, a, b, adapter.router, scaling=scaling, dropout=dropout)
+        return y, Saved(h, p)
+    if forced:
+        raise BackendError(
+            f"the one-pass kernels do not take this layer (x {tuple(x.shape)} {x.dtype}, lora_A {tuple(a.shape)}):"
+            " above 64 rows they need a chip with a tensor copy engine (Hopper or later), contiguous 16-byte aligned"
+            " rows, rank <= 64 (32 in float32, or with dropout and task ids), 16-bit x (on GPUs) and, for soft routing,"
+            ' E * R <= 128. Use backend="triton:two_launch"'
+        )
+    return None
+
+
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, *, plan: str | None = None
+) -> tuple[Tensor, Saved]:
+    """y = x w^T + bias + h b^T, and what the backward needs."""
+    chosen = plan_for(x, w, adapter, plan)
+    if chosen.forward == "one_pass":
+        done = _one_pass(x, w, bias, adapter, b, forced=plan is not None)
+        if done is not None:
+            return done
+    if chosen.forward == "base_first":
+        with beside(x, chosen.overlap) as side:
+            saved = shrink(x, adapter)
+        y = F.linear(x, w, bias)
+        side.join(*saved)
+        return y.addmm_(saved.h, b.to(x.dtype).t()), saved
+    saved = shrink(x, adapter)
+    if chosen.forward == "low_rank_first":
+        return F.linear(saved.h, b.to(x.dtype), bias).addmm_(x, w.t()), saved
+    return kernels.linear_expand(x, w, bias, saved.h, b), saved
+
+
+def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None, like: Tensor, fused: bool) -> Tensor:
+    """dx = dy w + dp [a; router]; dp is dh under task routing. Without w the low-rank part alone."""
+    dropout, base = kernel_dropout(adapter), (dy, w) if fused else (None, None)
+    if adapter.router is None:
+        groups = adapter.task_groups
+        dx = kernels.linear_dx_task(*base, dp, adapter.a, groups, dtype=like.dtype, dropout=dropout)
+    else:
+        dx = kernels.linear_dx_soft(*base, dp, adapter.a, adapter.router, dtype=like.dtype, dropout=dropout)
+    return dx if fused or dy is None or w is None else dx.addmm_(dy, w)
+
+
+def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the matrices A and of the router."""
+    a, dropout = adapter.a, kernel_dropout(adapter)
+    if adapter.router is None:
+        return kernels.task_da(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
+    return kernels.soft_da(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
+
+
+def _routed_backward(
+    dh: Tensor,
+    x: Tensor,
+    adapter: Adapter,
+    saved: Saved,
+    needs: Needs,
+    dy: Tensor | None,
+    w: Tensor | None,
+    plan: Plan,
+) -> Grads:
+    """Gradients of x and the adapter from dh; da beside dx where the plan says so."""
+    dx = da = drouter = None
+    dp = dh if adapter.router is None else kernels.gate_backward(dh, saved.p, adapter.a.shape[0], dtype=x.dtype)
+    wants_da = needs.a or needs.router
+    with beside(x, plan.overlap and wants_da and needs.x) as side:
+        if wants_da:
+            da, drouter = _routed_da(dp, x, adapter)
+    if needs.x:
+        dx = _routed_dx(dp, adapter, dy, w, x, plan.dx == "fused")
+    side.join(da, drouter)
+    return Grads(dx, da, drouter).cast_adapter(adapter)
+
+
+def shrink_backward(dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs) -> Grads:
+    """Gradients of `shrink` from the gradient of the UNSCALED h."""
+    return _routed_backward(dh, x, adapter, saved, needs, None, None, PLANS["two_launch"])
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    adapter: Adapter,
+    b: Tensor,
+    saved: Saved,
+    needs: Needs,
+    *,
+    plan: str | None = None,
+) -> tuple[Grads, Tensor | None]:
+    """Gradients of `linear` for x, a, router and b; one pass over dy gives dh and db."""
+    chosen = plan_for(x, w, adapter, plan)
+    dh, db = kernels.expand_backward(dy, b, saved.h, scaling=adapter.scaling)
+    return _routed_backward(dh, x, adapter, saved, needs, dy, w, chosen), db if needs.b else None

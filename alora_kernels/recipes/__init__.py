@@ -1,0 +1,1 @@
+"""Whole runs that join the branches: train a recipe, a federation, a study."""

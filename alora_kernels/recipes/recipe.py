@@ -1,0 +1,270 @@
+"""What to train, on what, and how: the YAML file of `alora train`, as frozen data.
+
+In:   a YAML mapping.
+Out:  a `Recipe`; unknown keys and wrong values are refused, all at once, before anything is loaded.
+Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter) and the demo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ..baselines.budget import METHODS
+from ..baselines.methods import Method
+from ..data import MODELS, TASKS, TaskSpec, as_source
+from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
+
+FILE = "recipe.yaml"
+ROUTING_OF = {"alora": "task", "alora-soft": "soft"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message says which key and what it may be."""
+
+
+def _texts(task: Any) -> Any:
+    """A mapping's `words` with numbers as the text they are written as: `words: {0: bad, 1: good}`."""
+    words = task.get("words") if isinstance(task, dict) else None
+    if not isinstance(words, dict):
+        return task
+
+    def text(value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    return {**task, "words": {text(key): text(value) for key, value in words.items()}}
+
+
+def _known(name: str) -> str:
+    as_source(name)
+    return name
+
+
+def _tagged(text: str, other: str) -> Discriminator:
+    """Which of two forms a value has: text, or something else."""
+    return Discriminator(lambda value: text if isinstance(value, str) else other)
+
+
+# a bool is no number, and "3" is a text
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+Entry = Annotated[
+    Annotated[str, BeforeValidator(_known), Tag("as name")]
+    | Annotated[TaskSpec, BeforeValidator(_texts), Tag("as mapping")],
+    _tagged("as name", "as mapping"),
+]
+Targets = Annotated[
+    Annotated[Name, Tag("as text")] | Annotated[tuple[Name, ...], Field(min_length=1), Tag("as list")],
+    _tagged("as text", "as list"),
+]
+
+
+def _says(text: str, default: Any = ..., **limits: Any) -> Any:
+    """A setting with its description, which errors repeat."""
+    return Field(default, description=text, **limits)
+
+
+class Recipe(BaseModel):
+    """One training run.
+
+    Raises:
+        ValidationError: wrong values, all of them; `load_recipe` says them in plain words.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[Entry, ...] = _says("a list of built-in tasks, files, hub ids, or mappings with name and source")
+    model: Name = _says("smollm2-135m, tiny-random, a folder, or a hub id", "smollm2-135m")
+    output: Name = _says("folder for checkpoints and the adapter", "runs/alora")
+    method: str = _says(", ".join(METHODS), "alora")
+    budget: Literal["rank", "parameters"] = _says(
+        "rank: r as given; parameters: the rank with which the method trains about as many parameters as alora with r,"
+        " s unchanged",
+        "rank",
+    )
+    routing: Literal["task", "soft"] | None = _says("older: task is the method alora, soft is alora-soft", None)
+    num_experts: Whole = _says("of alora-soft and hydralora", 4, ge=1)
+    r: Whole = _says("rank", 8, ge=1)
+    lora_alpha: Number = _says("the scaling is lora_alpha / r", 16.0, gt=0)
+    lora_dropout: Number = _says("a share", 0.0, ge=0, lt=1)
+    use_rslora: bool = _says("the scaling is lora_alpha / sqrt(r)", False)
+    target_modules: Targets = _says("all-linear, a list of names, or a regular expression", "all-linear")
+    steps: Whole = _says("optimiser steps: AdamW, linear decay", 40, ge=1)
+    batch_size: Whole = _says("rows in a step", 32, ge=1)
+    learning_rate: Number = _says("of AdamW", 1e-3, gt=0)
+    warmup_steps: Whole = _says("steps in which the learning rate rises", 4, ge=0)
+    weight_decay: Number = _says("of AdamW", 0.0, ge=0)
+    temperature: Annotated[float, Strict()] = _says(
+        "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1e6, ge=1
+    )
+    train_size: Whole | None = _says("at most so many training rows of each entry of tasks; null takes all", 2000, ge=1)
+    test_size: Whole = _says("test rows of each entry of tasks, never more than half of its rows", 100, ge=1)
+    label_score: Literal["sum", "mean"] = _says(
+        "label words are compared by the sum of their tokens' log-probabilities, or by the mean", "sum"
+    )
+    max_length: Whole = _says("tokens per row", 96, ge=2)
+    save_steps: Whole = _says("a checkpoint every so many steps; 0 saves only the final adapter", 0, ge=0)
+    conflict_steps: Whole = _says(
+        "gradient conflicts between tasks go to conflicts.csv every so many steps, for alora analyze; 0 measures none",
+        0,
+        ge=0,
+    )
+    seed: Whole = _says("of data order, adapter and dropout", 0, ge=0, lt=2**32)
+
+    @field_validator("tasks")
+    @classmethod
+    def _different(cls, tasks: tuple[str | TaskSpec, ...]) -> tuple[str | TaskSpec, ...]:
+        names = [as_source(task).name for task in tasks]
+        if not names:
+            raise ValueError(f"give at least one, for example {', '.join(TASKS)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names must differ, got {', '.join(names)}")
+        return tasks
+
+    @field_validator("method")
+    @classmethod
+    def _is_method(cls, method: str) -> str:
+        if method not in METHODS:
+            close = did_you_mean(method, METHODS)
+            raise ValueError(
+                f"must be one of {', '.join(METHODS)}, got {method!r}" + (f"; {close}" if "?" in close else "")
+            )
+        return method
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_routing(cls, values: Any) -> Any:
+        """`method` and its older spelling `routing` say the same; pydantic judges what is neither."""
+        if not isinstance(values, Mapping):
+            return values
+        method, routing = values.get("method", "alora"), values.get("routing")
+        if method == "alora" and routing == "soft":
+            method = "alora-soft"
+        if isinstance(method, str) and method in METHODS and routing in ("task", "soft", None):
+            own = ROUTING_OF.get(method)
+            if routing not in (None, own):
+                raise ValueError(f"routing: {routing} is not how {method} works: leave routing out")
+            routing = own
+        return {**values, "method": method, "routing": routing}
+
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules` as PEFT takes them."""
+        return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str = "recipe") -> Self:
+        """A recipe from settings.
+
+        Args:
+            values: settings by name.
+            source: what to call them in errors.
+
+        Raises:
+            RecipeError: unknown keys and wrong values, a line for each.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n  ".join([f"{source}:", *mistakes(error, cls)])) from None
+
+    def instead(self, **changes: Any) -> Self:
+        """The same run with other settings; None keeps the recipe's.
+
+        Raises:
+            RecipeError: as `of`.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes.keys() & {"method", "routing"}:
+            changes = {"method": "alora", "routing": None} | changes
+        return type(self).of({name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    def adapters(self, tasks: tuple[str, ...]) -> Method:
+        """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
+        return Method(
+            self.method,
+            tasks=tasks,
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            num_experts=self.num_experts,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+    def within_budget(self, method: Method, shapes: Sequence[tuple[int, int]]) -> Method:
+        """The same method with the rank that the budget gives it.
+
+        Args:
+            method: at the recipe's rank.
+            shapes: (in_features, out_features) of the adapted layers.
+
+        Raises:
+            ValueError: the method at rank 1 is above the budget.
+        """
+        return method if self.budget == "rank" else method.as_large_as_alora(shapes)
+
+    def located(self, root: Path) -> Self:
+        """The same run with absolute paths of its files.
+
+        Args:
+            root: folder that relative paths start from; the output folder starts from the current one.
+        """
+
+        def found(task: str | TaskSpec) -> str | TaskSpec:
+            if isinstance(task, str):
+                return task if task in TASKS else _path(root, task)
+            test = task.test_split
+            test = _path(root, test) if task.is_file and test is not None else test
+            return dataclasses.replace(task, source=_path(root, task.source), test_split=test)
+
+        model = root / Path(self.model).expanduser()
+        return self.instead(
+            tasks=tuple(found(task) for task in self.tasks),
+            model=str(model.resolve()) if self.model not in MODELS and model.is_dir() else self.model,
+            output=str(Path(self.output).expanduser()),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the recipe beside the adapter."""
+        (folder / FILE).write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
+
+
+def _path(root: Path, source: str) -> str:
+    """A file's absolute path; what is neither a file nor a folder there, a hub id, stays as it is."""
+    path = root / Path(source).expanduser()
+    return str(path.resolve()) if TaskSpec("", source).is_file or path.exists() else source
+
+
+def load_recipe(path: Path, root: Path | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        root: folder that relative paths of data start from; None is the file's own.
+
+    Raises:
+        RecipeError: no such file, not a YAML mapping; unknown keys and bad values, all of them.
+    """
+    try:
+        values = read_mapping(path, "tasks: [trec, spam]")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return Recipe.of(values, str(path)).located(path.parent if root is None else root)

@@ -1,0 +1,247 @@
+"""What the serving demo needs around its requests: an adapter, a server process, prompts, a table.
+
+In:   a model's name, a folder to write to, answers with their times.
+Out:  an adapter folder; `Server`, which is `alora serve` in a process of its own; a table per task.
+Who:  `examples/serve_many_tasks.py` (`make demo-serve`).
+
+The server runs as users run it: another process, reached over HTTP and stopped by SIGTERM, after which it finishes what
+it has begun. It leads a process group of its own, so Ctrl-C reaches only the demo, which then stops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from . import display
+from .demo import RECIPE
+from .display import quiet
+
+HOST = "127.0.0.1"
+STARTING, STOPPING, PROBE = 180.0, 30.0, 0.2  # seconds: to load a model, to finish what runs, between two looks
+LAST = 15  # lines of the log that an error quotes
+TRAINED = Path(RECIPE.output) / "adapter"
+PAGE = f"http://{HOST}:8000/"  # where `alora serve` has it when it is started by hand
+TASKS = tuple(str(task) for task in RECIPE.tasks)
+NOTHING = "its A and B are random: the answers mean nothing (train one with `make demo`)"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request that was answered.
+
+    Attributes:
+        task: its name; None is the base alone.
+        text: of the answer.
+        tokens: generated.
+        seconds: from sending the request to the end of the answer.
+        first: to the first token; None where the answer came in one piece.
+    """
+
+    task: str | None
+    text: str
+    tokens: int
+    seconds: float
+    first: float | None = None
+
+
+def adapter_folder(model: str, output: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The demo's trained adapter where there is one for this model, else one with random numbers, made here.
+
+    Args:
+        model: as in `data.load_model`.
+        output: folder to write to.
+
+    Returns:
+        The adapter's folder, and what a reader must know about it.
+    """
+    if model == RECIPE.model and (TRAINED / "adapter_config.json").exists():
+        return TRAINED, f"trained by `make demo` on {', '.join(TASKS)}"
+    folder = Path(output) / f"random-adapter-{Path(model).name}"
+    if not (folder / "adapter_config.json").exists():
+        _random_adapter(model, folder)
+    return folder, NOTHING
+
+
+def _random_adapter(model: str, folder: Path) -> None:
+    """An ALoRA adapter for the demo's tasks, strong enough that each of them answers in its own way."""
+    import torch
+    from peft import get_peft_model
+
+    from ..adapters.cards import TaskCard, write_task_cards
+    from ..data import TASKS as BUILT_IN
+    from ..data import load_model
+    from ..tuner import ALoRAConfig, save_adapter
+
+    quiet()
+    torch.manual_seed(0)
+    config = ALoRAConfig(r=8, tasks=list(TASKS), target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)
+    adapted: Any = get_peft_model(load_model(model)[0], config)
+    with torch.no_grad():
+        for layer in (module for module in adapted.modules() if hasattr(module, "asymlora_B")):
+            layer.asymlora_B["default"].weight.normal_(std=0.1)
+    save_adapter(adapted, folder)
+    write_task_cards(folder, {task: TaskCard(BUILT_IN[task].template, BUILT_IN[task].labels) for task in TASKS})
+
+
+def prompts(count: int) -> list[tuple[str | None, str]]:
+    """So many real test prompts with the task each is for: the demo's tasks in turn, and the base every fifth time.
+
+    Raises:
+        MissingPackageError: a data package is not installed.
+    """
+    from ..data import load_task
+
+    texts = {task: load_task(task, train_size=0, test_size=count)["test"]["prompt"] for task in TASKS}
+    turn: list[str | None] = [*TASKS, None]
+    asked = [turn[i % len(turn)] for i in range(count)]
+    return [(task, texts[task or TASKS[0]][i // len(turn)]) for i, task in enumerate(asked)]
+
+
+class Server:
+    """`alora serve` on a free port of this machine, for as long as the block runs.
+
+    Args:
+        model: base model.
+        adapter: adapter folder.
+        log: file that gets all it prints.
+        options: further options of `alora serve`.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in three minutes; quotes the end of its log.
+    """
+
+    def __init__(self, model: str, adapter: Path, log: Path, options: Sequence[str] = ()) -> None:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            self.port = int(probe.getsockname()[1])
+        self.address, self.log = f"http://{HOST}:{self.port}", log
+        self._command = [sys.executable, "-m", "alora_kernels", "serve", model, "--adapter", str(adapter)]
+        self._command += ["--host", HOST, "--port", str(self.port), *options]
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def __enter__(self) -> Server:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._before = signal.signal(signal.SIGTERM, _leave)  # or this process would end and leave the server behind
+        with self.log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        alive = self._process.poll() is None
+        code = self._stop()
+        if not alive and kind is None:
+            raise RuntimeError(self._said(f"the server ended by itself with exit code {code}"))
+        if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM) and kind is None:
+            raise RuntimeError(self._said(f"the server ended with exit code {code} after SIGTERM"))
+
+    def _wait_ready(self) -> None:
+        """Until /health says 200."""
+        deadline = time.monotonic() + STARTING
+        while time.monotonic() < deadline:
+            if (code := self._process.poll()) is not None:
+                raise RuntimeError(self._said(f"the server ended with exit code {code} before it was ready"))
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+                return
+            time.sleep(PROBE)
+        raise RuntimeError(self._said(f"no answer from {self.address}/health after {STARTING:.0f} s"))
+
+    def _stop(self) -> int:
+        """SIGTERM, then wait; SIGKILL to what does not end."""
+        try:
+            self._process.terminate()
+            return self._process.wait(STOPPING)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _said(self, message: str) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-LAST:]
+        return "\n  ".join([f"{message}; {self.log} ends with:", *lines])
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def show(answers: Sequence[Answer], seconds: float) -> dict[str, int]:
+    """Print a line per task and one for all.
+
+    Args:
+        answers: of all requests.
+        seconds: that all took together.
+
+    Returns:
+        Requests answered by task; the base alone is "base".
+    """
+    by_task: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_task.setdefault(answer.task or "base", []).append(answer)
+    tokens = sum(answer.tokens for answer in answers)
+    rows = [[*_numbers(name, same), _short(same[0].text)] for name, same in by_task.items()]
+    rows.append([*_numbers("all", list(answers)), ""])
+    table = display.table(
+        "one base model, one server, a task per request",
+        ("task", "requests", "tokens", "first token", "answer", "for example"),
+        rows,
+        f"{len(answers)} requests at once, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s\n"
+        "first token: p50 / p95, of streamed answers; answer: p50; from sending on, waiting included",
+    )
+    table.columns[-1].justify = "left"
+    display.console.print(table)
+    return {name: len(same) for name, same in by_task.items()}
+
+
+def _numbers(name: str, answers: Sequence[Answer]) -> list[str]:
+    firsts = sorted(answer.first for answer in answers if answer.first is not None)
+    ends = sorted(answer.seconds for answer in answers)
+    first = f"{1e3 * _at(firsts, 0.5):.0f} / {1e3 * _at(firsts, 0.95):.0f} ms" if firsts else ""
+    tokens = sum(answer.tokens for answer in answers)
+    return [name, str(len(answers)), str(tokens), first, f"{_at(ends, 0.5):.2f} s"]
+
+
+def _at(ordered: Sequence[float], q: float) -> float:
+    return ordered[round(q * (len(ordered) - 1))]
+
+
+def _short(text: str, width: int = 24) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def memory(address: str) -> str:
+    """What the server says its tasks take, in one line."""
+    try:
+        with urllib.request.urlopen(f"{address}/metrics", timeout=5) as reply:
+            lines = [line.split() for line in reply.read().decode().splitlines() if line.startswith("alora_bytes_")]
+    except urllib.error.HTTPError as error:
+        return f"/metrics answered {error.code}"
+    numbers = {name: float(value) / 1e6 for name, value in lines}
+    task, shared = numbers["alora_bytes_per_task"], numbers["alora_bytes_shared"]
+    lora = task + shared
+    return f"{task:.2f} MB per task and {shared:.2f} MB once for the shared B; a LoRA per task takes {lora:.2f} MB"

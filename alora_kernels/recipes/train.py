@@ -1,0 +1,295 @@
+"""Follow a recipe: load, train, judge, save. The steps that `alora train`, `alora eval` and the demo share.
+
+In:   a `Recipe`.
+Out:  a `Run` (model, tokenizer, encoded rows), a trained adapter folder, scores per task.
+Who:  the commands; each step prints its own progress.
+
+A task is judged by accuracy where it answers with few words, and by the loss of its answers where they are texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from .. import data
+from ..adapters.cards import write_task_cards
+from ..analysis import ConflictCallback, probe_batches
+from ..baselines.budget import METHODS, ROUTED, parameters_of
+from ..baselines.files import load_method, read_method, save_method
+from ..baselines.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
+from ..training import ALoRATrainer, answer_loss, choice_accuracy
+from ..training.choices import whole_words
+from ..tuner.files import CONFIG
+from . import display
+from .output import CONFLICTS
+from .recipe import Recipe
+
+PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
+MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model is worth on the test rows.
+
+    Attributes:
+        accuracy: task -> share of right choices, of tasks that answer with words.
+        loss: task -> nats per token of the right answer, of tasks that answer in texts.
+    """
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything a recipe becomes once loaded.
+
+    Attributes:
+        recipe: where it came from.
+        method: what the model is adapted with, the rank as the recipe's budget chose it.
+        tasks: names in the order of their ids.
+        model: the base with the adapter (a `PeftModel` for ALoRA and LoRA).
+        tokenizer: of the base.
+        text: train and test rows as text.
+        train, test: the same rows as token ids.
+        words: what each task may answer with; tasks that answer in texts are not in it.
+        choices: token ids of these words.
+        alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
+    """
+
+    recipe: Recipe
+    method: Method
+    tasks: tuple[str, ...]
+    model: Any
+    tokenizer: Any
+    text: DatasetDict
+    train: Dataset
+    test: Dataset
+    words: dict[str, list[str]]
+    choices: dict[str, dict[str, tuple[int, ...]]]
+    alora_parameters: int
+
+    @property
+    def label(self) -> str:
+        """How tables call the method."""
+        return METHODS[self.method.name]
+
+
+def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None) -> Run:
+    """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on."""
+    lost = data.Lost()
+    with display.err.status("reading data ..."):
+        text = data.load_tasks(
+            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
+        )
+    base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
+    with display.err.status("preparing adapter and tokens ..."):
+        tasks = _task_order(recipe, text, resume)
+        method = recipe.adapters(tasks)
+        shapes = target_shapes(base, method)
+        method = recipe.within_budget(method, shapes)
+        set_seed(recipe.seed)
+        model: Any
+        if adapter is None:
+            model = adapt(base, method)
+        else:
+            method = read_method(adapter) or method
+            model = load_method(base, adapter)
+            tasks = tasks_of(model) or tasks
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
+        test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
+    words = _words(text)
+    cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
+    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
+    for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
+        display.say(line, "dim")
+    count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, words, choices, count)
+
+
+def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[str, ...]:
+    """Names of the tasks in the data: a checkpoint's if they are the same, else the recipe's and what files add."""
+    named = [data.as_source(task).name for task in recipe.tasks]
+    present = set(text["train"]["task"])
+    config = Path(resume, CONFIG) if resume else None
+    saved = json.loads(config.read_text(encoding="utf-8")).get("tasks") if config and config.is_file() else None
+    if saved and set(saved) == present:
+        return tuple(saved)
+    return (*(name for name in named if name in present), *sorted(present - set(named)))
+
+
+def _words(text: DatasetDict) -> dict[str, list[str]]:
+    """Each task's answer words: a built-in task's label words, else the answers seen in training."""
+    answers: dict[str, Counter[str]] = {}
+    for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
+        answers.setdefault(task, Counter())[answer] += 1
+    return {
+        name: list(data.labels_of(name) if name in data.TASKS else seen)
+        for name, seen in sorted(answers.items())
+        if name in data.TASKS or not _are_texts(seen)
+    }
+
+
+def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
+    """A line about test answers that are none of their task's words.
+
+    Raises:
+        ValueError: words of which one begins another, and a tokenizer that has no end.
+    """
+    for task, words in choices.items():
+        try:
+            whole_words(list(words.values()), tokenizer.eos_token_id)
+        except ValueError:
+            raise ValueError(
+                f"task {task!r}: some of its label words begin others, and this tokenizer has no end of text to tell"
+                f" them apart by; choose other words, e.g. with `words:` in the recipe"
+            ) from None
+    answers = zip(text["test"]["task"], text["test"]["answer"], strict=True)
+    counts = Counter(task for task, answer in answers if task in choices and answer not in choices[task])
+    said = ", ".join(f"{task} {count}" for task, count in counts.items())
+    return [f"test rows whose answer no training row has, counted as wrong: {said}"] if counts else []
+
+
+def _are_texts(answers: Counter[str]) -> bool:
+    """Whether these answers are texts, hardly any two alike, and not words to choose from."""
+    once = sum(count == 1 for count in answers.values())
+    return len(answers) > MANY_ANSWERS and 2 * once > len(answers)
+
+
+def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
+    """The trainer a recipe describes, with a progress bar."""
+    recipe = run.recipe
+    args = TrainingArguments(
+        output_dir=recipe.output,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        save_strategy="steps" if save and recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        logging_steps=max(1, recipe.steps // 12),
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = ALoRATrainer(
+        model=run.model,
+        args=args,
+        train_dataset=run.train,
+        processing_class=run.tokenizer,
+        task_temperature=recipe.temperature,
+        callbacks=[display.TrainingBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if save and recipe.conflict_steps:
+        probes = probe_batches(run.test, trainer.data_collator, PROBE_ROWS)
+        file = Path(recipe.output) / CONFLICTS
+        trainer.add_callback(ConflictCallback(trainer.compute_loss, probes, file, every=recipe.conflict_steps))
+    return trainer
+
+
+def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
+    """Scores on the test rows, all tasks mixed in every batch.
+
+    Args:
+        run: the model and its data.
+        label: stands beside the progress bar.
+        base_only: judge the base without its adapter.
+    """
+    rows = [
+        _with_word(run, dict(row), answer) for row, answer in zip(run.test, run.text["test"]["answer"], strict=True)
+    ]
+    texts = [row for row in rows if row["task"] not in run.choices]
+    with display.progress("rows") as bar, base_alone(run.model) if base_only else nullcontext():
+        task = bar.add_task(label, total=len(rows), note="")
+        how: dict[str, Any] = {
+            "tasks": run.tasks if run.method.name in ROUTED and not base_only else None,
+            "pad_token_id": run.tokenizer.pad_token_id or 0,
+            "on_batch": lambda done: bar.advance(task, done),
+        }
+        choices = {name: list(words.values()) for name, words in run.choices.items()}
+        ends, per_token = run.tokenizer.eos_token_id, run.recipe.label_score == "mean"
+        accuracy = choice_accuracy(run.model, rows, choices, eos_token_id=ends, per_token=per_token, **how)
+        return Scores(accuracy, answer_loss(run.model, texts, **how) if texts else {})
+
+
+def _with_word(run: Run, row: dict[str, Any], answer: str) -> dict[str, Any]:
+    """A row whose answer has the tokens of its label word, which some prompts make a tokenizer divide otherwise."""
+    word = run.choices.get(row["task"], {}).get(answer)
+    if word is None:
+        return row
+    end = () if run.tokenizer.eos_token_id is None else (run.tokenizer.eos_token_id,)
+    prompt = row["input_ids"][: sum(label == data.IGNORE for label in row["labels"])]
+    return {**row, "input_ids": [*prompt, *word, *end], "labels": [data.IGNORE] * len(prompt) + [*word, *end]}
+
+
+def show_scores(run: Run, before: Scores | None, after: Scores) -> None:
+    """Accuracies beside the majority baseline, losses of texts below, each beside the untuned base if it was judged."""
+    if after.accuracy:
+        majority = data.majority_baseline(run.text)
+        shares = [majority, before.accuracy if before else None, after.accuracy]
+        _show(run, "accuracy: choice among the task's label words", ["majority"], shares, display.percent)
+    if after.loss:
+        losses = [before.loss if before else None, after.loss]
+        _show(run, "answers in text: loss per token (perplexity)", [], losses, _with_perplexity)
+
+
+def _show(
+    run: Run,
+    title: str,
+    first: list[str],
+    columns: Sequence[Mapping[str, float] | None],
+    form: Callable[[float], str],
+) -> None:
+    """A table with a row per task that the last column knows, and their mean."""
+    known = [column for column in columns if column is not None]
+    names = [name for name in run.tasks if name in known[-1]]
+    counts = Counter(run.test["task"])
+    values = [[name, str(counts[name]), *[form(column[name]) for column in known]] for name in names]
+    means = [form(sum(column[name] for name in names) / len(names)) for column in known]
+    rows = [[*row[:-1], f"[bold]{row[-1]}[/bold]"] for row in [*values, ["mean", "", *means]]]
+    untuned = ["base, untuned"] if len(known) == len(columns) else []
+    display.console.print(display.table(title, ("task", "test rows", *first, *untuned, run.label), rows))
+
+
+def _with_perplexity(loss: float) -> str:
+    return f"{loss:.3f} ({math.exp(loss):.1f})"
+
+
+def show_method(run: Run) -> None:
+    """One line: the method, what it trains, and how its rank was chosen."""
+    count = trainable_parameters(run.model)
+    text = f"{run.label}: r={run.method.r}, {count / 1e6:.3g} M parameters train"
+    if run.recipe.budget == "parameters":
+        share = 100 * count / run.alora_parameters
+        text += f", {share:.1f} % of the {run.alora_parameters / 1e6:.3g} M of ALoRA with r={run.recipe.r}"
+    display.say(text)
+
+
+def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
+    """The adapter as safetensors; beside it the recipe, how tasks were asked, and each task's losses as JSON."""
+    record = {
+        "budget": run.recipe.budget,
+        "trainable_parameters": trainable_parameters(run.model),
+        "alora_parameters": run.alora_parameters,
+    }
+    save_method(run.model, folder, run.method, record)
+    run.recipe.save(folder)
+    routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
+    write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, run.words) if routed else {})
+    (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))

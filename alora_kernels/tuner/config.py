@@ -1,0 +1,184 @@
+"""`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter.
+
+In:   rank, scaling, the tasks (or the number of experts), and which modules to adapt.
+Out:  a PEFT config that `get_peft_model`, `add_adapter` and `inject_adapter_in_model` take.
+Who:  users; `ALoRAModel` reads it when it builds layers.
+
+It is also the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of
+the file format live here: weights are safetensors, and the model card names the import that loading needs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from ..modules.init import lora_scaling
+from ..modules.tasks import task_names
+from .files import check_weights_file, describe_import, unwrapped, written_whole
+from .register import NAME, extend_str_enum
+
+ROUTINGS = ("task", "soft")
+BIASES = ("none", "all", "asymlora_only")
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, list) else names
+
+
+@dataclass
+class ALoRAConfig(PeftConfig):
+    """Configuration of an ALoRA adapter: several low-rank A, one shared B.
+
+    Args:
+        r: rank R >= 1.
+        lora_alpha: numerator of the scaling s; defaults to 2 r.
+        tasks: task routing: names of the tasks, or their number n (named "0" .. "n - 1").
+        routing: "task" (the batch says which task each row belongs to) or "soft" (a learned router per layer
+            weighs the experts for each token).
+        num_experts: soft routing: how many A.
+        lora_dropout: dropout on the input of the low-rank path, in training mode.
+        use_rslora: s = lora_alpha / sqrt(r).
+        target_modules: names, a regular expression, or "all-linear"; None takes LoRA's default for the model.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        layers_to_transform: only layers with these indices.
+        layers_pattern: name of the list of layers, where it is not a common one.
+        rank_pattern: other ranks for modules whose name matches the key.
+        alpha_pattern: other lora_alpha for modules whose name matches the key.
+        modules_to_save: further modules to train in full and to save, such as a classifier head.
+        bias: which biases to train: "none", "all" or "asymlora_only" (those of adapted layers).
+        init_weights: True: A random (each A_e its own draw), B zero. False: B random too, for tests.
+        target_parameters: not supported; refused with the reason.
+
+    Raises:
+        ValueError: settings that contradict each other; the message names the remedy.
+
+    Example:
+        >>> ALoRAConfig(r=16, tasks=["math", "code"], target_modules="all-linear", task_type="CAUSAL_LM")
+
+    Source: Ban & Ji 2025, ALoRA.
+    """
+
+    r: int = 8
+    lora_alpha: float | None = None
+    tasks: list[str] | int | None = None
+    routing: str = "task"
+    num_experts: int | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    target_parameters: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_str_enum(PeftType, NAME)
+        self.target_modules, self.exclude_modules = _as_set(self.target_modules), _as_set(self.exclude_modules)
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check_numbers()
+        self._check_routing()
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters {list(self.target_parameters)}: ALoRA adapts layers that are called, not parameters"
+                " such as the fused experts of a mixture: name layers in target_modules"
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} works with a list of target_modules, not with a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: say which layers")
+
+    def _check_numbers(self) -> None:
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or r < 1:
+                raise ValueError(f"the rank must be an integer >= 1, got {r!r} for {name}")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
+
+    def _check_routing(self) -> None:
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
+        if self.routing == "soft":
+            if self.tasks is not None:
+                raise ValueError('routing="soft" learns how to weigh num_experts experts: it takes no tasks')
+            if not isinstance(self.num_experts, int) or self.num_experts < 1:
+                raise ValueError(f'routing="soft" needs num_experts >= 1, got {self.num_experts!r}')
+            return
+        if self.num_experts is not None:
+            raise ValueError('num_experts belongs to routing="soft"; for task routing give tasks')
+        if self.tasks is None:
+            raise ValueError('routing="task" needs tasks: a list of names such as ["math", "code"], or a count')
+        self.tasks = list(task_names(self.tasks))
+
+    @property
+    def experts(self) -> int:
+        """E: the number of A matrices per layer."""
+        return len(self.tasks) if isinstance(self.tasks, list) else int(self.num_experts or 0)
+
+    def settings_at(self, module: str) -> tuple[int, float]:
+        """Rank and lora_alpha of one module, whose full name the patterns are matched against."""
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        return r, alpha  # type: ignore[return-value]  # lora_alpha is a number once __post_init__ ran
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """s for one layer, whose rank or alpha may come from a pattern."""
+        return lora_scaling(lora_alpha, r, self.use_rslora)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT, with names of modules in the plain model: "all-linear" lists those of a compiled one."""
+        settings = super().to_dict()
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(settings[key], set | list):
+                settings[key] = type(settings[key])(map(unwrapped, settings[key]))
+        return settings
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, whole or not at all.
+
+        Called by PEFT right after it wrote the weights, it also adds the import line to the model card.
+
+        Args:
+            save_directory: the adapter's folder.
+            kwargs: as in PEFT.
+
+        Raises:
+            ValueError: the weights beside it were saved as a pickle (`safe_serialization=False`).
+        """
+        by_peft = "auto_mapping_dict" in kwargs
+        if by_peft:
+            check_weights_file(save_directory, saving=True)
+        with written_whole(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+        if by_peft:
+            describe_import(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the config of a saved adapter; see PEFT.
+
+        Raises:
+            ValueError: the folder holds pickled weights only.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        check_weights_file(folder, saving=False)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -1,0 +1,329 @@
+"""Where the rows of a batch are in what each linear layer is given: found out with a tiny batch, before any changes.
+
+In:   a transformers model that has just been built or loaded.
+Out:  for each module its layout, or why its inputs have none; None for a model that cannot be tried.
+Who:  `ALoRAModel`, at injection; it leaves modules without a layout alone, and layers expand task ids by the layout.
+
+Two rows of random tokens are run, then again with all tokens of the one or the other row changed: what changed in a
+module's input belongs to that row. A third batch, of three rows, shows which dimension grows with the batch. Nothing
+is learned from shapes alone, so a layer that puts time first is not taken for one whose batch is as large. The runs
+are without gradients, in evaluation mode, and leave the model and torch's generators as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import Context
+from functools import partial
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..routing import Layout
+from .probe_inputs import parameters_of, probe_inputs
+from .targets import undo_cpu_packing
+
+Finding = Literal["batch", "blocks", "time", "steps", "shared", "mixed", "uncalled", "unreached", "several"]
+CHANNELS, SMALL = 64, 1 << 20  # channels compared; bytes of a buffer that is copied
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Seen(NamedTuple):
+    """One call of a module: its input's leading shape, and some channels of each row."""
+
+    leading: torch.Size
+    sample: Tensor
+
+
+SEVERAL = Seen(torch.Size(), torch.empty(0))  # a call that returned more than a tensor
+
+
+Calls = dict[str, list[Seen]]
+Batch = tuple[dict[int, Any], dict[str, Any]]  # positional and named arguments
+
+
+def probe(model: nn.Module) -> dict[str, Finding] | None:
+    """The layout of the rows each leaf module of a model is given.
+
+    Args:
+        model: the base model, with or without adapters.
+
+    Returns:
+        For every module that could be adapted: a `Layout`; "shared" for inputs of no row, such as a table of positions;
+        "mixed" where rows come in an order that the data decide; "uncalled" where a parent runs without calling the
+        module; "unreached" where the parents do not run either; "several" where it returns more than a tensor. None if
+        the model could not be run.
+    """
+    base: Any = getattr(model, "_orig_mod", model)
+    if not isinstance(base, PreTrainedModel):
+        return None
+    prefix = "" if base is model else "_orig_mod."
+    for (part, inside), images in product(_parts(base), (False, True)):
+        findings = Context().run(_found, base, part, partial(_tiny_batches, part, images))
+        if findings is not None:
+            return {f"{prefix}{inside}{name}": finding for name, finding in findings.items()}
+    return None
+
+
+def probe_call(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, names: Collection[str]
+) -> dict[str, Finding] | None:
+    """The same from a batch that a model is called with, for one whose inputs nobody can make up.
+
+    Two of its rows are run, and again with the one in the place of the other.
+
+    Args:
+        model: the base model.
+        args, kwargs: of the call.
+        rows: B; all tensors of as many rows are taken for the batch, also in dicts, lists and tuples.
+        names: the modules in question: of a large batch not every input can be kept.
+
+    Returns:
+        As `probe`, nothing if the model could not be run; None if this batch cannot tell: it has one row, or an
+        argument that a forward may change, such as a cache.
+    """
+    if rows < 2 or not _plain([*args, *kwargs.values()]):
+        return None
+
+    def batches() -> list[Batch]:
+        return [
+            (
+                {i: _rows(v, rows, picked) for i, v in enumerate(args)},
+                {name: _rows(v, rows, picked) for name, v in kwargs.items()},
+            )
+            for picked in ([0, 1], [1, 1], [0, 0], [0, 1, 0])
+        ]
+
+    return Context().run(_found, model, model, batches, names) or {}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a tensor, a number or a text, or dicts, lists and tuples of such."""
+    if type(value) in (list, tuple, dict):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _rows(value: Any, rows: int, picked: list[int]) -> Any:
+    """Some rows of an argument: of tensors with as many rows, and of lists with as many entries, such as lengths."""
+    if isinstance(value, Tensor):
+        return value[picked] if value.dim() > 0 and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {key: _rows(v, rows, picked) for key, v in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    batched = any(isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows for v in value)
+    if len(value) == rows and not batched:
+        return type(value)(value[i] for i in picked)
+    return type(value)(_rows(v, rows, picked) for v in value)
+
+
+def _found(
+    model: Any, part: Any, batches: Callable[[], list[Batch]], names: Collection[str] | None = None
+) -> dict[str, Finding] | None:
+    """The findings of four runs; in a context of its own, where neither ids are set nor checkpoints take notes."""
+    with ExitStack() as stack:
+        for manager in (_quiet(), _as_it_was(model), torch.no_grad(), _same_random_numbers()):
+            stack.enter_context(manager)
+        model.eval()
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer) and not layer.merged:
+                layer._disable_adapters = True  # not by enable_adapters, which changes what requires a gradient
+        try:
+            runs = [_record(part, *batch, names) for batch in batches()]
+        except Exception:  # whatever a model may ask of its inputs that these have not
+            return None
+    return _findings(part, runs)
+
+
+def _parts(model: Any) -> Iterator[tuple[Any, str]]:
+    """The model, else its backbone: heads may refuse batches that are fine for all the rest."""
+    yield model, ""
+    name = model.base_model_prefix
+    if name and isinstance(getattr(model, name, None), PreTrainedModel):
+        yield getattr(model, name), f"{name}."
+
+
+def _tiny_batches(model: Any, images: bool) -> list[Batch]:
+    """Two rows, the first changed, the second changed, three rows."""
+    generator = torch.Generator().manual_seed(0)
+    one, other, third = (probe_inputs(model, 3, generator, images) for _ in range(3))
+    two = {name: value[:2] for name, value in one.items()}
+    changed = [
+        {name: torch.stack([other[name][i] if i == row else two[name][i] for i in range(2)]) for name in two}
+        for row in range(2)
+    ]
+    fixed = {"use_cache": False} if "use_cache" in parameters_of(model) else {}
+    return [({}, batch | fixed) for batch in (two, *changed, third)]
+
+
+def _record(
+    model: Any, args: dict[int, Any], kwargs: dict[str, Any], names: Collection[str] | None
+) -> tuple[Calls, set[str]]:
+    """One run: the inputs of every leaf, and the names of all modules that ran."""
+    calls: Calls = {}
+    ran: set[str] = set()
+    handles = []
+
+    def note(name: str, leaf: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ran.add(name)
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if leaf and x is not None and x.dim() > 0:
+                sample = x.detach()[..., :: max(1, x.shape[-1] // CHANNELS)].clone()
+                calls.setdefault(name, []).append(Seen(x.shape[:-1], sample))
+
+        return hook
+
+    def returned(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if not isinstance(out, Tensor) and calls.get(name):
+                calls[name][-1] = SEVERAL
+
+        return hook
+
+    for name, module in model.named_modules():
+        if not name.rpartition(".")[0] or not _inside_adapter(model, name):
+            leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
+            leaf = leaf and (names is None or name in names)
+            handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
+            if leaf:
+                handles.append(module.register_forward_hook(returned(name)))
+    _seed()  # each run draws the same numbers, such as the hashes of Reformer
+    try:
+        model(*args.values(), **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, ran
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return bool(parent) and (isinstance(model.get_submodule(parent), BaseTunerLayer) or _inside_adapter(model, parent))
+
+
+def _findings(model: nn.Module, runs: list[tuple[Calls, set[str]]]) -> dict[str, Finding]:
+    ran = set().union(*(names for _, names in runs))
+    findings: dict[str, Finding] = {}
+    for name, module in model.named_modules():
+        if not name or (any(True for _ in module.children()) and not isinstance(module, BaseTunerLayer)):
+            continue
+        calls = [seen.get(name, []) for seen, _ in runs]
+        if not any(calls):
+            parent = name.rpartition(".")[0]
+            findings[name] = "uncalled" if parent in ran else "unreached"
+        elif any(call is SEVERAL for seen in calls for call in seen):
+            findings[name] = "several"
+        elif len({len(c) for c in calls}) > 1:
+            findings[name] = "mixed"
+        else:
+            findings[name] = _together([_layout(*seen) for seen in zip(*calls, strict=True)])
+    return findings
+
+
+def _together(findings: list[Finding]) -> Finding:
+    """One word for all calls of a module."""
+    kinds = set(findings)
+    if kinds == {"batch", "blocks"}:
+        return "blocks"
+    return kinds.pop() if len(kinds) == 1 else "shared" if "shared" in kinds else "mixed"
+
+
+def _layout(two: Seen, first: Seen, second: Seen, three: Seen) -> Finding:
+    """The layout of one call, from the same call in the four runs."""
+    if not two.leading == first.leading == second.leading or len(two.leading) != len(three.leading):
+        return "mixed"
+    grown = [d for d, (a, b) in enumerate(zip(two.leading, three.leading, strict=True)) if a != b]
+    if not grown:
+        return "shared"
+    (d, *more) = grown
+    size = two.leading[d]
+    if more or 2 * three.leading[d] != 3 * size or d > 1:
+        return "mixed"
+    candidates: tuple[Layout, ...]
+    if d == 1:
+        candidates = ("time",) if size == 2 else ("blocks",) if two.leading[0] == 1 else ()
+    else:
+        candidates = ("batch",) if size == 2 else ("blocks", "steps")
+    a, b = ((two.sample != run.sample).any(-1).reshape(-1) for run in (first, second))
+    if bool((a & b).all()) or (len(candidates) > 1 and not bool((a ^ b).any())):
+        return "mixed"
+    fitting = [layout for layout in candidates if _fits(layout, two.leading, a & ~b, b & ~a)]
+    return fitting[0] if fitting else "mixed"
+
+
+def _fits(layout: Layout, leading: torch.Size, first: Tensor, second: Tensor) -> bool:
+    """Whether no position that only one row can change is another row's by the layout."""
+    owner = torch.arange(2, device=first.device)
+    if layout == "time":
+        owner = owner.repeat_interleave(leading[2:].numel()).repeat(leading[0])
+    elif layout == "steps":
+        owner = owner.repeat(leading.numel() // 2)
+    else:
+        owner = owner.repeat_interleave(leading.numel() // 2)
+    return not bool((first & (owner != 0)).any() or (second & (owner != 1)).any())
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Put back what a forward changed: flags, caches, buffers, and modules that it replaced."""
+    owners = [*model.modules(), *([model.config] if hasattr(model, "config") else [])]
+    before = [dict(owner.__dict__) for owner in owners]
+    tables = [[dict(kept[key]) for key in TABLES if key in kept] for kept in before]
+    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta and b.nbytes <= SMALL]
+    try:
+        yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for owner, kept, held in zip(owners, before, tables, strict=True):
+            owner.__dict__.clear()
+            owner.__dict__.update(kept)
+            for table, values in zip((kept[key] for key in TABLES if key in kept), held, strict=True):
+                table.clear()
+                table.update(values)
+            if isinstance(owner, nn.Module):
+                undo_cpu_packing(owner)
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+
+
+def _seed() -> None:
+    for generator in _generators():
+        generator.manual_seed(0)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    before = [(generator, generator.get_state()) for generator in _generators()]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nobody asked for this batch, so nobody wants to hear what is odd about it."""
+    level, caching = transformers_logging.get_verbosity(), torch.is_autocast_cache_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    torch.set_autocast_cache_enabled(False)  # weights cast without gradients must not be found by the next forward
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+        transformers_logging.set_verbosity(level)

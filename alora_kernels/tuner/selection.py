@@ -1,0 +1,224 @@
+"""Which of the modules that `target_modules` matched an adapter can have, and what is said about the others.
+
+In:   a model, a config, and what `probe` found.
+Out:  the config, with the modules that are left alone in `exclude_modules`, so that a saved adapter has the same ones
+      when it is loaded; one warning that names them and why.
+Who:  `ALoRAModel`, before it touches the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+
+from ..routing import Layout
+from .layer import ALoRALayer
+from .probe import Finding, probe_call
+from .targets import ROUTED_EXPERT
+
+EXAMPLES = 4  # patterns of names shown for each reason
+DIRECT = "their weights are used without calling them, at least by fast kernels, so an adapter would do nothing"
+REASONS: Mapping[str | None, str] = {
+    "uncalled": "they are not called for an ordinary batch, so nobody knows which rows they would see",
+    "unreached": "a batch of the model's main input does not reach them, and images or sound have rows of their own",
+    "shared": "they see inputs of no row, such as a table of positions",
+    "mixed": "they see rows in an order that the data decide, as routed experts do",
+}
+SEVERAL = "they return more than one tensor, as some routers do"
+FUSED = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}  # names that older versions had
+
+
+def targets_of(model: nn.Module, config: Any) -> list[str]:
+    """The modules that the config matches, "all-linear" included, in the order of the model."""
+    matching = _maybe_include_all_linear_layers(copy.copy(config), model)
+    names: list[str] = []
+    layers: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{layer}.") for layer in layers[-1:])
+        if isinstance(module, BaseTunerLayer) and not inside:
+            layers.append(name)
+        if name and not inside and check_target_module_exists(matching, name):
+            names.append(name)
+    return names
+
+
+def rows_of(name: str, parent: nn.Module, findings: Mapping[str, Finding] | None) -> Layout | None:
+    """Where the rows are in what a module is given, by the probe or by a parent that says so; None if nobody knows."""
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return "batch" if parent.self_attn.batch_first else "time"
+    finding: Any = (findings or {}).get(name)
+    return None if finding in REASONS or finding == "several" else finding
+
+
+def learn_rows(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> bool:
+    """Find out where the rows are from the first batch of a model that could not be tried before it had one.
+
+    Args:
+        model: the base model.
+        args, kwargs: of the call.
+        rows: B.
+
+    Returns:
+        False if this batch cannot tell, so that the next may be asked.
+    """
+    unknown = {name: m for name, m in model.named_modules() if isinstance(m, ALoRALayer) and m.rows is None}
+    if not unknown or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True  # processes that hold parts of a model must not run it one without the others
+    findings = probe_call(model, args, kwargs, rows, unknown)
+    for name, layer in unknown.items():
+        finding: Any = (findings or {}).get(name)
+        layer.rows = {"shared": "mixed", "several": None, "uncalled": None, "unreached": None}.get(finding, finding)
+    return findings is not None
+
+
+def listened_to(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: without any, the fast path of torch's encoder reads weights and calls no layer."""
+
+
+def keep_dense(model: nn.Module, dense: bool = True) -> None:
+    """Let torch's encoders make no nested tensors of padded batches, which only their fast path can take, or again.
+
+    Args:
+        model: holds the encoders.
+        dense: False gives them back as they were.
+    """
+    encoders: list[Any] = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    for module in encoders:
+        if dense and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor, module.nested_before = False, True
+        elif not dense and module.__dict__.pop("nested_before", False):
+            module.use_nested_tensor = True
+
+
+def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | None, tasks: int) -> None:
+    """Exclude from the config what its adapter cannot serve, with one warning.
+
+    With several tasks that is every module of which the rows are unknown; with one task, or a learned router, rows do
+    not matter.
+
+    Args:
+        model: the base model.
+        config: of PEFT; its exclude_modules grow.
+        findings: of `probe`.
+        tasks: how many the adapter has; 1 for a learned router.
+
+    Raises:
+        ValueError: no module would be left, or one that was named has a weight that is used without calling it.
+    """
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    targets = targets_of(model, config)
+    reasons: dict[str, str] = {}
+    for name in targets:
+        finding = None if findings is None else findings.get(name)
+        of_attention = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if (everything and of_attention) or _used_directly(model, name, finding):
+            reasons[name] = DIRECT
+        elif finding == "several":
+            reasons[name] = SEVERAL
+        elif tasks > 1 and (finding in REASONS or ROUTED_EXPERT.search(f"{name}.")):
+            reasons[name] = REASONS[finding] if finding in REASONS else REASONS["mixed"]
+    if not reasons:
+        return
+    text = _text(reasons)
+    if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
+        raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
+    _exclude(config, list(reasons))
+    warnings.warn(
+        f"ALoRA leaves {len(reasons)} of {len(targets)} target modules alone (now in exclude_modules):\n{text}",
+        stacklevel=2,
+    )
+
+
+def _used_directly(model: nn.Module, name: str, finding: Finding | None) -> bool:
+    """Whether a module that holds this one computes with its weight itself."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    like_lora: Any = SimpleNamespace(peft_type="LORA")
+    try:  # state-space models, by PEFT's own list
+        _check_lora_target_modules_mamba(like_lora, model, leaf)
+    except ValueError:
+        return True
+    if finding != "uncalled" and not hasattr(parent, "A_log"):
+        return False
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(rf"self\.{leaf}\.weight\b(?!\.(?:device|dtype|shape|size))", source))
+
+
+def _text(reasons: Mapping[str, str]) -> str:
+    """One line for each reason, with the names of which numbers do not differ."""
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) if len(names) > EXAMPLES else name for name in names))
+        shown = ", ".join(patterns[:EXAMPLES]) + (", ..." if len(patterns) > EXAMPLES else "")
+        lines.append(f"- {len(names)}, because {reason}: {shown}")
+    if set(reasons.values()) - {DIRECT, SEVERAL}:
+        lines.append('A learned router (routing="soft") or an adapter with one task needs no rows and can have them.')
+    return "\n".join(lines)
+
+
+def _exclude(config: Any, names: list[str]) -> None:
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, names)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or ()), *names}
+
+
+def tell_fused_experts(model: nn.Module, config: Any) -> None:
+    """Warn, once and with the names, of experts that are parameters instead of layers and that the config asks for."""
+    fused = {
+        f"{name}.{key}" if name else key: key
+        for name, module in model.named_modules()
+        if "expert" in (name.rpartition(".")[2] + type(module).__name__).lower() and not isinstance(module, nn.Linear)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        missed = [name for name in fused if re.fullmatch(targets, name)]
+    elif isinstance(targets, str):
+        missed = [*fused, *_routers_of(model, fused)]
+    else:
+        wanted = set(targets or ())
+        missed = [
+            name
+            for name, key in fused.items()
+            if wanted & ({key, name, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
+            or any(name.endswith(f".{target}") for target in wanted)
+        ]
+    if not missed:
+        return
+    patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in missed))
+    warnings.warn(
+        f"ALoRA adapts layers, and {len(missed)} tensors of experts or their routers are parameters, so they get no"
+        f" adapter: {', '.join(patterns[:EXAMPLES])}" + (", ..." if len(patterns) > EXAMPLES else ""),
+        stacklevel=2,
+    )
+
+
+def _routers_of(model: nn.Module, experts: Iterable[str]) -> list[str]:
+    """Weights of the routers beside these tensors of experts that are no linear layers either."""
+    parents = dict.fromkeys(name.rsplit(".", 2)[0] for name in experts)
+    names = {f"{parent}.{leaf}" for parent in parents for leaf in ("gate", "router")}
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name in names and not isinstance(module, nn.Linear) and "weight" in module._parameters
+    ]

@@ -1,0 +1,226 @@
+"""Accelerated models in PEFT's hands: files, copies, switching, merging, hooks; each call decides anew."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from copy import deepcopy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import layer as lora
+from torch import nn
+
+import alora_kernels
+from alora_kernels.tuner.accelerate import FusedLoraLinear
+
+from ..support.stock_lora import MLP, fused_copy, spy_on_the_op, step, stock_lora
+from ..support.tiny import Mlp, assert_same, llama, logits, tokens
+
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return spy_on_the_op(monkeypatch)
+
+
+def test_parameters_state_dict_copies_and_pickles():
+    model = stock_lora(llama(), lora_dropout=0.1)
+    before, state = dict(model.named_parameters()), {n: t.clone() for n, t in model.state_dict().items()}
+    alora_kernels.accelerate(model)
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(before[n] is after[n] for n in before)
+    assert_same(state, model.state_dict())
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert sum(type(m) is FusedLoraLinear for m in copy.modules()) == 14
+        assert_same(state, copy.state_dict())
+        assert torch.equal(logits(copy, tokens()), logits(model, tokens()))
+    model.load_state_dict({n: t + 1 for n, t in state.items()})
+    assert torch.equal(next(iter(before.values())), next(iter(state.values())) + 1)
+
+
+def test_saved_adapters_are_the_same_files_and_load(tmp_path, calls):
+    stock = stock_lora(llama())
+    fused = fused_copy(stock)
+    for name, model in (("stock", stock), ("fused", fused)):
+        model.save_pretrained(tmp_path / name)
+    weights, config = ([Path(tmp_path, n, f) for n in ("stock", "fused")] for f in FILES)
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    stocks, ours = (json.loads(file.read_text()) for file in config)
+    assert sorted(stocks.pop("target_modules")) == sorted(ours.pop("target_modules"))  # a set has no order
+    assert stocks == ours
+    again = PeftModel.from_pretrained(llama(), tmp_path / "fused").eval()
+    assert torch.equal(logits(again, tokens()), logits(stock, tokens()))
+    alora_kernels.accelerate(again)
+    again.load_adapter(tmp_path / "stock", "second")
+    again.set_adapter("second")
+    calls.clear()
+    assert torch.equal(logits(again, tokens()), logits(fused, tokens()))
+    assert len(calls) == 28
+
+
+def _same_as_stock(stock, fused, calls, served: int, **kwargs) -> None:
+    """Equal to PEFT's forward bit for bit where the op serves no layer, and close where it does."""
+    calls.clear()
+    ours, theirs = logits(fused, tokens(), **kwargs), logits(stock, tokens(), **kwargs)
+    assert len(calls) == served
+    if served:
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert torch.equal(ours, theirs)
+
+
+def test_merging_disabling_and_switching_are_decided_at_each_call(calls):
+    stock = stock_lora(llama())
+    stock.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    stock.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False))
+    fused = fused_copy(stock)
+    _same_as_stock(stock, fused, calls, 14)
+    with stock.disable_adapter(), fused.disable_adapter():
+        _same_as_stock(stock, fused, calls, 0)
+    _same_as_stock(stock, fused, calls, 0, adapter_names=["default", "other"])
+    for model in (stock, fused):
+        model.set_adapter("other")
+    _same_as_stock(stock, fused, calls, 2)  # the other layers do not have it
+    for model in (stock, fused):
+        model.base_model.set_adapter(["default", "other"])
+    _same_as_stock(stock, fused, calls, 12)  # both are active on the two q_proj
+    for model in (stock, fused):
+        model.set_adapter("dora")
+    _same_as_stock(stock, fused, calls, 0)
+    for model in (stock, fused):
+        model.set_adapter("default")
+        model.merge_adapter()
+    _same_as_stock(stock, fused, calls, 0)
+    for model in (stock, fused):
+        model.unmerge_adapter()
+    _same_as_stock(stock, fused, calls, 14)
+    for model in (stock, fused):
+        model.delete_adapter("default")
+        model.set_adapter("other")
+    _same_as_stock(stock, fused, calls, 2)
+    stock, fused = stock.merge_and_unload(), fused.merge_and_unload()
+    _same_as_stock(stock, fused, calls, 0)
+    assert not any(isinstance(m, lora.LoraLayer) for m in fused.modules())
+
+
+def test_adapters_added_later_are_served(calls):
+    model = stock_lora(Mlp(), **MLP)
+    alora_kernels.accelerate(model)
+    model.add_adapter("later", LoraConfig(r=2, use_rslora=True, lora_dropout=0.5, init_lora_weights=False, **MLP))
+    model.eval().set_adapter("later")
+    stock = deepcopy(model)
+    assert alora_kernels.restore(stock) == 2
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(calls) == 2
+
+
+def test_hooks_and_unusual_modules_run_as_in_peft(calls):
+    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
+    fused = fused_copy(stock)
+    x = torch.randn(4, 8)
+    for model in (stock, fused):
+        up, down = model.base_model.model.up, model.base_model.model.down
+        up.lora_A["default"].register_forward_hook(lambda _, args, out: 2 * out)
+        down.base_layer.register_forward_pre_hook(lambda _, args: (3 * args[0],))
+    assert torch.equal(fused(x), stock(x))
+    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
+    fused = fused_copy(stock)
+    for model in (stock, fused):
+        model.base_model.model.up.lora_dropout["default"] = nn.Tanh()
+        model.base_model.model.down.scaling["default"] = torch.tensor(0.7)
+    assert torch.equal(fused(x), stock(x))
+    stock = stock_lora(Mlp(), **MLP)
+    fused = fused_copy(stock)
+    for model in (stock, fused):
+        model.base_model.model.up.lora_dropout["default"] = nn.Identity()
+        model.base_model.model.up.lora_B["default"].__class__ = Doubled
+        model.base_model.model.down.base_layer.weight.requires_grad_(True)
+    assert torch.equal(fused(x), stock(x))
+    stock = stock_lora(Mlp(), **MLP)
+    fused = fused_copy(stock)
+    for model in (stock, fused):
+        model.base_model.model.up.base_layer.weight.requires_grad_(True)
+        for part in (model.base_model.model.down.lora_A, model.base_model.model.down.lora_B):
+            part.to(torch.bfloat16)  # narrower than x: PEFT rounds x for them
+    assert_same(step(stock, x), step(fused, x))
+    assert not calls
+
+
+class Doubled(nn.Linear):
+    """An adapter half that does more than multiply."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Tagged(torch.Tensor):
+    """A subclass: whoever made it wants to see every operation."""
+
+
+def test_unusual_inputs_run_as_in_peft(calls):
+    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
+    fused, x = fused_copy(stock), torch.randn(4, 8)
+    out = fused(x.as_subclass(Tagged))
+    assert type(out) is Tagged and torch.equal(out, stock(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # torch casts float16 as well, the op does not
+        assert torch.equal(fused.base_model.model.up(x.half()), stock.base_model.model.up(x.half()))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        fused(x.double())
+    for model in (stock, fused):
+        for name in MLP["target_modules"]:
+            getattr(model.base_model.model, name).lora_dropout["default"].register_forward_hook(lambda *a: 2 * a[2])
+    assert torch.equal(fused(x), stock(x))
+    assert not calls
+
+
+def test_input_casting_that_was_turned_off(calls):
+    fused, x = fused_copy(stock_lora(Mlp(), **MLP)), torch.randn(4, 8)
+    wide = fused_copy(stock_lora(Mlp().to(torch.bfloat16), **MLP))
+    with peft.helpers.disable_input_dtype_casting(fused), peft.helpers.disable_input_dtype_casting(wide):
+        fused(x)
+        assert len(calls) == 2
+        with pytest.raises(RuntimeError):  # as PEFT: nobody casts x for the float32 adapter
+            wide(x.to(torch.bfloat16))
+    wide(x.to(torch.bfloat16))
+    assert len(calls) == 4
+
+
+def test_transforms_of_torch_func_run_pefts_forward(calls):
+    model = stock_lora(Mlp(), **MLP)
+    alora_kernels.accelerate(model)
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(params, row):
+        return torch.func.functional_call(model, params, (row[None],)).square().sum()
+
+    x = torch.randn(3, 8)
+    per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    assert not calls
+    model(x).square().sum().backward()
+    assert len(calls) == 2
+    for name, grads in per_row.items():
+        torch.testing.assert_close(grads.sum(0), dict(model.named_parameters())[name].grad)
+
+
+def test_offloading_hooks_that_come_later_still_work(calls):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    stock = stock_lora(Mlp(), **MLP)
+    fused = fused_copy(stock)
+    x = torch.randn(4, 8)
+    add_hook_to_module(fused.base_model.model.up, ModelHook())
+    add_hook_to_module(fused.base_model.model.down.base_layer, ModelHook())
+    torch.testing.assert_close(fused(x), stock(x))
+    assert len(calls) == 1  # `up`; the base of `down` must be called
+    alora_kernels.restore(fused)
+    assert torch.equal(fused(x), stock(x))  # the hook of `up` still holds our function
+    remove_hook_from_module(fused, recurse=True)
+    assert torch.equal(fused(x), stock(x))
+    assert len(calls) == 1

@@ -1,0 +1,171 @@
+"""The type in PEFT's tables: an ordinary enum member, registered once, in whichever order things are imported."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftType, get_peft_model, peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from alora_kernels.tuner import ALoRAConfig, ALoRAModel
+from alora_kernels.tuner.register import extend_str_enum, register
+
+from ..support.tiny import adapted, llama, tokens
+
+
+def test_tables():
+    member = PeftType.ASYMLORA
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is ALoRAConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["ASYMLORA"] is ALoRAModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == ALoRAModel.prefix == "asymlora_"
+
+
+def test_registering_again_changes_nothing():
+    before = list(PeftType)
+    register(ALoRAConfig, ALoRAModel)
+    assert list(PeftType) == before
+    with pytest.raises(RuntimeError, match=r"knows ASYMLORA already.*import only one"):
+        register(type("Other", (ALoRAConfig,), {}), ALoRAModel)
+
+
+class Colour(str, enum.Enum):  # noqa: UP042 - PeftType's own bases
+    RED = "RED"
+    BLUE = "BLUE"
+
+
+@pytest.mark.parametrize("cls", [PeftType, Colour])
+def test_the_member_is_like_those_of_the_class_body(cls):
+    name = "ASYMLORA"
+    member = extend_str_enum(cls, name)
+    assert extend_str_enum(cls, name) is member
+    assert isinstance(member, cls)
+    assert cls(name) is cls[name] is getattr(cls, name) is member
+    assert (member.name, member.value, str.__str__(member)) == (name, name, name)
+    assert member == name
+    assert hash(member) == hash(name)
+    assert member in cls
+    assert list(cls)[-1] is member
+    assert list(cls.__members__)[-1] == name
+    assert len(cls) == len(list(cls))
+    assert repr(member) == f"<{cls.__name__}.{name}: '{name}'>"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(member, protocol)) is member
+    assert copy.copy(member) is copy.deepcopy(member) is member
+    assert json.dumps({"t": member}) == f'{{"t": "{name}"}}'
+    with pytest.raises(AttributeError):
+        setattr(cls, name, 1)
+    with pytest.raises(ValueError, match="is not a valid"):
+        cls("NO_SUCH")
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_peft_imported_later_and_a_config_unpickled_in_a_new_process(tmp_path):
+    config = ALoRAConfig(tasks=["a"], target_modules=["q"])
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
+    out = _python(
+        "import sys; from alora_kernels._peft_hook import register_with_peft as r; r(); r();"
+        "assert 'peft' not in sys.modules; import peft; print(peft.PeftType.ASYMLORA.value);"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path); r();"
+        "assert 'Register' not in type(peft.__spec__.loader).__name__;"
+        f"import pickle; print(pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')).tasks)"
+    )
+    assert out.splitlines() == ["ASYMLORA", "['a']"]
+
+
+def test_other_types_get_their_names_from_peft():
+    """With a tensor of ids stock LoRA fails as it does without us; ours takes it."""
+    stock = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    search = peft_model.get_alora_offsets_for_forward
+    ids = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        search.__wrapped__(stock, tokens(), adapter_names=ids)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        search(stock, tokens(), adapter_names=ids)
+    assert search(adapted(), tokens(), adapter_names=ids)["adapter_names"] is ids
+
+
+def test_peft_imported_before():
+    assert _python(
+        "import peft; from alora_kernels._peft_hook import register_with_peft as r; r();"
+        "print(peft.PeftType('ASYMLORA').name)"
+    ) == "ASYMLORA"  # fmt: skip
+
+
+def test_a_failing_registration_does_not_break_the_import_of_peft():
+    out = _python(
+        "import sys, warnings; from alora_kernels import _peft_hook; _peft_hook.ADAPTER = 'no.such.module';"
+        "lazy.register_with_peft(); warnings.simplefilter('ignore');\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always'); import peft\n"
+        "print(any('could not register' in str(w.message) for w in seen), peft.__name__)"
+    )
+    assert out == "True peft"
+
+
+def test_looking_for_peft_first_loses_no_registration():
+    out = _python(
+        "import copy, importlib, importlib.metadata, importlib.util as u, pathlib, sys, threading, alora_kernels\n"
+        "from transformers.utils import is_peft_available\n"
+        "assert is_peft_available() and importlib.metadata.version('peft') and importlib.metadata.files('peft')\n"
+        "spec = [u.find_spec('peft') for _ in range(3)][-1]; copy.deepcopy(spec)\n"
+        "assert spec.loader.is_package('peft') and pathlib.Path(spec.loader.get_filename('peft')).exists()\n"
+        "assert 'peft' not in sys.modules\n"
+        "threads = [threading.Thread(target=importlib.import_module, args=('peft',)) for _ in range(4)]\n"
+        "[x.start() for x in threads]; [x.join() for x in threads]\n"
+        "import peft; print(peft.PeftType.ASYMLORA.value, 'ASYMLORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)\n"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)\n"
+        "assert 'Register' not in type(peft.__spec__.loader).__name__\n"
+        "importlib.reload(peft); print(peft.PeftType.ASYMLORA.value)"
+    )
+    assert out.split() == ["ASYMLORA", "True", "ASYMLORA"]
+
+
+def test_an_import_that_fails_first_is_registered_when_it_succeeds():
+    out = _python(
+        "import sys; import alora_kernels\n"
+        "sys.modules['accelerate'] = None\n"  # PEFT cannot be imported without it
+        "try:\n    import peft\nexcept ImportError:\n    print('no')\n"
+        "del sys.modules['accelerate']\n"
+        "[sys.modules.pop(n) for n in list(sys.modules) if n.partition('.')[0] == 'peft']\n"
+        "import peft; print(peft.PeftType.ASYMLORA.value)"
+    )
+    assert out.split() == ["no", "ASYMLORA"]
+
+
+@pytest.mark.parametrize("missing", ["None", "absent"])
+def test_without_peft_nothing_changes(missing):
+    hide = (
+        "sys.modules['peft'] = None"
+        if missing == "None"
+        else "find = importlib.machinery.PathFinder.find_spec;"
+        "importlib.machinery.PathFinder.find_spec = "
+        "classmethod(lambda c, n, *a: None if n == 'peft' else find(n, *a))"
+    )
+    out = _python(
+        f"import sys, importlib.util, importlib.machinery\n{hide}\nimport alora_kernels\n"
+        "try:\n    import peft\nexcept ModuleNotFoundError as error:\n    print(error.name)\n"
+        + ("" if missing == "None" else "print(importlib.util.find_spec('peft'))\n")
+    )
+    assert out.split() == (["peft"] if missing == "None" else ["peft", "None"])
+
+
+def test_a_thread_that_imports_peft_meanwhile():
+    """The one who comes second waits: there is no moment at which the type is neither registered nor awaited."""
+    out = _python(
+        "import sys, threading, importlib, time\n"
+        "peft = threading.Thread(target=importlib.import_module, args=('peft',)); peft.start()\n"
+        "while 'peft' not in sys.modules and peft.is_alive(): time.sleep(0.001)\n"
+        "import alora_kernels; peft.join()\n"
+        "print(sys.modules['peft'].PeftType.ASYMLORA.value)"
+    )
+    assert out == "ASYMLORA"

@@ -1,0 +1,380 @@
+"""Rows of a layer that are not its first dimension: time first, windows, tables, experts, images, uncalled weights.
+
+Each case: a mixed batch equals every row alone, in its values and in its gradients, with as many tokens as rows too.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from alora_kernels import route
+from alora_kernels.baselines.methods import Method, adapt
+from alora_kernels.baselines.per_task import PerTaskLinear
+from alora_kernels.tuner import set_task
+from alora_kernels.tuner.probe import probe
+
+from ..support.tiny import VOCAB, Mlp, adapted, config, layers_of, llama, llava
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ENCODER_DECODER = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCAB,
+}  # fmt: skip
+NAMES = ["math", "code", "__base__"]
+
+
+def build(kind: str, **settings: Any) -> Any:
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{settings.pop('config', kind.partition('For')[0])}Config")(**settings)
+    return getattr(transformers, kind)(config).eval()
+
+
+def led() -> Any:
+    lengths = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
+    return build("LEDForConditionalGeneration", **ENCODER_DECODER, **lengths)
+
+
+def nllb_moe() -> Any:
+    experts = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64}
+    return build("NllbMoeForConditionalGeneration", **ENCODER_DECODER, **experts)
+
+
+def xlnet() -> Any:
+    return build("XLNetLMHeadModel", config="XLNet", vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
+
+
+def fsmt() -> Any:
+    sizes = {k: v for k, v in ENCODER_DECODER.items() if k != "vocab_size"}
+    vocab = {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "langs": ["en", "de"], "max_position_embeddings": 64}
+    return build("FSMTForConditionalGeneration", **sizes, **vocab, decoder_start_token_id=0)
+
+
+def deberta() -> Any:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    more = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "max_position_embeddings": 64}
+    return build("DebertaV2ForSequenceClassification", vocab_size=VOCAB, **WIDTH, **relative, **more)
+
+
+def qwen_moe() -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    more = {"shared_expert_intermediate_size": 16, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    return build("Qwen2MoeForCausalLM", **WIDTH, **experts, **more)
+
+
+def opt() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    return build("OPTForCausalLM", vocab_size=VOCAB, **sizes, word_embed_proj_dim=16, max_position_embeddings=64)
+
+
+def swin() -> Any:
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    return build("SwinForImageClassification", **sizes, window_size=4)
+
+
+def mamba() -> Any:
+    return build("MambaForCausalLM", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
+
+
+def jamba() -> Any:
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    more = {"num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 2}
+    return build("JambaForCausalLM", vocab_size=VOCAB, **WIDTH, **layers, **more)
+
+
+def mixtral() -> Any:
+    return build("MixtralForCausalLM", vocab_size=VOCAB, **WIDTH, num_key_value_heads=2, num_local_experts=4)
+
+
+def quietly(base: Any, **overrides: Any) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return adapted(base, task_type=None, **overrides)
+
+
+def inputs(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)}
+    given = {"input_ids": torch.randint(4, VOCAB - 1, (rows, length), generator=generator)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.randint(4, VOCAB - 1, (rows, length), generator=generator)
+    return given
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("length", [3, 5])
+@pytest.mark.parametrize("base", [led, nllb_moe, xlnet, fsmt, deberta, qwen_moe, opt, swin])
+def test_a_mixed_batch_equals_its_rows_alone(base, length):
+    model = quietly(base())
+    given, names = inputs(model.base_model.model, 3, length), NAMES
+    mixed = model(**given, adapter_names=names).logits
+    (mixed**2).sum().backward()
+    together, alone = gradients(model), {}
+    for row, name in enumerate(names):
+        one = model(**{k: v[row : row + 1] for k, v in given.items()}, adapter_names=[name]).logits
+        torch.testing.assert_close(mixed[row : row + 1], one, rtol=1e-4, atol=1e-5)
+        (one**2).sum().backward()
+        for key, grad in gradients(model).items():
+            alone[key] = alone.get(key, 0) + grad
+    assert together.keys() == alone.keys()
+    for key, grad in together.items():
+        torch.testing.assert_close(grad, alone[key], rtol=1e-3, atol=1e-4, msg=key)
+    same = model(**given, adapter_names=["code"] * 3).logits
+    assert not torch.allclose(mixed[0], same[0], atol=1e-3)  # the tasks do differ
+    torch.testing.assert_close(mixed[1], same[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [led, deberta])
+def test_one_lora_per_task_has_the_same_layers_and_rows(base):
+    with pytest.warns(UserWarning, match="target modules alone"):
+        model = adapt(base(), Method("lora-per-task", tasks=("math", "code"), task_type=None))
+    assert {n for n, m in model.named_modules() if isinstance(m, PerTaskLinear)} == {
+        layer.rows_name for layer in layers_of(quietly(base()))
+    }
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.modules():
+        if isinstance(layer, PerTaskLinear):
+            layer.lora_B.data.normal_(generator=generator)
+    given = inputs(model, 3, 3)
+    with torch.no_grad(), route([0, 1, -1]):
+        mixed = model(**given).logits
+    for row, task in enumerate([0, 1, -1]):
+        with torch.no_grad(), route([task]):
+            alone = model(**{k: v[row : row + 1] for k, v in given.items()}).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_of_a_time_first_encoder_with_beams():
+    model = quietly(led())
+    given = inputs(model.base_model.model, 3, 3)["input_ids"]
+    how = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    together = model.generate(input_ids=given, attention_mask=torch.ones_like(given), adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        one = given[row : row + 1]
+        alone = model.generate(input_ids=one, attention_mask=torch.ones_like(one), adapter_names=[name], **how)
+        assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("base", "left", "why"),
+    [
+        (deberta, r"query_proj", "inputs of no row"),
+        (nllb_moe, r"experts\.expert_\*\.fc", "an order that the data decide"),
+        (llava, r"vision_tower", "images or sound have rows of their own"),
+        (jamba, r"mamba\.dt_proj", "their weights are used without calling them"),
+        (mamba, r"mixer\.dt_proj", "their weights are used without calling them"),
+    ],
+)
+def test_what_cannot_be_served_is_left_alone_and_named_once(base, left, why, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = adapted(base(), task_type=None)
+    (told,) = [str(w.message) for w in caught if "target modules alone" in str(w.message)]
+    assert re.search(f"{why}.*{left}", told)
+    excluded = model.peft_config["default"].exclude_modules
+    assert excluded and not excluded & {layer.rows_name for layer in layers_of(model)}
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = PeftModel.from_pretrained(base(), tmp_path)
+    assert not [w for w in caught if "target modules alone" in str(w.message)]
+    assert [layer.rows_name for layer in layers_of(again)] == [layer.rows_name for layer in layers_of(model)]
+
+
+def test_a_learned_router_and_a_single_task_keep_modules_whose_rows_are_unknown():
+    for settings in ({"routing": "soft"}, {"tasks": ["only"]}):
+        names = {layer.rows_name for layer in layers_of(quietly(deberta(), **settings))}
+        assert any(name.endswith("query_proj") for name in names)
+        assert any("vision_tower" in layer.rows_name for layer in layers_of(quietly(llava(), **settings)))
+    model = quietly(deberta(), tasks=["only"])
+    given = inputs(model.base_model.model, 2, 5)
+    assert model(**given, adapter_names=["only"] * 2).logits.shape == (2, 2)
+    with pytest.raises(ValueError, match=r"query_proj: task_ids of shape \(2,\) fit neither"):
+        model(**given, adapter_names=["only", "__base__"])
+
+
+def test_nothing_left_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"cannot adapt these target_modules:\n.*inputs of no row.*query_proj"):
+        adapted(deberta(), task_type=None, target_modules=["query_proj"])
+
+
+@pytest.mark.parametrize(("base", "target"), [(mamba, "out_proj"), (mamba, "dt_proj"), (jamba, "dt_proj")])
+@pytest.mark.parametrize("settings", [{}, {"tasks": ["only"]}, {"routing": "soft"}])
+def test_weights_that_are_used_without_a_call_are_refused(base, target, settings):
+    with pytest.raises(ValueError, match=f"without calling them.*{target}"):
+        adapted(base(), task_type=None, target_modules=["in_proj", target], **settings)
+
+
+EXPERTS = r"mlp\.experts\."
+
+
+@pytest.mark.parametrize(
+    ("targets", "count", "names"),
+    [
+        ("all-linear", 6, rf"{EXPERTS}gate_up_proj.*{EXPERTS}down_proj.*mlp\.gate\.weight"),
+        (["q_proj", "w1"], 2, f"{EXPERTS}gate_up_proj"),
+        (["q_proj", "down_proj"], 2, f"{EXPERTS}down_proj"),
+    ],
+)
+def test_experts_and_routers_that_are_parameters_are_named(targets, count, names):
+    with pytest.warns(UserWarning, match=rf"{count} tensors of experts or their routers.* model\.layers\.\*\.{names}"):
+        assert layers_of(adapted(mixtral(), target_modules=targets))
+
+
+def test_other_targets_of_such_a_model_are_no_reason_for_a_warning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ALoRA")
+        adapted(mixtral(), target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize("base", [llama, led, nllb_moe, deberta, swin, mamba])
+def test_the_probe_leaves_nothing_behind(base):
+    model = base().train()
+    tensors = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    modules, settings, state = dict(model.named_modules()), model.config.to_dict(), torch.get_rng_state()
+    assert probe(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and dict(model.named_modules()) == modules and model.config.to_dict() == settings
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(tensor, tensors[name]) and getattr(tensor, "grad", None) is None
+
+
+def test_a_model_that_cannot_be_run_keeps_its_modules_and_refuses_what_does_not_fit():
+    with torch.device("meta"):
+        base = led()
+    assert probe(base) is None
+    assert {layer.rows for layer in layers_of(quietly(base))} == {None}
+
+
+def test_a_model_that_is_not_from_transformers_is_not_run():
+    class Counts(Mlp):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counts.calls += 1
+            return super().forward(x)
+
+    assert probe(Counts()) is None
+    assert adapted(Counts(), task_type=None, target_modules=["up"]) and Counts.calls == 0
+
+
+class TimeFirst(nn.Module):
+    """Nobody's model: time first inside, a table that every batch shares, and a running count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.inner, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+        self.places = torch.randn(3, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        time_first = torch.tanh(self.first(x)).transpose(0, 1)
+        return self.inner(time_first).transpose(0, 1) + self.table(self.places)[None]
+
+
+def test_a_model_of_ones_own_is_tried_with_its_first_batch():
+    model = adapted(TimeFirst(), task_type=None, target_modules=["first", "inner"])
+    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
+    state = torch.get_rng_state()
+    mixed = model(x, adapter_names=NAMES)
+    assert {layer.rows_name: layer.rows for layer in layers_of(model)} == {"first": "batch", "inner": "time"}
+    assert model.base_model.model.calls == 1 and torch.equal(torch.get_rng_state(), state)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[row], model(x, adapter_names=[name] * 3)[row])
+    with_table = adapted(TimeFirst(), task_type=None, target_modules=["first", "table"])
+    with pytest.raises(ValueError, match="table: task_ids .* laid out as 'mixed'"):
+        with_table(x, adapter_names=NAMES)
+
+
+def test_a_router_that_returns_several_tensors_is_left_alone():
+    text = {**WIDTH, "vocab_size": VOCAB, "num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size_mlp": 48}
+    base = build("Llama4ForCausalLM", config="Llama4Text", **text, head_dim=8)
+    with pytest.warns(UserWarning, match=r"more than one tensor.*feed_forward\.router"):
+        model = adapted(base, routing="soft")
+    assert not any(layer.rows_name.endswith("router") for layer in layers_of(model))
+
+
+def test_whisper_repeats_rows_by_beams_and_by_returned_sequences():
+    sizes = {**ENCODER_DECODER, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = quietly(build("WhisperForConditionalGeneration", **sizes, **special))
+    sound = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))
+    how = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    together = model.generate(input_features=sound, adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        alone = model.generate(input_features=sound[row : row + 1], adapter_names=[name], **how)
+        assert torch.equal(together[2 * row : 2 * row + 2], alone)
+
+
+def test_mpt_which_peft_calls_in_a_way_of_its_own():
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
+    model = adapted(build("MptForCausalLM", **sizes))
+    given = torch.randint(4, VOCAB, (3, 5), generator=torch.Generator().manual_seed(1))
+    mixed = model(input_ids=given, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        alone = model(input_ids=given[row : row + 1], adapter_names=[name]).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_beside_a_head_that_is_a_block():
+    base = build("RobertaForSequenceClassification", vocab_size=VOCAB, **WIDTH, max_position_embeddings=64)
+    model = adapted(base, task_type="SEQ_CLS")
+    given = torch.randint(4, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
+    wanted = model(input_ids=given, adapter_names=["code", "code"]).logits
+    set_task(model, "code")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=given).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_adapter_beside_the_first():
+    model = quietly(led(), target_modules=["key", "fc1"])
+    model.add_adapter("other", config(task_type=None, target_modules=["query", "fc1"], r=2))
+    model.set_adapter("other")
+    given = inputs(model.base_model.model, 3, 3)
+    mixed = model(**given, adapter_names=NAMES).logits
+    alone = model(**{k: v[:1] for k, v in given.items()}, adapter_names=NAMES[:1]).logits
+    torch.testing.assert_close(mixed[:1], alone, rtol=1e-4, atol=1e-5)
+    rows = {layer.rows_name: layer.rows for layer in layers_of(model)}
+    assert {"time", "batch"} == set(rows.values())
+
+
+class Blocks(nn.Module):
+    """torch's own encoder, as a model of its own, whose batch comes first from outside."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.batch_first = batch_first
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_encoder_of_torch(batch_first, training):
+    """Time first by default; in evaluation torch has a fast path that reads the weights and would skip the adapters."""
+    model = adapted(Blocks(batch_first), task_type=None, target_modules=["linear1", "linear2"]).train(training)
+    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))
+    mixed = model(x, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1], adapter_names=[name]))
+    assert not torch.allclose(mixed[0], Blocks(batch_first).train(training)(x)[0], atol=1e-3)
