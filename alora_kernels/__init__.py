@@ -6,7 +6,7 @@ from . import reference
 from ._lazy import names_later
 from ._peft_hook import register_with_peft
 from .modules import FusedALoRALinear
-from .ops import alora_delta, alora_linear, alora_linear_group
+from .ops import alora_delta, alora_linear
 from .recompute import keep_routing
 from .routing import Routing, route
 from .version import __version__ as __version__
@@ -26,7 +26,6 @@ __all__ = [
     "accelerate",
     "alora_delta",
     "alora_linear",
-    "alora_linear_group",
     "export_lora",
     "import_lora",
     "keep_routing",

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import cpu, gpu, group, plot, serving
+from . import cpu, gpu, plot, serving
 from .reproduce import command as reproduce
 
 app = typer.Typer(
@@ -16,7 +16,6 @@ app = typer.Typer(
 )
 app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
-app.command("group")(group.main)
 app.command("plot")(plot.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from alora_kernels import alora_delta, alora_linear, alora_linear_group, reference
+from alora_kernels import alora_delta, alora_linear, reference
 from alora_kernels.ops import mixed
 from tests.compare import Problem, problem
 from tests.ops.test_torch_rows import BATCHES
@@ -67,12 +67,7 @@ def over_a_base(x, weight, a, b, *, bias=None, **options):
     return alora_delta(x, a, b, base=nn.functional.linear(x, weight, bias).clone(), **options)
 
 
-def as_group(x, weight, a, b, *, bias=None, router=None, scaling=1.0, **options):
-    routers = None if router is None else [router]
-    return alora_linear_group(x, [weight], [a], [b], biases=[bias], routers=routers, scalings=scaling, **options)[0]
-
-
-OPS = {"linear": alora_linear, "delta": over_a_base, "group": as_group}
+OPS = {"linear": alora_linear, "delta": over_a_base}
 
 
 @pytest.mark.parametrize("low", LOWS, ids=str)
