@@ -1,0 +1,48 @@
+"""Text that people read: strangers' words made harmless, sizes, shares, percentiles, and what a thing may be called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+#: A client, a run, an exported task: a file name everywhere, and a value in Flower's node configuration.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """A stranger's text on one line: nothing in it moves a cursor or starts a line, and it ends.
+
+    Args:
+        text: anything.
+        longest: characters at most, the ellipsis included; None for all.
+    """
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def clipped(text: str, width: int) -> str:
+    """At most `width` characters, beginning and end kept: names of tasks differ at either."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def size(count: float) -> str:
+    """12345678 bytes as "12.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def percent(share: float) -> str:
+    """0.873 as "87.3 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def percentile(values: Iterable[float], q: float) -> float:
+    """The measured value nearest to the share q of the way from the smallest to the largest: never one in between."""
+    ordered = sorted(values)
+    return ordered[round(q * (len(ordered) - 1))]
