@@ -6,8 +6,10 @@ import importlib.util
 
 import typer
 
-from . import cpu, gpu, plot, serving
+from . import cpu, gpu
+from .report import plot
 from .reproduce import command as reproduce
+from .serving import command as serving
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +22,8 @@ app.command("plot")(plot.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
-    from . import static, tune
+    from .layers import tune
+    from .static import command as static
 
     app.command("static")(static.main)
     app.command("tune")(tune.main)

@@ -2,7 +2,7 @@
 
 In:   which sections and providers, the shape of the layer, the number of rounds.
 Out:  rows in bench/results/cpu.csv, a table per case, and the targets.
-Who:  people, and `bench.plot` for the README's figures.
+Who:  people, and `bench.report.plot` for the README's figures.
 
 Sections: "layer", one layer, forward + backward; "decode", 32 rows of 32 tasks in one inference call; "training", a
 training step of a small model against stock PEFT.
@@ -16,14 +16,14 @@ from typing import Annotated
 import torch
 import typer
 
-from .layers import BOTH, FORWARD
-from .problem import Case
-from .providers import PROVIDERS, find
-from .rows import EAGER, RESULTS
+from .layers.layer import BOTH, FORWARD
+from .layers.problem import Case
+from .layers.providers import PROVIDERS, find
+from .layers.work import LayerWork, Work
+from .models.training import MODELS, TrainingWork
+from .report.rows import EAGER, RESULTS
+from .report.targets import CPU_TARGETS, FUSED
 from .session import Session, checked, choose
-from .targets import CPU_TARGETS, FUSED
-from .training import MODELS, TrainingWork
-from .work import LayerWork, Work
 
 SECTIONS = ("layer", "decode", "training")
 LAYER = (

@@ -2,7 +2,7 @@
 
 In:   a callable that launches work on the current stream.
 Out:  a clock for `bench.timing`, a captured replay of the callable, the bytes it needs at its peak.
-Who:  `bench.gpu` and `bench.work`. Importing this file needs no GPU; calling it does.
+Who:  `bench.gpu` and `bench.layers.work`. Importing this file needs no GPU; calling it does.
 
 Before every run a buffer of twice the L2 cache is written, so that no run finds its weights there because the one
 before it used the same. The host is waited for before each run and may launch ahead while the buffer is written.

@@ -2,7 +2,7 @@
 
 In:   which cases, providers and modes.
 Out:  rows in bench/results/<gpu>.csv, a table per case, pass and mode, and the targets.
-Who:  people, and `bench.plot` for the README's figures.
+Who:  people, and `bench.report.plot` for the README's figures.
 
 bf16, R = 16, M = 8192 where nothing else is said. The plain GEMM comes first: how near it is to cuBLAS bounds all that
 follows. "frozen", the denominator, is F.linear, and in the backward dx = dy w alone. Last come whole models: layers of
@@ -21,17 +21,17 @@ import typer
 
 from alora_kernels.ops.plans import PLANS
 
-from . import decoding, training
 from .cuda import CudaClock
-from .layers import BOTH, FORWARD
-from .machine import slug
-from .models import FROZEN, Setting, eight_billion
-from .problem import Case
-from .providers import PROVIDERS, find
-from .rows import MODES, RESULTS
+from .layers.layer import BOTH, FORWARD
+from .layers.problem import Case
+from .layers.providers import PROVIDERS, find
+from .layers.work import LayerWork, Work
+from .models import decoding, training
+from .models.pair import FROZEN, Setting, eight_billion
+from .report.machine import slug
+from .report.rows import MODES, RESULTS
+from .report.targets import DOWN, GPU_TARGETS, SQUARE, UP
 from .session import Session, choose
-from .targets import DOWN, GPU_TARGETS, SQUARE, UP
-from .work import LayerWork, Work
 
 _FUSED = ("frozen", "fused", *(f"fused:{plan}" for plan in PLANS))
 _RIVALS = ("hoisted", "hoisted compiled", "authors' loop", "PEFT LoRA", "Unsloth-style addmm")

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import cuda
-from .rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row
-from .sheet import Sheet
+from .layers.work import Candidate, Ready, Work
+from .report.rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row
+from .report.sheet import Sheet
 from .timing import Clock, Timing, interleaved
-from .work import Candidate, Ready, Work
 
 WARMUP = 5
 
@@ -31,7 +31,7 @@ class Runner:
 
     Args:
         sheet: where rows go.
-        base: the columns that are the same for the whole run; see `bench.machine.this_run`.
+        base: the columns that are the same for the whole run; see `bench.report.machine.this_run`.
         repeats: rounds per case, times each work's own factor.
         clock: wall time by default.
         console: where the progress bar is shown; standard error by default.

@@ -14,14 +14,14 @@ from typing import Any
 
 import typer
 
-from . import tables
-from .machine import this_run
-from .rows import Row
+from .layers.work import Work
+from .report import tables
+from .report.machine import this_run
+from .report.rows import Row
+from .report.sheet import Sheet
+from .report.targets import Target
 from .run import Runner
-from .sheet import Sheet
-from .targets import Target
 from .timing import Clock
-from .work import Work
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 

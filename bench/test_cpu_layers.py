@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from .cpu import works
-from .providers import PROVIDERS
-from .rows import EAGER
-from .work import LayerCandidate, LayerWork
+from .layers.providers import PROVIDERS
+from .layers.work import LayerCandidate, LayerWork
+from .report.rows import EAGER
 
 TIMED = ("frozen", "fused", "hoisted", "authors' loop", "PEFT LoRA", "PEFT mixed batch")
 SHAPE = {"m": 512, "k": 768, "n": 768, "e": 8, "r": 16}

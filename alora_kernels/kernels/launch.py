@@ -2,7 +2,7 @@
 
 In:   a jit kernel, its grid, the run-time arguments in order, the constexprs and warps/stages by name.
 Out:  the kernel ran on the tensors' device; or, on `device="meta"`, it was only written down.
-Who:  every launcher of this package; `bench.static` and launch-counting tests read the recordings.
+Who:  every launcher of this package; `bench.static.command` and launch-counting tests read the recordings.
 
 A grid of zero programs is skipped here, so no launcher needs to special-case an empty batch. Tensors on
 the meta device have shapes and strides but no data: running a launcher on them inside `recording(chip)`

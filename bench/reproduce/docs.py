@@ -14,9 +14,9 @@ from typing import Any
 
 import typer
 
-from ..machine import ROOT
-from ..readme import replace_block
-from ..sheet import read
+from ..report.machine import ROOT
+from ..report.readme import replace_block
+from ..report.sheet import read
 from .claims import Claim
 from .claims import table as claim_table
 from .config import Config, ConfigError, load

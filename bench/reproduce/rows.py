@@ -23,7 +23,7 @@ from alora_kernels.analysis import chance, subspace_overlap
 from alora_kernels.analysis.names import places
 from alora_kernels.federated.summary import delta_m
 
-from ..machine import origin
+from ..report.machine import origin
 from .claims import NOT_RUN
 from .config import Config
 

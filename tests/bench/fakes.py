@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.layers import FORWARD
-from bench.problem import Check
-from bench.rows import Row
+from bench.layers.layer import FORWARD
+from bench.layers.problem import Check
+from bench.layers.work import Ready
+from bench.report.rows import Row
 from bench.timing import Run
-from bench.work import Ready
 
 RIGHT, WRONG = Check(1e-7, 1e-6, "y"), Check(0.5, 1e-6, "da")
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from bench import cpu, gpu
 from bench.__main__ import app
-from bench.rows import Row
-from bench.sheet import read
+from bench.report.rows import Row
+from bench.report.sheet import read
 
 SMALL = ["--m", "32", "--k", "16", "--n", "16", "--e", "4", "--r", "2", "--repeats", "2", "--threads", "1"]
 

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from bench import cuda, gpu
 from bench.__main__ import app
-from bench.layers import BOTH, FORWARD
-from bench.models import llama
-from bench.problem import Case
-from bench.providers import find
-from bench.rows import EAGER, GRAPH, MODES, Row
+from bench.layers.layer import BOTH, FORWARD
+from bench.layers.problem import Case
+from bench.layers.providers import find
+from bench.layers.work import LayerWork
+from bench.models.pair import llama
+from bench.report.rows import EAGER, GRAPH, MODES, Row
+from bench.report.sheet import Sheet, read
 from bench.run import Runner
-from bench.sheet import Sheet, read
-from bench.work import LayerWork
 from tests.bench.fakes import CountingClock
 
 

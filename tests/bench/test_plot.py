@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.layers import BOTH, FORWARD
-from bench.readme import replace_block
-from bench.rows import EAGER, GRAPH, Row
-from bench.sheet import Sheet
-from bench.targets import SQUARE
+from bench.layers.layer import BOTH, FORWARD
+from bench.report.readme import replace_block
+from bench.report.rows import EAGER, GRAPH, Row
+from bench.report.sheet import Sheet
+from bench.report.targets import SQUARE
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
 README = """top

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
-from bench import problem as problems
-from bench.layers import BOTH, FORWARD, PASSES, Layer
-from bench.problem import Case, Problem
-from bench.providers import PROVIDERS, find
+from bench.layers import problem as problems
+from bench.layers.layer import BOTH, FORWARD, PASSES, Layer
+from bench.layers.problem import Case, Problem
+from bench.layers.providers import PROVIDERS, find
 
 SMALL = {"m": 48, "k": 24, "n": 40, "r": 4, "e": 6}
 

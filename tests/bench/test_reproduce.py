@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from alora_kernels import data
 from bench.__main__ import app
+from bench.report.sheet import Sheet, read
 from bench.reproduce import command, docs
 from bench.reproduce.config import Config, ConfigError, available, load
 from bench.reproduce.encoder import SHARED_A, factors, study
 from bench.reproduce.rows import DONE, Row, finished
-from bench.sheet import Sheet, read
 
 pytest.importorskip("matplotlib")
 TASKS = {"init-similarity": ("movie", "amazon"), "before-after": ("movie",), "fedsa": ("movie",)}

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from bench import gpu, machine
+from bench import gpu
 from bench.cpu import LAYER, SECTIONS, works
-from bench.layers import BOTH, FORWARD
-from bench.providers import PROVIDERS
-from bench.rows import EAGER, GRAPH, Row, newest
-from bench.targets import CPU_TARGETS, GPU_TARGETS, Target, judge
+from bench.layers.layer import BOTH, FORWARD
+from bench.layers.providers import PROVIDERS
+from bench.report import machine
+from bench.report.rows import EAGER, GRAPH, Row, newest
+from bench.report.targets import CPU_TARGETS, GPU_TARGETS, Target, judge
 
 ROW = Row(
     command="gpu", date="2026-01-02 00:00:00", case="task 1", routing="task", direction=FORWARD, mode=GRAPH,

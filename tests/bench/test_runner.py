@@ -9,14 +9,15 @@ import pytest
 import torch
 import typer
 
-from bench import providers, session
-from bench.layers import BOTH, FORWARD
-from bench.problem import Case
-from bench.rows import EAGER, GRAPH, Row
+from bench import session
+from bench.layers import providers
+from bench.layers.layer import BOTH, FORWARD
+from bench.layers.problem import Case
+from bench.layers.work import LayerWork, Work
+from bench.report.rows import EAGER, GRAPH, Row
+from bench.report.sheet import Sheet, read
+from bench.report.targets import FUSED
 from bench.run import Runner
-from bench.sheet import Sheet, read
-from bench.targets import FUSED
-from bench.work import LayerWork, Work
 from tests.bench.fakes import WRONG, CountingClock, FakeCandidate, FakeWork, raising
 
 BASE = Row(command="cpu", commit="abc", date="2026-01-01 00:00:00", device="a machine")

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 pytest.importorskip("peft", reason="the baselines are PEFT's")
 
 from alora_kernels import data
-from bench import serving
-from bench.rows import OK, WRONG
-from bench.serving_adapters import Adapters, Truth, sharing
-from bench.serving_load import Load, Outcome, Request, by_task, choose, numbers, prompts, requests_of
-from bench.serving_providers import Stage, providers_of
-from bench.serving_rows import BASE, MERGED, MIXED, NUMBERS, OURS, PROVIDERS, SERIAL, Row, goals, judge, medians, newest
-from bench.serving_run import Job, Runner
-from bench.sheet import Sheet, read
+from bench.report.rows import OK, WRONG
+from bench.report.sheet import Sheet, read
+from bench.serving import command
+from bench.serving.adapters import Adapters, Truth, sharing
+from bench.serving.load import Load, Outcome, Request, by_task, choose, numbers, prompts, requests_of
+from bench.serving.providers import Stage, providers_of
+from bench.serving.rows import BASE, MERGED, MIXED, NUMBERS, OURS, PROVIDERS, SERIAL, Row, goals, judge, medians, newest
+from bench.serving.run import Job, Runner
 
 LOAD = Load("uniform", tasks=4, concurrency=4, requests=10, new_tokens=6)
 
@@ -318,7 +318,7 @@ def test_the_figure_shows_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the figure")
     from matplotlib.figure import Figure
 
-    from bench import serving_plot
+    from bench.serving import figure
 
     rows = [row(OURS, tasks, 100.0 + tasks, p) for tasks in (8, 256) for p in ("uniform", "zipf")]
     rows += [
@@ -329,21 +329,21 @@ def test_the_figure_shows_what_was_measured(tmp_path):
         row(BASE, 16, 150.0),
     ]
     left, right = Figure().subplots(1, 2)
-    serving_plot._throughput(left, rows)
+    figure._throughput(left, rows)
     lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in left.get_lines()}
     assert lines[f"{OURS}: uniform"] == [(1, 101.0), (8, 108.0), (16, 116.0), (256, 356.0)]
     assert lines[f"{OURS}: zipf"] == [(1, 101.0), (8, 108.0), (256, 356.0)]
     assert lines[SERIAL] == [(16, 20.0)]
     assert f"{OURS}: identical" not in lines
-    serving_plot._first_token(right, rows)
+    figure._first_token(right, rows)
     assert [tick.get_text() for tick in right.get_yticklabels()] == [MIXED, SERIAL, BASE, OURS]
-    serving_plot.plot([*rows, row(MIXED, 256, None, status="not available: many")], tmp_path / "f.png")
+    figure.plot([*rows, row(MIXED, 256, None, status="not available: many")], tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def invoke(*arguments):
     app = typer.Typer()
-    app.command()(serving.main)
+    app.command()(command.main)
     return CliRunner().invoke(app, list(arguments))
 
 
@@ -379,8 +379,8 @@ def test_the_command_from_end_to_end(tmp_path):
 
 
 def test_what_is_measured():
-    full = partial(serving.Plan, "m", concurrency=16, requests=48, new_tokens=24, r=8, repeats=3, providers=PROVIDERS)
-    loads = full(tasks=serving.TASKS, popularities=("uniform", "zipf", "identical")).loads()
+    full = partial(command.Plan, "m", concurrency=16, requests=48, new_tokens=24, r=8, repeats=3, providers=PROVIDERS)
+    loads = full(tasks=command.TASKS, popularities=("uniform", "zipf", "identical")).loads()
     ours = [(load.popularity, load.tasks) for name, load in loads if name == OURS]
     assert len(ours) == len(set(ours)) == 1 + 1 + 3 * 3  # 16, 1, and 8, 64, 256 three times
     assert [load.tasks for name, load in loads if name == SERIAL] == [16]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench import rows, serving_rows
-from bench.sheet import Sheet, columns, read
+from bench.report import rows
+from bench.report.sheet import Sheet, columns, read
+from bench.serving import rows as serving_rows
 
 
 @dataclass(frozen=True)

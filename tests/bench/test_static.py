@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="bench static compiles Triton kernels; only Linux has triton")
 
-from bench import static
-from bench.aot import Row
-from bench.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
-from bench.roofline import BACKWARD, FORWARD, LAYERS, Layer, Rates, Step, predict, predict_all, size_of
+from bench.static import command
+from bench.static.aot import Row
+from bench.static.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
+from bench.static.roofline import BACKWARD, FORWARD, LAYERS, Layer, Rates, Step, predict, predict_all, size_of
 
 app = typer.Typer()
-app.command()(static.main)
+app.command()(command.main)
 runner = CliRunner()
 SMALL = Layer("soft", 256, 128, 192, r=8, e=4)
 
@@ -140,7 +140,7 @@ def invoke(*arguments: str, code: int = 0) -> str:
 
 
 def test_predictions_are_called_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.tables.WIDTH", 200)
+    monkeypatch.setattr("bench.report.tables.WIDTH", 200)
     out = invoke("--roofline-only", "--tflops", "500")
     assert "PREDICTED, not measured" in out and "500 TFLOP/s" in out
     assert "two_launch *" in out and "compiled" not in out
@@ -185,7 +185,7 @@ def test_csv_has_the_worst_of_each_kernel(tmp_path: Path) -> None:
         row(kernel="wgrad", spilled=8, programs=2, limit="warps", tensor={"v_mfma_f32_a": 1, "v_mfma_f32_b": 2}),
     ]
     file = tmp_path / "new" / "compiled.csv"
-    static.write_csv(file, rows)
+    command.write_csv(file, rows)
     first, second = csv.DictReader(file.open())
     assert (first["variants"], first["registers"], first["shared"], first["programs"]) == ("2", "255", "8", "1")
     assert (first["limited_by"], first["tensor"], second["tensor"]) == ("shared memory", "HGMMA 5", "v_mfma 3")

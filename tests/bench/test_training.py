@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import decoding, training
-from bench.decoding import DecodingWork
-from bench.layers import BOTH, FORWARD
-from bench.models import FROZEN, FUSED, Setting, eight_billion, judged, llama
-from bench.rows import EAGER, GRAPH
-from bench.training import MODELS, STOCK, TrainingWork
+from bench.layers.layer import BOTH, FORWARD
+from bench.models import decoding, training
+from bench.models.decoding import DecodingWork
+from bench.models.pair import FROZEN, FUSED, Setting, eight_billion, judged, llama
+from bench.models.training import MODELS, STOCK, TrainingWork
+from bench.report.rows import EAGER, GRAPH
 
 
 def tiny() -> Any:

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="tiles are Triton's")
 from alora_kernels import kernels as ak
 from alora_kernels.kernels.tiles import Tile, trying
 from alora_kernels.ops.plans import PLANS, Plan
-from bench import candidates, tune
 from bench.__main__ import app
+from bench.layers import candidates, tune
 
 
 def test_what_is_in_use_stays_unless_clearly_beaten() -> None:
@@ -78,6 +78,6 @@ def test_unknown_names_list_the_known_ones(wish: list[str], listed: str) -> None
 
 
 def test_every_plan_can_be_measured() -> None:
-    from bench.providers import find
+    from bench.layers.providers import find
 
     assert {p.name for p in find([f"fused:{name}" for name in PLANS])} == {f"fused:{name}" for name in PLANS}

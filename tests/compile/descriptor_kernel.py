@@ -12,8 +12,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alora_kernels.kernels import Launch
-from bench.aot import compile_chunk, compile_job, to_job
-from bench.cubin import CHIPS, count_codes
+from bench.static.aot import compile_chunk, compile_job, to_job
+from bench.static.cubin import CHIPS, count_codes
 
 
 @triton.jit

@@ -1,0 +1,179 @@
+"""What `bench tune` tries: tiles per kernel idea, and a small piece of work that shows how good a tile is.
+
+In:   an idea, a class of shapes, a device ("meta" to compile only).
+Out:  candidate tiles; the launches that use them, with the answer in float64.
+Who:  `bench.layers.tune`.
+
+A tile is tried by the launcher that uses it (`config.trying`), so what is tuned is what runs. The first candidate of an
+idea is the one in use: a tile must beat it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alora_kernels import kernels as ak
+from alora_kernels.kernels.tiles import Tile
+from alora_kernels.routing import RowGroups, group_rows
+
+R, E, S = 16, 8, 2.0
+SHAPES = {  # class of shapes -> M, K, N that stand for it
+    "long square": (8192, 4096, 4096),
+    "long wide": (8192, 4096, 14336),
+    "long tall": (8192, 14336, 4096),
+    "short square": (512, 4096, 4096),
+    "decode square": (64, 4096, 4096),
+}
+
+_GEMM = (
+    Tile(128, 256, 64, 8, 4, 2),
+    Tile(128, 256, 64, 8, 3, 2),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 4, 2),
+    Tile(256, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 64, 8, 5),
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(64, 256, 64, 4, 4, 2),
+    Tile(64, 128, 64, 4, 4),
+)
+_ONE_PASS = (
+    Tile(128, 256, 64, 8, 3, 2),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 128, 8, 3),
+)
+TILES: dict[str, tuple[Tile, ...]] = {
+    "gemm_descriptor": _GEMM,
+    "one_pass_task": _ONE_PASS,
+    "one_pass_soft": _ONE_PASS,
+    "task_shrink": (
+        Tile(64, 64, 64, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+        Tile(64, 64, 128, 4, 3),
+        Tile(32, 64, 128, 4, 4),
+        Tile(16, 64, 256, 4, 3),
+        Tile(128, 64, 64, 8, 4),
+    ),
+    "soft_shrink": (
+        Tile(64, 128, 64, 8, 3),
+        Tile(64, 128, 64, 8, 4),
+        Tile(64, 128, 128, 8, 3),
+        Tile(32, 128, 64, 8, 4),
+        Tile(32, 128, 128, 8, 3),
+    ),
+    "expand_backward": (
+        Tile(64, 256, 0, 8, 3),
+        Tile(64, 128, 0, 4, 3),
+        Tile(128, 128, 0, 8, 3),
+        Tile(64, 128, 0, 8, 4),
+        Tile(32, 256, 0, 8, 3),
+    ),
+    "wgrad": (
+        Tile(128, 64, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 128, 8, 3),
+        Tile(128, 128, 32, 4, 4),
+        Tile(64, 128, 64, 4, 3),
+    ),
+    "decode": (
+        Tile(64, 32, 128, 4, 3),
+        Tile(64, 16, 128, 4, 4),
+        Tile(64, 16, 256, 4, 3),
+        Tile(64, 32, 128, 4, 4),
+        Tile(64, 32, 64, 4, 5),
+        Tile(64, 64, 64, 4, 4),
+        Tile(64, 64, 128, 8, 3),
+    ),
+}
+# Launchers look these up without a class of shapes: tuned once, on the first class.
+CLASSLESS = ("task_shrink", "soft_shrink", "expand_backward", "wgrad", "decode")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One idea on one class of shapes.
+
+    Attributes:
+        run: launches; the tensors it returns are new each time.
+        formula: the same from tensors of any dtype: `formula(cast)` with cast applied to every input.
+    """
+
+    run: Callable[[], tuple[Tensor, ...]]
+    formula: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, ...]]
+
+
+def classes(idea: str) -> list[str]:
+    """The classes of shapes on which an idea is tuned."""
+    if idea == "decode":
+        return ["decode square"]
+    long = [name for name in SHAPES if not name.startswith("decode")]
+    return long[:1] if idea in CLASSLESS else long
+
+
+def trial(idea: str, shapes: str, device: str) -> Trial:
+    """The launches of an idea for a class of shapes.
+
+    Args:
+        idea: a key of `TILES`.
+        shapes: a key of `SHAPES`.
+        device: "cuda", or "meta" inside `kernels.recording`.
+    """
+    m, k, n = SHAPES[shapes]
+    experts = m if idea == "decode" else E
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape, device=device) / (shape[-1] ** 0.5)).bfloat16()
+
+    x, w, a, b, router = draw(m, k) * k**0.5, draw(n, k), draw(experts, R, k), draw(n, R), draw(experts, k)
+    dy, h = draw(m, n) * n**0.5, draw(m, R)
+    ids = torch.arange(m, device=device) * experts // m
+    groups = group_rows(ids, experts) if device != "meta" else meta_groups(m, experts)
+    onehot = torch.nn.functional.one_hot(ids, experts) if device != "meta" else ids
+
+    def mixture(c: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = (c(x) @ c(a).flatten(0, 1).T).view(m, experts, R)
+        return S * (rows * onehot.to(rows.dtype)[..., None]).sum(1)
+
+    def soft(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        p = torch.cat([c(x) @ c(a).flatten(0, 1).T, c(x) @ c(router).T], 1)
+        gate = p[:, -experts:].softmax(1)
+        return S * (p[:, :-experts].view(m, experts, R) * gate[..., None]).sum(1), p
+
+    def task_y(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        mixed = mixture(c)
+        return c(x) @ c(w).T + mixed @ c(b).T, mixed
+
+    def soft_y(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        mixed, p = soft(c)
+        return c(x) @ c(w).T + mixed @ c(b).T, mixed, p
+
+    trials = {
+        "gemm_descriptor": Trial(lambda: (ak.plain_gemm(x, w),), lambda c: (c(x) @ c(w).T,)),
+        "one_pass_task": Trial(lambda: ak.linear_one_pass_task(x, w, None, a, b, groups.ids, scaling=S), task_y),
+        "one_pass_soft": Trial(lambda: ak.linear_one_pass_soft(x, w, None, a, b, router, scaling=S), soft_y),
+        "decode": Trial(lambda: ak.linear_decode(x, w, None, a, b, groups.ids, scaling=S), task_y),
+        "task_shrink": Trial(lambda: (ak.task_shrink(x, a, groups, scaling=S),), lambda c: (mixture(c),)),
+        "soft_shrink": Trial(lambda: ak.soft_shrink(x, a, router, scaling=S), soft),
+        "expand_backward": Trial(
+            lambda: ak.expand_backward(dy, b, h, scaling=S), lambda c: (S * (c(dy) @ c(b)), c(dy).T @ c(h))
+        ),
+        "wgrad": Trial(
+            lambda: (ak.task_da(h.float(), x, groups, experts, dtype=torch.bfloat16),),
+            lambda c: (torch.einsum("me,mr,mk->erk", onehot.to(c(x).dtype), c(h), c(x)),),
+        ),
+    }
+    return trials[idea]
+
+
+def meta_groups(m: int, experts: int) -> RowGroups:
+    """Row groups without data."""
+    ids = torch.empty(m, dtype=torch.int32, device="meta")
+    return RowGroups(ids, ids, torch.empty(experts + 1, dtype=torch.int32, device="meta"))

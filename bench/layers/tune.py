@@ -1,0 +1,250 @@
+"""`python -m bench tune`: measure tiles and plans on this GPU and write them to `alora_kernels/kernels/tuned.py`.
+
+In:   candidate tiles (`bench.layers.candidates`), the plans, this GPU.
+Out:  a line per candidate while it runs; the winners in the tables that the kernels read. `--check` only compiles all
+      candidates for a chip, without a GPU, and says which spill or do not fit.
+Who:  people with a new chip, once.
+
+First the tiles: each is verified against float64 and timed beside the others of its idea, interleaved, with a cold L2
+cache. Then, with the best tiles in place, the plans: the forward plan by the time of the forward, dx and overlap by
+what forward + backward takes beyond it. A challenger replaces what is in use only if it is 1 % faster.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from alora_kernels import kernels as ak
+from alora_kernels.kernels import tiles as config
+from alora_kernels.kernels import tuned
+from alora_kernels.kernels.tiles import Tile, trying
+from alora_kernels.ops.plans import PLANS, Plan
+
+from .. import cuda
+from ..report.machine import this_run
+from ..report.rows import GRAPH
+from ..session import choose
+from ..static import aot
+from ..timing import Timing, interleaved
+from . import candidates
+from .layer import BOTH, FORWARD
+from .problem import Case
+from .providers import find
+from .work import LayerWork
+
+TABLE = Path(config.__file__).with_name("tuned.py")
+GAIN = 1.01  # how much faster a challenger must be: below that it is noise
+console = Console()
+
+Tiles = dict[tuple[str, str, int, str], tuple[Any, ...]]
+Plans = dict[tuple[str, str, int, str], tuple[str, str, bool]]
+
+
+def error(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    """Largest error of any tensor, relative to its largest entry."""
+    return max(
+        (float((g.double() - t).abs().max() / t.abs().max().clamp_min(1e-30)) for g, t in zip(got, truth, strict=True)),
+        default=math.inf,
+    )
+
+
+def try_tiles(idea: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, str]]:
+    """Verify and time the candidates of an idea; the best, and a word about each."""
+    trial = candidates.trial(idea, shapes, "cuda")
+    truth, own = trial.formula(lambda t: t.double()), trial.formula(lambda t: t)
+    allowed = 2 * error(own, truth) + torch.finfo(torch.bfloat16).eps
+    said: dict[Tile, str] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    by_name = {str(tile): tile for tile in candidates.TILES[idea]}
+    for name, tile in by_name.items():
+
+        def run(tile: Tile = tile) -> tuple[Tensor, ...]:
+            with trying({idea: tile}):
+                return trial.run()
+
+        try:
+            found = error(run(), truth)
+        except Exception as problem:  # a tile that does not fit or compile is a line, not the end
+            said[tile] = f"failed: {type(problem).__name__}"
+            continue
+        if not found <= allowed:
+            said[tile] = f"wrong: error {found:.1e}, allowed {allowed:.1e}"
+            continue
+        runs[name] = run
+    timings = interleaved(runs, repeats=repeats, clock=cuda.CudaClock())
+    times = {by_name[name]: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
+    said |= {tile: f"{1e3 * p50:.4f} ms" for tile, p50 in times.items()}
+    return pick(times, next(iter(by_name.values()))), said
+
+
+def pick(times: Mapping[Any, float], current: Any) -> Any:
+    """The fastest, but what is in use unless that is beaten by more than noise."""
+    best = min(times, key=lambda name: times[name])
+    return current if current in times and times[current] <= GAIN * times[best] else best
+
+
+def pick_plan(forward: Mapping[str, float], both: Mapping[str, float]) -> Plan:
+    """The plan whose parts are each the fastest: forward by itself, dx and overlap by what the backward takes.
+
+    Args:
+        forward: seconds of the forward by plan name.
+        both: seconds of forward and backward.
+    """
+    first = PLANS[pick(forward, "two_launch")].forward
+    backward = {name: both[name] - forward[name] for name in both if name in forward}
+    rest = PLANS[pick(backward, "two_launch")] if backward else PLANS["two_launch"]
+    return Plan(first, rest.dx, rest.overlap)
+
+
+def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, str]]:
+    """Verify and time all plans on a class of shapes; the best, and a word about each."""
+    m, k, n = candidates.SHAPES[shapes]
+    decoding = shapes.startswith("decode")
+    case = Case(
+        shapes, routing, m=m, k=k, n=n, e=m if decoding and routing == "task" else candidates.E, r=candidates.R,
+        dtype=torch.bfloat16, layout="rows" if decoding else "runs", device="cuda",
+    )  # fmt: skip
+    directions = [FORWARD] if decoding else [FORWARD, BOTH]
+    work = LayerWork(case, find([f"fused:{name}" for name in PLANS]), directions)
+    seconds: dict[str, dict[str, float]] = {d: {} for d in directions}
+    said: dict[str, str] = {}
+    for direction in directions:
+        runs: dict[str, Callable[[], object]] = {}
+        for candidate in work.candidates():
+            name = candidate.name.removeprefix("fused:")
+            try:
+                ready = candidate.prepare(direction, GRAPH)
+            except Exception as problem:
+                said[name] = f"failed: {type(problem).__name__}"
+                continue
+            if ready.check.ok:
+                runs[name] = ready.run
+            else:
+                said[name] = f"wrong: {ready.check.where}"
+        timings = interleaved(runs, repeats=repeats, clock=cuda.CudaClock())
+        seconds[direction] = {name: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
+    for name, p50 in seconds[FORWARD].items():
+        whole = seconds.get(BOTH, {}).get(name)
+        said[name] = f"forward {1e3 * p50:.4f} ms" + (f", with backward {1e3 * whole:.4f} ms" if whole else "")
+    return pick_plan(seconds[FORWARD], seconds.get(BOTH, {})), said
+
+
+def render(measured: str, plans: Plans, tiles: Tiles) -> str:
+    """The text of `tuned.py`."""
+
+    def table(name: str, note: str, kind: str, rows: Mapping[Any, Any]) -> str:
+        body = "".join(f"    {key!r}: {value!r},\n" for key, value in sorted(rows.items()))
+        return f"# {note}\n{name}: {kind} = " + ("{\n" + body + "}\n" if body else "{}\n")
+
+    key = "dict[tuple[str, str, int, str], tuple["
+    return (
+        '"""What was measured to be fastest, per chip and class of shapes. Written by `python -m bench tune`; do not'
+        " edit.\n\n"
+        'Where a chip or class of shapes is missing, `ops.plans` and `config` follow their rules.\n"""\n\n'
+        "from __future__ import annotations\n\nfrom typing import Any\n\n"
+        f"MEASURED: str = {measured!r}  # device, versions, commit and date of the measurement\n"
+        + table(
+            "PLANS",
+            "(chip, routing, bytes per element, class of shapes) -> (forward, dx, overlap)",
+            f"{key}str, str, bool]]",
+            plans,
+        )
+        + table(
+            "TILES",
+            "(idea, chip, bytes per element, class of shapes) -> fields of a Tile",
+            f"{key}Any, ...]]",
+            tiles,
+        )
+    )
+
+
+def show(title: str, said: Mapping[Any, str], best: Any) -> None:
+    """A table of what was tried."""
+    table = Table("candidate", "measured", title=title, title_justify="left")
+    for name, words in said.items():
+        table.add_row(str(name), words, style="bold green" if name == best else None)
+    console.print(table)
+
+
+def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
+    """Compile every candidate for a chip, without a GPU: (idea, tile, what the compiler said)."""
+    named: list[tuple[str, str, aot.Job]] = []
+    for idea, tiles in candidates.TILES.items():
+        for tile in tiles:
+            with ak.recording(chip) as launches, trying({idea: tile}):
+                candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
+            named.append((idea, str(astuple(tile)), aot.to_job(chip, launches[0])))
+    rows = aot.compile_all([job for _, _, job in named], workers)
+    return [(idea, tile, row) for (idea, tile, _), row in zip(named, rows, strict=True)]
+
+
+def print_check(chip: str, workers: int) -> None:
+    """The table of `--check`."""
+    table = Table("idea", "tile", "registers", "spilled", "shared", "programs per processor", "verdict")
+    for idea, tile, row in check_candidates(chip, workers):
+        verdict = row.error or ("spills" if row.spilled else "does not fit" if row.programs < 1 else "ok")
+        cells = (row.registers, row.spilled, f"{row.shared:,}", row.programs, verdict.splitlines()[0][:60])
+        table.add_row(idea, tile, *map(str, cells), style=None if verdict == "ok" else "red")
+    console.print(f"{chip}: fields are block_m, block_n, block_k, warps, stages, parts")
+    console.print(table)
+
+
+def main(
+    idea: Annotated[list[str] | None, typer.Option(help="tune the tiles of these ideas only; repeatable")] = None,
+    plans: Annotated[bool, typer.Option(help="measure plans after the tiles")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 40,
+    write: Annotated[bool, typer.Option(help="write the winners to the table; else only print them")] = True,
+    out: Annotated[Path, typer.Option(help="the table")] = TABLE,
+    check: Annotated[str | None, typer.Option(help="only compile the candidates for this chip, e.g. sm_90")] = None,
+    workers: Annotated[int, typer.Option(help="compiler processes of --check")] = min(os.cpu_count() or 1, 8),
+) -> None:
+    """Choose tiles and plans by measurement on this GPU, and write the table that the kernels read."""
+    if check is not None:
+        if check not in aot.CHIPS:
+            raise typer.BadParameter(
+                f"unknown chip {check!r}: choose from {', '.join(aot.CHIPS)}", param_hint="--check"
+            )
+        print_check(check, workers)
+        return
+    ideas = choose("idea", idea, list(candidates.TILES))
+    if not torch.cuda.is_available():
+        typer.echo("error: no CUDA device here. `python -m bench tune --check sm_90` compiles the candidates", err=True)
+        raise typer.Exit(1)
+    run, chip = this_run("tune", "cuda"), config.chip_of(torch.device("cuda", torch.cuda.current_device()))
+    new_tiles: Tiles = {}
+    new_plans: Plans = {}
+    interrupted = False
+    try:
+        for name, shapes in track([(i, s) for i in ideas for s in candidates.classes(i)], "tiles", transient=True):
+            best, said = try_tiles(name, shapes, repeats)
+            show(f"{name}, {shapes}", said, best)
+            new_tiles[name, chip, 2, "" if name in candidates.CLASSLESS else shapes] = astuple(best)
+            cuda.release()
+        tuned.TILES.update(new_tiles)  # plans are measured with the best tiles
+        for routing, shapes in [(r, s) for r in ("task", "soft") for s in candidates.SHAPES] if plans else []:
+            plan, heard = try_plans(routing, shapes, repeats)
+            show(f"plans, {routing} routing, {shapes}: {plan}", heard, None)
+            new_plans[chip, routing, 2, shapes] = tuple(plan)  # type: ignore[assignment]
+            cuda.release()
+    except KeyboardInterrupt:
+        interrupted = True
+    measured = f"{run.device}, torch {run.torch}, triton {run.triton}, commit {run.commit}, {run.date}"
+    text = render(measured, {**tuned.PLANS, **new_plans}, {**tuned.TILES, **new_tiles})
+    if write:
+        out.write_text(text)
+    console.print(f"{'interrupted; ' if interrupted else ''}{len(new_tiles)} tiles and {len(new_plans)} plans "
+                  + (f"are in {out}" if write else "were measured, none written"))  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)

@@ -1,0 +1,180 @@
+"""A language model twice over the same numbers: with our tuner, and with stock PEFT, one LoRA per task.
+
+In:   a builder of the base, a `Setting`.
+Out:  a `Pair`; builders of Llamas with random weights.
+Who:  `bench.models.training` and `bench.models.decoding`.
+
+Both adapters have the dtype of the base, which is stock PEFT's faster way in 16 bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import alora_kernels
+
+from ..layers.problem import Check
+from ..report.rows import Row
+
+FROZEN, FUSED = "frozen", "fused"
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A batch and the adapters.
+
+    Attributes:
+        case: its name in rows and targets.
+        tasks, rows, tokens: of the batch; row i is of task i modulo tasks.
+        answer: tokens at the end of each row that are supervised.
+        r, alpha: of the adapters.
+        dtype, device: of everything.
+    """
+
+    case: str
+    tasks: int
+    rows: int
+    tokens: int
+    answer: int = 4
+    r: int = 8
+    alpha: int = 16
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def row(self, width: int, note: str, tokens: int | None = None) -> Row:
+        """The columns that describe it; `tokens` per row that a call computes, by default all of them."""
+        return Row(
+            case=self.case,
+            routing="task",
+            m=self.rows * (self.tokens if tokens is None else tokens),
+            k=width,
+            n=width,
+            r=self.r,
+            e=self.tasks,
+            dtype=str(self.dtype).removeprefix("torch."),
+            note=note,
+        )
+
+
+def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
+    """A Llama with random weights; `shape` is that of `transformers.LlamaConfig`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype)
+
+
+def eight_billion(layers: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+    """Llama 3 8B by its shapes, with fewer layers and random weights."""
+    return partial(
+        llama,
+        device,
+        dtype,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        max_position_embeddings=8192,
+    )
+
+
+class Pair:
+    """The two adapted models and the base as it is, each built when first needed, and a batch.
+
+    What every call would do alike, such as switching modes, is done here once: it would be timed, and would cost stock
+    PEFT the most, which has a module per adapter.
+    """
+
+    training = True  # the mode of all models
+
+    def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
+        self._base, self.setting = base, setting
+
+    @cached_property
+    def frozen(self) -> Any:
+        """The base, without adapters."""
+        return self._base().requires_grad_(False).train(self.training)
+
+    @cached_property
+    def fused(self) -> Any:
+        """Our tuner, one A per task and a shared B, as after some training."""
+        from peft import get_peft_model
+
+        torch.manual_seed(0)
+        s = self.setting
+        config = alora_kernels.ALoRAConfig(
+            r=s.r, lora_alpha=s.alpha, tasks=s.tasks, target_modules="all-linear", init_weights=False
+        )
+        model: Any = get_peft_model(self._base(), config, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for layer in (m for m in model.modules() if hasattr(m, "asymlora_B")):
+                layer.asymlora_B["default"].weight.mul_(0.1)  # a correction of the base, as after training
+        return model.train(self.training)
+
+    @cached_property
+    def stock(self) -> Any:
+        """Stock PEFT with one LoRA per task: the task's A and a copy of the shared B."""
+        from peft import LoraConfig, get_peft_model
+
+        s = self.setting
+        config = LoraConfig(r=s.r, lora_alpha=s.alpha, target_modules="all-linear")
+        model: Any = get_peft_model(self._base(), config, adapter_name="0", autocast_adapter_dtype=False)
+        for task in range(1, s.tasks):
+            model.add_adapter(str(task), config, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for name, layer in self.layers():
+                lora = model.get_submodule(name)
+                for task in range(s.tasks):
+                    lora.lora_A[str(task)].weight.copy_(layer.asymlora_A["default"].weight[task])
+                    lora.lora_B[str(task)].weight.copy_(layer.asymlora_B["default"].weight)
+        return model.train(self.training)
+
+    def double(self) -> Any:
+        """Stock PEFT in float64, which gives the truth."""
+        return copy.deepcopy(self.stock).double()
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The task of each row."""
+        return torch.arange(self.setting.rows, device=self.setting.device) % self.setting.tasks
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Random rows `[rows, tokens]`."""
+        s, vocabulary = self.setting, self.fused.config.vocab_size
+        drawn = torch.randint(0, vocabulary, (s.rows, s.tokens), generator=torch.Generator().manual_seed(0))
+        return drawn.to(s.device)
+
+    def layers(self) -> list[tuple[str, Any]]:
+        """Adapted layers by their path, which is the same in both models."""
+        return [(path, m) for path, m in self.fused.named_modules() if hasattr(m, "asymlora_A")]
+
+
+def finite(tensor: Tensor, name: str) -> Check:
+    """Of the frozen model, which is transformers' own: numbers, that is all."""
+    return Check(0.0 if bool(tensor.isfinite().all()) else float("nan"), 0.0, name)
+
+
+def judged(got: dict[str, Tensor], truth: dict[str, Tensor], allowed: float) -> Check:
+    """The rule of `bench.layers.problem`, over the worst of all tensors: of 420 some differ by luck."""
+    worst, where = worst_of(got, truth)
+    return Check(worst, allowed, where)
+
+
+def worst_of(got: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest error relative to the largest entry of its tensor, and the tensor's name."""
+    errors = {name: float((got[name].double() - t).abs().max() / t.abs().max()) for name, t in truth.items()}
+    where = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return errors[where], where

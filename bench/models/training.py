@@ -1,0 +1,196 @@
+"""A training step of a language model over a mixed batch: one fused pass against stock PEFT task by task.
+
+In:   a base and a `Setting`. On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape
+      with random weights (the row's note says which); on GPUs some layers of a Llama 3 8B.
+Out:  candidates for the runner: forward and backward of the whole batch, gradients accumulated in `.grad`.
+Who:  `bench.cpu`, section "training", and `bench.gpu`. The demo's last table measures the same on a trained adapter.
+
+As in the demo only an answer at the end of each row is supervised, and the head computes no other logits. Stock PEFT
+refuses `adapter_names` in training, so it runs the tasks one after the other. Both models hold the same numbers; the
+truth is stock PEFT in float64: the loss and the gradient of every A and B, worst of all tensors. The frozen model sends
+gradients down to its embeddings and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alora_kernels import route
+from alora_kernels.data.cache import cache_dir
+
+from .. import cuda
+from ..layers.layer import BOTH
+from ..layers.problem import Check
+from ..layers.work import Ready
+from ..report.rows import GRAPH
+from .pair import FROZEN, FUSED, TINY, Pair, Setting, finite, judged, llama, worst_of
+
+STOCK = "PEFT LoRA task by task"
+MODELS = (FUSED, STOCK)
+SMALL = Setting("training step", tasks=4, rows=12, tokens=32)
+
+
+def in_cache() -> bool:
+    """Whether the demo has converted SmolLM2-135M on this machine; half a minute's work that is not done here."""
+    return any(cache_dir().glob("smollm2-135m-*"))
+
+
+def base_model() -> Any:
+    """The frozen model of the CPU's section."""
+    if in_cache():
+        from alora_kernels.data import load_model
+
+        return load_model("smollm2-135m")[0]
+    return llama(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+
+
+def smollm_note() -> str:
+    """What a reader of the CPU's rows must know."""
+    weights = "" if in_cache() else " with random weights: `make demo` puts the real ones into the cache"
+    return f"all layers of SmolLM2-135M{weights}; k and n are its hidden size"
+
+
+class TrainingWork:
+    """The mixed training step and its candidates."""
+
+    directions: Sequence[str] = (BOTH,)
+    repeats: float = 1 / 15  # 4 rounds by default: a step takes seconds, not milliseconds
+
+    def __init__(
+        self,
+        names: Sequence[str] = MODELS,
+        base: Callable[[], Any] = base_model,
+        setting: Setting = SMALL,
+        *,
+        width: int = 576,
+        note: str | None = None,
+    ) -> None:
+        self.names = names
+        self._models = _Models(base, setting)
+        self.row = setting.row(width, smollm_note() if note is None else note)
+
+    def candidates(self) -> Sequence[TrainingCandidate]:
+        """Nothing is built before a candidate is prepared."""
+        return [TrainingCandidate(name, self._models) for name in self.names]
+
+
+class TrainingCandidate:
+    """One of the models."""
+
+    def __init__(self, name: str, models: _Models) -> None:
+        self.name, self._models = name, models
+        self.computes = "frozen" if name == FROZEN else "task"
+
+    def reason(self, direction: str, mode: str) -> str | None:
+        """In a graph none takes part: a step of a whole model is long, and its optimiser would not be in the graph."""
+        return "a training step is measured in eager mode" if mode == GRAPH else None
+
+    def prepare(self, direction: str, mode: str) -> Ready:
+        """One step, its loss and gradients judged."""
+        step = partial(self._models.step, self.name)
+        loss = step()
+        check = self._models.check(self.name, loss)
+        return Ready(step, check, cuda.peak_mb(step, self._models.setting.device))
+
+
+class _Models(Pair):
+    """Steps of the models, and the truth about them."""
+
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """Stock PEFT in float64."""
+        model = self.double()
+        return self._of_stock(model, self._task_by_task(model))
+
+    @cached_property
+    def allowed(self) -> float:
+        """Twice the error of stock PEFT in this dtype, and a tiny bit."""
+        loss = self._task_by_task(self.stock)
+        return 2 * worst_of(self._of_stock(self.stock, loss), self.truth)[0] + TINY
+
+    def step(self, name: str) -> Tensor:
+        """Forward and backward of the batch; the loss."""
+        if name == STOCK:
+            return self._task_by_task(self.stock)
+        if name == FROZEN:
+            return self._through_frozen()
+        self.fused.zero_grad()
+        with route(self.ids):
+            loss = self._loss(self.fused, self.tokens)
+        loss.backward()
+        return loss.detach()
+
+    def results(self, name: str, loss: Tensor) -> dict[str, Tensor]:
+        """The loss and all gradients after a step."""
+        if name == STOCK:
+            return self._of_stock(self.stock, loss)
+        found = {"loss": loss}
+        for path, layer in self.layers():
+            found[f"{path} A"] = layer.asymlora_A["default"].weight.grad
+            found[f"{path} B"] = layer.asymlora_B["default"].weight.grad
+        return found
+
+    def check(self, name: str, loss: Tensor) -> Check:
+        """The loss and gradients of a step against the truth; the frozen model is transformers' own."""
+        if name == FROZEN:
+            return finite(loss, "loss")
+        return judged(self.results(name, loss), self.truth, self.allowed)
+
+    def _of_stock(self, model: Any, loss: Tensor) -> dict[str, Tensor]:
+        """Gradients of stock PEFT in the shape of ALoRA's: all A in one tensor, those of B summed over tasks."""
+        found, tasks = {"loss": loss}, range(self.setting.tasks)
+        for path, _ in self.layers():
+            lora = model.get_submodule(path)
+            found[f"{path} A"] = torch.stack([lora.lora_A[str(t)].weight.grad for t in tasks])
+            found[f"{path} B"] = torch.stack([lora.lora_B[str(t)].weight.grad for t in tasks]).sum(0)
+        return found
+
+    def _loss(self, model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
+        """Loss of the answers' tokens, summed, so that parts of a batch add up."""
+        s = self.setting
+        logits = model(**inputs or {"input_ids": tokens}, logits_to_keep=self._before_answers, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, s.tokens - s.answer :].flatten(), reduction="sum"
+        )
+
+    @cached_property
+    def _before_answers(self) -> Tensor:
+        """The places whose logits name the answer's tokens."""
+        s = self.setting
+        return torch.arange(s.tokens - s.answer - 1, s.tokens - 1, device=s.device)
+
+    @cached_property
+    def _rows_of(self) -> list[Tensor]:
+        """The rows of each task: picking them by a mask would make the host wait for the GPU."""
+        return [self.tokens[self.ids == task] for task in range(self.setting.tasks)]
+
+    def _task_by_task(self, model: Any) -> Tensor:
+        """What stock PEFT can do with a mixed batch: one adapter after the other, each on its rows."""
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.setting.device)
+        for task, rows in enumerate(self._rows_of):
+            model.set_adapter(str(task))
+            loss = self._loss(model, rows)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _through_frozen(self) -> Tensor:
+        """Forward, and the gradient of the embedded tokens, which is what adapters in a model need from its layers."""
+        embedded = self.frozen.get_input_embeddings()(self.tokens).requires_grad_()
+        loss = self._loss(self.frozen, self.tokens, inputs_embeds=embedded)
+        loss.backward()
+        return loss.detach()

@@ -1,0 +1,136 @@
+"""Figures and the README's tables from the CSV files: `python -m bench plot`.
+
+In:   bench/results/*.csv, and the predictions of `bench.static.roofline` (which needs triton).
+Out:  PNG files beside them; README.md with its blocks `bench-cpu`, `bench-gpu` and `bench-static` written anew.
+Who:  people after a run; CI with `--check`, which only compares the README with the CSV files.
+
+Of several runs of the same case the newest counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import readme
+from .machine import ROOT
+from .rows import RESULTS, Row, newest
+from .sheet import read
+from .targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
+
+PREDICTED = RESULTS / "static" / "predicted.png"
+_TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
+
+
+def load(folder: Path) -> dict[Path, list[Row]]:
+    """The newest rows of every CSV that timed something.
+
+    Raises:
+        typer.BadParameter: there is none, or one of them has other columns.
+    """
+    try:
+        found = {path: newest(read(path, Row)) for path in sorted(folder.glob("*.csv"))}
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--results") from None
+    if not any(found.values()):
+        raise typer.BadParameter(f"no results in {folder}: run `python -m bench cpu` first", param_hint="--results")
+    return {path: rows for path, rows in found.items() if rows}
+
+
+def families(rows: list[Row]) -> dict[str, list[Row]]:
+    """The cases that share a figure: those whose names begin with the same word."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.case.split()[0], []).append(row)
+    return {name: same for name, same in found.items() if any(row.timed for row in same)}
+
+
+def verdicts_of(rows: list[Row]) -> list[Verdict]:
+    """The targets of the rows' command, judged."""
+    return [judge(target, rows) for target in _TARGETS[rows[0].command]]
+
+
+def figure_files(path: Path, rows: list[Row]) -> dict[str, str]:
+    """What figures a CSV has: name -> file name."""
+    asked = any(v.measured is not None and v.target.must is not None for v in verdicts_of(rows))
+    return {name: f"{path.stem}-{name}.png" for name in [*families(rows), *["targets"] * asked]}
+
+
+def predicts(text: str) -> bool:
+    """Whether the README has a place for predictions, and this machine can make them."""
+    return importlib.util.find_spec("triton") is not None and "<!-- bench-static:begin -->" in text
+
+
+@cache
+def predictions() -> list[Any]:
+    """What `bench.static.roofline` predicts, for the table and the figure alike."""
+    from ..static import roofline
+
+    return list(roofline.predict_all(roofline.Rates()))
+
+
+def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) -> str:
+    """The README's text with a block per command, its CSV files one after the other.
+
+    Raises:
+        ValueError: a block's markers are missing.
+    """
+    blocks: dict[str, list[str]] = {}
+    for path, rows in results.items():
+        command = rows[0].command
+        link = Path(os.path.relpath(path.resolve().parent, readme_folder)).as_posix()
+        figures = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
+        content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", figures, cases=command == "cpu")
+        blocks.setdefault(command, []).append(content)
+    if predicts(text):
+        from ..static import readme as static_readme
+        from ..static import roofline
+
+        link = Path(os.path.relpath(PREDICTED, readme_folder)).as_posix()
+        blocks["static"] = [static_readme.block(predictions(), roofline.Rates(), link)]
+    for command, contents in blocks.items():
+        text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
+    return text
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="folder of the CSV files; figures are written there")] = RESULTS,
+    readme_file: Annotated[Path, typer.Option("--readme", help="file whose blocks are rewritten")] = ROOT / "README.md",
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if the README is out of date")] = False,
+) -> None:
+    """Figures and the README's tables from the results."""
+    found = load(results)
+    old = readme_file.read_text()
+    try:
+        new = rewritten(old, found, readme_file.resolve().parent)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--readme") from None
+    if check:
+        if new != old:
+            typer.echo(f"{readme_file} is out of date: run `python -m bench plot`", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"{readme_file} agrees with {', '.join(path.name for path in found)}")
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the figures need matplotlib: pip install matplotlib")
+    from . import figures
+
+    for path, rows in found.items():
+        for name, file in figure_files(path, rows).items():
+            if name == "targets":
+                figures.targets(verdicts_of(rows), rows, results / file)
+            else:
+                figures.times(families(rows)[name], results / file)
+            typer.echo(f"wrote {results / file}")
+    if predicts(new):
+        from ..static import figure
+
+        figure.plot_roofline(predictions(), PREDICTED)
+        typer.echo(f"wrote {PREDICTED}")
+    readme_file.write_text(new)
+    typer.echo(f"rewrote the tables of {readme_file}")

@@ -1,0 +1,111 @@
+"""A CSV file that grows row by row and reads back, for any record that is a frozen dataclass.
+
+In:   a path and the record's class.
+Out:  `Sheet`, which appends; `read`, which gives all rows back; `columns`, the header.
+Who:  `bench.session` and `bench.serving.command` write, `bench.report.plot` and `bench.serving.figure` read.
+
+The fields of the class are the columns, in their order; `field(metadata={"column": "pass"})` names one that Python
+cannot. A field is a str, an int, a float or a `float | None`, which is empty where it is None; floats keep six digits.
+Every row is on disk when `add` returns, so that an interrupted run keeps what it measured.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RowT = TypeVar("RowT", bound="DataclassInstance")
+_CASTS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    float | None: lambda text: float(text) if text else None,
+}
+
+
+def columns(kind: type[RowT]) -> list[str]:
+    """The header of a sheet of such records."""
+    return [field.metadata.get("column", field.name) for field in fields(kind)]
+
+
+class Sheet(Generic[RowT]):
+    """A CSV file that grows row by row.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+        kind: the class of its rows.
+
+    Attributes:
+        count: rows added by this object.
+
+    Raises:
+        TypeError: see `read`.
+        ValueError: the file exists and `read` refuses it.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, kind: type[RowT]) -> None:
+        self.path, self.count = path, 0
+        _casts(kind)  # what could not be read back is not written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists() or path.stat().st_size == 0
+        if not is_new:
+            read(path, kind)
+        with path.open("a", newline="") as file:  # for an old file too: what cannot be written is known before a run
+            if is_new:
+                csv.writer(file).writerow(columns(kind))
+
+    def add(self, row: RowT) -> None:
+        """Append a row, on disk when this returns."""
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([_text(getattr(row, field.name)) for field in fields(row)])
+        self.count += 1
+
+    @property
+    def summary(self) -> str:
+        """What was written where, for the end of a run."""
+        return f"{self.count} row{'' if self.count == 1 else 's'} written to {self.path}"
+
+
+def read(path: Path, kind: type[RowT]) -> list[RowT]:
+    """All rows of a CSV file, oldest first.
+
+    Args:
+        path: the file.
+        kind: the class of its rows.
+
+    Raises:
+        TypeError: a field of `kind` has a type that no column has.
+        ValueError: the file has other columns, or a line that is no row.
+    """
+    casts = _casts(kind)
+    make: Callable[..., RowT] = kind
+    rows = []
+    with path.open(newline="") as file:
+        lines = csv.reader(file)
+        if next(lines, []) != columns(kind):
+            raise ValueError(f"{path} has other columns than this version writes: move it or choose another file")
+        for line in lines:
+            try:
+                rows.append(make(**{name: casts[name](text) for name, text in zip(casts, line, strict=True)}))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {lines.line_num}, is no row ({error}): delete it") from None
+    return rows
+
+
+def _casts(kind: type[RowT]) -> dict[str, Callable[[str], Any]]:
+    """From text, by field."""
+    hints = get_type_hints(kind)
+    if unknown := [field.name for field in fields(kind) if hints[field.name] not in _CASTS]:
+        raise TypeError(f"{kind.__name__}: {', '.join(unknown)} must be a str, an int, a float or a float | None")
+    return {field.name: _CASTS[hints[field.name]] for field in fields(kind)}
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,182 @@
+"""Random adapters for `bench serving`, as an ALoRA folder and as stock LoRAs, and what stock PEFT says is right.
+
+In:   a base model, a rank, a number of tasks.
+Out:  a folder that `TaskStore` opens; a PEFT model with a LoRA per task; `Truth`, which judges generated tokens.
+Who:  `bench.serving.providers` and `bench.serving.run`.
+
+Speed does not depend on the numbers, so they are random: one B, an A per task. They are large enough that another task
+gives other tokens, else a check of the tokens would find nothing. Copies of the base share its weights: only where a
+provider changes them (merging) does it get its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .load import Outcome, Request
+
+ALPHA_OVER_R = 2
+STRENGTH = 0.25  # of s B A x beside W x, where both have entries of about 1
+TIE = 1e-4  # of the largest logit: two float32 programs agree to about 1e-6; two tasks differ by 1e-2 or more
+
+
+def sharing(model: Any) -> Any:
+    """A copy with a config and modules of its own, over the same weights."""
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+
+
+@dataclass
+class Adapters:
+    """The numbers of all tasks; the first n tasks are the same whatever n.
+
+    Args:
+        base: a causal language model, frozen by this.
+        tasks: how many.
+        r: rank.
+    """
+
+    base: Any
+    tasks: int
+    r: int = 8
+    a: dict[str, Tensor] = field(init=False, default_factory=dict)
+    b: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base.requires_grad_(False)
+        draw = torch.Generator().manual_seed(0)
+        head = self.base.get_output_embeddings()
+        for name, module in self.base.named_modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                n, k = module.weight.shape
+                self.a[name] = torch.randn(self.tasks, self.r, k, generator=draw) / k**0.5
+                self.b[name] = torch.randn(n, self.r, generator=draw) * STRENGTH / self.r**0.5
+
+    def name(self, task: int) -> str:
+        """A name that is a folder's, a task's and a PEFT adapter's."""
+        return f"task-{task:03d}"
+
+    @property
+    def lora_bytes(self) -> int:
+        """What one task takes as a LoRA of its own: A and B."""
+        return self.a_bytes + self.b_bytes
+
+    @cached_property
+    def a_bytes(self) -> int:
+        """One task's A, all layers."""
+        return sum(a[0].nbytes for a in self.a.values())
+
+    @cached_property
+    def b_bytes(self) -> int:
+        """B, all layers."""
+        return sum(b.nbytes for b in self.b.values())
+
+    def write(self, folder: Path, tasks: int) -> Path:
+        """An ALoRA folder of the first `tasks` tasks."""
+        from safetensors.torch import save_file
+
+        from alora_kernels import ALoRAConfig
+
+        folder.mkdir(parents=True)
+        tensors = {f"base_model.model.{name}.asymlora_A.weight": a[:tasks].contiguous() for name, a in self.a.items()}
+        tensors |= {f"base_model.model.{name}.asymlora_B.weight": b for name, b in self.b.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = ALoRAConfig(
+            r=self.r,
+            lora_alpha=ALPHA_OVER_R * self.r,
+            tasks=[self.name(task) for task in range(tasks)],
+            target_modules=sorted(self.a),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+        config.save_pretrained(folder)
+        return folder
+
+    def stock(self, base: Any, tasks: Sequence[int]) -> Any:
+        """A PEFT model with a stock LoRA of its own for each of the tasks, the first one active."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.r, lora_alpha=ALPHA_OVER_R * self.r, target_modules=sorted(self.a), task_type="CAUSAL_LM"
+        )
+        base.config.eos_token_id = base.generation_config.eos_token_id = None  # all generate to the given length
+        model: Any = get_peft_model(base, config, adapter_name=self.name(tasks[0]))
+        for task in tasks[1:]:
+            model.add_adapter(self.name(task), config)
+        for task in tasks:
+            self.fill(model, self.name(task), task)
+        return model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def fill(self, model: Any, adapter: str, task: int) -> None:
+        """Write a task's numbers into a stock LoRA."""
+        for name, a in self.a.items():
+            layer = model.get_base_model().get_submodule(name)
+            layer.lora_A[adapter].weight.copy_(a[task])
+            layer.lora_B[adapter].weight.copy_(self.b[name])
+
+
+@dataclass(frozen=True)
+class Check:
+    """Generated tokens against stock PEFT.
+
+    Attributes:
+        tokens: how many were compared.
+        equal: how many are stock PEFT's most likely token.
+        wrong: what the first token is that is neither that nor tied with it; empty if there is none.
+    """
+
+    tokens: int = 0
+    equal: int = 0
+    wrong: str = ""
+
+
+class Truth:
+    """Stock PEFT, one LoRA, one request at a time, no padding and no cache: the plainest way there is."""
+
+    def __init__(self, base: Any, adapters: Adapters) -> None:
+        self._base, self._adapters, self._held = base, adapters, 0
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._adapters.stock(sharing(self._base), [0])
+
+    def check(self, outcomes: Sequence[Outcome], new_tokens: int) -> Check:
+        """Whether every token is the most likely one after the prompt and the tokens before it, or tied with it.
+
+        The tokens so far are those that were generated, so a tie that went the other way is one token that differs and
+        not a whole answer.
+        """
+        tokens = equal = 0
+        for outcome in sorted(outcomes, key=lambda o: -1 if o.request.task is None else o.request.task):
+            if len(outcome.tokens) != new_tokens:
+                return Check(tokens, equal, f"{len(outcome.tokens)} tokens instead of {new_tokens}")
+            logits = self._logits(outcome.request, outcome.tokens)
+            chosen = logits.gather(1, torch.tensor(outcome.tokens)[:, None])[:, 0]
+            behind = (logits.amax(1) - chosen) / logits.abs().amax(1)
+            equal += int((logits.argmax(1) == torch.tensor(outcome.tokens)).sum())
+            tokens += new_tokens
+            if (worst := float(behind.max())) > TIE:
+                where = f"task {outcome.request.task}, token {int(behind.argmax())}"
+                return Check(tokens, equal, f"{where} is {worst:.1e} of the largest logit below the most likely one")
+        return Check(tokens, equal)
+
+    @torch.no_grad()
+    def _logits(self, request: Request, tokens: Sequence[int]) -> Tensor:
+        """[n, V]: of each generated token's place."""
+        ids = torch.tensor([[*request.prompt, *tokens[:-1]]])
+        if request.task is None:
+            with self._model.disable_adapter():
+                return self._model(input_ids=ids, logits_to_keep=len(tokens)).logits[0]
+        if request.task != self._held:
+            self._adapters.fill(self._model, self._adapters.name(0), request.task)
+            self._held = request.task
+        return self._model(input_ids=ids, logits_to_keep=len(tokens)).logits[0]

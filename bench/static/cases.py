@@ -1,0 +1,136 @@
+"""The layers whose kernels are compiled and counted: routings, types, shapes and flags.
+
+In:   a `Case`, and `recording(chip)` around the call.
+Out:  `run_case` calls every launcher of one forward and backward on meta tensors; `CASES` is the list.
+Who:  `bench.static.command` compiles each distinct launch of all cases once per chip.
+
+A kernel flag or tile that no case reaches is never compiled before it runs on somebody's GPU, so a new
+kernel comes with cases here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alora_kernels import kernels as ak
+from alora_kernels.routing import RowGroups
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer whose forward and backward are recorded; letters as everywhere in the package."""
+
+    routing: str
+    dtype: torch.dtype
+    m: int = 8192
+    k: int = 4096
+    n: int = 4096
+    r: int = 16
+    e: int = 8
+    dropout: bool = False
+    bias: bool = False
+    base: bool = True
+    adapter: torch.dtype | None = None  # None: like dtype
+    transposed: bool = False  # w is stored [K, N], which descriptors do not take
+    precision: str = "highest"  # of float32 products: `torch.set_float32_matmul_precision`
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = (
+    [
+        Case(routing, dtype, dropout=dropout, bias=not dropout)
+        for routing in ("task", "soft")
+        for dtype in (_BF16, _FP32)
+        for dropout in (False, True)
+    ]
+    + [
+        case
+        for routing in ("task", "soft")
+        for case in (
+            Case(routing, _FP16, dropout=True),
+            Case(routing, _BF16, r=8, e=1),
+            Case(routing, _BF16, r=33, dropout=True),
+            Case(routing, _BF16, r=64, dropout=True),
+            Case(routing, _BF16, r=64, adapter=_FP32),
+            Case(routing, _BF16, r=16, adapter=_FP32, dropout=True),
+            Case(routing, _BF16, base=False),
+            Case(routing, _BF16, bias=True, transposed=True),
+            Case(routing, _BF16, dropout=True, transposed=True),
+            Case(routing, _BF16, r=64, adapter=_FP32, transposed=True),
+            Case(routing, _FP32, transposed=True),
+            Case(routing, _BF16, k=14336),
+            Case(routing, _BF16, r=32, e=4),
+            Case(routing, _BF16, r=64, e=2),
+            Case(routing, _BF16, m=64, e=64),
+            Case(routing, _BF16, base=False, dropout=True),
+            Case(routing, _BF16, m=16, n=4000),
+            Case(routing, _BF16, m=48, dropout=True),
+            Case(routing, _BF16, k=1000, n=1001),
+            Case(routing, _FP32, r=64, e=1),
+            Case(routing, _FP32, r=64, e=8, dropout=True),
+            Case(routing, _FP32, m=48),
+            Case(routing, _FP32, precision="high"),
+            Case(routing, _FP32, precision="high", dropout=True, r=64),
+        )
+    ]
+    + [Case("soft", _BF16, e=64), Case("soft", _BF16, r=64, e=64, adapter=_FP32, dropout=True)]
+)
+
+
+def run_one_pass(
+    case: Case,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router: Tensor,
+    ids: Tensor,
+    drop: ak.Dropout | None,
+) -> None:
+    """The one-pass kernels that take this layer on the recorded chip."""
+    if case.routing == "soft":
+        if ak.takes_one_pass_soft(x, w, a):
+            ak.linear_one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
+        return
+    if ak.takes_one_pass_task(x, w, a, drop):
+        ak.linear_one_pass_task(x, w, bias, a, b, ids, scaling=2.0, dropout=drop)
+    if drop is None and ak.takes_decode(x, a):
+        ak.linear_decode(x, w, bias, a, b, ids, scaling=2.0)
+
+
+def run_case(case: Case) -> None:
+    """Call every launcher of one forward and backward on meta tensors."""
+
+    def empty(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")
+
+    adapter = case.adapter or case.dtype
+    x, dy = empty(case.m, case.k), empty(case.m, case.n)
+    w = empty(case.k, case.n).t() if case.transposed else empty(case.n, case.k)
+    a, b = empty(case.e, case.r, case.k, dtype=adapter), empty(case.n, case.r, dtype=adapter)
+    router, bias = empty(case.e, case.k, dtype=adapter), empty(case.n) if case.bias else None
+    drop = ak.Dropout(0.1, empty(1, dtype=torch.int64)) if case.dropout else None
+    base_dy, base_w = (dy, w) if case.base else (None, None)
+    ids, offsets = empty(case.m, dtype=torch.int32), empty(case.e + 1, dtype=torch.int32)
+    groups = RowGroups(ids, ids, offsets)
+    if case.routing == "task":
+        h = ak.task_shrink(x, a, groups, scaling=2.0, dropout=drop)
+    else:
+        h, p = ak.soft_shrink(x, a, router, scaling=2.0, dropout=drop)
+    if case.base:
+        ak.linear_expand(x, w, bias, h, b)
+        run_one_pass(case, x, w, bias, a, b, router, ids, drop)
+    dh, _ = ak.expand_backward(dy, b, h, scaling=2.0)
+    if case.routing == "task":
+        ak.linear_dx_task(base_dy, base_w, dh, a, groups, dtype=case.dtype, dropout=drop)
+        ak.task_da(dh, x, groups, case.e, dropout=drop, dtype=adapter)
+    else:
+        dp = ak.gate_backward(dh, p, case.e, dtype=case.dtype)
+        ak.linear_dx_soft(base_dy, base_w, dp, a, router, dtype=case.dtype, dropout=drop)
+        ak.soft_da(dp, x, case.e, dropout=drop, dtype=adapter)
+    if drop is not None:
+        ak.dropout_mask(case.m, case.k, drop, dtype=torch.float32)

@@ -1,0 +1,233 @@
+"""What every kernel costs before it ever runs: launches against the roofline, and what the compiler made of it.
+
+In:   nothing but the source; no GPU is needed. `TRITON_INTERPRET` must be unset.
+Out:  two tables, JSON or CSV: predicted times of each plan (`roofline`), and for every kernel variant and chip
+      registers, spills, shared memory, occupancy and tensor-core instructions of the binary (`aot`).
+Who:  people choosing plans and tile sizes, and `tests/compile`, which fails on a spill or on too much shared memory.
+
+Run `python -m bench static`, or with `--all`, `--chip sm_90`, `--kernel expand`, `--roofline-only`, `--json FILE`.
+The table of a release is kept: `python -m bench static --csv bench/results/static/compiled.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..report import tables
+from ..report.machine import commit
+from .aot import Row, compile_all, jobs, kernel_names
+from .cubin import CHIPS
+from .roofline import Prediction, Rates, predict_all
+
+
+def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One record per chip and kernel: the worst of its variants."""
+    records = []
+    for chip, kernel in dict.fromkeys((row.chip, row.kernel) for row in rows):
+        same = [row for row in rows if (row.chip, row.kernel) == (chip, kernel)]
+        least = min(same, key=lambda row: row.programs)
+        tensor = Counter[str]()
+        for row in same:
+            tensor.update(row.tensor)
+        records.append(
+            {
+                "chip": chip,
+                "kernel": kernel,
+                "variants": len(same),
+                "registers": max(row.registers for row in same),
+                "spilled": max(row.spilled for row in same),
+                "shared": max(row.shared for row in same),
+                "shared_limit": max(row.shared_limit for row in same),
+                "programs": least.programs,
+                "limited_by": least.limit,
+                "tensor": _mnemonics(tensor),
+                "bulk": sum(row.bulk for row in same),
+                "copies": sum(row.copies for row in same),
+                "atomics": sum(row.atomics for row in same),
+                "failed": sum(bool(row.error) for row in same),
+            }
+        )
+    return records
+
+
+def _mnemonics(tensor: dict[str, int]) -> str:
+    """`"HGMMA 42, HMMA 3"`; the twelve names AMD has by type and shape are one."""
+    sums = Counter[str]()
+    for name, times in tensor.items():
+        sums["v_mfma" if name.startswith("v_") else name] += times
+    return ", ".join(f"{name} {times}" for name, times in sums.items())
+
+
+def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, caption=caption)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """One line per chip and kernel: the worst of its variants."""
+    table = _table(
+        "compiled: the worst of each kernel's variants",
+        "programs: that fit on one multiprocessor. Instruction counts are sums over the variants' code, loops once.",
+        ["chip", "kernel", "limited by", "tensor-core instructions"],
+        ["variants", "registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
+    )
+    for r in worst(rows):
+        bad = r["spilled"] or r["failed"] or r["programs"] < 1
+        cells = (r["chip"], r["kernel"], r["limited_by"], r["tensor"], r["variants"], r["registers"], r["spilled"])
+        more = (f"{r['shared']:,}", r["programs"], r["bulk"], r["copies"], r["atomics"])
+        table.add_row(*map(str, cells + more), style="red" if bad else None)
+    return table
+
+
+def every(rows: Sequence[Row]) -> Table:
+    """One line per variant."""
+    table = _table(
+        "compiled: all variants",
+        "",
+        ["chip", "kernel", "variant", "limited by", "tensor-core instructions"],
+        ["registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
+    )
+    for row in rows:
+        cells = (row.chip, row.kernel, row.variant, row.error or row.limit, _mnemonics(row.tensor), row.registers)
+        more = (row.spilled, f"{row.shared:,}", row.programs, row.bulk, row.copies, row.atomics)
+        table.add_row(*map(str, cells + more), style="red" if row.bad else None)
+    return table
+
+
+def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
+    """One line per routing, shape, pass and plan."""
+    assumed = f"{rates.tflops:g} TFLOP/s, {rates.tbps:g} TB/s, {rates.launch_us:g} us a launch"
+    table = _table(
+        "PREDICTED, not measured: launches against the roofline (R = 16, E = 8, bf16, sm_90)",
+        f"Assumed: {assumed}, our products at {rates.ours:g} of torch's speed. Time: for each launch, the larger of"
+        " products and memory, plus the launch. * is what the op takes when no plan is asked for.",
+        ["routing", "M x K -> N", "pass", "plan"],
+        ["launches", "of torch", "GFLOP", "fewest MiB", "moved MiB", "predicted us", "frozen us", "x frozen"],
+    )
+    for _, same in groupby(found, key=lambda p: (p.layer, p.direction)):
+        for p in same:
+            left = (p.layer.routing, p.layer.shape, p.direction, p.plan + (" *" if p.default else ""))
+            counts = (len(p.steps), sum(not step.ours for step in p.steps))
+            sizes = (f"{p.flops / 1e9:,.1f}", f"{p.fewest / 2**20:,.1f}", f"{p.moved / 2**20:,.1f}")
+            times = (f"{p.microseconds:,.1f}", f"{p.frozen:,.1f}", f"{p.ratio:.3f}")
+            table.add_row(*left, *map(str, counts), *sizes, *times)
+        table.add_section()
+    return table
+
+
+def launches(found: Sequence[Prediction], rates: Rates) -> Table:
+    """One line per launch."""
+    table = _table(
+        "PREDICTED, not measured: every launch",
+        "",
+        ["routing", "M x K -> N", "pass", "plan", "launch", "grid"],
+        ["GFLOP", "moved MiB", "predicted us"],
+    )
+    for p in found:
+        for step in p.steps:
+            left = (p.layer.routing, p.layer.shape, p.direction, p.plan, step.name, " x ".join(map(str, step.grid)))
+            right = (f"{step.flops / 1e9:,.2f}", f"{step.moved / 2**20:,.2f}", f"{step.microseconds(rates):,.1f}")
+            table.add_row(*left, *right)
+        table.add_section()
+    return table
+
+
+def records(found: Sequence[Prediction], rates: Rates) -> Iterator[dict[str, Any]]:
+    """Predictions as JSON: flat, with their launches."""
+    for p in found:
+        flat = asdict(p.layer) | {"pass": p.direction, "plan": p.plan, "default": p.default}
+        flat |= {"flops": p.flops, "fewest_bytes": p.fewest, "moved_bytes": p.moved}
+        flat |= {"predicted_us": p.microseconds, "frozen_us": p.frozen, "ratio": p.ratio}
+        yield flat | {"launches": [asdict(step) | {"predicted_us": step.microseconds(rates)} for step in p.steps]}
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The table of the worst variants, with the code and compiler it belongs to."""
+    stamp = {"commit": commit(), "date": date.today().isoformat(), "triton": triton.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [stamp | record for record in worst(rows)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _known(kind: str, asked: Collection[str], known: Collection[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise typer.BadParameter(f"unknown {kind} {name!r}: choose among {', '.join(known)}")
+
+
+def _compile(chips: Sequence[str], kernels: Sequence[str], workers: int) -> list[Row]:
+    _known("chip", chips, CHIPS)
+    _known("kernel", kernels, kernel_names())
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
+    todo = list(jobs(chips or tuple(CHIPS), kernels))
+    if not todo:
+        raise typer.BadParameter(f"{', '.join(kernels)} is not launched on {', '.join(chips)}")
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("compiling", total=len(todo))
+        return compile_all(todo, workers, lambda number: progress.advance(bar, number))
+
+
+def _draw(found: Sequence[Prediction], path: Path, rates: Rates) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
+    from .figure import plot_roofline
+
+    plot_roofline(found, path, rates)
+
+
+def main(
+    chips: Annotated[list[str] | None, typer.Option("--chip", help="only this chip; may be repeated")] = None,
+    kernels: Annotated[list[str] | None, typer.Option("--kernel", help="only this kernel; may be repeated")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="a line per variant and per launch")] = False,
+    roofline_only: Annotated[bool, typer.Option("--roofline-only", help="predictions alone: no compilation")] = False,
+    tflops: Annotated[float, typer.Option(help="assumed rate of bf16 products, TFLOP/s", min=1e-3)] = 790.0,
+    tbps: Annotated[float, typer.Option(help="assumed rate of memory, TB/s", min=1e-3)] = 4.3,
+    launch_us: Annotated[float, typer.Option(help="assumed cost of a launch, microseconds", min=0.0)] = 3.0,
+    ours: Annotated[float, typer.Option(help="assumed speed of our products, relative to torch's", min=1e-3)] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything here, print nothing")] = None,
+    figure: Annotated[Path | None, typer.Option(help="draw the predictions here (PNG; needs matplotlib)")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="write the table of compiled kernels here")] = None,
+    workers: Annotated[int, typer.Option(help="compiler processes", min=1)] = min(os.cpu_count() or 1, 8),
+) -> None:
+    """Predict each plan's time, and compile every kernel variant for every chip (some minutes, no GPU)."""
+    rates = Rates(tflops, tbps, launch_us, ours)
+    # who asks for one chip or kernel wants to see what the compiler says of it
+    found = [] if chips or kernels else list(predict_all(rates))
+    if found and figure is not None:
+        _draw(found, figure, rates)
+    if found and json_file is None:
+        tables.console().print(launches(found, rates) if show_all else predictions(found, rates))
+    rows = [] if roofline_only else _compile(chips or (), kernels or (), workers)
+    if csv_file is not None and rows:
+        write_csv(csv_file, rows)
+    if json_file is not None:
+        compiled = [asdict(row) for row in rows]
+        json_file.write_text(json.dumps({"compiled": compiled, "roofline": list(records(found, rates))}, indent=1))
+    elif rows:
+        tables.console().print(every(rows) if show_all else summary(rows))
+    if any(row.error for row in rows):
+        raise typer.Exit(1)
