@@ -67,7 +67,7 @@ def test_imports_go_down_and_branches_stay_apart():
                 continue  # a name of the package's own __init__; the ground floor is one room
             if LAYERS[target] >= LAYERS[room]:
                 wrong.append(f"{name} imports {target}")
-    assert wrong == ["alora_kernels.analysis.sources imports baselines"]  # the one arrow still to turn
+    assert not wrong
 
 
 def test_files_form_no_circle():

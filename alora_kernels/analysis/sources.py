@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.config import AdapterFolderError, checked_config, read_settings, refused
+from ..adapters.method import SETTINGS, STATE, read_method
 from ..adapters.reader import PREFIX, AdapterFile, read_adapter
-from ..baselines.files import SETTINGS, STATE, read_method
 from ..modules.init import lora_scaling
 from ..tuner.files import CONFIG, WEIGHTS
 from ..tuner.register import NAME as ALORA

@@ -22,11 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters.method import SETTINGS, STATE, Method, read_method
 from ..tuner import save_adapter
 from ..tuner.files import CONFIG, WEIGHTS, unwrapped, written_whole
-from .methods import Method, adapt, take_out, trained
-
-SETTINGS, STATE = "method.json", "adapter.safetensors"
+from .methods import adapt, take_out, trained
 
 
 def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, Any] | None = None) -> None:
@@ -83,27 +82,6 @@ def load_method(model: nn.Module, folder: Path) -> Any:
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
     return model
-
-
-def read_method(folder: Path) -> Method | None:
-    """The settings in a folder; None for a PEFT adapter that came from elsewhere.
-
-    Raises:
-        ValueError: no adapter there, or settings that are not ours.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"{folder} holds neither {SETTINGS} nor {CONFIG}: give the folder of a saved adapter")
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-        }
-        return Method(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not what `alora train` writes ({error}): train again, or restore it") from None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

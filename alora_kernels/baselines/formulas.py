@@ -1,10 +1,7 @@
-"""The formulas ALoRA is measured against, in plain torch under autograd.
+"""The formulas ALoRA is measured against, in plain torch: the reference's values, as other code gets them.
 
-In:   the arguments of `reference.alora_linear`.
-Out:  the same values as the reference, the way other code computes them.
-Who:  `bench/`, the demo's table, and tests that ask every alternative to agree.
-
-Each is written as well as its idea allows: no handicap, no trick that the original does not use.
+Bench, the demo's table and the tests use them. Each is written as well as its idea allows: no handicap, no trick that
+the original does not use. Arguments are those of `reference.alora_linear`; `routing` is its router or its task_ids.
 """
 
 from __future__ import annotations
@@ -15,24 +12,21 @@ from torch import Tensor
 from .. import reference
 
 
+def _gate(x: Tensor, lora_A: Tensor, router: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
+    return reference.gate(x, lora_A.shape[0], router, task_ids)
+
+
 def authors_loop(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    bias: Tensor | None = None,
-    router: Tensor | None = None,
-    task_ids: Tensor | None = None,
-    scaling: float = 1.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, scaling: float = 1.0,
+    **routing: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The layer of the paper's release: one full `[M, N]` branch per expert, weighted and summed.
 
-    Formula: `y = x W0^T + bias + sum_e s g_e (B (A_e x))`. Args as in `reference.alora_linear`.
+    Formula: `y = x W0^T + bias + sum_e s g_e (B (A_e x))`.
 
     Source: Ban & Ji 2025, the released layer's structure (its class body is not copied).
     """
-    g = reference.gate(x, lora_A.shape[0], router, task_ids)
+    g = _gate(x, lora_A, **routing)
     y = F.linear(x, weight, bias)
     for e, a in enumerate(lora_A):
         y = y + g[..., e, None] * F.linear(F.linear(x, a), lora_B) * scaling
@@ -40,42 +34,27 @@ def authors_loop(
 
 
 def hoisted(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    bias: Tensor | None = None,
-    router: Tensor | None = None,
-    task_ids: Tensor | None = None,
-    scaling: float = 1.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, scaling: float = 1.0,
+    **routing: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The re-associated layer, eager: B is taken out of the sum, all A are one product.
 
-    Formula: `y = x W0^T + bias + s (sum_e g_e A_e x) B^T`. Args as in `reference.alora_linear`. This is the
-    honest competitor: what a good engineer writes in torch without custom kernels.
+    Formula: `y = x W0^T + bias + s (sum_e g_e A_e x) B^T`. The honest competitor: what a good engineer writes in torch
+    without custom kernels.
     """
     experts, rank, _ = lora_A.shape
-    g = reference.gate(x, experts, router, task_ids)
     p = F.linear(x, lora_A.flatten(0, 1)).unflatten(-1, (experts, rank))
-    h = (g.unsqueeze(-1) * p).sum(-2)
+    h = (_gate(x, lora_A, **routing).unsqueeze(-1) * p).sum(-2)
     return F.linear(x, weight, bias) + scaling * F.linear(h, lora_B)
 
 
 def grouped_by_task(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    task_ids: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, task_ids: Tensor, bias: Tensor | None = None,
     scaling: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Task routing, eager: one LoRA per task on that task's batch rows, the way mixed batches are hand-written.
 
-    Formula: `y_t = x_t W0^T + bias + s (x_t A_t^T) B^T` for the rows of each task t present.
-    Args as in `reference.alora_linear`; ids per batch row.
+    Formula: `y_t = x_t W0^T + bias + s (x_t A_t^T) B^T` for the rows of each task t present; ids per batch row.
     """
     y = F.linear(x, weight, bias)
     out = y.clone()

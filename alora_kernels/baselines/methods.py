@@ -1,8 +1,8 @@
 """ALoRA and what it is compared with, each put into a model by one call: `adapt(model, Method("lora", ...))`.
 
 In:   a base model and a `Method`: its name, rank, tasks, target modules.
-Out:  the model with that method's adapters, everything else frozen, ready for `ALoRATrainer`.
-Who:  `alora train`, by the recipe's key `method`; `method_files` saves and loads what comes out.
+Out:  the model with that method's adapters, all else frozen, ready for `ALoRATrainer`; ranks of equal cost.
+Who:  `alora train`, by the recipe's key `method`; `baselines.files` saves and loads what comes out.
 
 ALoRA and LoRA are PEFT models. HydraLoRA and a LoRA per task stay the base's own class with some `nn.Linear` replaced:
 the targets are found by PEFT's own matching, so the same `target_modules` means the same layers for every method.
@@ -11,9 +11,10 @@ the targets are found by PEFT's own matching, so the same `target_modules` means
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,117 +22,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from ..adapters.method import EXPERTS, ROUTED, Method, check_method
 from ..modules.adapter import AdaptedLinear
-from ..modules.tasks import task_names
-from ..tuner import ALoRAConfig
 from ..tuner.probe import Finding, probe
 from ..tuner.selection import leave_out, rows_of, targets_of
 from ..tuner.targets import base_of, check_target, features, hooked
-from .budget import ROUTED, check_method, rank_for
-from .hydra import HydraLinear
-from .per_task import PerTaskLinear
+from .layers import HydraLinear, PerTaskLinear
 
 Findings = Mapping[str, Finding] | None
-
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}  # PEFT trains these for the type
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method with its settings, the same for all methods as far as they have them.
-
-    Attributes:
-        name: a key of `budget.METHODS`.
-        tasks: names in the order of their ids; for methods that take ids, otherwise a record.
-        r: rank.
-        lora_alpha: numerator of the scaling s = lora_alpha / r; None is 2 r.
-        lora_dropout: dropout on the input of the low-rank path.
-        use_rslora: s = lora_alpha / sqrt(r).
-        num_experts: E of alora-soft (A) and hydralora (B).
-        target_modules: as in PEFT: names, a regular expression, "all-linear", or None for LoRA's default.
-        task_type: as in PEFT; for "SEQ_CLS" and "TOKEN_CLS" the head is trained too.
-        modules_to_save: further modules that are trained in full.
-
-    Raises:
-        ValueError: an unknown method, or a value it cannot have.
-    """
-
-    name: str
-    tasks: tuple[str, ...] = ()
-    r: int = 8
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    num_experts: int = 4
-    target_modules: str | tuple[str, ...] | None = "all-linear"
-    task_type: str | None = "CAUSAL_LM"
-    modules_to_save: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_method(self.name)
-        for name in ("r", "num_experts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be a whole number >= 1, got {value!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: must be in [0, 1), got {self.lora_dropout}")
-        if self.name in ROUTED or self.tasks:
-            task_names(self.tasks)
-
-    @property
-    def alpha(self) -> float:
-        """lora_alpha, or its default."""
-        return float(2 * self.r if self.lora_alpha is None else self.lora_alpha)
-
-    @property
-    def trained_in_full(self) -> tuple[str, ...]:
-        """Names of the modules outside the adapters that are trained."""
-        return (*HEADS.get(self.task_type or "", ()), *self.modules_to_save)
-
-    def _shared(self) -> dict[str, Any]:
-        """What PEFT's LoRA and ours are both told."""
-        targets = self.target_modules
-        return {
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.lora_dropout,
-            "use_rslora": self.use_rslora,
-            "target_modules": list(targets) if isinstance(targets, tuple) else targets,
-            "task_type": self.task_type,
-            "modules_to_save": list(self.modules_to_save) or None,
-        }
-
-    def peft_config(self) -> LoraConfig | ALoRAConfig:
-        """For a method that PEFT holds.
-
-        Raises:
-            ValueError: for one it does not.
-        """
-        if self.name == "lora":
-            return LoraConfig(**self._shared())
-        if self.name == "alora":
-            return ALoRAConfig(routing="task", tasks=list(self.tasks), **self._shared())
-        if self.name == "alora-soft":
-            return ALoRAConfig(routing="soft", num_experts=self.num_experts, **self._shared())
-        raise ValueError(f"{self.name} is not a PEFT method: use alora_kernels.baselines.methods.adapt")
-
-    def as_large_as_alora(self, shapes: Sequence[tuple[int, int]]) -> Method:
-        """The same method with the rank with which it trains about as many parameters as ALoRA of this one; s stays.
-
-        Args:
-            shapes: `target_shapes`.
-
-        Raises:
-            ValueError: the method at rank 1 already has more.
-        """
-        r = rank_for(self.name, self.r, shapes, tasks=len(self.tasks), num_experts=self.num_experts)
-        grown = r / self.r
-        return replace(self, r=r, lora_alpha=self.alpha * (math.sqrt(grown) if self.use_rslora else grown))
-
-    @property
-    def in_peft(self) -> bool:
-        """Whether the adapted model is a `PeftModel`."""
-        return self.name in ("alora", "alora-soft", "lora")
+Shapes = Sequence[tuple[int, int]]
 
 
 def adapt(model: Any, method: Method) -> Any:
@@ -159,7 +58,7 @@ def adapt(model: Any, method: Method) -> Any:
     targets, heads = _replaceable(model, method, findings), _heads(model, method)
     model.requires_grad_(False)
     for name, linear in targets.items():
-        layer = _widened(_layer(linear, method))
+        layer = _layer(linear, method)
         layer.rows_name, layer.rows = name, rows_of(name, model.get_submodule(name.rpartition(".")[0]), findings)
         model.set_submodule(name, layer)
     for head in heads:
@@ -170,15 +69,17 @@ def adapt(model: Any, method: Method) -> Any:
 
 
 def _layer(linear: nn.Linear, method: Method) -> AdaptedLinear:
-    """What takes the place of a linear layer."""
-    settings: dict[str, Any] = {
-        "lora_alpha": method.alpha,
-        "lora_dropout": method.lora_dropout,
-        "use_rslora": method.use_rslora,
-    }
+    """What takes the place of a linear layer; 16-bit adapters as float32, as PEFT's: bfloat16 loses steps of 1e-3."""
+    settings: dict[str, Any] = {k: method.shared_options[k] for k in ("lora_alpha", "lora_dropout", "use_rslora")}
+    layer: AdaptedLinear
     if method.name == "hydralora":
-        return HydraLinear(linear, method.r, num_experts=method.num_experts, **settings)
-    return PerTaskLinear(linear, method.r, tasks=method.tasks, **settings)
+        layer = HydraLinear(linear, method.r, num_experts=method.num_experts, **settings)
+    else:
+        layer = PerTaskLinear(linear, method.r, tasks=method.tasks, **settings)
+    for parameter in trained(layer).values():
+        if parameter.dtype.itemsize == 2:
+            parameter.data = parameter.data.float()
+    return layer
 
 
 def take_out(model: Any) -> None:
@@ -191,21 +92,9 @@ def take_out(model: Any) -> None:
         model._keys_to_ignore_on_save = set(type(model)._keys_to_ignore_on_save or ())
 
 
-def _widened(layer: AdaptedLinear) -> AdaptedLinear:
-    """16-bit adapters as float32, as PEFT's are: steps of 1e-3 vanish in bfloat16."""
-    for parameter in layer.parameters():
-        if parameter.requires_grad and parameter.dtype.itemsize == 2:
-            parameter.data = parameter.data.float()
-    return layer
-
-
 def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, nn.Module]:
-    """The modules that `target_modules` selects, by PEFT's matching, without those that ALoRA leaves alone.
-
-    Raises:
-        ValueError: there are none.
-    """
-    config = LoraConfig(**method._shared())
+    """The modules that `target_modules` selects, by PEFT's matching, without those that ALoRA leaves alone."""
+    config = LoraConfig(**method.shared_options)
     if config.target_modules is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind or "")
@@ -213,7 +102,7 @@ def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, 
             raise ValueError(f"target_modules: there is no default for {kind or type(model).__name__}: name them")
         config.target_modules = default
     config.modules_to_save = [*method.trained_in_full]
-    leave_out(model, config, findings, len(method.tasks) if method.name in ROUTED else 1)
+    leave_out(model, config, findings, method.num_routed)
     found = {name: model.get_submodule(name) for name in targets_of(model, config)}
     if not found:
         raise ValueError(f"target_modules: {method.target_modules!r} matches no module of this model")
@@ -221,16 +110,13 @@ def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, 
 
 
 def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[str, nn.Linear]:
-    """The same, all of them plain `nn.Linear`.
-
-    Raises:
-        ValueError: naming the module and the remedy.
-    """
+    """The same, all of them plain `nn.Linear`."""
     targets = _targets(model, method, findings)
-    routed = len(method.tasks) if method.name in ROUTED else 1
     linears: dict[str, nn.Linear] = {}
     for name, module in targets.items():
-        check_target(module, model.get_submodule(name.rpartition(".")[0]), name, routed, method.name not in ROUTED)
+        check_target(
+            module, model.get_submodule(name.rpartition(".")[0]), name, method.num_routed, method.name not in ROUTED
+        )
         if type(module) is not nn.Linear or hooked(module):
             kind = type(module).__name__ + (" with hooks" if type(module) is nn.Linear else "")
             raise ValueError(
@@ -242,11 +128,7 @@ def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[s
 
 
 def _heads(model: nn.Module, method: Method) -> list[nn.Module]:
-    """The modules that are trained in full; PEFT matches the ends of names, and so does this.
-
-    Raises:
-        ValueError: one shares its weights with a module that stays frozen.
-    """
+    """The modules that are trained in full, none sharing weights with a frozen one; PEFT matches ends of names too."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -305,3 +187,84 @@ def base_alone(model: Any) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+def as_large_as_alora(method: Method, shapes: Shapes) -> Method:
+    """The same method with the rank with which it trains about as many parameters as ALoRA of this one; s stays.
+
+    Args:
+        shapes: `target_shapes`.
+
+    Raises:
+        ValueError: the method at rank 1 already has more.
+    """
+    r = rank_for(method.name, method.r, shapes, tasks=len(method.tasks), num_experts=method.num_experts)
+    grown = r / method.r
+    return replace(method, r=r, lora_alpha=method.alpha * (math.sqrt(grown) if method.use_rslora else grown))
+
+
+def parameters_of(method: str, r: int, shapes: Iterable[tuple[int, int]], *, tasks: int, num_experts: int) -> int:
+    """How many parameters a method's adapters have.
+
+    Formula, per layer of K inputs and N outputs, with T tasks and E experts:
+        alora `T r K + N r`; alora-soft `E r K + N r + E K`; lora `r K + N r`; lora-per-task `T (r K + N r)`;
+        hydralora `r K + E N r + E K`.
+
+    Args:
+        method: a key of `METHODS`.
+        r: rank.
+        shapes: (K, N) of each adapted layer.
+        tasks: T.
+        num_experts: E.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    check_method(method)
+    copies_of_a = {"alora": tasks, "lora-per-task": tasks, "alora-soft": num_experts}.get(method, 1)
+    copies_of_b = {"lora-per-task": tasks, "hydralora": num_experts}.get(method, 1)
+    routers = num_experts if method in EXPERTS else 0
+    return sum(r * (copies_of_a * k + copies_of_b * n) + routers * k for k, n in shapes)
+
+
+def rank_for(method: str, r: int, shapes: Shapes, *, tasks: int, num_experts: int) -> int:
+    """The rank with which a method trains as many parameters as task-routed ALoRA of rank r, to the nearest.
+
+    Args:
+        method: a key of `METHODS`.
+        r: ALoRA's rank.
+        shapes: (K, N) of each adapted layer.
+        tasks: T.
+        num_experts: E.
+
+    Returns:
+        A rank >= 1; of two that are equally near the smaller.
+
+    Raises:
+        ValueError: no layer, an unknown method, or none but rank 0 is near; the message names the smallest r that will
+            do.
+    """
+    if not shapes:
+        raise ValueError("budget: no layer is adapted, so there is nothing to count: check target_modules")
+    found = _nearest(method, r, shapes, tasks, num_experts)
+    if found >= 1:
+        return found
+    enough = next(more for more in count(r + 1) if _nearest(method, more, shapes, tasks, num_experts) >= 1)
+    target = parameters_of("alora", r, shapes, tasks=tasks, num_experts=num_experts)
+    least = parameters_of(method, 1, shapes, tasks=tasks, num_experts=num_experts)
+    raise ValueError(
+        f"budget: {method} needs {least} trainable parameters at rank 1, far more than the {target} of alora with r={r}"
+        f" and {tasks} tasks: give r of at least {enough}, or budget: rank"
+    )
+
+
+def _nearest(method: str, r: int, shapes: Shapes, tasks: int, num_experts: int) -> int:
+    """The rank >= 0 whose count is nearest to ALoRA's."""
+
+    def size(rank: int) -> int:
+        return parameters_of(method, rank, shapes, tasks=tasks, num_experts=num_experts)
+
+    target = parameters_of("alora", r, shapes, tasks=tasks, num_experts=num_experts)
+    fixed = size(0)
+    below = max(0, (target - fixed) // (size(1) - fixed))
+    return min((below, below + 1), key=lambda rank: (abs(size(rank) - target), rank))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..baselines.budget import METHODS
+from ..adapters.method import METHODS
 from ..recipes.display import quiet
 from .adapters import export_lora, import_lora
 from .analyze import analyze

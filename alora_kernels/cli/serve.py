@@ -210,7 +210,7 @@ def _check_adapter(folder: Path) -> None:
     Raises:
         ValueError: naming the folder.
     """
-    from ..baselines.files import SETTINGS, read_method
+    from ..adapters.method import SETTINGS, read_method
     from ..tuner.files import CONFIG
 
     if (folder / CONFIG).is_file():

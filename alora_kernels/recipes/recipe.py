@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..baselines.budget import METHODS
-from ..baselines.methods import Method
+from ..adapters.method import METHODS, Method
+from ..baselines.methods import as_large_as_alora
 from ..data import MODELS, TASKS, TaskSpec, as_source
 from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
@@ -219,7 +219,7 @@ class Recipe(BaseModel):
         Raises:
             ValueError: the method at rank 1 is above the budget.
         """
-        return method if self.budget == "rank" else method.as_large_as_alora(shapes)
+        return method if self.budget == "rank" else as_large_as_alora(method, shapes)
 
     def located(self, root: Path) -> Self:
         """The same run with absolute paths of its files.

@@ -24,10 +24,10 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from .. import data
 from ..adapters.cards import write_task_cards
+from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
-from ..baselines.budget import METHODS, ROUTED, parameters_of
-from ..baselines.files import load_method, read_method, save_method
-from ..baselines.methods import Method, adapt, base_alone, target_shapes, tasks_of, trainable_parameters
+from ..baselines.files import load_method, save_method
+from ..baselines.methods import adapt, base_alone, parameters_of, target_shapes, tasks_of, trainable_parameters
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.choices import whole_words
 from ..tuner.files import CONFIG

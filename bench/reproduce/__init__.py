@@ -6,7 +6,7 @@ Out:  rows with seed, commit and versions in `bench/results/reproduction/NAME.cs
 Who:  `bench.__main__`, `make reproduce`.
 
     config, rows        what is asked for, and one number of what came out
-    encoder, shared_a   an encoder that learns several tasks at once; the layer that shares A
+    encoder             an encoder that learns several tasks at once
     similarity, change, sharing, multitask, equal_parameters, clients, federated    one experiment each
     claims, figures, docs, command      what the papers say beside our numbers; pictures; the page; the command
 

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alora_kernels import data, route
-from alora_kernels.baselines.methods import Method, adapt, target_shapes
+from alora_kernels.adapters.method import Method
+from alora_kernels.baselines.layers import SharedALinear
+from alora_kernels.baselines.methods import adapt, as_large_as_alora, target_shapes
 from alora_kernels.federated.participant import fit, shuffled
 from alora_kernels.recipes.fed_rows import collate
 
 from .config import Config
-from .shared_a import share_a
 
 SHARED_A, RSLORA, VERA = "shared-a", "rslora", "vera"  # besides the methods of `baselines.methods`
 EVAL_BATCH = 64
@@ -140,7 +141,7 @@ def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), 
 
     Args:
         config: the settings.
-        method: key of `baselines.methods.METHODS`, "shared-a", "rslora" or "vera".
+        method: key of `adapters.method.METHODS`, "shared-a", "rslora" or "vera".
         seed: of adapters, heads and order.
         tasks: those to learn; default all of the configuration.
         data_seed: which rows are test rows; default the seed.
@@ -182,8 +183,20 @@ def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], 
         task_type=None,
     )
     if config.budget == "parameters":
-        settings = settings.as_large_as_alora(target_shapes(encoder, settings))
+        settings = as_large_as_alora(settings, target_shapes(encoder, settings))
     return adapt(encoder, settings)
+
+
+def share_a(
+    encoder: nn.Module, r: int, tasks: tuple[str, ...], lora_alpha: float | None, targets: tuple[str, ...] = ()
+) -> nn.Module:
+    """Every linear layer of an encoder (or those so called) with one A and a B per task; the encoder is changed."""
+    encoder.requires_grad_(False)
+    linears = [(name, m) for name, m in encoder.named_modules() if type(m) is nn.Linear]
+    for name, linear in linears:
+        if not targets or f".{name}".endswith(tuple(f".{target}" for target in targets)):
+            encoder.set_submodule(name, SharedALinear(linear, r, tasks=tasks, lora_alpha=lora_alpha))
+    return encoder
 
 
 def base_weights(config: Config) -> dict[str, Tensor]:

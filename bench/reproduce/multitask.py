@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alora_kernels.baselines.budget import METHODS
+from alora_kernels.adapters.method import METHODS
 from alora_kernels.baselines.methods import trainable_parameters
 
 from . import figures

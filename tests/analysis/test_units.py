@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alora_kernels.adapters.config import AdapterFolderError
+from alora_kernels.adapters.method import Method
 from alora_kernels.analysis.names import clean, clipped, distinct, places
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
 from alora_kernels.baselines.files import save_method
-from alora_kernels.baselines.methods import Method, adapt
+from alora_kernels.baselines.methods import adapt
 from alora_kernels.tuner import ALoRAConfig
 
 from .adapters import CONFIG, PREFIX, UP, WEIGHTS, Q, alora, het, lora, randn, unequal, vera

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alora_kernels import route
-from alora_kernels.baselines.methods import Method, adapt, trained
+from alora_kernels.adapters.method import Method
+from alora_kernels.baselines.methods import adapt, trained
 from alora_kernels.modules.adapter import AdaptedLinear
 from tests.support.tiny import llama, logits, tokens
 

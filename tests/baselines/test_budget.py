@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alora_kernels.baselines.budget import METHODS, parameters_of, rank_for
+from alora_kernels.adapters.method import METHODS
+from alora_kernels.baselines.methods import parameters_of, rank_for
 
 
 def test_counts_by_hand():
@@ -59,6 +60,6 @@ def test_a_budget_below_rank_one_says_which_r_would_do():
 
 
 def test_importing_the_budget_imports_nothing_heavy():
-    code = "import sys, alora_kernels.baselines.budget; print({'peft', 'transformers'} & set(sys.modules))"
+    code = "import sys, alora_kernels.adapters.method; print({'peft', 'transformers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

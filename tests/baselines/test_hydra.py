@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alora_kernels
-from alora_kernels.baselines.hydra import HydraLinear
+from alora_kernels.baselines.layers import HydraLinear
 from tests.modules.steps import assert_as_good
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from alora_kernels.baselines.budget import METHODS
-from alora_kernels.baselines.files import SETTINGS, STATE, load_method, read_method, save_method
+from alora_kernels.adapters.method import METHODS, SETTINGS, STATE, read_method
+from alora_kernels.baselines.files import load_method, save_method
 from alora_kernels.baselines.methods import adapt, trained
 from tests.baselines.adaptations import PLAIN, adapted, adapted_layers, answers, method
 from tests.support.tiny import llama

@@ -10,11 +10,11 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import TrainingArguments
 
-from alora_kernels.baselines.budget import METHODS, ROUTED, parameters_of
+from alora_kernels.adapters.method import METHODS, ROUTED, Method
 from alora_kernels.baselines.methods import (
-    Method,
     adapt,
     base_alone,
+    parameters_of,
     target_shapes,
     tasks_of,
     trainable_parameters,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import Routing, route
-from alora_kernels.baselines.per_task import PerTaskLinear
+from alora_kernels.baselines.layers import PerTaskLinear
 from alora_kernels.ops.torch.rows import Slots, Whole, layout_of
 from tests.modules.steps import assert_as_good, step
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from alora_kernels import route
+from alora_kernels.baselines.layers import SharedALinear
 from bench.reproduce.claims import Claim
 from bench.reproduce.clients import split
 from bench.reproduce.rows import spread
-from bench.reproduce.shared_a import SharedALinear
 
 
 def test_shared_a_is_the_formula_row_by_row_with_its_gradients() -> None:

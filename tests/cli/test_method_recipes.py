@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alora_kernels.baselines.budget import METHODS, ROUTED, parameters_of
-from alora_kernels.baselines.files import read_method
-from alora_kernels.baselines.methods import trainable_parameters
+from alora_kernels.adapters.method import METHODS, ROUTED, read_method
+from alora_kernels.baselines.methods import parameters_of, trainable_parameters
 from alora_kernels.recipes import train as steps
 from alora_kernels.recipes.recipe import Recipe, load_recipe
 from tests.cli.test_cli import alora, recipe, refused

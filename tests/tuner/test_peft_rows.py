@@ -16,8 +16,9 @@ from peft import PeftModel
 from torch import nn
 
 from alora_kernels import route
-from alora_kernels.baselines.methods import Method, adapt
-from alora_kernels.baselines.per_task import PerTaskLinear
+from alora_kernels.adapters.method import Method
+from alora_kernels.baselines.layers import PerTaskLinear
+from alora_kernels.baselines.methods import adapt
 from alora_kernels.tuner import set_task
 from alora_kernels.tuner.probe import probe
 

@@ -1,0 +1,159 @@
+"""A method's settings, and `method.json`, which keeps them beside the weights of every method.
+
+In:   a name, rank, tasks, target modules; later the folder of a saved adapter.
+Out:  `Method`. Importing this loads nothing heavy: the command line lists `METHODS`.
+Who:  recipes, `baselines` (which puts methods into models and saves them), `analysis` (which reads their folders).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..modules.tasks import task_names
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from ..tuner import ALoRAConfig
+
+#: method -> how tables call it
+METHODS = {
+    "alora": "ALoRA",
+    "alora-soft": "ALoRA, soft",
+    "lora": "LoRA",
+    "lora-per-task": "LoRA per task",
+    "hydralora": "HydraLoRA",
+}
+ROUTED = ("alora", "lora-per-task")  # the ids of a batch matter to these
+EXPERTS = ("alora-soft", "hydralora")  # and these have num_experts under a learned router
+SETTINGS, STATE = "method.json", "adapter.safetensors"  # the second holds what PEFT does not
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}  # PEFT trains these for the type
+
+
+def check_method(method: object) -> None:
+    """Raise unless this is a method's name.
+
+    Raises:
+        ValueError: listing those there are.
+    """
+    if method not in list(METHODS):  # a list: what YAML or JSON gives may have no hash
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with its settings, the same for all methods as far as they have them.
+
+    Attributes:
+        name: a key of `METHODS`.
+        tasks: names in the order of their ids; for methods that take ids, otherwise a record.
+        r: rank.
+        lora_alpha: numerator of the scaling s = lora_alpha / r; None is 2 r.
+        lora_dropout: dropout on the input of the low-rank path.
+        use_rslora: s = lora_alpha / sqrt(r).
+        num_experts: E of alora-soft (A) and hydralora (B).
+        target_modules: as in PEFT: names, a regular expression, "all-linear", or None for LoRA's default.
+        task_type: as in PEFT; for "SEQ_CLS" and "TOKEN_CLS" the head is trained too.
+        modules_to_save: further modules that are trained in full.
+
+    Raises:
+        ValueError: an unknown method, or a value it cannot have.
+    """
+
+    name: str
+    tasks: tuple[str, ...] = ()
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    num_experts: int = 4
+    target_modules: str | tuple[str, ...] | None = "all-linear"
+    task_type: str | None = "CAUSAL_LM"
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_method(self.name)
+        for name in ("r", "num_experts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: must be a whole number >= 1, got {value!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: must be in [0, 1), got {self.lora_dropout}")
+        if self.name in ROUTED or self.tasks:
+            task_names(self.tasks)
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or its default."""
+        return float(2 * self.r if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def num_routed(self) -> int:
+        """How many tasks the ids of a batch choose from: one where they do not matter."""
+        return len(self.tasks) if self.name in ROUTED else 1
+
+    @property
+    def trained_in_full(self) -> tuple[str, ...]:
+        """Names of the modules outside the adapters that are trained."""
+        return (*HEADS.get(self.task_type or "", ()), *self.modules_to_save)
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether the adapted model is a `PeftModel`."""
+        return self.name in ("alora", "alora-soft", "lora")
+
+    @property
+    def shared_options(self) -> dict[str, Any]:
+        """What PEFT's LoRA and ours are both told."""
+        targets = self.target_modules
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+            "task_type": self.task_type,
+            "modules_to_save": list(self.modules_to_save) or None,
+        }
+
+    def peft_config(self) -> LoraConfig | ALoRAConfig:
+        """For a method that PEFT holds.
+
+        Raises:
+            ValueError: for one it does not.
+        """
+        from peft import LoraConfig
+
+        from ..tuner import ALoRAConfig
+
+        if self.name == "lora":
+            return LoraConfig(**self.shared_options)
+        if self.name == "alora":
+            return ALoRAConfig(routing="task", tasks=list(self.tasks), **self.shared_options)
+        if self.name == "alora-soft":
+            return ALoRAConfig(routing="soft", num_experts=self.num_experts, **self.shared_options)
+        raise ValueError(f"{self.name} is not a PEFT method: use alora_kernels.baselines.methods.adapt")
+
+
+def read_method(folder: Path) -> Method | None:
+    """The settings in a folder; None for a PEFT adapter that came from elsewhere.
+
+    Raises:
+        ValueError: no adapter there, or settings that are not ours.
+    """
+    from ..tuner.files import CONFIG
+
+    path = folder / SETTINGS
+    if not path.is_file():
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} holds neither {SETTINGS} nor {CONFIG}: give the folder of a saved adapter")
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        settings: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        return Method(**settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not what `alora train` writes ({error}): train again, or restore it") from None

@@ -1,0 +1,210 @@
+"""Layers ALoRA is compared with: HydraLoRA, a LoRA per task, and one A shared by all tasks; plain torch under autograd.
+
+In:   activations; for the layers with tasks the ids of the batch, from `with alora_kernels.route(ids): ...`.
+Out:  the base layer's output plus each row's low-rank part; rows of id -1 get the base alone.
+Who:  `baselines.methods` and the experiments in bench, which put them in the place of `nn.Linear`; users, by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules.adapter import AdaptedLinear
+from ..modules.init import reset_adapter_
+from ..modules.tasks import task_names
+from ..ops.torch.rows import Rows, Slots, Whole, layout_of
+from ..recompute import noted
+from ..routing import ConstantRouting, Routing, RowGroups, current_routing
+
+
+class HydraLinear(AdaptedLinear):
+    """A frozen linear layer with one low-rank A and several B under a softmax router: soft-routed ALoRA mirrored.
+
+    Formula: `y = x W0^T + bias + s sum_e g_e(x) B_e A dropout(x)`, g = softmax(x router^T).
+
+    Args:
+        linear: the layer to replace.
+        r: rank R.
+        num_experts: E, the number of B.
+        options: lora_alpha, use_rslora, lora_dropout, see `AdaptedLinear`.
+
+    Attributes:
+        lora_A: `[R, K]`, Kaiming-uniform.
+        lora_B: `[E, N, R]`, zero: what tells the B apart from the first step on is their gates.
+        router: `[E, K]`, Kaiming-uniform, as ALoRA's; it sees x before dropout.
+
+    Raises:
+        ValueError: num_experts < 1.
+
+    Source: Tian et al. 2024, HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, *, num_experts: int, **options: Any) -> None:
+        super().__init__(linear, r, **options)
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(f"num_experts must be a whole number >= 1, got {num_experts!r}")
+        self.num_experts = num_experts
+        self.lora_A = self._empty(r, self.in_features)
+        self.lora_B = self._empty(num_experts, self.out_features, r)
+        self.router = self._empty(num_experts, self.in_features)
+        reset_adapter_(self.lora_A.detach().unsqueeze(0), self.lora_B, self.router)
+
+    def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
+        h = F.linear(dropped, self.lora_A.to(x.dtype))  # [M, R]
+        logits = F.linear(x, self.router.to(x.dtype))
+        gate = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return mixed(y, h, (gate * self.scaling).to(h.dtype), self.lora_B.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"{super().extra_repr()}, num_experts={self.num_experts}"
+
+
+def mixed(y: Tensor, h: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    """y plus a mixture of several B over one h: one product with all B side by side, not E outputs of full width.
+
+    Formula: `y_m + sum_e gate_me B_e h_m`.
+
+    Args:
+        y: `[M, N]`.
+        h: `[M, R]`.
+        gate: `[M, E]`, in h's dtype.
+        b: `[E, N, R]`, likewise.
+    """
+    # [M, E, 1] [M, 1, R]
+    wide = (gate.unsqueeze(2) * h.unsqueeze(1)).flatten(1)
+    # [M, E R] [E R, N]
+    return torch.addmm(y, wide, b.transpose(1, 2).flatten(0, 1))
+
+
+class _TaskLinear(AdaptedLinear):
+    """A layer whose rows have tasks."""
+
+    def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
+        super().__init__(linear, r, **options)
+        self.tasks = task_names(tasks)
+
+    def _groups(self, leading: torch.Size, device: torch.device) -> RowGroups:
+        """The rows by task, from the routing context; of a single task all rows.
+
+        Raises:
+            ValueError: several tasks, and nobody says which.
+        """
+        routing: Routing | None = noted(self, current_routing, routed=len(self.tasks) > 1)
+        if routing is not None:
+            return routing.at(self, self.rows).groups(leading, len(self.tasks), device)
+        if len(self.tasks) == 1:
+            return ConstantRouting(0).groups(leading, 1, device)
+        raise ValueError(
+            f"this layer has the tasks {', '.join(self.tasks)}: call the model inside"
+            " `with alora_kernels.route(ids): ...`"
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"{super().extra_repr()}, tasks={list(self.tasks)}"
+
+
+class SharedALinear(_TaskLinear):
+    """A frozen linear layer with one A for all tasks and one B per task: task-routed ALoRA mirrored.
+
+    Formula: `y_m = x_m W0^T + bias + s B_t A dropout(x_m)`, t the task of row m.
+
+    Args:
+        linear, r, tasks, options: as for `PerTaskLinear`.
+
+    Attributes:
+        lora_A: `[R, K]`, Kaiming-uniform.
+        lora_B: `[E, N, R]`, zero.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
+        super().__init__(linear, r, tasks=tasks, **options)
+        self.lora_A = self._empty(r, self.in_features)
+        self.lora_B = self._empty(len(self.tasks), self.out_features, r)
+        reset_adapter_(self.lora_A.detach().unsqueeze(0), self.lora_B)
+
+    def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
+        ids = self._groups(leading, x.device).ids.long()
+        h = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling  # [M, R]
+        gate = F.one_hot(ids.clamp(min=0), len(self.tasks)) * (ids >= 0).unsqueeze(1)  # hard; a few zeros cost little
+        return mixed(y, h, gate.to(h.dtype), self.lora_B.to(x.dtype))
+
+
+class PerTaskLinear(_TaskLinear):
+    """A frozen linear layer with one LoRA per task.
+
+    Formula: `y_m = x_m W0^T + bias + s B_t A_t dropout(x_m)`, t the task of row m. Rows of a task are multiplied
+    together, in the row layouts of the torch backend: nothing is computed for tasks that are not in the batch, and
+    short groups of rows go through one batched product.
+
+    Args:
+        linear: the layer to replace.
+        r: rank R.
+        tasks: a count or a list of names; the ids of a batch pick the LoRA.
+        options: lora_alpha, use_rslora, lora_dropout, see `AdaptedLinear`.
+
+    Attributes:
+        lora_A: `[E, R, K]`, Kaiming-uniform, each A its own draw.
+        lora_B: `[E, N, R]`, zero.
+        tasks: task names.
+
+    Raises:
+        ValueError: no task, or repeated names.
+
+    Source: Hu et al. 2022, LoRA, once for each task.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
+        super().__init__(linear, r, tasks=tasks, **options)
+        self.lora_A = self._empty(len(self.tasks), r, self.in_features)
+        self.lora_B = self._empty(len(self.tasks), self.out_features, r)
+        reset_adapter_(self.lora_A, self.lora_B)
+
+    def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
+        layout = layout_of(self._groups(leading, x.device))
+        if isinstance(layout, Whole):
+            a, b = (t[layout.task].to(x.dtype) for t in (self.lora_A, self.lora_B))
+            return torch.addmm(y, F.linear(dropped, a) * self.scaling, b.t())
+        if isinstance(layout, Slots):
+            part, rows = self._in_slots(dropped, layout)
+        else:
+            part, rows = self._one_by_one(dropped, layout)
+        return y + part if rows is None else y.index_add(0, rows, part)
+
+    def _in_slots(self, x: Tensor, layout: Slots) -> tuple[Tensor, Tensor | None]:
+        """The low-rank parts by two batched products, and the rows they are for: None where all are, in order."""
+        a, b = (layout.matrices(t).to(x.dtype).transpose(1, 2) for t in (self.lora_A, self.lora_B))
+        # [T, C, K] [T, K, R] [T, R, N]
+        slots = torch.bmm(torch.bmm(layout.lay(x), a) * self.scaling, b)
+        if layout.back is not None:
+            return slots.flatten(0, 1).index_select(0, layout.back), None
+        return layout.collect(slots), layout.rows
+
+    def _one_by_one(self, x: Tensor, layout: list[tuple[int, Rows]]) -> tuple[Tensor, Tensor | None]:
+        """The same with two products for each entry of the layout."""
+        layout = layout or [(0, slice(0, 0))]  # no row has a task: gradients are zero, not absent
+        present = sorted({task for task, _ in layout})
+        a, b = (self._of(t, present, x.dtype) for t in (self.lora_A, self.lora_B))
+        parts = [F.linear(F.linear(x[rows], a[task]) * self.scaling, b[task]) for task, rows in layout]
+        return torch.cat(parts), _row_numbers([rows for _, rows in layout], x)
+
+    def _of(self, stacked: Tensor, present: list[int], dtype: torch.dtype) -> dict[int, Tensor]:
+        """The matrices of these tasks. `stacked[task]` would make a gradient as large as all tasks for each."""
+        if len(present) < len(self.tasks):
+            stacked = stacked.index_select(0, torch.tensor(present, device=stacked.device))
+        return dict(zip(present, stacked.to(dtype).unbind(0), strict=True))
+
+
+def _row_numbers(groups: list[Rows], x: Tensor) -> Tensor | None:
+    """The rows of all groups one after the other, or None where these are the rows of x as they stand."""
+    slices = [rows for rows in groups if isinstance(rows, slice)]
+    if len(slices) == len(groups) and sum(rows.stop - rows.start for rows in slices) == x.shape[0]:
+        return None  # runs come in the order of the rows
+    numbers = [torch.arange(g.start, g.stop, device=x.device) if isinstance(g, slice) else g.long() for g in groups]
+    return torch.cat(numbers)
