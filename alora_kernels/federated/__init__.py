@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .config import ConfigError, FedConfig, load_config
     from .engine import run
     from .guard import Limits
+    from .log import Outcome
     from .model import adapt, fingerprint
-    from .outcome import Outcome
     from .participant import Participant, fit, shuffled
     from .server import Template
     from .share_specs import METHODS, ShareSpec, share_spec
@@ -43,7 +43,7 @@ _WHERE = {
     "ConfigError": "config",
     "FedConfig": "config",
     "Limits": "guard",
-    "Outcome": "outcome",
+    "Outcome": "log",
     "Participant": "participant",
     "ShareSpec": "share_specs",
     "Template": "server",

@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from .client import Client, client_app, client_name
 from .config import FedConfig
 from .local import InProcessGrid
-from .outcome import Outcome
+from .log import Outcome
 from .participant import Participant, seeded
 from .seeds import seed_of
 from .server import CLIENTS, Template, serve

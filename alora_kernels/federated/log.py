@@ -1,8 +1,8 @@
-"""The ledger: everything that happened in a run, one JSON object a line, written by the server alone.
+"""What happened in a run: the ledger, one JSON object a line, and what its events say.
 
 In:   events: the guard's ("client", "round"), the server's ("run", "privacy", "end").
-Out:  a JSONL file that `live`, `plot` and `summary` read, in this process or in another.
-Who:  `server` writes it; the command line and the examples read it.
+Out:  a JSONL file and its events back; scores of a round, a `Track` per client, the `Outcome`.
+Who:  `server` alone writes; `view`, `plot`, the command line and studies read, in this process or in another.
 
 A reader may come at any time: each line goes out in one write, a failed write is taken back, and a resumed run cuts the
 file by an atomic rename. Numbers that are not finite become null: strict JSON has no NaN.
@@ -14,25 +14,29 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import files
-from .summary import Event, measured, scores
 
+Event = Mapping[str, Any]
 FIELDS = {"train": ("before", "after"), "evaluate": ("metrics",)}  # what a kind of round measures
+NO_REPLY = "no reply"  # how the guard's reason begins when a client was silent
 
 
 class Ledger:
     """Appends events to one file.
 
-    "round" events get the scores of the accepted clients' main metric, as `summary.scores`: under "before" and "after"
-    for training, under "metrics" for an evaluation. The baseline is "before" of the first training round, the untuned
-    model. Without a "run" event, which names the metric, there are no scores.
+    "round" events get the `scores` of the accepted clients' main metric: under "before" and "after" for training, under
+    "metrics" for an evaluation. The baseline is "before" of the first training round, the untuned model. Without a
+    "run" event, which names the metric, there are no scores.
 
     Args:
         path: the file; its folder is made.
@@ -46,8 +50,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None) -> None:
         self.path = Path(path)
-        self._metric: str | None = None
-        self._higher = True
+        self._run: Event = {}
         self._first: int | None = None  # the first training round, whose "before" is the baseline
         self._baseline: dict[str, float] = {}
         self._clients: list[Event] = []  # of the round in progress
@@ -94,26 +97,26 @@ class Ledger:
         self.close()
 
     def _scores(self, event: Event) -> dict[str, Any]:
-        if event["event"] != "round" or self._metric is None:
+        metric, higher = self._run.get("metric"), self._run.get("higher_is_better", True)
+        if event["event"] != "round" or metric is None:
             return {}
         of_round = [e for e in self._clients if (e["kind"], e["round"]) == (event["kind"], event["round"])]
         return {
-            name: scores(measured(of_round, name, self._metric), self._baseline, self._higher)
-            for name in FIELDS[event["kind"]]
+            name: scores(measured(of_round, name, metric), self._baseline, higher) for name in FIELDS[event["kind"]]
         }
 
     def _see(self, event: Event) -> None:
         """What later scores need of an event that is in the file."""
         if event["event"] == "run":
-            self._metric, self._higher = event.get("metric"), event.get("higher_is_better", True)
+            self._run = event
         elif event["event"] == "round":
             self._clients = []
         elif event["event"] == "client":
             self._clients.append(event)
-            if event["kind"] == "train" and self._metric is not None:
+            if event["kind"] == "train" and self._run.get("metric") is not None:
                 self._first = event["round"] if self._first is None else self._first
                 if event["round"] == self._first:
-                    self._baseline |= measured([event], "before", self._metric)
+                    self._baseline |= measured([event], "before", self._run["metric"])
 
     def _append(self, line: bytes, *, sync: bool) -> None:
         start = os.fstat(self._file.fileno()).st_size
@@ -186,7 +189,7 @@ def _plain(value: Any) -> Any:
 def _cut(path: Path, last: int) -> list[dict[str, Any]]:
     """Drop what came after a round, by an atomic rename, and return the rest."""
     events = read(path)
-    reached = max((e["round"] for e in events if e["event"] == "round"), default=0)
+    reached = last_round(events)
     if not 0 <= last <= reached:
         raise ValueError(f"resume_from={last}, but {path} has rounds 1 to {reached}: resume with the run's own ledger")
     kept = [e for e in events if _stays(e, last)]
@@ -203,3 +206,199 @@ def _stays(event: Event, last: int) -> bool:
     """Whether an event came before the checkpoint of that round; an evaluation of the round comes after it."""
     number = event.get("round") or event.get("resumed_at") or 0
     return event["event"] != "end" and number + (event.get("kind") == "evaluate") <= last
+
+
+# ---- what the events say
+
+
+def of_kind(events: Iterable[Event], name: str, kind: str | None = None) -> list[Event]:
+    """The events with that name, of training ("train") or evaluation alone where a kind is given."""
+    return [event for event in events if event["event"] == name and (kind is None or event["kind"] == kind)]
+
+
+def run_of(events: Sequence[Event]) -> Event:
+    """The newest "run" event (a resumed run has several), or an empty one."""
+    return (of_kind(events, "run") or [{}])[-1]
+
+
+def last_round(events: Iterable[Event]) -> int:
+    """The last round that was closed; 0 before the first."""
+    return max((e["round"] for e in of_kind(events, "round")), default=0)
+
+
+def measured(clients: Iterable[Event], field_name: str, metric: str) -> dict[str, float]:
+    """Client -> the metric in one field ("before", "after", "metrics") of the accepted client events."""
+    found = {e["client"]: (e.get(field_name) or {}).get(metric) for e in clients if e["accepted"]}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: bool = True) -> float | None:
+    """Mean relative change against a baseline, in percent. NEGATIVE IS BETTER.
+
+    Formula: `100/K sum_k (-1)^h (M_k - M0_k) / M0_k`, h = 1 if higher is better, else 0.
+
+    Args:
+        values: client -> metric M.
+        baseline: client -> metric M0; it may have more clients.
+        higher_is_better: as with accuracy; False as with a loss.
+
+    Returns:
+        Percent, or None where a relative change means nothing: M0 is not above zero, or a number is not finite.
+
+    Raises:
+        ValueError: no values, or a client without a baseline.
+
+    Source: the multi-task measure of Ban & Ji 2025, Fed-ALoRA.
+    """
+    if not values:
+        raise ValueError("values is empty: delta_m needs at least one client")
+    if missing := sorted(set(values) - set(baseline)):
+        raise ValueError(f"baseline has no value for {', '.join(missing)}: leave them out of values")
+    pairs = [(values[name], baseline[name]) for name in values]
+    if not all(math.isfinite(new) and math.isfinite(old) and old > 0 for new, old in pairs):
+        return None
+    sign = -1 if higher_is_better else 1
+    return sign * 100 * math.fsum((new - old) / old for new, old in pairs) / len(pairs) + 0.0  # no -0.0
+
+
+def scores(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: bool = True) -> dict[str, Any]:
+    """Scores of several clients, as a "round" event holds them; arguments as `delta_m`.
+
+    Returns:
+        "mean", "worst", "worst_client", "delta_m" over the clients with a baseline (who joined later has none), and
+        their number "delta_m_clients"; None where there is nothing to say.
+    """
+    if not values:
+        return dict.fromkeys(("mean", "worst", "worst_client", "delta_m")) | {"delta_m_clients": 0}
+    worst = (min if higher_is_better else max)(sorted(values), key=lambda name: values[name])
+    based = {name: value for name, value in values.items() if name in baseline}
+    return {
+        "mean": math.fsum(values.values()) / len(values),
+        "worst": values[worst],
+        "worst_client": worst,
+        "delta_m": delta_m(based, baseline, higher_is_better) if based else None,
+        "delta_m_clients": len(based),
+    }
+
+
+@dataclass
+class Track:
+    """One client over the rounds.
+
+    Train round k measures it twice: "before" local training, on the model of k - 1 rounds, and "after" it. An
+    evaluation in round k measures the model of k rounds.
+
+    Attributes:
+        name: the client's name, or "node 7" when it never gave one.
+        shared: rounds behind the model -> metric before local training, or in an evaluation.
+        local: round -> metric after local training.
+        nbytes: round -> bytes down and up of its training; the last evaluation would be a kink in every curve.
+        down, up: bytes in all, of training and evaluation.
+        examples: rows it trains on.
+        rejected: (round, reason) of everything from it that was not accepted, silence included.
+        seen, accepted: the last round it was asked, and the last it was accepted.
+    """
+
+    name: str
+    shared: dict[int, float] = field(default_factory=dict)
+    local: dict[int, float] = field(default_factory=dict)
+    nbytes: Counter[int] = field(default_factory=Counter)
+    down: int = 0
+    up: int = 0
+    examples: int | None = None
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    seen: int = 0
+    accepted: int = 0
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Reason -> how often it was rejected for it."""
+        return Counter(reason for _, reason in self.rejected)
+
+    def add(self, event: Event, metric: str) -> None:
+        """Take in one "client" event."""
+        number, down, up = event["round"], event.get("bytes_down") or 0, event.get("bytes_up") or 0
+        self.seen = number
+        self.down, self.up = self.down + down, self.up + up
+        if event["kind"] == "train":
+            self.nbytes[number] += down + up
+        if not event["accepted"]:
+            self.rejected.append((number, str(event.get("reason"))))
+            return
+        self.accepted = number
+        if event["kind"] == "train":
+            self.examples = event.get("examples")
+        points = {"before": (self.shared, number - 1), "after": (self.local, number), "metrics": (self.shared, number)}
+        for name in FIELDS[event["kind"]]:
+            value = (event.get(name) or {}).get(metric)
+            if value is not None:
+                series, step = points[name]
+                series[step] = value
+
+    def state(self, last: int) -> str:
+        """ "ok", "waiting" (never asked), "not asked" (this round), "no reply", or "rejected: why"."""
+        if self.seen < max(last, 1):
+            return "not asked" if self.seen else "waiting"
+        if self.accepted == self.seen:
+            return "ok"
+        reason = self.rejected[-1][1]
+        return NO_REPLY if reason.startswith(NO_REPLY) else f"rejected: {reason}"
+
+
+def tracks(events: Sequence[Event]) -> list[Track]:
+    """A track of every client, those the run announced first.
+
+    A node counts as the client it was accepted as. A name that is only claimed, in a reply that was rejected, counts
+    where no other node has it: nobody collects rejections in another's name.
+    """
+    run, clients = run_of(events), of_kind(events, "client")
+    nodes = {event["node"]: event["client"] for event in clients if event["accepted"]}
+    owned = set(nodes.values())
+    found = {name: Track(name) for name in run.get("clients") or ()}
+    for event in clients:
+        claimed = event.get("client")
+        name = nodes.get(event["node"]) or (claimed if claimed not in owned else None) or f"node {event['node']}"
+        found.setdefault(name, Track(name)).add(event, run.get("metric", ""))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        status: "finished", or "stopped" with everything up to the last round saved.
+        reason: why it stopped.
+        rounds: rounds completed.
+        arrays: the shared arrays after the last of them.
+        events: the whole ledger.
+    """
+
+    status: str
+    reason: str | None
+    rounds: int
+    arrays: dict[str, NDArray] = field(repr=False)
+    events: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def final(self) -> dict[str, dict[str, float]]:
+        """Client -> metrics of the final shared arrays with its private half, on its own test data."""
+        return {e["client"]: e["metrics"] for e in self._clients("evaluate") if e["accepted"]}
+
+    @property
+    def rejections(self) -> list[Event]:
+        """The events of replies that were not used."""
+        return [e for e in self._clients("train") if not e["accepted"]]
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of arrays that clients sent, in all training rounds."""
+        return sum(e["bytes_up"] for e in self._clients("train"))
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of arrays that were sent to clients, in all training rounds."""
+        return sum(e["bytes_down"] for e in self._clients("train"))
+
+    def _clients(self, kind: str) -> list[Event]:
+        return of_kind(self.events, "client", kind)

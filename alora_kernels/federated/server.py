@@ -35,8 +35,7 @@ from .client import BASE, FINAL, LAST, METHOD, SCALING, agreement
 from .config import FedConfig
 from .dp import privacy_spent
 from .guard import GuardedGrid, QuorumError
-from .log import Ledger, read
-from .outcome import Outcome
+from .log import Ledger, Outcome, read
 from .seeds import seed_of
 from .strategies import FromRound, build_strategy
 

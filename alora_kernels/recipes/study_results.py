@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..federated.summary import delta_m
+from ..federated.log import delta_m
 
 ALONE = "local"  # what delta-m compares with
 

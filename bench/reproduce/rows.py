@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alora_kernels.analysis import chance, subspace_overlap
 from alora_kernels.analysis.names import places
-from alora_kernels.federated.summary import delta_m
+from alora_kernels.federated.log import delta_m
 
 from ..report.machine import origin
 from .claims import NOT_RUN

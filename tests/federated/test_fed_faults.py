@@ -13,7 +13,7 @@ from torch import nn
 
 from alora_kernels.federated import FedConfig, Limits, Participant, run
 from alora_kernels.federated.config import StrategyConfig
-from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.log import Outcome
 
 LR = 0.02
 Change = Callable[[Participant], Participant]

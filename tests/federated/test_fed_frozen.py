@@ -13,8 +13,8 @@ import toy
 from torch import nn
 
 from alora_kernels.federated import Limits, Participant, run
+from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.model import matrices
-from alora_kernels.federated.outcome import Outcome
 
 LR = 0.02
 

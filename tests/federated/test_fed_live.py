@@ -12,7 +12,8 @@ from rich.console import Console
 pytest.importorskip("flwr", reason="needs the extra `federated`")
 
 from alora_kernels.federated.log import Ledger, read
-from alora_kernels.federated.view import clean, elapsed, size, spark, summary, table, watch
+from alora_kernels.federated.view import elapsed, spark, summary, table, watch
+from alora_kernels.text import printable, size
 from tests.federated.ledgerfakes import REASON, SILENT, client_event, judgement, one_round, run_event, whole_run
 
 
@@ -167,8 +168,8 @@ def test_spark(series, end, text):
     assert spark(series, end) == text
 
 
-def test_clean():
-    assert clean("a\tb\x00é") == "a b?é"
+def test_printable():
+    assert printable("a\tb\x00é") == "a b?é"
 
 
 def test_time_between_a_stop_and_a_resumption_does_not_count():

@@ -20,7 +20,7 @@ from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
 from alora_kernels.federated.engine import CLIENTS, clients_of
 from alora_kernels.federated.local import InProcessGrid
-from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.server import serve
 from alora_kernels.files import read as read_arrays
 

@@ -14,8 +14,7 @@ from alora_kernels import files
 from alora_kernels.federated import FedConfig, checkpoint, run
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.dp import DpSettings
-from alora_kernels.federated.log import read
-from alora_kernels.federated.outcome import Outcome
+from alora_kernels.federated.log import Outcome, read
 from alora_kernels.federated.server import LEDGER
 
 LR = 0.02

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra `federated`")
 
-from alora_kernels.federated.summary import delta_m, scores, totals, tracks
+from alora_kernels.federated.log import delta_m, scores, tracks
 from tests.federated.ledgerfakes import (
     DOWN,
     REASON,
@@ -71,11 +71,9 @@ def test_totals():
         client_event(3, "bob", reason=SILENT, bytes_up=0) | {"client": None},
         *judgement(3, {"ann": 0.5, "bob": 0.6}),
     ]
-    count = totals(events)
-    assert count.down == {"ann": 4 * DOWN, "bob": 5 * DOWN}
-    assert count.up == {"ann": 3 * UP, "bob": 3 * UP}
-    assert count.nbytes == 9 * DOWN + 6 * UP
-    assert count.rejections == {"bob": {REASON: 2, SILENT: 1}}  # the silent node is known from round 2
+    ann, bob = tracks(events)
+    assert (ann.down, ann.up, bob.down, bob.up) == (4 * DOWN, 3 * UP, 5 * DOWN, 3 * UP)
+    assert (ann.reasons, bob.reasons) == ({}, {REASON: 2, SILENT: 1})  # the silent node is known from round 2
 
 
 def test_nobody_collects_rejections_in_anothers_name():
@@ -85,12 +83,13 @@ def test_nobody_collects_rejections_in_anothers_name():
         client_event(1, "ann", node=66, reason="name ann is taken"),  # a stranger who claims to be ann
         client_event(1, "new", node=77, reason=REASON),
     ]
-    assert totals(events).rejections == {"node 66": {"name ann is taken": 1}, "new": {REASON: 1}}
-    assert list(tracks(events)) == ["ann", "bob", "node 66", "new"]
+    reasons = {"ann": {}, "bob": {}, "node 66": {"name ann is taken": 1}, "new": {REASON: 1}}
+    assert {track.name: track.reasons for track in tracks(events)} == reasons
+    assert [track.name for track in tracks(events)] == list(reasons)
 
 
 def test_a_track_puts_metrics_under_the_rounds_behind_the_model():
-    track = tracks(whole_run(rounds=2))["ann"]
+    track = tracks(whole_run(rounds=2))[0]
     assert track.shared == {0: 0.2, 1: pytest.approx(0.3), 2: pytest.approx(0.4)}
     assert track.local == {1: pytest.approx(0.35), 2: pytest.approx(0.45)}
     assert dict(track.nbytes) == {1: UP + DOWN, 2: UP + DOWN}  # without the evaluation
@@ -110,4 +109,4 @@ def test_a_track_puts_metrics_under_the_rounds_behind_the_model():
     ],
 )
 def test_states(events, last, state):
-    assert tracks([run_event(), *events])["ann"].state(last) == state
+    assert tracks([run_event(), *events])[0].state(last) == state
