@@ -11,8 +11,7 @@ import rich
 
 from alora_kernels.federated import FedConfig, deploy
 from alora_kernels.federated.deploy.apps import write_app
-from alora_kernels.federated.deploy.commands import environment, supernode_command
-from alora_kernels.federated.deploy.keys import make_certificates, make_node_key
+from alora_kernels.federated.deploy.commands import environment, make_certificates, make_node_key, supernode_command
 from alora_kernels.federated.deploy.processes import Processes, free_port
 from alora_kernels.federated.log import read
 from alora_kernels.federated.view import summary

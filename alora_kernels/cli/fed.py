@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +93,7 @@ def certificates(
 ) -> None:
     """Make a certificate authority and a server certificate, unless your organisation has its own."""
     with _errors():
-        from ..federated.deploy.keys import make_certificates
+        from ..federated.deploy.commands import make_certificates
 
         made = make_certificates(folder, tuple(host) if host else ("localhost", "127.0.0.1"))
         typer.echo(f"server: keep {made.certificate} and {made.key}; every client needs a copy of {made.ca}")
@@ -106,7 +106,7 @@ def key(
 ) -> None:
     """Make a client's key pair; its public half goes to the server, its private half never leaves."""
     with _errors():
-        from ..federated.deploy.keys import make_node_key
+        from ..federated.deploy.commands import make_node_key
 
         private, public = make_node_key(folder, client)
         typer.echo(f"send {public} to the server's operator; keep {private}")
@@ -126,8 +126,9 @@ def server(
     """Serve a run to clients on other machines: TLS, and only registered keys."""
     with _errors():
         from ..federated import deploy
-        from ..federated.deploy.keys import Certificates
+        from ..federated.deploy.commands import Certificates
         from ..federated.deploy.processes import Processes
+        from ..federated.deploy.runs import AlreadyRegisteredError
 
         settings = _settings(config, output)
         _claim(settings, resume, overwrite)
@@ -135,7 +136,8 @@ def server(
         with Processes(home / "logs") as processes, _table(settings):
             deploy.start_superlink(processes, home, host=host, port=port, certificates=Certificates(certificates))
             for public in key or []:
-                deploy.register_once(home, public, public.name.removesuffix(".pub"))
+                with suppress(AlreadyRegisteredError):  # an earlier start of this server took it in
+                    deploy.register(home, public, public.name.removesuffix(".pub"))
             deploy.submit_and_wait(home, _app(settings, home, resume))
         _report(settings.output)
 

@@ -1,33 +1,41 @@
-"""The participants that a configuration speaks of: a real model, a real task, local training, accuracy and loss.
+"""What `alora fed` trains: the participants that a configuration speaks of, their rows, and the two apps Flower starts.
 
-In:   a `FedConfig` and a client's name; on a real machine the client's own file.
-Out:  its `Participant`; for a server without data, the adapted model alone.
-Who:  `alora fed`, the Flower apps and the example, on one machine or on many.
+In:   a `FedConfig` and a client's name; on a real machine the client's own file; in an app, Flower's context.
+Out:  its `Participant` (a real model, local training, accuracy and loss); for a server without data, the adapted model
+      alone; `server` and `client`, which app folders (`federated.deploy.apps`, `examples/federated_app`) import.
+Who:  `alora fed`, the studies and the examples, on one machine or on many.
 
-Both kinds of model come down to a choice. An "encoder" has a class per label word; a "causal" model is asked for the
-answer's first token, its loss is over the whole vocabulary and its accuracy among the label words. A process reads a
-base model and tokenises a client's rows once; participants share the frozen weights and own everything else.
+Both kinds of model come down to a choice. An "encoder" has a class per label word: a client's words and their order
+belong to its rows. A "causal" model is asked with the prompt alone, cut where its answer begins, for the answer's first
+token; its loss is over the whole vocabulary and its accuracy among the label words. A process reads a base model and
+tokenises a client's rows once; participants share the frozen weights and own everything else.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import data
+from ..federated.client import Client, client_app
 from ..federated.config import ConfigError, FedConfig
+from ..federated.engine import clients_of
 from ..federated.model import adapt, fingerprint
 from ..federated.participant import Participant, fit, shuffled
-from .fed_rows import Rows, collate, task_rows
+from ..federated.server import Template, serve
 
 KINDS = {"minilm": "encoder", "tiny-random-encoder": "encoder", "smollm2-135m": "causal", "tiny-random": "causal"}
+HEADS: dict[str, tuple[str, ...]] = {"encoder": ("head",), "causal": ()}
 METRICS = ("accuracy", "loss")
 EVAL_BATCH = 64
 
@@ -125,8 +133,7 @@ def majority(config: FedConfig) -> dict[str, float]:
 
 
 def _check(config: FedConfig) -> None:
-    unknown = [name for name in config.metrics if name not in METRICS]
-    if unknown:
+    if unknown := [name for name in config.metrics if name not in METRICS]:
         raise ConfigError(f"metrics: {', '.join(unknown)} not measured here; known are {', '.join(METRICS)}")
 
 
@@ -145,13 +152,11 @@ def _rows(config: FedConfig, client_name: str, data_file: str | Path | None) -> 
     task = config.client(client_name).task
     if task is None and data_file is None:
         raise ConfigError(f"clients.{client_name}: name a task ({', '.join(data.TASKS)}, a .jsonl file or a hub id)")
-    kind = kind_of(config)
-    tokenizer = _base_of(config).tokenizer
     return task_rows(
         task,
         None if data_file is None else str(data_file),
-        causal=kind == "causal",
-        tokenizer=tokenizer,
+        causal=kind_of(config) == "causal",
+        tokenizer=_base_of(config).tokenizer,
         seed=config.seed,
         train_size=config.train_size,
         test_size=config.test_size,
@@ -172,23 +177,15 @@ def _base(name: str, kind: str, values: bool) -> _Base:
     else:
         model, tokenizer = data.load_model(name)
     model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
-    return _Base(model, tokenizer, fingerprint(model, heads=_heads(kind), data=values))
-
-
-def _heads(kind: str) -> tuple[str, ...]:
-    return ("head",) if kind == "encoder" else ()
-
-
-def share_frozen(model: nn.Module) -> nn.Module:
-    """A copy of a model with modules and buffers of its own, whose frozen parameters are the original's tensors."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, memo)
+    return _Base(model, tokenizer, fingerprint(model, heads=HEADS[kind], data=values))
 
 
 def _adapted(config: FedConfig, base: _Base, num_labels: int, client: str, rank: int) -> nn.Module:
     """The method's adapter on a model of the client's own; a head begins the same for all who have its size."""
     kind = kind_of(config)
-    model: Any = share_frozen(base.model.encoder if kind == "encoder" else base.model)  # type: ignore[arg-type]
+    origin: Any = base.model.encoder if kind == "encoder" else base.model
+    frozen: dict[int, Any] = {id(p): p for p in origin.parameters() if not p.requires_grad}
+    model = copy.deepcopy(origin, frozen)  # modules and buffers of its own, the base's own frozen tensors
     if kind == "encoder":
         model = data.EncoderClassifier(model, num_labels, config.seed)
     return adapt(
@@ -198,11 +195,129 @@ def _adapted(config: FedConfig, base: _Base, num_labels: int, client: str, rank:
         lora_alpha=config.lora_alpha,
         target_modules=config.target_modules,
         d_m=config.d_m,
-        heads=_heads(kind),
+        heads=HEADS[kind],
         seed=config.seed,
         client=client,
     )
 
+
+# ---- rows
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One client's data.
+
+    Attributes:
+        labels: the words it answers with.
+        choices: what a prediction is chosen among, per label: token ids, or 0, 1, ... for a classifier.
+        train, test: token ids of each row.
+        train_target, test_target: per row, the right one of `choices`.
+        majority: test accuracy of always giving the most frequent training answer.
+        causal: whether targets are tokens; such rows are padded on the left, so that all answers begin together.
+    """
+
+    labels: tuple[str, ...]
+    choices: Tensor
+    train: Sequence[Sequence[int]]
+    test: Sequence[Sequence[int]]
+    train_target: Tensor
+    test_target: Tensor
+    majority: float
+    causal: bool
+
+
+@lru_cache(maxsize=32)
+def task_rows(
+    task: str | None,
+    data_file: str | None,
+    *,
+    causal: bool,
+    tokenizer: Any,
+    seed: int,
+    train_size: int | None,
+    test_size: int,
+    max_length: int,
+) -> Rows:
+    """Rows of one task, read and tokenised once per process.
+
+    Args:
+        task: built-in task, `.jsonl` file or hub id; None if there is a file.
+        data_file: a `.jsonl` file that takes its place; answers must be the task's label words if it is built in.
+        causal: whether the model answers in words.
+        tokenizer: the model's.
+        seed: decides which rows are test rows.
+        train_size, test_size: at most so many rows; None takes all that are left.
+        max_length: tokens per row; longer ones are cut.
+
+    Raises:
+        ValueError: fewer than two different answers, answers that are not label words, or as in `data.load_task`.
+    """
+    name = str(task if data_file is None else data_file)
+    source = name if data_file is None else data.TaskSpec("own", name, task_column=None)
+    splits = data.load_task(source, seed=seed, train_size=train_size, test_size=test_size)
+    answers = {split: list(splits[split]["answer"]) for split in ("train", "test")}
+    labels = _labels(task, name, set(answers["train"]) | set(answers["test"]))
+    number = data.first_tokens(labels, tokenizer) if causal else {label: i for i, label in enumerate(labels)}
+    ids = {split: _prompts(splits[split], tokenizer, causal, max_length) for split in ("train", "test")}
+    most = max(labels, key=answers["train"].count)
+    return Rows(
+        labels=labels,
+        choices=torch.tensor([number[label] for label in labels]),
+        train=ids["train"],
+        test=ids["test"],
+        train_target=torch.tensor([number[answer] for answer in answers["train"]]),
+        test_target=torch.tensor([number[answer] for answer in answers["test"]]),
+        majority=answers["test"].count(most) / len(answers["test"]),
+        causal=causal,
+    )
+
+
+def _labels(task: str | None, name: str, answers: set[str]) -> tuple[str, ...]:
+    """Label words of a built-in task, else the answers that occur, sorted."""
+    if task not in data.TASKS:
+        if len(answers) < 2:
+            raise ValueError(f"{name!r} has one answer only, {', '.join(answers)!r}; there is nothing to learn from it")
+        return tuple(sorted(answers))
+    known = data.labels_of(task)
+    if other := sorted(answers - set(known)):
+        raise ValueError(
+            f"{name!r} answers {', '.join(map(repr, other[:3]))}, task {task!r} has {', '.join(known)}; rename the "
+            f"answers, or give the client no task in the configuration"
+        )
+    return known
+
+
+def _prompts(split: Any, tokenizer: Any, causal: bool, max_length: int) -> list[list[int]]:
+    """Token ids of each prompt."""
+    if not causal:
+        return tokenizer(list(split["prompt"]), truncation=True, max_length=max_length).input_ids
+    encoded = data.encode(split, tokenizer, max_length)
+    ends = [next(i for i, label in enumerate(labels) if label >= 0) for labels in encoded["labels"]]
+    return [ids[:end] for ids, end in zip(encoded["input_ids"], ends, strict=True)]
+
+
+def collate(rows: Sequence[Sequence[int]], pad: int, *, left: bool, device: torch.device) -> Mapping[str, Tensor]:
+    """Rows padded to the longest of them.
+
+    Args:
+        rows: token ids.
+        pad: fills shorter rows.
+        left: pad on the left and number the positions from each row's first token.
+        device: where the model is.
+
+    Returns:
+        `input_ids`, `attention_mask` `[rows, length]`, and `position_ids` where padded on the left.
+    """
+    tokens, side = [torch.tensor(row) for row in rows], "left" if left else "right"
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)
+    batch = {"input_ids": pad_sequence(tokens, True, pad, side), "attention_mask": mask}
+    if left:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+# ---- local training and judgement
 
 Ask = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -251,3 +366,34 @@ def _evaluate(
         right += int((choices[logits[:, choices].argmax(1)] == target).sum())
     measured = {"accuracy": right / len(order), "loss": loss / len(order)}
     return {name: measured[name] for name in metrics}
+
+
+# ---- Flower's apps
+
+server = ServerApp()
+
+
+@server.main()
+def _main(grid: Grid, context: Context) -> None:
+    """Serve the run; a run that stops early ends as failed, so that `flwr list` says so."""
+    config = FedConfig.from_yaml(str(context.run_config["config"]))
+    known = Template(template(config), base_fingerprint(config))
+    outcome = serve(grid, config, known, resume=bool(context.run_config.get("resume", False)), engine="flower")
+    if outcome.status != "finished":
+        raise RuntimeError(f"stopped after round {outcome.rounds}: {outcome.reason}")
+
+
+@lru_cache(maxsize=4)
+def _clients(text: str, data: str | None) -> Callable[[Context], Client]:
+    config = FedConfig.from_yaml(text)
+    return clients_of(config, lambda name: participant(config, name, data_file=data))
+
+
+def _client_of(context: Context) -> Client:
+    """A client with its own copy of the configuration shares what that says, whatever the server's says."""
+    own, data = context.node_config.get("config"), context.node_config.get("data")
+    text = str(context.run_config["config"]) if own is None else Path(str(own)).read_text()
+    return _clients(text, None if data is None else str(data))(context)
+
+
+client = client_app(_client_of)

@@ -1,8 +1,8 @@
 """Several federated methods on the same clients and seeds, side by side: runs, a table, a JSON file, a picture.
 
 In:   one `FedConfig` per method and seed.
-Out:  a `Result` each; mean, worst client, delta-m against training alone, and bytes, over the seeds.
-Who:  `examples/federated_sentiment.py`.
+Out:  a `Result` each; a `Row` per method over the seeds: mean, worst client, delta-m against training alone, bytes.
+Who:  `examples/federated_sentiment.py`; benchmarks.
 
 A finished run stays in its folder and is read back instead of repeated, so an interrupted study goes on where it was; a
 folder that holds a run of another configuration is refused. The order of methods differs from task to task and seed to
@@ -13,23 +13,67 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from .. import plotting
 from ..federated import FedConfig, Outcome, checkpoint, run
-from ..federated.log import read
+from ..federated.log import delta_m, read
 from ..federated.server import FINAL, LEDGER, Template
 from . import display
-from .display import quiet
 from .federated import base_fingerprint, majority, participant, template
-from .study_results import ALONE, Result, rows_of
 
 CONFIG = "config.yaml"
+ALONE = "local"  # what delta-m compares with
+MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, or one row of comparison that was not trained.
+
+    Attributes:
+        method: name of the method, or "majority" or "untuned".
+        seed: of the run.
+        accuracy: client -> accuracy on its test rows at the end.
+        bytes_round: arrays up and down, per client and round, on average.
+        bytes_total: arrays up and down, all clients and rounds.
+        rejected: replies that the guard refused.
+    """
+
+    method: str
+    seed: int
+    accuracy: dict[str, float]
+    bytes_round: float = 0.0
+    bytes_total: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over all seeds; each list has a value per seed.
+
+    Attributes:
+        method: its name.
+        mean, worst: over the clients.
+        worst_client: who was worst, most often.
+        delta: delta-m in percent against `local` with the same seed (below zero is better); None without such a run.
+        bytes_round, bytes_total: as in `Result`, of the mean seed.
+    """
+
+    method: str
+    mean: list[float]
+    worst: list[float]
+    worst_client: str
+    delta: list[float | None]
+    bytes_round: float
+    bytes_total: float
 
 
 def study(configs: Sequence[FedConfig]) -> list[Result]:
@@ -41,7 +85,7 @@ def study(configs: Sequence[FedConfig]) -> list[Result]:
     Raises:
         ValueError, RuntimeError: as `result`.
     """
-    quiet()
+    display.quiet()
     one_per_seed = {config.seed: config for config in reversed(configs)}
     results = [row for seed in dict.fromkeys(c.seed for c in configs) for row in baselines(one_per_seed[seed])]
     with display.progress("messages") as bar:
@@ -100,6 +144,33 @@ def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message
     )
 
 
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """One row per method, in the order of first appearance.
+
+    Raises:
+        ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty: run at least one method")
+    alone = {r.seed: r.accuracy for r in results if r.method == ALONE}
+    rows = []
+    for method in dict.fromkeys(r.method for r in results):
+        own = [r for r in results if r.method == method]
+        worst = [min(r.accuracy, key=r.accuracy.__getitem__) for r in own]
+        rows.append(
+            Row(
+                method=method,
+                mean=[statistics.fmean(r.accuracy.values()) for r in own],
+                worst=[r.accuracy[name] for r, name in zip(own, worst, strict=True)],
+                worst_client=Counter(worst).most_common(1)[0][0],
+                delta=[delta_m(r.accuracy, alone[r.seed]) if r.seed in alone else None for r in own],
+                bytes_round=statistics.fmean(r.bytes_round for r in own),
+                bytes_total=statistics.fmean(r.bytes_total for r in own),
+            )
+        )
+    return rows
+
+
 def table(results: Sequence[Result], title: str) -> Table:
     """The study as a table: averages over seeds, with the range where there are several."""
     cells = []
@@ -121,8 +192,6 @@ def table(results: Sequence[Result], title: str) -> Table:
 
 def save(results: Sequence[Result], configs: Sequence[FedConfig], folder: Path) -> tuple[Path, Path]:
     """`results.json` (configurations, every run, the rows) and `results.png` in the folder."""
-    from .study_plot import plot
-
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "configs": [config.model_dump(mode="json", exclude_defaults=True, exclude={"output"}) for config in configs],
@@ -145,3 +214,52 @@ def _size(count: float) -> str:
     if not count:
         return "-"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def plot(results: Sequence[Result], path: Path) -> Path:
+    """The picture of the results, as PNG; returns its path.
+
+    Left, a line per method: a dot per client (mean over seeds), a bar at the mean over clients with the range over
+    seeds. Right, bytes per client and round.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plotting.check_matplotlib("the picture needs matplotlib: pip install 'alora-kernels[federated]'")
+    rows = rows_of(results)
+    figure = plotting.figure(9, 1.6 + 0.42 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1.3))
+    _clients(left, results, [row.method for row in rows])
+    for y, row in enumerate(rows):
+        mean = 100 * sum(row.mean) / len(row.mean)
+        left.plot([100 * min(row.mean), 100 * max(row.mean)], [y, y], color="black", lw=4, alpha=0.35, zorder=1)
+        label = "mean over clients, range over seeds" if y == 0 else None
+        left.plot([mean, mean], [y - 0.32, y + 0.32], color="black", lw=2, zorder=1, label=label)
+        right.barh(y, row.bytes_round / 1e3, color="#999999", height=0.55)
+        note = f" {row.bytes_round / 1e3:.0f}" if row.bytes_round else " 0"
+        right.text(row.bytes_round / 1e3, y, note, va="center", fontsize=8)
+    left.set_yticks(range(len(rows)), [row.method for row in rows])
+    left.invert_yaxis()
+    left.set_xlabel("accuracy on each client's own test rows, %")
+    left.grid(axis="x", alpha=0.3)
+    right.set_xlabel("kB up and down\nper client and round")
+    right.margins(x=0.25)
+    right.set_xlim(left=0)
+    plotting.tidy(left, right)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return plotting.save(figure, path)
+
+
+def _clients(axes: Any, results: Sequence[Result], methods: Sequence[str]) -> None:
+    """A dot per client and method, a little apart so that equal values stay visible."""
+    clients = list(dict.fromkeys(name for r in results for name in r.accuracy))
+    for i, client in enumerate(clients):
+        apart = (i - (len(clients) - 1) / 2) * 0.5 / max(len(clients), 4)
+        points = []
+        for y, method in enumerate(methods):
+            values = [r.accuracy[client] for r in results if r.method == method and client in r.accuracy]
+            if values:
+                points.append((100 * sum(values) / len(values), y + apart))
+        xs, ys = zip(*points, strict=True)
+        style = {"color": plotting.COLOURS[i % 8], "marker": MARKERS[i // 8 % 8 if len(clients) > 8 else i % 8]}
+        axes.plot(xs, ys, ls="", ms=5, label=client, zorder=2, **style)

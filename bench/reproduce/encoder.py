@@ -26,7 +26,7 @@ from alora_kernels.adapters.method import Method
 from alora_kernels.baselines.layers import SharedALinear
 from alora_kernels.baselines.methods import adapt, as_large_as_alora, target_shapes
 from alora_kernels.federated.participant import fit, shuffled
-from alora_kernels.recipes.fed_rows import collate
+from alora_kernels.recipes.federated import collate
 
 from .config import Config
 

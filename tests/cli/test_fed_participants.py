@@ -12,7 +12,6 @@ from alora_kernels import data
 from alora_kernels.federated import METHODS, ConfigError, FedConfig
 from alora_kernels.federated.model import wire_spec
 from alora_kernels.federated.participant import seeded
-from alora_kernels.recipes import fed_rows as fed_rows
 from alora_kernels.recipes import federated as fed_participants
 from alora_kernels.recipes.federated import base_fingerprint, majority, participant, template
 from alora_kernels.training import choice_accuracy
@@ -171,11 +170,11 @@ def test_bad_configurations_name_the_remedy(toy):
 def test_bases_and_rows_are_read_once(toy):
     config = config_of(toy, toy, seed=77)
     participant(config, "c0")
-    models, rows = (f.cache_info().misses for f in (fed_participants._base, fed_rows.task_rows))
+    models, rows = (f.cache_info().misses for f in (fed_participants._base, fed_participants.task_rows))
     participant(config, "c1")
     template(config)
     assert fed_participants._base.cache_info().misses == models
-    assert fed_rows.task_rows.cache_info().misses == rows
+    assert fed_participants.task_rows.cache_info().misses == rows
 
 
 def test_base_check_reads_the_weights(toy):
@@ -200,7 +199,7 @@ def test_long_rows_are_cut(toy, tmp_path):
 
 def test_collate_pads_on_the_side_it_is_told():
     rows, cpu = [[1, 2, 3], [4]], torch.device("cpu")
-    right, left = (fed_rows.collate(rows, 9, left=side, device=cpu) for side in (False, True))
+    right, left = (fed_participants.collate(rows, 9, left=side, device=cpu) for side in (False, True))
     assert right["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert "position_ids" not in right

@@ -6,7 +6,9 @@ The federation is `deployfakes`, whose result is known to the last bit, so what 
 from __future__ import annotations
 
 import os
+import ssl
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -19,13 +21,18 @@ from safetensors.numpy import load_file
 
 from alora_kernels import data
 from alora_kernels.federated import FedConfig, run
-from alora_kernels.federated.deploy import apps as flower_app
 from alora_kernels.federated.deploy import runs as flower
 from alora_kernels.federated.deploy.apps import write_app
-from alora_kernels.federated.deploy.commands import environment, supernode_command
-from alora_kernels.federated.deploy.keys import Certificates, make_certificates, make_node_key
-from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes, free_port, tls, wait_line
+from alora_kernels.federated.deploy.commands import (
+    Certificates,
+    environment,
+    make_certificates,
+    make_node_key,
+    supernode_command,
+)
+from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes, free_port
 from alora_kernels.recipes.federated import participant
+from tests.support.processes import kill, wait, wait_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 600  # for what takes seconds on an idle machine: only a hang comes so far
@@ -100,7 +107,7 @@ def test_a_superlink_that_dies_is_an_error(tmp_path):
 
         def die(line: str) -> None:
             if "Waiting for nodes" in line:
-                superlink.kill()
+                kill(superlink)
 
         with pytest.raises(FlowerError, match="flwr list server failed"):
             flower.submit_and_wait(tmp_path, app, federation={"num-supernodes": 2}, echo=die, seconds=SECONDS)
@@ -148,7 +155,7 @@ def test_tls_federation_turns_strangers_away_and_goes_on(tmp_path, federation):
     stranger = federation.client("client-9", key="stranger")
     misled = federation.client("client-0", process="misled", ca=make_certificates(tmp_path / "other").ca)
     for process, remedy in ((stranger, "register its .pub file"), (misled, "not signed by the ca.pem")):
-        assert process.wait(SECONDS) != 0
+        assert wait(process, SECONDS) != 0
         assert remedy in flower.explain(process.log)
     for member in members:
         wait_line(member, ONLINE, SECONDS)
@@ -162,10 +169,12 @@ def test_tls_federation_turns_strangers_away_and_goes_on(tmp_path, federation):
 
 
 def test_operators_calls_from_another_machine_are_refused(federation):
+    trust = ssl.create_default_context(cafile=str(federation.certificates.ca))
+
     def status(path: str, **headers: str) -> int:
         call = urllib.request.Request(f"https://127.0.0.1:{federation.port}{path}", method="POST", headers=headers)
         try:
-            return urllib.request.urlopen(call, timeout=SECONDS, context=tls(federation.certificates.ca)).status
+            return urllib.request.urlopen(call, timeout=SECONDS, context=trust).status
         except urllib.error.HTTPError as error:
             return error.code
 
@@ -185,7 +194,7 @@ def test_a_client_killed_in_mid_round_does_not_stop_the_others(tmp_path, federat
         victim = members["client-2"]
         if "Sampled 3 nodes" in line and victim.exit_code is None:
             wait_for(tmp_path / "out" / "stalled")
-            victim.kill()
+            kill(victim)
 
     app = app_folder(tmp_path, least=2, stalls=2)
     run = flower.submit_and_wait(tmp_path, app, echo=kill_when_it_stalls, seconds=SECONDS)
@@ -212,8 +221,8 @@ def test_one_configuration_gives_the_same_arrays_under_all_three_engines(tmp_pat
     answers = [e for e in events if e["event"] == "client" and e["kind"] == "train"]
     assert sorted(e["client"] for e in answers if e["accepted"]) == ["amazon", "movie", "nyt"]
 
-    text = flower_app.read_config(tmp_path / "four" / "app")
-    config = FedConfig.from_yaml(text).model_copy(update={"output": tmp_path / "one"})
+    app = tomllib.loads((tmp_path / "four" / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    config = FedConfig.from_yaml(app["config"]["config"]).model_copy(update={"output": tmp_path / "one"})
     run(config, lambda name: participant(config, name))
     simulated = config.model_copy(update={"output": tmp_path / "ray"})
     flower.run_ray(write_app(tmp_path / "app", simulated.to_yaml()), 3, tmp_path / "home", seconds=SECONDS)

@@ -12,7 +12,6 @@ import pytest
 
 from alora_kernels.federated.deploy import apps as flower_app
 from alora_kernels.federated.deploy import commands as flower_commands
-from alora_kernels.federated.deploy import keys as flower_keys
 from alora_kernels.federated.deploy import processes as flower_processes
 from alora_kernels.federated.deploy import runs as flower
 from alora_kernels.federated.deploy import superlink as flower_superlink
@@ -29,7 +28,6 @@ def test_flower_accepts_the_folder_and_gives_the_text_back(tmp_path):
     config, warnings = load_and_validate(folder / "pyproject.toml")
     assert warnings == []
     assert config["tool"]["flwr"]["app"]["config"] == {"config": AWKWARD, "resume": True}
-    assert flower_app.read_config(folder) == AWKWARD
 
 
 def test_only_the_two_files_travel(tmp_path):
@@ -51,8 +49,6 @@ def test_a_text_that_toml_cannot_hold_is_refused(tmp_path):
             flower_app.write_app(tmp_path, text)
     with pytest.raises(ValueError, match="server and client must be"):
         flower_app.write_app(tmp_path, "a: 1", server="a b:c")
-    with pytest.raises(ValueError, match="holds no config"):
-        flower_app.read_config(tmp_path)
 
 
 def test_the_example_is_the_folder_by_hand(tmp_path):
@@ -60,8 +56,7 @@ def test_the_example_is_the_folder_by_hand(tmp_path):
 
     from alora_kernels.federated.config import FedConfig
 
-    load_and_validate(EXAMPLE / "pyproject.toml")
-    text = flower_app.read_config(EXAMPLE)
+    text = load_and_validate(EXAMPLE / "pyproject.toml")[0]["tool"]["flwr"]["app"]["config"]["config"]
     assert FedConfig.from_yaml(text).output.is_absolute()
     made = flower_app.write_app(tmp_path, text)
     assert (EXAMPLE / "app.py").read_text() == (made / "app.py").read_text()
@@ -73,8 +68,8 @@ def test_flower_parses_the_commands(tmp_path):
     from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-    files = flower_keys.make_certificates(tmp_path)
-    key, _ = flower_keys.make_node_key(tmp_path, "clinic")
+    files = flower_commands.make_certificates(tmp_path)
+    key, _ = flower_commands.make_node_key(tmp_path, "clinic")
     command = flower_commands.superlink_command(tmp_path, host="0.0.0.0", port=8123, certificates=files)
     server = _parse_args_run_superlink().parse_args(command[3:])
     assert (server.host, server.port, server.insecure, server.simulation) == ("0.0.0.0", 8123, False, False)
@@ -108,7 +103,7 @@ def test_missing_files_and_values_without_escape_are_named(tmp_path):
     with pytest.raises(FlowerError, match=r"ca\.pem is missing"):
         flower_commands.supernode_command("a", "h:1", ca=tmp_path / "ca.pem", key=tmp_path / "a", state_dir=tmp_path)
     with pytest.raises(FlowerError, match=r"server\.pem is missing; it comes from make_certificates"):
-        flower_commands.superlink_command(tmp_path, certificates=flower_keys.Certificates(tmp_path))
+        flower_commands.superlink_command(tmp_path, certificates=flower_commands.Certificates(tmp_path))
     for value in ("it's", "a\nb"):
         with pytest.raises(ValueError, match="data must not hold quotes"):
             flower_commands.node_config({"data": value})

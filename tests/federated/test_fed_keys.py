@@ -12,8 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from alora_kernels.federated.deploy import keys as flower_keys
-from alora_kernels.federated.deploy import processes as flower_processes
+from alora_kernels.federated.deploy import commands as flower_keys
 
 
 def mode(file: Path) -> int:
@@ -24,7 +23,7 @@ def handshake(files: flower_keys.Certificates, name: str, ca: Path) -> str:
     """The subject a client sees that calls `name` and trusts `ca`."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(files.certificate, files.key)
-    context = flower_processes.tls(ca)
+    context = ssl.create_default_context(cafile=str(ca))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python 3.13 does by default
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

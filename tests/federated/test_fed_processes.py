@@ -13,6 +13,7 @@ import pytest
 from alora_kernels.federated.deploy import processes as flower_processes
 from alora_kernels.federated.deploy import runs as flower
 from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes
+from tests.support.processes import wait, wait_line
 
 FOREVER = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"]
 
@@ -27,7 +28,7 @@ def test_everything_is_stopped_in_reverse_order_after_an_error(tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError), Processes(tmp_path) as processes:
         children = [processes.start(name, FOREVER, os.environ) for name in ("first", "second")]
         for child in children:
-            flower_processes.wait_line(child, "ready", 120)
+            wait_line(child, "ready", 120)
         raise ZeroDivisionError
     assert order == ["second", "first"]
     assert [child.exit_code for child in children] == [-signal.SIGTERM] * 2
@@ -37,7 +38,7 @@ def test_asked_twice_it_loses_patience_and_still_stops_everything(tmp_path):
     with Processes(tmp_path) as processes:
         children = [processes.start(name, FOREVER, os.environ) for name in ("first", "second")]
         for child in children:
-            flower_processes.wait_line(child, "ready", 120)
+            wait_line(child, "ready", 120)
         asked, stop = [], children[1].stop
 
         def interrupted(grace: float) -> None:
@@ -61,7 +62,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_detached_children(tmp
         "time.sleep(600)",
     )
     process = Process("stubborn", code, os.environ, tmp_path / "log")
-    flower_processes.wait_line(process, "ready", 120)
+    wait_line(process, "ready", 120)
     child = psutil.Process(int(process.log.read_text().split()[0]))
     process.stop(grace=0.5)
     assert process.exit_code == -signal.SIGKILL
@@ -77,10 +78,10 @@ def test_sigterm_to_the_supervisor_stops_its_processes(tmp_path):
         "    time.sleep(600)",
     )
     supervisor = Process("supervisor", code, os.environ, tmp_path / "log")
-    flower_processes.wait_line(supervisor, "\n", 240)
+    wait_line(supervisor, "\n", 240)
     child = int(supervisor.log.read_text())
     os.kill(supervisor.pid, signal.SIGTERM)
-    assert supervisor.wait(120) == 128 + signal.SIGTERM
+    assert wait(supervisor, 120) == 128 + signal.SIGTERM
     assert not psutil.pid_exists(child)
 
 
@@ -92,7 +93,7 @@ def test_a_daemon_that_ends_or_stays_silent_is_an_error_that_quotes_its_log(tmp_
     with pytest.raises(FlowerError, match=r"(?s)ends ended with exit code 3.*  the reason$"):
         flower_processes.wait_healthy(ends, url, seconds=120)
     with pytest.raises(FlowerError, match="ends ended with exit code 3"):
-        flower_processes.wait_line(ends, "never", 120)
+        wait_line(ends, "never", 120)
     silent = Process("silent", FOREVER, os.environ, tmp_path / "b")
     try:
         with pytest.raises(FlowerError, match="silent does not answer"):

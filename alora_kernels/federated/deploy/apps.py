@@ -14,8 +14,8 @@ import re
 import tomllib
 from pathlib import Path
 
-SERVER, CLIENT = "alora_kernels.recipes.fed_apps:server", "alora_kernels.recipes.fed_apps:client"
-_REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+SERVER, CLIENT = "alora_kernels.recipes.federated:server", "alora_kernels.recipes.federated:client"
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 _PROJECT = """\
 [project]
@@ -42,8 +42,8 @@ config = '''
 _APP = '''\
 """What Flower starts: the two apps, imported from what is installed on this machine."""
 
-from {client_module} import {client} as client
-from {server_module} import {server} as server
+from {client[0]} import {client[1]} as client
+from {server[0]} import {server[1]} as server
 
 __all__ = ["client", "server"]  # Flower looks the names up here, without importing the file
 '''
@@ -65,31 +65,14 @@ def write_app(folder: Path, config: str, *, resume: bool = False, server: str = 
     Raises:
         ValueError: a reference that is not "module:name", or a configuration that TOML cannot hold as a literal.
     """
-    parts = [_REFERENCE.fullmatch(reference) for reference in (server, client)]
-    if parts[0] is None or parts[1] is None:
+    if not (_REFERENCE.fullmatch(server) and _REFERENCE.fullmatch(client)):
         raise ValueError(f"server and client must be 'module:name', got {server!r} and {client!r}")
     project = _PROJECT.format(config=_literal(config), resume=str(resume).lower())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(project)
-    (server_module, server_name), (client_module, client_name) = parts[0].groups(), parts[1].groups()
-    (folder / "app.py").write_text(
-        _APP.format(server_module=server_module, server=server_name, client_module=client_module, client=client_name)
-    )
+    (folder / "app.py").write_text(_APP.format(server=server.split(":"), client=client.split(":")))
     return folder
-
-
-def read_config(folder: Path) -> str:
-    """The configuration in an app folder.
-
-    Raises:
-        ValueError: no `pyproject.toml` with `[tool.flwr.app.config]` and `config` in it.
-    """
-    file = Path(folder) / "pyproject.toml"
-    try:
-        return str(tomllib.loads(file.read_text())["tool"]["flwr"]["app"]["config"]["config"])
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{file} holds no config under [tool.flwr.app.config]: {error!r}") from None
 
 
 def _literal(config: str) -> str:

@@ -1,26 +1,38 @@
-"""The commands of Flower's daemons, and the environment they run in.
+"""What Flower's daemons are started with: their commands and environment, certificates and keys.
 
 In:   a home folder for everything Flower writes, addresses, certificates and keys.
-Out:  program and arguments of SuperLink and SuperNodes; `<home>/flwr/config.toml`, which `flwr` commands read.
-Who:  `runs` starts them as children; `alora fed server` and `alora fed client` become them.
+Out:  program and arguments of SuperLink and SuperNodes; `<home>/flwr/config.toml`, which `flwr` commands read;
+      `ca.pem`, `server.pem`, `server.key`; `<client>` and `<client>.pub`.
+Who:  `runs` starts the commands as children; `alora fed` and the loopback example.
 
 FLWR_HOME lies inside the run's folder: neither configuration nor state of the user is touched. A server without
 certificates is a simulation and listens on this machine only; with them it takes only clients whose key is registered.
+Clients get `ca.pem` and trust nobody else, so the authority signs only once: a new server certificate means a new
+`ca.pem` for everyone. Files are never overwritten, because a lost node key is a client that has to be registered again.
+Certificates and keys from elsewhere (`openssl`, `step`, `ssh-keygen -t ecdsa -b 384`) work as well.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from .keys import Certificates, check_name
+from ...text import NAME
 from .processes import FlowerError, free_port
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 #: no telemetry, no look for updates, no `pip install` when a run starts
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
@@ -33,17 +45,11 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 CONNECTION = "server"  # name of the one connection in a home's config.toml
 LOOPBACK = "127.0.0.1"
+LOCAL = ("localhost", LOOPBACK)  # always in the certificate: the server's own processes call it there
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The environment of Flower's processes: this one's, `ENVIRONMENT`, FLWR_HOME, and Flower's programs on the PATH.
-
-    Args:
-        home: folder of the run; Flower's home becomes `<home>/flwr`.
-
-    Returns:
-        A whole environment for a subprocess.
-    """
+    """The whole environment of Flower's processes: this one's, `ENVIRONMENT`, `<home>/flwr` as FLWR_HOME, a PATH."""
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(Path(home).resolve() / "flwr"), "PATH": programs}
 
@@ -62,13 +68,7 @@ def program(name: str) -> str:
 
 
 def connect(home: Path, address: str, ca: Path | None = None) -> None:
-    """Write where `flwr` commands with this home find the SuperLink.
-
-    Args:
-        home: folder of the run.
-        address: "host:port".
-        ca: certificate that signed the server's; None means no TLS, which only a simulation may do.
-    """
+    """Write where `flwr` commands with this home find the SuperLink: at "host:port"; only a simulation has no `ca`."""
     trust = "insecure = true" if ca is None else f"root-certificates = {json.dumps(str(Path(ca).resolve()))}"
     file = Path(home) / "flwr" / "config.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def supernode_command(
 
 
 def node_config(values: Mapping[str, str]) -> str:
-    """Key-value pairs as Flower's `--node-config` wants them: `key='value'`, separated by spaces.
+    """Key-value pairs as Flower's `--node-config` wants them: `key='value'` ...
 
     Raises:
         ValueError: a value with a quote or a control character, for which that format has no escape.
@@ -174,3 +174,160 @@ def existing(file: Path, source: str) -> Path:
     if not Path(file).is_file():
         raise FlowerError(f"{file} is missing; it comes from {source}")
     return Path(file).resolve()
+
+
+# ---- certificates and keys
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Where the TLS files of a server are.
+
+    Attributes:
+        folder: holds `ca.pem` (give it to every client), `server.pem` and `server.key` (stay with the server).
+    """
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        """The authority's certificate."""
+        return self.folder / "ca.pem"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.pem"
+
+    @property
+    def key(self) -> Path:
+        """The server's private key."""
+        return self.folder / "server.key"
+
+
+def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 365) -> Certificates:
+    """An authority and a server certificate signed by it; the authority's own key is never written.
+
+    Args:
+        folder: where to write; made if missing.
+        hosts: names and addresses under which clients reach the server; this machine's own are added.
+        days: how long both are valid.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ValueError: days below one.
+        FileExistsError: one of the files is there already.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    if days < 1:
+        raise ValueError(f"days must be >= 1, got {days}")
+    files = Certificates(Path(folder))
+    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = _certificate("federation authority", authority, authority, days)
+    names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys([*hosts, *LOCAL])])
+    certificate = _certificate("federation server", server, authority, days, ca, names)
+    private = server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public = {
+        file: made.public_bytes(Encoding.PEM) for file, made in ((files.ca, ca), (files.certificate, certificate))
+    }
+    _write(public | {files.key: private}, private=files.key)
+    return files
+
+
+def make_node_key(folder: Path, client: str) -> tuple[Path, Path]:
+    """A key pair with which a client proves to the server who it is.
+
+    Args:
+        folder: where to write; made if missing.
+        client: its name, the name of the files.
+
+    Returns:
+        Private key, which never leaves the client, and public key, which the server registers: the same as
+        `ssh-keygen -t ecdsa -b 384` writes.
+
+    Raises:
+        ValueError: a name that is not a file name, see `check_name`.
+        FileExistsError: one of the files is there already.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    private = Path(folder) / check_name(client)
+    public = private.with_name(f"{client}.pub")
+    key = ec.generate_private_key(ec.SECP384R1())
+    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {client}\n".encode()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    _write({private: pem, public: line}, private=private)
+    return private, public
+
+
+def check_name(client: str) -> str:
+    """A client's name, if it can be a file name and a value of Flower's node configuration.
+
+    Raises:
+        ValueError: anything but letters, digits, dot, hyphen and underscore, or longer than 64.
+    """
+    if not NAME.fullmatch(client):
+        raise ValueError(
+            f"client must be up to 64 letters, digits, '.', '-', '_' and begin with a letter or digit, got {client!r}"
+        )
+    return client
+
+
+def _write(contents: Mapping[Path, bytes], *, private: Path) -> None:
+    """New files in one folder; one of them is for its owner alone."""
+    for file in contents:
+        if file.exists():
+            raise FileExistsError(f"{file} exists; keep it, or move it away to make a new one")
+    private.parent.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        mode = 0o600 if file == private else 0o644
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as sink:
+            sink.write(content)
+
+
+def _certificate(
+    subject: str,
+    key: ec.EllipticCurvePrivateKey,
+    signer: ec.EllipticCurvePrivateKey,
+    days: int,
+    ca: x509.Certificate | None = None,
+    names: x509.SubjectAlternativeName | None = None,
+) -> x509.Certificate:
+    """An authority's certificate, which signs itself; or with `ca` and `names` a server's that the authority signs."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    now, signs = datetime.now(UTC), ca is None
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
+    # a server signs connections, an authority certificates and their revocations; the other uses are nobody's
+    usage = x509.KeyUsage(not signs, False, False, False, False, signs, signs, False, False)
+    builder = (
+        x509.CertificateBuilder(ca.subject if ca else name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))  # clocks of server and clients may differ
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.BasicConstraints(ca=signs, path_length=0 if signs else None), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    if names is not None:
+        # the authority's key identifier is what strict verification (Python 3.13's default) follows
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+        purpose = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH])
+        for extension in (purpose, issuer, names):
+            builder = builder.add_extension(extension, critical=False)
+    return builder.sign(signer, hashes.SHA256())
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

@@ -22,15 +22,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO
 
 import psutil
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL: a SuperLink gives its executor one, a SuperNode signs off in two
-PROBE = 0.2  # seconds between two looks at a process that is starting
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+PROBE = 0.2  # seconds between two looks at a process
 LAST = 12  # lines of a log that an error quotes
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class FlowerError(RuntimeError):
@@ -74,6 +74,9 @@ class Process:
         command: program and arguments.
         env: its whole environment.
         log: file that gets its output and errors, appended.
+
+    Raises:
+        FlowerError: it does not start.
     """
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -92,27 +95,12 @@ class Process:
                 )
         except OSError as error:
             raise FlowerError(f"{name} does not start: {error}") from error
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._popen.pid
+        self.pid = self._popen.pid
 
     @property
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._popen.poll()
-
-    def wait(self, seconds: float | None = None) -> int:
-        """Its exit code.
-
-        Raises:
-            FlowerError: still running after `seconds`.
-        """
-        try:
-            return self._popen.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise FlowerError(f"{self.name} still runs after {seconds:.0f} s:\n{last_lines(self.log)}") from None
 
     def open_log(self) -> IO[str]:
         """Its log, from where this process began."""
@@ -120,37 +108,39 @@ class Process:
         stream.seek(self._begin)
         return stream
 
-    def kill(self) -> None:
-        """SIGKILL to it and all its descendants, as a machine that loses power."""
-        for process in [*self._family(), self._popen]:
-            _signal(process, "kill")
-        self._popen.wait()
+    def looks(self, seconds: float | None) -> Iterator[int | None]:
+        """Its exit code every PROBE seconds: None while it runs, then once the number; for `seconds` at most.
+
+        Raises:
+            FlowerError: it ended, and the caller still wants another look.
+        """
+        begin = time.monotonic()
+        while seconds is None or time.monotonic() - begin <= seconds:
+            code = self.exit_code
+            yield code
+            if code is not None:
+                raise FlowerError(f"{self.name} ended with exit code {code}:\n{last_lines(self.log)}")
+            time.sleep(PROBE)
 
     def stop(self, grace: float = GRACE) -> None:
         """SIGTERM to it, then to its descendants, then SIGKILL to what is left after `grace` seconds."""
-        family = self._family()
+        family = []
         if self.exit_code is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(self.pid).children(recursive=True)
             self._popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(grace)
         for process in family:
-            _signal(process, "terminate")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
         _, left = psutil.wait_procs(family, timeout=grace)
-        for process in [*left, self._popen]:
-            _signal(process, "kill")
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._popen.kill()
         psutil.wait_procs(left, timeout=grace)
         self._popen.wait()
-
-    def _family(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.pid).children(recursive=True) if self.exit_code is None else []
-        except psutil.NoSuchProcess:
-            return []
-
-
-def _signal(process: psutil.Process | subprocess.Popen, method: str) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        getattr(process, method)()
 
 
 class Processes:
@@ -172,7 +162,7 @@ class Processes:
             self._before = signal.signal(signal.SIGTERM, _leave)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         grace = GRACE
         try:
             for process in reversed(self._started):
@@ -190,31 +180,23 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def tls(ca: Path) -> ssl.SSLContext:
-    """Trust in servers whose certificate `ca` signed, and in nobody else."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cafile=str(ca))
-    return context
-
-
 def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: float = 60.0) -> None:
-    """Wait until a daemon answers at `url`.
+    """Wait until a daemon answers.
 
     Args:
         process: the daemon.
         url: its health address, http or https.
-        ca: certificate that signed the server's, for https.
+        ca: certificate that signed the server's, for https; nobody else is trusted.
         seconds: how long to wait.
 
     Raises:
         FlowerError: it ended, or did not answer in time; quotes the log.
     """
-    context = tls(ca) if ca else None
-    deadline, reason = time.monotonic() + seconds, "no answer"
-    while time.monotonic() < deadline:
-        if process.exit_code is not None:
-            code = process.exit_code
-            raise FlowerError(f"{process.name} ended with exit code {code}:\n{last_lines(process.log)}")
+    context = ssl.create_default_context(cafile=str(ca)) if ca else None
+    reason = "no answer"
+    for code in process.looks(seconds):
+        if code is not None:
+            continue  # somebody else would answer
         try:
             with urllib.request.urlopen(url, timeout=5, context=context):
                 return
@@ -222,28 +204,9 @@ def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: fl
             reason = str(getattr(error, "reason", error))
             if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
                 raise FlowerError(f"the certificate of {process.name} does not hold for {url}: {reason}") from None
-        time.sleep(PROBE)
     raise FlowerError(
         f"{process.name} does not answer at {url} after {seconds:.0f} s ({reason}):\n{last_lines(process.log)}"
     )
-
-
-def wait_line(process: Process, text: str, seconds: float = 60.0) -> None:
-    """Wait until the log of a process holds `text`.
-
-    Raises:
-        FlowerError: it ended without, or did not write it in time; quotes the log.
-    """
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended = process.exit_code  # before the log is read: its last words count
-        with process.open_log() as log:
-            if text in log.read():
-                return
-        if ended is not None:
-            raise FlowerError(f"{process.name} ended with exit code {ended}:\n{last_lines(process.log)}")
-        time.sleep(PROBE)
-    raise FlowerError(f"{process.name} did not log {text!r} in {seconds:.0f} s:\n{last_lines(process.log)}")
 
 
 def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
@@ -252,18 +215,14 @@ def follow(process: Process, echo: Callable[[str], object] | None, seconds: floa
     Raises:
         FlowerError: still running after `seconds`.
     """
-    begin = time.monotonic()
-    with process.open_log() as lines:
-        while True:
-            code = process.exit_code
-            for line in _whole_lines(lines):
+    with process.open_log() as log:
+        for code in process.looks(seconds):
+            for line in _whole_lines(log):
                 if echo:
                     echo(line)
             if code is not None:
                 return code
-            if seconds is not None and time.monotonic() - begin > seconds:
-                raise FlowerError(f"{process.name} still runs after {seconds:.0f} s:\n{last_lines(process.log)}")
-            time.sleep(PROBE)
+    raise FlowerError(f"{process.name} still runs after {seconds:.0f} s:\n{last_lines(process.log)}")
 
 
 def _whole_lines(stream: IO[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Run Flower as processes: a simulation on this machine, or a server and clients on several.
 
-In:   an app folder (`app.write_app`), a home folder, certificates and registered keys (`keys`).
+In:   an app folder (`apps.write_app`), a home folder, certificates and registered keys (`commands`).
 Out:  a run submitted, followed to its end and judged by its status; its log.
 Who:  `alora fed run --engine ray`, `alora fed server`, the loopback example.
 
@@ -23,29 +23,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .commands import CONNECTION, LOOPBACK, connect, environment, existing, program, superlink_command
-from .keys import Certificates, check_name
-from .processes import (
-    LAST,
-    FlowerError,
-    Process,
-    Processes,
-    check_port,
-    follow,
-    free_port,
-    last_lines,
-    wait_healthy,
+from .commands import (
+    CONNECTION,
+    LOOPBACK,
+    Certificates,
+    check_name,
+    connect,
+    environment,
+    existing,
+    program,
+    superlink_command,
 )
+from .processes import LAST, FlowerError, Process, Processes, check_port, follow, free_port, last_lines, wait_healthy
 
 COMPLETED = "finished:completed"
 CLI_SECONDS = 120.0  # for a `flwr` command that does not follow a run
 KNOWN_KEY = "Public key already in use"  # what a SuperLink says to a second registration
-Echo = Callable[[str], object]
-
-
 REFUSED = "Failed to activate SuperNode"  # what a SuperNode logs that the SuperLink does not take in
 PATIENCE = 90.0  # seconds; a SuperLink notices after 60, two heartbeats, that a client is gone
 AGAIN = 5.0  # seconds between two attempts
+Echo = Callable[[str], object]
+
 #: what a SuperNode logs -> what to do about it
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
@@ -97,15 +95,6 @@ def register(home: Path, public_key: Path, client: str) -> int:
     return int(answer["node-id"])
 
 
-def register_once(home: Path, public_key: Path, client: str) -> bool:
-    """`register`, for a server that may have been started before; whether the key was new."""
-    try:
-        register(home, public_key, client)
-    except AlreadyRegisteredError:
-        return False
-    return True
-
-
 def submit_and_wait(
     home: Path,
     app: Path,
@@ -132,16 +121,13 @@ def submit_and_wait(
     options = ["--federation-config", " ".join(f"{k}={v}" for k, v in federation.items())] if federation else []
     run_id = int(_flwr(home, "run", str(Path(app).resolve()), CONNECTION, *options)["run-id"])
     log = Path(home) / "logs" / f"run-{run_id}.log"
-    process = Process(
-        f"run {run_id}",
-        [program("flwr"), "log", str(run_id), CONNECTION, "--stream"],
-        {**environment(home), "PYTHONUNBUFFERED": "1"},
-        log,
-    )
+    command = [program("flwr"), "log", str(run_id), CONNECTION, "--stream"]
+    process = Process(f"run {run_id}", command, {**environment(home), "PYTHONUNBUFFERED": "1"}, log)
     try:
         follow(process, echo, seconds)
     except BaseException:  # a deadline or Ctrl-C: the run must not go on alone
-        _stop(home, run_id)
+        with contextlib.suppress(FlowerError):  # the SuperLink is gone, and the run with it
+            _flwr(home, "stop", str(run_id), CONNECTION)
         raise
     finally:
         process.stop()
@@ -167,16 +153,13 @@ def run_ray(
     echo: Echo | None = None,
     seconds: float | None = None,
 ) -> Run:
-    """Simulate a federation on this machine with Ray.
+    """Simulate a federation on this machine with Ray; other arguments as `submit_and_wait`.
 
     Args:
-        app: app folder.
         num_clients: number of simulated nodes; each finds its number as `context.node_config["partition-id"]`.
         home: folder for database, logs and Flower's home.
         cpus: processor cores per client; as many clients run at once as fit into the machine.
         gpus: share of a GPU per client.
-        echo: gets the run's log line by line.
-        seconds: deadline.
 
     Returns:
         The completed run; nothing of it is left running.
@@ -256,13 +239,9 @@ def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
     command = [program("flwr"), *arguments, "--format", "json"]
     called = "flwr " + " ".join(arguments[:2])
     try:
+        env = environment(home)
         done = subprocess.run(
-            command,
-            env=environment(home),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=CLI_SECONDS,
+            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLI_SECONDS
         )
     except subprocess.TimeoutExpired:
         raise FlowerError(f"{called} does not answer after {CLI_SECONDS:.0f} s") from None
@@ -273,8 +252,3 @@ def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
         reason = " ".join(line.strip() for line in said if line.strip() and not line.startswith("Using SuperLink"))
         raise FlowerError(f"{called} failed: {reason or f'exit code {done.returncode}'}")
     return dict(answer)
-
-
-def _stop(home: Path, run_id: int) -> None:
-    with contextlib.suppress(FlowerError):  # the SuperLink is gone, and the run with it
-        _flwr(home, "stop", str(run_id), CONNECTION)

@@ -1,0 +1,33 @@
+"""What tests do with a supervised process: wait for its end or for a line of its log, kill it."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from alora_kernels.federated.deploy.processes import Process
+
+
+def wait(process: Process, seconds: float) -> int:
+    """Its exit code."""
+    for code in process.looks(seconds):
+        if code is not None:
+            return code
+    pytest.fail(f"{process.name} still runs after {seconds} s:\n{process.log.read_text()}")
+
+
+def wait_line(process: Process, text: str, seconds: float = 60.0) -> None:
+    """Until its log holds `text`; a FlowerError if it ends without."""
+    for _ in process.looks(seconds):
+        with process.open_log() as log:
+            if text in log.read():
+                return
+    pytest.fail(f"{process.name} did not log {text!r} in {seconds} s:\n{process.log.read_text()}")
+
+
+def kill(process: Process) -> None:
+    """SIGKILL to it and all its descendants, as a machine that loses power."""
+    root = psutil.Process(process.pid)
+    for victim in [*root.children(recursive=True), root]:
+        victim.kill()
+    wait(process, 60)
