@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..recipes.display import quiet
-from .errors import USER_ERRORS, fail
+from ..recipes import display
+from ..recipes.display import say
+from ..text import size
+from .errors import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +45,12 @@ def export_lora(
 
     Loading them needs nothing of this package, and the answers stay the same. Soft routing has no such form: refused.
     """
-    quiet()
+    display.quiet()
     from ..adapters.export import export_lora as export
 
-    try:
-        report = export(
-            adapter, out, tasks=_tasks(task), rank=rank, dtype=_dtype(dtype) if dtype else None, overwrite=overwrite
-        )
-    except USER_ERRORS as error:
-        raise fail(error) from error
+    with one_line():
+        form = _dtype(dtype) if dtype else None
+        report = export(adapter, out, tasks=_tasks(task), rank=rank, dtype=form, overwrite=overwrite)
     _show_export(report)
 
 
@@ -74,18 +73,16 @@ def import_lora(
 
     LoRAs that `alora export` wrote come back exactly.
     """
-    quiet()
+    display.quiet()
     from ..adapters.import_lora import import_lora as merge
 
-    try:
+    with one_line():
         made = merge(adapters, out, rank=rank, names=name, overwrite=overwrite, dtype=_dtype(dtype))
         if report is not None:
             made.save(report)
-    except USER_ERRORS as error:
-        raise fail(error) from error
     _show_import(made)
     if report is not None:
-        _say(f"every module and task: {report}")
+        say(f"every module and task: {report}")
 
 
 def _tasks(given: Sequence[str] | None) -> dict[str, str] | None:
@@ -95,28 +92,13 @@ def _tasks(given: Sequence[str] | None) -> dict[str, str] | None:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """A torch dtype by its name.
-
-    Raises:
-        ValueError: not one of `DTYPES`.
-    """
+    """A torch dtype by its name; a ValueError if it is not one of `DTYPES`."""
     import torch
 
     if name not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _say(text: str, style: str | None = None) -> None:
-    """Text as it is: paths and commands are neither wrapped nor coloured by guess, so that they can be copied."""
-    from ..recipes import display
-
-    display.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _many(count: int, what: str) -> str:
@@ -129,42 +111,38 @@ def _lost(error: float) -> str:
 
 
 def _show_export(report: ExportReport) -> None:
-    from ..recipes import display
-
-    rows = [(name, str(rank), _size(count)) for name, _, rank, count in report.table()]
-    total = _size(sum(task.bytes for task in report.tasks))
-    _say(f"{_many(len(rows), 'stock LoRA folder')} in {report.tasks[0].folder.parent}", "italic")
+    rows = [(name, str(rank), size(count)) for name, _, rank, count in report.table()]
+    total = size(sum(task.bytes for task in report.tasks))
+    say(f"{_many(len(rows), 'stock LoRA folder')} in {report.tasks[0].folder.parent}", "italic")
     display.console.print(display.table("", ["task", "rank", "size"], rows))
-    _say(f"{report.modules} adapted modules each, {total} in all", "dim")
+    say(f"{report.modules} adapted modules each, {total} in all", "dim")
     if report.base is None:
-        _say("The adapter does not name its base model: put it in the place of BASE_MODEL.", "yellow")
+        say("The adapter does not name its base model: put it in the place of BASE_MODEL.", "yellow")
     if report.dtype is None:
-        _say("Its dtype is not known here: both servers make 16 bits of a float32 base without --dtype.", "yellow")
+        say("Its dtype is not known here: both servers make 16 bits of a float32 base without --dtype.", "yellow")
     if report.vllm_command is None:
-        _say(f"\nvLLM serves ranks up to 512; this is {report.rank}: no command for it.", "yellow")
+        say(f"\nvLLM serves ranks up to 512; this is {report.rank}: no command for it.", "yellow")
     else:
-        _say("\n# vLLM", "dim")
-        _say(report.vllm_command)
-    _say("\n# SGLang", "dim")
-    _say(report.sglang_command)
+        say("\n# vLLM", "dim")
+        say(report.vllm_command)
+    say("\n# SGLang", "dim")
+    say(report.sglang_command)
 
 
 def _show_import(report: ImportReport) -> None:
-    from ..recipes import display
-
     rows = [(task, str(rank), _lost(error)) for task, rank, error in report.table()]
     rows.append(("[bold]all[/bold]", "", f"[bold]{_lost(report.error)}[/bold]"))
-    _say(f"{_many(len(report.tasks), 'LoRA')} as one adapter with one B of rank {report.rank}", "italic")
+    say(f"{_many(len(report.tasks), 'LoRA')} as one adapter with one B of rank {report.rank}", "italic")
     display.console.print(display.table("", ["task", "its rank", "weight change lost"], rows))
-    _say(f"{_size(report.bytes_before)} before, {_size(report.bytes)} now", "dim")
+    say(f"{size(report.bytes_before)} before, {size(report.bytes)} now", "dim")
     if report.error >= EXACT:
         worst = [(module, _lost(error)) for module, error in report.worst()]
-        _say("\nthe modules that lose most", "italic")
+        say("\nthe modules that lose most", "italic")
         display.console.print(display.table("", ["module", "lost"], worst))
         for goal, r in sorted(report.needed.items(), reverse=True):
-            size = _size(report.bytes * r // report.rank)
-            _say(f"--rank {r} ({size}) is the smallest that loses at most {100 * goal:.0f} % over all")
+            fits = size(report.bytes * r // report.rank)
+            say(f"--rank {r} ({fits}) is the smallest that loses at most {100 * goal:.0f} % over all")
     for task, modules in report.missing.items():
         listed = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-        _say(f"{task} has no adapter at {_many(len(modules), 'module')} and leaves the base there: {listed}", "yellow")
-    _say(f"adapter saved: {report.folder}")
+        say(f"{task} has no adapter at {_many(len(modules), 'module')} and leaves the base there: {listed}", "yellow")
+    say(f"adapter saved: {report.folder}")

@@ -3,8 +3,6 @@
 In:   adapter folders, federated runs; the start and the base, if known.
 Out:  tables; CSV files, figures and a page in a folder.
 Who:  `app` registers it.
-
-The only place where `data` and `analysis` meet: one loads the base, the other measures against it.
 """
 
 from __future__ import annotations
@@ -17,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..recipes.display import quiet
-from .errors import USER_ERRORS, fail
+from ..recipes import display
+from ..recipes.display import say
+from .errors import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,14 +64,13 @@ def analyze(
 
     alora analyze runs/fed --init runs/start   (the clients of a federated run, against what they began with)
     """
-    quiet()
+    display.quiet()
     from ..analysis.figures import check_matplotlib
     from ..analysis.report import write_report
     from ..analysis.sources import units
     from ..analysis.study import compare_units
-    from ..recipes import display
 
-    try:
+    with one_line():
         if figures:
             check_matplotlib()
         if out.exists() and not out.is_dir():
@@ -84,8 +83,6 @@ def analyze(
         study.save(out)
         with display.err.status("drawing ..." if figures else "writing ..."):
             page = write_report(study, out, command=_command(folders, out, init, base, figures), figures=figures)
-    except USER_ERRORS as error:
-        raise fail(error) from error
     _show(study, out, page)
 
 
@@ -99,7 +96,6 @@ def _command(folders: list[Path], out: Path, init: Path | None, base: str | None
 
 def _load(name: str) -> Any:
     from .. import data
-    from ..recipes import display
 
     with display.err.status(f"loading {name} ..."):
         return data.load_model(name)[0]
@@ -108,8 +104,6 @@ def _load(name: str) -> Any:
 @contextmanager
 def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that stays away from work that is over before it could be read."""
-    from ..recipes import display
-
     began, bar = time.monotonic(), display.progress(unit)
     task = bar.add_task(what, total=None, note="")
 
@@ -128,7 +122,6 @@ def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 def _show(study: Analysis, out: Path, page: Path) -> None:
     """The shortest tables that say something, then where the rest is."""
     from ..analysis import summary
-    from ..recipes import display
 
     per_pair, per_unit = summary.pair_columns(study), summary.unit_columns(study)
     chosen, more = summary.pairs(per_pair, PAIRS)
@@ -137,26 +130,23 @@ def _show(study: Analysis, out: Path, page: Path) -> None:
     labels = [(label,) for label in study.labels[:UNITS]]
     _tables("change, rank, size: mean ± sd over modules", "unit", per_unit, labels)
     if len(study.labels) > UNITS:
-        _say(f"{len(study.labels) - UNITS} more units are in {page}", "dim")
+        say(f"{len(study.labels) - UNITS} more units are in {page}", "dim")
     for note in study.notes:
-        _say(f"- {note}")
+        say(f"- {note}")
     reasons = summary.groups(study)
     for group in reasons[:REASONS]:
         part = "" if group.part == "all" else f"{group.part}, "
         modules = f", {summary.counted(len(group.modules), 'module')}" if group.modules else ""
-        _say(f"not compared: {part}{summary.which(group.units)}{modules}: {group.reason}", "yellow")
+        say(f"not compared: {part}{summary.which(group.units)}{modules}: {group.reason}", "yellow")
     if len(reasons) > REASONS:
-        _say(f"{len(reasons) - REASONS} more reasons are in {out / 'not_compared.csv'}", "yellow")
+        say(f"{len(reasons) - REASONS} more reasons are in {out / 'not_compared.csv'}", "yellow")
     display.console.print()
-    _say(f"report: {page}")
+    say(f"report: {page}")
 
 
 def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[tuple[str, ...]]) -> None:
     """A line per key, in as many tables as it takes for numbers to stay on one line."""
-    from rich.markup import escape
-
     from ..analysis import summary
-    from ..recipes import display
 
     for start in range(0, len(columns), COLUMNS) if keys else ():
         part = columns[start : start + COLUMNS]
@@ -164,12 +154,5 @@ def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[t
             [escape(" – ".join(key)), *(summary.shown(c.values.get(key, summary.NOTHING)) for c in part)]
             for key in keys
         ]
-        _say(caption, "italic")
+        say(caption, "italic")
         display.console.print(display.table("", [name, *(escape(column.heading) for column in part)], rows))
-
-
-def _say(text: str, style: str | None = None) -> None:
-    """Text as it is, so that paths can be copied."""
-    from ..recipes import display
-
-    display.say(text, style)

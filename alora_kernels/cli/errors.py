@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import typer
 
 from ..ops.dispatch import BackendError
@@ -13,3 +16,12 @@ def fail(error: Exception) -> typer.Exit:
     """One clear line instead of a traceback, for errors that are the input's."""
     typer.secho(f"error: {error}", fg="red", err=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def one_line(*more: type[Exception]) -> Iterator[None]:
+    """The block's errors that are the input's, and those named here, become one line and exit code 2."""
+    try:
+        yield
+    except (*USER_ERRORS, *more) as error:
+        raise fail(error) from error

@@ -2,7 +2,7 @@
 
 In:   a YAML configuration (`federated.config.FedConfig`).
 Out:  a run's folder: ledger, checkpoints, finished arrays, plot; a live table while it runs.
-Who:  `cli.app` mounts it. Commands only wire: participants come from `participants`, engines from `federated`.
+Who:  `cli.app` mounts it. Commands only wire: participants come from `recipes.federated`, engines from `federated`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ..recipes import display
+from .errors import fail, one_line
 
 if TYPE_CHECKING:
     from ..federated.config import FedConfig
@@ -30,11 +34,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 @app.command()
 def methods() -> None:
     """What each method shares, what stays with the client, and how much travels."""
-    from ..recipes.display import quiet
-
-    quiet()
+    display.quiet()
     from ..federated.share_specs import METHODS
-    from ..recipes import display
 
     rows = []
     for spec in METHODS.values():
@@ -58,14 +59,22 @@ def run(
 ) -> None:
     """Run server and all clients on this machine."""
     with _errors():
+        from ..federated import deploy
+        from ..federated.engine import run as run_here
+        from ..recipes.federated import participant
+
         settings = _settings(config, output)
         if engine not in ("inprocess", "ray"):
             raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
         _claim(settings, resume, overwrite)
-        if engine == "inprocess":
-            _in_process(settings, resume)
-        else:
-            _with_ray(settings, resume)
+        outcome, home = None, settings.output / "flower"
+        with _table(settings):
+            if engine == "ray":
+                deploy.run_ray(_app(settings, home, resume), len(settings.clients), home)
+            else:
+                outcome = run_here(settings, partial(participant, settings), resume=resume)
+        if outcome is not None and outcome.status != "finished":
+            raise ValueError(f"stopped after round {outcome.rounds}: {outcome.reason}; go on with --resume")
         _report(settings.output)
 
 
@@ -183,24 +192,6 @@ def _claim(settings: FedConfig, resume: bool, overwrite: bool) -> None:
         check_fresh(settings.output)
 
 
-def _in_process(settings: FedConfig, resume: bool) -> None:
-    from ..federated.engine import run as run_here
-    from ..recipes.federated import participant
-
-    with _table(settings):
-        outcome = run_here(settings, lambda name: participant(settings, name), resume=resume)
-    if outcome.status != "finished":
-        raise ValueError(f"stopped after round {outcome.rounds}: {outcome.reason}; go on with --resume")
-
-
-def _with_ray(settings: FedConfig, resume: bool) -> None:
-    from ..federated import deploy
-
-    home = settings.output / "flower"
-    with _table(settings):
-        deploy.run_ray(_app(settings, home, resume), len(settings.clients), home)
-
-
 def _app(settings: FedConfig, home: Path, resume: bool) -> Path:
     from ..federated.deploy.apps import write_app
 
@@ -212,13 +203,12 @@ def _table(settings: FedConfig) -> Iterator[None]:
     """The live table beside a run: a thread that reads the ledger, whichever process writes it."""
     from ..federated import view
     from ..federated.server import LEDGER
-    from ..recipes import display
 
     done, now = threading.Event(), datetime.now(UTC)
-    path = settings.output / LEDGER
     since = now.replace(microsecond=now.microsecond // 1000 * 1000)  # a ledger's times are cut to milliseconds
-    options: dict[str, Any] = {"until": done.is_set, "console": display.err, "since": since}
-    thread = threading.Thread(target=view.watch, args=(path,), kwargs=options, daemon=True)
+    path, console = settings.output / LEDGER, display.err
+    shown = partial(view.watch, path, until=done.is_set, console=console, since=since)
+    thread = threading.Thread(target=shown, daemon=True)
     thread.start()
     try:
         yield
@@ -232,7 +222,6 @@ def _report(folder: Path) -> None:
     from ..federated import plot, view
     from ..federated.log import read
     from ..federated.server import LEDGER, PLOT
-    from ..recipes import display
 
     events = read(folder / LEDGER)
     display.console.print(view.summary(events))
@@ -246,19 +235,12 @@ def _report(folder: Path) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """One clear line instead of a traceback, for errors that are the input's."""
-    from ..recipes.display import quiet
-    from .errors import USER_ERRORS, fail
-
-    quiet()
+    """One clear line instead of a traceback, for errors that are the input's or Flower's."""
+    display.quiet()
     try:
         from ..federated.deploy.processes import FlowerError
         from ..federated.guard import QuorumError
-
-        errors: tuple[type[Exception], ...] = (*USER_ERRORS, FlowerError, QuorumError)
     except ImportError as error:
         raise fail(ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'")) from error
-    try:
+    with one_line(FlowerError, QuorumError):
         yield
-    except errors as error:
-        raise fail(error) from error
