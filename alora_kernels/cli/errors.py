@@ -21,7 +21,8 @@ def fail(error: Exception) -> typer.Exit:
 @contextmanager
 def one_line(*more: type[Exception]) -> Iterator[None]:
     """The block's errors that are the input's, and those named here, become one line and exit code 2."""
+    errors: tuple[type[Exception], ...] = (*USER_ERRORS, *more)
     try:
         yield
-    except (*USER_ERRORS, *more) as error:
+    except errors as error:
         raise fail(error) from error
