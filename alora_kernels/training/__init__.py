@@ -3,7 +3,7 @@
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator
 from .evaluate import answer_loss, choice_accuracy
-from .sampler import TaskBalancedSampler
+from .tasks import TaskBalancedSampler
 from .trainer import ALoRATrainer
 
 __all__ = [

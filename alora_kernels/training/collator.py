@@ -15,15 +15,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..modules.tasks import task_ids_from_names
-from .labels import NAMES, batch_labels, label_column
-from .padding import as_tensors, pad, per_token, round_up, stack
-from .rules import BatchRules, base_model
+from .rules import IGNORED, BatchRules
 
 FILL = {"special_tokens_mask": 1}  # what is no token counts as special; every other column is filled with 0
+LABELS = ("labels", "label", "label_ids")  # as transformers' own collators read them
 
 
 class TaskCollator:
@@ -32,15 +32,17 @@ class TaskCollator:
     Args:
         pad_token_id: fills `input_ids`; None takes the model's own, or 0: padding is masked.
         tasks: names, in the order of the model's ids; none for a model that takes no ids.
-        model: says on which side to pad, whether to send positions, which columns to keep and what labels mean. Without
-            it rows are padded on the left, as for a causal language model, and every column of numbers is kept.
+        model: it, or its `BatchRules`, says on which side to pad, whether to send positions, which columns to keep and
+            what labels mean. Without it rows are padded on the left, as for a causal language model, and every column
+            of numbers is kept.
         pad_to_multiple_of: round the length up, for fewer shapes under `torch.compile`.
         ids_name: the ids' name in the batch. The default is for `ALoRATrainer` and for loops that call
             `alora_kernels.route(batch.pop("task_ids"))`. transformers' own Trainer hands every entry to the model,
             where a PEFT model reads "adapter_names"; it needs `remove_unused_columns=False` to keep the column `task`.
 
     Returns (of a call):
-        `input_ids`, `attention_mask` and other columns per token `[B, T, ...]`, columns per row `[B, ...]`, `labels`,
+        `input_ids`, `attention_mask` and other columns per token `[B, T, ...]`, columns per row `[B, ...]`, `labels`
+        (`[B]` classes or values, `[B, C]` for several per row, `[B, T]` with -100 where nothing is asked),
         `position_ids` `[B, T]` where padding is on the left and the model takes them, `task_ids` `[B]`.
 
     Raises:
@@ -58,7 +60,7 @@ class TaskCollator:
         ids_name: str = "task_ids",
     ) -> None:
         self.tasks, self.pad_to_multiple_of, self.ids_name = tuple(tasks), pad_to_multiple_of, ids_name
-        self.rules = BatchRules() if model is None else BatchRules.of(model)
+        self.rules = BatchRules.of(model)
         self.pad_token_id = pad_token_id if pad_token_id is not None else self.rules.pad_token_id or 0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -67,35 +69,39 @@ class TaskCollator:
             for key in ("input_ids", "task") if self.tasks else ("input_ids",):
                 if key not in feature:
                     raise KeyError(f"a feature has no {key!r}, only {', '.join(feature)}")
-        rows = as_tensors("input_ids", [f["input_ids"] for f in features])
+        rows = _tensors("input_ids", [f["input_ids"] for f in features])
         for row, ids in enumerate(rows):
             if ids.dim() != 1 or not len(ids):
                 raise ValueError(
                     f"input_ids of row {row} of the batch have shape {tuple(ids.shape)}, not one token or more"
                 )
         lengths = [len(ids) for ids in rows]
-        length = round_up(max(lengths), self.pad_to_multiple_of)
+        length = self._rounded(max(lengths))
         if self.rules.leaks and min(lengths) < length:
             warnings.warn(
                 f"layers of {self.rules.leaks} let padding change the tokens beside it: rows are not scored as they are"
                 " alone, unless all rows of a batch have one length",
                 stacklevel=2,
             )
-        batch = {"input_ids": pad("input_ids", rows, length, self.pad_token_id, self.rules.pad_left)}
+        batch = {"input_ids": _pad("input_ids", rows, length, self.pad_token_id, self.rules.pad_left)}
         batch |= self._mask(features, lengths, length)
         for name in dict.fromkeys(name for feature in features for name in feature):
-            if name not in ("input_ids", "attention_mask", "task", *NAMES):
+            if name not in ("input_ids", "attention_mask", "task", *LABELS):
                 column = self._column(name, [f.get(name) for f in features], lengths, length)
                 batch |= {} if column is None else {name: column}
-        labels = label_column(features)
+        labels = next((name for name in LABELS if features[0].get(name) is not None), None)
         if labels is not None:
-            batch["labels"] = batch_labels(*labels, lengths, length, self.rules, self.pad_to_multiple_of)
+            batch["labels"] = self._labels(labels, [f.get(labels) for f in features], lengths, length)
         if self.tasks:
             batch[self.ids_name] = task_ids_from_names([f["task"] for f in features], self.tasks)
         return batch
 
     def _knows(self, name: str) -> bool:
         return self.rules.columns is None or name in self.rules.columns
+
+    def _rounded(self, length: int) -> int:
+        """The least multiple that holds the length."""
+        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def _mask(self, features: Sequence[Mapping[str, Any]], lengths: Sequence[int], length: int) -> dict[str, Tensor]:
         """`attention_mask`, and the positions that follow from it where padding is on the left."""
@@ -106,13 +112,12 @@ class TaskCollator:
                     f" {length}: use batches of rows of one length"
                 )
             return {}
-        ones = [f.get("attention_mask") for f in features]
-        masks = as_tensors(
-            "attention_mask", [[1] * n if mask is None else mask for n, mask in zip(lengths, ones, strict=True)]
-        )
-        if any(m.dim() != 1 for m in masks) or not per_token(masks, lengths):
+        given = [f.get("attention_mask") for f in features]
+        ones = [[1] * n if mask is None else mask for n, mask in zip(lengths, given, strict=True)]
+        masks = _tensors("attention_mask", ones)
+        if any(m.dim() != 1 for m in masks) or not _per_token(masks, lengths):
             raise ValueError("attention_mask must have one entry per token of input_ids in every row")
-        mask = pad("attention_mask", [m.long() for m in masks], length, 0, self.rules.pad_left)
+        mask = _pad("attention_mask", [m.long() for m in masks], length, 0, self.rules.pad_left)
         if self.rules.pad_left and self.rules.positions and "position_ids" not in features[0]:
             return {"attention_mask": mask, "position_ids": positions(mask)}
         return {"attention_mask": mask}
@@ -122,19 +127,116 @@ class TaskCollator:
         said = next((value for value in values if value is not None), None)
         if not self._knows(name) or said is None or (self.rules.columns is None and isinstance(said, str)):
             return None
-        tensors = as_tensors(name, values)
+        tensors = _tensors(name, values)
         if name.startswith("decoder_") and all(t.dim() for t in tensors):  # a sequence of its own
-            longest = round_up(max(len(t) for t in tensors), self.pad_to_multiple_of)
             fill = self.pad_token_id if name == "decoder_input_ids" else 0
-            return pad(name, tensors, longest, fill, left=False)
-        if per_token(tensors, lengths):
-            return pad(name, tensors, length, FILL.get(name, 0), self.rules.pad_left)
-        return stack(name, tensors)
+            return _pad(name, tensors, self._rounded(max(len(t) for t in tensors)), fill, left=False)
+        if _per_token(tensors, lengths):
+            return _pad(name, tensors, length, FILL.get(name, 0), self.rules.pad_left)
+        return _stack(name, tensors)
+
+    def _labels(self, name: str, values: list[Any], lengths: Sequence[int], length: int) -> Tensor:
+        """Labels in the form the model's own loss takes: of rows, of tokens, or a sequence of their own."""
+        tensors, rules = _tensors(name, values), self.rules
+        if len({t.dim() for t in tensors}) > 1:
+            raise ValueError(f"column {name!r} mixes single labels and lists of labels")
+        if tensors[0].dim() == 0 or rules.labels is not None:
+            return _labels_of_rows(_stack(name, tensors), rules)
+        tensors = [t.long() if t.dtype == torch.bool else t for t in tensors]
+        if rules.encoder_decoder:
+            return _pad(name, tensors, self._rounded(max(t.shape[0] for t in tensors)), IGNORED, left=False)
+        floats = tensors[0].is_floating_point()
+        if _per_token(tensors, lengths):
+            if floats and any(n != length for n in lengths):
+                raise ValueError(
+                    f"column {name!r} holds floats per token, for which there is no value that a loss ignores: use"
+                    " batches of rows of one length"
+                )
+            labels = _pad(name, tensors, length, IGNORED, rules.pad_left)
+            if rules.shifts:  # nothing comes before a first token but padding
+                starts = torch.tensor([length - n if rules.pad_left else 0 for n in lengths])
+                labels[torch.arange(len(lengths)), starts] = IGNORED
+            return labels
+        if floats:
+            return _stack(name, tensors)
+        row = next(i for i, t in enumerate(tensors) if t.shape[0] != lengths[i])
+        raise ValueError(
+            f"column {name!r} of row {row} of the batch has {tensors[row].shape[0]} labels for {lengths[row]} tokens of"
+            " input_ids: give one per token with -100 where nothing is asked, or one per row; several per row"
+            " (a classifier's) and a sequence of their own (an encoder-decoder's) need TaskCollator(..., model=model)"
+        )
 
 
 def positions(attention_mask: Tensor) -> Tensor:
     """Position of each token among those of its row that are no padding, `[B, T]`."""
     return (attention_mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _labels_of_rows(labels: Tensor, rules: BatchRules) -> Tensor:
+    """Labels of a classifier of rows in the dtype its loss takes: classes are integers, all others floats."""
+    if labels.dim() == 2 and labels.shape[1] == 1 and (rules.labels or 1) > 1:
+        labels = labels.squeeze(1)  # a class in a list of its own
+    several = labels.dim() == 2 or rules.problem in ("regression", "multi_label_classification")
+    if rules.labels is not None and several:
+        if labels.dim() == 2 and labels.shape[1] != rules.labels:
+            raise ValueError(f"labels have {labels.shape[1]} entries per row, the model has num_labels={rules.labels}")
+        return labels.to(torch.get_default_dtype())
+    if rules.labels is not None and labels.is_floating_point():
+        raise ValueError(
+            f"labels are floats, but the model chooses one of num_labels={rules.labels} classes: give integers, or set"
+            " config.problem_type to 'regression' or 'multi_label_classification'"
+        )
+    return labels.long() if labels.dtype == torch.bool else labels
+
+
+def _tensors(name: str, values: Sequence[Any]) -> list[Tensor]:
+    """Each row's value as a tensor: whole numbers int64, others in torch's default float, truth values as they are."""
+    tensors: list[Tensor] = []
+    for row, value in enumerate(values):
+        if value is None:
+            raise ValueError(f"column {name!r} has no value in row {row} of the batch, but in others")
+        try:
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError) as error:
+            text = repr(value)
+            text = text if len(text) <= 40 else text[:37] + "..."
+            raise ValueError(f"column {name!r} cannot be batched: row {row} holds {text}, not numbers") from error
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.get_default_dtype())
+        elif tensor.dtype != torch.bool:
+            tensor = tensor.long()
+        tensors.append(tensor.cpu())
+    kinds = {t.dtype for t in tensors if t.numel()}  # an empty row says nothing
+    if len(kinds) < 2 and len({t.dtype for t in tensors}) < 2:
+        return tensors
+    floats = [kind for kind in kinds if kind.is_floating_point]  # beside them whole numbers are floats too
+    dtype = floats[0] if floats else torch.bool if kinds == {torch.bool} else torch.long
+    return [t.to(dtype) for t in tensors]
+
+
+def _stack(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Rows of one shape, stacked."""
+    shapes = list(dict.fromkeys(tuple(t.shape) for t in tensors))
+    if len(shapes) > 1:
+        raise ValueError(
+            f"column {name!r} cannot be batched: its rows have shapes {shapes[0]} and {shapes[1]}, which are neither"
+            " equal nor one entry per token of input_ids; leave it out, or give a data_collator that knows it"
+        )
+    return torch.stack(list(tensors))
+
+
+def _pad(name: str, tensors: Sequence[Tensor], length: int, value: float, left: bool) -> Tensor:
+    """Rows filled to one length along their first dimension."""
+    filled = []
+    for tensor in tensors:
+        fill = tensor.new_full((length - tensor.shape[0], *tensor.shape[1:]), value)
+        filled.append(torch.cat([fill, tensor] if left else [tensor, fill]))
+    return _stack(name, filled)
+
+
+def _per_token(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
+    """Whether every row has one entry per token."""
+    return all(t.dim() > 0 and t.shape[0] == n for t, n in zip(tensors, lengths, strict=True))
 
 
 class WithTasks:
@@ -143,19 +245,21 @@ class WithTasks:
     Args:
         collator: e.g. one of transformers'; it gets the rows without `task`, unless it asks for it.
         tasks: names, in the order of the model's ids.
-        model: a tokenizer that pads where this model cannot bear it is warned of.
+        rules: a tokenizer that pads where the model cannot bear it is warned of.
 
     Returns (of a call):
         The collator's batch and `task_ids`: `[B]`, or `[1, T]` with an id per token where it put all rows in one.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], tasks: Sequence[str], *, model: Any = None) -> None:
+    def __init__(
+        self, collator: Callable[[list[Any]], Any], tasks: Sequence[str], rules: BatchRules | None = None
+    ) -> None:
         self.collator, self.tasks = collator, tuple(tasks)
         self.tokenizer = getattr(collator, "tokenizer", None)  # which Trainer saves with the model
-        rules = BatchRules() if model is None else BatchRules.of(model)
-        if getattr(self.tokenizer, "padding_side", None) == "left" and not (rules.pad_left or rules.positions):
+        side = getattr(self.tokenizer, "padding_side", None)
+        if rules is not None and side == "left" and not (rules.pad_left or rules.positions):
             warnings.warn(
-                f"the data_collator pads on the left, but {type(base_model(model)).__name__} cannot be told positions:"
+                f"the data_collator pads on the left, but {rules.model} cannot be told positions:"
                 " short rows may be read from their padding; set tokenizer.padding_side = 'right'",
                 stacklevel=3,
             )
@@ -180,11 +284,7 @@ class WithTasks:
 
     @staticmethod
     def _spread(ids: Tensor, features: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
-        """An id per row of the batch, or per token where rows were joined.
-
-        Raises:
-            ValueError: the batch has neither a row per feature nor their tokens one after another.
-        """
+        """An id per row of the batch, or per token where rows were joined."""
         inputs = next((v for k, v in batch.items() if k == "input_ids" or isinstance(v, Tensor)), None)
         shape = tuple(getattr(inputs, "shape", ()))
         if not shape or shape[0] == len(features):

@@ -2,10 +2,13 @@
 
 In:   a model, encoded rows (`input_ids`, `labels`, `task`), and the words each task may answer with, if it has words.
 Out:  accuracy per task, or, where answers are texts, the loss per token of the right answer.
-Who:  the demo, `alora train` and `alora eval`, before and after training.
+Who:  the demo, `alora train` and `alora eval`; `judging` and `batches` serve any other judge too.
 
 For words the row is cut before its answer and the whole words compete by their likelihood: the choice a user of a
 classifier sees, and the same question for the untuned base, which rarely says exactly the right word of its own accord.
+A log-probability is at most 0, so what is known of a word bounds the whole of it from above. The word with the highest
+bound is looked at until it is known whole; then no other can be likelier. Words of one token need the prompt alone, and
+so does every word whose first token is already out of the race.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..routing import route
-from .choices import Question, as_list, first_label, whole_words
 from .collator import TaskCollator
 from .loss import kept_positions, next_labels, predictable, row_losses
+from .rules import IGNORED
+
+Word = tuple[int, ...]
 
 
 @torch.no_grad()
@@ -66,14 +72,14 @@ def choice_accuracy(
     asked = [row for row in rows if row["task"] in words]
     right: dict[str, list[bool]] = {task: [] for task in choices if any(row["task"] == task for row in asked)}
     open_ = [Question(row, words[row["task"]], eos_token_id, per_token) for row in _judged(asked)]
-    names = list(choices) if tasks is None else tasks
-    with _judging(model):
+    collate = TaskCollator(pad_token_id, list(choices) if tasks is None else tasks, model=model)
+    with judging(model):
         while open_:
-            open_.sort(key=lambda question: len(question.prompt) + len(question.context))
+            open_.sort(key=lambda question: len(question.prompt) + len(question.context))  # as `batches` does
             inputs = [{"input_ids": [*q.prompt, *q.context], "task": q.task} for q in open_]
-            undecided: list[Question] = []
-            for start, (chunk, batch) in enumerate(_batches(model, inputs, names, pad_token_id, batch_size)):
-                part = open_[start * batch_size :][: len(chunk)]
+            undecided, rest = [], iter(open_)
+            for chunk, batch in batches(model, inputs, collate, batch_size):
+                part = list(islice(rest, len(chunk)))
                 for question, log_p in zip(part, _log_probabilities(model, batch, tasks, part), strict=True):
                     best = question.learn(log_p)
                     if best is None:
@@ -123,10 +129,9 @@ def answer_loss(
         Loss by task name, in the order in which tasks appear; NaN for a task of whose rows none is left.
     """
     found: dict[str, list[float]] = {row["task"]: [] for row in rows}
-    with _judging(model):
-        for chunk, batch in _batches(
-            model, _judged(rows), list(found) if tasks is None else tasks, pad_token_id, batch_size
-        ):
+    collate = TaskCollator(pad_token_id, list(found) if tasks is None else tasks, model=model)
+    with judging(model):
+        for chunk, batch in batches(model, _judged(rows), collate, batch_size):
             labels = predictable(batch.pop("labels"), batch["attention_mask"])
             keep = kept_positions(labels)
             with _routing(batch, tasks):
@@ -136,6 +141,109 @@ def answer_loss(
                 found[row["task"]].append(value)
             on_batch(len(chunk))
     return {task: _mean(values) for task, values in found.items()}
+
+
+@contextlib.contextmanager
+def judging(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+Row = Mapping[str, Any]
+
+
+def batches(
+    model: nn.Module, rows: Sequence[Row], collate: Callable[[Sequence[Row]], Mapping[str, Tensor]], batch_size: int
+) -> Iterator[tuple[Sequence[Row], dict[str, Tensor]]]:
+    """Rows, those of similar length together, and their batch on the model's device."""
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(ordered), batch_size):
+        chunk = ordered[start : start + batch_size]
+        yield chunk, {name: value.to(device) for name, value in collate(chunk).items()}
+
+
+def whole_words(words: Sequence[Sequence[int] | int], eos_token_id: int | None) -> list[Word]:
+    """The words' tokens, each once; with the end of the text where one is the beginning of another.
+
+    Of words none of which begins another, "the answer begins with it" holds for one at most, and the end adds nothing.
+
+    Raises:
+        ValueError: no words, a word without tokens, or one that begins another and no token for the end.
+    """
+    found = list(dict.fromkeys(tuple(w) if isinstance(w, Sequence) else (int(w),) for w in words))
+    if not found or not all(found):
+        raise ValueError("a task has no words to choose from, or a word no tokens: leave them out")
+    begun = next(((a, b) for a, b in pairwise(sorted(found)) if b[: len(a)] == a), None)
+    if begun is None:
+        return found
+    if eos_token_id is None:
+        raise ValueError(
+            f"the word of tokens {list(begun[0])} is the beginning of {list(begun[1])}, and nothing ends it: give "
+            f"eos_token_id, a tokenizer with an end of text, or other words"
+        )
+    return [(*word, eos_token_id) for word in found]
+
+
+class Question:
+    """One row and what is known of its task's words.
+
+    Args:
+        row: encoded; the answer begins at the first label that follows a token.
+        words: of its task, from `whole_words`.
+        eos_token_id: ends every answer, where the rows have it.
+        per_token: compare means over a word's tokens instead of sums.
+
+    Attributes:
+        context: tokens of a word after the prompt, to be judged next.
+        right: the number of the right word; None if the row answers with none of them.
+    """
+
+    def __init__(
+        self, row: Mapping[str, Any], words: Sequence[Word], eos_token_id: int | None, per_token: bool
+    ) -> None:
+        labels = as_list(row["labels"])
+        start = first_label(labels) or 0
+        self.task, self.prompt, self.words = row["task"], as_list(row["input_ids"])[:start], words
+        self.context: Word = ()
+        self._lengths = [len(word) if per_token else 1 for word in words]
+        self._known = [0] * len(words)  # tokens of each word
+        self._bounds = [0.0] * len(words)
+        answer = tuple(label for label in labels[start:] if label != IGNORED)
+        ended = [w if eos_token_id is None or w[-1] == eos_token_id else (*w, eos_token_id) for w in words]
+        fits = [i for i, w in enumerate(ended) if answer[: len(w)] == w or answer == words[i]]
+        self.right = max(fits, key=lambda i: len(words[i]), default=None)
+
+    def learn(self, log_p: Tensor) -> int | None:
+        """Take in log-probabilities `[1 + len(context), V]` of what follows the prompt and each token of the context.
+
+        Returns:
+            The number of the most likely word, if it is settled; else `context` is another one.
+        """
+        for i, word in enumerate(self.words):
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(word, self.context)))
+            known = min(same + 1, len(word))
+            if known > self._known[i]:
+                total = log_p[torch.arange(known), list(word[:known])].double().sum()
+                self._known[i], self._bounds[i] = known, float(total) / self._lengths[i]
+        best = max(range(len(self.words)), key=lambda i: (self._bounds[i], self._known[i] == len(self.words[i])))
+        self.context = self.words[best][:-1]
+        return best if self._known[best] == len(self.words[best]) else None
+
+
+def first_label(labels: Sequence[int]) -> int | None:
+    """Position of the first label that follows a token; None without one."""
+    return next((i for i, label in enumerate(labels) if i and label != IGNORED), None)
+
+
+def as_list(values: Any) -> list[int]:
+    """Ids as Python's, from a list, an array or a tensor."""
+    return torch.as_tensor(values).tolist()
 
 
 def _judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -150,29 +258,6 @@ def _judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
-
-
-@contextlib.contextmanager
-def _judging(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _batches(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], pad_token_id: int, batch_size: int
-) -> Iterator[tuple[Sequence[Mapping[str, Any]], dict[str, Any]]]:
-    """Rows of similar length and their batch on the model's device."""
-    collate = TaskCollator(pad_token_id, tasks, model=model)
-    device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
-        yield chunk, {k: v.to(device) for k, v in collate(chunk).items()}
 
 
 def _routing(batch: dict[str, Any], tasks: Sequence[str] | None) -> contextlib.AbstractContextManager[Any]:

@@ -1,8 +1,7 @@
-"""The loss of a batch, row by row where the model's own loss is a cross entropy of its labels.
+"""The loss of a batch, row by row where the model's own loss is a cross entropy of its labels, and its sums by task.
 
 In:   a model and a batch with labels.
-Out:  the model's outputs, its mean loss, and for each row the loss, the number of labels, whether all first choices are
-      right.
+Out:  the model's outputs, its mean loss and what each row scored; of many batches, loss and accuracy of each task.
 Who:  `ALoRATrainer` for its loss and logs, `evaluate` for answers that are texts.
 
 Which loss a model has is not guessed: two rows of the first batch are run once with labels, and the value the model
@@ -12,18 +11,18 @@ to the model, and there is no loss per task then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
-from .rules import IGNORED, BatchRules, base_model
+from .rules import IGNORED, BatchRules
 from .tasks import all_per_row
 
 UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
+LOSS, LABELS, MEANS, RIGHT, ROWS = range(5)  # the sums of a task
 TRIALS = 4  # at most so many calls for a head with a label per row
 FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
 
@@ -50,7 +49,7 @@ class ModelLoss:
     """A model's own loss, taken apart by rows where it can be.
 
     Args:
-        model: read for what its class says (`BatchRules`).
+        rules: what the model's class says.
 
     Attributes:
         shifts: whether position t is compared with the label of t + 1.
@@ -58,16 +57,10 @@ class ModelLoss:
             where the model returns one; None until it was tried.
     """
 
-    def __init__(self, model: Any) -> None:
-        base, rules = base_model(model), BatchRules.of(model)
-        self.shifts = bool(rules.shifts)
+    def __init__(self, rules: BatchRules) -> None:
+        self.rules, self.shifts = rules, bool(rules.shifts)
         self.by_rows: bool | None = None
-        self._keeps = rules.columns is not None and "logits_to_keep" in rules.columns
-        self._decoder = rules.encoder_decoder
-        self._labelled = rules.needs_labels
-        self._counts_rows = type(base).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
-        config = getattr(base, "config", None)
-        self._coefficient = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        self._labelled = rules.needs_labels  # without labels it gives something else, or nothing
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor:
         """The batch's labels without those that follow no token, where the loss shifts."""
@@ -78,9 +71,13 @@ class ModelLoss:
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
         """The labels that the loss is a mean of: one per row where it is a mean of rows (CTC)."""
         labels = self.labels(inputs)
-        if not self._counts_rows:
+        if not self.rules.counts_rows:
             return labels
         return labels.new_zeros(len(labels)).masked_fill(label_counts(labels) == 0, IGNORED)
+
+    def _wants_labels(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the forward must be given the labels; some decoders make their input of them."""
+        return self._labelled or (self.rules.encoder_decoder and "decoder_input_ids" not in inputs)
 
     def learn(
         self,
@@ -130,7 +127,7 @@ class ModelLoss:
 
     def _try_without_labels(self, call: Callable[[dict[str, Any]], Any], few: dict[str, Any], outputs: Any) -> None:
         """Whether the model, asked without labels, gives what the loss is made of."""
-        if self._labelled or (self._decoder and "decoder_input_ids" not in few):
+        if self._wants_labels(few):
             return
         bare = call({name: value for name, value in few.items() if name != "labels"})
         shapes = [[getattr(_value(o, name), "shape", None) for name in ("logits", "aux_loss")] for o in (outputs, bare)]
@@ -147,8 +144,7 @@ class ModelLoss:
             if (aligned == IGNORED).all():
                 return UNKNOWN  # no label to tell by: another batch will
             by_class = logits.flatten(0, -2).to(own.dtype)  # rounded as the model rounds
-            mean = F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED)
-            mean = self._balanced(mean, extra)
+            mean = self._balanced(F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED), extra)
             if torch.isclose(own.double(), mean.double(), rtol=_tolerance(own)):
                 agreed.append(SHIFTED if shifts else ALIGNED)
         if len(agreed) == 2:
@@ -171,14 +167,10 @@ class ModelLoss:
         if not self.by_rows:
             outputs = model(**known | {"labels": labels})
             return Scored(outputs, _own(outputs, counts), None, counts, None)
-        if not (self._labelled or (self._decoder and "decoder_input_ids" not in known)):  # made from the labels
+        if not self._wants_labels(known):
             del known["labels"]
-        if (
-            self.shifts
-            and self._keeps
-            and not (all_logits or self._labelled)
-            and not isinstance(model, nn.DataParallel)
-        ):
+        chooses = self.shifts and self.rules.columns is not None and "logits_to_keep" in self.rules.columns
+        if chooses and not (all_logits or self._labelled or isinstance(model, nn.DataParallel)):
             known["logits_to_keep"] = kept_positions(labels)
             labels = labels[:, known["logits_to_keep"]]
         outputs = model(**known)
@@ -189,7 +181,7 @@ class ModelLoss:
 
     def _balanced(self, mean: Tensor, extra: Tensor | None) -> Tensor:
         """A mean with the balancing loss of a mixture of experts, where the model gives one."""
-        return mean if extra is None else mean + self._coefficient * extra
+        return mean if extra is None else mean + self.rules.balancing * extra
 
 
 def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,3 +273,62 @@ def _fits(logits: Tensor, labels: Tensor) -> bool:
 def _tolerance(loss: Tensor) -> float:
     """Within which one mean of the same numbers equals another."""
     return 1e-5 if loss.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(loss.dtype).eps
+
+
+class TaskSums:
+    """Sums over rows by task; rows without a label and rows of the base alone are in none of them.
+
+    Args:
+        names: of the tasks, in the order of their ids.
+
+    Attributes:
+        rows: rows seen.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.rows = tuple(names), 0
+        self._sums = torch.zeros(5, len(self.names), dtype=torch.float64)
+        self._unlabelled = torch.zeros((), dtype=torch.long)
+
+    def add(self, task_ids: Tensor, counts: Tensor, losses: Tensor | None, right: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            task_ids: `[B]`; with an id per token the rows belong to no one task.
+            counts: labels of each row `[B]`.
+            losses: their sums `[B]`, None where the loss has no rows.
+            right: `[B]` whether all first choices are right.
+        """
+        self.rows += len(counts)
+        self._unlabelled = self._unlabelled.to(counts.device) + (counts == 0).sum()
+        if losses is None or right is None or task_ids.shape != counts.shape:
+            return
+        known = (task_ids >= 0) & (counts > 0)
+        losses, counts = losses.detach()[known].double(), counts[known].double()
+        batch = torch.stack([losses, counts, losses / counts, right[known].double(), torch.ones_like(counts)])
+        self._sums = self._sums.to(batch.device).index_add(1, task_ids[known], batch)
+
+    def sum_over(self, accelerator: Any) -> None:
+        """Add up the batches of all processes, which must all call this."""
+        if accelerator.num_processes > 1:
+            self._sums = accelerator.reduce(self._sums.to(accelerator.device), "sum")
+
+    @property
+    def unlabelled(self) -> int:
+        """Rows whose labels are all masked."""
+        return int(self._unlabelled)
+
+    def logs(self) -> dict[str, float]:
+        """Mean loss per label of each task that came."""
+        columns = zip(self.names, self._sums.T.tolist(), strict=True)
+        return {f"loss_{name}": sums[LOSS] / sums[LABELS] for name, sums in columns if sums[LABELS]}
+
+    def metrics(self) -> dict[str, float]:
+        """Loss per label and exact-match accuracy of each task, rows alike, and the mean accuracy over tasks."""
+        found: dict[str, float] = {}
+        for name, sums in zip(self.names, self._sums.T.tolist(), strict=True):
+            if sums[ROWS]:
+                found[f"loss_{name}"] = sums[MEANS] / sums[ROWS]
+                found[f"accuracy_{name}"] = sums[RIGHT] / sums[ROWS]
+        each = [value for key, value in found.items() if key.startswith("accuracy_")]
+        return {**found, "accuracy": sum(each) / len(each)} if each else {}

@@ -1,8 +1,7 @@
-"""What a model expects of a batch, read from its class once.
+"""What a model expects of a batch, read from its class: which columns, where padding goes, what labels are.
 
 In:   a transformers model, wrapped by PEFT or not.
-Out:  `BatchRules`: the columns its forward knows, where padding goes, whether positions must be given, what labels are.
-Who:  `TaskCollator` pads by them, `ModelLoss` reads the loss by them.
+Out:  `BatchRules`: `TaskCollator` pads by them, `ModelLoss` reads the loss by them; the trainer reads them for both.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CTC_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -36,7 +36,10 @@ class BatchRules:
         problem: `config.problem_type`, and "regression" for a classifier of rows with one label.
         pad_token_id: of the model's config, where it names a token.
         needs_labels: whether the forward cannot be called without.
+        counts_rows: whether the loss is a mean over rows, however many labels they have (CTC).
+        balancing: the weight of the balancing loss that a mixture of experts returns.
         leaks: the model's type, where its own layers let padding change the tokens beside it.
+        model: the name of the class.
     """
 
     columns: frozenset[str] | None = None
@@ -49,19 +52,24 @@ class BatchRules:
     problem: str | None = None
     pad_token_id: int | None = None
     needs_labels: bool = False
+    counts_rows: bool = False
+    balancing: float = 0.0
     leaks: str | None = None
+    model: str = ""
 
     @classmethod
     def of(cls, model: Any) -> BatchRules:
-        """The rules of one model."""
+        """The rules of a model; the defaults for None, and rules as they are."""
+        if model is None or isinstance(model, cls):
+            return cls() if model is None else model
         base = base_model(model)
         config: Any = getattr(base, "config", None)
-        columns = forward_columns(base)
-        text = text_config(config)
+        name, kind, text = type(base).__name__, getattr(config, "model_type", None), text_config(config)
         pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None) or 0
-        rows = type(base).__name__.endswith("ForSequenceClassification")
-        labels = getattr(config, "num_labels", None) if rows else None
-        causal = _is_causal(base, config)
+        labels = getattr(config, "num_labels", None) if name.endswith("ForSequenceClassification") else None
+        parameters = inspect.signature(base.forward).parameters
+        columns = _columns(parameters)
+        causal, shifts = _is_causal(base, config), _shifts(base, config)
         # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
         # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
         given = {"position_ids", "attention_mask"} <= (columns or set()) and "pixel_values" not in (columns or ())
@@ -69,16 +77,19 @@ class BatchRules:
         summary_last = hasattr(base, "sequence_summary") and getattr(config, "summary_type", None) == "last"
         return cls(
             columns=columns,
-            pad_left=(told and _shifts(base, config)) or summary_last,
+            pad_left=(told and shifts) or summary_last,
             positions=told,
             causal=causal,
-            shifts=_shifts(base, config),
+            shifts=shifts,
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
             labels=labels,
             problem=getattr(config, "problem_type", None) or ("regression" if labels == 1 else None),
             pad_token_id=pad if isinstance(pad, int) and 0 <= pad < size else None,
-            needs_labels=_needs_labels(base),
-            leaks=kind if (kind := getattr(config, "model_type", None)) in LEAKS else None,
+            needs_labels="labels" in parameters and parameters["labels"].default is inspect.Parameter.empty,
+            counts_rows=name in MODEL_FOR_CTC_MAPPING_NAMES.values(),
+            balancing=getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)),
+            leaks=kind if kind in LEAKS else None,
+            model=name,
         )
 
 
@@ -88,25 +99,19 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def forward_columns(base: Any) -> frozenset[str] | None:
-    """Arguments that the forward names; None for one that takes any."""
-    parameters = inspect.signature(base.forward).parameters
-    names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    return None if takes_any and "input_ids" not in names else frozenset(names)
-
-
-def _needs_labels(base: Any) -> bool:
-    labels = inspect.signature(base.forward).parameters.get("labels")
-    return labels is not None and labels.default is labels.empty
-
-
 def text_config(config: Any) -> Any:
     """The part of a config that is about text; the whole where there are several."""
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:  # an encoder and a decoder of text
         return config
+
+
+def _columns(parameters: Any) -> frozenset[str] | None:
+    """Arguments that a forward names; None for one that takes any."""
+    names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return None if takes_any and "input_ids" not in names else frozenset(names)
 
 
 def _only_attends(base: Any, config: Any) -> bool:

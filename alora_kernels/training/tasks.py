@@ -1,24 +1,28 @@
-"""What a model says about its tasks: names for the logs, ids for the routing.
+"""Tasks as a model has them and as a dataset names them: the table of names, the routing of a batch, the order of rows.
 
-In:   a model with ALoRA layers, or those of a method it is compared with; the ids of a batch.
-Out:  the task names of every active adapter, and the routing of a batch, by names.
-Who:  `ALoRATrainer`.
+In:   a model with ALoRA layers, or those of a method it is compared with; a dataset; the ids of a batch.
+Out:  task names, checked before training; the routing of a batch, by names; a sampler that mixes tasks.
+Who:  `ALoRATrainer`; the sampler is usable with any `DataLoader`.
 
 The numbers in a batch count the names of one table, the collator's. Which adapter is active, and in which order it has
-its tasks, may change after the collator was made, so each batch is routed by the names its numbers stand for.
+its tasks, may change after the collator was made, so each batch is routed by the names its numbers stand for. No rows
+are read that are costly to make.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, IterableDataset, Sampler, Subset
 
 from ..modules import FusedALoRALinear
 from ..modules.adapter import AdaptedLinear
+from ..modules.tasks import BASE, plain_task, task_id
 from ..routing import Routing
 from ..tuner.ids import BatchRouting
 from ..tuner.layer import ALoRALayer
@@ -66,11 +70,7 @@ def names_of(tables: Tables) -> tuple[str, ...]:
 
 
 def check_adapted(model: nn.Module) -> None:
-    """Raise unless the model has something to train for tasks: ALoRA layers, or any PEFT adapter.
-
-    Raises:
-        ValueError: with the remedy.
-    """
+    """Raise ValueError unless the model has something to train for tasks: ALoRA layers, or any PEFT adapter."""
     kinds = (FusedALoRALinear, AdaptedLinear, BaseTunerLayer)
     if not getattr(model, "peft_config", None) and not any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError(
@@ -78,6 +78,19 @@ def check_adapted(model: nn.Module) -> None:
             " model.add_adapter(ALoRAConfig(...)), or put FusedALoRALinear.from_linear(layer, r, tasks=[...]) in the"
             " place of its linear layers"
         )
+
+
+def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What each task has for itself in a routed model: the stacked A `[E, R, K]`, and B where they are stacked too."""
+    for module in model.modules():
+        if isinstance(module, ALoRALayer):
+            routed = {name for name, spec in module.asymlora_spec.items() if spec.tasks}
+            mine = [(name, p) for name, p in module.named_parameters() if routed & set(name.split("."))]
+        elif isinstance(module, FusedALoRALinear | AdaptedLinear) and module.tasks:
+            mine = list(module.named_parameters())
+        else:
+            continue
+        yield from (p for name, p in mine if ("lora_A" in name or "lora_B" in name) and p.dim() == 3)
 
 
 def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Routing:
@@ -106,41 +119,23 @@ class NamedRouting(BatchRouting):
     given_as = "task_ids"
 
     def __init__(self, task_ids: Tensor, names: Sequence[str], tables: Tables) -> None:
-        self._tables = {table: self._looked_up(task_ids, names, table) for table in tables.values()}
+        self._tables: dict[tuple[str, ...], Tensor] = {}
+        for table in tables.values():
+            places = [table.index(name) if name in table else NOT_KNOWN for name in names]
+            self._tables[table] = torch.tensor([*places, -1], device=task_ids.device)[task_ids]  # id -1 is the last
         unknown = torch.stack([ids == NOT_KNOWN for ids in self._tables.values()]).all(0)
         if unknown.any():
             strangers = sorted({names[i] for i in task_ids[unknown].tolist()})
             known = "; ".join(f"{name or 'the layers'}: {', '.join(table)}" for name, table in tables.items())
             raise ValueError(f"no active adapter has the task {', '.join(strangers)}. Active are {known}")
         first = tables.get(DROP_IN, next(iter(tables.values())))
-        super().__init__(self._ids_of(first), tables)
-
-    @staticmethod
-    def _looked_up(task_ids: Tensor, names: Sequence[str], table: tuple[str, ...]) -> Tensor:
-        places = [table.index(name) if name in table else NOT_KNOWN for name in names]
-        return torch.tensor([*places, -1], device=task_ids.device)[task_ids]  # id -1 is the last place
-
-    def _ids_of(self, table: tuple[str, ...]) -> Tensor:
-        return self._tables[table].clamp_min(-1)
+        super().__init__(self._tables[first].clamp_min(-1), tables)
 
     def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
         """The ids of this batch for an adapter with these tasks."""
         if tasks not in self._resolved:
-            self._resolved[tasks] = Routing(self._ids_of(tasks), self.repeats)
+            self._resolved[tasks] = Routing(self._tables[tasks].clamp_min(-1), self.repeats)
         return self._resolved[tasks]
-
-
-def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What each task has for itself in a routed model: the stacked A `[E, R, K]`, and B where they are stacked too."""
-    for module in model.modules():
-        if isinstance(module, ALoRALayer):
-            routed = {name for name, spec in module.asymlora_spec.items() if spec.tasks}
-            mine = [(name, p) for name, p in module.named_parameters() if routed & set(name.split("."))]
-        elif isinstance(module, FusedALoRALinear | AdaptedLinear) and module.tasks:
-            mine = list(module.named_parameters())
-        else:
-            continue
-        yield from (p for name, p in mine if ("lora_A" in name or "lora_B" in name) and p.dim() == 3)
 
 
 def side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -168,3 +163,185 @@ def all_per_row(inputs: Mapping[str, Any]) -> bool:
         return name in PER_ROW or (name in PER_TOKEN and value.shape == input_ids.shape)
 
     return all(is_per_row(name, value) for name, value in inputs.items())
+
+
+def task_column(name: str, dataset: Any, *, read_rows: bool = False) -> list[Any] | None:
+    """The task of every row, as Python values; None where that takes reading all rows or cannot be known.
+
+    Args:
+        name: the argument's name, for errors.
+        dataset: anything a DataLoader takes: datasets.Dataset, lists of mappings, torch datasets, streams.
+        read_rows: read them nevertheless where there is random access.
+
+    Raises:
+        ValueError: no `task`, or rows that are no mappings.
+    """
+    if isinstance(dataset, ConcatDataset):
+        parts = [task_column(name, part, read_rows=read_rows) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [task for part in parts for task in part or ()]
+    if isinstance(dataset, Subset):
+        whole = task_column(name, dataset.dataset, read_rows=read_rows)
+        return None if whole is None else [whole[i] for i in dataset.indices]
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and getattr(dataset, "format", {}).get("type") == "custom":
+        columns = None  # a transform may make others
+    if columns is not None:
+        _check_has_task(name, columns)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return None
+    if columns is not None:
+        return [plain_task(task) for task in dataset.with_format(None)["task"]]
+    if len(dataset) == 0:
+        return []
+    if not isinstance(dataset, list | tuple) and not read_rows:
+        _task_of(name, dataset[0])
+        return None
+    return [_task_of(name, dataset[i]) for i in range(len(dataset))]
+
+
+def _task_of(name: str, row: Any) -> Any:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row of {name} is a {type(row).__name__}: give mappings with `input_ids`, `labels`, `task`")
+    _check_has_task(name, row)
+    return plain_task(row["task"])
+
+
+def _check_has_task(name: str, columns: Iterable[str]) -> None:
+    if "task" not in columns:
+        raise ValueError(f"{name} has no `task` column (a name or id per row), only {', '.join(columns)}")
+
+
+def _parts(datasets: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every dataset with the name of its argument, which may hold several by name, or be None."""
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            yield from ((name, part) for part in (dataset.values() if isinstance(dataset, Mapping) else [dataset]))
+
+
+def check_datasets(datasets: Mapping[str, Any], names: Sequence[str], tables: Tables) -> None:
+    """Raise unless the tasks of the data are known to an active adapter, as far as can be told before training.
+
+    Args:
+        datasets: by the name of the argument.
+        names: what ids count.
+        tables: of `active_tables`.
+
+    Raises:
+        ValueError: naming the dataset and what is missing.
+    """
+    for name, part in _parts(datasets):
+        check_class_label(name, part, names)
+        for task in dict.fromkeys(task_column(name, part) or ()):
+            index = task_id(task, names)
+            if index >= 0 and not any(names[index] in table for table in tables.values()):
+                batch_routing(torch.tensor([index]), names, tables)  # says so
+
+
+def names_in(datasets: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Task names from the data, for the logs of a model that takes no ids; None where a dataset does not tell."""
+    found: set[str] = set()
+    for name, part in _parts(datasets):
+        column = task_column(name, part)
+        if column is None:
+            return None
+        numbers = [task for task in column if isinstance(task, int)]
+        found.update(str(i) for i in range(max(numbers, default=-1) + 1))
+        found.update(task for task in column if isinstance(task, str) and task != BASE)
+    return tuple(sorted(found, key=lambda task: (not task.isdigit(), int(task) if task.isdigit() else 0, task)))
+
+
+def check_class_label(name: str, dataset: Any, names: Sequence[str]) -> None:
+    """Raise ValueError, with both lists, unless a column of class numbers, which has names, counts as the model."""
+    inside = dataset.datasets if isinstance(dataset, ConcatDataset) else []
+    for part in [dataset.dataset] if isinstance(dataset, Subset) else inside:
+        check_class_label(name, part, names)
+    meant = getattr((getattr(dataset, "features", None) or {}).get("task"), "names", None)
+    if meant is not None and tuple(meant) != tuple(names)[: len(meant)]:
+        raise ValueError(
+            f"the numbers in the `task` column of {name} mean {', '.join(meant)}, but the model's tasks are"
+            f" {', '.join(names)}: turn them into names (dataset.features['task'].int2str)"
+        )
+
+
+def check_order(dataset: Any, strategy: str, temperature: float) -> None:
+    """Raise unless the training set can be read in the order that is asked for.
+
+    Args:
+        dataset: the training set, or None.
+        strategy: `TrainingArguments.train_sampling_strategy`.
+        temperature: of the tasks; 1 leaves their shares as they are.
+
+    Raises:
+        ValueError: several datasets, a temperature with an order that is not random, an order asked of a stream.
+    """
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"train_dataset holds {', '.join(map(str, dataset))}: pass one of them, or join them")
+    stream = isinstance(dataset, IterableDataset)
+    if temperature != 1.0 and (stream or strategy != "random"):
+        reason = "a stream has its own order" if stream else f"train_sampling_strategy is {strategy!r}"
+        raise ValueError(
+            f"task_temperature={temperature} draws rows task by task, but {reason}: leave it at 1"
+            + ("; datasets.interleave_datasets(probabilities=...) mixes streams" if stream else "")
+        )
+    if stream and strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={strategy!r} needs a dataset with random access, and train_dataset is a stream:"
+            " leave the argument out, or sort before streaming"
+        )
+
+
+class TaskBalancedSampler(Sampler[int]):
+    """Examples in an order that mixes tasks, small tasks repeated or large ones thinned by temperature.
+
+    Formula: task t gets a share of the epoch proportional to `n_t ** (1 / temperature)`. At 1 every example is
+    drawn once; towards infinity all tasks come equally often.
+
+    Args:
+        tasks: the task of each example, a name or an id; a tensor or an array of ids is grouped by value.
+        temperature: T >= 1.
+        seed: with the epoch it determines the order.
+
+    Raises:
+        ValueError: no examples, or a temperature below 1.
+
+    Source: temperature-scaled mixing, Raffel et al. 2020 (T5), section 3.5.2.
+    """
+
+    def __init__(self, tasks: Sequence[str | int], *, temperature: float = 1.0, seed: int = 0) -> None:
+        if len(tasks) == 0:
+            raise ValueError("the training set is empty")
+        if temperature < 1.0:
+            raise ValueError(f"temperature must be at least 1 (1 keeps the sizes), got {temperature}")
+        self.seed, self.epoch = seed, 0
+        self._members: dict[str | int, list[int]] = {}
+        for index, task in enumerate(tasks):
+            self._members.setdefault(plain_task(task), []).append(index)
+        self.counts = _shares({task: len(m) for task, m in self._members.items()}, temperature)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch; called by the trainer, also when it resumes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        placed: list[tuple[float, int]] = []
+        for task, members in self._members.items():
+            count = self.counts[task]
+            # each pass over a task is its own shuffle, so an example repeats only after all others came
+            passes = [torch.randperm(len(members), generator=generator) for _ in range(-(-count // len(members)))]
+            order = torch.cat(passes)[:count].tolist()
+            # the j-th draw of a task lands in the j-th of count equal slices of the epoch
+            places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+            placed += zip(places.tolist(), (members[i] for i in order), strict=True)
+        return iter([index for _, index in sorted(placed)])
+
+
+def _shares(sizes: dict[str | int, int], temperature: float) -> Counter[str | int]:
+    """How many draws each task gets in an epoch; together about as many as there are examples."""
+    total = sum(sizes.values())
+    weights = {task: size ** (1.0 / temperature) for task, size in sizes.items()}
+    scale = total / sum(weights.values())
+    return Counter({task: max(1, round(weight * scale)) for task, weight in weights.items()})

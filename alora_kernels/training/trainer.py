@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -23,15 +26,26 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
+from ..tuner.files import Source, reading
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
-from .columns import check_class_label, check_dataset, check_order, names_in, task_column
-from .loss import ModelLoss, Scored
-from .restore import load_adapters
+from .loss import ModelLoss, Scored, TaskSums
 from .rules import BatchRules, base_model, text_config
-from .sampler import TaskBalancedSampler
-from .sums import TaskSums
-from .tasks import active_tables, batch_routing, check_adapted, names_of, side_by_side, stacked_a, task_layers
+from .tasks import (
+    TaskBalancedSampler,
+    active_tables,
+    batch_routing,
+    check_adapted,
+    check_class_label,
+    check_datasets,
+    check_order,
+    names_in,
+    names_of,
+    side_by_side,
+    stacked_a,
+    task_column,
+    task_layers,
+)
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
 DIVIDES_AGAIN = not hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -62,21 +76,21 @@ class ALoRATrainer(Trainer):
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
         super().__init__(*args, **kwargs)
         check_adapted(self.model)
-        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        self._rules = BatchRules.of(self.model)
         self._layers = task_layers(self.model)
         tables = active_tables(self._layers)
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         given = () if own_collator else tuple(getattr(self.data_collator, "tasks", ()))
         self.tasks: tuple[str, ...] = given or names_of(tables) or (not tables and names_in(datasets)) or ()
         self._counts_ours = not given  # what the ids of a batch count is our table, which may grow
         if own_collator:
-            self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self.model)
+            self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self._rules)
         elif not isinstance(self.data_collator, TaskCollator | WithTasks):
-            self.data_collator = WithTasks(self.data_collator, self.tasks, model=self.model)
+            self.data_collator = WithTasks(self.data_collator, self.tasks, self._rules)
         check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
         if tables:
-            for name, dataset in datasets.items():
-                check_dataset(name, dataset, self.tasks, tables)
-        CheckpointGuard.install(self._base_model())
+            check_datasets(datasets, self.tasks, tables)
+        CheckpointGuard.install(base_model(self.model))
         self._keeper: KeepAbsentTasks | None = None
         self._optimized: set[int] | None = None
         self._trained = TaskSums(self.tasks)  # since the last log
@@ -84,17 +98,12 @@ class ALoRATrainer(Trainer):
         self._told: set[str] = set()
         self._all_logits = True
         self._predicted: Tensor | None = None  # ids of the batch of a prediction step
-        self._rules = BatchRules.of(self.model)
-        self._losses = {mode: ModelLoss(self.model) for mode in (True, False)}  # in training, in evaluation
-
-    def _base_model(self) -> Any:
-        """The model inside PEFT's wrapper, whose forward says which arguments it knows."""
-        return base_model(self.model)
+        self._losses = {mode: ModelLoss(self._rules) for mode in (True, False)}  # in training, in evaluation
 
     def _pad_token_id(self) -> int | None:
         """The tokenizer's padding, of which the model's config is told as `train` would, for heads that look for it."""
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        pad, config = getattr(tokenizer, "pad_token_id", None), getattr(self._base_model(), "config", None)
+        pad, config = getattr(tokenizer, "pad_token_id", None), getattr(base_model(self.model), "config", None)
         if pad is not None and config is not None:
             text_config(config).pad_token_id = pad
         return pad
@@ -114,6 +123,8 @@ class ALoRATrainer(Trainer):
         model: Any = super().call_model_init(trial)
         CheckpointGuard.install(base_model(model))
         return model
+
+    # -------------------------------------------------------------------------------------- batches: order and tasks
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
@@ -135,6 +146,108 @@ class ALoRATrainer(Trainer):
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
+
+    def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        """Routing by the names that the ids stand for: which adapters are active may have changed."""
+        tables = active_tables(self._layers) if task_ids is not None else {}
+        if task_ids is None or not tables:
+            return contextlib.nullcontext()
+        return route(batch_routing(task_ids, self.tasks, tables))
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch as this model's forward takes it, with positions where padding on the left moves them."""
+        known = {k: v for k, v in inputs.items() if k != "task_ids"}
+        mask = known.get("attention_mask")
+        if self._rules.positions and isinstance(mask, Tensor) and mask.dim() == 2:
+            known.setdefault("position_ids", positions(mask))
+        if self._rules.columns is not None and "position_ids" not in self._rules.columns:
+            known.pop("position_ids", None)
+        return known
+
+    # ----------------------------------------------------------------------------------------------------- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's mean loss per label, of all labels of the step where Trainer counts them; tasks are logged."""
+        if self._predicted is not None:
+            inputs = {**inputs, "task_ids": self._predicted}
+        by_rows, training = self._has_token_loss(inputs, model), model.training
+        smoothed = self.label_smoother is not None and training and not by_rows
+        if self.compute_loss_func is not None or smoothed or not isinstance(inputs.get("labels"), Tensor):
+            # Trainer's own smoother divides by the labels of the step; everything else here it scales as it knows to
+            self.loss_is_scaled_for_ga = True if smoothed and num_items_in_batch is not None else None
+            with self._routing(inputs.get("task_ids")):
+                given: Any = super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
+            return (self._undivided(given[0]), given[1]) if return_outputs else self._undivided(given)
+        if training and self.routed and not return_outputs:
+            inputs = side_by_side(inputs)
+        task_ids, smoothing = inputs.get("task_ids"), self.args.label_smoothing_factor if training else 0.0
+        all_logits = return_outputs and self._all_logits
+        with self._routing(task_ids):
+            scored = self._losses[training](model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
+        if task_ids is not None:
+            self._add(self._trained if training else self._evaluated, task_ids, scored)
+        loss = scored.mean
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None:  # the share of this batch in the labels of the step
+            if training:  # a step without a label moves nothing; an evaluation leaves such a batch out
+                num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp_min(1)
+            loss = loss * (scored.counts.sum() / num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = self._undivided(loss)
+        return (loss, scored.outputs) if return_outputs else loss
+
+    def _has_token_loss(self, inputs: dict[str, Any], model: nn.Module) -> bool:
+        """Whether the loss is a cross entropy that can be split by row; the first batch with labels is tried."""
+        labels = inputs.get("labels")
+        if self.compute_loss_func is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
+            return False
+
+        def call(few: dict[str, Any]) -> Any:
+            with self.compute_loss_context_manager(), self._routing(few.get("task_ids")):
+                return model(**self._model_inputs(few))
+
+        loss = self._losses[model.training]
+        if "task_ids" in inputs or current_routing() is None:  # ids set by a caller are those of all rows
+            loss.learn(call, inputs, self._agreed)
+        return bool(loss.by_rows)
+
+    def _agreed(self, verdict: int) -> int:
+        """The largest of all processes: they must run the model and gather its scores equally often."""
+        if self.accelerator.num_processes == 1:
+            return verdict
+        return int(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).max())
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As Trainer's, for every model, and of the labels that its loss counts."""
+        if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counted = []
+        for batch in map(self._prepare_inputs, batch_samples):
+            self._has_token_loss(batch, self.model_wrapped)
+            labels = self._losses[self.model_wrapped.training].counted(batch)
+            labels = torch.zeros_like(labels) if labels.is_floating_point() else labels
+            counted.append({"labels": labels, "shift_labels": labels})
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        try:
+            return super()._get_num_items_in_batch(counted, device)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
+    def _undivided(self, loss: Tensor) -> Tensor:
+        """The loss, so that it is right after a division that this version of transformers makes once too often."""
+        divided = not self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.model.training
+        if DIVIDES_AGAIN and divided and self.loss_is_scaled_for_ga:
+            return loss * self.current_gradient_accumulation_steps
+        return loss
+
+    # ---------------------------------------------------------------------------------------------- steps and resume
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the rows of absent tasks kept; made anew when other parameters train than before."""
@@ -169,107 +282,7 @@ class ALoRATrainer(Trainer):
         if sharded or not load_adapters(self.model, str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
-    def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
-        """Routing by the names that the ids stand for: which adapters are active may have changed."""
-        tables = active_tables(self._layers) if task_ids is not None else {}
-        if task_ids is None or not tables:
-            return contextlib.nullcontext()
-        return route(batch_routing(task_ids, self.tasks, tables))
-
-    def _has_token_loss(self, inputs: dict[str, Any], model: nn.Module | None = None) -> bool:
-        """Whether the loss is a cross entropy that can be split by row; the first batch with labels is tried."""
-        labels, called = inputs.get("labels"), cast(nn.Module, self.model if model is None else model)
-        if self.compute_loss_func is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
-            return False
-
-        def call(few: dict[str, Any]) -> Any:
-            with self.compute_loss_context_manager(), self._routing(few.get("task_ids")):
-                return called(**self._model_inputs(few))
-
-        loss = self._losses[called.training]
-        if "task_ids" in inputs or current_routing() is None:  # ids set by a caller are those of all rows
-            loss.learn(call, inputs, self._agreed)
-        return bool(loss.by_rows)
-
-    def _agreed(self, verdict: int) -> int:
-        """The largest of all processes: they must run the model and gather its scores equally often."""
-        if self.accelerator.num_processes == 1:
-            return verdict
-        return int(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).max())
-
-    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch as this model's forward takes it, with positions where padding on the left moves them."""
-        known = {k: v for k, v in inputs.items() if k != "task_ids"}
-        mask = known.get("attention_mask")
-        if self._rules.positions and isinstance(mask, Tensor) and mask.dim() == 2:
-            known.setdefault("position_ids", positions(mask))
-        if self._rules.columns is not None and "position_ids" not in self._rules.columns:
-            known.pop("position_ids", None)
-        return known
-
-    def _score(self, model: nn.Module, inputs: dict[str, Any], all_logits: bool = False) -> Scored:
-        """The model's own loss, by rows where it can be split."""
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        with self._routing(inputs.get("task_ids")):
-            loss = self._losses[model.training]
-            return loss(model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """As Trainer's, for every model, and of the labels that its loss counts."""
-        if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        counted = []
-        for batch in map(self._prepare_inputs, batch_samples):
-            self._has_token_loss(batch, self.model_wrapped)
-            labels = self._losses[self.model_wrapped.training].counted(batch)
-            labels = torch.zeros_like(labels) if labels.is_floating_point() else labels
-            counted.append({"labels": labels, "shift_labels": labels})
-        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
-        try:
-            return super()._get_num_items_in_batch(counted, device)
-        finally:
-            self.model_accepts_loss_kwargs = accepts
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The model's mean loss per label, of all labels of the step where Trainer counts them; tasks are logged."""
-        if self._predicted is not None:
-            inputs = {**inputs, "task_ids": self._predicted}
-        by_rows = self._has_token_loss(inputs, model)
-        smoothed = self.label_smoother is not None and model.training and not by_rows
-        if self.compute_loss_func is not None or smoothed or not isinstance(inputs.get("labels"), Tensor):
-            # Trainer's own smoother divides by the labels of the step; everything else here it scales as it knows to
-            self.loss_is_scaled_for_ga = True if smoothed and num_items_in_batch is not None else None
-            with self._routing(inputs.get("task_ids")):
-                given: Any = super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
-            return (self._undivided(given[0]), given[1]) if return_outputs else self._undivided(given)
-        if model.training and self.routed and not return_outputs:
-            inputs = side_by_side(inputs)
-        scored, task_ids = self._score(model, inputs, return_outputs and self._all_logits), inputs.get("task_ids")
-        if task_ids is not None:
-            self._add(self._trained if model.training else self._evaluated, task_ids, scored)
-        loss = scored.mean
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        if num_items_in_batch is not None:  # the share of this batch in the labels of the step
-            if model.training:  # a step without a label moves nothing; an evaluation leaves such a batch out
-                num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp_min(1)
-            loss = loss * (scored.counts.sum() / num_items_in_batch)
-            if self.args.average_tokens_across_devices:
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        loss = self._undivided(loss)
-        return (loss, scored.outputs) if return_outputs else loss
-
-    def _undivided(self, loss: Tensor) -> Tensor:
-        """The loss, so that it is right after a division that this version of transformers makes once too often."""
-        divided = not self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.model.training
-        if DIVIDES_AGAIN and divided and self.loss_is_scaled_for_ga:
-            return loss * self.current_gradient_accumulation_steps
-        return loss
+    # ------------------------------------------------------------------------------------------- logs and evaluation
 
     def _add(self, sums: TaskSums, task_ids: Tensor, scored: Scored) -> None:
         """Note what the rows of a batch scored; of an evaluation by several processes, once for each row."""
@@ -328,3 +341,64 @@ class ALoRATrainer(Trainer):
                 return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
         finally:
             self._all_logits, self._predicted = True, None
+
+
+def load_adapters(model: Any, folder: str) -> bool:
+    """Read every adapter of the model that a checkpoint holds, each under its own name.
+
+    transformers looks for the best model in the folder itself only, reads it into the first active adapter whatever
+    that is called, leaves one adapter active, and cannot read an adapter that `model.add_adapter` made. Here which
+    adapters are active and which are trained stays as it was.
+
+    Args:
+        model: a PEFT model, or one with adapters that transformers added; others are left alone.
+        folder: that Trainer saved: the adapter "default" in it, others in folders of their names.
+
+    Returns:
+        Whether the checkpoint is one of adapters; everything else is Trainer's.
+
+    Raises:
+        ValueError: an active adapter is not in the checkpoint, or what is there does not fit it.
+    """
+    names = list(getattr(model, "peft_config", None) or ())
+    if not names or not Path(folder).is_dir():
+        return False
+    wrapped, active = isinstance(model, PeftModel), active_adapters(model)
+    # the folder itself holds "default"; transformers saves its one active adapter there, whatever it is called
+    root = "default" if "default" in names and wrapped else active[0] if len(active) == 1 else ""
+    places = {name: Path(folder, name) if _holds(Path(folder, name)) else Path(folder) for name in names}
+    found = {name: place for name, place in places.items() if _holds(place) and (place != Path(folder) or name == root)}
+    if not found and not any(_holds(place) for place in (Path(folder), *Path(folder).iterdir())):
+        return False
+    missing = [name for name in active if name not in found]
+    if missing:
+        raise ValueError(
+            f"{folder} has no weights of the active adapter {', '.join(missing)}: make the adapter under the name that"
+            " it was saved with, or another one active"
+        )
+    for name, place in found.items():
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        if wrapped:
+            model.load_adapter(str(place), name, is_trainable=True)
+        else:
+            _load_native(model, name, place)
+        for parameter, value in trained.items():
+            parameter.requires_grad_(value)
+    return True
+
+
+def _load_native(model: Any, name: str, place: Path) -> None:
+    with reading(Source(str(place), {}, new=False)):
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
+    if result.unexpected_keys:
+        raise ValueError(f"{place} has weights that adapter {name!r} does not: {', '.join(result.unexpected_keys[:5])}")
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Names of the active adapters; an attribute in PEFT, a method in transformers."""
+    active = getattr(model, "active_adapters", [])
+    return list(active() if callable(active) else active)
+
+
+def _holds(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))

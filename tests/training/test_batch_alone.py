@@ -30,7 +30,7 @@ CASES = [(family, head) for family in FAMILIES for head in SUFFIXES if head_clas
 def test_a_mixed_batch_is_its_rows_alone(family, head):
     model, examples = build(family, head), rows(build(family, head), head)
     batch = TaskCollator(None, TASKS, model=model)(examples)
-    loss = ModelLoss(model)
+    loss = ModelLoss(BatchRules.of(model))
 
     def routed(few):
         with route(few["task_ids"]):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.training import ALoRATrainer, answer_loss
 from alora_kernels.training.loss import ModelLoss, kept_positions, predictable, row_losses
+from alora_kernels.training.rules import BatchRules
 
 from .tiny_models import TASKS, alone, build, rows
 
@@ -218,7 +219,7 @@ def test_the_loss_is_known_in_any_dtype(tmp_path, family, head, dtype):
 
 def test_a_batch_with_images_is_tried_whole():
     """How many images a row has is not known, so none of them can be left out."""
-    loss, seen = ModelLoss(build("Llama", "lm")), []
+    loss, seen = ModelLoss(BatchRules.of(build("Llama", "lm"))), []
     batch = {"input_ids": torch.ones(4, 3, dtype=torch.long), "labels": torch.ones(4, 3, dtype=torch.long)}
     loss.learn(lambda few: seen.append(len(few["input_ids"])), batch)
     loss.by_rows = None

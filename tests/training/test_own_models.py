@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification, Wav2Vec2Config, Wav2Vec2
 from alora_kernels import route
 from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.training.loss import ModelLoss
+from alora_kernels.training.rules import BatchRules
 from alora_kernels.tuner import ALoRAConfig
 
 from .test_batch_loss import step, trained, trainer_of
@@ -147,7 +148,7 @@ def test_processes_agree_on_a_loss_and_run_the_model_equally_often():
             return models[rank](**few)
 
         ids = torch.arange(10, 22).view(2, 6)
-        loss = ModelLoss(models[rank])
+        loss = ModelLoss(BatchRules.of(models[rank]))
         with route(torch.tensor([0, 1])):
             loss.learn(call, {"input_ids": ids, "labels": torch.full_like(ids, -100) if rank else ids}, agree)
         found[rank] = (loss.by_rows, loss.shifts)
