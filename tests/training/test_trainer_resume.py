@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alora_kernels.training.restore import active_adapters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from alora_kernels.training import ALoRATrainer
+from alora_kernels.training.trainer import active_adapters
 from alora_kernels.tuner import ALoRAConfig
 
 from .test_trainer import CONFIG, TASKS, arguments, peft_model, rows, states
