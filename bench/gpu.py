@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 
-from alora_kernels.ops.plans import PLANS
+from alora_kernels.ops.dispatch import PLANS
 
 from .cuda import CudaClock
 from .layers.layer import BOTH, FORWARD

@@ -15,8 +15,7 @@ import platform
 import torch
 
 from ..data.packages import PINS
-from ..ops.dispatch import ENV, explain, interpreting
-from ..ops.plans import explain_plan
+from ..ops.dispatch import ENV, explain, explain_plan, interpreting
 from ..recipes import display
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")

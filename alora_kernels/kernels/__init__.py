@@ -7,9 +7,11 @@ Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they c
 See README.md in this folder for the derivations and for what each launch reads and writes.
 """
 
+from alora_kernels.records import Dropout
+
 from .da import soft_da, task_da
 from .decode import linear_decode, takes_decode
-from .dropout import Dropout, dropout_mask
+from .dropout import dropout_mask
 from .dx_soft import linear_dx_soft
 from .dx_task import linear_dx_task
 from .expand import linear_expand, plain_gemm

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
 from alora_kernels.routing import RowGroups
 
-from .dropout import Dropout, dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, power_of_two, splits_for, tl_dtype
+from .numerics import dot_precision, power_of_two, splits_for, tl_dtype
 from .partial_sums import sum_planes
 from .tiles import MIN_PROGRAMS, tile_for
 

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import acc_dtype
+
 from .gemm import gemm_loop
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, power_of_two, rank_block, tl_dtype
+from .numerics import dot_precision, power_of_two, rank_block, tl_dtype
 from .sync import HEADER, clean_up, publish, take_ticket, wait_for
 from .tiles import tile_for
 from .workspace import counters

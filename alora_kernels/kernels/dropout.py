@@ -11,27 +11,15 @@ number only, never on the tile that looks at it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
+
 from .launch import launch
-from .numerics import acc_dtype, tl_dtype
-
-
-class Dropout(NamedTuple):
-    """Dropout of the low-rank path.
-
-    Attributes:
-        p: probability that an entry of x is dropped, 0 .. 1.
-        seed: one int64 on the device of x.
-    """
-
-    p: float
-    seed: Tensor
+from .numerics import tl_dtype
 
 
 @triton.jit

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
+
 from .descriptors import describable, describe, descriptor_loop, store_tile
-from .dropout import Dropout, dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, power_of_two, rank_step, tl_dtype
+from .numerics import dot_precision, power_of_two, rank_step, tl_dtype
 from .tiles import GROUP_M
 
 

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
 from alora_kernels.routing import RowGroups
 
 from .descriptors import descriptor_loop, store_tile
-from .dropout import Dropout, dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
+from .numerics import dot_precision, rank_step, tl_dtype
 from .task_walk import next_task
 from .tiles import GROUP_M
 

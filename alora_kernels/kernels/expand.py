@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import acc_dtype
+
 from .descriptors import descriptor_loop, store_tile
 from .gemm import gemm_loop, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, rank_step, tl_dtype
+from .numerics import dot_precision, rank_step, tl_dtype
 from .tiles import GROUP_M
 
 

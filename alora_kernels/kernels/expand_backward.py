@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import acc_dtype
+
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, splits_for, tl_dtype
+from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, splits_for, tl_dtype
 from .partial_sums import sum_planes
 from .tiles import MIN_PROGRAMS, tile_for
 

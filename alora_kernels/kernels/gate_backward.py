@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import acc_dtype
+
 from .launch import launch
-from .numerics import acc_dtype, power_of_two, tl_dtype
+from .numerics import power_of_two, tl_dtype
 from .shrink_soft import softmax_rows
 from .tiles import MAX_GATE
 

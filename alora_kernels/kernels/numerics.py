@@ -17,11 +17,6 @@ import triton.language as tl
 from .tiles import MAX_RANK_BLOCK
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     """The Triton name of a torch float dtype."""
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

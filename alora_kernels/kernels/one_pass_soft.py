@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
+
 from .descriptors import describable, describe, descriptor_loop, store_tile
-from .dropout import Dropout
 from .gemm import rank_loop
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, power_of_two, rank_block, rank_step, tl_dtype
+from .numerics import dot_precision, power_of_two, rank_block, rank_step, tl_dtype
 from .shrink_soft import soft_shrink_rows
 from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for

@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
+
 from .descriptors import describable, describe, descriptor_loop, store_tile
-from .dropout import Dropout, dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale
 from .gemm import rank_loop
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, rank_block, rank_step, tl_dtype
+from .numerics import dot_precision, rank_block, rank_step, tl_dtype
 from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
 from .task_walk import next_task
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for

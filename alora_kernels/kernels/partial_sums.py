@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import acc_dtype
+
 from .launch import launch
-from .numerics import acc_dtype, tl_dtype
+from .numerics import tl_dtype
 
 BLOCK = 1024
 

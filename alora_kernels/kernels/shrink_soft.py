@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import Dropout, dropout_keep, dropout_scale
+from alora_kernels.records import Dropout, acc_dtype
+
+from .dropout import dropout_keep, dropout_scale
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
+from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
 from .tiles import MAX_GATE, tile_for
 
 

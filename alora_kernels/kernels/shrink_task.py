@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.records import Dropout, acc_dtype
 from alora_kernels.routing import RowGroups
 
-from .dropout import Dropout, dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale
 from .launch import launch
-from .numerics import acc_dtype, dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
+from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
 from .task_walk import next_task
 from .tiles import tile_for
 

@@ -1,6 +1,6 @@
 """What was measured to be fastest, per chip and class of shapes. Written by `python -m bench tune`; do not edit.
 
-Nothing has been measured yet: no GPU was at hand. Until then `ops.plans` and `config` follow their rules.
+Nothing has been measured yet: no GPU was at hand. Until then `ops.dispatch` and `kernels.tiles` follow their rules.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import alora_linear
+from ..ops import trusted_linear
 from ..recompute import noted
 from ..routing import ConstantRouting, Routing, current_routing
 from .init import lora_scaling, reset_adapter_
@@ -190,7 +190,7 @@ class FusedALoRALinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         if self.router is not None and task_ids is not None:
             raise ValueError("this layer routes by its learned router (num_experts): it takes no task_ids")
-        return alora_linear(
+        return trusted_linear(
             x,
             self.weight,
             self.lora_A,

@@ -1,44 +1,43 @@
-"""The torch.library custom ops: what `torch.compile`, autograd and the profiler see.
+"""The custom ops: what `torch.compile`, autograd and the profiler see.
 
-In:   flat arguments, tensors and numbers; x is `[M, K]`.
-Out:  `alora::linear -> (y, h, p)` and `alora::shrink -> (h, p)`; h and p are outputs only because the
-      backward needs them. Each has its backward as a second op, so a compiled graph holds one opaque node
-      a pass.
+In:   x `[M, K]` and the layer's tensors, the routed half as an `Adapter`, the key of a backend.
+Out:  y of the whole layer (`linear`), or h of the routed half (`shrink`), differentiable; `add_expanded` completes h.
 Who:  `ops.functional`; nobody else calls these.
 
-Nothing of size `[M, N]` is saved, nothing per expert of size `[M, K]`. Task ids, their order and the seed of
-dropout are tensors, so new ids or a new seed never recompile.
+`alora::linear -> (y, h, p)` and `alora::shrink -> (h, p)` have h and p as outputs only because the backward needs them.
+Each has its backward as a second op, so a compiled graph holds one opaque node a pass. Nothing of size `[M, N]` is
+saved, nothing per expert of size `[M, K]`. Task ids, their order and the seed of dropout are tensors, so new ids or a
+new seed never recompile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..routing import RowGroups
+from ..records import acc_dtype
+from .dispatch import BACKENDS
 from .torch import layer as torch_layer
-from .types import Adapter, Dropout, Needs, Saved, acc_dtype, wider
+from .torch.products import add_product_, no_autocast, product, transposed_product
+from .types import SCHEMA, TENSORS, Adapter, Needs, Saved, wider
 
 PLAIN = (Tensor, torch.nn.Parameter)
+Gradients = tuple[Tensor | None, ...]
+_AND_NEEDS = f"{SCHEMA}, str backend, bool[] needs"
+_NO_GRADIENT = (None,) * 7  # of ids, order, offsets, seed, scaling, dropout_p, backend
 
 
-def backend_module(backend: str) -> ModuleType:
-    """The backend of a name such as "torch", "triton" or "triton:plan"."""
-    if backend == "torch":
+def backend_module(name: str) -> ModuleType:
+    """The functions of a backend, "torch" or "triton"."""
+    if name == "torch":
         return torch_layer
     from .triton import layer as triton_layer  # needs the triton package, which only Linux has
 
     return triton_layer
-
-
-def _plan(backend: str) -> dict[str, str]:
-    """How the backend is to do it, as a keyword: what stands behind the colon of its name."""
-    plan = backend.partition(":")[2]
-    return {"plan": plan} if plan else {}
 
 
 def traced(x: Tensor) -> bool:
@@ -57,250 +56,213 @@ def differentiated(*tensors: Tensor | None) -> bool:
 def needs_dispatch(x: Tensor, *others: Tensor | None) -> bool:
     """Whether autograd, a tracer, a mode or a transform must see an op's call.
 
-    Where none of them must, `linear_now` and `shrink_now` give the same without the dispatcher's 13 us, a quarter of
-    what a small layer takes.
+    Where none of them must, the plain function gives the same without the dispatcher's 13 us, a quarter of what a small
+    layer takes.
     """
     return traced(x) or differentiated(x, *others)
 
 
-def adapter_of(
-    a: Tensor,
-    router: Tensor | None,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> Adapter:
-    groups = None
-    if ids is not None and order is not None and offsets is not None:
-        groups = RowGroups(ids, order, offsets)
-    return Adapter(a, router, groups, scaling, None if seed is None else Dropout(dropout_p, seed))
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str) -> Tensor:
+    """y of the whole layer, by the cheapest call that everybody who must see it sees."""
+    if traced(x):
+        y, _, _ = linear_op(x, w, bias, b, *adapter.flat(), backend)
+    elif differentiated(x, bias, b, adapter.a, adapter.router):
+        y, _, _ = _LinearNow.apply(x, w, bias, b, *adapter.flat(), backend)
+    else:
+        y, _ = _linear(x, w, bias, b, adapter, backend)
+    return cast(Tensor, y)
 
 
-def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+def shrink(x: Tensor, adapter: Adapter, backend: str) -> Tensor:
+    """h of the routed half, times s."""
+    if needs_dispatch(x, adapter.a, adapter.router):
+        return cast(Tensor, shrink_op(x, *adapter.flat(), backend)[0])
+    return _shrink(x, adapter, backend).h
+
+
+def add_expanded_(base: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """base += h b^T in place, differentiable."""
+    return cast(Tensor, _AddExpanded.apply(base, h, b))
+
+
+def _linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str
+) -> tuple[Tensor, Saved]:
+    name, plan = BACKENDS[backend]
+    return cast(tuple[Tensor, Saved], backend_module(name).linear(x, w, bias, adapter, b, plan))
+
+
+def _shrink(x: Tensor, adapter: Adapter, backend: str) -> Saved:
+    return cast(Saved, backend_module(BACKENDS[backend].name).shrink(x, adapter))
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, b: Tensor, saved: Saved, adapter: Adapter, backend: str, needs: Needs
+) -> Gradients:
+    """Gradients of x, bias, b, a and router; those that are not needed may be None."""
+    name, plan = BACKENDS[backend]
+    grads, db = backend_module(name).linear_backward(dy, x, w, adapter, b, saved, needs, plan)
+    return grads.dx, dy.sum(0) if needs.bias else None, db, grads.da, grads.drouter
+
+
+def _or_empty(like: Tensor, grads: Gradients) -> tuple[Tensor, ...]:
     """Ops return tensors, never None: an empty one stands for a gradient that was not asked for."""
-    return like.new_empty(0) if t is None else t
+    return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def linear_now(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    router: Tensor | None,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _op(name: str, inputs: str, outputs: int) -> Callable[..., Any]:
+    """A custom op that mutates nothing and returns so many tensors; `SCHEMA` and the backend's key end its inputs."""
+    returns = ", ".join(["Tensor"] * outputs)
+    return torch.library.custom_op(f"alora::{name}", mutates_args=(), schema=f"({inputs}) -> ({returns})")
+
+
+def _linear_flat(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, h, p of the whole layer."""
-    adapter = adapter_of(a, router, ids, order, offsets, seed, scaling, dropout_p)
-    y, saved = backend_module(backend).linear(x, weight, bias, adapter, b, **_plan(backend))
+    y, saved = _linear(x, w, bias, b, Adapter.unflatten(*flat[:-1]), flat[-1])
     return y, saved.h, saved.p
 
 
-linear = torch.library.custom_op("alora::linear", linear_now, mutates_args=())
+linear_op = _op("linear", f"Tensor x, Tensor weight, Tensor? bias, Tensor b, {SCHEMA}, str backend", 3)(_linear_flat)
 
 
-def shrink_now(
-    x: Tensor,
-    a: Tensor,
-    router: Tensor | None,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@_op("shrink", f"Tensor x, {SCHEMA}, str backend", 2)
+def shrink_op(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     """h, p of the routed half."""
-    saved = backend_module(backend).shrink(x, adapter_of(a, router, ids, order, offsets, seed, scaling, dropout_p))
+    saved = _shrink(x, Adapter.unflatten(*flat[:-1]), flat[-1])
     return saved.h, saved.p
 
 
-shrink = torch.library.custom_op("alora::shrink", shrink_now, mutates_args=())
+@_op("linear_backward", f"Tensor dy, Tensor x, Tensor weight, Tensor b, Tensor h, Tensor p, {_AND_NEEDS}", 5)
+def linear_backward_op(
+    dy: Tensor, x: Tensor, w: Tensor, b: Tensor, h: Tensor, p: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """dx, dbias, db, da, drouter; empty where not needed."""
+    *flat, backend, needs = rest
+    adapter = Adapter.unflatten(*flat)
+    return _or_empty(dy, _linear_backward(dy, x, w, b, Saved(h, p), adapter, backend, Needs(*needs)))
 
 
-def linear_backward_now(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    router: Tensor | None,
-    h: Tensor,
-    p: Tensor,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, da, db, drouter, dbias; empty where not needed."""
-    adapter = adapter_of(a, router, ids, order, offsets, seed, scaling, dropout_p)
-    asked = Needs(*needs)
-    grads, db = backend_module(backend).linear_backward(dy, x, weight, adapter, b, Saved(h, p), asked, **_plan(backend))
-    dbias = dy.sum(0) if asked.bias else None
-    return tuple(or_empty(g, dy) for g in (grads.dx, grads.da, db, grads.drouter, dbias))  # type: ignore[return-value]
-
-
-linear_backward = torch.library.custom_op("alora::linear_backward", linear_backward_now, mutates_args=())
-
-
-@torch.library.custom_op("alora::shrink_backward", mutates_args=())
-def shrink_backward(
-    dh: Tensor,
-    x: Tensor,
-    a: Tensor,
-    router: Tensor | None,
-    h: Tensor,
-    p: Tensor,
-    ids: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    backend: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+@_op("shrink_backward", f"Tensor dh, Tensor x, Tensor h, Tensor p, {_AND_NEEDS}", 3)
+def shrink_backward_op(dh: Tensor, x: Tensor, h: Tensor, p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """dx, da, drouter from the gradient of the scaled h; empty where not needed."""
-    adapter = adapter_of(a, router, ids, order, offsets, seed, scaling, dropout_p)
-    grads = backend_module(backend).shrink_backward(dh * scaling, x, adapter, Saved(h, p), Needs(*needs))
-    return tuple(or_empty(g, dh) for g in (grads.dx, grads.da, grads.drouter))  # type: ignore[return-value]
-
-
-def h_dtype(backend: str, x: Tensor, *adapter: Tensor | None) -> torch.dtype:
-    """The dtype of the h that a backend saves; see `types.Saved`."""
-    return wider(x, *adapter) if backend == "torch" else x.dtype
+    *flat, backend, needs = rest
+    adapter, module = Adapter.unflatten(*flat), backend_module(BACKENDS[backend].name)
+    grads = module.shrink_backward(dh * adapter.scaling, x, adapter, Saved(h, p), Needs(*needs))
+    return _or_empty(dh, (grads.dx, grads.da, grads.drouter))
 
 
 def _fake_saved(x: Tensor, a: Tensor, router: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     experts, rank, _ = a.shape
+    h_dtype = wider(x, a, router) if backend == "torch" else x.dtype  # see `types.Saved`
     p_shape = (0,) if router is None else (x.shape[0], experts * rank + experts)
-    h = x.new_empty(x.shape[0], rank, dtype=h_dtype(backend, x, a, router))
-    return h, x.new_empty(p_shape, dtype=acc_dtype(x))
+    return x.new_empty(x.shape[0], rank, dtype=h_dtype), x.new_empty(p_shape, dtype=acc_dtype(x.dtype))
 
 
-@linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, router: Tensor | None, *rest: Any) -> Any:
-    return (x.new_empty(x.shape[0], weight.shape[0]), *_fake_saved(x, a, router, rest[-1]))
+@linear_op.register_fake
+def _(x: Tensor, w: Tensor, bias: Any, b: Any, a: Tensor, router: Tensor | None, *rest: Any) -> Any:
+    return x.new_empty(x.shape[0], w.shape[0]), *_fake_saved(x, a, router, rest[-1])
 
 
-@shrink.register_fake
+@shrink_op.register_fake
 def _(x: Tensor, a: Tensor, router: Tensor | None, *rest: Any) -> Any:
     return _fake_saved(x, a, router, rest[-1])
 
 
-def _fake_grads(like: Tensor, shapes: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if need and t is not None else like.new_empty(0)
-        for t, need in zip(shapes, needs, strict=True)
-    )
+def _fake_grads(dy: Tensor, *wanted: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
+    return _or_empty(dy, tuple(t.new_empty(t.shape) if t is not None and need else None for t, need in wanted))
 
 
-@linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, router: Tensor | None, *rest: Any) -> Any:
-    asked = Needs(*rest[-1])
-    dx, da, db, drouter = _fake_grads(dy, (x, a, b, router), (asked.x, asked.a, asked.b, asked.router))
-    return dx, da, db, drouter, dy.new_empty(dy.shape[1] if asked.bias else 0)
+@linear_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, w: Tensor, b: Tensor, h: Any, p: Any, a: Tensor, router: Any, *rest: Any) -> Any:
+    needs = Needs(*rest[-1])
+    wanted = (x, needs.x), (dy.new_empty(dy.shape[1]), needs.bias), (b, needs.b), (a, needs.a), (router, needs.router)
+    return _fake_grads(dy, *wanted)
 
 
-@shrink_backward.register_fake
-def _(dh: Tensor, x: Tensor, a: Tensor, router: Tensor | None, *rest: Any) -> Any:
-    asked = Needs(*rest[-1])
-    return _fake_grads(dh, (x, a, router), (asked.x, asked.a, asked.router))
+@shrink_backward_op.register_fake
+def _(dh: Tensor, x: Tensor, h: Any, p: Any, a: Tensor, router: Tensor | None, *rest: Any) -> Any:
+    needs = Needs(*rest[-1])
+    return _fake_grads(dh, (x, needs.x), (a, needs.a), (router, needs.router))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
-    """Keep tensors for the backward by name; h and p are the op's last two outputs."""
+def _save(ctx: Any, own: tuple[Tensor, ...], flat: Sequence[Any], saved: tuple[Tensor, ...]) -> None:
+    """Keep for the backward: the op's own tensors, h and p, the flat arguments of the adapter, the backend's key."""
     ctx.set_materialize_grads(False)
-    args = dict(zip(names, inputs, strict=True))
-    ctx.numbers = {key: args.pop(key) for key in ("scaling", "dropout_p", "backend")}
-    args.pop("bias", None)
-    ctx.save_for_backward(*args.values(), *output[-2:])
-
-
-LINEAR_ARGS = (
-    *("x", "weight", "bias", "a", "b", "router", "ids", "order", "offsets", "seed"),
-    *("scaling", "dropout_p", "backend"),
-)
-SHRINK_ARGS = tuple(name for name in LINEAR_ARGS if name not in ("weight", "bias", "b"))
+    ctx.numbers = flat[TENSORS:]
+    ctx.save_for_backward(*own, *saved, *flat[:TENSORS])
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output, LINEAR_ARGS)
+    x, w, _, b, *flat = inputs
+    _save(ctx, (x, w, b), flat, output[1:])
 
 
 def _save_shrink(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output, SHRINK_ARGS)
+    _save(ctx, inputs[:1], inputs[1:], output)
 
 
-def _asked(ctx: Any, names: tuple[str, ...]) -> Needs:
-    need = dict(zip(names, ctx.needs_input_grad, strict=True))
-    return Needs(*(bool(need.get(key, False)) for key in ("x", "a", "router", "b", "bias")))
-
-
-def _linear_grads(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_grads(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
     if dy is None:
-        return (None,) * len(LINEAR_ARGS)
-    x, weight, a, b, router, ids, order, offsets, seed, h, p = ctx.saved_tensors
-    asked = _asked(ctx, LINEAR_ARGS)
+        return (None,) * 6 + _NO_GRADIENT
+    x, w, b, h, p, *tensors = ctx.saved_tensors
+    *numbers, backend = ctx.numbers
+    x_, _, *others = ctx.needs_input_grad[:6]
+    needs = Needs(x_, *others)
     # create_graph=True asks for a second derivative, which the op refuses with a reason
-    backward = linear_backward if needs_dispatch(dy, x, a, b, router) else linear_backward_now
-    grads = backward(dy, x, weight, a, b, router, h, p, ids, order, offsets, seed, **ctx.numbers, needs=list(asked))
-    found = dict(zip(("x", "a", "b", "router", "bias"), grads, strict=True))
-    return tuple(found[name] if getattr(asked, name, False) else None for name in LINEAR_ARGS)
+    if needs_dispatch(dy, x, b, *tensors[:2]):
+        grads = linear_backward_op(dy, x, w, b, h, p, *tensors, *numbers, backend, list(needs))
+    else:
+        grads = _linear_backward(dy, x, w, b, Saved(h, p), Adapter.unflatten(*tensors, *numbers), backend, needs)
+    dx, *rest = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dx, None, *rest, *_NO_GRADIENT
 
 
-def _shrink_grads(ctx: Any, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _shrink_grads(ctx: Any, dh: Tensor | None, *_: Any) -> Gradients:
     if dh is None:
-        return (None,) * len(SHRINK_ARGS)
-    x, a, router, ids, order, offsets, seed, h, p = ctx.saved_tensors
-    asked = _asked(ctx, SHRINK_ARGS)
-    grads = shrink_backward(dh, x, a, router, h, p, ids, order, offsets, seed, **ctx.numbers, needs=list(asked))
-    found = dict(zip(("x", "a", "router"), grads, strict=True))
-    return tuple(found[name] if getattr(asked, name, False) else None for name in SHRINK_ARGS)
+        return (None,) * 3 + _NO_GRADIENT
+    x_, a, router = ctx.needs_input_grad[:3]
+    needs = Needs(x_, bias=False, b=False, a=a, router=router)
+    grads = shrink_backward_op(dh, *ctx.saved_tensors, *ctx.numbers, list(needs))
+    return *(g if need else None for g, need in zip(grads, (x_, a, router), strict=True)), *_NO_GRADIENT
 
 
-def no_double_backward(ctx: Any, *_: Any) -> None:
+def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "ALoRA's fused backward cannot be differentiated again (create_graph=True): "
         "use alora_kernels.reference.alora_linear where second derivatives are needed"
     )
 
 
-linear.register_autograd(_linear_grads, setup_context=_save_linear)
-shrink.register_autograd(_shrink_grads, setup_context=_save_shrink)
-linear_backward.register_autograd(no_double_backward)
-shrink_backward.register_autograd(no_double_backward)
+linear_op.register_autograd(_linear_grads, setup_context=_save_linear)
+shrink_op.register_autograd(_shrink_grads, setup_context=_save_shrink)
+linear_backward_op.register_autograd(_no_double_backward)
+shrink_backward_op.register_autograd(_no_double_backward)
 
 
 class _LinearNow(torch.autograd.Function):
-    """The op `linear` for autograd alone: on a CPU the dispatcher takes 280 us of a small layer's 600."""
+    """`linear_op` for autograd alone: on a CPU the dispatcher takes 280 us of a small layer's 600."""
 
-    forward = staticmethod(linear_now)  # type: ignore[assignment]
+    forward = staticmethod(_linear_flat)  # type: ignore[assignment]
     setup_context = staticmethod(_save_linear)
     backward = staticmethod(_linear_grads)  # type: ignore[assignment]
 
 
-def linear_for(x: Tensor, *others: Tensor | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The cheapest way to call `linear` that everybody who must see the call sees.
+class _AddExpanded(torch.autograd.Function):
+    """base += h b^T in place; the gradient of base passes through uncopied."""
 
-    Args:
-        x: the op's x.
-        others: the tensors that may require a gradient.
-    """
-    if traced(x):
-        return linear
-    return _LinearNow.apply if differentiated(x, *others) else linear_now  # type: ignore[return-value]
+    @staticmethod
+    def forward(ctx, base: Tensor, h: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(h, b)
+        ctx.mark_dirty(base)
+        add_product_(base.view(-1, b.shape[0]), h, b.t())
+        return base
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> Gradients:  # type: ignore[no-untyped-def, override]
+        h, b = ctx.saved_tensors
+        rows = dy.reshape(-1, b.shape[0])
+        with no_autocast(dy.device.type):
+            dh = product(rows, b, 1.0) if ctx.needs_input_grad[1] else None
+            db = transposed_product(rows, h) if ctx.needs_input_grad[2] else None
+        return dy, dh, db

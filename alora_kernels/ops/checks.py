@@ -2,7 +2,7 @@
 
 In:   the arguments of `alora_linear` and `alora_delta` as the user gave them.
 Out:  nothing, or an error that names the argument, its shape and the one that was expected.
-Who:  `ops.functional`, once per call; kernels and backends below it trust what they get.
+Who:  `ops.functional`; kernels and backends below it trust what they get.
 """
 
 from __future__ import annotations
@@ -17,6 +17,38 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
+
+
+def check_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, router: Tensor | None
+) -> None:
+    """Raise unless all tensors of a layer fit x `[..., K]` and each other."""
+    check_tensors(x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, router=router)
+    check_adapter(x, lora_A, lora_B, router)
+    check_base(x, weight, lora_B, bias)
+
+
+def check_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor | None, base: Tensor | None) -> None:
+    """Raise unless an adapter's tensors fit x `[..., K]`, each other and the base's output `[..., N]`."""
+    check_tensors(x, lora_A=lora_A, lora_B=lora_B, router=router, base=base)
+    check_adapter(x, lora_A, lora_B, router)
+    shape = (*x.shape[:-1], lora_B.shape[0])
+    if base is not None and base.shape != shape:
+        raise ValueError(f"base must be {shape} (x's leading shape and lora_B's rows), got {tuple(base.shape)}")
+
+
+def suits(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, *, weight: Tensor | None = None, base: Tensor | None = None
+) -> bool:
+    """Whether this x suits tensors that are known to fit each other; if not, the checks above say what is wrong."""
+    if x.dim() == 0 or x.shape[-1] != lora_A.shape[2] or x.dtype not in FLOATS:
+        return False
+    device = x.device
+    if lora_A.device != device or lora_B.device != device:
+        return False
+    if weight is not None and (weight.dtype != x.dtype or weight.device != device):
+        return False
+    return base is None or (base.device == device and base.shape == (*x.shape[:-1], lora_B.shape[0]))
 
 
 def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor | None) -> None:

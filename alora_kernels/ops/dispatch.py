@@ -1,13 +1,15 @@
-"""Which code computes the layer: Triton kernels or torch.
+"""Which code computes the layer, and in which of several ways: the backend and its plan.
 
-In:   the caller's wish (`backend=`), the environment variable `ALORA_BACKEND`, and the device of x.
-Out:  the name of a backend that can run there, or an error that says what to change.
-Who:  the ops ask once per call; `alora doctor` prints `explain`.
+In:   the caller's wish (`backend=`), the environment variable `ALORA_BACKEND`, the device; sizes, chip and routing.
+Out:  a key of the table `BACKENDS`, or an error that says what to change; the plan that tables and rules choose.
+Who:  the ops ask once per call, Triton's backend once per pass for a plan; `alora doctor` prints both with reasons.
 
-A wish may name a plan, "triton:one_pass" (see `plans`): for tests and measurements. Without one the tables decide.
-
-The rule: the caller's wish first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch
-elsewhere. Triton runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work.
+The caller's wish comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch elsewhere. Triton
+runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work. A wish may name a plan,
+"triton:one_pass", for tests and measurements. Without one, what was measured on a chip (`kernels/tuned.py`) decides for
+it, and without a measurement a rule: our own GEMM on chips it was written for, where sizes are multiples of 16; the
+vendor's GEMM everywhere else, which can only lose the low-rank part's own time. The one-pass kernels are never taken
+without a measurement: programs that wait for each other deserve a proof on the chip itself.
 """
 
 from __future__ import annotations
@@ -18,14 +20,46 @@ from typing import NamedTuple
 
 import torch
 
-from .plans import PLANS
-
-BACKENDS = ("triton", "torch")
 ENV = "ALORA_BACKEND"
 
 
 class BackendError(RuntimeError):
     """A backend was asked for where it cannot run; the message names the remedy."""
+
+
+class Plan(NamedTuple):
+    """How Triton computes one layer.
+
+    Attributes:
+        forward: "one_pass": one launch. "two_launch": the shrink, then a GEMM whose last step is the expand.
+            "base_first": the vendor's GEMM, then y += h b^T. "low_rank_first": y = h b^T, to which the vendor's
+            GEMM adds.
+        dx: "fused": one launch. "low_rank_first": the low-rank part, then the vendor's GEMM adds dy w to it.
+        overlap: small kernels (shrink before base_first, da beside dx) run on a side stream.
+    """
+
+    forward: str
+    dx: str
+    overlap: bool = False
+
+
+class Backend(NamedTuple):
+    """Who computes the layer, "triton" or "torch", and the plan it was told to take."""
+
+    name: str
+    plan: Plan | None = None
+
+
+_DX = {"one_pass": "fused", "two_launch": "fused", "base_first": "low_rank_first", "low_rank_first": "low_rank_first"}
+PLANS = {
+    **{forward: Plan(forward, dx) for forward, dx in _DX.items()},
+    **{f"{forward}+overlap": Plan(forward, dx, True) for forward, dx in _DX.items()},
+}
+BACKENDS = {
+    "triton": Backend("triton"),
+    "torch": Backend("torch"),
+    **{f"triton:{name}": Backend("triton", plan) for name, plan in PLANS.items()},
+}
 
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
@@ -42,7 +76,7 @@ def interpreting() -> bool:
 
 
 class Choice(NamedTuple):
-    """A backend and the reason for it, in words."""
+    """A key of `BACKENDS` and the reason for it, in words."""
 
     name: str
     reason: str
@@ -66,29 +100,57 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
         if not triton_installed():
             return Choice("torch", "triton is not installed: pip install triton (Linux)")
         return Choice("triton", "tensors on a CUDA or ROCm device")
-    name, _, plan = wish.partition(":")
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {wish!r} ({source}): choose one of {', '.join(BACKENDS)}")
-    if wish != name and (name != "triton" or plan not in PLANS):
-        known = ", ".join(f"triton:{plan}" for plan in PLANS)
+    if wish not in BACKENDS:
+        if wish.partition(":")[0] not in BACKENDS:
+            raise ValueError(f"unknown backend {wish!r} ({source}): choose one of triton, torch")
+        known = ", ".join(name for name, known in BACKENDS.items() if known.plan)
         raise ValueError(f"unknown plan in backend {wish!r} ({source}): choose one of {known}")
-    if name == "triton" and not triton_installed():
+    if BACKENDS[wish].name == "triton":
+        _check_triton(device, source)
+    return Choice(wish, source)
+
+
+def _check_triton(device: torch.device, source: str) -> None:
+    if not triton_installed():
         raise BackendError(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
-    if name == "triton" and device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
+    if device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
         raise BackendError(
             f"backend 'triton' ({source}) cannot run on {device.type} tensors: move them to a GPU, use backend='torch',"
             " or set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow)"
         )
-    return Choice(wish, source)
 
 
 def choose(x: torch.Tensor, backend: str | None) -> str:
-    """The backend for x; see `explain`.
+    """The key of the backend for x; see `explain`.
 
     Raises:
         TypeError: bf16 in Triton's interpreter, which multiplies bit patterns instead of numbers.
     """
-    name = explain(x.device, backend).name
-    if name.startswith("triton") and x.dtype == torch.bfloat16 and not x.is_cuda:
+    key = explain(x.device, backend).name
+    if key != "torch" and x.dtype == torch.bfloat16 and not x.is_cuda:
         raise TypeError("Triton's interpreter does not model bfloat16: use float16, float32 or float64, or a GPU")
-    return name
+    return key
+
+
+def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
+    """The plan for a layer, and why.
+
+    Args:
+        chip: as `kernels.tiles.chip_of` names it.
+        routing: "task" or "soft".
+        itemsize: bytes per element of x.
+        m, k, n: rows, in_features, out_features.
+    """
+    from ..kernels import tuned  # the kernels package needs triton
+    from ..kernels.tiles import chip_class, shape_class
+
+    measured = tuned.PLANS.get((chip, routing, itemsize, shape_class(m, k, n)))
+    if measured is not None:
+        return Plan(*measured), f"measured: {tuned.MEASURED}"
+    if chip_class(chip) == "interpreter":
+        return PLANS["two_launch"], "the interpreter is there to test our kernels"
+    if chip_class(chip) == "small":
+        return PLANS["base_first"], f"no measurement on {chip}, and our GEMM was not written for it"
+    if k % 16 or n % 16:
+        return PLANS["base_first"], "K or N is no multiple of 16: the vendor's GEMM copes better"
+    return PLANS["two_launch"], f"no measurement on {chip}"

@@ -2,7 +2,8 @@
 
 In:   tensors of any leading shape, ids as a tensor or as the batch's `Routing`.
 Out:  `alora_linear` gives the layer's output; `alora_delta` adds the low-rank part to a base output.
-Who:  users, modules and integrations. Data goes down from here: checks, then `library`, then a backend.
+Who:  users. `trusted_linear` and `trusted_delta` are for layers that proved their own tensors when they were built:
+      `FusedALoRALinear` and those of the PEFT tuner.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing import Routing
+from ..records import Dropout
+from ..routing import Routing, RowGroups
 from . import autograd, checks
-from . import dispatch as backends
-from .mixed import add_product_, no_autocast, product, turned_product
-from .types import wider
+from .dispatch import choose
+from .torch.products import no_autocast
+from .types import Adapter, wider
 
 
 def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -25,22 +27,32 @@ def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, *frozen))
 
 
-Ids = tuple[Tensor | None, Tensor | None, Tensor | None]
+def _adapter(
+    x: Tensor,
+    lora_A: Tensor,
+    router: Tensor | None,
+    task_ids: Tensor | Routing | None,
+    scaling: float,
+    dropout_p: float,
+    training: bool,
+) -> Adapter:
+    """What varies from call to call, proven: the rows of each task, and a seed from torch's generator of x's device."""
+    checks.check_routing(x, router, task_ids)
+    checks.check_dropout(dropout_p)
+    groups: RowGroups | None = None
+    if task_ids is not None:
+        routing = task_ids if isinstance(task_ids, Routing) else Routing(task_ids)
+        groups = routing.groups(x.shape[:-1], lora_A.shape[0], x.device)
+    dropout = None
+    if training and dropout_p != 0.0:
+        dropout = Dropout(dropout_p, torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=x.device))
+    return Adapter(lora_A, router, groups, scaling, dropout)
 
 
-def routing_args(x: Tensor, task_ids: Tensor | Routing | None, num_tasks: int) -> Ids:
-    """(ids, order, offsets): what the ops take to route rows by task; Nones for soft routing."""
-    if task_ids is None:
-        return None, None, None
-    routing = task_ids if isinstance(task_ids, Routing) else Routing(task_ids)
-    return routing.groups(x.shape[:-1], num_tasks, x.device)
-
-
-def dropout_seed(x: Tensor, dropout_p: float, training: bool) -> Tensor | None:
-    """A seed from torch's generator of x's device, or None when dropout is inactive."""
-    if not training or dropout_p == 0.0:
-        return None
-    return torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=x.device)
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    y = autograd.linear(rows, w.detach(), bias, b, adapter, choose(rows, backend))
+    return y.view(*x.shape[:-1], w.shape[0])
 
 
 def alora_linear(
@@ -92,26 +104,31 @@ def alora_linear(
     """
     x_cast, w, bias = autocast(x, weight, bias)
     assert x_cast is not None and w is not None
-    checks.check_tensors(x_cast, weight=w, lora_A=lora_A, lora_B=lora_B, bias=bias, router=router)
-    checks.check_adapter(x, lora_A, lora_B, router)
-    checks.check_base(x_cast, w, lora_B, bias)
-    checks.check_routing(x, router, task_ids)
-    checks.check_dropout(dropout_p)
-    rows = x_cast.reshape(-1, x.shape[-1])
-    y, _, _ = autograd.linear_for(rows, bias, lora_A, lora_B, router)(
-        rows,
-        w.detach(),
-        bias,
-        lora_A,
-        lora_B,
-        router,
-        *routing_args(x, task_ids, lora_A.shape[0]),
-        dropout_seed(x, dropout_p, training),
-        scaling,
-        dropout_p,
-        backends.choose(rows, backend),
-    )
-    return y.view(*x.shape[:-1], w.shape[0])
+    checks.check_linear(x_cast, w, lora_A, lora_B, bias, router)
+    adapter = _adapter(x_cast, lora_A, router, task_ids, scaling, dropout_p, training)
+    return _linear(x_cast, w, bias, lora_B, adapter, backend)
+
+
+def trusted_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None,
+    router: Tensor | None,
+    task_ids: Tensor | Routing | None,
+    scaling: float,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """`alora_linear` of tensors that are known to fit each other: only what varies from call to call is proven."""
+    x_cast, w, bias = autocast(x, weight, bias)
+    assert x_cast is not None and w is not None
+    if not checks.suits(x_cast, lora_A, lora_B, weight=w):
+        checks.check_linear(x_cast, w, lora_A, lora_B, bias, router)
+    adapter = _adapter(x_cast, lora_A, router, task_ids, scaling, dropout_p, training)
+    return _linear(x_cast, w, bias, lora_B, adapter, None)
 
 
 def alora_delta(
@@ -153,43 +170,50 @@ def alora_delta(
 
     Source: Ban & Ji 2025, ALoRA; QLoRA-style use over a quantised base.
     """
-    out_shape = (*x.shape[:-1], lora_B.shape[0])
-    checks.check_tensors(x, lora_A=lora_A, lora_B=lora_B, router=router, base=base)
-    checks.check_adapter(x, lora_A, lora_B, router)
-    checks.check_routing(x, router, task_ids)
-    checks.check_dropout(dropout_p)
-    if base is not None and base.shape != out_shape:
-        raise ValueError(f"base must be {out_shape} (x's leading shape and lora_B's rows), got {tuple(base.shape)}")
+    checks.check_delta(x, lora_A, lora_B, router, base)
+    adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
+    return _delta(x, lora_B, base, adapter, backend)
+
+
+def trusted_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    base: Tensor,
+    router: Tensor | None,
+    task_ids: Tensor | Routing | None,
+    scaling: float,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """`alora_delta` of an adapter whose tensors are known to fit each other; see `trusted_linear`."""
+    if not checks.suits(x, lora_A, lora_B, base=base):
+        checks.check_delta(x, lora_A, lora_B, router, base)
+    adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
+    return _delta(x, lora_B, base, adapter, None)
+
+
+def _delta(x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None) -> Tensor:
+    """base + h b^T, written into base where that may be."""
     (x_cast,) = autocast(x)
     assert x_cast is not None
     rows = x_cast.reshape(-1, x.shape[-1])
-    backend = backends.choose(rows, backend)
-    shrink = autograd.shrink if autograd.needs_dispatch(rows, lora_A, router) else autograd.shrink_now
-    h, _ = shrink(
-        rows,
-        lora_A,
-        router,
-        *routing_args(x, task_ids, lora_A.shape[0]),
-        dropout_seed(x, dropout_p, training),
-        scaling,
-        dropout_p,
-        backend,
-    )
+    key = choose(rows, backend)
+    h = autograd.shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides
     like = rows if base is None else base
-    dtype = wider(like, h, lora_B) if backend == "torch" else like.dtype
+    dtype = wider(like, h, b) if key == "torch" else like.dtype
     with no_autocast(x.device.type):
-        return _expanded(base, h.to(dtype), lora_B.to(dtype)).to(like.dtype).view(out_shape)
-
-
-def _expanded(base: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
-    """base + h b^T, written into base where that may be."""
-    if base is None:
-        return h @ b.t()
-    if _may_overwrite(base):
-        return _AddExpanded.apply(base, h, b)  # type: ignore[no-any-return]
-    rows = base.reshape(-1, b.shape[0])
-    return torch.addmm(rows, h, b.t()) if base.dtype == h.dtype else rows + h @ b.t()
+        h, b = h.to(dtype), b.to(dtype)
+        if base is None:
+            out = h @ b.t()
+        elif _may_overwrite(base):
+            out = autograd.add_expanded_(base, h, b)
+        else:
+            flat = base.reshape(-1, b.shape[0])
+            out = torch.addmm(flat, h, b.t()) if base.dtype == dtype else flat + h @ b.t()
+        return out.to(like.dtype).view(*x.shape[:-1], b.shape[0])
 
 
 def _may_overwrite(base: Tensor) -> bool:
@@ -197,24 +221,3 @@ def _may_overwrite(base: Tensor) -> bool:
     if torch.compiler.is_compiling() or not base.is_contiguous():
         return False  # the compiler plans buffers itself
     return not torch.is_grad_enabled() or not (base._is_view() or (base.is_leaf and base.requires_grad))
-
-
-class _AddExpanded(torch.autograd.Function):
-    """base += h b^T in place; the gradient of base passes through uncopied."""
-
-    @staticmethod
-    def forward(ctx, base: Tensor, h: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(h, b)
-        ctx.mark_dirty(base)
-        add_product_(base.view(-1, b.shape[0]), h, b.t())
-        return base
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        h, b = ctx.saved_tensors
-        rows = dy.reshape(-1, b.shape[0])
-        with no_autocast(dy.device.type):
-            dh = product(rows, b, 1.0) if ctx.needs_input_grad[1] else None
-            db = turned_product(rows, h) if ctx.needs_input_grad[2] else None
-        return dy, dh, db

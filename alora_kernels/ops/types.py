@@ -1,9 +1,7 @@
 """The few records that ops and backends hand to each other.
 
-In:   the flat arguments of a custom op (the dispatcher knows tensors and numbers only).
-Out:  the same things under their names: what routes (`Adapter`), what is saved (`Saved`), what is asked
-      for (`Needs`) and what comes back (`Grads`).
-Who:  `library` builds them, `torch_backend` and `triton_backend` read them.
+In:   what `functional` proved, or the flat arguments of a custom op (the dispatcher knows tensors and numbers only).
+Out:  the same things under their names: what routes (`Adapter`), what is saved, asked for and given back.
 """
 
 from __future__ import annotations
@@ -14,29 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..records import Dropout
 from ..routing import RowGroups
 
-
-def acc_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x are summed and the softmax is taken."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+Flat = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float]
+SCHEMA = "Tensor a, Tensor? router, Tensor? ids, Tensor? order, Tensor? offsets, Tensor? seed, float s, float dropout_p"
+TENSORS = 6  # of the flat arguments, before the numbers
 
 
 def wider(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that holds the numbers of all these tensors: of 16-bit and float32 ones float32."""
     return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
-
-
-class Dropout(NamedTuple):
-    """Dropout of the low-rank path's input: the mask is a function of the seed alone.
-
-    Attributes:
-        p: probability that an entry is dropped.
-        seed: one int64, drawn from torch's generator of x's device.
-    """
-
-    p: float
-    seed: Tensor
 
 
 class Adapter(NamedTuple):
@@ -62,21 +48,28 @@ class Adapter(NamedTuple):
         assert self.groups is not None
         return self.groups
 
+    def flat(self) -> Flat:
+        """The arguments of a custom op, as `SCHEMA` declares them; `unflatten` takes them back."""
+        p, seed = (0.0, None) if self.dropout is None else self.dropout
+        return self.a, self.router, *(self.groups or (None, None, None)), seed, self.scaling, p
 
-class Member(NamedTuple):
-    """One of several layers that read the same x.
-
-    Attributes:
-        w: frozen weight `[N, K]`.
-        bias: `[N]`, or None.
-        adapter: the routed half; groups and dropout are the same for all members.
-        b: the member's B `[N, R]`.
-    """
-
-    w: Tensor
-    bias: Tensor | None
-    adapter: Adapter
-    b: Tensor
+    @classmethod
+    def unflatten(
+        cls,
+        a: Tensor,
+        router: Tensor | None,
+        ids: Tensor | None,
+        order: Tensor | None,
+        offsets: Tensor | None,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+    ) -> Adapter:
+        """What `flat` was called on."""
+        groups = None
+        if ids is not None and order is not None and offsets is not None:
+            groups = RowGroups(ids, order, offsets)
+        return cls(a, router, groups, scaling, None if seed is None else Dropout(dropout_p, seed))
 
 
 class Saved(NamedTuple):
@@ -96,10 +89,10 @@ class Needs(NamedTuple):
     """Which gradients are asked for."""
 
     x: bool
+    bias: bool
+    b: bool
     a: bool
     router: bool
-    b: bool
-    bias: bool
 
 
 class Grads(NamedTuple):

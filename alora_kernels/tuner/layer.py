@@ -20,7 +20,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from ..modules.init import reset_adapter_
-from ..ops import alora_delta, alora_linear
+from ..ops import trusted_delta, trusted_linear
 from ..recompute import noted
 from ..routing import Layout, Routing, current_routing
 from . import merging
@@ -259,7 +259,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             return call_base(self.base_layer, x, *args, **kwargs)
         if takes_fused_op(self.base_layer) and not args and not kwargs:
             base, first = cast(nn.Linear, self.base_layer), active.pop(0)
-            out = alora_linear(x, base.weight, bias=base.bias, **self._adapter(first, x, state))
+            out = trusted_linear(x, base.weight, bias=base.bias, **self._adapter(first, x, state))
         else:
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
@@ -267,7 +267,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             elif active and not output_is_fresh(self.base_layer):
                 out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
-            out = alora_delta(x, base=out, **self._adapter(name, x, state))
+            out = trusted_delta(x, base=out, **self._adapter(name, x, state))
         return out
 
     def _adapter(self, name: str, x: Tensor, state: LayerState) -> dict[str, Any]:

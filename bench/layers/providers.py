@@ -23,7 +23,7 @@ from torch import Tensor
 
 import alora_kernels
 from alora_kernels.baselines import formulas as torch_baselines
-from alora_kernels.ops.plans import PLANS
+from alora_kernels.ops.dispatch import PLANS
 
 from .baselines import addmm, foreign, grouped, hydra, peft_layers
 from .layer import Layer, over

@@ -30,7 +30,7 @@ from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles as config
 from alora_kernels.kernels import tuned
 from alora_kernels.kernels.tiles import Tile, trying
-from alora_kernels.ops.plans import PLANS, Plan
+from alora_kernels.ops.dispatch import PLANS, Plan
 
 from .. import cuda
 from ..report.machine import this_run
@@ -152,7 +152,7 @@ def render(measured: str, plans: Plans, tiles: Tiles) -> str:
     return (
         '"""What was measured to be fastest, per chip and class of shapes. Written by `python -m bench tune`; do not'
         " edit.\n\n"
-        'Where a chip or class of shapes is missing, `ops.plans` and `config` follow their rules.\n"""\n\n'
+        'Where a chip or class of shapes is missing, `ops.dispatch` and `kernels.tiles` follow their rules.\n"""\n\n'
         "from __future__ import annotations\n\nfrom typing import Any\n\n"
         f"MEASURED: str = {measured!r}  # device, versions, commit and date of the measurement\n"
         + table(

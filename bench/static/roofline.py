@@ -25,8 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alora_kernels import kernels
-from alora_kernels.ops import plans
-from alora_kernels.ops.dispatch import BackendError
+from alora_kernels.ops.dispatch import PLANS, BackendError
 from alora_kernels.ops.triton import layer as triton_backend
 from alora_kernels.ops.types import Adapter, Needs
 from alora_kernels.routing import RowGroups
@@ -245,10 +244,10 @@ class _Tensors:
     def work(self, direction: str, plan: str | None) -> Any:
         """The pass under a plan: what the op calls, and what it returns."""
         if direction == FORWARD:
-            return triton_backend.linear(self.x, self.w, None, self.adapter, self.b, plan=plan)
+            return triton_backend.linear(self.x, self.w, None, self.adapter, self.b, PLANS[plan] if plan else None)
         needs = Needs(x=True, a=True, router=self.adapter.router is not None, b=True, bias=False)
         given = (self.dy, self.x, self.w, self.adapter, self.b, self.saved, needs)
-        return triton_backend.linear_backward(*given, plan=plan)
+        return triton_backend.linear_backward(*given, PLANS[plan] if plan else None)
 
     def frozen(self, direction: str) -> Tensor:
         """The layer without an adapter."""
@@ -278,7 +277,7 @@ def predict(layer: Layer, direction: str, rates: Rates, chip: str = "sm_90") -> 
     usual, _ = trace(layer, lambda: tensors.work(direction, None), chip)
     found: dict[tuple[Step, ...], list[str]] = {}
     fewest = 0
-    for plan in (name for name, how in plans.PLANS.items() if not how.overlap):
+    for plan in (name for name, how in PLANS.items() if not how.overlap):
         try:
             steps, result = trace(layer, lambda plan=plan: tensors.work(direction, plan), chip)  # type: ignore[misc]
         except BackendError:  # no kernel of this plan takes the layer

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="tiles are Triton's")
 
 from alora_kernels import kernels as ak
 from alora_kernels.kernels.tiles import Tile, trying
-from alora_kernels.ops.plans import PLANS, Plan
+from alora_kernels.ops.dispatch import PLANS, Plan
 from bench.__main__ import app
 from bench.layers import candidates, tune
 

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alora_kernels import Routing, alora_linear, reference
 from alora_kernels.ops import autograd
-from alora_kernels.ops.dispatch import choose, explain
+from alora_kernels.ops.dispatch import PLANS, Plan, choose, explain
 from alora_kernels.ops.torch import layer as torch_backend
+from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import group_rows
 from tests.compare import problem, skip_unless_runnable
 
@@ -32,9 +33,9 @@ def test_opcheck(backend, routing, dropout):
     groups = group_rows(p.given["task_ids"], 3) if routing == "task" else (None, None, None)
     seed = torch.tensor([11]) if dropout else None
     x, a, b, bias = (p.leaves[k] for k in ("x", "a", "b", "bias"))
-    rest = (p.leaves.get("router"), *groups, seed, 0.5, dropout, backend)
-    torch.library.opcheck(torch.ops.alora.linear, (x, p.weight, bias, a, b, *rest))
-    torch.library.opcheck(torch.ops.alora.shrink, (x, a, *rest))
+    rest = (a, p.leaves.get("router"), *groups, seed, 0.5, dropout, backend)
+    torch.library.opcheck(torch.ops.alora.linear, (x, p.weight, bias, b, *rest))
+    torch.library.opcheck(torch.ops.alora.shrink, (x, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,26 +110,26 @@ def test_the_dispatcher_is_skipped_only_where_nobody_looks():
 
 @pytest.mark.parametrize("name", ["triton", "triton:one_pass"])
 def test_what_stands_behind_the_colon_goes_to_the_backend(monkeypatch, name):
-    plans: list[dict[str, str]] = []
+    plans: list[Plan | None] = []
 
     class Spy:
         @staticmethod
-        def linear(x, w, bias, adapter, b, **plan):
+        def linear(x, w, bias, adapter, b, plan):
             plans.append(plan)
             return torch_backend.linear(x, w, bias, adapter, b)
 
         @staticmethod
-        def linear_backward(dy, x, w, adapter, b, saved, needs, **plan):
+        def linear_backward(dy, x, w, adapter, b, saved, needs, plan):
             plans.append(plan)
             return torch_backend.linear_backward(dy, x, w, adapter, b, saved, needs)
 
-    monkeypatch.setattr(autograd, "backend_module", lambda backend: Spy)
+    monkeypatch.setattr(autograd, "backend_module", lambda name: Spy if name == "triton" else None)
     p = problem((6,), 7, 5, 2, 3, routing="task", dtype=torch.float32, bias=False)
     x, a, b = (p.leaves[k] for k in ("x", "a", "b"))
     groups = group_rows(p.given["task_ids"], 3)
-    y, _, _ = autograd.linear(x, p.weight, None, a, b, None, *groups, None, 1.0, 0.0, name)
+    y = autograd.linear(x, p.weight, None, b, Adapter(a, None, groups, 1.0, None), name)
     y.sum().backward()
-    assert plans == [{"plan": "one_pass"} if ":" in name else {}] * 2
+    assert plans == [PLANS["one_pass"] if ":" in name else None] * 2
 
 
 def test_double_backward_says_what_to_use():

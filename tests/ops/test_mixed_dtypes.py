@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from alora_kernels import alora_delta, alora_linear, reference
-from alora_kernels.ops import mixed
+from alora_kernels.ops.torch import products
 from tests.compare import Problem, problem
 from tests.ops.test_torch_rows import BATCHES
 
@@ -138,7 +138,7 @@ def test_only_one_of_a_and_b_is_float32() -> None:
 
 
 def test_blocks_of_rows_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed, "BLOCK", 50)  # rows of 18 and 24 entries: two at a time
+    monkeypatch.setattr(products, "BLOCK", 50)  # rows of 18 and 24 entries: two at a time
     p = mixed_problem((41,), torch.bfloat16, "task", torch.arange(41) % E)
     truth, own = p.to(torch.float64).step(reference.alora_linear), p.step(reference.alora_linear)
     for op in OPS.values():

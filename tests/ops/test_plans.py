@@ -9,8 +9,7 @@ from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
 from alora_kernels.ops import dispatch as backends
-from alora_kernels.ops.dispatch import BackendError, explain
-from alora_kernels.ops.plans import PLANS, Plan, explain_plan
+from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, explain, explain_plan
 from alora_kernels.ops.triton.side_stream import beside
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
 
@@ -67,7 +66,7 @@ def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
         meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
     )
     with ak.recording("sm_90") as seen:
-        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan=plan)
+        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), PLANS.get(plan))
     return [launch.kernel.__name__ for launch in seen]
 
 

@@ -150,7 +150,7 @@ def test_an_id_that_names_no_task_gets_the_base():
 @pytest.fixture
 def turned(monkeypatch):
     """Small weights take the turned product as large ones do."""
-    monkeypatch.setattr(layer, "TURNED", (1, 1))
+    monkeypatch.setattr(layer, "TRANSPOSED", (1, 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     taken = []
     product = torch.mm

@@ -104,7 +104,7 @@ def test_peft_imported_before():
 def test_a_failing_registration_does_not_break_the_import_of_peft():
     out = _python(
         "import sys, warnings; from alora_kernels import _peft_hook; _peft_hook.ADAPTER = 'no.such.module';"
-        "lazy.register_with_peft(); warnings.simplefilter('ignore');\n"
+        "_peft_hook.register_with_peft(); warnings.simplefilter('ignore');\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always'); import peft\n"
         "print(any('could not register' in str(w.message) for w in seen), peft.__name__)"

@@ -1,13 +1,13 @@
 """The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
 
-In:   two-dimensional activations, the adapter, and rows grouped by task (or a router).
-Out:  the same four results as `triton_backend`: `linear`, `shrink` and their backwards.
-Who:  `ops.library` calls these functions through its custom ops.
+In:   two-dimensional activations, the frozen weight, the adapter.
+Out:  the same four results as `triton.layer`: `linear`, `shrink` and their backwards.
+Who:  the custom ops of `ops.autograd`.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
 whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and
-float32 adapters are taken in float32 (`mixed`): h, dh and the adapter's gradients are float32 numbers. Task routing
-picks rows in one of the ways of `torch_rows`; nothing loops over tokens. Soft routing is in `torch_soft`.
+float32 adapters are taken in float32 (`products`): h, dh and the adapter's gradients are float32 numbers. Task routing
+picks rows in one of the ways of `rows`; nothing loops over tokens. Soft routing is in `soft`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...records import Dropout, acc_dtype
 from ...routing import RowGroups
-from ..mixed import add_product_, product, turned_product, without_autocast
-from ..types import Adapter, Dropout, Grads, Needs, Saved, acc_dtype, wider
-from . import soft as soft
+from ..dispatch import Plan
+from ..types import Adapter, Grads, Needs, Saved, wider
+from . import soft
+from .products import add_product_, product, transposed_product, without_autocast
 from .rows import Rows, Slots, Whole, layout_of
 
 HAS_MKL = torch.backends.mkl.is_available()
-TURNED = (1 << 18, 1 << 20)  # entries of the smallest weights whose product is turned, see `_turns`
+TRANSPOSED = (
+    1 << 18,
+    1 << 20,
+)  # entries of the smallest weights for `_prefers_transposed`
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
@@ -90,9 +95,9 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
     dropped, _ = drop(x, adapter.dropout)
     if adapter.router is None:
         h = task_shrink(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
-        return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
-    p = soft.products(x, dropped, [adapter])
-    return Saved(soft.mixture(p, adapter, adapter.scaling).to(x.dtype), p)
+        return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
+    p = soft.products(x, dropped, adapter)
+    return Saved(soft.mixture(p, adapter).to(x.dtype), p)
 
 
 def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
@@ -100,26 +105,28 @@ def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | 
 
     That rounds otherwise than `F.linear`, so it is not done where base-only rows are to equal the base bit for bit.
     """
-    if not _turns(x, w) or (groups is not None and groups.offsets[0].item() > 0):
+    if not _prefers_transposed(x, w) or (groups is not None and groups.offsets[0].item() > 0):
         return F.linear(x, w, bias)
-    turned = torch.mm(w, x.t()).t()
-    return turned.contiguous() if bias is None else torch.add(turned, bias, out=x.new_empty(turned.shape))
+    transposed = torch.mm(w, x.t()).t()
+    return transposed.contiguous() if bias is None else torch.add(transposed, bias, out=x.new_empty(transposed.shape))
 
 
-def _turns(x: Tensor, w: Tensor) -> bool:
-    """Whether the turned product is the faster one; measured with two threads (LOG.md).
+def _prefers_transposed(x: Tensor, w: Tensor) -> bool:
+    """Whether the transposed product is the faster one; measured with two threads (LOG.md).
 
     2 to 4 rows: 1.3 to 2.5 times as fast; 16 to 128 rows of a weight from 2^20 entries: 1.05 to 1.7 times.
     """
     if x.dtype != torch.float32 or x.device.type != "cpu" or not HAS_MKL or torch.get_num_threads() == 1:
         return False
     rows, size = x.shape[0], w.numel()
-    return (2 <= rows <= 4 and size >= TURNED[0]) or (16 <= rows <= 128 and size >= TURNED[1])
+    return (2 <= rows <= 4 and size >= TRANSPOSED[0]) or (16 <= rows <= 128 and size >= TRANSPOSED[1])
 
 
 @without_autocast
-def linear(x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor) -> tuple[Tensor, Saved]:
-    """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs."""
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, _: Plan | None = None
+) -> tuple[Tensor, Saved]:
+    """y = x w^T + bias + h b^T, accumulated in place, and what the backward needs; torch has no plans."""
     saved = shrink(x, adapter)
     y = base_product(x, w, bias, adapter.groups)
     return add_product_(y, saved.h, b.t()), saved
@@ -134,7 +141,7 @@ def task_backward(
         return _slots_backward(dx, dh, a, layout, dropped, mask, wanted)
     if isinstance(layout, Whole):
         layout = [(layout.task, slice(None))]
-    da = torch.zeros_like(a, dtype=acc_dtype(dh)) if wanted else None
+    da = torch.zeros_like(a, dtype=acc_dtype(dh.dtype)) if wanted else None
     for task, rows in layout:
         dh_rows = dh[rows]
         if dx is not None and mask is None:
@@ -178,17 +185,16 @@ def shrink_backward(
         da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
         grads = Grads(dx, da, None)
     else:
-        wanted = needs.a or needs.router
-        (grads,) = soft.backward(dx, [dh], x, saved.p, [adapter], dropped, mask, wanted)
+        grads = soft.backward(dx, dh, x, saved.p, adapter, dropped, mask, needs.a or needs.router)
     return grads.cast_adapter(adapter)
 
 
 @without_autocast
 def linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs
+    dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs, _: Plan | None = None
 ) -> tuple[Grads, Tensor | None]:
     """Gradients of `linear` for x, a, router and b: dx = dy w + dp [a; router], db = dy^T h."""
-    db = turned_product(dy, saved.h).to(b.dtype) if needs.b else None
+    db = transposed_product(dy, saved.h).to(b.dtype) if needs.b else None
     dx = dy @ w if needs.x else None
     if not (needs.x or needs.a or needs.router):
         return Grads(None, None, None), db

@@ -1,9 +1,8 @@
 """The layer in Triton launches: one or two forward, three to five backward.
 
-In:   two-dimensional activations, the adapter, and rows grouped by task (or a router); the name of a plan, or None.
-Out:  the same four results as `torch_backend`: `linear`, `shrink` and their backwards.
-Who:  `ops.library` calls these functions through its custom ops, on CUDA and ROCm devices and in the
-      interpreter. What each launch reads and writes is derived in `kernels/README.md`, plans in `plans.py`.
+In:   two-dimensional activations, the frozen weight, the adapter; a plan that is forced, or None.
+Out:  the same four results as `torch.layer`: `linear`, `shrink` and their backwards.
+Who:  the custom ops of `ops.autograd`. `kernels/README.md` derives what each launch reads and writes.
 """
 
 from __future__ import annotations
@@ -12,34 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import kernels
-from ..dispatch import BackendError
-from ..plans import PLANS, Plan, explain_plan
-from ..types import Adapter, Grads, Needs, Saved, acc_dtype
+from ...records import acc_dtype
+from ..dispatch import PLANS, BackendError, Plan, explain_plan
+from ..types import Adapter, Grads, Needs, Saved
 from .side_stream import beside
 
 ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
 
 
-def plan_for(x: Tensor, w: Tensor, adapter: Adapter, name: str | None) -> Plan:
-    """The plan of that name, or the one that tables and rules choose."""
-    if name is not None:
-        return PLANS[name]
+def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:
+    """The plan that tables and rules choose."""
     chip, routing = kernels.chip_of(x.device), "task" if adapter.router is None else "soft"
     return explain_plan(chip, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
 
 
-def kernel_dropout(adapter: Adapter) -> kernels.Dropout | None:
-    """The adapter's dropout as kernels take it."""
-    return None if adapter.dropout is None else kernels.Dropout(*adapter.dropout)
-
-
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
-    dropout = kernel_dropout(adapter)
     if adapter.router is None:
-        h = kernels.task_shrink(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=dropout)
-        return Saved(h, x.new_empty(0, dtype=acc_dtype(x)))
-    return Saved(*kernels.soft_shrink(x, adapter.a, adapter.router, scaling=adapter.scaling, dropout=dropout))
+        h = kernels.task_shrink(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=adapter.dropout)
+        return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
+    return Saved(*kernels.soft_shrink(x, adapter.a, adapter.router, scaling=adapter.scaling, dropout=adapter.dropout))
 
 
 def _one_pass(
@@ -50,9 +41,9 @@ def _one_pass(
     Raises:
         BackendError: it was forced and cannot run.
     """
-    dropout, a, scaling = kernel_dropout(adapter), adapter.a, adapter.scaling
+    dropout, a, scaling = adapter.dropout, adapter.a, adapter.scaling
     if adapter.router is None:
-        ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x))
+        ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x.dtype))
         if dropout is None and kernels.takes_decode(x, a):
             y, h = kernels.linear_decode(x, w, bias, a, b, ids, scaling=scaling)
             return y, Saved(h, empty)
@@ -74,10 +65,10 @@ def _one_pass(
 
 
 def linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, *, plan: str | None = None
+    x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, plan: Plan | None = None
 ) -> tuple[Tensor, Saved]:
     """y = x w^T + bias + h b^T, and what the backward needs."""
-    chosen = plan_for(x, w, adapter, plan)
+    chosen = plan or _plan_for(x, w, adapter)
     if chosen.forward == "one_pass":
         done = _one_pass(x, w, bias, adapter, b, forced=plan is not None)
         if done is not None:
@@ -96,7 +87,7 @@ def linear(
 
 def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None, like: Tensor, fused: bool) -> Tensor:
     """dx = dy w + dp [a; router]; dp is dh under task routing. Without w the low-rank part alone."""
-    dropout, base = kernel_dropout(adapter), (dy, w) if fused else (None, None)
+    dropout, base = adapter.dropout, (dy, w) if fused else (None, None)
     if adapter.router is None:
         groups = adapter.task_groups
         dx = kernels.linear_dx_task(*base, dp, adapter.a, groups, dtype=like.dtype, dropout=dropout)
@@ -107,7 +98,7 @@ def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None
 
 def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """Gradients of the matrices A and of the router."""
-    a, dropout = adapter.a, kernel_dropout(adapter)
+    a, dropout = adapter.a, adapter.dropout
     if adapter.router is None:
         return kernels.task_da(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
     return kernels.soft_da(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
@@ -149,10 +140,9 @@ def linear_backward(
     b: Tensor,
     saved: Saved,
     needs: Needs,
-    *,
-    plan: str | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Grads, Tensor | None]:
     """Gradients of `linear` for x, a, router and b; one pass over dy gives dh and db."""
-    chosen = plan_for(x, w, adapter, plan)
+    chosen = plan or _plan_for(x, w, adapter)
     dh, db = kernels.expand_backward(dy, b, saved.h, scaling=adapter.scaling)
     return _routed_backward(dh, x, adapter, saved, needs, dy, w, chosen), db if needs.b else None

@@ -2,7 +2,7 @@
 
 In:   two factors, of any float dtypes.
 Out:  their product, taken and summed in the wider dtype of the two and rounded once.
-Who:  `torch_backend`, `torch_soft` and `torch_group`; `functional.alora_delta`.
+Who:  the torch backend; `alora_delta`, which adds to another base's output.
 
 The 16-bit side is the large one (x, dy, y). A float32 copy of `[M, N]` would be larger than all that the layer saves,
 so its rows are widened block by block.
@@ -10,7 +10,7 @@ so its rows are widened block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .types import wider
+from ..types import wider
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK = 1 << 18  # entries widened at a time: 1 MiB in float32, which stays in a core's cache
@@ -32,11 +32,11 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def without_autocast(function: Function) -> Function:
-    """The function, of a tensor or a list of tensors and more, with autocast off; see `no_autocast`."""
+    """The function, of a tensor and more, with autocast off; see `no_autocast`."""
 
     @wraps(function)
-    def plain(first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        with no_autocast((first if isinstance(first, Tensor) else first[0]).device.type):
+    def plain(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with no_autocast(first.device.type):
             return function(first, *args, **kwargs)
 
     return plain  # type: ignore[return-value]
@@ -49,23 +49,23 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 
 def product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """scaling * left right, `[M, N] [N, R]`."""
-    dtype = wider(left, right)
     if left.dtype == right.dtype:
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+    dtype = wider(left, right)
     out, right = left.new_empty(left.shape[0], right.shape[1], dtype=dtype), right.to(dtype)
     for rows in _blocks(*left.shape):
         torch.mm(left[rows].to(dtype), right, out=out[rows])
     return out.mul_(scaling)
 
 
-def turned_product(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """scaling * left^T right, `[M, N] [M, R]`."""
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, `[M, N] [M, R]`."""
     if left.dtype == right.dtype:
-        return product(left.t(), right, scaling)
+        return product(left.t(), right, 1.0)
     dtype = wider(left, right)
     out = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
     for rows in _blocks(*left.shape):
-        out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype), alpha=scaling)
+        out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
     return out
 
 
