@@ -1,23 +1,25 @@
-"""`alora serve`: a base model and its tasks behind OpenAI's HTTP interface.
+"""`alora serve`: a base model and its tasks behind OpenAI's HTTP interface, until SIGTERM or Ctrl-C.
 
-In:   a model, adapter folders, addresses, keys and limits.
-Out:  a server until SIGTERM or Ctrl-C; exit code 0 if every answer was finished.
-Who:  `cli.app` mounts `serve`.
-
-What can be refused at once is: options are checked and the port is bound before the model is loaded, which may take
-minutes. Keys may come from ALORA_API_KEY, since other users of a machine can read a command line.
+In:   a model, adapter folders, addresses, keys and limits. Keys may come from ALORA_API_KEY, since other users of a
+      machine can read a command line. What can be refused is refused, and the port bound, before the model is loaded.
+Out:  exit code 0 if every answer was finished.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..recipes.display import quiet
+from .. import text
+from ..recipes import display
 from .errors import USER_ERRORS, fail
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ KEY_VARIABLE = "ALORA_API_KEY"
 EXTRA = ("fastapi", "limits", "prometheus_client", "threadpoolctl", "uvicorn")  # what the extra `serving` installs
 SHOWN, WIDE = 8, 120  # tasks in the banner, and words of each; characters of a template
 DTYPES = ("float32", "bfloat16", "float16")
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,34 @@ def serve(
     served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
 ) -> None:
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
-    _check_extra()
-    quiet()
+    missing = [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise fail(ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'"))
+    from ..serving.http.security import LOOPBACK_NAMES, ServerConfig, is_loopback
+
+    display.quiet()
     sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
     sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
     options = EngineOptions(model, tuple(adapter), sizes, resident, host_tasks, device, dtype)
-    keys = _keys(api_key)
+    from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    keys = tuple(api_key or from_environment)
+    loopback = is_loopback(host)
     try:
-        _check(options, host, keys, allow_anonymous)
-        config = _config(
+        if not loopback and not keys and not allow_anonymous:
+            raise ValueError(
+                f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
+                " --allow-anonymous to let everybody in"
+            )
+        _check(options)
+        config = ServerConfig(
             base_model_id=served_name or model,
             host=host,
             port=port,
             api_keys=keys,
-            max_body_bytes=int(max_body_mb * MIB),
+            max_body_bytes=int(max_body_mb * (1 << 20)),
             rate_limit=rate_limit,
             adapter_roots=tuple(adapter_root or ()),
+            allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if loopback and not keys else None,
             drain_timeout=drain_timeout,
         )
         code = _run(options, config)
@@ -103,35 +116,8 @@ def serve(
     raise typer.Exit(code)
 
 
-def _check_extra() -> None:
-    """End with one line if the libraries of the extra are not installed."""
-    from importlib.util import find_spec
-
-    missing = [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]
-    if missing:
-        raise fail(ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'"))
-
-
-def _keys(given: Sequence[str] | None) -> tuple[str, ...]:
-    import os
-
-    from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
-    return tuple(given) if given else tuple(from_environment)
-
-
-def _check(options: EngineOptions, host: str, keys: Sequence[str], allow_anonymous: bool) -> None:
-    """Refuse before anything is loaded.
-
-    Raises:
-        ValueError: names the option.
-    """
-    from ..serving.http.config import is_loopback
-
-    if not is_loopback(host) and not keys and not allow_anonymous:
-        raise ValueError(
-            f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
-            " --allow-anonymous to let everybody in"
-        )
+def _check(options: EngineOptions) -> None:
+    """Refuse before anything is loaded; the errors name the option."""
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     for folder in options.adapters:
@@ -139,18 +125,7 @@ def _check(options: EngineOptions, host: str, keys: Sequence[str], allow_anonymo
             raise ValueError(f"--adapter {folder} is not a folder")
 
 
-def _config(**settings: Any) -> ServerConfig:
-    """Server settings; without keys on loopback only loopback's names are answered."""
-    from ..serving.http import ServerConfig
-    from ..serving.http.config import LOOPBACK_NAMES, is_loopback
-
-    host = settings["host"]
-    closed = is_loopback(host) and not settings["api_keys"]
-    return ServerConfig(**settings, allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if closed else None)
-
-
 def _run(options: EngineOptions, config: ServerConfig) -> int:
-    from ..recipes import display
     from ..serving.http import bind, serve
 
     bound = bind(config.host, config.port)
@@ -205,11 +180,7 @@ def open_engine(options: EngineOptions) -> Engine:
 
 
 def _check_adapter(folder: Path) -> None:
-    """Refuse a folder that is no adapter's before the model is loaded; the store looks at the rest.
-
-    Raises:
-        ValueError: naming the folder.
-    """
+    """Refuse a folder that is no adapter's before the model is loaded; the store looks at the rest."""
     from ..adapters.method import SETTINGS, read_method
     from ..tuner.files import CONFIG
 
@@ -232,8 +203,6 @@ def _show(engine: Engine, config: ServerConfig, port: int) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
-    from ..recipes import display
-
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
     tasks = [] if engine.store is None else engine.store.tasks()
@@ -245,18 +214,15 @@ def _show(engine: Engine, config: ServerConfig, port: int) -> None:
     ]
     if engine.store is not None:
         each, shared = engine.store.bytes_per_task, engine.store.bytes_shared
-        lines.append(
-            f"{_size(each)} a task and {_size(shared)} shared B; as separate LoRAs {_size(each + shared)} a task"
-        )
+        lora = text.size(each + shared)
+        lines.append(f"{text.size(each)} a task and {text.size(shared)} shared B; as separate LoRAs {lora} a task")
     display.console.print(Panel.fit("\n".join(lines)))
     for line in [*how_asked(tasks), example(address, config.base_model_id, tasks, bool(config.api_keys))]:
-        display.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        display.say(line)
 
 
 def how_asked(tasks: Sequence[TaskInfo]) -> list[str]:
     """A line per task that says how it was asked in training, and one for those that do not."""
-    import json
-
     lines = []
     for name, card in [(task.name, task.card) for task in tasks[:SHOWN]]:
         if card is None or not card.template:
@@ -275,9 +241,6 @@ def how_asked(tasks: Sequence[TaskInfo]) -> list[str]:
 
 def example(address: str, base: str, tasks: Sequence[TaskInfo], keyed: bool) -> str:
     """A command that asks a task as it was asked in training, where that is known."""
-    import json
-    import shlex
-
     known = [task for task in tasks if task.card is not None and (task.card.sample or task.card.template)]
     known.sort(key=lambda task: task.card is None or task.card.sample is None)  # a whole prompt before a template
     first = next(iter(known or tasks), None)
@@ -287,7 +250,3 @@ def example(address: str, base: str, tasks: Sequence[TaskInfo], keyed: bool) -> 
     key = " -H 'Authorization: Bearer KEY'" if keyed else ""
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     return f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' \\\n  -d {body}"
-
-
-def _size(count: int) -> str:
-    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"

@@ -7,8 +7,7 @@ from .._lazy import names_later
 if TYPE_CHECKING:
     from .engine import Engine, EngineConfig, Stats
     from .errors import ServingError
-    from .generation import Generation
-    from .request import Completion, Piece, Sampling
+    from .request import Completion, Generation, Piece, Sampling
     from .store import TaskInfo, TaskStore
 
 __all__ = [
@@ -28,7 +27,7 @@ _LATER = {  # the engine imports transformers, which takes seconds
     "Completion": "request",
     "Engine": "engine",
     "EngineConfig": "engine",
-    "Generation": "generation",
+    "Generation": "request",
     "Piece": "request",
     "Sampling": "request",
     "ServingError": "errors",

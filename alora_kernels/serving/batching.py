@@ -1,7 +1,7 @@
 """transformers' continuous batching, with a task, settings and random numbers for every request.
 
-In:   a model whose layers hold the tasks' matrices, and what each request is (`Rider`), looked up by its id.
-Out:  tokens, handed to the engine as they come; requests that failed, one by one.
+In:   a model whose layers hold the tasks' matrices, and the `RequestTable`, which says what each request is.
+Out:  tokens, told to the table as they come; requests that failed, one by one.
 Who:  `Engine` makes one, and another if this one dies.
 
 Three things are put into transformers' manager, each where the batch is already known:
@@ -12,14 +12,16 @@ Three things are put into transformers' manager, each where the batch is already
 
 KV blocks are never shared between requests: transformers finds equal prefixes by their tokens alone, and the keys and
 values of equal tokens differ between tasks.
+
+This is the one module that touches names which transformers does not document. tests/serving/test_batching_contract.py
+names each of them, and which one changed; the extra `serving` says for which versions it was run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,51 +31,51 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
     OutputRouter,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestStatus
 
 from ..routing import route
 from ..tuner.layer import ALoRALayer
 from .request import Sampling
+from .request_table import BASE_SLOT, RequestTable, Run
 from .sampling import Row, choose
 
-BASE_SLOT = -1  # the base model alone
+if TYPE_CHECKING:
+    from .engine import EngineConfig
+
 GONE = Row(Sampling(temperature=0), float)  # a request that ended while its last batch was on its way
 
 
-class Rider(Protocol):
-    """What the batch has to know of a request."""
-
-    slot: int
-    row: Row
-
-
-class Callbacks(NamedTuple):
-    """What the manager tells its engine, from the generation thread.
-
-    Attributes:
-        output: a request has new tokens, has finished or has failed.
-        stepped: a turn of the loop is over: the ids that are still in it, and the tokens and requests of its batch.
-    """
-
-    output: Callable[[GenerationOutput], None]
-    stepped: Callable[[set[str], int, int], Iterable[str]]
+def cache_config(sizes: EngineConfig) -> ContinuousBatchingConfig:
+    """transformers' settings for a loop of these sizes, in the words of the installed version."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    page, cache = sizes.page_size, sizes.cache_tokens
+    settings: dict[str, Any] = {
+        ("page_size" if "page_size" in known else "block_size"): page,
+        "num_blocks": -(-cache // page) if cache else None,
+        "max_batch_tokens": sizes.batch_tokens,
+        "max_requests_per_batch": sizes.max_batch,
+        "allow_block_sharing": False,
+        "use_async_batching": False,  # the ids of a batch are written for the step that follows at once
+        "use_cuda_graph": False,
+        "auto_switch_to_flash": False,
+    }
+    return ContinuousBatchingConfig(**{name: value for name, value in settings.items() if name in known})
 
 
-class Outputs(OutputRouter):
-    """Outputs go to the engine at once instead of a queue."""
+class _Outputs(OutputRouter):
+    """Outputs go to the table at once instead of a queue."""
 
-    def __init__(self, receive: Callable[[GenerationOutput], None]) -> None:
+    def __init__(self, table: RequestTable) -> None:
         super().__init__()
-        self._receive = receive
+        self._table = table
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Hand over one output."""
-        self._receive(output)
+        error = (output.error or "the request failed") if output.status == RequestStatus.FAILED else None
+        self._table.output(output.request_id, output.generated_tokens, output.is_finished(), error)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Hand over the outputs of one step."""
         for output in outputs:
-            self._receive(output)
+            self.deliver(output)
 
 
 class Before(NamedTuple):
@@ -84,45 +86,20 @@ class Before(NamedTuple):
     position: int
 
 
-def cache_config(
-    page_size: int, cache_tokens: int | None, batch_tokens: int, requests: int
-) -> ContinuousBatchingConfig:
-    """transformers' settings for a loop of these sizes, in the words of the installed version."""
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    settings: dict[str, Any] = {
-        ("page_size" if "page_size" in known else "block_size"): page_size,
-        "num_blocks": -(-cache_tokens // page_size) if cache_tokens else None,
-        "max_batch_tokens": batch_tokens,
-        "max_requests_per_batch": requests,
-        "allow_block_sharing": False,
-        "use_async_batching": False,  # the ids of a batch are written for the step that follows at once
-        "use_cuda_graph": False,
-        "auto_switch_to_flash": False,
-    }
-    return ContinuousBatchingConfig(**{name: value for name, value in settings.items() if name in known})
-
-
 class TaskBatching(ContinuousBatchingManager):
     """The manager of one generation loop.
 
     Args:
         model: the base model with adapted layers.
         config: see `cache_config`.
-        riders: the requests by id; the engine adds and removes them.
-        callbacks: whom to tell.
+        table: the requests; told of tokens, failures and turns, from the loop's thread.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: ContinuousBatchingConfig,
-        riders: Mapping[str, Rider],
-        callbacks: Callbacks,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, table: RequestTable) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
         super().__init__(model, generation, config)  # type: ignore[arg-type]  # their protocol is not ours to meet
-        self.output_router = Outputs(callbacks.output)
-        self._riders, self._callbacks = riders, callbacks
+        self.output_router = _Outputs(table)
+        self._table = table
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
         self._before: list[Before] = []
         self._tokens = 0
@@ -133,6 +110,22 @@ class TaskBatching(ContinuousBatchingManager):
         thread = threading.Thread(target=self._run_generation_loop, name="alora-generation", daemon=True)
         self._generation_thread: threading.Thread | None = thread  # type: ignore[assignment]
         thread.start()
+
+    def add(self, run: Run) -> bool:
+        """Take a request into the loop; False if the loop is dead."""
+        taken = self.add_request(
+            run.prompt,
+            request_id=run.generation.id,
+            max_new_tokens=run.sampling.max_tokens,
+            streaming=True,
+            eos_token_id=-1 if run.sampling.ignore_eos else self._table.eos,
+        )
+        return taken is not None
+
+    @property
+    def cause(self) -> Exception | None:
+        """What the loop died of."""
+        return self.background_thread_status.fatal_error
 
     @property
     def cached_tokens(self) -> int:
@@ -148,12 +141,15 @@ class TaskBatching(ContinuousBatchingManager):
         self._task_ids = torch.full(
             (processor.max_batch_tokens,), BASE_SLOT, dtype=torch.int32, device=self.model.device
         )
-        self._prepare = processor.inputs_and_outputs.prepare_batch_tensors
-        processor.inputs_and_outputs.prepare_batch_tensors = self._prepare_batch_tensors  # type: ignore[method-assign]
-        processor.model_runner._sample = self._sample  # type: ignore[method-assign]
+        self._processor = processor
+        self._io: Any = processor.inputs_and_outputs  # the batch's tensors; synchronous, as just checked
+        self._prepare = self._io.prepare_batch_tensors
+        self._io.prepare_batch_tensors = self._prepare_batch_tensors  # type: ignore[method-assign]
+        runner: Any = processor.model_runner
+        runner._sample = self._sample
         model: Any = self.model
         if isinstance(model.get_output_embeddings(), ALoRALayer):
-            processor.model_runner._model_supports_logits_to_keep = False  # ids are per token: it must see all of them
+            runner._model_supports_logits_to_keep = False  # ids are per token: it must see all of them
         return processor
 
     def _prepare_batch_tensors(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> None:
@@ -164,23 +160,13 @@ class TaskBatching(ContinuousBatchingManager):
         ]
         slots: list[int] = []
         for future in requests_in_batch:
-            rider = self._riders.get(future.state.request_id)  # a request that just ended may be in one more batch
-            slots += [BASE_SLOT if rider is None else rider.slot] * future.query_length
+            run = self._table.running.get(future.state.request_id)  # one that just ended may be in one more batch
+            slots += [BASE_SLOT if run is None else run.slot] * future.query_length
         self._prepare(requests_in_batch, *args, **kwargs)
         self._tokens = len(slots)
         padded = self._io.num_q_tokens
         slots += [BASE_SLOT] * (padded - len(slots))
         self._task_ids[:padded].copy_(torch.tensor(slots, dtype=torch.int32))
-
-    @property
-    def _processor(self) -> ContinuousBatchProcessor:
-        assert self.batch_processor is not None  # made before the first turn of the loop
-        return self.batch_processor
-
-    @property
-    def _io(self) -> Any:
-        """The batch's tensors; synchronous, as `cache_config` wants it."""
-        return self._processor.inputs_and_outputs
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One turn of the loop; then whatever the engine has ended meanwhile is cancelled."""
@@ -188,7 +174,7 @@ class TaskBatching(ContinuousBatchingManager):
         go_on = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler
         inside = {*scheduler.active_requests, *scheduler.waiting_requests}
-        for ended in self._callbacks.stepped(inside, self._tokens, len(self._before)):
+        for ended in self._table.stepped(inside, self._tokens, len(self._before)):
             scheduler.set_request_cancellation(ended)
         return go_on
 
@@ -208,17 +194,16 @@ class TaskBatching(ContinuousBatchingManager):
 
         NaN of one request reach all others through the masked attention of the batch, so they fail the step.
         """
-        futures = [before.future for before in self._before if before.future.has_new_token]
-        logits = scores[0, : len(futures)]
-        riders = [self._riders.get(future.state.request_id) for future in futures]
-        output_ids[0, : len(futures)].copy_(choose(logits, [GONE if r is None else r.row for r in riders]))
+        ids = [before.future.state.request_id for before in self._before if before.future.has_new_token]
+        runs = [self._table.running.get(id) for id in ids]
+        rows = [GONE if run is None else run.row for run in runs]
+        output_ids[0, : len(rows)].copy_(choose(scores[0, : len(rows)], rows))
 
     def _one_by_one(self, error: Exception) -> None:
         """The step again for each request alone; one that fails alone is failed, the others have their tokens.
 
         Writing the same keys and values to the same places again changes nothing.
         """
-        processor = self._processor
         io, batch = self._io, self._before
         done: list[FutureRequestState] = []
         tokens: list[int] = []
@@ -237,8 +222,8 @@ class TaskBatching(ContinuousBatchingManager):
                 self._routed_step()
             except Exception as own:
                 own.__context__ = None if own is error else error
-                processor._handle_request_error(own, state)
-                processor.scheduler.finish_request(state.request_id)
+                self._processor._handle_request_error(own, state)
+                self._processor.scheduler.finish_request(state.request_id)
                 continue
             if before.future.has_new_token:
                 tokens.append(int(io.output_ids[0, 0]))

@@ -4,8 +4,8 @@ In:   a base model with its tasks (`TaskStore`), prompts, and a task and setting
 Out:  a `Generation` per request; numbers for the operator (`Stats`, `Metrics`).
 Who:  the HTTP server, the bench, and users in their own programs.
 
-A request is checked here, waits in the `Book`, is given the slot of its task and a place in the batch by `Admission`,
-and is answered by the generation loop (`TaskBatching`), which calls back into the book with tokens. Since a request
+A request is checked here, waits in the `RequestTable`, is given the slot of its task and a place in the batch by
+`Admission`, and is answered by the generation loop (`TaskBatching`), which tells the table its tokens. Since a request
 holds its task's slot until the loop has let go of it, a task can be replaced or unloaded while it answers.
 """
 
@@ -17,22 +17,106 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .admission import CHECK, Admission
-from .batching import Callbacks, TaskBatching, cache_config
-from .config import EngineConfig, State, Stats
+from .batching import TaskBatching, cache_config
 from .errors import NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
-from .generation import Generation
 from .metrics import Metrics
 from .openmp import release_workers
-from .request import Completion, Sampling
-from .request_table import Book, Run
+from .request import Completion, Generation, Sampling
+from .request_table import RequestTable, Run, State
 from .sampling import Row, random_numbers
 from .store import TaskStore
 from .text import TextStream, eos_tokens
+
+LONGEST = 4096  # tokens of context without being asked for more
+PER_REQUEST = 512  # cached tokens per request of a batch, if not said otherwise
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        max_batch: requests that run at once.
+        max_waiting: requests that may wait; one more is refused.
+        max_context: prompt and answer together, in tokens; None takes the model's limit, 4096 at most.
+        cache_tokens: tokens the KV cache holds, all requests together; None is 512 per request of `max_batch`, never
+            less than `max_context`. When it is full, a request gives up its blocks and is computed again later.
+        batch_tokens: tokens of one step; a longer prompt is read in several steps, between which others go on.
+        page_size: tokens per block of the cache.
+
+    Raises:
+        ValueError: a size that is too small, or a cache smaller than one request may need.
+    """
+
+    max_batch: int = 32
+    max_waiting: int = 256
+    max_context: int | None = None
+    cache_tokens: int | None = None
+    batch_tokens: int = 512
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            least = {"max_context": 2, "page_size": 4}.get(name, 1)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    def resolved(self, model: Any) -> EngineConfig:
+        """The same with every size known, for this model.
+
+        Raises:
+            ValueError: see the class.
+        """
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        context = self.max_context or min(limit, LONGEST)
+        if context > limit:
+            raise ValueError(f"max_context is {context} but the model reads at most {limit} tokens")
+        cache = self.cache_tokens or max(context, PER_REQUEST * self.max_batch)
+        if cache < context:
+            raise ValueError(
+                f"cache_tokens is {cache}, less than one request of max_context={context} needs: raise the one or lower"
+                " the other"
+            )
+        batch = max(self.batch_tokens, self.max_batch)
+        return dataclasses.replace(self, max_context=context, cache_tokens=cache, batch_tokens=batch)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """An engine at one moment.
+
+    Attributes:
+        state: "new", "ready", "draining", "stopped" or "failed".
+        running, waiting: requests.
+        max_batch, max_waiting: their limits.
+        batch_rows, batch_requests: tokens and requests in the last step.
+        tokens_per_second: generated, over the last two seconds.
+        requests_finished, tokens_generated: since the start.
+        tasks_resident, tasks_known: tasks whose rows are in the model, and all.
+        uptime: seconds since the start.
+        cache_used: share of the KV cache in use, 0 .. 1.
+    """
+
+    state: State
+    running: int
+    waiting: int
+    max_batch: int
+    max_waiting: int
+    batch_rows: int
+    batch_requests: int
+    tokens_per_second: float
+    requests_finished: int
+    tokens_generated: int
+    tasks_resident: int
+    tasks_known: int
+    uptime: float
+    cache_used: float
 
 
 class Engine:
@@ -67,18 +151,19 @@ class Engine:
         self.config = (config or EngineConfig()).resolved(model)
         self.metrics = Metrics()
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
-        self._eos = eos_tokens(model, tokenizer)
-        self._book = Book(self.config.max_waiting, self.config.max_batch, self._eos, store, self.metrics)
+        self._table = RequestTable(
+            self.config.max_waiting, self.config.max_batch, eos_tokens(model, tokenizer), store, self.metrics
+        )
         self._tokenizing = threading.Lock()  # the backend refuses two threads at once
         self._started = time.perf_counter()
         self._admission: Admission | None = None
         self._add_gauges()
 
     def _add_gauges(self) -> None:
-        book, store, gauge = self._book, self.store, self.metrics.gauge
+        table, store, gauge = self._table, self.store, self.metrics.gauge
         me = weakref.proxy(self)  # the loop holds the metrics, and must not hold a forgotten engine
-        gauge("alora_requests_running", "requests in the batch", lambda: len(book.running))
-        gauge("alora_requests_waiting", "requests that wait", lambda: len(book.waiting))
+        gauge("alora_requests_running", "requests in the batch", lambda: len(table.running))
+        gauge("alora_requests_waiting", "requests that wait", lambda: len(table.waiting))
         gauge("alora_cache_used_ratio", "share of the KV cache in use", lambda: me._cache_used())
         if store is not None:
             gauge("alora_tasks_known", "tasks", lambda: me._task_counts()[1])
@@ -86,12 +171,10 @@ class Engine:
             gauge("alora_bytes_per_task", "bytes of one task's rows", lambda: store.bytes_per_task)
             gauge("alora_bytes_shared", "bytes of the shared B", lambda: store.bytes_shared)
 
-    # ------------------------------------------------------------------ life
-
     @property
     def state(self) -> State:
         """Where in its life the engine is: "new", "ready", "draining", "stopped" or "failed"."""
-        return self._book.state
+        return self._table.state
 
     def start(self) -> Engine:
         """Begin to serve.
@@ -99,30 +182,27 @@ class Engine:
         Raises:
             NotServingError: it was started before.
         """
-        with self._book.changed:
-            if self._book.state != "new":
-                raise NotServingError(f"the engine is {self._book.state}: make a new one")
-            self._book.state, self._started = "ready", time.perf_counter()
-        config, book = self.config, self._book
-        settings = cache_config(config.page_size, config.cache_tokens, config.batch_tokens, config.max_batch)
-        callbacks = Callbacks(book.output, book.stepped)
-        model = self.model
+        with self._table.changed:
+            if self.state != "new":
+                raise NotServingError(f"the engine is {self.state}: make a new one")
+            self._table.state, self._started = "ready", time.perf_counter()
+        model, table, settings = self.model, self._table, cache_config(self.config)
 
         def make_loop() -> TaskBatching:
-            loop = TaskBatching(model, settings, book.running, callbacks)
+            loop = TaskBatching(model, settings, table)
             loop.start()
             return loop
 
-        self._admission = Admission(book, self.store, make_loop, config.max_batch, self._eos, self.metrics)
-        weakref.finalize(self, _stop, book, self._admission)  # a forgotten engine, or the end of the program
+        self._admission = Admission(table, make_loop)
+        weakref.finalize(self, _stop, table, self._admission)  # a forgotten engine, or the end of the program
         release_workers()
         return self
 
     def close(self) -> None:
         """Refuse new requests from now on; those taken go on."""
-        with self._book.changed:
-            if self._book.state == "ready":
-                self._book.state = "draining"
+        with self._table.changed:
+            if self.state == "ready":
+                self._table.state = "draining"
 
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait for those that run or wait.
@@ -134,26 +214,22 @@ class Engine:
             Whether all have ended.
         """
         self.close()
-        book = self._book
-        with book.changed:
-            return book.changed.wait_for(lambda: not book.running and not book.waiting, timeout)
+        table = self._table
+        with table.changed:
+            return table.changed.wait_for(lambda: not table.running and not table.waiting, timeout)
 
     def stop(self) -> None:
         """End at once: what runs or waits gets the finish reason "cancelled". Harmless if stopped."""
         if self._admission is None:
-            self._book.state = "stopped"
+            self._table.state = "stopped"
         else:
-            _stop(self._book, self._admission)
+            _stop(self._table, self._admission)
 
     def __enter__(self) -> Engine:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    # -------------------------------------------------------------- requests
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -182,21 +258,19 @@ class Engine:
             NotServingError: the engine does not take requests now.
         """
         try:
-            return self._submit(prompt, task, sampling or Sampling())
+            if task is not None and (self.store is None or task not in self.store):
+                raise UnknownTaskError(task, [] if self.store is None else self.store.names())
+            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            room = self._check_prompt(ids)
+            sampling = sampling or Sampling()
+            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+            generation = Generation(f"gen-{uuid.uuid4().hex[:24]}", task, len(ids), self._table.cancel)
+            row = Row(sampling, random_numbers(sampling.seed))
+            self._table.enqueue(Run(generation, ids, sampling, row, TextStream(self.tokenizer, ids, sampling.stop)))
+            return generation
         except ServingError as error:
             self.metrics.refused.labels(type(error).__name__.removesuffix("Error")).inc()
             raise
-
-    def _submit(self, prompt: str | Sequence[int], task: str | None, sampling: Sampling) -> Generation:
-        if task is not None and (self.store is None or task not in self.store):
-            raise UnknownTaskError(task, [] if self.store is None else self.store.names())
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        room = self._check_prompt(ids)
-        generation = Generation(f"gen-{uuid.uuid4().hex[:24]}", task, len(ids), self._book.cancel)
-        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
-        row = Row(sampling, random_numbers(sampling.seed))
-        self._book.enqueue(Run(generation, ids, sampling, row, TextStream(self.tokenizer, ids, sampling.stop)))
-        return generation
 
     def _check_prompt(self, ids: list[int]) -> int:
         """How many tokens an answer may have."""
@@ -239,40 +313,40 @@ class Engine:
         taken: list[Generation] = []
         try:
             for prompt, task in zip(prompts, names, strict=True):
-                while True:
-                    try:
-                        taken.append(self.submit(prompt, task, sampling))
-                        break
-                    except QueueFullError:
-                        with self._book.changed:
-                            self._book.changed.wait(CHECK)
+                taken.append(self._submit_patiently(prompt, task, sampling))
         except BaseException:
             for generation in taken:
                 generation.cancel()
             raise
         return [generation.result() for generation in taken]
 
-    # --------------------------------------------------------------- numbers
+    def _submit_patiently(self, prompt: str | Sequence[int], task: str | None, sampling: Sampling | None) -> Generation:
+        while True:
+            try:
+                return self.submit(prompt, task, sampling)
+            except QueueFullError:
+                with self._table.changed:
+                    self._table.changed.wait(CHECK)
 
     def stats(self) -> Stats:
         """The engine now."""
-        book, (resident, known) = self._book, self._task_counts()
-        running = book.active()
-        rows, requests = book.last_step if running else (0, 0)
+        table, (resident, known) = self._table, self._task_counts()
+        running = table.active()
+        rows, requests = table.last_step if running else (0, 0)
         return Stats(
-            state=book.state,
+            state=table.state,
             running=running,
-            waiting=len(book.waiting),
+            waiting=len(table.waiting),
             max_batch=self.config.max_batch,
             max_waiting=self.config.max_waiting,
             batch_rows=rows,
             batch_requests=requests,
-            tokens_per_second=book.tokens_per_second(),
-            requests_finished=book.finished,
-            tokens_generated=book.generated,
+            tokens_per_second=table.tokens_per_second(),
+            requests_finished=table.finished,
+            tokens_generated=table.generated,
             tasks_resident=resident,
             tasks_known=known,
-            uptime=0.0 if book.state == "new" else time.perf_counter() - self._started,
+            uptime=0.0 if table.state == "new" else time.perf_counter() - self._started,
             cache_used=self._cache_used(),
         )
 
@@ -284,11 +358,11 @@ class Engine:
         return sum(task.where == "device" for task in tasks), len(tasks)
 
 
-def _stop(book: Book, admission: Admission) -> None:
-    with book.changed:
-        if book.state == "stopped":
+def _stop(table: RequestTable, admission: Admission) -> None:
+    with table.changed:
+        if table.state == "stopped":
             return
-        book.state = "stopped"
-        book.end_all("cancelled", "the engine was stopped", waiting=True)
-        book.changed.notify_all()
+        table.state = "stopped"
+        table.end_all("cancelled", "the engine was stopped", waiting=True)
+        table.changed.notify_all()
     admission.stop()

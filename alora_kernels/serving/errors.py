@@ -1,8 +1,6 @@
 """What can go wrong for one request or one adapter, by name, so that every front end can say it in its own words.
 
-In:   raised by the task store and the engine.
-Out:  exceptions with a message for the user; the HTTP server turns each into a status.
-Who:  `Engine.submit`, `TaskStore`; callers catch `ServingError` for all of them.
+Raised by `Engine.submit` and `TaskStore`; the HTTP server turns each into a status, other callers catch `ServingError`.
 """
 
 from __future__ import annotations

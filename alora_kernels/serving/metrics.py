@@ -1,9 +1,4 @@
-"""What an engine counts, in Prometheus' terms.
-
-In:   events of the engine: a request came, gave its first token, ended; a step was done.
-Out:  a registry of its own, and its text form.
-Who:  `Engine` counts; the server's `/metrics` shows.
-"""
+"""What an engine counts, in Prometheus' terms: `Engine` counts, the server's `/metrics` shows the registry's text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Two thread pools on one CPU: the OpenMP workers of a thread that is done computing are given back.
 
-In:   nothing; the calling thread.
-Out:  its OpenMP workers have ended. The next parallel product in this thread makes new ones.
-Who:  `Engine.start`, whose caller loaded the model and from now on only waits; `TaskStore.load`, after reading files.
+`Engine.start` calls it, whose caller loaded the model and from now on only waits, and `TaskStore.load`, after reading
+files; a file of its own because both do. The next parallel product in that thread makes new workers.
 
 Every thread that ever ran a parallel product in torch keeps workers of its own. GNU's OpenMP lets idle workers spin for
 a moment, so that the next product finds them awake; with more workers in the process than cores they sleep at once, and

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import files
 from ..adapters.cards import TaskCard
 from .errors import AdapterRefusedError
-from .slots import TaskStack
+from .slots import Slots
 
 log = logging.getLogger("alora_kernels.serving")
 Where = Literal["device", "host", "disk"]
@@ -62,17 +62,22 @@ class Record:
 
     @property
     def where(self) -> Where:
-        """The fastest tier that holds it."""
+        """The fastest place that holds it."""
         if self.slot is not None:
             return "device"
         return "host" if self.rows is not None else "disk"
 
+    @property
+    def label(self) -> dict[str, str]:
+        """What its file says of it."""
+        return {"task": self.name, "version": str(self.version)}
 
-class Tiers:
+
+class Placement:
     """Places for records.
 
     Args:
-        stack: the slots.
+        slots: in the model.
         host: records in host memory at most; None is no limit.
         spill: folder in which a private one is made for files, when the first is written; None takes the system's
             temporary folder.
@@ -81,11 +86,11 @@ class Tiers:
         ValueError: host below 0.
     """
 
-    def __init__(self, stack: TaskStack, host: int | None, spill: Path | None) -> None:
+    def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
         if host is not None and host < 0:
             raise ValueError(f"host must be >= 0, or None for no limit, got {host}")
-        self.stack, self.host, self.spill = stack, host, spill
-        self._free = list(reversed(range(stack.capacity)))
+        self.slots, self.host, self.spill = slots, host, spill
+        self._free = list(reversed(range(slots.capacity)))
         self._resident: OrderedDict[Record, None] = OrderedDict()  # least recently used first
         self._waiting: OrderedDict[Record, None] = OrderedDict()  # in host memory, likewise
         self._folder: Path | None = None
@@ -155,14 +160,14 @@ class Tiers:
             self._remove()
 
     def _write(self, record: Record, rows: Rows) -> None:
-        self.stack.write(self._free[-1], rows)
+        self.slots.write(self._free[-1], rows)
         record.slot, record.rows = self._free.pop(), None
         self._waiting.pop(record, None)
         self._resident[record] = None
 
     def _evict(self, record: Record) -> None:
         assert record.slot is not None
-        record.rows = self.stack.read(record.slot)
+        record.rows = self.slots.read(record.slot)
         self._free.append(record.slot)
         record.slot = None
         del self._resident[record]
@@ -185,14 +190,14 @@ class Tiers:
             self._folder = Path(tempfile.mkdtemp(prefix="alora-tasks-", dir=self.spill))  # mode 700
             self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit at last
         path = self._folder / f"version-{record.version}.safetensors"
-        files.write(path, record.rows, _label(record))
+        files.write(path, record.rows, record.label)
         record.file = path
 
     def _from_disk(self, record: Record) -> Rows:
         assert record.file is not None
         try:
             rows, label = files.read(record.file)
-            if label != _label(record):
+            if label != record.label:
                 raise files.DamagedFileError(f"{record.file} holds another task")
         except (OSError, files.DamagedFileError) as error:
             raise AdapterRefusedError(
@@ -200,7 +205,3 @@ class Tiers:
                 " again with replace=True"
             ) from None
         return rows
-
-
-def _label(record: Record) -> dict[str, str]:
-    return {"task": record.name, "version": str(record.version)}

@@ -1,8 +1,8 @@
-"""The book of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
+"""The table of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
 
-In:   requests from callers; tokens and turns from the generation loop; admissions from the admission thread.
-Out:  pieces and completions to the readers; leases back to the store; what the loop has to let go of.
-Who:  `Engine` and `Admission` write into it, `batching.TaskBatching` calls back into it.
+In:   requests from callers, tokens and turns from the generation loop, admissions from the admission thread.
+Out:  pieces and completions to the readers, leases back to the store, what the loop has to let go of.
+Who:  `Engine` and `Admission` write into it, `TaskBatching` calls back into it.
 
 A request that has ended stays among the running until the loop no longer has it, and only then is its lease given back:
 its rows cannot be overwritten while a step may still read them.
@@ -15,28 +15,25 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
-
-from .batching import BASE_SLOT
-from .config import State
 from .errors import NotServingError, QueueFullError
-from .generation import Generation
 from .metrics import Metrics
-from .request import Completion, FinishReason, Piece, Sampling
+from .request import Completion, FinishReason, Generation, Piece, Sampling
 from .sampling import Row
 from .text import TextStream
 
 if TYPE_CHECKING:
     from .store import Lease, TaskStore
 
+State = Literal["new", "ready", "draining", "stopped", "failed"]
+BASE_SLOT = -1  # the base model alone
 WINDOW = 2.0  # seconds over which tokens per second are counted
 
 
 @dataclass(eq=False)
 class Run:
-    """One request, from its submission until the loop has let go of it; `batching.Rider` for the loop."""
+    """One request, from its submission until the loop has let go of it."""
 
     generation: Generation
     prompt: list[int]
@@ -68,7 +65,7 @@ class Run:
         )
 
 
-class Book:
+class RequestTable:
     """Requests of one engine. `changed` guards and announces every change.
 
     Args:
@@ -88,8 +85,8 @@ class Book:
         self.running: dict[str, Run] = {}
         self.finished = self.generated = 0
         self.last_step = (0, 0)
-        self._max_waiting, self._max_batch, self._eos = max_waiting, max_batch, frozenset(eos)
-        self._store, self._metrics = store, metrics
+        self.max_waiting, self.max_batch, self.eos = max_waiting, max_batch, list(eos)
+        self.store, self.metrics = store, metrics
         self._recent: deque[tuple[float, int]] = deque()
         self._durations: deque[float] = deque(maxlen=64)
 
@@ -103,15 +100,12 @@ class Book:
         with self.changed:
             if self.state != "ready":
                 raise NotServingError(f"the engine is {self.state}: it takes no new requests")
-            if len(self.waiting) >= self._max_waiting:
-                raise QueueFullError(len(self.waiting), self._retry_after())
+            waiting = len(self.waiting)
+            if waiting >= self.max_waiting:  # a place is likely after recent durations, over those that run at once
+                mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
+                raise QueueFullError(waiting, max(1.0, mean * waiting / self.max_batch))
             self.waiting.append(run)
             self.changed.notify_all()
-
-    def _retry_after(self) -> float:
-        """Seconds until a place is likely: recent durations, over the requests that run at once."""
-        mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
-        return max(1.0, mean * len(self.waiting) / self._max_batch)
 
     def cancel(self, id: str) -> None:
         """End a request at its reader's wish."""
@@ -132,7 +126,7 @@ class Book:
             completion = run.completion(reason, error, now)
             self.finished += 1
             self._durations.append(now - (run.started or run.submitted))
-            self._metrics.ended(completion)
+            self.metrics.ended(completion)
             run.generation.push(Piece(text, len(run.tokens), reason), completion)
             self.changed.notify_all()
 
@@ -146,8 +140,8 @@ class Book:
         """Forget a request that no loop has, and give its lease back."""
         with self.changed:
             run = self.running.pop(id)
-            if run.lease is not None and self._store is not None:
-                self._store.release(run.lease)
+            if run.lease is not None and self.store is not None:
+                self.store.release(run.lease)
             run.lease = None
             self.changed.notify_all()
 
@@ -157,17 +151,15 @@ class Book:
             for id in list(self.running):
                 self.release(id)
 
-    # ------------------------------------------- called by the generation loop
-
-    def output(self, output: GenerationOutput) -> None:
-        """New tokens of a request, its end, or its failure."""
-        run = self.running.get(output.request_id)
+    def output(self, id: str, generated: Sequence[int], finished: bool, error: str | None) -> None:
+        """From the generation loop: all tokens of a request so far, whether they are the last, or its failure."""
+        run = self.running.get(id)
         if run is None or run.ended:
             return
-        if output.status == RequestStatus.FAILED:
-            self.end(run, "error", output.error or "the request failed")
+        if error is not None:
+            self.end(run, "error", error)
             return
-        new = output.generated_tokens[len(run.tokens) :]
+        new = generated[len(run.tokens) :]
         now = time.perf_counter()
         if new and run.first is None:
             run.first = now
@@ -175,25 +167,21 @@ class Book:
         self._recent.append((now, len(new)))
         self.generated += len(new)
         try:
-            text = run.text.feed(new)
-            if output.is_finished():
-                text += run.text.finish()
-        except Exception as error:  # the decoder's own; no other request is concerned
-            self.end(run, "error", f"the answer cannot be decoded: {error}")
+            text = run.text.feed(new) + (run.text.finish() if finished else "")
+        except Exception as failure:  # the decoder's own; no other request is concerned
+            self.end(run, "error", f"the answer cannot be decoded: {failure}")
             return
-        reason: FinishReason | None = None
-        if run.text.stopped:
-            reason = "stop"
-        elif output.is_finished():
-            reason = "stop" if run.tokens and run.tokens[-1] in self._eos and not run.sampling.ignore_eos else "length"
         run.parts.append(text)
-        if reason is None:
-            run.generation.push(Piece(text, len(run.tokens)))
+        if run.text.stopped:
+            self.end(run, "stop", text=text)
+        elif finished:
+            eos = run.tokens and run.tokens[-1] in self.eos and not run.sampling.ignore_eos
+            self.end(run, "stop" if eos else "length", text=text)
         else:
-            self.end(run, reason, text=text)
+            run.generation.push(Piece(text, len(run.tokens)))
 
     def stepped(self, inside: set[str], tokens: int, requests: int) -> Iterable[str]:
-        """A turn of the loop is over: release what it has let go of, name what it must let go of.
+        """From the generation loop: a turn is over; release what it has let go of, name what it must let go of.
 
         Args:
             inside: requests the loop has.
@@ -201,14 +189,12 @@ class Book:
         """
         if requests:
             self.last_step = (tokens, requests)
-            self._metrics.batch_tokens.observe(tokens)
-            self._metrics.batch_requests.observe(requests)
+            self.metrics.batch_tokens.observe(tokens)
+            self.metrics.batch_requests.observe(requests)
         with self.changed:
             for id in [id for id, run in self.running.items() if run.ended and id not in inside]:
                 self.release(id)
             return [id for id in inside if id not in self.running or self.running[id].ended]
-
-    # ------------------------------------------------------------------ numbers
 
     def active(self) -> int:
         """Requests that run and have not ended."""

@@ -2,11 +2,11 @@
 
 In:   a base model, the first adapter folder, and how many tasks are to be on the device at once.
 Out:  the model with ALoRA layers in it; a slot number per resident task, to be used as its id in `route(ids)`.
-Who:  `Tiers` writes and reads slots; the engine routes tokens to them.
+Who:  `Placement` writes and reads slots; the engine routes tokens to them.
 
 A is allocated once, `[capacity, R, K]` per layer, so its address stays the same for CUDA graphs and a task comes or
-goes by copying its own rows. Rows of a free slot are stale and nothing may be routed to them. Ranks below the
-stack's are padded with zero rows, which add nothing; so only the first columns of B have to agree.
+goes by copying its own rows. Rows of a free slot are stale and nothing may be routed to them. Smaller ranks are padded
+with zero rows, which add nothing; so only the first columns of B have to agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 5  # module names in an error
 SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is rounding
 
 
-class TaskStack:
+class Slots:
     """The resident tasks' matrices, inside a model.
 
     Made by `build`.
@@ -49,34 +49,30 @@ class TaskStack:
 
     @classmethod
     @torch.inference_mode(False)  # rows are written later, outside of any inference mode the caller may be in
-    def build(
-        cls, base_model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype | None = None
-    ) -> TaskStack:
+    def build(cls, base_model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype | None = None) -> Slots:
         """Put layers for `capacity` tasks into the model, in eval mode and without gradients; no task is in them yet.
 
         Args:
             base_model: without adapters; changed in place.
             file: decides the modules, ranks, scales and B.
-            capacity: slots, >= 1.
+            capacity: slots.
             dtype: of A and B; None takes the file's.
 
         Raises:
-            ValueError: capacity below 1, or a model that has adapters already.
+            ValueError: a model that has adapters already.
             AdapterFolderError: the file does not fit the model, which is then as it was.
         """
-        if capacity < 1:
-            raise ValueError(f"capacity must be >= 1, got {capacity}")
         if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
             raise ValueError("the model has adapters already: give the plain base model")
         _check_model(base_model, file)
-        stack = cls(base_model, file, capacity, dtype or file.dtype)
-        b = {module: _cast(file, module, tensor, stack.dtype) for module, tensor in file.b.items()}
+        slots = cls(base_model, file, capacity, dtype or file.dtype)
+        b = {module: _cast(file, module, tensor, slots.dtype) for module, tensor in file.b.items()}
         try:
-            stack._inject(b)
+            slots._inject(b)
         except BaseException:
-            stack.remove()
+            slots.remove()
             raise
-        return stack
+        return slots
 
     def _inject(self, b: Mapping[str, Tensor]) -> None:
         # two tasks of rank 1 for PEFT to make its layers with; the tensors are replaced at once
@@ -112,11 +108,6 @@ class TaskStack:
             parameter.requires_grad_(True)
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the adapted modules."""
-        return tuple(self.shapes)
-
-    @property
     def bytes_per_task(self) -> int:
         """Bytes of one task's A's in all layers. A LoRA of the same rank would be these and a B of its own."""
         return sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize
@@ -127,9 +118,9 @@ class TaskStack:
         return sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize
 
     def fit(self, file: AdapterFile) -> None:
-        """Raise unless every task of the folder can be served from this stack.
+        """Raise unless every task of the folder can be served from these slots.
 
-        With the stack's s and B fixed, A can be used as it is only where s B is the same.
+        With s and B fixed, A can be used as it is only where s B is the same.
 
         Raises:
             AdapterFolderError: another base, other modules, other shapes, a larger rank, or a B of its own.
@@ -167,10 +158,10 @@ class TaskStack:
             )
 
     def rows(self, file: AdapterFile, task: str) -> dict[str, Tensor]:
-        """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the stack's dtype.
+        """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the slots' dtype.
 
         Args:
-            file: fits this stack.
+            file: one that fits.
             task: one of its tasks.
 
         Raises:
@@ -188,13 +179,12 @@ class TaskStack:
         """Copy a task's matrices into a slot; no other slot is touched, and on return the device has them.
 
         Args:
-            slot: 0 .. capacity - 1.
-            matrices: module -> `[r, K]` with r at most the stack's rank; the rows above r become zero.
+            slot: 0 .. capacity - 1, a number of `Placement`'s own.
+            matrices: module -> `[r, K]` with r at most the slots' rank; the rows above r become zero.
 
         Raises:
-            ValueError: no such slot, or matrices of other modules or shapes; nothing is written then.
+            ValueError: matrices of other modules or shapes; nothing is written then.
         """
-        self._check_slot(slot)
         if matrices.keys() != self.shapes.keys():
             raise ValueError(f"matrices are not those of the stack: {_some(matrices, self.shapes)}")
         for module, a in matrices.items():
@@ -211,17 +201,8 @@ class TaskStack:
 
     @torch.no_grad()
     def read(self, slot: int) -> dict[str, Tensor]:
-        """Copies of a slot's matrices: module -> `[R, K]` on the CPU.
-
-        Raises:
-            ValueError: no such slot.
-        """
-        self._check_slot(slot)
+        """Copies of a slot's matrices: module -> `[R, K]` on the CPU."""
         return {m: layer.asymlora_A[ADAPTER].weight[slot].to("cpu", copy=True) for m, layer in self._layers.items()}
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.capacity:
-            raise ValueError(f"slot must be 0 .. {self.capacity - 1}, got {slot}")
 
 
 def _check_model(model: nn.Module, file: AdapterFile) -> None:

@@ -11,24 +11,62 @@ read outside the lock, so requests go on meanwhile; all other work is done under
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..adapters.cards import read_task_cards
+from ..adapters.cards import TaskCard, read_task_cards
 from ..adapters.config import AdapterFolderError, refused
 from ..adapters.reader import AdapterFile, read_adapter
+from ..modules.tasks import BASE
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
-from .names import chosen
 from .openmp import release_workers
-from .placement import Record, Tiers
-from .slots import TaskStack
-from .task_info import Lease, TaskInfo
+from .placement import Placement, Record, Where
+from .slots import Slots
+
+SHOWN = 20  # names in an error
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as the model: nothing that needs quoting
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as it is now.
+
+    Attributes:
+        name: of the task.
+        version: grows with every load of the store.
+        folder: it was read from.
+        where: on the device, in host memory or on the disk.
+        in_use: running requests that use this version.
+        bytes: of its A's in all layers.
+        loaded_at: unix time.
+        card: how it was asked in training; None if the folder does not say.
+    """
+
+    name: str
+    version: int
+    folder: Path
+    where: Where
+    in_use: int
+    bytes: int
+    loaded_at: float
+    card: TaskCard | None = None
+
+
+@dataclass(frozen=True, eq=False)  # two leases of one version are two leases
+class Lease:
+    """One request's right to a slot, whose number its tokens are routed to."""
+
+    slot: int
+    name: str
+    version: int
 
 
 class TaskStore:
@@ -37,15 +75,15 @@ class TaskStore:
     Made by `open`; every method may be called from any thread.
 
     Args:
-        stack: the slots, in the model.
+        slots: in the model.
         host: tasks in host memory at most; None is no limit.
         spill: where tasks beyond that go; see `open`.
     """
 
-    def __init__(self, stack: TaskStack, *, host: int | None = None, spill: Path | None = None) -> None:
-        self.stack = stack
+    def __init__(self, slots: Slots, *, host: int | None = None, spill: Path | None = None) -> None:
+        self.slots = slots
         self._lock = threading.RLock()
-        self._tiers = Tiers(stack, host, spill)
+        self._placement = Placement(slots, host, spill)
         self._records: dict[str, Record] = {}
         self._leases: dict[Lease, Record] = {}
         self._versions = 0
@@ -85,9 +123,9 @@ class TaskStore:
             raise ValueError(f"resident must be >= 1, got {resident}")
         with ExitStack() as undo:
             with _refusals():
-                stack = TaskStack.build(base_model, read_adapter(folders[0]), resident, dtype)
-            undo.callback(stack.remove)
-            store = cls(stack, host=host, spill=spill)
+                slots = Slots.build(base_model, read_adapter(folders[0]), resident, dtype)
+            undo.callback(slots.remove)
+            store = cls(slots, host=host, spill=spill)
             undo.callback(store.close)
             for folder in folders:
                 store.load(folder)
@@ -97,23 +135,23 @@ class TaskStore:
     @property
     def capacity(self) -> int:
         """Slots on the device."""
-        return self.stack.capacity
+        return self.slots.capacity
 
     @property
     def resident(self) -> int:
         """Tasks on the device, replaced versions that still run included."""
         with self._lock:
-            return self._tiers.resident
+            return self._placement.resident
 
     @property
     def bytes_per_task(self) -> int:
         """Bytes of one task's A's in all layers."""
-        return self.stack.bytes_per_task
+        return self.slots.bytes_per_task
 
     @property
     def bytes_shared(self) -> int:
         """Bytes of the B's in all layers, held once for all tasks."""
-        return self.stack.bytes_shared
+        return self.slots.bytes_shared
 
     @property
     def lora_bytes_per_task(self) -> int:
@@ -152,20 +190,20 @@ class TaskStore:
             release_workers()
 
     def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
-        self.stack.fit(file)
-        pairs = chosen(file, name, task)
+        self.slots.fit(file)
+        pairs = _chosen(file, name, task)
         names, cards = [public for public, _ in pairs], read_task_cards(file.folder, file.tasks)
         with self._lock:
             self._check_names(file, names, replace)
         records: list[Record] = []
         try:
             for public, own in pairs:
-                rows = self.stack.rows(file, own)
+                rows = self.slots.rows(file, own)
                 with self._lock:
                     self._check_names(file, names, replace)  # another thread may have been faster, or closed the store
                     self._versions += 1
                     records.append(Record(public, self._versions, file.folder, time.time(), cards.get(own)))
-                    self._tiers.add(records[-1], rows)
+                    self._placement.add(records[-1], rows)
             with self._lock:
                 self._check_names(file, names, replace)
                 for record in records:
@@ -178,7 +216,7 @@ class TaskStore:
             with self._lock:
                 for record in records:
                     if self._records.get(record.name) is not record:
-                        self._tiers.drop(record)
+                        self._placement.drop(record)
             raise
 
     def unload(self, name: str) -> TaskInfo:
@@ -226,7 +264,7 @@ class TaskStore:
         """
         with self._lock:
             record = self._known(name)
-            if not self._tiers.bring(record):
+            if not self._placement.bring(record):
                 return None
             assert record.slot is not None
             record.leases += 1
@@ -242,7 +280,7 @@ class TaskStore:
                 return
             record.leases -= 1
             if record.gone and not record.leases:
-                self._tiers.drop(record)
+                self._placement.drop(record)
 
     def close(self) -> None:
         """Forget every task and remove the files; leases stay good until they are released."""
@@ -250,7 +288,7 @@ class TaskStore:
             self._closed = True
             for name in list(self._records):
                 self._retire(self._records.pop(name))
-            self._tiers.close()
+            self._placement.close()
 
     def __enter__(self) -> TaskStore:
         return self
@@ -267,7 +305,7 @@ class TaskStore:
     def _retire(self, record: Record) -> None:
         record.gone = True
         if not record.leases:
-            self._tiers.drop(record)
+            self._placement.drop(record)
 
     def _check_names(self, file: AdapterFile, names: Sequence[str], replace: bool) -> None:
         if self._closed:
@@ -282,21 +320,41 @@ class TaskStore:
 
     def _info(self, record: Record) -> TaskInfo:
         return TaskInfo(
-            name=record.name,
-            version=record.version,
-            folder=record.folder,
-            where=record.where,
-            in_use=record.leases,
-            bytes=self.bytes_per_task,
-            loaded_at=record.loaded_at,
-            card=record.card,
+            record.name,
+            record.version,
+            record.folder,
+            record.where,
+            record.leases,
+            self.bytes_per_task,
+            record.loaded_at,
+            record.card,
         )
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the reader and the stack refuse of a folder is refused here, as an error of serving."""
+    """What the reader and the slots refuse of a folder is refused here, as an error of serving."""
     try:
         yield
     except AdapterFolderError as error:
         raise AdapterRefusedError(str(error)) from None
+
+
+def _chosen(file: AdapterFile, name: str | None, task: str | None) -> list[tuple[str, str]]:
+    """(name in the store, name in the file) of what is to be loaded; `name` and `task` as in `TaskStore.load`."""
+    if task is None and name is not None:
+        task = file.tasks[0] if len(file.tasks) == 1 else name
+    if task is not None and task not in file.tasks:
+        listed = ", ".join(map(repr, file.tasks[:SHOWN])) + (" and more" if len(file.tasks) > SHOWN else "")
+        raise refused(file.folder, f"has no task {task[:140]!r}: it has {listed}; say which with task=...")
+    pairs = [(own, own) for own in file.tasks] if task is None else [(task if name is None else name, task)]
+    for public, own in pairs:
+        if public == BASE or not NAME.fullmatch(public):
+            allowed = re.sub(r"[^A-Za-z0-9._:-]+", "-", own).strip("._:-")[:128] or "task"
+            raise refused(
+                file.folder,
+                f"a task cannot be called {public[:140]!r}: names are 1 to 128 letters, digits, '.', '_', ':' or '-'"
+                f" and begin with a letter or digit; load it with task={own!r} and another name, such as"
+                f" name={allowed!r} (lora_name over HTTP), or give it one with `alora export`",
+            )
+    return pairs

@@ -171,8 +171,7 @@ class Serial(Stock):
     def opened(self, load: Load) -> Iterator[Serve]:
         """A running manager of transformers over the model inside the PEFT model."""
         model = self._stage.lora(self.name, load.tasks)
-        ours = _engine_config(load)
-        batching = cache_config(ours.page_size, ours.cache_tokens, ours.batch_tokens, ours.max_batch)
+        batching = cache_config(_engine_config(load))
         greedy = GenerationConfig(do_sample=False, max_new_tokens=load.new_tokens, eos_token_id=-1)
         with model.get_base_model().continuous_batching_context_manager(
             generation_config=greedy, continuous_batching_config=batching

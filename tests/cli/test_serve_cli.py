@@ -164,10 +164,8 @@ def ask(url: str, model: str) -> str:
 
 
 def test_without_the_extra_it_is_named(started, monkeypatch, tmp_path):
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("limits", "uvicorn") else real(name))
+    real = serve_module.find_spec
+    monkeypatch.setattr(serve_module, "find_spec", lambda name: None if name in ("limits", "uvicorn") else real(name))
     said = alora("m", "--adapter", str(tmp_path), code=2)
     assert "serving needs limits, uvicorn: pip install 'alora-kernels[serving]'" in " ".join(said.split())
     assert not started
@@ -178,7 +176,7 @@ def test_the_extra_that_is_looked_for_is_the_one_that_is_installed():
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     named = {re.split(r"[^\w-]", need)[0].replace("-", "_") for need in project["optional-dependencies"]["serving"]}
-    assert named == set(serve_module.EXTRA)
+    assert named - {"transformers"} == set(serve_module.EXTRA)  # the base installs it; the extra narrows its versions
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,8 @@ from alora_kernels.serving.errors import (
     RequestError,
     UnknownTaskError,
 )
-from alora_kernels.serving.generation import Generation
 from alora_kernels.serving.metrics import Metrics
-from alora_kernels.serving.request import Completion, Piece, Sampling
+from alora_kernels.serving.request import Completion, Generation, Piece, Sampling
 
 VOCABULARY = 1000
 BOOM = "boom"

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-PAGE = files("alora_kernels.serving") / "server" / "page"
+PAGE = files("alora_kernels.serving") / "http" / "page"
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
 BASE = "tiny-base"
 PROMPTS = {

@@ -15,7 +15,7 @@ from httpserver import running
 
 from alora_kernels.serving.errors import NotServingError, QueueFullError
 from alora_kernels.serving.http import ServerConfig, create_app
-from alora_kernels.serving.http import static as static_files
+from alora_kernels.serving.http import app as application
 
 ASK = {"model": "movie", "prompt": "is it good"}
 
@@ -232,14 +232,14 @@ def test_the_page_comes_with_a_policy_and_only_what_lies_beside_it(engine, monke
     (tmp_path / "page" / "index.html").write_text("<h1>here</h1>")
     (tmp_path / "page" / "page.js").write_text("1")
     (tmp_path / "secret.js").write_text("no")
-    monkeypatch.setattr(static_files, "FOLDER", tmp_path / "page")
+    monkeypatch.setattr(application, "PAGE", tmp_path / "page")
     page = call(engine, "GET", "/")
     assert page.text == "<h1>here</h1>" and "default-src 'self'" in page.headers["content-security-policy"]
     script = call(engine, "GET", "/page.js")
     assert "javascript" in script.headers["content-type"] and script.headers["x-content-type-options"] == "nosniff"
     for path in ("/secret.js", "/../secret.js", "/%2e%2e/secret.js", "/index.html"):
         refused(call(engine, "GET", path), 404)
-    monkeypatch.setattr(static_files, "FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(application, "PAGE", tmp_path / "absent")
     refused(call(engine, "GET", "/"), 404, "not installed")
 
 

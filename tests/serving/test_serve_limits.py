@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_serve_http import ASK, call, post, refused
 
 from alora_kernels.serving.http import ServerConfig, create_app, openai
-from alora_kernels.serving.http.config import is_loopback
+from alora_kernels.serving.http.security import is_loopback
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"

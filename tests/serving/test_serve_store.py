@@ -21,8 +21,8 @@ from peft import PeftModel
 from alora_kernels import files, route
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
-from alora_kernels.serving.placement import Tiers
-from alora_kernels.serving.slots import TaskStack
+from alora_kernels.serving.placement import Placement
+from alora_kernels.serving.slots import Slots
 from alora_kernels.serving.store import Lease, TaskStore
 
 Rows = dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ def saved(folder: Path, task: str) -> Rows:
 
 
 def assert_holds(store: TaskStore, slot: int, rows: Rows) -> None:
-    held = store.stack.read(slot)
+    held = store.slots.read(slot)
     assert held.keys() == rows.keys()
     assert all(torch.equal(held[m], rows[m]) for m in rows)
 
@@ -81,7 +81,7 @@ def test_bytes(tmp_path):
     assert store.bytes_shared == 4 * (16 * 4 + 4 * 4)
     assert store.lora_bytes_per_task == store.bytes_per_task + store.bytes_shared
     assert store.device_bytes == 3 * store.bytes_per_task + store.bytes_shared
-    held = sum(p.nbytes for n, p in store.stack.model.named_parameters() if "asymlora" in n)
+    held = sum(p.nbytes for n, p in store.slots.model.named_parameters() if "asymlora" in n)
     assert held == store.device_bytes
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog):
     with pytest.raises(OSError, match="No space left"):
         store.load(mlp_folder(tmp_path / "d", "d", "e"))
     assert places(store) == {"a": "device", "b": "device", "c": "host"}
-    store._tiers.host = 0
+    store._placement.host = 0
     touch(store, "c")  # a request goes on: a stays in host memory, over the limit
     assert places(store) == {"a": "host", "b": "device", "c": "device"}
     assert "No space left" in caplog.text
@@ -356,7 +356,7 @@ def _huge(tensors: Rows) -> None:
 def test_a_refused_load_changes_nothing(tmp_path, settings, spoil, options, why):
     store = opened(tmp_path, "math", "code", resident=3, dtype=torch.float16)
     lease = use(store, "code")
-    before, held = store.tasks(), [store.stack.read(slot) for slot in range(2)]
+    before, held = store.tasks(), [store.slots.read(slot) for slot in range(2)]
     folder = alora_folder(tmp_path / "new", Mlp(), ["art", "code"], **({"seed": 1, "seed_b": 0} | MLP | settings))
     if spoil:
         spoil(folder)
@@ -439,7 +439,7 @@ class Model:
         assert infos.keys() == self.tasks.keys()
         for name, info in infos.items():
             assert info.in_use == sum(held.version == info.version for held, _ in self.leases), name
-        host = self.store._tiers.host
+        host = self.store._placement.host
         assert host is None or sum(i.where == "host" for i in infos.values()) <= host
         assert self.store.resident <= self.store.capacity
 
@@ -515,13 +515,13 @@ def test_two_threads_load_one_name(tmp_path, monkeypatch):
     """Both pass the first look at the names; only one may win, and the other leaves nothing behind."""
     store = opened(tmp_path, "a", resident=8)
     folder, both = mlp_folder(tmp_path / "new", "b"), threading.Barrier(2)
-    read = TaskStack.rows
+    read = Slots.rows
 
     def together(*args: Any) -> Rows:
         both.wait(timeout=30)
         return read(*args)
 
-    monkeypatch.setattr(TaskStack, "rows", together)
+    monkeypatch.setattr(Slots, "rows", together)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(store.load, folder) for _ in range(2)]
     errors = [future.exception() for future in futures]
@@ -533,14 +533,14 @@ def test_a_name_taken_at_the_last_moment(tmp_path, monkeypatch):
     """Another load of the same name comes in between the placing of the matrices and the naming."""
     store = opened(tmp_path, "a", resident=8)
     folder, other = mlp_folder(tmp_path / "new", "b"), mlp_folder(tmp_path / "other", "b", seed=5)
-    add = Tiers.add
+    add = Placement.add
 
     def interrupted(*args: Any) -> None:
         add(*args)
-        monkeypatch.setattr(Tiers, "add", add)
+        monkeypatch.setattr(Placement, "add", add)
         store.load(other)
 
-    monkeypatch.setattr(Tiers, "add", interrupted)
+    monkeypatch.setattr(Placement, "add", interrupted)
     with pytest.raises(AdapterRefusedError, match="called 'b' already"):
         store.load(folder)
     assert (store.names(), store.resident) == (["a", "b"], 2)
@@ -550,13 +550,13 @@ def test_a_name_taken_at_the_last_moment(tmp_path, monkeypatch):
 def test_a_store_closed_during_a_load_leaves_no_file(tmp_path, monkeypatch):
     store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
     lease = use(store, "a")  # so that a new task would go to the disk
-    read = TaskStack.rows
+    read = Slots.rows
 
     def closed(*args: Any) -> Rows:
         store.close()
         return read(*args)
 
-    monkeypatch.setattr(TaskStack, "rows", closed)
+    monkeypatch.setattr(Slots, "rows", closed)
     with pytest.raises(NotServingError, match="closed"):
         store.load(mlp_folder(tmp_path / "new", "c"))
     assert not list((tmp_path / "spill").iterdir())

@@ -4,13 +4,12 @@ In:   an engine (`alora_kernels.serving.Engine`) and a `ServerConfig`.
 Out:  `create_app` makes the application, `serve` runs it until a signal, with a drain.
 Who:  `alora serve`; anybody who mounts the application elsewhere.
 
-    config, app, run            what an operator sets; putting it together; sockets and signals
-    gate, body, schema, prompts what is let in: keys, rates, hosts; sizes and JSON; the fields; the texts
-    errors                      every refusal in OpenAI's shape
-    completions, chat           the two ways to ask
-    replies, shape, stream      how both are answered; group: the generations of one request
-    models, adapters, observe   what can be asked, loading and unloading, health and numbers
-    static, page/               the playground at /
+    app, run         putting it together, the playground at /; sockets and signals
+    security         what an operator sets; who is let in: keys, rates, hosts
+    errors           every refusal in OpenAI's shape
+    openai           the two ways to ask: bodies, fields, prompts, how replies look
+    answer, stream   how both are answered, whole or piece by piece
+    admin            what can be asked, loading and unloading, health and numbers
 
 Importing this imports no web framework until a name is asked for.
 """
@@ -23,10 +22,10 @@ from ..._lazy import names_later
 
 if TYPE_CHECKING:
     from .app import create_app
-    from .config import ServerConfig
     from .run import bind, serve
+    from .security import ServerConfig
 
-_WHERE = {"ServerConfig": "config", "bind": "run", "create_app": "app", "serve": "run"}
+_WHERE = {"ServerConfig": "security", "bind": "run", "create_app": "app", "serve": "run"}
 
 __all__ = ["ServerConfig", "bind", "create_app", "serve"]
 

@@ -1,33 +1,60 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: tasks come and go while others are served, as in vLLM.
+"""What there is and how it does: /v1/models, /health, /stats, /metrics, and loading and unloading of adapters.
 
-In:   a name and a folder of the server's machine.
-Out:  one line of text, as vLLM says it; a refusal with the reason.
-Who:  whoever may load: nobody unless the operator named folders (`--adapter-root`).
+In:   the engine's state, numbers and tasks; a name and a folder of the server's machine.
+Out:  OpenAI's list of models; JSON for people and the playground, Prometheus' text for collectors; one line of text for
+      a load, as vLLM says it, or a refusal with the reason.
+Who:  OpenAI's clients, the playground (every 0.5 s), load balancers (/health needs no key), Prometheus; whoever may
+      load: nobody unless the operator named folders (`--adapter-root`).
 
-A path is resolved, links included, before it is compared with the roots, and what lies outside is refused in the same
-words whether it exists or not. What can write below a root can still change a folder after that look; the adapter
-reader trusts nothing it finds there.
+The store may be reading a folder under its lock, so it is asked outside the event loop. A path is resolved, links
+included, before it is compared with the roots, and what lies outside is refused in the same words whether it exists or
+not. What can write below a root can still change a folder after that look; the adapter reader trusts nothing there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..errors import UnknownTaskError
-from . import openai
-from .config import Served
 from .errors import ApiError
-from .schema import LoadAdapter, UnloadAdapter
+from .openai import Fields, read
+from .security import ServerConfig
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..store import TaskStore
 
 FILES = "adapter_*"  # what an adapter is read from
+OWNER = "alora-kernels"
+
+
+class LoadAdapter(Fields):
+    """POST /v1/load_lora_adapter; `task` chooses one of a folder that holds several."""
+
+    lora_name: str = Field(min_length=1, max_length=512)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+    task: str | None = None
+
+
+class UnloadAdapter(Fields):
+    """POST /v1/unload_lora_adapter; names are enough here, vLLM's number is taken and not used."""
+
+    lora_name: str = Field(min_length=1, max_length=512)
+    lora_int_id: int | None = None
 
 
 def inside(path: str, roots: Iterable[Path]) -> Path:
@@ -54,24 +81,95 @@ def inside(path: str, roots: Iterable[Path]) -> Path:
     raise refused
 
 
-def router(served: Served) -> APIRouter:
-    """The two routes; one load at a time, outside the event loop."""
-    routes, one_at_a_time = APIRouter(), CapacityLimiter(1)
-    config, store = served.config, served.engine.store
-    refused = (
-        "this server loads and unloads nothing over HTTP: start it with --adapter-root DIR to allow folders below DIR"
-    )
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """All of these routes."""
+    routes, base = APIRouter(), config.base_model_id
+    _add_models(routes, engine, base, int(time.time()))
+    _add_numbers(routes, engine, base)
+    _add_loading(routes, engine, config)
+    return routes
+
+
+def _add_models(routes: APIRouter, engine: Engine, base: str, started: int) -> None:
+    """The base and every task; a task's `parent` is the base, and `prompt` is how it was asked in training.
+
+    `prompt` is null if the task's folder does not say, else template, answers (label words; none: texts) and sample.
+    """
+    model = {"id": base, "object": "model", "created": started, "owned_by": OWNER, "root": base, "parent": None}
+
+    def listed() -> list[dict[str, Any]]:
+        tasks = [] if engine.store is None else engine.store.tasks()
+        return [
+            model,
+            *(
+                model
+                | {"id": task.name, "created": int(task.loaded_at), "parent": base}
+                | {"prompt": None if task.card is None else dataclasses.asdict(task.card)}
+                for task in tasks
+            ),
+        ]
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """All that can be asked."""
+        return {"object": "list", "data": await run_sync(listed)}
+
+    @routes.get("/v1/models/{name:path}")
+    async def one(name: str) -> dict[str, Any]:
+        """One of them; the name of a base may hold slashes."""
+        known = {model["id"]: model for model in await run_sync(listed)}
+        if name not in known:
+            raise UnknownTaskError(name[:200], [one for one in known if one != base])
+        return known[name]
+
+
+def _add_numbers(routes: APIRouter, engine: Engine, base: str) -> None:
+    """Whether it lives, what it does now, what it did."""
+
+    @routes.get("/health")
+    async def health() -> JSONResponse:
+        """200 while requests are taken, else 503."""
+        state = engine.state
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @routes.get("/stats")
+    async def stats() -> dict[str, Any]:
+        """Numbers of this moment, the base's name and the tasks' names."""
+
+        def now() -> dict[str, Any]:
+            tasks = [] if engine.store is None else engine.store.names()
+            return dataclasses.asdict(engine.stats()) | {"base": base, "tasks": tasks}
+
+        return await run_sync(now)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Counters and distributions."""
+        return Response(await run_sync(engine.metrics.text), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> None:
+    """One load at a time, outside the event loop."""
+    one_at_a_time, base = CapacityLimiter(1), config.base_model_id
+
+    def allowed() -> TaskStore:
+        if not config.adapter_roots or engine.store is None:
+            raise ApiError(
+                403,
+                "this server loads and unloads nothing over HTTP: start it with --adapter-root DIR to allow folders"
+                " below DIR",
+                code="forbidden",
+            )
+        return engine.store
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(request: Request) -> PlainTextResponse:
         """Load a task, or with load_inplace replace one; what runs keeps the version it began with."""
-        asked = await openai.read(request, LoadAdapter, config.max_body_bytes)
-        if not config.adapter_roots or store is None:
-            raise ApiError(403, refused, code="forbidden")
-        if asked.lora_name == served.base:
-            raise ApiError(400, f"{served.base!r} is the base model's name: choose another", "lora_name")
+        asked = await read(request, LoadAdapter, config.max_body_bytes)
+        store = allowed()
+        if asked.lora_name == base:
+            raise ApiError(400, f"{base!r} is the base model's name: choose another", "lora_name")
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
-
         load = partial(store.load, folder, name=asked.lora_name, task=asked.task, replace=asked.load_inplace)
         await run_sync(load, limiter=one_at_a_time)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
@@ -79,15 +177,12 @@ def router(served: Served) -> APIRouter:
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(request: Request) -> PlainTextResponse:
         """Forget a task; requests that run on it finish."""
-        asked = await openai.read(request, UnloadAdapter, config.max_body_bytes)
-        if not config.adapter_roots or store is None:
-            raise ApiError(403, refused, code="forbidden")
-        if asked.lora_name == served.base:
-            raise ApiError(400, f"{served.base!r} is the base model: it stays while the server runs", "lora_name")
+        asked = await read(request, UnloadAdapter, config.max_body_bytes)
+        store = allowed()
+        if asked.lora_name == base:
+            raise ApiError(400, f"{base!r} is the base model: it stays while the server runs", "lora_name")
         try:
             await run_sync(store.unload, asked.lora_name, limiter=one_at_a_time)
         except UnknownTaskError as error:  # the base, which other refusals list too, is none that could be unloaded
             raise ApiError(404, str(error), "lora_name", "model_not_found") from None
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
-
-    return routes

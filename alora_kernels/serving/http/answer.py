@@ -1,61 +1,190 @@
-"""One request becomes several generations, and their texts one reply: whole, or as a stream.
+"""One request becomes several generations that live and die together, and their texts one reply.
 
-In:   a checked request, its prompts, and the shape its reply has (`completions` and `chat` give theirs).
-Out:  a JSON response, or a `stream.EventStream`.
-Who:  the two routes that answer.
+In:   prompts and settings; the connection of whoever asks.
+Out:  generations, all or none; a `Reply`, whose words `openai` writes; its whole as JSON, or the client is gone.
+Who:  `openai` for all answers, `stream` for those that leave piece by piece.
 
-A stream's status leaves with its first event, so everything that can be refused is refused before there is one.
+If one is refused, those before it are cancelled; if one fails or the client goes away, all are. Submitting happens in a
+thread: tokenising a megabyte takes a second, and the store may be reading a folder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from starlette.requests import Request
+import anyio
+from anyio.to_thread import run_sync
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
 
-from . import group
-from .config import Served
+from ..request import Completion, Generation, Piece, Sampling
 from .errors import ApiError
-from .schema import Asked
-from .shape import Head, Shape
-from .stream import EventStream
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 CLIENT_GONE = 499  # nginx' word for it; nobody reads it
+Json = dict[str, Any]
 
 
-async def reply(
-    request: Request, served: Served, asked: Asked, prompts: Sequence[Any], shape: Shape, max_tokens: int
-) -> Response:
-    """Submit, and answer as the request asks.
+async def submit(
+    engine: Engine, task: str | None, prompts: Sequence[Any], samplings: Sequence[Sampling]
+) -> list[Generation]:
+    """Submit every prompt with every setting, or nothing.
 
     Args:
-        request: whose connection is watched.
-        served: the engine.
-        asked: the checked request.
+        engine: answers.
+        task: its name; None is the base.
         prompts: texts or lists of token ids.
-        shape: of the reply.
-        max_tokens: where the request names none.
+        samplings: one per answer to each prompt.
+
+    Returns:
+        Generations in the order of the prompts, `len(samplings)` for each.
 
     Raises:
-        ServingError: a prompt or a setting is refused; nothing of the request runs any more.
+        ServingError: one is refused; those before it are cancelled.
+        ApiError: more than the engine can ever hold.
+    """
+    wanted, most = len(prompts) * len(samplings), engine.config.max_waiting
+    if wanted > most:
+        raise ApiError(400, f"{wanted} answers in one request: this server queues at most {most}", code="invalid_value")
+    taken: list[Generation] = []
+
+    def all_of_them() -> None:
+        for prompt in prompts:
+            for sampling in samplings:
+                taken.append(engine.submit(prompt, task=task, sampling=sampling))
+
+    try:
+        await run_sync(all_of_them)
+    except BaseException:
+        cancel(taken)
+        raise
+    return taken
+
+
+def cancel(generations: Iterable[Generation]) -> None:
+    """End what still runs."""
+    for generation in generations:
+        generation.cancel()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply in OpenAI's shape; each kind says how its choices look.
+
+    Attributes:
+        model: as asked.
+        generations: in the order of the prompts, `choices` for each; their places are the choices' indices.
+        choices: answers per prompt.
+        with_usage: whether a stream's events have the key `usage`.
+        created: unix time.
+        id: of the reply.
+    """
+
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    model: str
+    generations: Sequence[Generation]
+    choices: int
+    with_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def choice(self, completion: Completion) -> Json:
+        """The choice of a finished answer."""
+        raise NotImplementedError
+
+    def opening(self) -> list[Json]:
+        """Choices that a stream begins with."""
+        return []
+
+    def parts(self, piece: Piece) -> list[Json]:
+        """Choices that a stream has for a piece."""
+        raise NotImplementedError
+
+    def whole(self, completions: Sequence[Completion]) -> Json:
+        """All of it, for completions in the order of the generations."""
+        choices = [{"index": index, **self.choice(completion)} for index, completion in enumerate(completions)]
+        usage = self.usage(completion.completion_tokens for completion in completions)
+        return {**self._start(self.object), "choices": choices, "usage": usage}
+
+    def chunk(self, index: int, choice: Json) -> Json:
+        """One event of a stream."""
+        chunk = {**self._start(self.chunk_object), "choices": [{"index": index, **choice}]}
+        return chunk | {"usage": None} if self.with_usage else chunk
+
+    def last(self, tokens: Iterable[int]) -> Json:
+        """The event with the numbers, which has no choice."""
+        return {**self._start(self.chunk_object), "choices": [], "usage": self.usage(tokens)}
+
+    def usage(self, tokens: Iterable[int]) -> dict[str, int]:
+        """Numbers of tokens, given those of each generation; a prompt counts once however many answers it has."""
+        prompt, completion = sum(one.prompt_tokens for one in self.generations[:: self.choices]), sum(tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _start(self, kind: str) -> Json:
+        return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+
+async def answer(reply: Reply, receive: Receive) -> Response:
+    """Wait for the end of all answers, or of the connection.
+
+    Raises:
         ApiError: a generation failed.
     """
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
-    samplings = [asked.sampling(choice, max_tokens) for choice in range(asked.n or 1)]
-    choices = len(samplings)
-    generations = await group.submit(served, asked.model, prompts, samplings)
-    head = Head(shape, asked.model, int(time.time()), with_usage=asked.with_usage)
-    if asked.stream:
-        return EventStream(head, generations, choices)
     try:
-        completions = await group.wait_all(generations, request.receive)
+        completions = await _wait_all(reply.generations, receive)
     finally:
-        group.cancel(generations)
-    if completions is None:
-        return Response(status_code=CLIENT_GONE)
-    tokens = group.usage(generations, choices, (completion.completion_tokens for completion in completions))
-    return JSONResponse(head.reply([shape.whole(completion) for completion in completions], tokens))
+        cancel(reply.generations)
+    return Response(status_code=CLIENT_GONE) if completions is None else JSONResponse(reply.whole(completions))
+
+
+async def _wait_all(generations: Sequence[Generation], receive: Receive) -> list[Completion] | None:
+    """The completions in order; None if the client went away first."""
+    done: dict[int, Completion] = {}
+
+    async def one(index: int, scope: anyio.CancelScope) -> None:
+        done[index] = await generations[index].wait()
+        if failure(done[index].finish_reason) is not None or len(done) == len(generations):
+            scope.cancel()
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        await until_gone(receive)
+        scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch, group.cancel_scope)
+        for index in range(len(generations)):
+            group.start_soon(one, index, group.cancel_scope)
+    for completion in done.values():
+        if (error := failure(completion.finish_reason, completion.error)) is not None:
+            raise error
+    return [done[index] for index in range(len(generations))] if len(done) == len(generations) else None
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def failure(reason: str | None, error: str | None = None) -> ApiError | None:
+    """What the client is told of an answer that did not come to its end; None if it did, or goes on.
+
+    Args:
+        reason: why it ended.
+        error: the engine's words.
+    """
+    if reason == "error":
+        said = f"the answer failed: {error or 'the log of the server says why'}"
+        return ApiError(500, said, code="generation_failed")
+    if reason == "cancelled":
+        return ApiError(503, "the server ended this answer before it was complete", code="cancelled")
+    return None

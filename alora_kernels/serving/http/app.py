@@ -1,24 +1,38 @@
-"""The application: routes, the gate around them, refusals in one shape.
+"""The application: routes, the gate around them, refusals in one shape, and the playground at /.
 
-In:   an engine that runs, or will, and a `ServerConfig`.
+In:   an engine that runs, or will, and a `ServerConfig`; the files of `page/` beside this module.
 Out:  an ASGI application.
 Who:  `run.serve`; tests; anybody who mounts it in a server of their own.
 
-FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `body`.
+FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `openai`.
+The playground's files leave under a policy that lets a browser load nothing but them and talk to nobody but this
+server. Only names found when the server starts are routes, so no path of a request ever becomes a path of the disk.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.responses import FileResponse, Response
 
-from . import admin, chat, completions, errors, models, observe, static
-from .config import Served, ServerConfig
-from .security import Gate
+from . import admin, errors, openai
+from .errors import ApiError
+from .security import Gate, ServerConfig
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
+PAGE = Path(__file__).parent / "page"
+INDEX, ICON = "/", "/favicon.ico"
+KINDS = (".css", ".html", ".js", ".png", ".svg")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
@@ -31,14 +45,42 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     Raises:
         ValueError: a task has the base model's name.
     """
-    served = Served(engine, config)
-    if config.base_model_id in [task.name for task in served.tasks]:
-        raise ValueError(f"a task is called {config.base_model_id!r} like the base: give base_model_id another value")
+    base = config.base_model_id
+    if engine.store is not None and base in engine.store.names():
+        raise ValueError(f"a task is called {base!r} like the base: give base_model_id another value")
     app = FastAPI(title="alora-kernels", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for part in (completions, chat, models, admin, observe):
-        app.include_router(part.router(served))
-    pages = static.pages()
-    app.include_router(static.router(pages))
-    errors.install(app, config.base_model_id)
-    app.add_middleware(Gate, config=config, open_paths=(*pages, static.ICON, "/health"))  # the rest needs a key
+    app.include_router(openai.router(engine, config))
+    app.include_router(admin.router(engine, config))
+    pages = _pages()
+    app.include_router(_playground(pages))
+    errors.install(app, base)
+    app.add_middleware(Gate, config=config, open_paths=(*pages, ICON, "/health"))  # the rest needs a key
     return app
+
+
+def _pages() -> dict[str, Path]:
+    """Path of a URL -> file."""
+    files = sorted(PAGE.iterdir()) if PAGE.is_dir() else []
+    named = {f"/{file.name}": file for file in files if file.suffix in KINDS and file.name != "index.html"}
+    return {INDEX: PAGE / "index.html", **named}
+
+
+def _playground(files: dict[str, Path]) -> APIRouter:
+    """One route per file; browsers also ask for an icon by its old name, which there is none of."""
+    routes = APIRouter()
+
+    def serve(path: str, file: Path) -> None:
+        @routes.get(path, name=file.name)
+        async def page() -> Response:
+            if not file.is_file():
+                raise ApiError(404, f"{file.name} is not installed: the API is under /v1", code="not_installed")
+            return FileResponse(file, headers=HEADERS)
+
+    for path, file in files.items():
+        serve(path, file)
+
+    @routes.get(ICON)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    return routes

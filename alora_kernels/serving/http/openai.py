@@ -1,8 +1,11 @@
-"""A request's body becomes a checked record, or a refusal that names the field.
+"""OpenAI's two ways to ask, /v1/completions and /v1/chat/completions: from the bytes of a POST to an answer.
 
-In:   the bytes of a POST, as they arrive.
-Out:  an instance of a model of `schema`.
-Who:  every route that takes a body; nothing else reads one, so no other route can be filled up.
+In:   a body, as it arrives, with OpenAI's fields and vLLM's top_k and ignore_eos; `model` names the task or the base.
+Out:  a checked record, or a refusal that names the field; then a reply or a stream. Ranges are left to the engine.
+Who:  OpenAI's clients, the playground, `bench serving`; `admin` reads its bodies here, too.
+
+What is taken has its effect. A field that would have one and is not supported is refused unless its value asks for
+nothing (`NEUTRAL`); what only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
 
 Python's own JSON reader takes NaN, half surrogates and a nesting that ends in a RecursionError; pydantic's refuses all
 three. Bytes are counted while they come, because a chunked request announces no length. Only `application/json` is
@@ -12,25 +15,72 @@ taken: a browser sends that across origins only after asking, and this server ne
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from anyio.to_thread import run_sync
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
+from ..request import Completion, Piece, Sampling
+from .answer import Json, Reply, answer, submit
 from .errors import ApiError
-from .schema import IGNORED, NEUTRAL, is_neutral
+from .security import ServerConfig
+from .stream import EventStream
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 SECONDS = 30.0  # a body that takes longer to arrive holds a connection for nothing
-Model = TypeVar("Model", bound=BaseModel)
+MOST_CHOICES, MOST_PROMPTS, MOST_MESSAGES = 8, 64, 1024
+UNLIMITED = -1  # vLLM's top_k for "no limit"; ours is 0
+COMPLETION_TOKENS = 16  # OpenAI's default; a chat may fill the context
+CHAT_TOKENS = 4096  # where the engine names no context
+
+IGNORED = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class Fields(BaseModel):
+    """No conversions ("5" is not 5), no unknown names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=Fields)
 
 
 async def read(request: Request, model: type[Model], limit: int) -> Model:
-    """Read and check the body of a request.
+    """Read and check the body of a request, which has not been read yet; nothing else reads one.
 
     Args:
-        request: its body has not been read yet.
-        model: of `schema`.
+        request: a POST.
+        model: its fields.
         limit: most bytes.
 
     Raises:
@@ -68,10 +118,9 @@ async def _bytes(request: Request, limit: int) -> bytes:
     return bytes(content)
 
 
-def _checked(fields: dict[str, Any], model: type[Model]) -> Model:
-    known = model.model_fields
-    for name in [name for name in fields if name not in known]:
-        if name in NEUTRAL and not is_neutral(name, fields[name]):
+def _checked(fields: Json, model: type[Model]) -> Model:
+    for name in [name for name in fields if name not in model.model_fields]:
+        if name in NEUTRAL and not _is_neutral(name, fields[name]):
             raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_field")
         if name in NEUTRAL or name in IGNORED:
             del fields[name]
@@ -86,3 +135,220 @@ def _checked(fields: dict[str, Any], model: type[Model]) -> Model:
         if not where:  # of several fields: the words begin with the one at fault
             raise ApiError(400, said, said.partition(" ")[0], "invalid_value") from None
         raise ApiError(400, f"{where}: {said}", where, "invalid_value") from None
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a field that is not supported asks for nothing; 0 is not False: `logprobs: 0` asks for something."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name])
+
+
+# Texts are checked by hand and only up to the first mistake: a union type would report each of 300 000 wrong ids four
+# times. What these return is not looked at again.
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or many, of text or of token ids, as a list of prompts; the engine knows which ids there are."""
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a text, a list of token ids, or a list of one of them that is not empty")
+    if len(value) > MOST_PROMPTS:
+        raise ValueError(f"at most {MOST_PROMPTS} prompts in one request, got {len(value)}")
+    if all(isinstance(one, str) for one in value) or all(_is_ids(one) for one in value):
+        return value
+    raise ValueError("prompts must be all texts or all lists of token ids (whole numbers >= 0), none of them empty")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _content(value: Any) -> str:
+    """The text of a message: a string, or parts of type text joined by line ends."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("content must be a text or a list of parts of type text")
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError('parts of content must be {"type": "text", "text": ...}: this model reads only text')
+    return "\n".join(part["text"] for part in value)
+
+
+def _stops(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class StreamOptions(Fields):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding against traffic analysis: none is added here
+
+
+class Asked(Fields):
+    """What completions and chats have in common."""
+
+    model: str = Field(min_length=1, max_length=512)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_stops)] = Field(default_factory=list, max_length=64)
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def samplings(self, max_tokens: int) -> list[Sampling]:
+        """Settings of the n choices, with a seed each its own; `max_tokens` where the request names none.
+
+        Raises:
+            RequestError: a setting outside its range.
+        """
+        return [
+            Sampling(
+                max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_p=1.0 if self.top_p is None else self.top_p,
+                top_k=0 if self.top_k is None or self.top_k == UNLIMITED else self.top_k,
+                stop=tuple(self.stop),
+                seed=None if self.seed is None else self.seed + choice,
+                ignore_eos=bool(self.ignore_eos),
+            )
+            for choice in range(self.n or 1)
+        ]
+
+
+class CompletionRequest(Asked):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _all_are_best(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is only supported where it equals n: answers are not ranked")
+        return self
+
+
+class Message(Fields):
+    """One turn of a chat; a developer's message is a system message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Any, BeforeValidator(_content)]
+    name: str | None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+
+
+class ChatRequest(Asked):
+    """POST /v1/chat/completions; max_completion_tokens is the newer name of max_tokens."""
+
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = None
+
+
+class CompletionReply(Reply):
+    """A text is continued."""
+
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, completion: Completion) -> Json:
+        """The whole text."""
+        return {"text": completion.text, "logprobs": None, "finish_reason": completion.finish_reason}
+
+    def parts(self, piece: Piece) -> list[Json]:
+        """One choice, unless there is nothing to say."""
+        if not piece.text and not piece.finish_reason:
+            return []
+        return [{"text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
+
+
+class ChatReply(Reply):
+    """Turns of a chat are answered: the first delta names the role, the last one only the reason of the end."""
+
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, completion: Completion) -> Json:
+        """The whole message."""
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        return {"message": message, "logprobs": None, "finish_reason": completion.finish_reason}
+
+    def opening(self) -> list[Json]:
+        """The role."""
+        return [_delta({"role": "assistant", "content": ""})]
+
+    def parts(self, piece: Piece) -> list[Json]:
+        """The text, if any; then the reason of the end, if it is the end."""
+        text = [_delta({"content": piece.text})] if piece.text else []
+        return text + ([_delta({}, piece.finish_reason)] if piece.finish_reason else [])
+
+
+def _delta(delta: Json, finish_reason: str | None = None) -> Json:
+    return {"delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
+    """The prompt of a chat.
+
+    With a chat template: what the template makes of the turns, as token ids, for the template writes the special
+    tokens itself. Without one: the contents joined by line ends, as text.
+
+    Raises:
+        ApiError: the template refuses these turns; its reason is quoted.
+    """
+    tokenizer = engine.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n".join(message.content for message in messages)
+    import jinja2
+
+    turns = []
+    for message in messages:
+        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        turns.append(turn if message.name is None else turn | {"name": message.name})
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except jinja2.TemplateError as error:
+        said = f"messages: the model's chat template refuses them: {str(error)[:300]}"
+        raise ApiError(400, said, "messages", "invalid_value") from None
+    return engine.encode(text, special=False)
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The two routes. A stream's status leaves with its first event: all that can be refused is refused before."""
+    routes = APIRouter()
+
+    async def answered(
+        request: Request, asked: Asked, prompts: Sequence[Any], kind: type[Reply], max_tokens: int
+    ) -> Response:
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
+        samplings = asked.samplings(max_tokens)
+        task = None if asked.model == config.base_model_id else asked.model
+        generations = await submit(engine, task, prompts, samplings)
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        reply = kind(asked.model, generations, len(samplings), with_usage)
+        return EventStream(reply) if asked.stream else await answer(reply, request.receive)
+
+    @routes.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        """Continue one text or up to 64, or token ids."""
+        asked = await read(request, CompletionRequest, config.max_body_bytes)
+        return await answered(request, asked, asked.prompt, CompletionReply, COMPLETION_TOKENS)
+
+    @routes.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        """Answer a chat."""
+        asked = await read(request, ChatRequest, config.max_body_bytes)
+        if asked.max_completion_tokens is not None:
+            asked.max_tokens = asked.max_completion_tokens
+        prompt = await run_sync(chat_prompt, engine, asked.messages)  # a template is a program: not in the loop
+        whole_context = engine.config.max_context or CHAT_TOKENS  # the engine cuts it to what the prompt leaves
+        return await answered(request, asked, [prompt], ChatReply, whole_context)
+
+    return routes

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from .app import create_app
-from .config import ServerConfig
+from .security import ServerConfig
 
 if TYPE_CHECKING:
     from ..engine import Engine
