@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from .._lazy import names_later
 
 if TYPE_CHECKING:
-    from .engine import Engine, EngineConfig, Stats
+    from .batching import EngineConfig
+    from .engine import Engine, Stats
     from .errors import ServingError
     from .request import Completion, Generation, Piece, Sampling
     from .store import TaskInfo, TaskStore
@@ -26,7 +27,7 @@ __all__ = [
 _LATER = {  # the engine imports transformers, which takes seconds
     "Completion": "request",
     "Engine": "engine",
-    "EngineConfig": "engine",
+    "EngineConfig": "batching",
     "Generation": "request",
     "Piece": "request",
     "Sampling": "request",

@@ -18,12 +18,11 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .admission import CHECK, Admission
-from .batching import TaskBatching, cache_config
+from .batching import EngineConfig, TaskBatching, cache_config
 from .errors import NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
 from .metrics import Metrics
 from .openmp import release_workers
@@ -32,59 +31,6 @@ from .request_table import RequestTable, Run, State
 from .sampling import Row, random_numbers
 from .store import TaskStore
 from .text import TextStream, eos_tokens
-
-LONGEST = 4096  # tokens of context without being asked for more
-PER_REQUEST = 512  # cached tokens per request of a batch, if not said otherwise
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine.
-
-    Attributes:
-        max_batch: requests that run at once.
-        max_waiting: requests that may wait; one more is refused.
-        max_context: prompt and answer together, in tokens; None takes the model's limit, 4096 at most.
-        cache_tokens: tokens the KV cache holds, all requests together; None is 512 per request of `max_batch`, never
-            less than `max_context`. When it is full, a request gives up its blocks and is computed again later.
-        batch_tokens: tokens of one step; a longer prompt is read in several steps, between which others go on.
-        page_size: tokens per block of the cache.
-
-    Raises:
-        ValueError: a size that is too small, or a cache smaller than one request may need.
-    """
-
-    max_batch: int = 32
-    max_waiting: int = 256
-    max_context: int | None = None
-    cache_tokens: int | None = None
-    batch_tokens: int = 512
-    page_size: int = 32
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            least = {"max_context": 2, "page_size": 4}.get(name, 1)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-
-    def resolved(self, model: Any) -> EngineConfig:
-        """The same with every size known, for this model.
-
-        Raises:
-            ValueError: see the class.
-        """
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-        context = self.max_context or min(limit, LONGEST)
-        if context > limit:
-            raise ValueError(f"max_context is {context} but the model reads at most {limit} tokens")
-        cache = self.cache_tokens or max(context, PER_REQUEST * self.max_batch)
-        if cache < context:
-            raise ValueError(
-                f"cache_tokens is {cache}, less than one request of max_context={context} needs: raise the one or lower"
-                " the other"
-            )
-        batch = max(self.batch_tokens, self.max_batch)
-        return dataclasses.replace(self, max_context=context, cache_tokens=cache, batch_tokens=batch)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
-from alora_kernels.serving.batching import cache_config
-from alora_kernels.serving.engine import EngineConfig
+from alora_kernels.serving.batching import EngineConfig, cache_config
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MANAGER, PROCESSOR = continuous_api.ContinuousBatchingManager, continuous_api.ContinuousBatchProcessor
