@@ -14,8 +14,9 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapters.export import export_lora
     from .adapters.import_lora import import_lora
+    from .adapters.writer import save_adapter
     from .training import ALoRATrainer
-    from .tuner import ALoRAConfig, save_adapter, set_task
+    from .tuner import ALoRAConfig, set_task
     from .tuner.accelerate import accelerate, restore
 
 __all__ = [
@@ -43,7 +44,7 @@ _LATER = {  # they import PEFT or transformers, which takes seconds: only when a
     "export_lora": "adapters.export",
     "import_lora": "adapters.import_lora",
     "restore": "tuner.accelerate",
-    "save_adapter": "tuner",
+    "save_adapter": "adapters.writer",
     "set_task": "tuner",
 }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,40 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary folder to write into; its files replace those in `folder` when the block ends well.
+
+    Files are renamed one by one, weights before config. If the block raises, the files in `folder` are untouched.
+    The temporary folder lies inside `folder`: only within one file system is a rename atomic.
+
+    Yields:
+        The path to write to.
+    """
+    final = Path(folder).resolve()
+    if final.is_file():
+        raise ValueError(f"{folder} is a file: give the path of a folder")
+    final.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=final))
+    try:
+        yield str(temporary)
+        written = sorted((p for p in temporary.rglob("*") if p.is_file()), key=_rank)
+        for path in written:
+            _sync(path)
+        for path in written:
+            target = final / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        _sync(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rank(path: Path) -> tuple[int, str]:
+    """Weights first, the config last: a config never describes weights that are not there yet."""
+    return 0 if path.suffix == ".safetensors" else 2 if path.name == "adapter_config.json" else 1, str(path)
 
 
 def own_copy(key: str, value: NDArray | Tensor) -> Tensor:
@@ -122,10 +157,10 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    """Put the rename on the disk; not every system lets a folder be opened, and there the rename has to do."""
+def _sync(path: Path) -> None:
+    """Put a file, or the renames in a folder, on the disk; where a folder cannot be opened, the rename has to do."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except PermissionError:
         return
     try:

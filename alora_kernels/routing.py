@@ -17,6 +17,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -133,6 +134,10 @@ class Routing:
             self._groups[key] = group_rows(ids.to(device), num_tasks)
         return self._groups[key]
 
+    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
+        """The ids as an adapter with these tasks counts them: the same for all, unless they were given as names."""
+        return self
+
     def at(self, layer: object, layout: Layout | None = None) -> Routing:
         """The same ids for one layer, which is named in errors; what was built for one layer serves all of its layout.
 
@@ -197,6 +202,22 @@ class ConstantRouting(Routing):
 
     def check_batch(self, rows: int, tokens: int | None) -> None:
         """Nothing to check: the task is that of every row."""
+
+
+@lru_cache(maxsize=4)  # prefill and decoding shapes; each entry is 8 bytes per token
+def _cached(task: int, leading: torch.Size, device: torch.device, inference: bool) -> Routing:
+    return ConstantRouting(task)
+
+
+def constant_routing(task: int, leading: torch.Size, device: torch.device) -> Routing:
+    """The same task for every row, remembered so that a model of 200 layers makes its groups once.
+
+    Tensors made while tracing, capturing or in inference mode are not handed to calls outside of it.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return ConstantRouting(task)
+    return _cached(task, leading, device, torch.is_inference_mode_enabled())
 
 
 def expand_ids(task_ids: Tensor, leading: torch.Size, repeats: int = 1, layout: Layout | None = None) -> Tensor | None:

@@ -4,9 +4,8 @@ In:   a prompt template, label words and a sample prompt per task; later a folde
 Out:  the file; `TaskCard`s by task.
 Who:  `alora train`, `export_lora` and `import_lora` write it; the task store of serving reads it.
 
-A task answers well only the prompts it was trained on, and no weight says which these are. The file is optional: an
-adapter without one is served all the same, and so is one whose file is broken, after a warning. Texts are kept to what
-can be printed and be sent as UTF-8, since they are shown on terminals and pages.
+A task answers well only the prompts it was trained on, and no weight says which these are. An adapter without the file,
+or, after a warning, with a broken one, is served all the same. Texts are kept to what can be printed and sent as UTF-8.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tuner.files import written_whole
-from .config import AdapterFolderError, refused
+from ..files import written_whole
+from .config import AdapterFolderError, json_of, refused
 
 log = logging.getLogger("alora_kernels.task_cards")
 FILE = "adapter_tasks.json"
@@ -99,13 +98,11 @@ def _content(folder: str | Path, path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe would never end
         raise _wrong(folder, "is no file")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        content = json.loads(data) if len(data) <= MAX_BYTES else None
+        content = json_of(path, MAX_BYTES)
+    except OverflowError:
+        raise _wrong(folder, f"is longer than {MAX_BYTES} bytes") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _wrong(folder, f"does not read ({str(error)[:200]})") from None
-    if len(data) > MAX_BYTES:
-        raise _wrong(folder, f"is longer than {MAX_BYTES} bytes")
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise _wrong(folder, "must be an object whose 'tasks' is an object")
     version, tasks = content.get("version"), content["tasks"]

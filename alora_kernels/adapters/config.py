@@ -1,12 +1,12 @@
 """adapter_config.json of a folder that may come from anybody, checked by hand: s B A per task and nothing else.
 
 In:   the folder; or the settings of a model in memory.
-Out:  `AdapterConfig`: kind, tasks, base, rank and scale of each module, and what an adapter made of it should say.
-Who:  `read_adapter`, and `export_lora` for a model.
+Out:  `AdapterConfig`: kind, tasks, base, rank and scale of each module.
+Who:  `read_adapter`; `export_lora` for a model; the analysis.
 
 Settings that are not known to leave the adapter at A and B are refused, not ignored: an adapter that was trained with
-one of them and used without it answers wrongly and nobody is told. Pattern keys are regular expressions, so they are
-kept to a length and to two repetitions: `(a+)+b` would let a folder keep a processor busy for years.
+one of them and used without it answers wrongly and nobody is told. Pattern keys are regular expressions: their length
+and repetitions are limited, for `(a+)+b` would keep a processor busy for years.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peft.utils.other import get_pattern_key
 
 from ..modules.init import lora_scaling
 from ..modules.tasks import task_names
-from ..tuner.files import CONFIG, unwrapped
+from ..tuner.config import CONFIG, unwrapped
 from ..tuner.register import NAME as ALORA
 
 Kind = Literal["alora", "lora"]
@@ -117,16 +117,22 @@ class AdapterConfig:
         return lora_scaling(self.alphas.get(get_pattern_key(list(self.alphas), module), self.alpha), r, self.rslora)
 
 
-def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
-    """Read and check the config of a folder that has one.
-
-    Args:
-        folder: of the adapter.
-        only: refuse the other kind.
+def json_of(path: Path, limit: int) -> Any:
+    """What a JSON file of at most so many bytes holds.
 
     Raises:
-        AdapterFolderError: not valid, of another kind, or of an adapter that is more than s B A per task.
+        OverflowError: it is longer.
+        OSError, ValueError, RecursionError: it does not read.
     """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OverflowError(f"{path} is longer than {limit} bytes")
+    return json.loads(data)
+
+
+def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
+    """`checked_config` of a folder that has one."""
     return checked_config(folder, read_settings(folder), only)
 
 
@@ -137,13 +143,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         AdapterFolderError: too large, or no JSON object.
     """
     try:
-        with (folder / CONFIG).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        settings = json.loads(data) if len(data) <= MAX_BYTES else None
+        settings = json_of(folder / CONFIG, MAX_BYTES)
+    except OverflowError:
+        raise refused(folder, f"{CONFIG} is larger than {MAX_BYTES} bytes: that is not a config") from None
     except (OSError, ValueError, RecursionError) as error:
         raise refused(folder, f"{CONFIG} does not read ({error}): copy it again") from None
-    if len(data) > MAX_BYTES:
-        raise refused(folder, f"{CONFIG} is larger than {MAX_BYTES} bytes: that is not a config")
     if not isinstance(settings, dict):
         raise refused(folder, f"{CONFIG} holds a {type(settings).__name__}, not settings: copy it again")
     return settings

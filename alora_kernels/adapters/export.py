@@ -1,7 +1,7 @@
 """`export_lora`: each task of an ALoRA adapter as a stock LoRA folder, for servers that know only LoRA.
 
 In:   an adapter folder, or a PEFT model that holds the adapter; the base model is not loaded.
-Out:  `folder/<task>/` with `adapter_config.json` and `adapter_model.safetensors`; a report with the servers' commands.
+Out:  `folder/<task>/` with config and weights; a report with the servers' commands.
 Who:  users and `alora export`.
 
 The shared B is written into every folder, so n tasks cost n B on the disk and in the server: the price of leaving.
@@ -11,7 +11,6 @@ them answer alike, s goes into B, lora_alpha = R, and smaller modules are filled
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
+from ..text import NAME
 from ..tuner import ALoRAConfig, ALoRALayer
-from ..tuner.files import unwrapped
+from ..tuner.config import unwrapped
 from .cards import TaskCard, read_task_cards, write_task_cards
 from .config import AdapterConfig, checked_config
-from .lora_folder import check_replaceable, target_names, write_lora
 from .reader import read_adapter
+from .writer import check_replaceable, target_names, write_lora
 
-SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as a folder and in `name=path` of the servers
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.32)
 NO_BASE = "BASE_MODEL"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,8 +61,7 @@ class ExportedTask:
     Attributes:
         name: of the folder, and of the model for clients of a server.
         task: what the ALoRA adapter calls it.
-        folder: absolute path.
-        bytes: size of the weights.
+        folder, bytes: absolute path, and size of the weights.
     """
 
     name: str
@@ -266,7 +264,7 @@ def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequen
         raise ValueError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}: the adapter has"
                          f" {', '.join(known)}")  # fmt: skip
     for task, name in names.items():
-        if not SAFE.fullmatch(name):
+        if not NAME.fullmatch(name):  # as a folder and in `name=path` of the servers
             raise ValueError(
                 f"{name!r} cannot name a folder (letters, digits, '.', '_' and '-', at most 64): give another name, as"
                 f" in tasks={{{task!r}: 'name'}}, or --task {task!r}=name on the command line"

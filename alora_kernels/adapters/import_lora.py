@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import written_whole
 from ..modules.tasks import task_names
-from ..tuner.config import ALoRAConfig
-from ..tuner.files import CARD, WEIGHTS, describe_import, written_whole
+from ..tuner.config import CARD, WEIGHTS, ALoRAConfig, describe_import
 from .cards import read_task_cards, write_task_cards
-from .lora_folder import check_replaceable, target_names
 from .reader import PREFIX, AdapterFile, Shape, read_adapter
 from .shared_b import SharedB, rank_for, shared_b
+from .writer import check_replaceable, target_names
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names
 HEAD = """---
@@ -156,7 +156,10 @@ def import_lora(
     _check_names(adapters)
     for adapter in adapters.values():
         adapter.say_copies()
-    config = _new_config(adapters, r)
+    base, task_type = _one_base(adapters), _one_task_type(adapters)
+    config = ALoRAConfig(
+        r=r, lora_alpha=r, tasks=list(tasks), base_model_name_or_path=base, task_type=task_type, inference_mode=True
+    )
     shapes = _common_shapes(adapters, r)
     # set now: the config itself would make it a set, in no fixed order
     config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
@@ -164,13 +167,15 @@ def import_lora(
     spectra, norms, lost = [], {}, {}
     for module, shape in shapes.items():
         solved = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
-        a, b = _rounded(solved, dtype)
-        tensors |= {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
+        tensors |= _named(module, solved, dtype)
         spectra.append(solved.sigma)
         norms[module], lost[module] = solved.norms, solved.lost
-    _check_all_change(adapters, norms)
+    for i, (task, adapter) in enumerate(adapters.items()):
+        if not any(row[i] for row in norms.values()):
+            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
+                             " adapter that was never trained; leave it out")  # fmt: skip
     report = ImportReport(
-        base=config.base_model_name_or_path,
+        base=base,
         folder=target,
         rank=r,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -247,29 +252,12 @@ def _check_names(adapters: Mapping[str, AdapterFile]) -> None:
                 )
 
 
-def _rounded(solved: SharedB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _named(module: str, solved: SharedB, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The two tensors of a module by their names in the file."""
     a, b = solved.a.to(dtype), solved.b.to(dtype)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError(f"numbers too large for {dtype}: use float32")
-    return a, b
-
-
-def _check_all_change(adapters: Mapping[str, AdapterFile], norms: Mapping[str, Sequence[float]]) -> None:
-    for i, (task, adapter) in enumerate(adapters.items()):
-        if not any(row[i] for row in norms.values()):
-            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
-                             " adapter that was never trained; leave it out")  # fmt: skip
-
-
-def _new_config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
-    return ALoRAConfig(
-        r=r,
-        lora_alpha=r,
-        tasks=list(adapters),
-        base_model_name_or_path=_one_base(adapters),
-        task_type=_one_task_type(adapters),
-        inference_mode=True,
-    )
+    return {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
 
 
 def _write(report: ImportReport, tensors: Mapping[str, Tensor], config: ALoRAConfig) -> None:

@@ -144,7 +144,7 @@ def read_method(folder: Path) -> Method | None:
     Raises:
         ValueError: no adapter there, or settings that are not ours.
     """
-    from ..tuner.files import CONFIG
+    from ..tuner.config import CONFIG
 
     path = folder / SETTINGS
     if not path.is_file():

@@ -1,11 +1,10 @@
-"""A folder becomes matrices, or is refused with the reason: the one reader of saved adapters.
+"""The one reader of saved adapters: a folder becomes matrices, or is refused with the reason.
 
-In:   the path of a saved adapter, ALoRA or stock LoRA, that somebody else may have written.
-Out:  `AdapterFile`: its config, its shapes and scalings, and matrices by task or by module when asked for.
-Who:  `TaskStore` serves it, `export_lora` and `import_lora` turn one kind into the other.
+In:   the path of an adapter, ALoRA or stock LoRA, that somebody else may have written.
+Out:  `AdapterFile`: config, shapes and scalings, and matrices by task or by module when asked for.
+Who:  the task store of serving, `export_lora`, `import_lora`, the analysis.
 
-Only JSON and safetensors are read, nothing is unpickled and nothing in the folder is executed. Every number is looked
-at once, one task's rows of one tensor at a time, so that a folder of 1000 tasks never has to be in memory.
+Nothing is unpickled or executed. One task's rows of one tensor are looked at at a time: 1000 tasks need no memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tuner.files import CONFIG, PICKLE, WEIGHTS, unwrapped
+from ..tuner.config import CONFIG, PICKLE, WEIGHTS, unwrapped
 from .config import AdapterConfig, AdapterFolderError, Kind, not_finite, read_config, refused
 
 PREFIX = "base_model.model."
@@ -39,7 +38,7 @@ Keys = dict[str, dict[str, str]]  # module -> "A" or "B" -> name of the tensor
 
 
 class Stamp(NamedTuple):
-    """Which file it is: another one under the same name differs in one of inode, bytes, time of the last change."""
+    """Which file it is: another one under the same name differs in one of these."""
 
     inode: int
     bytes: int
@@ -47,13 +46,13 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Which file it is now."""
+    """Of the file as it is now."""
     stat = path.stat()
     return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 class Shape(NamedTuple):
-    """Output width, rank and input width of one adapted module."""
+    """Output width N, rank R and input width K of one adapted module."""
 
     n: int
     r: int
@@ -61,13 +60,7 @@ class Shape(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One module of one task: its change of the weight is s B A.
-
-    Attributes:
-        a: `[R, K]`.
-        b: `[N, R]`.
-        s: scaling.
-    """
+    """One module of one task, A `[R, K]`, B `[N, R]` and s: its change of the weight is s B A."""
 
     a: Tensor
     b: Tensor

@@ -24,11 +24,9 @@ class SharedB(NamedTuple):
     """One module of several adapters over one B.
 
     Attributes:
-        b: `[N, R]`.
-        a: `[E, R, K]`.
+        b, a: `[N, R]` and `[E, R, K]`.
         sigma: the singular values of [D_1 ... D_E], falling.
-        norms: ||D_i||_F.
-        lost: ||D_i - B A_i||_F.
+        norms, lost: ||D_i||_F and ||D_i - B A_i||_F.
     """
 
     b: Tensor

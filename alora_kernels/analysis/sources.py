@@ -21,7 +21,7 @@ from ..adapters.config import AdapterFolderError, checked_config, read_settings,
 from ..adapters.method import SETTINGS, STATE, read_method
 from ..adapters.reader import PREFIX, AdapterFile, read_adapter
 from ..modules.init import lora_scaling
-from ..tuner.files import CONFIG, WEIGHTS
+from ..tuner.config import CONFIG, WEIGHTS
 from ..tuner.register import NAME as ALORA
 from .names import clean
 from .units import HYDRA, SOFT, Loaded, Unit, Update

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import files
 from ..adapters.config import AdapterFolderError, not_finite, refused
 from ..adapters.reader import Stamp, stamp_of
-from ..tuner.files import unwrapped
+from ..tuner.config import unwrapped
 
 
 class Weights:

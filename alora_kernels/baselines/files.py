@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters.method import SETTINGS, STATE, Method, read_method
-from ..tuner import save_adapter
-from ..tuner.files import CONFIG, WEIGHTS, unwrapped, written_whole
+from ..adapters.writer import save_adapter
+from ..files import written_whole
+from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from .methods import adapt, take_out, trained
 
 

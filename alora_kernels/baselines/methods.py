@@ -24,9 +24,9 @@ from torch import nn
 
 from ..adapters.method import EXPERTS, ROUTED, Method, check_method
 from ..modules.adapter import AdaptedLinear
+from ..tuner.base_layer import base_of, features, hooked
 from ..tuner.probe import Finding, probe
-from ..tuner.selection import leave_out, rows_of, targets_of
-from ..tuner.targets import base_of, check_target, features, hooked
+from ..tuner.targets import check_target, leave_out, rows_of, targets_of
 from .layers import HydraLinear, PerTaskLinear
 
 Findings = Mapping[str, Finding] | None

@@ -182,7 +182,7 @@ def open_engine(options: EngineOptions) -> Engine:
 def _check_adapter(folder: Path) -> None:
     """Refuse a folder that is no adapter's before the model is loaded; the store looks at the rest."""
     from ..adapters.method import SETTINGS, read_method
-    from ..tuner.files import CONFIG
+    from ..tuner.config import CONFIG
 
     if (folder / CONFIG).is_file():
         return

@@ -35,3 +35,8 @@ def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None)
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """s = lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def delta_weight(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s B A, `[N, K]`: what one task changes of the weight, from its A `[R, K]` and B `[N, R]`, computed in a dtype."""
+    return scaling * (b.to(dtype) @ a.to(dtype))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..ops import trusted_linear
 from ..recompute import noted
 from ..routing import ConstantRouting, Routing, current_routing
-from .init import lora_scaling, reset_adapter_
+from .init import delta_weight, lora_scaling, reset_adapter_
 from .tasks import task_id, task_ids_from_names, task_names
 
 
@@ -207,8 +207,8 @@ class FusedALoRALinear(nn.Module):
     def _delta_weight(self, task: str) -> Tensor:
         """s B A_task, `[N, K]`, computed in float32 or wider."""
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        a = self.lora_A[task_id(task, self.tasks)].to(wide)
-        return (self.scaling * self.lora_B.to(wide) @ a).to(self.weight.dtype)
+        a = self.lora_A[task_id(task, self.tasks)]
+        return delta_weight(a, self.lora_B, self.scaling, wide).to(self.weight.dtype)
 
     @torch.no_grad()
     def merge(self, task: str | int) -> None:

@@ -81,9 +81,10 @@ def _random_adapter(model: str, folder: Path) -> None:
     from peft import get_peft_model
 
     from ..adapters.cards import TaskCard, write_task_cards
+    from ..adapters.writer import save_adapter
     from ..data import TASKS as BUILT_IN
     from ..data import load_model
-    from ..tuner import ALoRAConfig, save_adapter
+    from ..tuner import ALoRAConfig
 
     quiet()
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from ..baselines.files import load_method, save_method
 from ..baselines.methods import adapt, base_alone, parameters_of, target_shapes, tasks_of, trainable_parameters
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.evaluate import whole_words
-from ..tuner.files import CONFIG
+from ..tuner.config import CONFIG
 from . import display
 from .output import CONFLICTS
 from .recipe import Recipe

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..adapters.config import refused
 from ..adapters.reader import AdapterFile
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
+from ..tuner.base_layer import features
 from ..tuner.layer import AdapterSpec
-from ..tuner.targets import check_target, features
+from ..tuner.targets import check_target
 
 ADAPTER = "serving"
 SHOWN = 5  # module names in an error

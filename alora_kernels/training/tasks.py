@@ -24,8 +24,8 @@ from ..modules import FusedALoRALinear
 from ..modules.adapter import AdaptedLinear
 from ..modules.tasks import BASE, plain_task, task_id
 from ..routing import Routing
-from ..tuner.ids import BatchRouting
 from ..tuner.layer import ALoRALayer
+from ..tuner.router import BatchRouting
 
 Tables = dict[str, tuple[str, ...]]
 DROP_IN = ""  # drop-in layers have one table and no adapter's name

@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
-from ..tuner.files import Source, reading
+from ..tuner.register import Source, reading
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums

@@ -8,14 +8,12 @@ Who:  users; `import alora_kernels` brings it in together with PEFT.
     >>> model(**batch, adapter_names=["math", "code"])
 """
 
-from .checkpointing import CheckpointGuard
 from .config import ALoRAConfig
-from .files import save_adapter
 from .layer import ALoRALayer, ALoRALinear
 from .model import ALoRAModel
 from .register import register
-from .tasks import set_task
+from .router import CheckpointGuard, set_task
 
 register(ALoRAConfig, ALoRAModel)
 
-__all__ = ["ALoRAConfig", "ALoRALayer", "ALoRALinear", "ALoRAModel", "CheckpointGuard", "save_adapter", "set_task"]
+__all__ = ["ALoRAConfig", "ALoRALayer", "ALoRALinear", "ALoRAModel", "CheckpointGuard", "set_task"]

@@ -21,9 +21,9 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from ..ops import alora_linear
-from .ids import constant_routing
+from ..routing import constant_routing
+from .base_layer import hooked, takes_fused_op
 from .layer import ALoRALayer
-from .targets import hooked, takes_fused_op
 
 EXAMPLES = 3  # names shown for each reason
 KINDS: tuple[tuple[type, str], ...] = (

@@ -1,30 +1,84 @@
-"""`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter.
+"""`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter, and the rules of its folder.
 
 In:   rank, scaling, the tasks (or the number of experts), and which modules to adapt.
 Out:  a PEFT config that `get_peft_model`, `add_adapter` and `inject_adapter_in_model` take.
 Who:  users; `ALoRAModel` reads it when it builds layers.
 
-It is also the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of
-the file format live here: weights are safetensors, and the model card names the import that loading needs.
+It is the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of the file format
+live here: weights are safetensors, and the model card names the import that loading needs.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
+from ..files import written_whole
 from ..modules.init import lora_scaling
 from ..modules.tasks import task_names
-from .files import check_weights_file, describe_import, unwrapped, written_whole
 from .register import NAME, extend_str_enum
 
+WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md"
+IMPORT = "import alora_kernels"
+SECTION = f"""
+## Loading
+
+This is an asymmetric LoRA (ALoRA) adapter, PEFT type `ASYMLORA`. PEFT can load it after this import:
+
+```python
+{IMPORT}  # registers the adapter type
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
+```
+"""
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ROUTINGS = ("task", "soft")
 BIASES = ("none", "all", "asymlora_only")
+
+
+def unwrapped(name: str) -> str:
+    """A module's or tensor's name in the plain model: without what torch.compile, FSDP and checkpointing put in.
+
+    Args:
+        name: e.g. `model._orig_mod.layers.0.q_proj`.
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def check_weights_file(folder: str | os.PathLike[str], saving: bool) -> None:
+    """Raise if the folder holds pickled weights that were just written, or no others to load.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    pickled, tensors = Path(folder, PICKLE).exists(), Path(folder, WEIGHTS).exists()
+    if pickled and saving:
+        raise ValueError(
+            f"ALoRA adapters are saved as safetensors only: leave safe_serialization at True and delete {PICKLE}"
+            f" from {folder}"
+        )
+    if pickled and not tensors:
+        raise ValueError(
+            f"{folder} holds {PICKLE}, a pickle, and ALoRA adapters are read from safetensors only: convert it once"
+            f" with safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
+        )
+
+
+def describe_import(folder: str | os.PathLike[str]) -> None:
+    """Add the import that loading needs to the folder's model card, once."""
+    card = Path(folder, CARD)
+    text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
+    if IMPORT not in text:
+        with written_whole(folder) as new:
+            Path(new, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
 
 
 def _as_set(names: Any) -> Any:

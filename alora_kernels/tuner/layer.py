@@ -1,32 +1,33 @@
 """`ALoRALinear`: one adapted linear layer of a PEFT model; the base layer plus any number of ALoRA adapters.
 
 In:   activations; the ids of the batch come from the routing context, the fixed task or the only task.
-Out:  the base output plus the low-rank part of every active adapter.
+Out:  the base output plus the low-rank part of every active adapter; merged, a base weight `W0 + s B A_task`.
 Who:  `ALoRAModel` puts it in the place of a target module; PEFT calls its housekeeping methods.
 
-A plain frozen `nn.Linear` and the first adapter are one fused op. Every other base (Conv1D, quantised,
-hooked, subclassed) is called, and the low-rank part is added to what it returns.
+A plain frozen `nn.Linear` and the first adapter are one fused op. Every other base (Conv1D, quantised, hooked,
+subclassed) is called, and the low-rank part is added to what it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ..modules.init import reset_adapter_
+from ..modules.init import delta_weight, reset_adapter_
 from ..ops import trusted_delta, trusted_linear
 from ..recompute import noted
-from ..routing import Layout, Routing, current_routing
-from . import merging
+from ..routing import Layout, Routing, constant_routing, current_routing
+from .base_layer import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
 from .config import ALoRAConfig
-from .ids import BatchRouting, constant_routing
-from .targets import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
+
+TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may be a quarter off
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,7 @@ class LayerState(NamedTuple):
 
 
 class Weight(nn.Module):
-    """One adapter's matrices: a module of their own, for PEFT and what builds on it name adapters `*.NAME.weight`.
-
-    Args:
-        weight: the matrices.
-    """
+    """One adapter's matrices: a module of their own, for PEFT and what builds on it name adapters `*.NAME.weight`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -76,8 +73,15 @@ class Weight(nn.Module):
         self.read_by_parent = nn.Identity()
 
 
+def add_weight_to(tensors: dict[str, Any], names: Iterable[str]) -> None:
+    """Name matrices as today: the first versions wrote `*.asymlora_A` and `*.asymlora_A.NAME`, without `.weight`."""
+    for name in names:
+        if name in tensors:
+            tensors[f"{name}.weight"] = tensors.pop(name)
+
+
 class ALoRALayer(BaseTunerLayer):
-    """Storage and housekeeping of the adapters of one layer, in the terms PEFT knows.
+    """Storage, housekeeping and merging of the adapters of one layer, in the terms PEFT knows.
 
     Attributes:
         asymlora_A: adapter -> `Weight` `[E, R, K]`.
@@ -129,7 +133,9 @@ class ALoRALayer(BaseTunerLayer):
         reset_adapter_(a, b, router)
         if not config.init_weights:
             nn.init.normal_(b, std=r**-0.5)
-        dtype = self._adapter_dtype()
+        _, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        fits = base_dtype is not None and base_dtype.is_floating_point and base_dtype.itemsize > 1
+        dtype = base_dtype if fits else torch.float32  # PEFT raises 16 bits to 32 later unless told not to
         self.asymlora_A[adapter_name], self.asymlora_B[adapter_name] = Weight(a.to(dtype)), Weight(b.to(dtype))
         if router is not None:
             self.asymlora_router[adapter_name] = Weight(router.to(dtype))
@@ -166,11 +172,6 @@ class ALoRALayer(BaseTunerLayer):
         said = {weights[name] for weights in parts for name in names if name in weights}
         self._paused = [weight for weight in self._paused if weight not in said]
 
-    def _adapter_dtype(self) -> torch.dtype:
-        """The base's dtype, if it can hold an adapter; PEFT raises 16 bits to 32 later unless told not to."""
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base's device. Its dtype stays, or loading would round float32 weights to bf16."""
         target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -190,16 +191,112 @@ class ALoRALayer(BaseTunerLayer):
         undo_cpu_packing(self.get_base_layer())
         return super().get_base_weight()
 
-    def _state(self) -> LayerState:
-        return LayerState(self.disable_adapters, tuple(self.active_adapters), dict(self.asymlora_fixed))
-
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the set task of each adapter into the base weight; see `merging.merge`."""
-        merging.merge(self, safe_merge, adapter_names)
+        """Fold each adapter's set task into the base weight.
 
+        Args:
+            safe_merge: raise, with the weight unchanged, if the sum is not finite.
+            adapter_names: which adapters; None takes the active ones.
+
+        Raises:
+            ValueError: see `task_to_merge` and `check_takes_merge`; a sum that is not finite.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.asymlora_spec:
+                continue
+            self.check_takes_merge()
+            task = self.task_to_merge(adapter)
+            weight = self._merged_weight(adapter, task, +1)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"merging adapter {adapter!r} gives weights that are not finite: the adapter is broken"
+                )
+            self.set_base_weight(weight)
+            self.merged_adapters.append(adapter)
+            self.merged_tasks[adapter] = task
+
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged adapters out of the base weight again."""
-        merging.unmerge(self)
+        """Subtract what was merged, in the opposite order; the weight is the old one to rounding."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters[-1]
+            self.set_base_weight(self._merged_weight(adapter, self.merged_tasks[adapter], -1))
+            self.merged_adapters.pop()
+            self.merged_tasks.pop(adapter)
+
+    def _merged_weight(self, adapter: str, task: int, sign: int) -> Tensor:
+        """The base's weight + sign s B A_task, added in float32 or wider and rounded once."""
+        weight, scaling = self.get_base_weight(), sign * self.asymlora_spec[adapter].scaling
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        delta = delta_weight(self.asymlora_A[adapter].weight[task], self.asymlora_B[adapter].weight, scaling, wide)
+        if isinstance(self.get_base_layer(), Conv1D):
+            delta = delta.t()
+        return (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
+
+    def task_to_merge(self, adapter: str) -> int:
+        """The task of the adapter that a merge takes.
+
+        Raises:
+            ValueError: soft routing, no task set, or the base set as the task.
+        """
+        spec = self.asymlora_spec[adapter]
+        if spec.soft:
+            raise ValueError(
+                f"adapter {adapter!r} routes softly: it weighs the experts per token, so no single weight equals it and"
+                " it cannot be merged; keep it as an adapter"
+            )
+        task = self.asymlora_fixed.get(adapter, 0 if len(spec.tasks) == 1 else None)
+        if task is None:
+            raise ValueError(
+                f"adapter {adapter!r} has the tasks {', '.join(spec.tasks)} and a merge takes one: choose it with"
+                " alora_kernels.set_task(model, task)"
+            )
+        if task < 0:
+            raise ValueError(
+                f"adapter {adapter!r} is set to the base, which has nothing to merge: set_task another task"
+            )
+        return task
+
+    def check_takes_merge(self) -> None:
+        """Raise unless a weight that is put into the base is the weight it computes with.
+
+        Raises:
+            ValueError: names the layer.
+        """
+        backend, base = self.quantization_backend, self.get_base_layer()
+        name = f"{self.rows_name or 'a layer'}, a {type(base).__name__},"
+        remedy = "merge into a base that is loaded unquantised, or keep the adapter"
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"{name} has weights quantised by {backend.backend_name}, which cannot be merged into: {remedy}"
+            )
+        plain = type(base) in (nn.Linear, Conv1D) and type(base._parameters.get("weight")) is nn.Parameter
+        if backend is None and not plain and not self._takes_weights():
+            raise ValueError(
+                f"{name} does not compute with a weight that is put into it, so a merge would be lost or another than"
+                f" the adapter: {remedy}"
+            )
+
+    @torch.no_grad()
+    def _takes_weights(self) -> bool:
+        """Whether a random change of the base's weight is read back and changes its output as much; taken back."""
+        base, old = self.get_base_layer(), self.get_base_weight().detach().clone()
+        change = torch.randn_like(old, dtype=torch.float32) * (old.float().std().nan_to_num() + TRIAL)
+        x = torch.randn(TRIAL_ROWS, self.in_features, device=old.device).to(old.dtype)
+        before = base(x).float()
+        self.set_base_weight((old + change).to(old.dtype))
+        after, read = base(x).float(), self.get_base_weight().float()
+        self.set_base_weight(old)
+        wanted = x.float() @ (change if isinstance(base, Conv1D) else change.t())
+        pairs = ((read - old.float(), change), (after - before, wanted))
+        return all(bool((got - want).norm() < TRIAL * want.norm()) for got, want in pairs)
+
+    def _check_no_ids(self) -> None:
+        """Raise if the merged layer is called with task ids, which it could not obey."""
+        if current_routing() is not None and any(not self.asymlora_spec[n].soft for n in self.merged_adapters):
+            merged = {n: self.asymlora_spec[n].tasks[t] for n, t in self.merged_tasks.items()}
+            raise ValueError(f"task ids were given but {merged} is merged into the base: call unmerge_adapter() first")
 
 
 class ALoRALinear(nn.Module, ALoRALayer):
@@ -208,9 +305,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
     Args:
         base_layer: the module to adapt.
         adapter_name: name of the first adapter.
-        r: its rank.
-        lora_alpha: numerator of its scaling.
-        config: the rest.
+        r, lora_alpha, config: as in `ALoRALayer.update_layer`.
         quantization: what PEFT's quantisation backends need to know about the model.
     """
 
@@ -229,11 +324,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As in torch; state dicts of the first versions name matrices `*.asymlora_A.NAME`, without `.weight`."""
-        for part in self.adapter_layer_names:
-            for name in getattr(self, part):
-                if (key := f"{prefix}{part}.{name}") in state_dict:
-                    state_dict[f"{key}.weight"] = state_dict.pop(key)
+        add_weight_to(state_dict, [f"{prefix}{p}.{n}" for p in self.adapter_layer_names for n in getattr(self, p)])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -248,13 +339,13 @@ class ALoRALinear(nn.Module, ALoRALayer):
                 for a merged layer.
         """
         state = noted(self, self._state, any(len(spec.tasks) > 1 for spec in self.asymlora_spec.values()))
+        active: list[str] = []
         if state.disabled:
             self.unmerge()
-            return call_base(self.base_layer, x, *args, **kwargs)
-        if self.merged:
-            merging.check_no_ids(self)
-            return call_base(self.base_layer, x, *args, **kwargs)
-        active = [name for name in state.active if name in self.asymlora_spec]
+        elif self.merged:
+            self._check_no_ids()
+        else:
+            active = [name for name in state.active if name in self.asymlora_spec]
         if not active:
             return call_base(self.base_layer, x, *args, **kwargs)
         if takes_fused_op(self.base_layer) and not args and not kwargs:
@@ -264,11 +355,14 @@ class ALoRALinear(nn.Module, ALoRALayer):
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
                 out = self.quantization_backend.maybe_clone_base_result(out)
-            elif active and not output_is_fresh(self.base_layer):
+            elif not output_is_fresh(self.base_layer):
                 out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
             out = trusted_delta(x, base=out, **self._adapter(name, x, state))
         return out
+
+    def _state(self) -> LayerState:
+        return LayerState(self.disable_adapters, tuple(self.active_adapters), dict(self.asymlora_fixed))
 
     def _adapter(self, name: str, x: Tensor, state: LayerState) -> dict[str, Any]:
         """The op's arguments for one adapter."""
@@ -277,23 +371,21 @@ class ALoRALinear(nn.Module, ALoRALayer):
             "lora_A": self.asymlora_A[name].weight,
             "lora_B": self.asymlora_B[name].weight,
             "router": self.asymlora_router[name].weight if spec.soft else None,
-            "task_ids": None if spec.soft else self._ids(name, spec, x, state),
+            "task_ids": None if spec.soft else self._ids(name, spec.tasks, x, state),
             "scaling": spec.scaling,
             "dropout_p": spec.dropout,
             "training": self.training,
         }
 
-    def _ids(self, name: str, spec: AdapterSpec, x: Tensor, state: LayerState) -> Routing:
+    def _ids(self, name: str, tasks: tuple[str, ...], x: Tensor, state: LayerState) -> Routing:
         """The batch's ids; without any, the fixed task or the only one."""
         routing = current_routing()
-        if isinstance(routing, BatchRouting):
-            routing = routing.for_tasks(spec.tasks)
         if routing is not None:
-            return routing.at(self, self.rows)
-        task = state.fixed.get(name, 0 if len(spec.tasks) == 1 else None)
+            return routing.for_tasks(tasks).at(self, self.rows)
+        task = state.fixed.get(name, 0 if len(tasks) == 1 else None)
         if task is None:
             raise ValueError(
-                f"adapter {name!r} has the tasks {', '.join(spec.tasks)} and this call says none: pass"
+                f"adapter {name!r} has the tasks {', '.join(tasks)} and this call says none: pass"
                 " adapter_names=[...] (one task per row) to the PEFT model, call the model inside"
                 " `with alora_kernels.route(ids):`, or fix one with alora_kernels.set_task(model, task)"
             )

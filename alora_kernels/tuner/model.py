@@ -1,32 +1,46 @@
-"""`ALoRAModel`: the tuner that PEFT puts around a base model.
+"""`ALoRAModel`: the tuner that PEFT puts around a base model, and how a saved adapter gets into it.
 
-In:   a base model and an `ALoRAConfig`.
-Out:  the model with `ALoRALinear` in the place of every target, and calls that carry `adapter_names` to them.
+In:   a base model and an `ALoRAConfig`; calls with `adapter_names`; the tensors of an adapter file.
+Out:  the model with `ALoRALinear` in the place of every target; the file's tensors by their names, and with their rows,
+      in this model, or an error that names both sides before anything is written.
 Who:  stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers'
       `model.add_adapter`, all through PEFT's tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..routing import current_routing, route
-from .checkpointing import CheckpointGuard
-from .files import unwrapped
-from .ids import BatchRouting, batch_shape, beams
-from .layer import ALoRALayer, ALoRALinear
-from .loading import fitted, named_now
-from .merging import check_mergeable
+from .base_layer import guard_gradients
+from .config import ALoRAConfig, unwrapped
+from .layer import ALoRALayer, ALoRALinear, add_weight_to
 from .probe import Finding, probe
-from .selection import keep_dense, leave_out, listened_to, rows_of, targets_of, tell_fused_experts
-from .targets import check_target, guard_gradients
+from .register import Source, adjust_peft, source_read
+from .router import BatchRouting, CheckpointGuard, batch_shape, beams
+from .targets import check_target, keep_dense, leave_out, listened_to, rows_of, targets_of, tell_fused_experts
+
+DIMENSIONS = {
+    "asymlora_A": "(experts, r, in_features)",
+    "asymlora_B": "(out_features, r)",
+    "asymlora_router": "(experts, in_features)",
+}
+PREFIX = "base_model.model."
+OPTIMIZER = ("optimizer.pt", "optimizer.bin")  # of transformers' Trainer, beside an adapter or above its folder
+_BARE = re.compile(r"\.asymlora_(A|B|router)$")
+_OURS = re.compile(r"(.+)\.asymlora_(?:A|B|router)(?:\..+)?")
 
 
 class ALoRAModel(BaseTuner):
@@ -45,6 +59,11 @@ class ALoRAModel(BaseTuner):
     tuner_layer_cls = ALoRALayer
     findings: dict[str, Finding] | None  # of `probe`: the same for all adapters of the model
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Copies and pickles come by here too, and they are saved and called like the first."""
+        adjust_peft()
+        return super().__new__(cls)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
@@ -220,3 +239,195 @@ class ALoRAModel(BaseTuner):
         tensors = named_now(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return fitted(model, adapter_name, config, remapped)
+
+
+def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise, before any weight is touched, if some layer could not be merged.
+
+    Args:
+        model: the base model with its adapted layers.
+        adapter_names: which adapters; None takes the active ones.
+
+    Raises:
+        ValueError: see `ALoRALayer.task_to_merge`; a weight shared by two modules.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ALoRALayer):
+            continue
+        chosen = layer.active_adapters if adapter_names is None else adapter_names
+        chosen = [n for n in chosen if n in layer.asymlora_spec and n not in layer.merged_adapters]
+        for adapter in chosen:
+            layer.task_to_merge(adapter)
+        if chosen:
+            layer.check_takes_merge()
+            _check_owner(name, owners.get(id(layer.get_base_layer()._parameters.get("weight")), []))
+
+
+def _check_owner(name: str, owners: list[str]) -> None:
+    others = sorted(set(owners) - {name})
+    if others:
+        raise ValueError(
+            f"the weight of {name} is also that of {', '.join(others)}, and merging would change both: untie them first"
+            " (load the model with tie_word_embeddings=False and copy the weight), or leave it out of target_modules"
+        )
+
+
+def named_now(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter file by their names of today; those of compiled models had `_orig_mod.` in theirs."""
+    found = {unwrapped(key) if ".asymlora_" in key else key: tensor for key, tensor in tensors.items()}
+    add_weight_to(found, [key for key in found if _BARE.search(key)])
+    return found
+
+
+def fitted(
+    model: nn.Module, adapter_name: str, config: ALoRAConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors as this model has them: A's rows in the order of its tasks.
+
+    Args:
+        model: the PEFT model, or a base model with injected layers.
+        adapter_name: the adapter that is loaded.
+        config: the adapter's.
+        tensors: by their names in the model.
+
+    Raises:
+        ValueError: no such adapter; other shapes; from a folder: another kind of adapter, other tasks, modules or
+            scalings, or another order of tasks where an optimizer goes on.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ALoRALayer) and adapter_name in m.asymlora_spec}
+    if not layers:
+        raise ValueError(
+            f"the model has no ALoRA layers for adapter {adapter_name!r}: add the adapter before loading it"
+        )
+    source = source_read()
+    try:
+        order = None
+        if source is not None:
+            saved = PeftConfig.from_pretrained(source.folder, **source.download)
+            order = _rows(source, saved, adapter_name, config)
+            _check_modules(source, adapter_name, layers, tensors)
+        _check_shapes(adapter_name, layers, tensors)
+        if source is not None:
+            _check_scaling(source, saved, adapter_name, config, layers)
+    except ValueError:
+        if source is not None and source.new:
+            _take_out(model, adapter_name)
+        raise
+    if order is None:
+        return dict(tensors)
+    stacked = re.compile(rf"\.asymlora_A\.{re.escape(adapter_name)}\.weight$")
+    return {key: t[order] if stacked.search(key) else t for key, t in tensors.items()}
+
+
+def _rows(source: Source, saved: PeftConfig, adapter_name: str, config: ALoRAConfig) -> list[int] | None:
+    """Which row of the file is which row of the model; None where they are the same."""
+    if not isinstance(saved, ALoRAConfig):
+        raise ValueError(
+            f"{source.folder} holds a {saved.peft_type} adapter and adapter {adapter_name!r} is an ALoRA adapter: load"
+            " it under a name of its own"
+        )
+    if saved.routing != config.routing:
+        raise ValueError(f"{_both(source, adapter_name)} differ in routing, {saved.routing!r} there and"
+                         f" {config.routing!r} here: {_remedy(source)}")  # fmt: skip
+    theirs: Any = saved.tasks or []
+    ours: Any = config.tasks or []
+    if theirs == ours:
+        return None
+    if set(theirs) != set(ours):
+        raise ValueError(
+            f"{_both(source, adapter_name)} differ in their tasks, {', '.join(theirs)} there and {', '.join(ours)}"
+            f" here, and rows of A go by the names of the tasks: make the adapter with tasks={theirs}, or"
+            f" {_remedy(source)}"
+        )
+    folder = Path(source.folder)
+    if any((place / name).exists() for place in (folder, folder.parent) for name in OPTIMIZER):
+        raise ValueError(
+            f"{_both(source, adapter_name)} have their tasks in another order, {', '.join(theirs)} there and"
+            f" {', '.join(ours)} here, and the optimizer's state beside it goes by rows: go on with"
+            f" tasks={theirs}"
+        )
+    return [theirs.index(task) for task in ours]
+
+
+def _remedy(source: Source) -> str:
+    """What gives the file's adapter as it was saved."""
+    return "leave config= out, so that the file's own is taken" if source.new else "load it under a name of its own"
+
+
+def _both(source: Source, adapter_name: str) -> str:
+    return f"{source.folder} and adapter {adapter_name!r}"
+
+
+def _check_modules(
+    source: Source, adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse a file for other modules: PEFT would drop what it cannot place and leave the rest as it is."""
+    found = {match[1].removeprefix(PREFIX) for key in tensors if (match := _OURS.fullmatch(key))}
+    wanted = {name.removeprefix(PREFIX) for name in layers}
+    if found == wanted:
+        return
+    there, here = (_some(names) for names in (found - wanted, wanted - found))
+    raise ValueError(
+        f"{_both(source, adapter_name)} differ in the modules they adapt, only there: {there}; only here: {here}; load"
+        " it on the base it was trained on, with its own target_modules"
+    )
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
+
+
+def _check_shapes(adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless every tensor has the shape of the parameter it is for."""
+    for name, layer in layers.items():
+        for part, meaning in DIMENSIONS.items():
+            weights = getattr(layer, part)
+            key = f"{name}.{part}.{adapter_name}.weight"
+            found = next((tensors[k] for k in (key, f"{PREFIX}{key}") if k in tensors), None)
+            if found is None or adapter_name not in weights or found.shape == weights[adapter_name].weight.shape:
+                continue
+            wanted = tuple(weights[adapter_name].weight.shape)
+            module = name.removeprefix(PREFIX)
+            raise ValueError(
+                f"the adapter does not fit this base: {module}.{part} {meaning} is {tuple(found.shape)} in the file but"
+                f" {wanted} here, where {module} is a {type(layer.get_base_layer()).__name__} with"
+                f" in_features={layer.in_features}, out_features={layer.out_features}; load it on the base it was"
+                " trained on"
+            )
+
+
+def _check_scaling(
+    source: Source, saved: ALoRAConfig, adapter_name: str, config: ALoRAConfig, layers: Mapping[str, ALoRALayer]
+) -> None:
+    """Raise unless every layer scales the file's matrices as they were trained."""
+    for name, layer in layers.items():
+        module, spec = name.removeprefix(PREFIX), layer.asymlora_spec[adapter_name]
+        theirs = saved.scaling(*saved.settings_at(module))
+        if math.isclose(theirs, spec.scaling, rel_tol=1e-9):
+            continue
+        settings = ", ".join(
+            f"{key}={getattr(saved, key)!r} there and {getattr(config, key)!r} here"
+            for key in ("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            if getattr(saved, key) != getattr(config, key)
+        )
+        raise ValueError(
+            f"{_both(source, adapter_name)} differ in the scaling of {module}, {theirs:g} there and {spec.scaling:g}"
+            f" here ({settings}): make the adapter with the file's settings, or {_remedy(source)}"
+        )
+    if saved.lora_dropout != config.lora_dropout:
+        warnings.warn(f"{_both(source, adapter_name)} differ in lora_dropout, {saved.lora_dropout} there and"
+                      f" {config.lora_dropout} here, which stays", stacklevel=2)  # fmt: skip
+
+
+def _take_out(model: Any, adapter_name: str) -> None:
+    """Take out an adapter that was made for a file that does not fit; the first one goes with its layers."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        model.base_model.unload()

@@ -12,6 +12,7 @@ are without gradients, in evaluation mode, and leave the model and torch's gener
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,11 +29,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..routing import Layout
-from .probe_inputs import parameters_of, probe_inputs
-from .targets import undo_cpu_packing
+from .base_layer import outside_adapters, undo_cpu_packing
 
 Finding = Literal["batch", "blocks", "time", "steps", "shared", "mixed", "uncalled", "unreached", "several"]
 CHANNELS, SMALL = 64, 1 << 20  # channels compared; bytes of a buffer that is copied
+LENGTH, DECODER_LENGTH, IMAGE, SOUND = 12, 7, 64, 4000  # tokens, pixels, samples where the config does not say
+VOCABULARY = 2000
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -131,7 +133,8 @@ def _found(
 ) -> dict[str, Finding] | None:
     """The findings of four runs; in a context of its own, where neither ids are set nor checkpoints take notes."""
     with ExitStack() as stack:
-        for manager in (_quiet(), _as_it_was(model), torch.no_grad(), _same_random_numbers()):
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        for manager in (_quiet(), _as_it_was(model), torch.no_grad(), torch.random.fork_rng(devices)):
             stack.enter_context(manager)
         model.eval()
         for layer in model.modules():
@@ -190,25 +193,20 @@ def _record(
 
         return hook
 
-    for name, module in model.named_modules():
-        if not name.rpartition(".")[0] or not _inside_adapter(model, name):
-            leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
-            leaf = leaf and (names is None or name in names)
-            handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
-            if leaf:
-                handles.append(module.register_forward_hook(returned(name)))
-    _seed()  # each run draws the same numbers, such as the hashes of Reformer
+    for name, module in outside_adapters(model):
+        leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
+        leaf = leaf and (names is None or name in names)
+        handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
+        if leaf:
+            handles.append(module.register_forward_hook(returned(name)))
+    for generator in (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())):
+        generator.manual_seed(0)  # each run draws the same numbers, such as the hashes of Reformer
     try:
         model(*args.values(), **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return calls, ran
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    return bool(parent) and (isinstance(model.get_submodule(parent), BaseTunerLayer) or _inside_adapter(model, parent))
 
 
 def _findings(model: nn.Module, runs: list[tuple[Calls, set[str]]]) -> dict[str, Finding]:
@@ -295,25 +293,6 @@ def _as_it_was(model: Any) -> Iterator[None]:
                 undo_cpu_packing(owner)
 
 
-def _generators() -> list[torch.Generator]:
-    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-
-
-def _seed() -> None:
-    for generator in _generators():
-        generator.manual_seed(0)
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    before = [(generator, generator.get_state()) for generator in _generators()]
-    try:
-        yield
-    finally:
-        for generator, state in before:
-            generator.set_state(state)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Nobody asked for this batch, so nobody wants to hear what is odd about it."""
@@ -327,3 +306,91 @@ def _quiet() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(caching)
         transformers_logging.set_verbosity(level)
+
+
+def parameters_of(model: Any) -> list[str]:
+    """The names of its forward's arguments."""
+    return list(inspect.signature(model.forward).parameters)
+
+
+def probe_inputs(model: Any, rows: int, generator: torch.Generator, images: bool) -> dict[str, Tensor]:
+    """Random inputs by the names of the forward's arguments: only what the model is mainly fed.
+
+    Text for a vision-language model, because its images do not belong to rows one by one. Special tokens are left out:
+    models look for them, and an image token without an image is an error.
+
+    Args:
+        model: a `PreTrainedModel`.
+        rows: B.
+        generator: of random numbers, on the CPU.
+        images: give a text model its other inputs too.
+
+    Raises:
+        AttributeError: the config lacks what the inputs are made from.
+    """
+    names, main = parameters_of(model), model.main_input_name
+    shape: tuple[int, ...] = (rows, LENGTH)
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        shape = (rows, 2, LENGTH)
+    batch: dict[str, Tensor] = {}
+    if main in ("input_ids", "inputs") or (images and "input_ids" in names):
+        name = "inputs" if main == "inputs" else "input_ids"
+        batch[name] = _tokens(model, shape, generator)
+        if "attention_mask" in names:
+            batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    for name, make in OTHERS.items():
+        if name == main or (images and name in names):
+            batch[name] = torch.randn(make(model.config, rows), generator=generator).to(model.dtype)
+    if "decoder_input_ids" in names and model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = _tokens(model, (rows, DECODER_LENGTH), generator)
+    return {name: value.to(_device(model)) for name, value in batch.items()}
+
+
+def _device(model: Any) -> Any:
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:  # offloaded: accelerate moves the inputs on
+        return getattr(hook, "execution_device", None) or "cpu"
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # of a model without any
+        weight = None
+    return weight.device if isinstance(weight, Tensor) else model.device
+
+
+def _tokens(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Ids of ordinary tokens."""
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(), model.config.get_text_config(True))}
+    special: set[int] = set()
+    for config in configs.values():
+        for name, value in config.to_dict().items():
+            if name.endswith(("_id", "_ids", "_index", "_token")):
+                special |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    size = min(getattr(c, "vocab_size", VOCABULARY) for c in configs.values())
+    ordinary = torch.tensor([i for i in range(min(size, VOCABULARY)) if i not in special])
+    return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+
+
+def _pixels(config: Any, rows: int) -> tuple[int, ...]:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or IMAGE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = (getattr(vision, "num_channels", 3), height, width)
+    frames = getattr(vision, "num_frames", None)
+    return (rows, *image) if frames is None else (rows, frames, *image)
+
+
+def _features(config: Any, rows: int) -> tuple[int, ...]:
+    if hasattr(config, "input_feat_per_channel"):
+        return rows, IMAGE, config.input_feat_per_channel
+    if hasattr(config, "feature_projection_input_dim"):
+        return rows, IMAGE, config.feature_projection_input_dim
+    return rows, config.num_mel_bins, 2 * config.max_source_positions
+
+
+def _sound(config: Any, rows: int) -> tuple[int, ...]:
+    if hasattr(config, "num_mel_bins"):
+        return rows, config.max_length, config.num_mel_bins
+    return rows, SOUND
+
+
+OTHERS = {"pixel_values": _pixels, "input_features": _features, "input_values": _sound}

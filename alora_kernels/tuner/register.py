@@ -1,12 +1,14 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
 In:   the config and tuner classes.
-Out:  `PeftType.ASYMLORA`; stock `get_peft_model`, `PeftModel.from_pretrained` and
-      `inject_adapter_in_model` that work with `ALoRAConfig`.
+Out:  `PeftType.ASYMLORA`; stock `get_peft_model`, `PeftModel.from_pretrained` and `inject_adapter_in_model` that work
+      with `ALoRAConfig`.
 Who:  `alora_kernels.tuner` when it is imported; calling it again changes nothing.
 
-PEFT has no plugin hook: `register_peft_method` refuses a name that its enum lacks. Its "aLoRA" is another
-method (IBM's *Activated* LoRA), so the type is called ASYMLORA, for Asymmetric LoRA.
+PEFT has no plugin hook: `register_peft_method` refuses a name that its enum lacks. Its "aLoRA" is another method (IBM's
+*Activated* LoRA), so the type is called ASYMLORA, for Asymmetric LoRA. The import changes no function of PEFT. Three of
+them cannot serve ALoRA as they are; `adjust_peft` wraps them when the first ALoRA model of a process is made, and
+adapters of other types go through the wrappers untouched.
 """
 
 from __future__ import annotations
@@ -14,11 +16,18 @@ from __future__ import annotations
 import enum
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .files import Source, reading, written_whole
+import torch
+from peft import PeftModel, peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from ..files import written_whole
 
 NAME = "ASYMLORA"
 
@@ -49,71 +58,6 @@ def extend_str_enum(cls: type[enum.Enum], name: str) -> Any:
     return member
 
 
-def accept_id_tensors() -> None:
-    """Let `adapter_names` be an integer tensor for causal language models too.
-
-    PEFT looks through `adapter_names` for its own aLoRA and, doing so, asks a tensor for its truth value, which
-    raises. A tensor holds no adapter name, so the search is skipped for it in models with an ALoRA adapter.
-    """
-    import torch
-    from peft import peft_model
-
-    def skip_tensors(search: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(search)
-        def searched(model: Any, *args: Any, **kwargs: Any) -> Any:
-            ours = any(config.peft_type == NAME for config in model.peft_config.values())
-            if ours and isinstance(kwargs.get("adapter_names"), torch.Tensor):
-                return kwargs
-            return search(model, *args, **kwargs)
-
-        return searched
-
-    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
-        search = getattr(peft_model, name, None)
-        if search is not None and not hasattr(search, "__wrapped__"):
-            setattr(peft_model, name, skip_tensors(search))
-
-
-def replace_weights_at_once() -> None:
-    """Let stock `save_pretrained` replace a weights file by one rename, so that an interruption leaves the old one.
-
-    PEFT writes into the final file. Files without an ALoRA adapter are still written as PEFT writes them.
-    """
-    from peft import peft_model
-
-    def whole(save: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(save)
-        def saved(tensors: Any, filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-            if not any(".asymlora_" in name for name in tensors):
-                save(tensors, filename, *args, **kwargs)
-                return
-            path = Path(filename)
-            with written_whole(path.parent) as folder:
-                save(tensors, os.path.join(folder, path.name), *args, **kwargs)
-
-        return saved
-
-    if not hasattr(peft_model.safe_save_file, "__wrapped__"):
-        peft_model.safe_save_file = whole(peft_model.safe_save_file)
-
-
-def say_what_is_read() -> None:
-    """Let `PeftModel.load_adapter` say which folder it reads; see `loading`. Only ALoRA's tuner listens."""
-    from peft import PeftModel
-
-    def saying(load: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load)
-        def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-            # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
-            new = adapter_name not in self.peft_config or "key_mapping" in kwargs
-            with reading(Source(str(model_id), kwargs, new)):
-                return load(self, model_id, adapter_name, *args, **kwargs)
-
-        return load_adapter
-
-    PeftModel.load_adapter = saying(PeftModel.load_adapter)  # type: ignore[method-assign]
-
-
 def register(config_cls: type, model_cls: type) -> None:
     """Register the method with PEFT.
 
@@ -124,9 +68,6 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: another package registered the same name.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils.peft_types import PeftType, register_peft_method
-
     member = extend_str_enum(PeftType, NAME)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is config_cls:
@@ -134,6 +75,91 @@ def register(config_cls: type, model_cls: type) -> None:
     if known is not None:
         raise RuntimeError(f"PEFT knows {NAME} already, as {known.__module__}.{known.__qualname__}: import only one")
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
-    accept_id_tensors()
-    replace_weights_at_once()
-    say_what_is_read()
+
+
+class Source(NamedTuple):
+    """What `PeftModel.load_adapter` reads.
+
+    Attributes:
+        folder: path or name on the Hub.
+        download: what PEFT was told about the Hub.
+        new: whether the adapter was made for it.
+    """
+
+    folder: str
+    download: dict[str, Any]
+    new: bool
+
+
+_source: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Say where the tensors come from that are loaded inside the block."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def source_read() -> Source | None:
+    """What is read at this moment, None where nobody said."""
+    return _source.get()
+
+
+def _takes_id_tensors(search: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's search for its own aLoRA in `adapter_names`, which asks a tensor of ids for its truth value and fails."""
+
+    @functools.wraps(search)
+    def searched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = any(config.peft_type == NAME for config in model.peft_config.values())
+        if ours and isinstance(kwargs.get("adapter_names"), torch.Tensor):
+            return kwargs  # a tensor holds no adapter name
+        return search(model, *args, **kwargs)
+
+    return searched
+
+
+def _replaces_at_once(save: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's writer of weights, which writes into the final file: ALoRA's replace it by one rename."""
+
+    @functools.wraps(save)
+    def saved(tensors: Any, filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if not any(".asymlora_" in name for name in tensors):
+            save(tensors, filename, *args, **kwargs)
+            return
+        path = Path(filename)
+        with written_whole(path.parent) as folder:
+            save(tensors, os.path.join(folder, path.name), *args, **kwargs)
+
+    return saved
+
+
+def _says_what_it_reads(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.load_adapter`, for ALoRA's tuner to know the folder; nobody else listens."""
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
+        new = adapter_name not in self.peft_config or "key_mapping" in kwargs
+        with reading(Source(str(model_id), kwargs, new)):
+            return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+def adjust_peft() -> None:
+    """Wrap the functions of PEFT that ALoRA needs changed; those that are wrapped already are left alone."""
+    for owner, name, wrap in (
+        (peft_model, "get_alora_offsets_for_forward", _takes_id_tensors),
+        (peft_model, "get_alora_offsets_for_generate", _takes_id_tensors),
+        (peft_model, "safe_save_file", _replaces_at_once),
+        (PeftModel, "load_adapter", _says_what_it_reads),
+    ):
+        function = getattr(owner, name)
+        if not hasattr(function, "adjusted_for"):
+            wrapped: Any = wrap(function)
+            wrapped.adjusted_for = NAME
+            setattr(owner, name, wrapped)

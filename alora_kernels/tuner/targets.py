@@ -1,42 +1,50 @@
-"""Which modules can be adapted, and how their output is computed.
+"""Which of the modules that `target_modules` matched an adapter can have, and what is said about the others.
 
-In:   a module that `target_modules` matched.
-Out:  its in and out features, whether its weight can go into the fused op, or an error that names the module.
-Who:  `ALoRAModel` before it touches the model; `ALoRALinear` at every call.
+In:   a model, a config, and what `probe` found.
+Out:  an error that names a module, or the config with the modules that are left alone in `exclude_modules`, so that a
+      saved adapter has the same ones when it is loaded, and one warning that names them and why.
+Who:  `ALoRAModel` and the baselines, before they touch the model.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
+import warnings
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..routing import Layout
+from .base_layer import base_of, outside_adapters, quantization_backend
+from .probe import Finding
+
+EXAMPLES = 4  # patterns of names shown for each reason
+DIRECT = "their weights are used without calling them, at least by fast kernels, so an adapter would do nothing"
+REASONS: Mapping[str | None, str] = {
+    "uncalled": "they are not called for an ordinary batch, so nobody knows which rows they would see",
+    "unreached": "a batch of the model's main input does not reach them, and images or sound have rows of their own",
+    "shared": "they see inputs of no row, such as a table of positions",
+    "mixed": "they see rows in an order that the data decide, as routed experts do",
+}
+SEVERAL = "they return more than one tensor, as some routers do"
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
+FUSED = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}  # names that older versions had
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The module below any adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[no-any-return]
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear module, quantised or not.
-
-    Raises:
-        ValueError: the module does not say.
-    """
-    if isinstance(module, Conv1D):  # its weight is stored [in, out]
-        rows, columns = module.weight.shape
-        return rows, columns
-    in_features, out_features = _get_in_out_features(module)
-    if in_features is None or out_features is None:
-        raise ValueError(f"{type(module).__name__} has no in_features and out_features: it cannot be adapted")
-    return in_features, out_features
+def targets_of(model: nn.Module, config: Any) -> list[str]:
+    """The modules that the config matches, "all-linear" included, in the order of the model."""
+    matching = _maybe_include_all_linear_layers(copy.copy(config), model)
+    return [name for name, _ in outside_adapters(model) if name and check_target_module_exists(matching, name)]
 
 
 def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, soft: bool) -> None:
@@ -91,82 +99,152 @@ def _quantised(base: nn.Module) -> bool:
         return False
 
 
-def hooked(base: nn.Module) -> bool:
-    """Whether calling the module runs hooks besides its forward."""
-    hooks: tuple[Any, ...] = (
-        base._forward_hooks,
-        base._forward_pre_hooks,
-        base._backward_hooks,
-        base._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in base.__dict__  # offloading libraries replace `forward` on the instance
+def rows_of(name: str, parent: nn.Module, findings: Mapping[str, Finding] | None) -> Layout | None:
+    """Where the rows are in what a module is given, by the probe or by a parent that says so; None if nobody knows."""
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return "batch" if parent.self_attn.batch_first else "time"
+    finding: Any = (findings or {}).get(name)
+    return None if finding in REASONS or finding == "several" else finding
 
 
-def takes_fused_op(base: nn.Module) -> bool:
-    """Whether `base(x)` is x W^T + bias with a frozen plain W and nothing else happens in the call."""
-    if type(base) is not nn.Linear or hooked(base):
-        return False
-    weight = base.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.requires_grad
+def listened_to(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: without any, the fast path of torch's encoder reads weights and calls no layer."""
 
 
-def output_is_fresh(base: nn.Module) -> bool:
-    """Whether nobody else can hold the tensor that `base(x)` returns, so that it may be overwritten."""
-    return type(base) in (nn.Linear, Conv1D) and not hooked(base)
+def keep_dense(model: nn.Module, dense: bool = True) -> None:
+    """Let torch's encoders make no nested tensors of padded batches, which only their fast path can take, or again.
 
-
-def undo_cpu_packing(base: nn.Module) -> None:
-    """Give a bitsandbytes 4-bit weight its ordinary layout back.
-
-    On CPUs with AVX512-BF16 the first evaluation packs the weight for a kernel that has no backward, and
-    dequantising the packed bytes gives other numbers; so gradients and merges need the ordinary layout.
+    Args:
+        model: holds the encoders.
+        dense: False gives them back as they were.
     """
-    weight = base._parameters.get("weight")
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
-
-        weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)  # type: ignore[union-attr]
-
-
-def _unpack_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        undo_cpu_packing(module)
+    encoders: list[Any] = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    for module in encoders:
+        if dense and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor, module.nested_before = False, True
+        elif not dense and module.__dict__.pop("nested_before", False):
+            module.use_nested_tensor = True
 
 
-def guard_gradients(model: nn.Module) -> None:
-    """Let gradients pass every 4-bit layer of the model after an evaluation, adapted or not; see `undo_cpu_packing`."""
-    for module in model.modules():
-        is_four_bit = hasattr(module._parameters.get("weight"), "quant_state")
-        if is_four_bit and _unpack_for_gradients not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_unpack_for_gradients, with_kwargs=True)
+def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | None, tasks: int) -> None:
+    """Exclude from the config what its adapter cannot serve, with one warning.
 
+    With several tasks that is every module of which the rows are unknown; with one task, or a learned router, rows do
+    not matter.
 
-def quantization_backend(base: nn.Module, **quantization: Any) -> QuantizationBackend | None:
-    """PEFT's backend for a quantised base, None for any other.
-
-    A torchao base made by `quantize_()` does not say how a merged weight is quantised again: it trains, and its backend
-    supports no merge.
-    """
-    how = "get_apply_tensor_subclass"
-    known = quantization.get(how) is not None
-    backend = resolve_quantization_backend(base, **(quantization if known else {**quantization, how: _unknown}))
-    if backend is not None and getattr(backend, how, None) is _unknown:
-        backend.supports_merge = False
-    return backend
-
-
-def _unknown() -> None:
-    """Stands for torchao's recipe where the model has none; never called, because such a base is not merged."""
-
-
-def call_base(base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`base(x)`.
+    Args:
+        model: the base model.
+        config: of PEFT; its exclude_modules grow.
+        findings: of `probe`.
+        tasks: how many the adapter has; 1 for a learned router.
 
     Raises:
-        TypeError: the module returns something else than one tensor.
+        ValueError: no module would be left, or one that was named has a weight that is used without calling it.
     """
-    out = base(x, *args, **kwargs)
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"{type(base).__name__} returns {type(out).__name__}; ALoRA adapts layers that return a tensor")
-    return out
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    targets = targets_of(model, config)
+    reasons: dict[str, str] = {}
+    for name in targets:
+        finding = None if findings is None else findings.get(name)
+        of_attention = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if (everything and of_attention) or _used_directly(model, name, finding):
+            reasons[name] = DIRECT
+        elif finding == "several":
+            reasons[name] = SEVERAL
+        elif tasks > 1 and (finding in REASONS or ROUTED_EXPERT.search(f"{name}.")):
+            reasons[name] = REASONS[finding] if finding in REASONS else REASONS["mixed"]
+    if not reasons:
+        return
+    text = _text(reasons)
+    if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
+        raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
+    _exclude(config, list(reasons))
+    warnings.warn(
+        f"ALoRA leaves {len(reasons)} of {len(targets)} target modules alone (now in exclude_modules):\n{text}",
+        stacklevel=2,
+    )
+
+
+def _used_directly(model: nn.Module, name: str, finding: Finding | None) -> bool:
+    """Whether a module that holds this one computes with its weight itself."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    like_lora: Any = SimpleNamespace(peft_type="LORA")
+    try:  # state-space models, by PEFT's own list
+        _check_lora_target_modules_mamba(like_lora, model, leaf)
+    except ValueError:
+        return True
+    if finding != "uncalled" and not hasattr(parent, "A_log"):
+        return False
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(rf"self\.{leaf}\.weight\b(?!\.(?:device|dtype|shape|size))", source))
+
+
+def _text(reasons: Mapping[str, str]) -> str:
+    """One line for each reason, with the names of which numbers do not differ."""
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        lines.append(f"- {len(names)}, because {reason}: {_some(_patterns(names) if len(names) > EXAMPLES else names)}")
+    if set(reasons.values()) - {DIRECT, SEVERAL}:
+        lines.append('A learned router (routing="soft") or an adapter with one task needs no rows and can have them.')
+    return "\n".join(lines)
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+
+
+def _some(patterns: list[str]) -> str:
+    return ", ".join(patterns[:EXAMPLES]) + (", ..." if len(patterns) > EXAMPLES else "")
+
+
+def _exclude(config: Any, names: list[str]) -> None:
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, names)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or ()), *names}
+
+
+def tell_fused_experts(model: nn.Module, config: Any) -> None:
+    """Warn, once and with the names, of experts that are parameters instead of layers and that the config asks for."""
+    fused = {
+        f"{name}.{key}" if name else key: key
+        for name, module in model.named_modules()
+        if "expert" in (name.rpartition(".")[2] + type(module).__name__).lower() and not isinstance(module, nn.Linear)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        missed = [name for name in fused if re.fullmatch(targets, name)]
+    elif isinstance(targets, str):
+        missed = [*fused, *_routers_of(model, fused)]
+    else:
+        wanted = set(targets or ())
+        missed = [
+            name
+            for name, key in fused.items()
+            if wanted & ({key, name, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
+            or any(name.endswith(f".{target}") for target in wanted)
+        ]
+    if missed:
+        warnings.warn(
+            f"ALoRA adapts layers, and {len(missed)} tensors of experts or their routers are parameters, so they get no"
+            f" adapter: {_some(_patterns(missed))}",
+            stacklevel=2,
+        )
+
+
+def _routers_of(model: nn.Module, experts: Iterable[str]) -> list[str]:
+    """Weights of the routers beside these tensors of experts that are no linear layers either."""
+    parents = dict.fromkeys(name.rsplit(".", 2)[0] for name in experts)
+    names = {f"{parent}.{leaf}" for parent in parents for leaf in ("gate", "router")}
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name in names and not isinstance(module, nn.Linear) and "weight" in module._parameters
+    ]

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from alora_kernels.adapters import lora_folder
+from alora_kernels.adapters import writer
 from alora_kernels.adapters.export import VLLM_RANKS, ExportedTask, ExportReport, export_lora
-from alora_kernels.tuner import save_adapter
+from alora_kernels.adapters.writer import save_adapter
 
 from ..support.tiny import Mlp, adapted, bert, config, gpt2, llama, logits, tokens
 
@@ -268,7 +268,7 @@ def test_an_interrupted_export_leaves_the_old_folder_whole(tmp_path, monkeypatch
         Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora_folder, "save_file", half)
+    monkeypatch.setattr(writer, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         export_lora(adapted(r=2), tmp_path, overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

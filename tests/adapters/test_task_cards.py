@@ -12,7 +12,7 @@ from alora_kernels.adapters import cards
 from alora_kernels.adapters.cards import FILE, TaskCard, read_task_cards, write_task_cards
 from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora
-from alora_kernels.tuner import save_adapter
+from alora_kernels.adapters.writer import save_adapter
 
 from ..support.tiny import adapted, llama
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alora_kernels import files
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from ..support.adapters import PREFIX, Matrices, written
+
 Q, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
 
 
@@ -21,33 +19,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-Matrices = Mapping[str, Tensor]  # by module
-
-
-def alora(path: Path, tasks: Sequence[str], a: Matrices, b: Matrices, base: str = "tiny") -> Path:
-    """module -> A `[E, R, K]` and B `[N, R]`; alpha = r, so s = 1."""
-    tensors = {f"{PREFIX}{m}.asymlora_A.weight": t for m, t in a.items()} | {
-        f"{PREFIX}{m}.asymlora_B.weight": t for m, t in b.items()
-    }
-    r = next(iter(b.values())).shape[1]
-    return _write(path, tensors, peft_type="ASYMLORA", tasks=list(tasks), r=r, lora_alpha=r, base=base)
-
-
-def lora(path: Path, a: Matrices, b: Matrices, base: str | None = "tiny", s: float = 1) -> Path:
-    """module -> A `[R, K]` and B `[N, R]`."""
-    tensors = {f"{PREFIX}{m}.lora_A.weight": t for m, t in a.items()} | {
-        f"{PREFIX}{m}.lora_B.weight": t for m, t in b.items()
-    }
-    r = next(iter(b.values())).shape[1]
-    return _write(path, tensors, peft_type="LORA", r=r, lora_alpha=s * r, base=base)
-
-
 def vera(path: Path, d: Matrices, b: Matrices) -> Path:
     """module -> lambda_d `[R]` and lambda_b `[N]`, with the frozen projections beside them."""
     tensors = {f"{PREFIX}{m}.vera_lambda_d": t for m, t in d.items()} | {
         f"{PREFIX}{m}.vera_lambda_b": t for m, t in b.items()
     }
-    return _write(path, tensors | {"base_model.vera_A": randn(2, 3)}, peft_type="VERA", r=2, base=None)
+    return written(path, tensors | {"base_model.vera_A": randn(2, 3)}, peft_type="VERA", r=2, base=None)
 
 
 def unequal(path: Path, parts: Mapping[str, Tensor], method: str = "fed-alora-het", **more: str) -> Path:
@@ -61,15 +38,6 @@ def het(module: str, r: int, d_m: int = 3, k: int = 5, n: int = 7, seed: int = 0
     shapes = {"A": (r, k), "M": (d_m, r), "B1": (r, d_m), "B2": (n, r)}
     own = {f"{module}.{part}": randn(*shape, seed=seed + i) for i, (part, shape) in enumerate(shapes.items())}
     return own | {f"{module}.B": randn(n, d_m, seed=99), "head.weight": randn(2, 4)}
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], *, base: str | None, **settings: object) -> Path:
-    path.mkdir(parents=True)
-    save_file(
-        {key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path / WEIGHTS, metadata={"format": "pt"}
-    )
-    (path / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": base}))
-    return path
 
 
 def orthogonal(k: int = 12, r: int = 2, count: int = 3) -> list[Tensor]:

@@ -22,7 +22,8 @@ from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
 from alora_kernels.analysis.table import where
 
-from .adapters import UP, Q, alora, het, lora, orthogonal, randn, turned, unequal, vera
+from ..support.adapters import alora, lora
+from .adapters import UP, Q, het, orthogonal, randn, turned, unequal, vera
 
 M = UP.format(0)
 

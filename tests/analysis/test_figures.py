@@ -13,7 +13,8 @@ from alora_kernels.analysis.callback import COLUMNS
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
 
-from .adapters import UP, Q, alora, lora, randn, vera
+from ..support.adapters import alora, lora
+from .adapters import UP, Q, randn, vera
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 from PIL import Image

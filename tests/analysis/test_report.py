@@ -13,7 +13,8 @@ from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.study import compare_units
 
 from ..serving import chromium
-from .adapters import UP, Q, alora, lora, randn
+from ..support.adapters import alora, lora
+from .adapters import UP, Q, randn
 
 EVIL = "<script>document.title='owned'</script>"
 EVIL_FOLDER = "<img src=x onerror=alert(1)>&\"'"

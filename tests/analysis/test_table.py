@@ -14,7 +14,8 @@ from alora_kernels.analysis.study import compare_units
 from alora_kernels.analysis.summary import Column, groups, number, pair_columns, pairs, shown, unit_columns, which
 from alora_kernels.analysis.table import Mean, Row, by_unit, mean_of, measures, over_layers, square, where, write_csv
 
-from .adapters import UP, Q, alora, lora, randn
+from ..support.adapters import alora, lora
+from .adapters import UP, Q, randn
 
 NAN = math.nan
 

@@ -21,7 +21,8 @@ from alora_kernels.baselines.files import save_method
 from alora_kernels.baselines.methods import adapt
 from alora_kernels.tuner import ALoRAConfig
 
-from .adapters import CONFIG, PREFIX, UP, WEIGHTS, Q, alora, het, lora, randn, unequal, vera
+from ..support.adapters import CONFIG, PREFIX, WEIGHTS, alora, lora
+from .adapters import UP, Q, het, randn, unequal, vera
 
 
 def test_each_task_of_an_alora_folder_is_a_unit(tmp_path):

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from alora_kernels.cli import analyze as command
 from alora_kernels.recipes import display
 
-from ..analysis.adapters import UP, Q, alora, lora, randn
+from ..analysis.adapters import UP, Q, randn
+from ..support.adapters import alora, lora
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 app.command("analyze")(command.analyze)

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from alora_kernels.adapters.writer import save_adapter
 from alora_kernels.cli import adapters
-from alora_kernels.tuner import save_adapter
 
 from ..support.stock_lora import stock_lora
 from ..support.tiny import Mlp, adapted, llama, logits, tokens

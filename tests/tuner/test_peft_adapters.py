@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import alora_kernels
-from alora_kernels.tuner import ALoRAConfig, save_adapter, set_task
+from alora_kernels.adapters.writer import save_adapter
+from alora_kernels.tuner import ALoRAConfig, set_task
 
 from ..support.tiny import adapted, assert_same, config, layers_of, llama, logits, tokens
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 import alora_kernels
 from alora_kernels import reference
 from alora_kernels.tuner import set_task
-from alora_kernels.tuner.targets import takes_fused_op
+from alora_kernels.tuner.base_layer import takes_fused_op
 
 from ..support.tiny import Mlp, adapted, bert, config, gpt2, layers_of, llama, logits, tokens
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
-from alora_kernels.tuner import save_adapter
+from alora_kernels.adapters.writer import save_adapter
 
 from ..support.tiny import adapted, assert_same, config, layers_of, llama, logits, tokens
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.reader import read_adapter
-from alora_kernels.tuner import save_adapter
+from alora_kernels.adapters.writer import save_adapter
 
 from ..support.tiny import adapted, assert_same, config, layers_of, llama, logits, tokens
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from alora_kernels.tuner import set_task, targets
+from alora_kernels.tuner import base_layer, set_task
 
 from ..support.tiny import adapted, config, layers_of, llama, tokens
 
@@ -62,7 +62,7 @@ def test_gradients_pass_layers_without_an_adapter_after_an_evaluation(four_bit: 
 def test_packing_is_undone_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same on CPUs that pack nothing: a fake packed weight."""
     undone: list[nn.Module] = []
-    monkeypatch.setattr(targets, "undo_cpu_packing", undone.append)
+    monkeypatch.setattr(base_layer, "undo_cpu_packing", undone.append)
 
     class Four(nn.Parameter):
         quant_state = None
@@ -70,7 +70,7 @@ def test_packing_is_undone_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = Four(torch.randn(4, 4), requires_grad=False)
     for _ in range(2):
-        targets.guard_gradients(model)
+        base_layer.guard_gradients(model)
     with torch.no_grad():
         model(torch.randn(2, 4, requires_grad=True))
     model[1](torch.randn(2, 4))

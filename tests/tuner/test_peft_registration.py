@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -65,8 +66,9 @@ def test_the_member_is_like_those_of_the_class_body(cls):
         cls("NO_SUCH")
 
 
-def _python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def _python(code: str, *args: object) -> str:
+    command, environment = [sys.executable, "-c", code, *map(str, args)], {**os.environ, "PYTHONHASHSEED": "0"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 
 
 def test_peft_imported_later_and_a_config_unpickled_in_a_new_process(tmp_path):
@@ -85,13 +87,60 @@ def test_peft_imported_later_and_a_config_unpickled_in_a_new_process(tmp_path):
 def test_other_types_get_their_names_from_peft():
     """With a tensor of ids stock LoRA fails as it does without us; ours takes it."""
     stock = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    ours, ids = adapted(), torch.tensor([0, 1])
     search = peft_model.get_alora_offsets_for_forward
-    ids = torch.tensor([0, 1])
     with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
         search.__wrapped__(stock, tokens(), adapter_names=ids)
     with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
         search(stock, tokens(), adapter_names=ids)
-    assert search(adapted(), tokens(), adapter_names=ids)["adapter_names"] is ids
+    assert search(ours, tokens(), adapter_names=ids)["adapter_names"] is ids
+
+
+def test_the_import_changes_no_function_of_peft():
+    """Of its modules and classes every name means what it meant; only the tables have one entry more."""
+    out = _python(
+        "import sys, peft, transformers.integrations.peft, safetensors.torch\n"
+        "def names():\n"
+        "    own = [m for n, m in sorted(sys.modules.items()) if n.partition('.')[0] in ('peft', 'safetensors')]\n"
+        "    own += [transformers.integrations.peft, transformers.integrations.peft.PeftAdapterMixin]\n"
+        "    own += [c for m in own for c in vars(m).values() if isinstance(c, type) and c.__module__[:4] == 'peft']\n"
+        "    return {(id(o), n): v for o in own for n, v in vars(o).items()}\n"
+        "before = names(); import alora_kernels.tuner; after = names()\n"
+        "print(sorted({n for (_, n), v in before.items() if after.get((_, n)) is not v}), len(before) > 5000)\n"
+        "print(set(n for _, n in after) - set(n for _, n in before))"
+    )
+    assert out.splitlines() == ["[] True", "{'ASYMLORA'}"]
+
+
+OTHERS = """
+import hashlib, pathlib, sys, torch, peft
+from collections import OrderedDict
+if sys.argv[2] == "with":
+    import alora_kernels.tuner as ours
+def base():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(OrderedDict(up=torch.nn.Linear(8, 16), act=torch.nn.Tanh(), down=torch.nn.Linear(16, 4)))
+if sys.argv[2] == "with":  # PEFT is adjusted when the first model is made
+    peft.get_peft_model(base(), ours.ALoRAConfig(tasks=2, target_modules=["up"])).save_pretrained(sys.argv[1] + "/ours")
+both = {"target_modules": ["up", "down"]}
+for config in (peft.LoraConfig(**both, init_lora_weights=False), peft.LoraConfig(**both, use_dora=True),
+               peft.IA3Config(**both, feedforward_modules=["down"]), peft.LoHaConfig(**both), peft.VeraConfig(**both)):
+    name = type(config).__name__ + str(getattr(config, "use_dora", ""))
+    model, folder = peft.get_peft_model(base(), config), pathlib.Path(sys.argv[1], name)
+    print(name, *peft.get_peft_model_state_dict(model), *model.state_dict())
+    model.save_pretrained(folder)
+    for file in sorted(folder.iterdir()):
+        print(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+    again = peft.PeftModel.from_pretrained(base(), folder)
+    print(again.load_adapter(folder, "other"), *again.state_dict())
+    print(hashlib.sha256(again(torch.ones(2, 8)).detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_adapters_of_other_types_are_the_same_with_and_without_us(tmp_path):
+    said = [_python(OTHERS, tmp_path / us, us) for us in ("with", "without")]
+    assert said[0] == said[1]
+    assert said[0].count("adapter_model.safetensors") == 5
 
 
 def test_peft_imported_before():

@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from alora_kernels.tuner import ALoRAConfig, save_adapter, set_task
-from alora_kernels.tuner.register import replace_weights_at_once
+from alora_kernels.adapters.writer import save_adapter
+from alora_kernels.tuner import ALoRAConfig, set_task
+from alora_kernels.tuner.register import adjust_peft
 
 from ..support.tiny import Mlp, adapted, assert_same, bert, config, layers_of, llama, logits, tokens
 
@@ -122,7 +123,7 @@ def test_stock_save_pretrained_replaces_the_weights_at_once(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(peft.peft_model, "safe_save_file", half)
-    replace_weights_at_once()  # as at registration, around a writer that breaks midway
+    adjust_peft()  # as for the first model, around a writer that breaks midway
     with pytest.raises(KeyboardInterrupt):
         adapted(routing="soft").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
@@ -132,7 +133,7 @@ def test_stock_save_pretrained_replaces_the_weights_at_once(tmp_path, monkeypatc
 def test_adapters_of_other_types_are_written_as_before(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(peft.peft_model, "safe_save_file", lambda tensors, path, **_: written.append(path))
-    replace_weights_at_once()
+    adjust_peft()
     stock = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
     stock.save_pretrained(tmp_path / "lora")
     adapted().save_pretrained(tmp_path / "alora")

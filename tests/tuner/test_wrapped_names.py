@@ -11,10 +11,10 @@ from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora
 from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.adapters.writer import save_adapter
 from alora_kernels.serving.errors import AdapterRefusedError
 from alora_kernels.serving.store import TaskStore
-from alora_kernels.tuner import save_adapter
-from alora_kernels.tuner.files import unwrapped
+from alora_kernels.tuner.config import unwrapped
 
 from ..support.tiny import adapted, assert_same, llama, logits, tokens
 

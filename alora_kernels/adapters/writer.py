@@ -1,24 +1,53 @@
-"""Stock PEFT LoRA folders, written whole; `adapter_folder` reads them.
+"""Writing adapter folders, whole or not at all; `reader` reads them.
 
-In:   matrices by module name, and a config.
-Out:  a folder with `adapter_config.json` and `adapter_model.safetensors`, or the one that was there before.
-Who:  `export` writes such folders; `import_lora` names its modules and looks at its target in the same way.
+In:   a PEFT model; or matrices by module name, and a config.
+Out:  a folder that always holds a complete adapter, the old one or the new one.
+Who:  users, by `save_adapter`; `export_lora`, `import_lora`, and the baselines.
 
-Adapted modules are named by `target_modules` alone, because servers other than PEFT know no more of its settings.
+PEFT writes weights straight into their final file, where an interruption destroys the previous adapter. Stock LoRA
+folders name their modules by `target_modules` alone, because servers other than PEFT know no more of its settings.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..tuner.files import CARD, CONFIG, WEIGHTS, written_whole
+from ..files import written_whole
+from ..tuner.config import CARD, CONFIG, WEIGHTS
 from .config import AdapterConfig
 from .reader import PREFIX
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Save the adapters of a PEFT model so that an interruption leaves the previous ones whole.
+
+    Args:
+        model: what `get_peft_model` returned.
+        folder: where; created if needed. Adapters not called "default" go to subfolders, as in PEFT.
+        kwargs: further arguments of `PeftModel.save_pretrained`.
+
+    Raises:
+        ValueError: `safe_serialization=False`.
+
+    Example:
+        >>> save_adapter(model, "runs/step-100")
+        >>> PeftModel.from_pretrained(base, "runs/step-100")
+    """
+    if not kwargs.get("safe_serialization", True):
+        raise ValueError("ALoRA adapters are saved as safetensors only: leave safe_serialization at True")
+    with written_whole(folder) as temporary:
+        card = Path(folder, CARD)
+        if card.exists():  # PEFT updates an existing card instead of starting over
+            shutil.copy(card, temporary)
+        model.save_pretrained(temporary, **kwargs)
 
 
 def target_names(configs: Iterable[AdapterConfig], modules: Iterable[str]) -> list[str]:
@@ -57,16 +86,13 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
 
 def write_lora(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, card: str) -> int:
-    """Write a stock LoRA folder, whole or not at all.
+    """Write a stock LoRA folder, whole or not at all; how many bytes its weights have.
 
     Args:
         folder: made if needed.
         matrices: module -> (A `[R, K]`, B `[N, R]`), with the scaling already in B.
         config: of the same rank, with lora_alpha = R.
         card: text of README.md.
-
-    Returns:
-        Bytes of the weights file.
     """
     tensors = {}
     for module, (a, b) in matrices.items():

@@ -1,0 +1,281 @@
+"""From what a call says about its rows to the ids that each layer reads.
+
+In:   the `adapter_names` of a forward or `generate` call: task names, or integer ids; or a task for all calls.
+Out:  a `BatchRouting` for the time of the call; ids that fit the batch of every forward inside it, also when a segment
+      of the model is run again by an activation checkpoint; or the task kept on the layers (`set_task`).
+Who:  `ALoRAModel` enters the routing and hooks the base model; trainer and serving install the same hook.
+
+Names are resolved per adapter, because adapters that are active together may have different tasks. A row whose task one
+of them does not know gets nothing from that adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..modules.tasks import BASE, task_id
+from ..recompute import keep_routing
+from ..routing import Layout, Routing, current_routing
+from .layer import ALoRALayer
+from .probe import probe_call
+
+TEXT = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
+INPUTS = (*TEXT, "encoder_outputs", "input_features", "input_values", "pixel_values")  # whose rows are the batch's
+#: what `probe_call` finds besides layouts -> the layout it stands for
+UNCLEAR: dict[Any, Layout | None] = {"shared": "mixed", "several": None, "uncalled": None, "unreached": None}
+
+
+class BatchRouting(Routing):
+    """The `adapter_names` of one call.
+
+    Args:
+        names: one task name or id per row, or an integer tensor (per row or per token).
+        tasks: the task names of each active adapter.
+
+    Raises:
+        ValueError: a name that no active adapter knows.
+        TypeError: names are neither a list nor an integer tensor.
+    """
+
+    given_as = "adapter_names"
+
+    def __init__(self, names: Sequence[str | int] | Tensor, tasks: Mapping[str, Sequence[str]]) -> None:
+        self.names: list[str | int] | None = None
+        self._resolved: dict[tuple[str, ...], Routing] = {}
+        if isinstance(names, Tensor):
+            if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
+                raise TypeError(f"adapter_names must be task names or an integer tensor, got {names.dtype}")
+            super().__init__(names)
+            return
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(
+                f"adapter_names must be a list with one task name per row, or an integer tensor, got {names!r}"
+            )
+        self.names = list(names)
+        known = list(dict.fromkeys(task for group in tasks.values() for task in group))
+        for name in self.names:
+            if isinstance(name, str) and name != BASE and name not in known:
+                text = f"unknown task {name!r}: valid tasks are {', '.join(known)} and {BASE} (the base model alone)"
+                raise ValueError(
+                    text + (f"; {name!r} is an adapter: choose it with set_adapter" if name in tasks else "")
+                )
+        super().__init__(_ids(self.names, tuple(next(iter(tasks.values())))))
+
+    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
+        """The ids of this batch for an adapter with these tasks."""
+        if self.names is None:
+            return self
+        if tasks not in self._resolved:
+            self._resolved[tasks] = Routing(_ids(self.names, tasks), self.repeats)
+            self._resolved[tasks]._checked.add(len(tasks))  # made from names: all in range
+        self._resolved[tasks].one_row = self.one_row
+        return self._resolved[tasks]
+
+    def repeated(self, repeats: int) -> BatchRouting:
+        """As `Routing.repeated`, for every adapter."""
+        other = copy.copy(self)
+        other.repeats, other._groups, other._resolved = repeats, {}, {}
+        return other
+
+
+def _ids(names: Sequence[Any], tasks: tuple[str, ...]) -> Tensor:
+    """Ids `[len(names)]` for one adapter; names that it does not know, but another does, are the base."""
+    known = {task: i for i, task in enumerate(tasks)}
+    ids = [known.get(name, -1) if isinstance(name, str) else task_id(name, tasks) for name in names]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None] | None:
+    """(rows, tokens) of the batch that a model is called with; None if no argument tells.
+
+    The tokens are None where the inputs are no text. A vision-language model's images are not its rows, so the names
+    decide; of a model that uses none of them, its first tensor is the batch, also inside of a dict, list or tuple.
+
+    Args:
+        names: the parameters of the model's forward, for its positional arguments.
+        args, kwargs: of the call.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for key, nested in list(given.items()):
+        if key not in INPUTS and isinstance(nested, Mapping | list | tuple):
+            leaves = tree_leaves(dict(nested) if isinstance(nested, Mapping) else nested)
+            given[key] = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
+    first = next((name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0), None)
+    for name in (*INPUTS, first):
+        value = given.get(name) if name is not None else None
+        if name == "encoder_outputs" and value is not None:
+            value = value[0]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        whole = value.shape if not value.is_floating_point() else value.shape[:-1]
+        return value.shape[0], whole.numel() if name in TEXT or name not in INPUTS else None
+    return None
+
+
+def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many consecutive rows `model.generate(**kwargs)` makes of each row of its batch."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    wanted = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    twice = hasattr(model, "_expand_variables_for_generation")  # Whisper repeats its rows by both
+    return math.prod(wanted) if twice else max(wanted)
+
+
+class RoutedCheckpoint:
+    """A checkpoint function of transformers that keeps the routing of each segment.
+
+    Args:
+        function: called as `function(segment, *args)`.
+
+    Raises:
+        ValueError: the function is a reentrant checkpoint.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        given = function.keywords if isinstance(function, functools.partial) else {}
+        if given.get("use_reentrant"):
+            raise ValueError(
+                "reentrant activation checkpointing loses adapter gradients where no input requires one: use"
+                ' gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), or the same'
+                " gradient_checkpointing_kwargs in TrainingArguments"
+            )
+        plain = isinstance(function, functools.partial) or function is torch.utils.checkpoint.checkpoint
+        if plain and "use_reentrant" not in given:  # torch's default is still the reentrant kind
+            function = functools.partial(function, use_reentrant=False)
+        self.function = function
+
+    @torch.compiler.disable  # a compiler can follow neither contexts nor what a layer notes in them
+    def __call__(self, segment: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the checkpoint over a segment that remembers its routing."""
+        return self.function(keep_routing(segment), *args, **kwargs)
+
+
+class CheckpointGuard:
+    """Forward pre-hook of the base model: ids must fit its batch, and checkpointing keeps the routing.
+
+    Args:
+        model: the base model; its modules that can checkpoint are found once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.parameters = list(inspect.signature(model.forward).parameters)
+        self.unknown: dict[str, ALoRALayer] | None = None  # layers of which nobody knows where the rows are
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward: check the ids, and keep the routing of every module that checkpoints."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is an argument of the model that get_peft_model returns; call this model inside"
+                " `with alora_kernels.route(ids):`, or fix one task with alora_kernels.set_task(model, task)"
+            )
+        routing = current_routing()
+        shape = None if routing is None else batch_shape(self.parameters, args, kwargs)
+        if routing is not None and shape is not None:
+            routing.check_batch(*shape)
+            if not torch.compiler.is_compiling() and self.unknown != {}:
+                self._learn_rows(model, args, kwargs, shape[0])
+        for module in self.modules:
+            if module.gradient_checkpointing and module.training:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if function is not None and not isinstance(function, RoutedCheckpoint):
+                    module._gradient_checkpointing_func = RoutedCheckpoint(function)
+
+    def _learn_rows(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> None:
+        """Find out where rows are in layers that could not be tried at injection, from the first batch that tells."""
+        if self.unknown is None:
+            self.unknown = {n: m for n, m in model.named_modules() if isinstance(m, ALoRALayer) and m.rows is None}
+        # processes that hold parts of a model must not run it one without the others
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        findings = {} if together or not self.unknown else probe_call(model, args, kwargs, rows, self.unknown)
+        if findings is None:
+            return
+        for name, layer in self.unknown.items():
+            finding: Any = findings.get(name)
+            layer.rows = UNCLEAR.get(finding, finding)
+        self.unknown = {}
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Hook the model, once; an adapter that was added may have layers of which nothing is known yet."""
+        hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, cls)]
+        for hook in hooks:
+            hook.unknown = None
+        if not hooks:
+            model.register_forward_pre_hook(cls(model), with_kwargs=True)
+
+    @classmethod
+    def remove(cls, model: nn.Module) -> None:
+        """Give the model back as it was."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, cls):
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                for module in hook.modules:
+                    function = getattr(module, "_gradient_checkpointing_func", None)
+                    if isinstance(function, RoutedCheckpoint):
+                        module._gradient_checkpointing_func = function.function
+
+
+def set_task(model: nn.Module, task: str | int | None, adapter_name: str | None = None) -> None:
+    """Choose the task for calls without ids, and the one that a merge takes.
+
+    `adapter_names` and `alora_kernels.route` still win over it.
+
+    Args:
+        model: a PEFT model or a model with injected adapters.
+        task: name or id; "__base__" is the base alone; None clears the choice.
+        adapter_name: which adapter; None means every active adapter that knows the task.
+
+    Raises:
+        ValueError: no ALoRA layer, an unknown adapter or task, a soft-routed adapter, or a merged model.
+
+    Example:
+        >>> alora_kernels.set_task(model, "math")
+        >>> model.merge_and_unload()
+    """
+    layers: list[ALoRALayer] = [module for module in model.modules() if isinstance(module, ALoRALayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no ALoRA layers: add an adapter with get_peft_model first")
+    if any(layer.merged for layer in layers):
+        raise ValueError("a task is merged into the base: call unmerge_adapter() before choosing another")
+    chosen = _chosen(layers, task, adapter_name)
+    for layer in layers:
+        for name in chosen.keys() & layer.asymlora_spec.keys():
+            if task is None:
+                layer.asymlora_fixed.pop(name, None)
+            else:
+                layer.asymlora_fixed[name] = chosen[name]
+
+
+def _chosen(layers: list[ALoRALayer], task: str | int | None, adapter_name: str | None) -> dict[str, int]:
+    """The adapters that the choice is for, and the number of the task in each."""
+    tasks = {n: s.tasks for layer in layers for n, s in layer.asymlora_spec.items()}
+    if adapter_name is not None and adapter_name not in tasks:
+        raise ValueError(f"unknown adapter {adapter_name!r}: the model has {', '.join(tasks)}")
+    active = list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in tasks))
+    names = [adapter_name] if adapter_name is not None else active
+    routed = [name for name in names if tasks[name]]
+    if not names:
+        raise ValueError("no ALoRA adapter is active: choose one with set_adapter")
+    if not routed:
+        raise ValueError(f"{', '.join(names)} has no tasks: its router chooses by itself")
+    if task is None:
+        return dict.fromkeys(routed, -1)
+    chosen: dict[str, int] = {}
+    for name in routed:
+        with contextlib.suppress(ValueError):  # an adapter that does not know the task is not meant
+            chosen[name] = task_id(task, tasks[name])
+    if not chosen:
+        known = list(dict.fromkeys(t for name in routed for t in tasks[name]))
+        raise ValueError(f"unknown task {task!r}: valid tasks are {', '.join(known)} and {BASE} (the base model alone)")
+    return chosen
