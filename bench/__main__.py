@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import typer
 
-from . import cpu, gpu
-from .report import plot
-from .reproduce import command as reproduce
-from .serving import command as serving
+# bitsandbytes looks for CPU kernels on a hub when something imports it, and says so before a command has begun
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from . import cpu, gpu, plot  # noqa: E402
+from .reproduce import command as reproduce  # noqa: E402
+from .serving import command as serving  # noqa: E402
 
 app = typer.Typer(
     no_args_is_help=True,

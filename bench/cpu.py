@@ -1,9 +1,5 @@
 """What the CPU backend costs beside the alternatives: `python -m bench cpu` (at most 3 minutes on two cores).
 
-In:   which sections and providers, the shape of the layer, the number of rounds.
-Out:  rows in bench/results/cpu.csv, a table per case, and the targets.
-Who:  people, and `bench.report.plot` for the README's figures.
-
 Sections: "layer", one layer, forward + backward; "decode", 32 rows of 32 tasks in one inference call; "training", a
 training step of a small model against stock PEFT.
 """
@@ -16,29 +12,19 @@ from typing import Annotated
 import torch
 import typer
 
-from .layers.layer import BOTH, FORWARD
+from .layers.layer import LayerWork
 from .layers.problem import Case
 from .layers.providers import PROVIDERS, find
-from .layers.work import LayerWork, Work
-from .models.training import MODELS, TrainingWork
-from .report.rows import EAGER, RESULTS
+from .models.training import MODELS, training_work
+from .report.rows import BOTH, EAGER, FORWARD, RESULTS
 from .report.targets import CPU_TARGETS, FUSED
-from .session import Session, checked, choose
+from .run import Work, checked, choose, measure
 
 SECTIONS = ("layer", "decode", "training")
 LAYER = (
-    "frozen",
-    "fused",
-    "hoisted",
-    "hoisted compiled",
-    "authors' loop",
-    "grouped by task",
-    "PEFT LoRA",
-    "PEFT Poly",
-    "HydraLoRA",
-    "grouped_mm multi-LoRA",
-    "Unsloth-style addmm",
-)
+    "frozen", "fused", "hoisted", "hoisted compiled", "authors' loop", "grouped by task", "PEFT LoRA", "PEFT Poly",
+    "HydraLoRA", "grouped_mm multi-LoRA", "Unsloth-style addmm",
+)  # fmt: skip
 DECODE = ("frozen", "fused", "hoisted", "grouped by task", "PEFT mixed batch", "grouped_mm multi-LoRA")
 
 
@@ -57,7 +43,7 @@ def works(sections: list[str], names: list[str], shape: dict[str, int]) -> list[
             chosen.append(LayerWork(case, providers, [FORWARD], repeats=2))  # a call takes a tenth of a layer's
     models = [name for name in MODELS if name in names]
     if "training" in sections and models:
-        chosen.append(TrainingWork(models))
+        chosen.append(training_work(models))
     return chosen
 
 
@@ -79,4 +65,4 @@ def main(
     shape = {"m": m, "k": k, "n": n, "e": e, "r": r}
     chosen = checked("--m/--k/--n/--e/--r", works, choose("section", section, SECTIONS), names, shape)
     torch.set_num_threads(threads)
-    Session("cpu", "cpu", out, repeats, FUSED, CPU_TARGETS).measure(chosen, [EAGER])
+    measure("cpu", "cpu", chosen, [EAGER], out=out, repeats=repeats, denominator=FUSED, targets=CPU_TARGETS)

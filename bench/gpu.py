@@ -1,9 +1,5 @@
 """The kernels beside the frozen linear layer and the alternatives: `python -m bench gpu`.
 
-In:   which cases, providers and modes.
-Out:  rows in bench/results/<gpu>.csv, a table per case, pass and mode, and the targets.
-Who:  people, and `bench.report.plot` for the README's figures.
-
 bf16, R = 16, M = 8192 where nothing else is said. The plain GEMM comes first: how near it is to cuBLAS bounds all that
 follows. "frozen", the denominator, is F.linear, and in the backward dx = dy w alone. Last come whole models: layers of
 a Llama 3 8B with random weights, in a training step of 8 tasks mixed and a decoding step of 64 requests over 64 tasks.
@@ -14,24 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from alora_kernels.ops.dispatch import PLANS
 
-from .cuda import CudaClock
-from .layers.layer import BOTH, FORWARD
+from .layers.layer import LayerWork
 from .layers.problem import Case
 from .layers.providers import PROVIDERS, find
-from .layers.work import LayerWork, Work
 from .models import decoding, training
 from .models.pair import FROZEN, Setting, eight_billion
-from .report.machine import slug
-from .report.rows import MODES, RESULTS
+from .report.rows import FORWARD, MODES, PASSES, RESULTS, slug
 from .report.targets import DOWN, GPU_TARGETS, SQUARE, UP
-from .session import Session, choose
+from .run import Work, choose, measure
+from .timing import CudaClock
 
 _FUSED = ("frozen", "fused", *(f"fused:{plan}" for plan in PLANS))
 _RIVALS = ("hoisted", "hoisted compiled", "authors' loop", "PEFT LoRA", "Unsloth-style addmm")
@@ -66,17 +60,17 @@ def models(names: Sequence[str], layers: int) -> list[Work]:
     found: list[Work] = []
     if in_step:
         note = f"{shape}; {STEP.rows} rows of {STEP.tokens} tokens, the last {STEP.answer} supervised"
-        found.append(training.TrainingWork(in_step, base, STEP, width=width, note=note))
+        found.append(training.training_work(in_step, base, STEP, width=width, note=note))
     if in_decode:
         note = f"{shape}; {TOKEN.tokens} tokens of context"
-        found.append(decoding.DecodingWork(in_decode, base, TOKEN, width=width, note=note))
+        found.append(decoding.decoding_work(in_decode, base, TOKEN, width=width, note=note))
     return found
 
 
 def works(names: Sequence[str] = tuple(PROVIDERS)) -> list[LayerWork]:
     """All cases with the chosen providers; those that the most targets ask about come first."""
 
-    def work(case: Case, providers: Sequence[str], directions: Sequence[str] = (FORWARD, BOTH)) -> LayerWork:
+    def work(case: Case, providers: Sequence[str], directions: Sequence[str] = PASSES) -> LayerWork:
         return LayerWork(case, find(set(providers) & set(names)), directions)
 
     every = [work(_case(f"gemm {size}", "task", size, e=1), _PLAIN, [FORWARD]) for size in _SIZES]
@@ -114,4 +108,11 @@ def main(
         )
         raise typer.Exit(1)
     out = out or RESULTS / f"{slug(torch.cuda.get_device_name())}.csv"
-    Session("gpu", "cuda", out, repeats, "frozen", GPU_TARGETS, CudaClock()).measure(chosen, modes)
+    common: dict[str, Any] = {
+        "out": out,
+        "repeats": repeats,
+        "denominator": "frozen",
+        "targets": GPU_TARGETS,
+        "clock": CudaClock(),
+    }
+    measure("gpu", "cuda", chosen, modes, **common)

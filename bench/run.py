@@ -1,29 +1,80 @@
-"""The runner: prepare, verify, time, one row each, on disk as they come.
+"""One command's run: prepare, verify, time, one row each, on disk as they come; tables at the end, also after Ctrl-C.
 
-In:   works (cases with candidates), modes, a clock, an open sheet.
-Out:  rows; what is wrong, out of memory or cannot run is a row too, and the run goes on.
-Who:  `bench.cpu` and `bench.gpu`.
-
-No result is timed that was not found right, and all that is compared with one another is timed in the same rounds.
+No result is timed that was not found right, and all that is compared with one another is timed in the same rounds. What
+is wrong, out of memory or cannot run is a row too, and the run goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import cuda
-from .layers.work import Candidate, Ready, Work
-from .report.rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row
+from .report import tables
+from .report.rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row, origin
 from .report.sheet import Sheet
-from .timing import Clock, Timing, interleaved
+from .report.targets import Target
+from .timing import Clock, Timing, interleaved, release
 
 WARMUP = 5
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+@dataclass(frozen=True)
+class Check:
+    """The worst tensor: its error, what is allowed for it, and its name."""
+
+    worst: float
+    allowed: float
+    where: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result is right; an error that is not a number is not."""
+        return self.worst <= self.allowed
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A callable, what was found of its result, and what it needs at its peak (None: not known on CPUs)."""
+
+    run: Callable[[], object]
+    check: Check
+    peak_mb: float | None = None
+
+
+class Candidate(Protocol):
+    """One provider of one case: `reason` says why it takes no part in a pass and mode, `prepare` builds and judges."""
+
+    name: str
+    computes: str
+
+    def reason(self, direction: str, mode: str) -> str | None: ...
+
+    def prepare(self, direction: str, mode: str) -> Ready: ...
+
+
+class Work(Protocol):
+    """A case with its candidates, of which nothing is built yet.
+
+    Attributes:
+        row: the columns that describe the case.
+        directions: the passes to measure.
+        repeats: rounds, as a factor of what the user asked for: short calls want more of them.
+    """
+
+    row: Row
+    directions: Sequence[str]
+    repeats: float
+
+    def candidates(self) -> Sequence[Candidate]: ...
 
 
 class Runner:
@@ -31,24 +82,22 @@ class Runner:
 
     Args:
         sheet: where rows go.
-        base: the columns that are the same for the whole run; see `bench.report.machine.this_run`.
+        run: the columns that are the same for the whole run.
         repeats: rounds per case, times each work's own factor.
         clock: wall time by default.
-        console: where the progress bar is shown; standard error by default.
     """
 
-    def __init__(
-        self, sheet: Sheet[Row], base: Row, *, repeats: int, clock: Clock | None = None, console: Console | None = None
-    ) -> None:
-        self.sheet, self.base, self.repeats, self.clock = sheet, base, repeats, clock
+    def __init__(self, sheet: Sheet[Row], run: dict[str, Any], *, repeats: int, clock: Clock | None = None) -> None:
+        self.sheet, self.repeats, self.clock = sheet, repeats, clock
         self.rows: list[Row] = []
+        self._run = run
         self._bar = Progress(
             SpinnerColumn(),
             BarColumn(20),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
-            console=console or Console(stderr=True),
+            console=Console(stderr=True),
             transient=True,
         )
 
@@ -59,8 +108,7 @@ class Runner:
             All rows. After an exception, also `KeyboardInterrupt`, `self.rows` has those made before it.
         """
         with self._bar:
-            total = sum(len(work.directions) * len(modes) for work in works)
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task("", total=sum(len(work.directions) * len(modes) for work in works))
             for work in works:
                 candidates = work.candidates()
                 for direction in work.directions:
@@ -68,7 +116,7 @@ class Runner:
                         self._group(work, candidates, direction, mode)
                         self._bar.advance(self._task)
                 del candidates
-                cuda.release()
+                release()
         return self.rows
 
     def _group(self, work: Work, candidates: Sequence[Candidate], direction: str, mode: str) -> None:
@@ -77,36 +125,38 @@ class Runner:
         ready: dict[str, tuple[Row, Ready]] = {}
         for candidate in candidates:
             self._bar.update(self._task, description=f"{where}: verifying {candidate.name}")
-            row = self._describe(work, candidate, direction, mode)
+            known: dict[str, Any] = {
+                "direction": direction,
+                "mode": mode,
+                "provider": candidate.name,
+                "computes": candidate.computes,
+            }
+            row = replace(work.row, **self._run, **known)
             status, prepared = self._prepare(candidate, direction, mode)
-            if prepared is not None:
-                check = prepared.check
-                errors = {"worst_error": check.worst, "allowed_error": check.allowed, "peak_mb": prepared.peak_mb}
-                row = replace(row, **errors)  # type: ignore[arg-type]
-                if status == OK:
-                    ready[candidate.name] = row, prepared
-                    continue
-                row = replace(row, note=f"worst tensor: {check.where}")
-            self._add(replace(row, status=status))
-        for name, timing in self._time(work, {name: r for name, (_, r) in ready.items()}, where).items():
-            row = ready[name][0]
-            if isinstance(timing, Timing):
-                times = {f"p{q}_ms": 1e3 * getattr(timing, f"p{q}") for q in (20, 50, 80)}
-                self._add(replace(row, **times))  # type: ignore[arg-type]
+            if prepared is None:
+                self._add(row, status=status)
+                continue
+            check = prepared.check
+            row = replace(row, worst_error=check.worst, allowed_error=check.allowed, peak_mb=prepared.peak_mb)
+            if check.ok:
+                ready[candidate.name] = row, prepared
             else:
-                self._add(replace(row, status=_status_of(timing)))
+                self._add(row, status=WRONG, note=f"worst tensor: {check.where}")
+        for name, timing in self._time(work, {name: r for name, (_, r) in ready.items()}, where).items():
+            if isinstance(timing, Timing):
+                self._add(ready[name][0], **{f"p{q}_ms": 1e3 * getattr(timing, f"p{q}") for q in (20, 50, 80)})
+            else:
+                self._add(ready[name][0], status=_status_of(timing))
 
     def _prepare(self, candidate: Candidate, direction: str, mode: str) -> tuple[str, Ready | None]:
-        """The status of a candidate, and the candidate itself where it gave a result."""
+        """A candidate that gave a result, or the status that says why there is none."""
         if (reason := candidate.reason(direction, mode)) is not None:
             return NOT_AVAILABLE + reason, None
         try:
-            prepared = candidate.prepare(direction, mode)
+            return OK, candidate.prepare(direction, mode)
         except Exception as error:
             status = _status_of(error)
-        else:
-            return (OK if prepared.check.ok else WRONG), prepared
-        cuda.release()  # only here, when the exception no longer holds the frames and their tensors
+        release()  # only here, when the exception no longer holds the frames and their tensors
         return status, None
 
     def _time(self, work: Work, ready: dict[str, Ready], where: str) -> dict[str, Timing | Exception]:
@@ -121,14 +171,8 @@ class Runner:
         runs = {name: r.run for name, r in ready.items()}
         return interleaved(runs, repeats=rounds, warmup=warmup, clock=self.clock, on_round=show)
 
-    def _describe(self, work: Work, candidate: Candidate, direction: str, mode: str) -> Row:
-        """The row of a candidate before anything is known of it."""
-        run = {name: getattr(self.base, name) for name in ("command", "commit", "date", "device", "torch", "triton")}
-        return replace(
-            work.row, **run, direction=direction, mode=mode, provider=candidate.name, computes=candidate.computes
-        )
-
-    def _add(self, row: Row) -> None:
+    def _add(self, row: Row, **columns: Any) -> None:
+        row = replace(row, **columns)
         self.sheet.add(row)
         self.rows.append(row)
 
@@ -136,7 +180,79 @@ class Runner:
 def _status_of(error: BaseException) -> str:
     """How an exception is reported: memory that ran out apart from everything else, one line."""
     text = " ".join(str(error).split())
-    ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in text
-    if ran_out:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
         return OUT_OF_MEMORY
     return f"{FAILED}{type(error).__name__}: {text[:200]}"
+
+
+def measure(
+    command: str,
+    device: str,
+    works: Sequence[Work],
+    modes: Sequence[str],
+    *,
+    out: Path,
+    repeats: int,
+    denominator: str,
+    targets: Sequence[Target],
+    clock: Clock | None = None,
+) -> None:
+    """Measure, print. Exits with 130 after Ctrl-C, with 1 where a result was wrong.
+
+    Args:
+        command: "cpu" or "gpu", a column of every row.
+        device: torch's name of it.
+        works, modes: what is measured.
+        out: the CSV.
+        repeats: rounds.
+        denominator: the provider that the tables divide by.
+        targets: what is asked for.
+        clock: wall time by default.
+
+    Raises:
+        typer.BadParameter: the CSV has other columns.
+    """
+    console = tables.console()
+    sheet: Sheet[Row] = checked("--out", Sheet, out, Row)
+    runner = Runner(sheet, {"command": command, **origin(device, "triton")}, repeats=repeats, clock=clock)
+    interrupted = False
+    try:
+        runner.run(works, modes)
+    except KeyboardInterrupt:
+        interrupted = True
+    for table in tables.of_cases(runner.rows, denominator, targets):
+        console.print(table)
+    measured = {row.case for row in runner.rows}
+    asked = [t for t in targets if t.case in measured or t.case.endswith("*")]
+    if asked and not interrupted:
+        console.print(tables.of_targets(runner.rows, asked))
+    finish(console, sheet, runner.rows, interrupted)
+
+
+def finish(console: Console, sheet: Sheet[Any], rows: Sequence[Any], interrupted: bool) -> None:
+    """Say what was written where; 130 after Ctrl-C, 1 where a result was wrong."""
+    console.print(f"interrupted: {sheet.summary}" if interrupted else sheet.summary, soft_wrap=True)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if any(row.status == WRONG for row in rows):
+        raise typer.Exit(1)
+
+
+def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The wanted names in the order of the known ones; all of them where nothing is wanted.
+
+    Raises:
+        typer.BadParameter: an unknown name; the message lists those that are known.
+    """
+    if unknown := [name for name in wanted or () if name not in known]:
+        listed = ", ".join(known)
+        raise typer.BadParameter(f"unknown {kind} {', '.join(map(repr, unknown))}: choose from {listed}")
+    return [name for name in known if not wanted or name in wanted]
+
+
+def checked(name: str, build: Any, *arguments: Any, **options: Any) -> Any:
+    """Call `build`, with a `ValueError` of its as an error of the command line."""
+    try:
+        return build(*arguments, **options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=name) from None

@@ -1,10 +1,7 @@
-"""The CPU cases as pytest-benchmark entries: `pytest bench --benchmark-only`.
+"""The CPU cases as pytest-benchmark entries, for comparing two commits: `pytest bench --benchmark-only`.
 
-In:   the layer and decode cases of `python -m bench cpu`.
-Out:  pytest-benchmark's tables, grouped by case; its `--benchmark-save` and `--benchmark-compare` find regressions.
-Who:  people comparing two commits. The README's figures come from `python -m bench cpu`, which interleaves.
-
-Every entry is verified before it is timed, like there. Without `--benchmark-only` each runs once and only verifies.
+The README's figures come from `python -m bench cpu`, which interleaves. Every entry is verified before it is timed,
+like there. Without `--benchmark-only` each runs once and only verifies.
 """
 
 from __future__ import annotations
@@ -14,8 +11,8 @@ from typing import Any
 import pytest
 
 from .cpu import works
+from .layers.layer import LayerCandidate, LayerWork
 from .layers.providers import PROVIDERS
-from .layers.work import LayerCandidate, LayerWork
 from .report.rows import EAGER
 
 TIMED = ("frozen", "fused", "hoisted", "authors' loop", "PEFT LoRA", "PEFT mixed batch")

@@ -1,22 +1,26 @@
 """Honest timing of alternatives in one process: interleaved, in shuffled order, percentiles.
 
-In:   named callables, verified to be right, and a clock that takes the time of one call.
-Out:  p20, p50 and p80 of each, in seconds; or the error of one that failed while it was timed.
-Who:  `bench.run`. The clock of a GPU is in `bench.cuda`; tests have one that only counts.
-
 One run of each per round, so that a slow moment of the machine hits all alike; the order changes from round to round,
-because what ran before leaves caches and memory behind for what comes next.
+because what ran before leaves caches and memory behind for what comes next. GPUs find a
+cold cache. Importing this file needs none.
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alora_kernels.text import percentile
 
 Run = Callable[[], object]
+Clock = Callable[[Run], float]  # calls once; seconds
+CAPTURE_WARMUP = 3  # runs before a capture: they compile kernels and fill the allocator
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,6 @@ class Timing:
     p20: float
     p50: float
     p80: float
-
-
-class Clock(Protocol):
-    """What takes the time of one call."""
-
-    def measure(self, run: Run) -> float:
-        """Call `run` once; seconds."""
 
 
 class WallClock:
@@ -45,8 +42,7 @@ class WallClock:
     def __init__(self) -> None:
         self._random = random.Random(0)
 
-    def measure(self, run: Run) -> float:
-        """Call `run` once; seconds."""
+    def __call__(self, run: Run) -> float:
         ballast = [bytearray(self._random.randrange(1, 1 << 22)) for _ in range(3)]
         start = time.perf_counter()
         run()
@@ -55,18 +51,40 @@ class WallClock:
         return seconds
 
 
+class CudaClock:
+    """Time between two events on the current stream, with a cold L2 cache.
+
+    Before every run a buffer of twice the L2 cache is written, so that no run finds its weights there because the one
+    before it used the same. The host is waited for before each run and may launch ahead while the buffer is written.
+    """
+
+    def __init__(self) -> None:
+        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(2 * l2 // 4 + 1, dtype=torch.int32, device="cuda")
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, run: Run) -> float:
+        torch.cuda.synchronize()
+        self._flush.zero_()
+        self._start.record()
+        run()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
 def interleaved(
     cases: Mapping[str, Run],
     *,
     repeats: int,
     warmup: int = 5,
     clock: Clock | None = None,
-    on_round: Callable[[int], None] | None = None,
+    on_round: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, Timing | Exception]:
     """Time the cases in turn, one run of each per round, the order shuffled from round to round.
 
     Args:
-        cases: callables by name.
+        cases: callables by name, verified to be right.
         repeats: rounds that count, at least 1.
         warmup: rounds before them.
         clock: takes the time of one call; wall time by default.
@@ -91,22 +109,61 @@ def interleaved(
             if name in failed:
                 continue
             try:
-                taken = clock.measure(run)
+                taken = clock(run)
             except Exception as error:
                 failed[name] = error
                 continue
             if turn >= warmup:
                 seconds[name].append(taken)
-        if on_round is not None:
-            on_round(turn + 1)
+        on_round(turn + 1)
     return {name: failed[name] if name in failed else percentiles(seconds[name]) for name in cases}
 
 
 def percentiles(values: list[float]) -> Timing:
     """The measured values nearest to 20, 50 and 80 % of the way from smallest to largest."""
-    ordered = sorted(values)
+    return Timing(percentile(values, 0.2), percentile(values, 0.5), percentile(values, 0.8))
 
-    def at(q: float) -> float:
-        return ordered[round(q * (len(ordered) - 1))]
 
-    return Timing(at(0.2), at(0.5), at(0.8))
+def capture(step: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+    """A CUDA graph of one call; calling the result replays it and returns the tensors it writes.
+
+    Raises:
+        RuntimeError: the call does something that a graph cannot hold, such as waiting for the GPU.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(CAPTURE_WARMUP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> Sequence[Tensor]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def peak_mb(step: Run, device: str) -> float | None:
+    """MB that one eager call needs at its peak, above what was allocated before it; None on CPUs, not counted."""
+    if device == "cpu":
+        return None
+    step()  # what is kept from the first call on, such as compiled kernels' workspaces, is not counted
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def release() -> None:
+    """Give back what is no longer used, so that the next provider does not run out of memory for this one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

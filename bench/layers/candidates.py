@@ -1,9 +1,5 @@
 """What `bench tune` tries: tiles per kernel idea, and a small piece of work that shows how good a tile is.
 
-In:   an idea, a class of shapes, a device ("meta" to compile only).
-Out:  candidate tiles; the launches that use them, with the answer in float64.
-Who:  `bench.layers.tune`.
-
 A tile is tried by the launcher that uses it (`config.trying`), so what is tuned is what runs. The first candidate of an
 idea is the one in use: a tile must beat it.
 """

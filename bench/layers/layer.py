@@ -1,26 +1,22 @@
-"""A provider's layer, ready to run: what a pass of it is, and what its gradients are called.
+"""A provider's layer on a problem, and the work of one layer: a case with the providers that take part in it.
 
-In:   a forward without arguments over a problem's tensors.
-Out:  `step(pass)`, the thing that is timed: the forward alone, or forward and backward by `autograd.grad`.
-Who:  `bench.layers.providers` and `bench.layers.baselines` make layers, `bench.layers.work` runs them.
-
-`autograd.grad` instead of `backward`: nothing is accumulated, so nothing must be zeroed between two runs.
+`autograd.grad` instead of `backward`: nothing is accumulated, so nothing must be zeroed between two runs. A layer is
+built once and used for all passes and modes. In CUDA graph mode it is the replay's result that is judged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from .problem import Problem
-
-FORWARD, BOTH = "forward", "forward+backward"
-PASSES = (FORWARD, BOTH)
-Forward = Callable[[], Tensor]
-Rename = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
+from .. import timing
+from ..report.rows import BOTH, FORWARD, GRAPH, PASSES, Row
+from ..run import Ready
+from .problem import Case, Problem
 
 
 @dataclass
@@ -34,17 +30,12 @@ class Layer:
             keep their weights in another shape turn the gradients back here, outside of what is timed.
     """
 
-    forward: Forward
+    forward: Callable[[], Tensor]
     leaves: Sequence[Tensor]
-    rename: Rename
+    rename: Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
 
     def step(self, direction: str, dy: Tensor) -> Callable[[], list[Tensor]]:
-        """What is timed: [y], or [y, *gradients of the leaves].
-
-        Args:
-            direction: "forward" (inference, nothing is kept) or "forward+backward".
-            dy: the gradient of y.
-        """
+        """What is timed: [y], nothing kept for a backward, or [y, *gradients of the leaves] where `dy` is that of y."""
 
         def infer() -> list[Tensor]:
             with torch.no_grad():
@@ -66,3 +57,70 @@ def over(problem: Problem, function: str, forward: Callable[..., Tensor]) -> Lay
     """A layer whose forward takes the function's tensors by name, as they are."""
     leaves = problem.leaves(function)
     return Layer(lambda: forward(**leaves), list(leaves.values()), lambda grads: dict(zip(leaves, grads, strict=True)))
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a layer.
+
+    Attributes:
+        name: in tables, targets and on the command line.
+        computes: routing of the case -> function; a routing it does not have is left out.
+        build: a layer on a problem.
+        trains: False where it has no backward.
+        missing: why it cannot run a case on this machine, or None.
+        uncapturable: why it cannot be captured in a CUDA graph, or None.
+    """
+
+    name: str
+    computes: Mapping[str, str]
+    build: Callable[[Problem], Layer]
+    trains: bool = True
+    missing: Callable[[Case], str | None] = lambda case: None
+    uncapturable: str | None = None
+
+
+class LayerWork:
+    """One layer and the providers that compute something for its routing."""
+
+    def __init__(
+        self, case: Case, providers: Sequence[Provider], directions: Sequence[str] = PASSES, repeats: float = 1
+    ) -> None:
+        self.case, self.providers, self.directions, self.repeats = case, providers, directions, repeats
+        sizes = {letter: getattr(case, letter) for letter in "mknre"}
+        self.row = Row(case=case.name, routing=case.routing, dtype=str(case.dtype).removeprefix("torch."), **sizes)
+
+    def candidates(self) -> Sequence[LayerCandidate]:
+        """Providers of this routing, over one problem that is drawn when the first of them needs it."""
+        problem = cache(lambda: Problem(self.case))
+        return [LayerCandidate(self.case, problem, p) for p in self.providers if self.case.routing in p.computes]
+
+
+class LayerCandidate:
+    """One provider on one layer."""
+
+    def __init__(self, case: Case, problem: Callable[[], Problem], provider: Provider) -> None:
+        self.name, self.computes = provider.name, provider.computes[case.routing]
+        self._case, self._problem, self._provider = case, problem, provider
+
+    def reason(self, direction: str, mode: str) -> str | None:
+        """Why it takes no part, or None."""
+        if direction == BOTH and not self._provider.trains:
+            return "it has no backward"
+        if mode == GRAPH and self._provider.uncapturable:
+            return self._provider.uncapturable
+        return self._provider.missing(self._case)
+
+    def prepare(self, direction: str, mode: str) -> Ready:
+        """Build the layer, capture it if asked to, and judge what it gives."""
+        problem = self._problem()
+        run: Callable[[], Sequence[Tensor]] = self._layer.step(direction, problem.tensor("dy"))
+        peak = timing.peak_mb(run, self._case.device)
+        if mode == GRAPH:
+            run = timing.capture(run)
+        named = self._layer.named(run())
+        return Ready(run, problem.check(self.computes, named, gradients=direction == BOTH), peak)
+
+    @cached_property
+    def _layer(self) -> Layer:
+        return self._provider.build(self._problem())

@@ -1,20 +1,15 @@
 """The registry: everything that is measured, by name, with the function it computes and where it can run.
 
-In:   a `Problem`.
-Out:  a `Layer` of the provider, or the reason why there is none here.
-Who:  the commands choose by name; `bench.layers.work` verifies and runs.
-
 A provider is fused, a competitor written in torch, or another package. It says for each routing which function of
-`bench.layers.functions` it computes; where it has none for a routing it takes no part in such a case.
+`problem.FUNCTIONS` it computes; where it has none for a routing it takes no part in such a case.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -22,33 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alora_kernels
-from alora_kernels.baselines import formulas as torch_baselines
+from alora_kernels.baselines import formulas
 from alora_kernels.ops.dispatch import PLANS
 
-from .baselines import addmm, foreign, grouped, hydra, peft_layers
-from .layer import Layer, over
+from . import foreign, peft, rivals
+from .layer import Layer, Provider, over
 from .problem import Case, Problem
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a layer.
-
-    Attributes:
-        name: in tables, targets and on the command line.
-        computes: routing of the case -> function; a routing it does not have is left out.
-        build: a layer on a problem.
-        trains: False where it has no backward.
-        missing: why it cannot run a case on this machine, or None.
-        uncapturable: why it cannot be captured in a CUDA graph, or None.
-    """
-
-    name: str
-    computes: Mapping[str, str]
-    build: Callable[[Problem], Layer]
-    trains: bool = True
-    missing: Callable[[Case], str | None] = lambda case: None
-    uncapturable: str | None = None
 
 
 def _frozen(problem: Problem) -> Layer:
@@ -90,7 +64,7 @@ def _fused(problem: Problem, backend: str | None = None) -> Layer:
 def _compiled(problem: Problem) -> Layer:
     torch.compiler.reset()  # dynamo falls back to eager after eight shapes of one function, silently
     mode = None if problem.case.device == "cpu" else "max-autotune-no-cudagraphs"
-    return _alora(torch.compile(torch_baselines.hoisted, fullgraph=True, dynamic=False, mode=mode), problem)
+    return _alora(torch.compile(formulas.hoisted, fullgraph=True, dynamic=False, mode=mode), problem)
 
 
 def _no_compiler(case: Case) -> str | None:
@@ -108,50 +82,33 @@ def _no_peft(case: Case) -> str | None:
     return None if find_spec("peft") else "peft is not installed"
 
 
-def _both(task: str, soft: str | None = None) -> dict[str, str]:
-    """The functions for task routing and soft routing; one name stands for both."""
-    return {"task": task, "soft": soft or task}
-
-
 _READS_IDS = "it reads ids on the host in every call, which a CUDA graph cannot hold"
+_COPIES_ROWS = "it copies row numbers from the host in every call, which a CUDA graph cannot hold"
+_ALORA, _MULTI = {"task": "task", "soft": "soft"}, {"task": "multi"}
+_FROZEN, _LORA = {"task": "frozen", "soft": "frozen"}, {"task": "lora", "soft": "lora"}
 _ALL = (
-    Provider("frozen", _both("frozen"), _frozen),
-    Provider("plain Triton GEMM", _both("frozen"), _plain_gemm, trains=False, missing=_plain_gemm_missing),
-    Provider("fused", _both("task", "soft"), _fused),
-    *(
-        Provider(
-            f"fused:{plan}",
-            _both("task", "soft"),
-            functools.partial(_fused, backend=f"triton:{plan}"),
-            missing=_no_cuda,
-        )
-        for plan in PLANS
-    ),
-    Provider("hoisted", _both("task", "soft"), functools.partial(_alora, torch_baselines.hoisted)),
-    Provider("hoisted compiled", _both("task", "soft"), _compiled, missing=_no_compiler),
-    Provider("authors' loop", _both("task", "soft"), functools.partial(_alora, torch_baselines.authors_loop)),
+    Provider("frozen", _FROZEN, _frozen),
+    Provider("plain Triton GEMM", _FROZEN, _plain_gemm, trains=False, missing=_plain_gemm_missing),
+    Provider("fused", _ALORA, _fused),
+    *(Provider(f"fused:{p}", _ALORA, partial(_fused, backend=f"triton:{p}"), missing=_no_cuda) for p in PLANS),
+    Provider("hoisted", _ALORA, partial(_alora, formulas.hoisted)),
+    Provider("hoisted compiled", _ALORA, _compiled, missing=_no_compiler),
+    Provider("authors' loop", _ALORA, partial(_alora, formulas.authors_loop)),
     Provider(
         "grouped by task",
         {"task": "task"},
-        functools.partial(_alora, torch_baselines.grouped_by_task),
+        partial(_alora, formulas.grouped_by_task),
         uncapturable=_READS_IDS,
     ),
-    Provider("PEFT LoRA", _both("lora"), peft_layers.lora, missing=_no_peft),
-    Provider(
-        "PEFT mixed batch",
-        {"task": "multi"},
-        peft_layers.mixed_batch,
-        trains=False,
-        missing=_no_peft,
-        uncapturable="it copies row numbers from the host in every call, which a CUDA graph cannot hold",
-    ),
-    Provider("PEFT Poly", {"task": "poly"}, peft_layers.poly, missing=_no_peft, uncapturable=_READS_IDS),
-    Provider("HydraLoRA", {"soft": "hydra"}, hydra.build),
-    Provider("grouped_mm multi-LoRA", {"task": "multi"}, grouped.build, missing=grouped.missing),
-    Provider("Unsloth-style addmm", _both("lora"), addmm.build),
-    Provider("LoRAFusion", {"task": "multi"}, foreign.lorafusion, missing=foreign.lorafusion_missing),
-    Provider("vLLM", {"task": "multi"}, foreign.vllm, trains=False, missing=foreign.vllm_missing),
-    Provider("SGLang", {"task": "multi"}, foreign.sglang, trains=False, missing=foreign.sglang_missing),
+    Provider("PEFT LoRA", _LORA, peft.lora, missing=_no_peft),
+    Provider("PEFT mixed batch", _MULTI, peft.mixed_batch, trains=False, missing=_no_peft, uncapturable=_COPIES_ROWS),
+    Provider("PEFT Poly", {"task": "poly"}, peft.poly, missing=_no_peft, uncapturable=_READS_IDS),
+    Provider("HydraLoRA", {"soft": "hydra"}, rivals.hydra),
+    Provider("grouped_mm multi-LoRA", _MULTI, rivals.grouped, missing=rivals.grouped_missing),
+    Provider("Unsloth-style addmm", _LORA, rivals.addmm),
+    Provider("LoRAFusion", _MULTI, foreign.lorafusion, missing=foreign.missing("lorafusion")),
+    Provider("vLLM", _MULTI, foreign.vllm, trains=False, missing=foreign.missing("vllm")),
+    Provider("SGLang", _MULTI, foreign.sglang, trains=False, missing=foreign.missing("sglang")),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 

@@ -1,13 +1,9 @@
 """`python -m bench tune`: measure tiles and plans on this GPU and write them to `alora_kernels/kernels/tuned.py`.
 
-In:   candidate tiles (`bench.layers.candidates`), the plans, this GPU.
-Out:  a line per candidate while it runs; the winners in the tables that the kernels read. `--check` only compiles all
-      candidates for a chip, without a GPU, and says which spill or do not fit.
-Who:  people with a new chip, once.
-
 First the tiles: each is verified against float64 and timed beside the others of its idea, interleaved, with a cold L2
 cache. Then, with the best tiles in place, the plans: the forward plan by the time of the forward, dx and overlap by
-what forward + backward takes beyond it. A challenger replaces what is in use only if it is 1 % faster.
+what forward + backward takes beyond it. A challenger replaces what is in use only if it is 1 % faster. `--check` only
+compiles all candidates for a chip, without a GPU, and says which spill or do not fit.
 """
 
 from __future__ import annotations
@@ -32,17 +28,14 @@ from alora_kernels.kernels import tuned
 from alora_kernels.kernels.tiles import Tile, trying
 from alora_kernels.ops.dispatch import PLANS, Plan
 
-from .. import cuda
-from ..report.machine import this_run
-from ..report.rows import GRAPH
-from ..session import choose
+from ..report.rows import BOTH, FORWARD, GRAPH, origin
+from ..run import choose
 from ..static import aot
-from ..timing import Timing, interleaved
+from ..timing import CudaClock, Timing, interleaved, release
 from . import candidates
-from .layer import BOTH, FORWARD
+from .layer import LayerWork
 from .problem import Case
 from .providers import find
-from .work import LayerWork
 
 TABLE = Path(config.__file__).with_name("tuned.py")
 GAIN = 1.01  # how much faster a challenger must be: below that it is noise
@@ -83,7 +76,7 @@ def try_tiles(idea: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, st
             said[tile] = f"wrong: error {found:.1e}, allowed {allowed:.1e}"
             continue
         runs[name] = run
-    timings = interleaved(runs, repeats=repeats, clock=cuda.CudaClock())
+    timings = interleaved(runs, repeats=repeats, clock=CudaClock())
     times = {by_name[name]: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
     said |= {tile: f"{1e3 * p50:.4f} ms" for tile, p50 in times.items()}
     return pick(times, next(iter(by_name.values()))), said
@@ -133,7 +126,7 @@ def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, 
                 runs[name] = ready.run
             else:
                 said[name] = f"wrong: {ready.check.where}"
-        timings = interleaved(runs, repeats=repeats, clock=cuda.CudaClock())
+        timings = interleaved(runs, repeats=repeats, clock=CudaClock())
         seconds[direction] = {name: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
     for name, p50 in seconds[FORWARD].items():
         whole = seconds.get(BOTH, {}).get(name)
@@ -222,7 +215,7 @@ def main(
     if not torch.cuda.is_available():
         typer.echo("error: no CUDA device here. `python -m bench tune --check sm_90` compiles the candidates", err=True)
         raise typer.Exit(1)
-    run, chip = this_run("tune", "cuda"), config.chip_of(torch.device("cuda", torch.cuda.current_device()))
+    run, chip = origin("cuda", "triton"), config.chip_of(torch.device("cuda", torch.cuda.current_device()))
     new_tiles: Tiles = {}
     new_plans: Plans = {}
     interrupted = False
@@ -231,16 +224,16 @@ def main(
             best, said = try_tiles(name, shapes, repeats)
             show(f"{name}, {shapes}", said, best)
             new_tiles[name, chip, 2, "" if name in candidates.CLASSLESS else shapes] = astuple(best)
-            cuda.release()
+            release()
         tuned.TILES.update(new_tiles)  # plans are measured with the best tiles
         for routing, shapes in [(r, s) for r in ("task", "soft") for s in candidates.SHAPES] if plans else []:
             plan, heard = try_plans(routing, shapes, repeats)
             show(f"plans, {routing} routing, {shapes}: {plan}", heard, None)
             new_plans[chip, routing, 2, shapes] = tuple(plan)  # type: ignore[assignment]
-            cuda.release()
+            release()
     except KeyboardInterrupt:
         interrupted = True
-    measured = f"{run.device}, torch {run.torch}, triton {run.triton}, commit {run.commit}, {run.date}"
+    measured = f"{run['device']}, torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date']}"
     text = render(measured, {**tuned.PLANS, **new_plans}, {**tuned.TILES, **new_tiles})
     if write:
         out.write_text(text)

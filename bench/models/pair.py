@@ -1,16 +1,13 @@
-"""A language model twice over the same numbers: with our tuner, and with stock PEFT, one LoRA per task.
+"""A language model twice over the same numbers, with our tuner and with stock PEFT, one LoRA per task.
 
-In:   a builder of the base, a `Setting`.
-Out:  a `Pair`; builders of Llamas with random weights.
-Who:  `bench.models.training` and `bench.models.decoding`.
-
-Both adapters have the dtype of the base, which is stock PEFT's faster way in 16 bits.
+Both adapters have the dtype of the base, which is stock PEFT's faster way in 16 bits. What is right is stock PEFT in
+float64; what is allowed is twice the error of stock PEFT in the same dtype, over the worst of all tensors.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -20,11 +17,13 @@ from torch import Tensor
 
 import alora_kernels
 
-from ..layers.problem import Check
-from ..report.rows import Row
+from .. import timing
+from ..report.rows import GRAPH, Row
+from ..run import Check, Ready
 
 FROZEN, FUSED = "frozen", "fused"
 TINY = 1e-6
+Step = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,6 @@ class Setting:
     alpha: int = 16
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-
-    def row(self, width: int, note: str, tokens: int | None = None) -> Row:
-        """The columns that describe it; `tokens` per row that a call computes, by default all of them."""
-        return Row(
-            case=self.case,
-            routing="task",
-            m=self.rows * (self.tokens if tokens is None else tokens),
-            k=width,
-            n=width,
-            r=self.r,
-            e=self.tasks,
-            dtype=str(self.dtype).removeprefix("torch."),
-            note=note,
-        )
 
 
 def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
@@ -94,13 +79,42 @@ class Pair:
     """The two adapted models and the base as it is, each built when first needed, and a batch.
 
     What every call would do alike, such as switching modes, is done here once: it would be timed, and would cost stock
-    PEFT the most, which has a module per adapter.
+    PEFT the most, which has a module per adapter. A subclass says what a step is, and what is right.
     """
 
     training = True  # the mode of all models
+    stock_name: str
 
     def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
         self._base, self.setting = base, setting
+
+    def reason(self, name: str, mode: str) -> str | None:
+        """Why a model takes no part in a mode, or None."""
+        raise NotImplementedError
+
+    def step_of(self, name: str) -> Step:
+        """A step of a model, ready to be timed: what it computes comes first in what it returns."""
+        raise NotImplementedError
+
+    def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """All that is judged after a step, by the names of the truth."""
+        raise NotImplementedError
+
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """The same of stock PEFT in float64."""
+        raise NotImplementedError
+
+    @cached_property
+    def allowed(self) -> float:
+        """Twice the error of stock PEFT in this dtype, and a tiny bit."""
+        return 2 * worst_of(self.results(self.stock_name, self.step_of(self.stock_name)()), self.truth)[0] + TINY
+
+    def check(self, name: str, outputs: Sequence[Tensor]) -> Check:
+        """What came of a step against the truth; of the frozen model, transformers' own: numbers, that is all."""
+        if name == FROZEN:
+            return Check(0.0 if bool(outputs[0].isfinite().all()) else float("nan"), 0.0, "output")
+        return judged(self.results(name, outputs), self.truth, self.allowed)
 
     @cached_property
     def frozen(self) -> Any:
@@ -162,9 +176,51 @@ class Pair:
         return [(path, m) for path, m in self.fused.named_modules() if hasattr(m, "asymlora_A")]
 
 
-def finite(tensor: Tensor, name: str) -> Check:
-    """Of the frozen model, which is transformers' own: numbers, that is all."""
-    return Check(0.0 if bool(tensor.isfinite().all()) else float("nan"), 0.0, name)
+class ModelWork:
+    """A step of whole models, and those that take part.
+
+    Args:
+        names: of the models.
+        models: what they are.
+        direction: the pass that a step is.
+        m: tokens that a call computes.
+        width: hidden size, which stands in the columns k and n.
+        note: what a reader must know.
+        repeats: see `run.Work`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], models: Pair, direction: str, *, m: int, width: int, note: str, repeats: float = 1
+    ) -> None:
+        s, self.names, self.models = models.setting, names, models
+        self.directions: Sequence[str] = (direction,)
+        self.repeats = repeats
+        shape = {"m": m, "k": width, "n": width, "r": s.r, "e": s.tasks, "dtype": str(s.dtype).removeprefix("torch.")}
+        self.row = Row(case=s.case, routing="task", note=note, **shape)  # type: ignore[arg-type]
+
+    def candidates(self) -> Sequence[ModelCandidate]:
+        """Nothing is built before a candidate is prepared."""
+        return [ModelCandidate(name, self.models) for name in self.names]
+
+
+class ModelCandidate:
+    """One of the models."""
+
+    def __init__(self, name: str, models: Pair) -> None:
+        self.name, self._models = name, models
+        self.computes = "frozen" if name == FROZEN else "task"
+
+    def reason(self, direction: str, mode: str) -> str | None:
+        """Why it takes no part, or None."""
+        return self._models.reason(self.name, mode)
+
+    def prepare(self, direction: str, mode: str) -> Ready:
+        """Take a step, judge what came of it."""
+        step = self._models.step_of(self.name)
+        peak = timing.peak_mb(step, self._models.setting.device)
+        if mode == GRAPH:
+            step = timing.capture(step)
+        return Ready(step, self._models.check(self.name, step()), peak)
 
 
 def judged(got: dict[str, Tensor], truth: dict[str, Tensor], allowed: float) -> Check:

@@ -1,14 +1,10 @@
 """A training step of a language model over a mixed batch: one fused pass against stock PEFT task by task.
 
-In:   a base and a `Setting`. On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape
-      with random weights (the row's note says which); on GPUs some layers of a Llama 3 8B.
-Out:  candidates for the runner: forward and backward of the whole batch, gradients accumulated in `.grad`.
-Who:  `bench.cpu`, section "training", and `bench.gpu`. The demo's last table measures the same on a trained adapter.
-
-As in the demo only an answer at the end of each row is supervised, and the head computes no other logits. Stock PEFT
-refuses `adapter_names` in training, so it runs the tasks one after the other. Both models hold the same numbers; the
-truth is stock PEFT in float64: the loss and the gradient of every A and B, worst of all tensors. The frozen model sends
-gradients down to its embeddings and trains nothing.
+On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape with random weights (the row's
+note says which); on GPUs some layers of a Llama 3 8B. As in the demo only an answer at the end of each row is
+supervised, and the head computes no other logits. Stock PEFT refuses `adapter_names` in training, so it runs the tasks
+one after the other. Judged are the loss and the gradient of every A and B. The frozen model sends gradients down to its
+embeddings and trains nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +19,8 @@ from torch import Tensor
 from alora_kernels import route
 from alora_kernels.data.cache import cache_dir
 
-from .. import cuda
-from ..layers.layer import BOTH
-from ..layers.problem import Check
-from ..layers.work import Ready
-from ..report.rows import GRAPH
-from .pair import FROZEN, FUSED, TINY, Pair, Setting, finite, judged, llama, worst_of
+from ..report.rows import BOTH, GRAPH
+from .pair import FROZEN, FUSED, ModelWork, Pair, Setting, Step, llama
 
 STOCK = "PEFT LoRA task by task"
 MODELS = (FUSED, STOCK)
@@ -63,91 +55,59 @@ def smollm_note() -> str:
     return f"all layers of SmolLM2-135M{weights}; k and n are its hidden size"
 
 
-class TrainingWork:
-    """The mixed training step and its candidates."""
-
-    directions: Sequence[str] = (BOTH,)
-    repeats: float = 1 / 15  # 4 rounds by default: a step takes seconds, not milliseconds
-
-    def __init__(
-        self,
-        names: Sequence[str] = MODELS,
-        base: Callable[[], Any] = base_model,
-        setting: Setting = SMALL,
-        *,
-        width: int = 576,
-        note: str | None = None,
-    ) -> None:
-        self.names = names
-        self._models = _Models(base, setting)
-        self.row = setting.row(width, smollm_note() if note is None else note)
-
-    def candidates(self) -> Sequence[TrainingCandidate]:
-        """Nothing is built before a candidate is prepared."""
-        return [TrainingCandidate(name, self._models) for name in self.names]
+def training_work(
+    names: Sequence[str] = MODELS,
+    base: Callable[[], Any] = base_model,
+    setting: Setting = SMALL,
+    *,
+    width: int = 576,
+    note: str | None = None,
+) -> ModelWork:
+    """The mixed training step of these models; a step takes seconds, not milliseconds, so 4 rounds by default."""
+    m, note = setting.rows * setting.tokens, smollm_note() if note is None else note
+    return ModelWork(names, Training(base, setting), BOTH, m=m, width=width, note=note, repeats=1 / 15)
 
 
-class TrainingCandidate:
-    """One of the models."""
+class Training(Pair):
+    """Forward and backward of the whole batch, gradients in `.grad`."""
 
-    def __init__(self, name: str, models: _Models) -> None:
-        self.name, self._models = name, models
-        self.computes = "frozen" if name == FROZEN else "task"
+    stock_name = STOCK
 
-    def reason(self, direction: str, mode: str) -> str | None:
+    def reason(self, name: str, mode: str) -> str | None:
         """In a graph none takes part: a step of a whole model is long, and its optimiser would not be in the graph."""
         return "a training step is measured in eager mode" if mode == GRAPH else None
 
-    def prepare(self, direction: str, mode: str) -> Ready:
-        """One step, its loss and gradients judged."""
-        step = partial(self._models.step, self.name)
-        loss = step()
-        check = self._models.check(self.name, loss)
-        return Ready(step, check, cuda.peak_mb(step, self._models.setting.device))
+    def step_of(self, name: str) -> Step:
+        """The loss, summed over the answers' tokens."""
+        return partial(self.step, name)
 
-
-class _Models(Pair):
-    """Steps of the models, and the truth about them."""
-
-    @cached_property
-    def truth(self) -> dict[str, Tensor]:
-        """Stock PEFT in float64."""
-        model = self.double()
-        return self._of_stock(model, self._task_by_task(model))
-
-    @cached_property
-    def allowed(self) -> float:
-        """Twice the error of stock PEFT in this dtype, and a tiny bit."""
-        loss = self._task_by_task(self.stock)
-        return 2 * worst_of(self._of_stock(self.stock, loss), self.truth)[0] + TINY
-
-    def step(self, name: str) -> Tensor:
-        """Forward and backward of the batch; the loss."""
+    def step(self, name: str) -> tuple[Tensor]:
+        """Forward and backward of the batch."""
         if name == STOCK:
-            return self._task_by_task(self.stock)
+            return (self._task_by_task(self.stock),)
         if name == FROZEN:
-            return self._through_frozen()
+            return (self._through_frozen(),)
         self.fused.zero_grad()
         with route(self.ids):
             loss = self._loss(self.fused, self.tokens)
         loss.backward()
-        return loss.detach()
+        return (loss.detach(),)
 
-    def results(self, name: str, loss: Tensor) -> dict[str, Tensor]:
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """Of stock PEFT in float64."""
+        model = self.double()
+        return self._of_stock(model, self._task_by_task(model))
+
+    def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """The loss and all gradients after a step."""
         if name == STOCK:
-            return self._of_stock(self.stock, loss)
-        found = {"loss": loss}
+            return self._of_stock(self.stock, outputs[0])
+        found = {"loss": outputs[0]}
         for path, layer in self.layers():
             found[f"{path} A"] = layer.asymlora_A["default"].weight.grad
             found[f"{path} B"] = layer.asymlora_B["default"].weight.grad
         return found
-
-    def check(self, name: str, loss: Tensor) -> Check:
-        """The loss and gradients of a step against the truth; the frozen model is transformers' own."""
-        if name == FROZEN:
-            return finite(loss, "loss")
-        return judged(self.results(name, loss), self.truth, self.allowed)
 
     def _of_stock(self, model: Any, loss: Tensor) -> dict[str, Tensor]:
         """Gradients of stock PEFT in the shape of ALoRA's: all A in one tensor, those of B summed over tasks."""

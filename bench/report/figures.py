@@ -1,8 +1,4 @@
-"""Rows as figures: times per case, and how far the targets are.
-
-In:   the newest rows of one CSV.
-Out:  PNG files.
-Who:  `bench.report.plot`, which names them. The only file that needs matplotlib.
+"""Rows as figures: times per case, and how far the targets are; bars with their numbers, for the other figures too.
 
 Every case that was timed is shown, those that the fused op loses too: an alternative of comparable reach (several
 adapters) that is faster is drawn in red. One LoRA and the frozen layer do less and are drawn in grey.
@@ -10,27 +6,44 @@ adapters) that is faster is drawn in red. One LoRA and the frozen layer do less 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from alora_kernels.plotting import BLUE, DARK_GREY, GREEN, GREY, RED, figure, save, tidy
 
-from .rows import GRAPH, Row
+from .readme import runs_of
+from .rows import GRAPH, Row, grouped
 from .tables import shown_ms
 from .targets import FUSED, Verdict
 
-BLUE, RED, GREY, DARK, GREEN = "#1f6fb4", "#c8382e", "#c4c4c4", "#6b6b6b", "#2e8b57"
 LESS = ("frozen", "lora")  # functions of fewer adapters than the case has
-DPI = 130
 
 
-def provenance(rows: Sequence[Row]) -> str:
-    """Device, versions, commit and date of what is shown; several runs are all named."""
-    runs = dict.fromkeys((row.device, row.torch, row.triton, row.commit, row.date) for row in rows)
-    return "; ".join(f"{run[0]}, torch {run[1]}, triton {run[2]}, commit {run[3]}, {run[4]}" for run in runs)
+def bar(
+    axis: Any, y: float, value: float, thick: float, text: str, color: str, *, to: Sequence[float] = (), **look: Any
+) -> None:
+    """A horizontal bar with a thin line over a range, and its number behind both.
+
+    Args:
+        axis: where.
+        y, value, thick: place, length and height.
+        text: the number.
+        color: of the bar.
+        to: begin and end of the line, if there is one.
+        look: alpha of the bar.
+    """
+    axis.barh(y, value, thick, color=color, **look)
+    axis.plot(to, [y] * len(to), color="black", linewidth=1)
+    axis.annotate(text, (max(value, *to) if to else value, y), xytext=(4, -3), textcoords="offset points", fontsize=7.5)
+
+
+def legend(made: Any, shown: Mapping[str, str], **options: Any) -> None:
+    """A line of coloured labels above a figure."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=color, label=label) for label, color in shown.items()]
+    made.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9, **options)
 
 
 def times(rows: Sequence[Row], path: Path) -> None:
@@ -40,47 +53,37 @@ def times(rows: Sequence[Row], path: Path) -> None:
         rows: of cases that belong together.
         path: of the PNG.
     """
-    panels: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.timed:
-            panels.setdefault((row.case, row.direction), []).append(row)
+    panels = grouped([row for row in rows if row.timed], lambda row: (row.case, row.direction))
     columns = min(2, len(panels))
-    sizes = [len({row.provider for row in same}) + 2 for same in panels.values()]  # 2: title and axis
+    sizes = [len({row.provider for row in same}) + 2 for same in panels]  # 2: title and axis
     ratios = [max(sizes[i : i + columns]) for i in range(0, len(sizes), columns)]
-    figure = Figure(figsize=(7.2 * columns, 0.9 + 0.3 * sum(ratios) + 0.3 * len(ratios)), dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(ratios), columns, squeeze=False, gridspec_kw={"height_ratios": ratios}).flatten()
-    for axis, ((case, direction), same) in zip(axes, panels.items(), strict=False):
-        _panel(axis, f"{case}, {direction}", same)
+    made = figure(7.2 * columns, 0.9 + 0.3 * sum(ratios) + 0.3 * len(ratios))
+    axes = made.subplots(len(ratios), columns, squeeze=False, gridspec_kw={"height_ratios": ratios}).flatten()
+    for axis, same in zip(axes, panels, strict=False):
+        _panel(axis, same)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    shown = {
-        BLUE: "fused",
-        RED: "faster than fused",
-        DARK: "slower than fused",
-        GREY: "does less: no adapter or one",
-    }
-    legend = [Patch(color=color, label=label) for color, label in shown.items()]
-    if any(row.mode == GRAPH for row in rows):
-        legend.append(Patch(facecolor="white", edgecolor=DARK, label="pale: eager; full: CUDA graph"))
-    figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
-    _finish(figure, rows, path)
+    shown = {"fused": BLUE, "faster than fused": RED, "slower than fused": DARK_GREY}
+    shown |= {"does less: no adapter or one": GREY}
+    shown |= {"pale: eager; full: CUDA graph": "white"} if any(row.mode == GRAPH for row in rows) else {}
+    legend(made, shown)
+    _finish(made, rows, path)
 
 
 def targets(verdicts: Sequence[Verdict], rows: Sequence[Row], path: Path) -> None:
     """How far each target is from what must be: beyond 1 it is met."""
-    known = [v for v in verdicts if v.measured is not None and v.target.must is not None]
-    figure = Figure(figsize=(11, 1.6 + 0.34 * len(known)), dpi=DPI, layout="constrained")
-    axis: Any = figure.subplots()
-    for line, verdict in enumerate(reversed(known)):
+    known = [v for v in reversed(verdicts) if v.measured is not None and v.target.must is not None]
+    made = figure(11, 1.6 + 0.34 * len(known))
+    axis: Any = made.subplots()
+    for y, verdict in enumerate(known):
         t, measured = verdict.target, verdict.measured or 0.0
         must = t.must or 1.0
         margin = must / measured if t.at_most else measured / must
         color = GREEN if verdict.met else RED
-        axis.plot([1, margin], [line, line], color=color, linewidth=2)
-        axis.plot([margin], [line], "o", color=color)
-        text = f"{measured:.2f} ({'≤' if t.at_most else '≥'} {must:.2f})"
-        axis.annotate(text, (max(margin, 1), line), xytext=(8, -3), textcoords="offset points", fontsize=8, color=color)
-    names = [f"{v.target.case}, {v.target.direction}: {v.target.ratio_of}" for v in reversed(known)]
+        axis.plot([1, margin], [y, y], "-o", color=color, linewidth=2, markevery=[1])
+        text = f"{measured:.2f} ({t.bound(must)})"
+        axis.annotate(text, (max(margin, 1), y), xytext=(8, -3), textcoords="offset points", fontsize=8, color=color)
+    names = [f"{v.target.case}, {v.target.direction}: {v.target.ratio_of}" for v in known]
     axis.set_yticks(range(len(known)), names, fontsize=8)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
@@ -92,51 +95,40 @@ def targets(verdicts: Sequence[Verdict], rows: Sequence[Row], path: Path) -> Non
     axis.set_xlabel("margin over what must be: right of 1 is met (green), left is missed (red)", fontsize=9)
     axis.set_title("targets: measured ratio of p50 (or peak memory), in brackets what it must be", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
-    _finish(figure, rows, path)
+    _finish(made, rows, path)
 
 
-def _panel(axis: Any, title: str, rows: Sequence[Row]) -> None:
+def _panel(axis: Any, rows: Sequence[Row]) -> None:
     """One case and pass: bars sorted by the time under a CUDA graph where there is one."""
     modes = sorted({row.mode for row in rows}, key=lambda mode: mode != GRAPH)
-    by_provider: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        by_provider.setdefault(row.provider, {})[row.mode] = row
-    modes_of = {name: [found[mode] for mode in modes if mode in found] for name, found in by_provider.items()}
-    order = sorted(by_provider, key=lambda name: _p50(modes_of[name][0]), reverse=True)
-    thick = 0.8 / len(modes)
-    widest = max(_p50(row) for row in rows)
-    for place, name in enumerate(order):
-        for index, mode in enumerate(modes):
-            if mode not in by_provider[name]:
-                continue
-            row = by_provider[name][mode]
+    fused = {row.mode: _p50(row) for row in rows if row.provider == FUSED}
+    providers = [sorted(same, key=lambda row: modes.index(row.mode)) for same in grouped(rows, lambda r: r.provider)]
+    providers.sort(key=lambda same: _p50(same[0]), reverse=True)
+    thick, widest = 0.8 / len(modes), max(map(_p50, rows))
+    for place, same in enumerate(providers):
+        for row in same:
+            index = modes.index(row.mode)
             y = place - thick * (index - (len(modes) - 1) / 2)
-            fused = by_provider.get(FUSED, {}).get(mode)
-            axis.barh(y, _p50(row), thick * 0.92, color=_color(row, fused), alpha=1.0 if index == 0 else 0.45)
             end = min(max(_p50(row), row.p80_ms or 0.0), 1.25 * widest)  # a wild p80 must not flatten all bars
-            axis.plot([row.p20_ms, end], [y, y], color="black", linewidth=1)
             if end < (row.p80_ms or 0.0):
                 axis.plot([end], [y], ">", color="black", markersize=4)
-            ratio = f"  {_p50(row) / _p50(fused):.2f}x" if fused else ""
-            text = f"{shown_ms(row.p50_ms)} ms{ratio}"
-            axis.annotate(text, (end, y), xytext=(4, -3), textcoords="offset points", fontsize=7.5)
-    axis.set_yticks(range(len(order)), [f"{name} [{modes_of[name][0].computes}]" for name in order], fontsize=8)
+            ratio = f"  {_p50(row) / fused[row.mode]:.2f}x" if row.mode in fused else ""
+            text, to = f"{shown_ms(row.p50_ms)} ms{ratio}", (row.p20_ms or 0.0, end)
+            color = _color(row, fused.get(row.mode))
+            bar(axis, y, _p50(row), thick * 0.92, text, color, to=to, alpha=1.0 if index == 0 else 0.45)
+    axis.set_yticks(range(len(providers)), [f"{same[0].provider} [{same[0].computes}]" for same in providers])
     axis.set_xlim(0, widest * 1.6)
-    axis.tick_params(axis="x", labelsize=8)
-    first = rows[0]
-    sizes = " ".join(f"{letter.upper()}={getattr(first, letter)}" for letter in "mknre")
-    axis.set_title(f"{title}\n{sizes} {first.dtype}", fontsize=9)
-    ratio = "; x: times as long as fused" if FUSED in by_provider else ""
-    axis.set_xlabel(f"ms, p50 and p20 to p80{ratio}", fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{rows[0].case}, {rows[0].direction}\n{rows[0].sizes}", fontsize=9)
+    axis.set_xlabel(f"ms, p50 and p20 to p80{'; x: times as long as fused' if fused else ''}", fontsize=8)
+    tidy(axis)
 
 
-def _color(row: Row, fused: Row | None) -> str:
+def _color(row: Row, fused: float | None) -> str:
     if row.provider.startswith(FUSED):
         return BLUE
     if row.computes in LESS:
         return GREY
-    return RED if fused is not None and _p50(row) < _p50(fused) else DARK
+    return RED if fused is not None and _p50(row) < fused else DARK_GREY
 
 
 def _p50(row: Row) -> float:
@@ -144,6 +136,6 @@ def _p50(row: Row) -> float:
     return row.p50_ms
 
 
-def _finish(figure: Figure, rows: Sequence[Row], path: Path) -> None:
-    figure.supxlabel(provenance([row for row in rows if row.timed]), fontsize=7, color=DARK)
-    FigureCanvasAgg(figure).print_png(str(path))  # without pyplot: no global state, no display
+def _finish(made: Any, rows: Sequence[Row], path: Path) -> None:
+    made.supxlabel("; ".join(runs_of(row for row in rows if row.timed)), fontsize=7, color=DARK_GREY)
+    save(made, path)

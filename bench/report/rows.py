@@ -1,23 +1,30 @@
-"""The record of `bench cpu` and `bench gpu`, and which rows of many runs count.
-
-In:   a measured (or failed) provider.
-Out:  `Row`, a line of a `bench.report.sheet.Sheet`.
-Who:  `bench.run` makes them; `bench.report.targets`, `bench.report.tables`, `bench.report.plot` read.
+"""The record of `bench cpu` and `bench gpu`, where a number comes from, and which rows of many runs count.
 
 `date` is the start of the run and the same in all its rows: ratios are only taken between rows of one date.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
 
 OK, WRONG, OUT_OF_MEMORY = "ok", "wrong", "out of memory"
 NOT_AVAILABLE, FAILED = "not available: ", "failed: "
+FORWARD, BOTH = "forward", "forward+backward"
+PASSES = (FORWARD, BOTH)
 EAGER, GRAPH = "eager", "cuda graph"
 MODES = (EAGER, GRAPH)
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Row:
         routing: "task" or "soft".
         direction: "forward" or "forward+backward"; the column is called `pass`.
         mode: "eager" or "cuda graph".
-        computes: the function of `bench.layers.functions` that this provider computes.
+        computes: the function of `bench.layers.problem` that this provider computes.
         p20_ms, p50_ms, p80_ms: percentiles of the runs; empty where nothing was timed.
         peak_mb: MB above what was allocated before the call; GPUs only.
         worst_error, allowed_error: of the tensor that is nearest to (or furthest beyond) what is allowed.
@@ -88,23 +95,92 @@ class Row:
         """What is compared with one another: case, pass and mode."""
         return self.case, self.direction, self.mode
 
+    @property
+    def sizes(self) -> str:
+        """Its letters and dtype in a few characters."""
+        return " ".join(f"{letter.upper()}={getattr(self, letter)}" for letter in "mknre") + f" {self.dtype}"
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """For every case, pass and mode the rows of its newest run that timed anything."""
-    by_run: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+
+class Dated(Protocol):
+    """Any record that says when its run began."""
+
+    @property
+    def date(self) -> str:
+        """ISO."""
+
+
+RowT = TypeVar("RowT")
+DatedT = TypeVar("DatedT", bound=Dated)
+
+
+def grouped(rows: Iterable[RowT], key: Callable[[RowT], Hashable]) -> list[list[RowT]]:
+    """Rows with equal keys together, in the order they came."""
+    groups: dict[Hashable, list[RowT]] = {}
     for row in rows:
-        by_run.setdefault(row.group, {}).setdefault(row.date, []).append(row)
-    chosen: list[Row] = []
-    for runs in by_run.values():
-        useful = [date for date, same in runs.items() if any(row.timed for row in same)]
-        if useful:
-            chosen += runs[max(useful)]
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def newest(
+    rows: Iterable[DatedT], key: Callable[[DatedT], Hashable], counts: Callable[[DatedT], bool] = lambda row: True
+) -> list[DatedT]:
+    """For every key the rows of its newest run, of those with a row that counts."""
+    chosen: list[DatedT] = []
+    for same in grouped(rows, key):
+        last = max((row.date for row in same if counts(row)), default=None)
+        chosen += [row for row in same if row.date == last]
     return chosen
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by what is compared with one another, in the order they came."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return groups
+def origin(device: str, *packages: str) -> dict[str, Any]:
+    """Columns that are the same for a whole run: when, on what, and with which code and versions it was measured.
+
+    Args:
+        device: torch's name of it, "cpu" or "cuda".
+        packages: those that have a column for their version, besides torch.
+    """
+    threads = torch.get_num_threads()
+    cpu = f"{_cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
+    return {
+        "commit": commit(),
+        "date": datetime.now().isoformat(sep=" ", timespec="seconds"),
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        **{package: _version(package) for package in packages},
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout, "+dirty" where the code differs from it; "unknown" outside of git."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "alora_kernels", "bench", ":!bench/results")
+        return head + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cpu_name() -> str:
+    """The processor's name as the kernel knows it, else its architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -1,9 +1,5 @@
 """A CSV file that grows row by row and reads back, for any record that is a frozen dataclass.
 
-In:   a path and the record's class.
-Out:  `Sheet`, which appends; `read`, which gives all rows back; `columns`, the header.
-Who:  `bench.session` and `bench.serving.command` write, `bench.report.plot` and `bench.serving.figure` read.
-
 The fields of the class are the columns, in their order; `field(metadata={"column": "pass"})` names one that Python
 cannot. A field is a str, an int, a float or a `float | None`, which is empty where it is None; floats keep six digits.
 Every row is on disk when `add` returns, so that an interrupted run keeps what it measured.

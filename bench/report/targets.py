@@ -1,11 +1,7 @@
-"""What is asked of the fused op, as data, and whether the rows of a run show it.
+"""What is asked of a run, as data, and whether its rows show it.
 
-In:   rows.
-Out:  for each target the ratio that was measured, and whether it met what must be and what is aimed at.
-Who:  `bench.cpu`, `bench.gpu` and `bench.report.plot`.
-
-A ratio is taken between rows of one run only. Where the numerator is the fused op, it must be small (fused / frozen);
-where it is an alternative, large (alternative / fused).
+A ratio is taken between rows of one run only. Where the numerator is ours, it must be small (fused / frozen); where it
+is an alternative, or counts tokens per second, large.
 """
 
 from __future__ import annotations
@@ -13,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
-from ..layers.layer import BOTH, FORWARD
-from .rows import EAGER, GRAPH, Row
+from .rows import BOTH, EAGER, FORWARD, GRAPH, OK, Row
 
 FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One thing measured: the rows with this provider and `group`; `name` is what reasons call it."""
+
+    provider: str
+    group: tuple[Any, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -25,37 +30,40 @@ class Target:
     """One ratio that is asked for.
 
     Attributes:
-        case: the case, or a pattern such as "tasks *" where `numerator` and `denominator` are the same provider: then
-            the ratio is that of its slowest case to its fastest.
-        direction: the pass.
-        numerator, denominator: providers.
+        above, below: numerator and denominator. Where they are the same, the case is a pattern such as "tasks *", and
+            the ratio is that of the slowest case to the fastest.
+        ratio_of: what is divided by what, in words.
         must: what must be reached; None for a ratio that is only reported.
         aim: what is hoped for.
         at_most: the ratio must not exceed `must`; else it must not fall below.
-        quantity: the column, "p50_ms" or "peak_mb".
-        mode: "eager" or "cuda graph".
+        quantity: the column, such as "p50_ms" or "peak_mb".
     """
 
-    case: str
-    direction: str
-    numerator: str
-    denominator: str
+    above: Side
+    below: Side
+    ratio_of: str
     must: float | None
     aim: float | None = None
     at_most: bool = False
     quantity: str = "p50_ms"
-    mode: str = GRAPH
 
     @property
-    def ratio_of(self) -> str:
-        """What is divided by what, in words."""
-        if self.numerator == self.denominator:
-            return f"{self.numerator}: slowest / fastest"
-        return f"{self.numerator} / {self.denominator}" + (", peak memory" if self.quantity == "peak_mb" else "")
+    def case(self) -> str:
+        """Of a layer or model: the case."""
+        return str(self.above.group[0])
+
+    @property
+    def direction(self) -> str:
+        """Of a layer or model: the pass."""
+        return str(self.above.group[1])
 
     def reached(self, measured: float, wanted: float) -> bool:
         """Whether a ratio is on the right side."""
         return measured <= wanted if self.at_most else measured >= wanted
+
+    def bound(self, value: float | None) -> str:
+        """`must` or `aim` with its direction."""
+        return "" if value is None else f"{'≤' if self.at_most else '≥'} {value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -74,45 +82,80 @@ class Verdict:
         return self.target.reached(self.measured, self.target.must)
 
 
-def judge(target: Target, rows: Sequence[Row]) -> Verdict:
-    """Look the target's rows up and divide."""
-    if target.numerator == target.denominator:
+def judge(target: Target, rows: Sequence[Any]) -> Verdict:
+    """Look the target's rows up, the last one where there are several, and divide."""
+    if target.above == target.below:
         return _spread(target, rows)
-    values = []
-    for provider in (target.numerator, target.denominator):
-        found = [row for row in rows if row.group == (target.case, target.direction, target.mode)]
-        found = [row for row in found if row.provider == provider]
-        if not found:
-            return Verdict(target, None, f"{provider}: not run")
-        value = getattr(found[-1], target.quantity)
-        if not found[-1].timed or value is None:
-            return Verdict(target, None, f"{provider}: {found[-1].status if not found[-1].timed else 'not known'}")
-        values.append((found[-1].date, value))
-    (date, above), (other, below) = values
-    return Verdict(target, above / below) if date == other else Verdict(target, None, "not of one run")
+    found = []
+    for side in (target.above, target.below):
+        same = [row for row in rows if row.group == side.group and row.provider == side.provider]
+        if not same:
+            return Verdict(target, None, f"{side.name}: not run")
+        if reason := _lacking(same[-1], target.quantity):
+            return Verdict(target, None, f"{side.name}: {reason}")
+        found.append(same[-1])
+    return _divided(target, found)
 
 
-def _spread(target: Target, rows: Sequence[Row]) -> Verdict:
+def _spread(target: Target, rows: Sequence[Any]) -> Verdict:
     """Slowest to fastest case of one provider."""
+    pattern, *rest = target.above.group
     found = [
         row
         for row in rows
-        if fnmatchcase(row.case, target.case)
-        and (row.direction, row.mode, row.provider) == (target.direction, target.mode, target.numerator)
+        if fnmatchcase(row.group[0], pattern) and (*row.group[1:], row.provider) == (*rest, target.above.provider)
     ]
     if len(found) < 2:
         return Verdict(target, None, f"{len(found)} of at least 2 cases run")
     for row in found:
-        if not row.timed:
-            return Verdict(target, None, f"{row.case}: {row.status}")
-    if len({row.date for row in found}) > 1:
+        if reason := _lacking(row, target.quantity):
+            return Verdict(target, None, f"{row.group[0]}: {reason}")
+    return _divided(target, sorted(found, key=lambda row: -getattr(row, target.quantity)))
+
+
+def _lacking(row: Any, quantity: str) -> str:
+    """Why a row has no such number; empty where it has one."""
+    if row.status != OK:
+        return str(row.status)
+    return "" if getattr(row, quantity) is not None else "not known"
+
+
+def _divided(target: Target, rows: Sequence[Any]) -> Verdict:
+    """The first row's number over the last one's, if all are of one run."""
+    if len({row.date for row in rows}) > 1:
         return Verdict(target, None, "not of one run")
-    values = [getattr(row, target.quantity) for row in found]
-    return Verdict(target, max(values) / min(values))
+    return Verdict(target, getattr(rows[0], target.quantity) / getattr(rows[-1], target.quantity))
+
+
+def between(
+    case: str,
+    direction: str,
+    numerator: str,
+    denominator: str,
+    must: float | None,
+    aim: float | None = None,
+    at_most: bool = False,
+    quantity: str = "p50_ms",
+    mode: str = GRAPH,
+) -> Target:
+    """A target between two providers of one case, pass and mode, or over the cases of one provider."""
+    above, below = (Side(name, (case, direction, mode), name) for name in (numerator, denominator))
+    words = f"{numerator} / {denominator}" + (", peak memory" if quantity == "peak_mb" else "")
+    words = f"{numerator}: slowest / fastest" if numerator == denominator else words
+    return Target(above, below, words, must, aim, at_most, quantity)
+
+
+def on_row(row: Row, denominator: str, rows: Sequence[Row], targets: Sequence[Target]) -> Verdict | None:
+    """The target on a row's ratio of p50 to the denominator, judged; None where nothing is asked of it."""
+    for target in targets:
+        mine = target.above.group == row.group and target.quantity == "p50_ms"
+        if mine and (target.above.provider, target.below.provider) == (row.provider, denominator):
+            return judge(target, rows)
+    return None
 
 
 def _cpu(case: str, direction: str, numerator: str, must: float) -> Target:
-    return Target(case, direction, numerator, FUSED, must, mode=EAGER)
+    return between(case, direction, numerator, FUSED, must, mode=EAGER)
 
 
 CPU_TARGETS = (
@@ -125,16 +168,16 @@ CPU_TARGETS = (
 
 
 def _over_frozen(case: str, direction: str, must: float, aim: float, quantity: str = "p50_ms") -> Target:
-    return Target(case, direction, FUSED, "frozen", must, aim, at_most=True, quantity=quantity)
+    return between(case, direction, FUSED, "frozen", must, aim, at_most=True, quantity=quantity)
 
 
 def _against(case: str, numerator: str, must: float, aim: float) -> Target:
-    return Target(case, BOTH, numerator, FUSED, must, aim)
+    return between(case, BOTH, numerator, FUSED, must, aim)
 
 
 SQUARE, UP, DOWN = "4096x4096", "4096->14336", "14336->4096"
 GPU_TARGETS = (
-    *(Target(f"gemm {s}", FORWARD, "frozen", "plain Triton GEMM", None) for s in (SQUARE, UP, DOWN)),
+    *(between(f"gemm {s}", FORWARD, "frozen", "plain Triton GEMM", None) for s in (SQUARE, UP, DOWN)),
     _over_frozen(f"task {SQUARE}", FORWARD, 1.10, 1.03),
     _over_frozen(f"task {SQUARE}", BOTH, 1.15, 1.05),
     _over_frozen(f"soft {SQUARE}", FORWARD, 1.12, 1.05),
@@ -149,16 +192,16 @@ GPU_TARGETS = (
     _against(f"task {SQUARE}", "PEFT LoRA", 1.25, 1.4),
     *(_against(f"{routing} {SQUARE}", "authors' loop", 3.0, 5.0) for routing in ("task", "soft")),
     _against(f"task E=4 {SQUARE}", "LoRAFusion", 1.1, 1.3),
-    *(Target("tasks *", d, FUSED, FUSED, 1.1, 1.05, at_most=True) for d in (FORWARD, BOTH)),
+    *(between("tasks *", d, FUSED, FUSED, 1.1, 1.05, at_most=True) for d in (FORWARD, BOTH)),
     *(_over_frozen(f"decode {m}", FORWARD, 1.3, 1.1) for m in (1, 8, 32, 64)),
     *(_over_frozen(f"{routing} {SQUARE}", BOTH, 1.1, 1.05, "peak_mb") for routing in ("task", "soft")),
     *(
-        Target("model step", BOTH, above, below, None, quantity=quantity, mode=EAGER)
+        between("model step", BOTH, above, below, None, quantity=quantity, mode=EAGER)
         for quantity in ("p50_ms", "peak_mb")
         for above, below in ((FUSED, "frozen"), ("PEFT LoRA task by task", FUSED))
     ),
     *(
-        Target("model decode", FORWARD, above, below, None, mode=mode)
+        between("model decode", FORWARD, above, below, None, mode=mode)
         for mode in (EAGER, GRAPH)
         for above, below in ((FUSED, "frozen"), ("PEFT mixed batch", FUSED))
     ),

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alora_kernels.data import MissingPackageError
 
-from ..report.machine import ROOT
+from ..report.rows import ROOT
 from ..report.sheet import Sheet, read
-from ..session import INTERRUPTED
+from ..run import INTERRUPTED
 from . import docs
 from .claims import table as claim_table
 from .config import Config, available, load

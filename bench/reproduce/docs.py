@@ -14,8 +14,8 @@ from typing import Any
 
 import typer
 
-from ..report.machine import ROOT
 from ..report.readme import replace_block
+from ..report.rows import ROOT
 from ..report.sheet import read
 from .claims import Claim
 from .claims import table as claim_table

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
-from ..report.machine import ROOT
+from ..report.rows import ROOT
 from . import figures
 from .claims import Claim
 from .config import Config, ConfigError

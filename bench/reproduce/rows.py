@@ -23,7 +23,7 @@ from alora_kernels.analysis import chance, subspace_overlap
 from alora_kernels.analysis.names import places
 from alora_kernels.federated.log import delta_m
 
-from ..report.machine import origin
+from ..report.rows import origin
 from .claims import NOT_RUN
 from .config import Config
 
@@ -67,7 +67,7 @@ class Row:
 
 def stamped(rows: Iterable[Row], config: Config, seed: int, case: str) -> list[Row]:
     """The rows with their unit of work and their origin; a NaN becomes empty."""
-    common = origin("reproduce", "cuda" if torch.cuda.is_available() else "cpu")
+    common = origin("cuda" if torch.cuda.is_available() else "cpu", "transformers", "peft")
     return [
         dataclasses.replace(
             row,

@@ -1,9 +1,5 @@
 """Random adapters for `bench serving`, as an ALoRA folder and as stock LoRAs, and what stock PEFT says is right.
 
-In:   a base model, a rank, a number of tasks.
-Out:  a folder that `TaskStore` opens; a PEFT model with a LoRA per task; `Truth`, which judges generated tokens.
-Who:  `bench.serving.providers` and `bench.serving.run`.
-
 Speed does not depend on the numbers, so they are random: one B, an A per task. They are large enough that another task
 gives other tokens, else a check of the tokens would find nothing. Copies of the base share its weights: only where a
 provider changes them (merging) does it get its own.

@@ -1,16 +1,12 @@
-"""Many tasks from one server, beside what stock PEFT can do: `python -m bench serving`.
-
-In:   a model, how many tasks, how requests spread over them, how many at once.
-Out:  rows in bench/results/serving/, a table, the goals, a figure.
-Who:  people; `--quick` for a first look.
+"""Many tasks from one server, beside what stock PEFT can do: `python -m bench serving` (`--quick` for a first look).
 
 Random adapters of rank 8 on all linear layers, real prompts of 24 to 64 tokens, greedy answers of a fixed length,
-float32. Every provider's tokens are compared with stock PEFT before anything is timed.
+float32. Every provider's tokens are compared with stock PEFT before anything is timed. Rows go to
+bench/results/serving/, where `bench plot`, which knows one kind of row, does not look.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +18,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from alora_kernels.plotting import check_matplotlib
+
 from ..report import tables
-from ..report.rows import WRONG
+from ..report.rows import RESULTS, origin, slug
 from ..report.sheet import Sheet
-from ..session import INTERRUPTED, checked, choose
+from ..run import checked, choose, finish
+from .figure import plot
 from .load import POPULARITIES, Load
-from .rows import BASE, MIXED, OURS, PROVIDERS, Key, Row, csv_of, goals, judge, medians, run_row
+from .rows import BASE, MIXED, OURS, PROVIDERS, Repeat, goals, medians
 
 TASKS = (1, 8, 64, 256)
 TARGET = 16  # tasks at which all providers are compared; one per request in flight
@@ -86,21 +85,21 @@ def main(
     names = choose("provider", provider, PROVIDERS)
     plan = Plan(model, sorted(set(numbers)), spread, names, concurrency, requests, new_tokens, r, repeats)
     torch.set_num_threads(threads)
-    run = run_row("cpu", model, r)
-    path = out or csv_of(run)
+    run = Repeat(model=model, dtype="float32", r=r, **origin("cpu", "transformers", "peft"))
+    path = out or RESULTS / "serving" / f"{slug(run.device.split(',')[0])}-{slug(Path(model).name)}.csv"
     console = tables.console()
-    sheet: Sheet[Row] = checked("--out", Sheet, path, Row)
+    sheet: Sheet[Repeat] = checked("--out", Sheet, path, Repeat)
     rows, interrupted = measure(plan, run, sheet)
-    report(console, rows, plan)
-    console.print(f"interrupted: {sheet.summary}" if interrupted else sheet.summary, soft_wrap=True)
-    draw(console, rows, path)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if any(row.status == WRONG for row in rows):
-        raise typer.Exit(1)
+    found = medians(rows)
+    console.print(of_rows(found))
+    console.print(
+        tables.of_targets(found, goals(plan.tasks, TARGET), "goals: tokens per second, ratios inside one run", 2)
+    )
+    draw(console, rows, path.with_suffix(".png"))
+    finish(console, sheet, rows, interrupted)
 
 
-def measure(plan: Plan, run: Row, sheet: Sheet[Row]) -> tuple[list[Row], bool]:
+def measure(plan: Plan, run: Repeat, sheet: Sheet[Repeat]) -> tuple[list[Repeat], bool]:
     """All rows, and whether Ctrl-C ended it."""
     from alora_kernels.data import MissingPackageError, load_model
     from alora_kernels.recipes.display import quiet
@@ -120,87 +119,50 @@ def measure(plan: Plan, run: Row, sheet: Sheet[Row]) -> tuple[list[Row], bool]:
     loads = plan.loads()
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as folder, console.status("adapters") as status:
         adapters = Adapters(base, max([load.tasks for _, load in loads], default=1), plan.r)
-        stage = Stage(base, tokenizer, adapters, Path(folder))
-        known: dict[str, Any] = providers_of(stage)
-        jobs = [Job(known[name], load) for name, load in loads]
+        known: dict[str, Any] = providers_of(Stage(base, tokenizer, adapters, Path(folder)))
         runner = Runner(sheet, run, texts, Truth(sharing(base), adapters), status.update)
         try:
-            runner.measure(jobs, plan.repeats)
+            runner.measure([Job(known[name], load) for name, load in loads], plan.repeats)
         except KeyboardInterrupt:
             return runner.rows, True
         return runner.rows, False
 
 
-def report(console: Console, rows: Sequence[Row], plan: Plan) -> None:
-    """What was measured and what was asked for."""
-    found = medians(rows)
-    console.print(of_rows(found))
-    table = Table(title="goals: tokens per second, ratios inside one run")
-    table.add_column("ratio")
-    for name in ("must", "measured", "met"):
-        table.add_column(name, justify="right")
-    for goal in goals(plan.tasks, TARGET):
-        ratio = judge(goal, found)
-        shown = ratio if isinstance(ratio, str) else f"{ratio:.2f}"
-        met = goal.must is not None and not isinstance(ratio, str)
-        said = ("yes" if float(ratio) >= (goal.must or 0) else "NO") if met else ""
-        style = "red" if said == "NO" else None
-        table.add_row(goal.ratio_of, "" if goal.must is None else f"≥ {goal.must:.2f}", shown, said, style=style)
-    console.print(table)
-
-
-def of_rows(found: dict[Key, Row]) -> Table:
+def of_rows(found: Sequence[Repeat]) -> Table:
     """Medians, by popularity and number of tasks, fastest first."""
-    first = next(iter(found.values()), Row())
-    table = Table(
-        title=f"{first.model}, {first.concurrency} requests in flight, {first.requests} in all, "
-        f"{first.new_tokens} new tokens each",
+    first = found[0] if found else Repeat()
+    table = tables.table(
+        f"{first.model}, {first.concurrency} requests in flight, {first.requests} in all, {first.new_tokens} new tokens"
+        " each",
+        ("provider", "tasks", "popularity"),
+        ("tokens/s", "first token ms", "latency ms", "mean batch", "adapters MB", "equal tokens"),
         caption=f"{first.device}, torch {first.torch}, {first.commit}; medians of the repeats; random adapters, r = "
         f"{first.r}, all linear layers",
     )
-    for name in ("provider", "tasks", "popularity"):
-        table.add_column(name)
-    for name in ("tokens/s", "first token ms", "latency ms", "mean batch", "adapters MB", "equal tokens"):
-        table.add_column(name, justify="right")
     order = {popularity: i for i, popularity in enumerate(POPULARITIES)}
-    rows = sorted(found.values(), key=lambda r: (order[r.popularity], r.tasks, -(r.tokens_per_second or 0)))
-    for row in rows:
-        table.add_row(*_cells(row), style=_style(row))
+    for row in sorted(found, key=lambda r: (order[r.popularity], r.tasks, -(r.tokens_per_second or 0))):
+        table.add_row(*_cells(row), style=tables.style(row, row.provider == OURS))
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Repeat) -> list[str]:
     head = [row.provider, "-" if row.provider == BASE else str(row.tasks), row.popularity]
-    if row.tokens_per_second is None:
+    if not row.timed:
         return [head[0], head[1], f"{head[2]}: {row.status} {row.note}".strip()]
-    first, latency = (
-        f"{getattr(row, f'{name}_p50_ms'):.0f} / {getattr(row, f'{name}_p95_ms'):.0f}" for name in ("first", "latency")
-    )
+    first = f"{row.first_p50_ms:.0f} / {row.first_p95_ms:.0f}"
+    latency = f"{row.latency_p50_ms:.0f} / {row.latency_p95_ms:.0f}"
     equal = "" if row.equal is None else f"{100 * row.equal:.2f} %"
-    return [
-        *head,
-        f"{row.tokens_per_second:.1f}",
-        first,
-        latency,
-        f"{row.batch_mean:.1f}",
-        f"{row.adapter_mb:.1f}",
-        equal,
-    ]
+    sizes = [f"{row.batch_mean:.1f}", f"{row.adapter_mb:.1f}"]
+    return [*head, f"{row.tokens_per_second:.1f}", first, latency, *sizes, equal]
 
 
-def _style(row: Row) -> str | None:
-    if row.status == WRONG or row.status.startswith("failed"):
-        return "red"
-    return "dim" if row.tokens_per_second is None else "bold" if row.provider == OURS else None
-
-
-def draw(console: Console, rows: Sequence[Row], path: Path) -> None:
+def draw(console: Console, rows: Sequence[Repeat], path: Path) -> None:
     """The figure, where matplotlib is and there is anything to show."""
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("no figure: pip install matplotlib")
+    try:
+        check_matplotlib("no figure: pip install matplotlib")
+    except ImportError as error:
+        console.print(str(error))
         return
-    from .figure import plot
-
-    if any(row.tokens_per_second for row in rows):
-        plot(rows, path.with_suffix(".png"))
-        console.print(f"wrote {path.with_suffix('.png')}", soft_wrap=True)
+    if any(row.timed for row in rows):
+        plot(rows, path)
+        console.print(f"wrote {path}", soft_wrap=True)

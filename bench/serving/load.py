@@ -1,9 +1,5 @@
 """The load of `bench serving`: which prompts, which tasks, how many at once, and what came of it.
 
-In:   a tokenizer, a popularity, numbers.
-Out:  `Request`s; from the `Outcome`s of a run its numbers.
-Who:  `bench.serving.run`; the providers take requests and give outcomes.
-
 The loop is closed: `concurrency` requests are in flight until none is left to send. Whatever serves must first have
 answered a wave that does not count; the counted run begins and ends with an idle server, for all providers alike, so
 its first wave of prompts and its tail are in the numbers.
@@ -19,6 +15,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from alora_kernels.text import percentile
 
 POPULARITIES = ("uniform", "zipf", "identical")
 ZIPF = 1.1
@@ -126,17 +124,9 @@ def by_task(requests: Sequence[Request], concurrency: int) -> Iterator[list[int]
 
 def numbers(outcomes: Sequence[Outcome], wall: float) -> dict[str, float]:
     """Columns of a row: throughput, latencies, and by Little's law how many requests were in service on average."""
-    firsts, ends = sorted(o.first_token for o in outcomes), sorted(o.end for o in outcomes)
+    times = {"first": [1e3 * o.first_token for o in outcomes], "latency": [1e3 * o.end for o in outcomes]}
     return {
         "tokens_per_second": sum(len(o.tokens) for o in outcomes) / wall,
-        "first_p50_ms": 1e3 * at(firsts, 0.5),
-        "first_p95_ms": 1e3 * at(firsts, 0.95),
-        "latency_p50_ms": 1e3 * at(ends, 0.5),
-        "latency_p95_ms": 1e3 * at(ends, 0.95),
+        **{f"{name}_p{q}_ms": percentile(ms, q / 100) for name, ms in times.items() for q in (50, 95)},
         "batch_mean": sum(o.end - o.taken_up for o in outcomes) / wall,
     }
-
-
-def at(ordered: Sequence[float], q: float) -> float:
-    """The measured value nearest to a share q of the way from smallest to largest."""
-    return ordered[round(q * (len(ordered) - 1))]

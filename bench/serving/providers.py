@@ -1,17 +1,13 @@
-"""What can answer a load: the engine with mixed batches, and the ways stock PEFT has.
+"""What can answer a load: the engine with mixed batches, and the ways stock PEFT has; each opens as a running server.
 
-In:   a `Stage`: base model, adapters, a folder to write to.
-Out:  `opened(load)`: a running server, as a function from requests to outcomes.
-Who:  `bench.serving.run`, which verifies and times them alike.
-
-    ours, mixed batches         one `Engine`; the T tasks of the load are loaded and stay on the device
-    ours, base alone            the same engine without a task: the ceiling
-    one task at a time          stock LoRAs and transformers' own continuous batching. The task of the oldest request is
-                                next: `set_adapter`, then all that wait for this task in one batch. The manager lives
-                                through the whole run; `generate_batch` would set up its cache for every batch
-    ..., merged                 the same with the LoRA merged into the weights before each batch, and taken out after it
-    PEFT mixed generate         `generate(adapter_names=...)` over left-padded waves; all answers have the same length
-                                here, so nobody waits for a longer one
+ours, mixed batches         one `Engine`; the T tasks of the load are loaded and stay on the device
+ours, base alone            the same engine without a task: the ceiling
+one task at a time          stock LoRAs and transformers' own continuous batching. The task of the oldest request is
+                            next: `set_adapter`, then all that wait for this task in one batch. The manager lives
+                            through the whole run; `generate_batch` would set up its cache for every batch
+..., merged                 the same with the LoRA merged into the weights before each batch, and taken out after it
+PEFT mixed generate         `generate(adapter_names=...)` over left-padded waves; all answers have the same length
+                            here, so nobody waits for a longer one
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Measures providers under loads: verify each, then repeats in shuffled order, a row each, on disk as they come.
 
-In:   jobs (a provider and a load), prompts, the truth, a sheet.
-Out:  rows; what is wrong, cannot run or fails is a row too, and the run goes on.
-Who:  `bench.serving.command`.
-
-Nothing is timed whose tokens were not found right; and some of what was timed is judged again, because only then
-requests come and go at different moments. Every repeat starts its server anew and lets it answer a short wave first.
+What is wrong, cannot run or fails is a row too, and the run goes on. Nothing is timed whose tokens were not found
+right; and some of what was timed is judged again, because only then requests come and go at different moments. Every
+repeat starts its server anew and lets it answer a short wave first.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from ..report.sheet import Sheet
 from .adapters import Check, Truth
 from .load import Load, Outcome, numbers, requests_of
 from .providers import Provider
-from .rows import BASE, Row
+from .rows import BASE, Repeat
 
 WARM_TOKENS = 2  # a prefill and a step
 
@@ -59,14 +56,14 @@ class Runner:
         show: told what is being done.
     """
 
-    sheet: Sheet[Row]
-    run: Row
+    sheet: Sheet[Repeat]
+    run: Repeat
     texts: Sequence[tuple[int, ...]]
     truth: Truth
     show: Callable[[str], None] = lambda text: None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Repeat] = field(default_factory=list)
 
-    def measure(self, jobs: Sequence[Job], repeats: int) -> list[Row]:
+    def measure(self, jobs: Sequence[Job], repeats: int) -> list[Repeat]:
         """All rows. After an exception, also `KeyboardInterrupt`, `self.rows` has those made before it."""
         ready = [job for job in jobs if self._verified(job)]
         order = random.Random(0)

@@ -1,12 +1,8 @@
 """Ahead-of-time compilation: from recorded launches to what the compiler made of them, for every chip.
 
-In:   nothing but the source; no GPU is needed. `TRITON_INTERPRET` must be unset.
-Out:  one `Row` per kernel variant and chip: registers, spills, shared memory, occupancy, instruction counts.
-Who:  `bench.static.command` prints the rows, `tests/compile` checks them.
-
-Each case of `bench.static.cases` runs launchers on meta tensors inside `recording(chip)`, so what is compiled is what
-that chip would be asked to run: the same tiles, flags and alignments. Equal launches are compiled once. A variant
-takes half a second to compile; its instructions are counted in batches, because the disassembler starts slowly.
+Each case of `cases` runs launchers on meta tensors inside `recording(chip)`, so what is compiled is what that chip
+would be asked to run: the same tiles, flags and alignments. Equal launches are compiled once. A variant takes half a
+second to compile; its instructions are counted in batches, because the disassembler starts slowly.
 """
 
 from __future__ import annotations

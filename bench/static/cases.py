@@ -1,11 +1,7 @@
 """The layers whose kernels are compiled and counted: routings, types, shapes and flags.
 
-In:   a `Case`, and `recording(chip)` around the call.
-Out:  `run_case` calls every launcher of one forward and backward on meta tensors; `CASES` is the list.
-Who:  `bench.static.command` compiles each distinct launch of all cases once per chip.
-
-A kernel flag or tile that no case reaches is never compiled before it runs on somebody's GPU, so a new
-kernel comes with cases here.
+A kernel flag or tile that no case reaches is never compiled before it runs on somebody's GPU, so a new kernel comes
+with cases here.
 """
 
 from __future__ import annotations

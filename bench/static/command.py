@@ -1,25 +1,20 @@
 """What every kernel costs before it ever runs: launches against the roofline, and what the compiler made of it.
 
-In:   nothing but the source; no GPU is needed. `TRITON_INTERPRET` must be unset.
-Out:  two tables, JSON or CSV: predicted times of each plan (`roofline`), and for every kernel variant and chip
-      registers, spills, shared memory, occupancy and tensor-core instructions of the binary (`aot`).
-Who:  people choosing plans and tile sizes, and `tests/compile`, which fails on a spill or on too much shared memory.
-
-Run `python -m bench static`, or with `--all`, `--chip sm_90`, `--kernel expand`, `--roofline-only`, `--json FILE`.
-The table of a release is kept: `python -m bench static --csv bench/results/static/compiled.csv`.
+No GPU is needed; `TRITON_INTERPRET` must be unset. Run `python -m bench static`, or with `--all`, `--chip sm_90`,
+`--kernel expand`, `--roofline-only`, `--json FILE`. The table of a release is kept:
+`python -m bench static --csv bench/results/static/compiled.csv`. `tests/compile` fails on a spill or on too much shared
+memory.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +24,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from alora_kernels.plotting import check_matplotlib
+
 from ..report import tables
-from ..report.machine import commit
+from ..report.rows import commit, grouped
+from . import predicted
 from .aot import Row, compile_all, jobs, kernel_names
 from .cubin import CHIPS
 from .roofline import Prediction, Rates, predict_all
@@ -39,30 +37,16 @@ from .roofline import Prediction, Rates, predict_all
 def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One record per chip and kernel: the worst of its variants."""
     records = []
-    for chip, kernel in dict.fromkeys((row.chip, row.kernel) for row in rows):
-        same = [row for row in rows if (row.chip, row.kernel) == (chip, kernel)]
+    for same in grouped(rows, lambda row: (row.chip, row.kernel)):
         least = min(same, key=lambda row: row.programs)
         tensor = Counter[str]()
         for row in same:
             tensor.update(row.tensor)
-        records.append(
-            {
-                "chip": chip,
-                "kernel": kernel,
-                "variants": len(same),
-                "registers": max(row.registers for row in same),
-                "spilled": max(row.spilled for row in same),
-                "shared": max(row.shared for row in same),
-                "shared_limit": max(row.shared_limit for row in same),
-                "programs": least.programs,
-                "limited_by": least.limit,
-                "tensor": _mnemonics(tensor),
-                "bulk": sum(row.bulk for row in same),
-                "copies": sum(row.copies for row in same),
-                "atomics": sum(row.atomics for row in same),
-                "failed": sum(bool(row.error) for row in same),
-            }
-        )
+        record: dict[str, Any] = {"chip": least.chip, "kernel": least.kernel, "variants": len(same)}
+        record |= {n: max(getattr(r, n) for r in same) for n in ("registers", "spilled", "shared", "shared_limit")}
+        record |= {"programs": least.programs, "limited_by": least.limit, "tensor": _mnemonics(tensor)}
+        record |= {n: sum(getattr(r, n) for r in same) for n in ("bulk", "copies", "atomics")}
+        records.append(record | {"failed": sum(bool(r.error) for r in same)})
     return records
 
 
@@ -74,22 +58,17 @@ def _mnemonics(tensor: dict[str, int]) -> str:
     return ", ".join(f"{name} {times}" for name, times in sums.items())
 
 
-def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, caption=caption)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
+COPIES = ("tile copies", "async copies", "atomics")
 
 
 def summary(rows: Sequence[Row]) -> Table:
     """One line per chip and kernel: the worst of its variants."""
-    table = _table(
+    table = tables.table(
         "compiled: the worst of each kernel's variants",
-        "programs: that fit on one multiprocessor. Instruction counts are sums over the variants' code, loops once.",
         ["chip", "kernel", "limited by", "tensor-core instructions"],
-        ["variants", "registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
+        ["variants", "registers", "spilled B", "shared B", "programs", *COPIES],
+        caption="programs: that fit on one multiprocessor. Instruction counts are sums over the variants' code, loops"
+        " once.",
     )
     for r in worst(rows):
         bad = r["spilled"] or r["failed"] or r["programs"] < 1
@@ -101,12 +80,9 @@ def summary(rows: Sequence[Row]) -> Table:
 
 def every(rows: Sequence[Row]) -> Table:
     """One line per variant."""
-    table = _table(
-        "compiled: all variants",
-        "",
-        ["chip", "kernel", "variant", "limited by", "tensor-core instructions"],
-        ["registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
-    )
+    left = ["chip", "kernel", "variant", "limited by", "tensor-core instructions"]
+    right = ["registers", "spilled B", "shared B", "programs", *COPIES]
+    table = tables.table("compiled: all variants", left, right)
     for row in rows:
         cells = (row.chip, row.kernel, row.variant, row.error or row.limit, _mnemonics(row.tensor), row.registers)
         more = (row.spilled, f"{row.shared:,}", row.programs, row.bulk, row.copies, row.atomics)
@@ -117,14 +93,14 @@ def every(rows: Sequence[Row]) -> Table:
 def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
     """One line per routing, shape, pass and plan."""
     assumed = f"{rates.tflops:g} TFLOP/s, {rates.tbps:g} TB/s, {rates.launch_us:g} us a launch"
-    table = _table(
+    table = tables.table(
         "PREDICTED, not measured: launches against the roofline (R = 16, E = 8, bf16, sm_90)",
-        f"Assumed: {assumed}, our products at {rates.ours:g} of torch's speed. Time: for each launch, the larger of"
-        " products and memory, plus the launch. * is what the op takes when no plan is asked for.",
         ["routing", "M x K -> N", "pass", "plan"],
         ["launches", "of torch", "GFLOP", "fewest MiB", "moved MiB", "predicted us", "frozen us", "x frozen"],
+        caption=f"Assumed: {assumed}, our products at {rates.ours:g} of torch's speed. Time: for each launch, the"
+        " larger of products and memory, plus the launch. * is what the op takes when no plan is asked for.",
     )
-    for _, same in groupby(found, key=lambda p: (p.layer, p.direction)):
+    for same in grouped(found, lambda p: (p.layer, p.direction)):
         for p in same:
             left = (p.layer.routing, p.layer.shape, p.direction, p.plan + (" *" if p.default else ""))
             counts = (len(p.steps), sum(not step.ours for step in p.steps))
@@ -137,17 +113,13 @@ def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
 
 def launches(found: Sequence[Prediction], rates: Rates) -> Table:
     """One line per launch."""
-    table = _table(
-        "PREDICTED, not measured: every launch",
-        "",
-        ["routing", "M x K -> N", "pass", "plan", "launch", "grid"],
-        ["GFLOP", "moved MiB", "predicted us"],
-    )
+    left = ["routing", "M x K -> N", "pass", "plan", "launch", "grid"]
+    table = tables.table("PREDICTED, not measured: every launch", left, ["GFLOP", "moved MiB", "predicted us"])
     for p in found:
         for step in p.steps:
-            left = (p.layer.routing, p.layer.shape, p.direction, p.plan, step.name, " x ".join(map(str, step.grid)))
-            right = (f"{step.flops / 1e9:,.2f}", f"{step.moved / 2**20:,.2f}", f"{step.microseconds(rates):,.1f}")
-            table.add_row(*left, *right)
+            cells = (p.layer.routing, p.layer.shape, p.direction, p.plan, step.name, " x ".join(map(str, step.grid)))
+            more = (f"{step.flops / 1e9:,.2f}", f"{step.moved / 2**20:,.2f}", f"{step.microseconds(rates):,.1f}")
+            table.add_row(*cells, *more)
         table.add_section()
     return table
 
@@ -191,14 +163,6 @@ def _compile(chips: Sequence[str], kernels: Sequence[str], workers: int) -> list
         return compile_all(todo, workers, lambda number: progress.advance(bar, number))
 
 
-def _draw(found: Sequence[Prediction], path: Path, rates: Rates) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("the figure needs matplotlib: pip install matplotlib")
-    from .figure import plot_roofline
-
-    plot_roofline(found, path, rates)
-
-
 def main(
     chips: Annotated[list[str] | None, typer.Option("--chip", help="only this chip; may be repeated")] = None,
     kernels: Annotated[list[str] | None, typer.Option("--kernel", help="only this kernel; may be repeated")] = None,
@@ -218,7 +182,11 @@ def main(
     # who asks for one chip or kernel wants to see what the compiler says of it
     found = [] if chips or kernels else list(predict_all(rates))
     if found and figure is not None:
-        _draw(found, figure, rates)
+        try:
+            check_matplotlib("the figure needs matplotlib: pip install matplotlib")
+        except ImportError as error:
+            raise typer.BadParameter(str(error)) from None
+        predicted.draw(found, figure, rates)
     if found and json_file is None:
         tables.console().print(launches(found, rates) if show_all else predictions(found, rates))
     rows = [] if roofline_only else _compile(chips or (), kernels or (), workers)

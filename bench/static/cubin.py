@@ -1,11 +1,7 @@
 """What a compiled kernel is made of, and how many of its programs fit on one processor of the chip.
 
-In:   a cubin (NVIDIA) or amdgcn text (AMD), as `triton.compile` returns them; no GPU is needed.
-Out:  registers and spills, instruction counts from the disassembly, programs per multiprocessor and what limits them.
-Who:  `bench.static.command`, which makes one row per kernel variant of it.
-
-The disassembler takes 0.2 s to start and about 15 us an instruction, so many cubins go through it at once:
-`.text` sections one after another are a raw image of the chip, and instruction addresses tell them apart again.
+The disassembler takes 0.2 s to start and about 15 us an instruction, so many cubins go through it at once: `.text`
+sections one after another are a raw image of the chip, and instruction addresses tell them apart again.
 """
 
 from __future__ import annotations

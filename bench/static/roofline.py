@@ -1,10 +1,5 @@
 """What each plan launches, and how fast that could be at best: a prediction, not a measurement.
 
-In:   a layer's shape and three assumed rates: products, memory, and what a launch costs.
-Out:  per plan, forward and backward: every launch with its grid, FLOPs and bytes, a predicted time, and its ratio to
-      the frozen linear layer predicted the same way.
-Who:  `bench.static.command` prints it, `bench.static.figure` draws it.
-
 The op's own code runs on meta tensors: kernels are recorded (`kernels.recording`) and torch's operators seen on their
 way to the dispatcher, so the list is what a GPU would be asked to do. FLOPs of a kernel follow from which of the
 letters it is given; its bytes are its tensors, each once: what caches save or tiles read twice is not in it.

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.layers.layer import FORWARD
-from bench.layers.problem import Check
-from bench.layers.work import Ready
-from bench.report.rows import Row
+from bench.report.rows import FORWARD, Row
+from bench.run import Check, Ready
 from bench.timing import Run
 
 RIGHT, WRONG = Check(1e-7, 1e-6, "y"), Check(0.5, 1e-6, "da")
@@ -20,7 +18,7 @@ class CountingClock:
     def __init__(self) -> None:
         self.calls = 0
 
-    def measure(self, run: Run) -> float:
+    def __call__(self, run: Run) -> float:
         run()
         self.calls += 1
         return float(self.calls)

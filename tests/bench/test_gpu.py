@@ -9,14 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cuda, gpu
+from bench import gpu, timing
 from bench.__main__ import app
-from bench.layers.layer import BOTH, FORWARD
+from bench.layers.layer import LayerWork
 from bench.layers.problem import Case
 from bench.layers.providers import find
-from bench.layers.work import LayerWork
 from bench.models.pair import llama
-from bench.report.rows import EAGER, GRAPH, MODES, Row
+from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, MODES, Row
 from bench.report.sheet import Sheet, read
 from bench.run import Runner
 from tests.bench.fakes import CountingClock
@@ -38,7 +37,7 @@ def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
         toy = {"tokens": 8, "rows": 3, "tasks": 3, "r": 2, "answer": 2, "dtype": torch.float32, "device": "cpu"}
         monkeypatch.setattr(gpu, name, dataclasses.replace(getattr(gpu, name), **toy))
     monkeypatch.setattr(gpu, "CudaClock", CountingClock)
-    monkeypatch.setattr(cuda, "capture", lambda step: step)
+    monkeypatch.setattr(timing, "capture", lambda step: step)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -71,7 +70,7 @@ def test_both_modes_on_a_gpu(tmp_path):
     case = Case("small", "task", m=512, k=256, n=512, e=4, dtype=torch.bfloat16, device="cuda")
     work = LayerWork(case, find(["frozen", "fused", "hoisted", "Unsloth-style addmm"]))
     sheet = Sheet(tmp_path / "out.csv", Row)
-    rows = Runner(sheet, Row(), repeats=5, clock=cuda.CudaClock()).run([work], MODES)
+    rows = Runner(sheet, {}, repeats=5, clock=timing.CudaClock()).run([work], MODES)
     assert len(rows) == 4 * 2 * 2
     for row in rows:
         assert row.timed, row
@@ -82,7 +81,7 @@ def test_both_modes_on_a_gpu(tmp_path):
 @pytest.mark.gpu
 def test_a_replay_reads_its_inputs_anew_on_a_gpu():
     x = torch.ones(8, device="cuda")
-    replay = cuda.capture(lambda: [2 * x])
+    replay = timing.capture(lambda: [2 * x])
     assert replay()[0].tolist() == [2.0] * 8
     x.fill_(3.0)
     assert replay()[0].tolist() == [6.0] * 8
@@ -91,5 +90,5 @@ def test_a_replay_reads_its_inputs_anew_on_a_gpu():
 @pytest.mark.gpu
 def test_the_clock_of_a_gpu_runs_once():
     ran: list[int] = []
-    assert cuda.CudaClock().measure(lambda: ran.append(1)) >= 0
+    assert timing.CudaClock()(lambda: ran.append(1)) >= 0
     assert ran == [1]

@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.layers.layer import BOTH, FORWARD
 from bench.report.readme import replace_block
-from bench.report.rows import EAGER, GRAPH, Row
+from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row
 from bench.report.sheet import Sheet
 from bench.report.targets import SQUARE
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from bench.layers import problem as problems
-from bench.layers.layer import BOTH, FORWARD, PASSES, Layer
+from bench.layers.layer import Layer
 from bench.layers.problem import Case, Problem
 from bench.layers.providers import PROVIDERS, find
+from bench.report.rows import BOTH, FORWARD, PASSES
 
 SMALL = {"m": 48, "k": 24, "n": 40, "r": 4, "e": 6}
 

@@ -9,18 +9,17 @@ import pytest
 import torch
 import typer
 
-from bench import session
+from bench import run as runs
 from bench.layers import providers
-from bench.layers.layer import BOTH, FORWARD
+from bench.layers.layer import LayerWork, Provider
 from bench.layers.problem import Case
-from bench.layers.work import LayerWork, Work
-from bench.report.rows import EAGER, GRAPH, Row
+from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row
 from bench.report.sheet import Sheet, read
 from bench.report.targets import FUSED
-from bench.run import Runner
+from bench.run import Runner, Work
 from tests.bench.fakes import WRONG, CountingClock, FakeCandidate, FakeWork, raising
 
-BASE = Row(command="cpu", commit="abc", date="2026-01-01 00:00:00", device="a machine")
+BASE = {"command": "cpu", "commit": "abc", "date": "2026-01-01 00:00:00", "device": "a machine"}
 
 
 def run(works: list[Work], path: Path, modes: tuple[str, ...] = (EAGER,)) -> dict[str, Row]:
@@ -49,7 +48,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(tmp_path):
         forward = layer.forward
         return dataclasses.replace(layer, forward=lambda: forward() * 1.001)
 
-    wrong = providers.Provider("wrong", {"task": "task"}, off_by_a_little)
+    wrong = Provider("wrong", {"task": "task"}, off_by_a_little)
     case = Case("small", "task", m=32, k=8, n=8, r=2, e=2)
     rows = run([LayerWork(case, [*providers.find(["fused"]), wrong], [FORWARD])], tmp_path / "out.csv")
     assert rows["wrong"].status == "wrong"
@@ -117,8 +116,9 @@ def test_an_interrupt_keeps_the_rows(tmp_path):
     assert [row.provider for row in read(path, Row)] == ["first"]
 
 
-def _session(path: Path) -> session.Session:
-    return session.Session("cpu", "cpu", path, 2, FUSED, (), CountingClock())
+def _measure(path: Path, *works: Work) -> None:
+    asked = {"denominator": FUSED, "targets": (), "clock": CountingClock()}
+    runs.measure("cpu", "cpu", works, [EAGER], out=path, repeats=2, **asked)
 
 
 def test_a_session_that_is_interrupted_says_how_many_rows_are_where(tmp_path, capsys):
@@ -128,15 +128,15 @@ def test_a_session_that_is_interrupted_says_how_many_rows_are_where(tmp_path, ca
         FakeWork([FakeCandidate("second", preparing=raising(KeyboardInterrupt()))]),
     ]
     with pytest.raises(typer.Exit) as exit_:
-        _session(path).measure(works, [EAGER])
-    assert exit_.value.exit_code == session.INTERRUPTED
+        _measure(path, *works)
+    assert exit_.value.exit_code == runs.INTERRUPTED
     assert f"interrupted: 1 row written to {path}" in capsys.readouterr().out
     assert len(read(path, Row)) == 1
 
 
 def test_a_session_with_a_wrong_result_fails(tmp_path, capsys):
     with pytest.raises(typer.Exit) as exit_:
-        _session(tmp_path / "out.csv").measure([FakeWork([FakeCandidate("bad", check=WRONG)])], [EAGER])
+        _measure(tmp_path / "out.csv", FakeWork([FakeCandidate("bad", check=WRONG)]))
     assert exit_.value.exit_code == 1
     assert "WRONG, not timed" in capsys.readouterr().out
 
@@ -145,5 +145,5 @@ def test_a_session_refuses_a_foreign_csv(tmp_path):
     path = tmp_path / "out.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(typer.BadParameter, match="other columns"):
-        _session(path).measure([FakeWork([FakeCandidate("first")])], [EAGER])
+        _measure(path, FakeWork([FakeCandidate("first")]))
     assert path.read_text() == "a,b\n1,2\n"

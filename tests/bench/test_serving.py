@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 pytest.importorskip("peft", reason="the baselines are PEFT's")
 
 from alora_kernels import data
-from bench.report.rows import OK, WRONG
+from bench.report.rows import OK, WRONG, newest
 from bench.report.sheet import Sheet, read
+from bench.report.targets import judge
 from bench.serving import command
 from bench.serving.adapters import Adapters, Truth, sharing
 from bench.serving.load import Load, Outcome, Request, by_task, choose, numbers, prompts, requests_of
 from bench.serving.providers import Stage, providers_of
-from bench.serving.rows import BASE, MERGED, MIXED, NUMBERS, OURS, PROVIDERS, SERIAL, Row, goals, judge, medians, newest
+from bench.serving.rows import BASE, MERGED, MIXED, NUMBERS, OURS, PROVIDERS, SERIAL, Repeat, goals, medians
 from bench.serving.run import Job, Runner
 
 LOAD = Load("uniform", tasks=4, concurrency=4, requests=10, new_tokens=6)
@@ -226,7 +227,7 @@ class FakeProvider:
 
 
 def runner(tmp_path, truth, texts):
-    return Runner(Sheet(tmp_path / "s.csv", Row), Row(date="now", device="cpu"), texts, truth)
+    return Runner(Sheet(tmp_path / "s.csv", Repeat), Repeat(date="now", device="cpu"), texts, truth)
 
 
 def test_the_runner_times_what_is_right_only(tiny, adapters, truth, texts, tmp_path):
@@ -262,7 +263,7 @@ def test_the_runner_times_what_is_right_only(tiny, adapters, truth, texts, tmp_p
     assert [row.status for row in by_name["fails"]] == ["failed: RuntimeError: no way"]
     assert [row.status for row in by_name["missing"]] == ["not available: too big"]
     assert fakes[1].calls == 1  # verified, never timed
-    assert read(tmp_path / "s.csv", Row) == [
+    assert read(tmp_path / "s.csv", Repeat) == [
         replace(row, **{n: None if v is None else float(f"{v:.6g}") for n, v in numbers_of(row).items()})
         for row in rows
     ]
@@ -279,7 +280,7 @@ def test_an_interrupted_run_keeps_its_rows(tiny, adapters, truth, texts, tmp_pat
     run = runner(tmp_path, truth, texts)
     with pytest.raises(KeyboardInterrupt):
         run.measure([Job(FakeProvider("gone", str, "why"), LOAD), Job(FakeProvider("x", interrupts), LOAD)], repeats=1)
-    assert [row.provider for row in run.rows] == [row.provider for row in read(tmp_path / "s.csv", Row)]
+    assert [row.provider for row in run.rows] == [row.provider for row in read(tmp_path / "s.csv", Repeat)]
     assert [row.provider for row in run.rows] == ["gone"]
 
 
@@ -287,23 +288,24 @@ def row(provider, tasks, speed, popularity="uniform", **columns):
     numbers = {"first_p50_ms": 10.0, "first_p95_ms": 30.0, "latency_p50_ms": 50.0, "latency_p95_ms": 60.0}
     numbers |= {"batch_mean": 8.0, "adapter_mb": 1.0}
     same = {"date": "2026-01-02", "device": "a CPU, 2 threads", "model": "tiny", "r": 8}
-    return Row(
+    return Repeat(
         provider=provider, tasks=tasks, tokens_per_second=speed, popularity=popularity, **numbers | same | columns
     )
 
 
 def test_medians_hide_no_wrong_repeat():
     rows = [row(OURS, 4, speed, repeat=i) for i, speed in enumerate((1.0, 9.0, 2.0))]
-    assert medians(rows)[OURS, "uniform", 4].tokens_per_second == 2.0
-    assert medians(rows)[OURS, "uniform", 4].status == OK
-    assert medians([*rows, row(OURS, 4, None, status=WRONG)])[OURS, "uniform", 4].status == WRONG
-    assert newest([*rows, row(OURS, 4, 5.0, date="2025-01-01")]) == rows
+    assert [found.tokens_per_second for found in medians(rows)] == [2.0]
+    assert [found.status for found in medians(rows)] == [OK]
+    assert [found.status for found in medians([*rows, row(OURS, 4, None, status=WRONG)])] == [WRONG]
+    assert newest([*rows, row(OURS, 4, 5.0, date="2025-01-01")], lambda row: "") == rows
 
 
 def test_goals():
     speeds = {(OURS, 16): 30.0, (SERIAL, 16): 10.0, (MIXED, 16): 24.0, (BASE, 16): 40.0, (OURS, 1): 40.0}
     found = medians([*(row(n, t, s) for (n, t), s in speeds.items()), row(OURS, 256, None, status=WRONG)])
-    judged = {goal.ratio_of: (judge(goal, found), goal.must) for goal in goals([1, 256], 16)}
+    verdicts = [judge(goal, found) for goal in goals([1, 256], 16)]
+    judged = {v.target.ratio_of: (v.measured or v.reason, v.target.must) for v in verdicts}
     assert judged == {
         f"{OURS} / {SERIAL}, uniform over 16": (3.0, 3.0),
         f"{OURS} / {MERGED}, uniform over 16": (f"{MERGED}, 16 tasks: not run", 3.0),
@@ -367,7 +369,7 @@ def test_the_command_from_end_to_end(tmp_path):
     ]
     done = invoke("--model", "tiny-random", *sizes, "--tasks", "2", "--tasks", "1", "--out", str(out))
     assert done.exit_code == 0, done.output
-    rows = read(out, Row)
+    rows = read(out, Repeat)
     assert all(row.status == OK and row.checked == 12 for row in rows), [(row.provider, row.status) for row in rows]
     assert Counter((row.provider, row.tasks) for row in rows) == {
         (OURS, 16): 1, (OURS, 1): 1, (OURS, 2): 3, (MIXED, 16): 1, (MIXED, 1): 1, (MIXED, 2): 1,

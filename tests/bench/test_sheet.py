@@ -23,7 +23,7 @@ class Record:
 
 
 FULL = Record('a, "b"\nc', "forward", 3, 0.5, 2.0)
-KINDS: dict[Path, Any] = {rows.RESULTS: rows.Row, serving_rows.FOLDER: serving_rows.Row}
+KINDS: dict[Path, Any] = {rows.RESULTS: rows.Row, rows.RESULTS / "serving": serving_rows.Repeat}
 
 
 def written(path: Path, *records: Any) -> Path:
@@ -33,11 +33,11 @@ def written(path: Path, *records: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "record", [FULL, rows.Row(direction="forward", p50_ms=2.0), serving_rows.Row(tasks=3, equal=0.5)]
+    "record", [FULL, rows.Row(direction="forward", p50_ms=2.0), serving_rows.Repeat(tasks=3, equal=0.5)]
 )
 @pytest.mark.parametrize("number", [None, 0.0, 1e-300, 123456.0, float("inf"), float("-inf")])
 def test_records_survive_and_are_appended(tmp_path: Path, record: Any, number: float | None) -> None:
-    name = {Record: "ms", rows.Row: "p50_ms", serving_rows.Row: "equal"}[type(record)]
+    name = {Record: "ms", rows.Row: "p50_ms", serving_rows.Repeat: "equal"}[type(record)]
     both = [record, replace(record, **{name: number})]
     path = written(tmp_path / "deep" / "out.csv", *both)
     assert read(path, type(record)) == both

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="predictions run our launchers on meta tensors")
 
-from bench.report import plot
-from bench.static import readme, roofline
+from bench import plot
+from bench.static import predicted, roofline
 from bench.static.roofline import Layer, Rates
 
 
@@ -18,9 +18,9 @@ def predictions() -> list[roofline.Prediction]:
 
 
 def test_the_first_line_says_predicted_and_every_plan_has_a_ratio() -> None:
-    first, _, head, _, *lines = readme.block(predictions(), Rates(tflops=700), "figure.png").splitlines()
+    first, _, head, _, *lines = predicted.block(predictions(), Rates(tflops=700), "figure.png").splitlines()
     assert first.startswith("PREDICTED, not measured") and "700 TFLOP/s" in first
-    assert all(f"`{plan}`" in head for plan in readme.COLUMNS)
+    assert all(f"`{plan}`" in head for plan in predicted.COLORS)
     table = [line for line in lines if line.startswith("| task")]
     assert len(table) == 3  # forward and backward, and decoding
     for line in table:

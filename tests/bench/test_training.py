@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.layers.layer import BOTH, FORWARD
 from bench.models import decoding, training
-from bench.models.decoding import DecodingWork
-from bench.models.pair import FROZEN, FUSED, Setting, eight_billion, judged, llama
-from bench.models.training import MODELS, STOCK, TrainingWork
-from bench.report.rows import EAGER, GRAPH
+from bench.models.pair import FROZEN, FUSED, ModelWork, Setting, eight_billion, judged, llama
+from bench.models.training import MODELS, STOCK, training_work
+from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH
 
 
 def tiny() -> Any:
@@ -27,8 +25,8 @@ def tiny() -> Any:
 
 
 @pytest.fixture(scope="module")
-def work() -> TrainingWork:
-    return TrainingWork(base=tiny)
+def work() -> ModelWork:
+    return training_work(base=tiny)
 
 
 def test_both_models_are_right(work):
@@ -40,8 +38,8 @@ def test_both_models_are_right(work):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_spoilt_gradient_is_seen(work, name):
-    models = work._models
-    results = models.results(name, models.step(name))
+    models = work.models
+    results = models.results(name, models.step_of(name)())
     assert len(results) == 1 + 2 * 14  # the loss, A and B of seven layers in each of two blocks
     assert judged(results, models.truth, models.allowed).ok
     for spoilt in list(results)[:3]:
@@ -51,29 +49,31 @@ def test_a_spoilt_gradient_is_seen(work, name):
 
 
 def test_steps_do_not_accumulate(work):
-    models = work._models
+    models = work.models
     for name in (FUSED, STOCK):
-        first = {k: t.clone() for k, t in models.results(name, models.step(name)).items()}
-        again = models.results(name, models.step(name))
+        first = {k: t.clone() for k, t in models.results(name, models.step_of(name)()).items()}
+        again = models.results(name, models.step_of(name)())
         assert all(torch.equal(first[k], again[k]) for k in first)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_row_says_which_weights(cached, monkeypatch):
     monkeypatch.setattr(training, "in_cache", lambda: cached)
-    assert ("random weights" in TrainingWork().row.note) == (not cached)
+    assert ("random weights" in training_work().row.note) == (not cached)
 
 
 def test_the_frozen_model_is_beside_them_and_no_step_is_captured():
-    (frozen,) = TrainingWork((FROZEN,), base=tiny).candidates()
+    (frozen,) = training_work((FROZEN,), base=tiny).candidates()
     assert frozen.computes == "frozen" and frozen.prepare(BOTH, EAGER).check.ok
     assert "eager" in str(frozen.reason(BOTH, GRAPH)) and frozen.reason(BOTH, EAGER) is None
     assert not any(p.grad is not None for p in frozen._models.frozen.parameters())
 
 
 @pytest.fixture(scope="module")
-def decode() -> DecodingWork:
-    return DecodingWork(decoding.MODELS, tiny, Setting("model decode", tasks=5, rows=5, tokens=9), width=32, note="")
+def decode() -> ModelWork:
+    return decoding.decoding_work(
+        decoding.MODELS, tiny, Setting("model decode", tasks=5, rows=5, tokens=9), width=32, note=""
+    )
 
 
 def test_every_request_decodes_under_its_own_task(decode):
@@ -84,12 +84,12 @@ def test_every_request_decodes_under_its_own_task(decode):
         assert ready.check.ok, (candidate.name, ready.check)
         first, again = (ready.run()[0] for _ in range(2))
         assert torch.equal(first, again)  # the same work at every call
-    models = decode._models
-    right = models.step(FUSED, models.filled(FUSED))[0]
-    base = models.step(FROZEN, models.filled(FROZEN))[0]
-    assert not models.check(FUSED, base).ok
-    assert not models.check(FUSED, right.roll(1, 0)).ok
-    assert not models.check(FUSED, right * float("nan")).ok
+    models = decode.models
+    right = models.step_of(FUSED)()[0]
+    base = models.step_of(FROZEN)()[0]
+    assert not models.check(FUSED, [base]).ok
+    assert not models.check(FUSED, [right.roll(1, 0)]).ok
+    assert not models.check(FUSED, [right * float("nan")]).ok
 
 
 def test_an_eight_billion_shape_has_its_parameters():

@@ -1,19 +1,16 @@
 """Multi-LoRA kernels of other projects, where the user has them installed: LoRAFusion, vLLM, SGLang.
 
-In:   a problem of task routing on a CUDA device; per-task A and B.
-Out:  layers that call the projects' public entry points; nothing of theirs is in this repository.
-Who:  `bench.layers.providers`. Where a package is not installed the provider says so and is not run.
-
 The calls follow the signatures in the projects' public repositories (LoRAFusion `ops/multi_lora.py`, vLLM
 `lora/ops/triton_ops`, SGLang `lora/triton_ops`), which are internal to them and change: a call that no longer fits is
 reported as failed, one that computes something else as wrong; neither is timed. Metadata is made once per batch, as
-those projects do. vLLM and SGLang serve only: they have no backward.
+those projects do. vLLM and SGLang serve only: they have no backward. Nothing of theirs is in this repository.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,37 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layer import Layer
-from ..problem import Case, Problem
+from .layer import Layer
+from .problem import Case, Problem
 
 LORAFUSION_ADAPTERS, LORAFUSION_BLOCK = 4, 128
 
 
-def _missing(package: str, case: Case) -> str | None:
-    if find_spec(package) is None:
-        return f"{package} is not installed"
-    if case.device == "cpu":
-        return f"{package} needs a CUDA device"
-    return None if case.dtype == torch.bfloat16 else f"{package} is run in bf16 only"
+def missing(package: str) -> Callable[[Case], str | None]:
+    """Why a package's kernels cannot run a case here."""
 
+    def reason(case: Case) -> str | None:
+        if package == "lorafusion" and (
+            case.e > LORAFUSION_ADAPTERS or case.layout != "runs" or (case.m // case.e) % LORAFUSION_BLOCK
+        ):
+            rule = f"at most {LORAFUSION_ADAPTERS} adapters, in runs of whole {LORAFUSION_BLOCK}-row blocks"
+            return f"LoRAFusion takes {rule}"
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+        if case.device == "cpu":
+            return f"{package} needs a CUDA device"
+        return None if case.dtype == torch.bfloat16 else f"{package} is run in bf16 only"
 
-def lorafusion_missing(case: Case) -> str | None:
-    """LoRAFusion takes at most four adapters, each a run of whole blocks of rows."""
-    if case.e > LORAFUSION_ADAPTERS or case.layout != "runs" or (case.m // case.e) % LORAFUSION_BLOCK:
-        return (
-            f"LoRAFusion takes at most {LORAFUSION_ADAPTERS} adapters, in runs of whole {LORAFUSION_BLOCK}-row blocks"
-        )
-    return _missing("lorafusion", case)
-
-
-def vllm_missing(case: Case) -> str | None:
-    """Why vLLM's kernels cannot run here."""
-    return _missing("vllm", case)
-
-
-def sglang_missing(case: Case) -> str | None:
-    """Why SGLang's kernels cannot run here."""
-    return _missing("sglang", case)
+    return reason
 
 
 def lorafusion(problem: Problem) -> Layer:

@@ -1,12 +1,9 @@
 """Stock PEFT: one LoRA, a mixed batch of LoRAs, and Poly, each PEFT's own layer around an `nn.Linear`.
 
-In:   a problem; its tensors are copied into PEFT's parameters, the frozen weight is shared.
-Out:  layers that call PEFT's `forward`; gradients are turned back into the problem's shapes after the run.
-Who:  `bench.layers.providers`.
-
-PEFT widens adapters over a 16-bit base to float32 by default and is then slower: here they keep the problem's dtype
-(`autocast_adapter_dtype=False`). Poly's router runs in eval mode, because in training it samples its weights, which
-no float64 truth can match; that spares it one small draw.
+A problem's tensors are copied into PEFT's parameters, the frozen weight is shared. PEFT widens adapters over a 16-bit
+base to float32 by default and is then slower: here they keep the problem's dtype (`autocast_adapter_dtype=False`).
+Poly's router runs in eval mode, because in training it samples its weights, which no float64 truth can match; that
+spares it one small draw.
 """
 
 from __future__ import annotations
@@ -18,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer import Layer
-from ..problem import Problem
+from .layer import Layer
+from .problem import Problem
 
 
 class _Host(nn.Module):

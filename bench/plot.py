@@ -1,10 +1,8 @@
 """Figures and the README's tables from the CSV files: `python -m bench plot`.
 
-In:   bench/results/*.csv, and the predictions of `bench.static.roofline` (which needs triton).
-Out:  PNG files beside them; README.md with its blocks `bench-cpu`, `bench-gpu` and `bench-static` written anew.
-Who:  people after a run; CI with `--check`, which only compares the README with the CSV files.
-
-Of several runs of the same case the newest counts.
+PNG files are written beside the CSV files, the README's blocks `bench-cpu`, `bench-gpu` and `bench-static` anew (the
+last holds predictions, which need triton). Of several runs of the same case the newest counts. CI only compares the
+README, with `--check`.
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import readme
-from .machine import ROOT
-from .rows import RESULTS, Row, newest
-from .sheet import read
-from .targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
+from alora_kernels.plotting import check_matplotlib
+
+from .report import figures, readme
+from .report.rows import RESULTS, ROOT, Row, grouped, newest
+from .report.sheet import read
+from .report.targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
 
 PREDICTED = RESULTS / "static" / "predicted.png"
 _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
@@ -33,8 +32,10 @@ def load(folder: Path) -> dict[Path, list[Row]]:
     Raises:
         typer.BadParameter: there is none, or one of them has other columns.
     """
+    found = {}
     try:
-        found = {path: newest(read(path, Row)) for path in sorted(folder.glob("*.csv"))}
+        for path in sorted(folder.glob("*.csv")):
+            found[path] = newest(read(path, Row), lambda row: row.group, lambda row: row.timed)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--results") from None
     if not any(found.values()):
@@ -44,9 +45,7 @@ def load(folder: Path) -> dict[Path, list[Row]]:
 
 def families(rows: list[Row]) -> dict[str, list[Row]]:
     """The cases that share a figure: those whose names begin with the same word."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.case.split()[0], []).append(row)
+    found = {same[0].case.split()[0]: same for same in grouped(rows, lambda row: row.case.split()[0])}
     return {name: same for name, same in found.items() if any(row.timed for row in same)}
 
 
@@ -69,7 +68,7 @@ def predicts(text: str) -> bool:
 @cache
 def predictions() -> list[Any]:
     """What `bench.static.roofline` predicts, for the table and the figure alike."""
-    from ..static import roofline
+    from .static import roofline
 
     return list(roofline.predict_all(roofline.Rates()))
 
@@ -84,15 +83,14 @@ def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) ->
     for path, rows in results.items():
         command = rows[0].command
         link = Path(os.path.relpath(path.resolve().parent, readme_folder)).as_posix()
-        figures = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
-        content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", figures, cases=command == "cpu")
+        files = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
+        content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command == "cpu")
         blocks.setdefault(command, []).append(content)
     if predicts(text):
-        from ..static import readme as static_readme
-        from ..static import roofline
+        from .static import predicted, roofline
 
         link = Path(os.path.relpath(PREDICTED, readme_folder)).as_posix()
-        blocks["static"] = [static_readme.block(predictions(), roofline.Rates(), link)]
+        blocks["static"] = [predicted.block(predictions(), roofline.Rates(), link)]
     for command, contents in blocks.items():
         text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
     return text
@@ -116,10 +114,10 @@ def main(
             raise typer.Exit(1)
         typer.echo(f"{readme_file} agrees with {', '.join(path.name for path in found)}")
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("the figures need matplotlib: pip install matplotlib")
-    from . import figures
-
+    try:
+        check_matplotlib()
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from None
     for path, rows in found.items():
         for name, file in figure_files(path, rows).items():
             if name == "targets":
@@ -128,9 +126,9 @@ def main(
                 figures.times(families(rows)[name], results / file)
             typer.echo(f"wrote {results / file}")
     if predicts(new):
-        from ..static import figure
+        from .static import predicted, roofline
 
-        figure.plot_roofline(predictions(), PREDICTED)
+        predicted.draw(predictions(), PREDICTED, roofline.Rates())
         typer.echo(f"wrote {PREDICTED}")
     readme_file.write_text(new)
     typer.echo(f"rewrote the tables of {readme_file}")
