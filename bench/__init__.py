@@ -1,0 +1,6 @@
+"""Benchmarks: `python -m bench --help`, and README.md here."""
+
+import logging
+
+# bitsandbytes looks for CPU kernels on a hub when something imports it, and says so before a command has begun
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 import typer
 
-# bitsandbytes looks for CPU kernels on a hub when something imports it, and says so before a command has begun
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from . import cpu, gpu, plot  # noqa: E402
-from .reproduce import command as reproduce  # noqa: E402
-from .serving import command as serving  # noqa: E402
+from . import cpu, gpu, plot
+from .reproduce import command as reproduce
+from .serving import command as serving
 
 app = typer.Typer(
     no_args_is_help=True,
