@@ -50,30 +50,21 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None) -> None:
         self.path = Path(path)
-        self._run: Event = {}
-        self._first: int | None = None  # the first training round, whose "before" is the baseline
-        self._baseline: dict[str, float] = {}
-        self._clients: list[Event] = []  # of the round in progress
+        self._events: list[dict[str, Any]] = []  # what is in the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_from is None:
             try:
                 self.path.touch(exist_ok=False)
             except FileExistsError:
-                why = (
-                    f"{self.path} is the ledger of an earlier run: continue it with --resume, or choose another output"
-                )
+                why = f"{path} is the ledger of an earlier run: continue it with --resume, or choose another output"
                 raise FileExistsError(why) from None
         else:
-            for event in _cut(self.path, resume_from):
-                self._see(event)
+            self._events = _cut(self.path, resume_from)
         # "a": after a failed write is cut off, the next goes to the new end; unbuffered: one write call per line
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: Event) -> None:
-        """Append one event as a line, with the time.
-
-        Args:
-            event: JSON values and NumPy scalars under "event" and other names.
+        """Append one event, JSON values and NumPy scalars under "event" and other names, as a line with the time.
 
         Raises:
             ValueError: the event has no name under "event".
@@ -84,39 +75,25 @@ class Ledger:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         line |= {k: v for k, v in _plain({**event, **self._scores(event)}).items() if k != "time"}
         self._append(_encode(line), sync=event["event"] != "client")
-        self._see(line)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        self._events.append(line)
 
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def _scores(self, event: Event) -> dict[str, Any]:
-        metric, higher = self._run.get("metric"), self._run.get("higher_is_better", True)
-        if event["event"] != "round" or metric is None:
+        run = run_of(self._events)
+        if event["event"] != "round" or run.get("metric") is None:
             return {}
-        of_round = [e for e in self._clients if (e["kind"], e["round"]) == (event["kind"], event["round"])]
+        trained = of_kind(self._events, "client", "train")
+        baseline = measured((e for e in trained if e["round"] == trained[0]["round"]), "before", run["metric"])
+        clients = [e for e in of_kind(self._events, "client", event["kind"]) if e["round"] == event["round"]]
         return {
-            name: scores(measured(of_round, name, metric), self._baseline, higher) for name in FIELDS[event["kind"]]
+            name: scores(measured(clients, name, run["metric"]), baseline, run.get("higher_is_better", True))
+            for name in FIELDS[event["kind"]]
         }
-
-    def _see(self, event: Event) -> None:
-        """What later scores need of an event that is in the file."""
-        if event["event"] == "run":
-            self._run = event
-        elif event["event"] == "round":
-            self._clients = []
-        elif event["event"] == "client":
-            self._clients.append(event)
-            if event["kind"] == "train" and self._run.get("metric") is not None:
-                self._first = event["round"] if self._first is None else self._first
-                if event["round"] == self._first:
-                    self._baseline |= measured([event], "before", self._run["metric"])
 
     def _append(self, line: bytes, *, sync: bool) -> None:
         start = os.fstat(self._file.fileno()).st_size
@@ -135,13 +112,9 @@ class Ledger:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events of a ledger, of a run in progress too.
+    """The events of a ledger in the order of their writing, of a run in progress too.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Events in the order of their writing; half a last line, which a running or killed process leaves, is left out.
+    Half a last line, which a running or killed process leaves, is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -235,7 +208,7 @@ def measured(clients: Iterable[Event], field_name: str, metric: str) -> dict[str
 def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: bool = True) -> float | None:
     """Mean relative change against a baseline, in percent. NEGATIVE IS BETTER.
 
-    Formula: `100/K sum_k (-1)^h (M_k - M0_k) / M0_k`, h = 1 if higher is better, else 0.
+    Formula: `100/K sum_k (-1)^h (M_k - M0_k) / M0_k`, h = 1 if higher is better, else 0 (Ban & Ji 2025, Fed-ALoRA).
 
     Args:
         values: client -> metric M.
@@ -247,8 +220,6 @@ def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_i
 
     Raises:
         ValueError: no values, or a client without a baseline.
-
-    Source: the multi-task measure of Ban & Ji 2025, Fed-ALoRA.
     """
     if not values:
         raise ValueError("values is empty: delta_m needs at least one client")

@@ -68,22 +68,17 @@ def participant(config: FedConfig, client_name: str, *, data_file: str | Path | 
     """
     client = config.client(client_name)
     _check(config)
-    base = _base_of(config)
-    rows = _rows(config, client_name, data_file)
-    shared = _shared_labels(config)
+    base, rows, shared = _base_of(config), _rows(config, client_name, data_file), _shared_labels(config)
     if shared is not None and rows.labels != shared:
         raise ConfigError(
             f"head: shared, but {client_name} answers with {', '.join(rows.labels)} and others with "
             f"{', '.join(shared)}; set `head: private`"
         )
-    model = _adapted(config, base, len(rows.labels), client.name, config.rank_of(client.name))
-    ask = _ask_encoder if kind_of(config) == "encoder" else _ask_causal
-    pad = base.tokenizer.pad_token_id
     return Participant(
         name=client.name,
-        model=model,
-        train=partial(_train, rows=rows, ask=ask, pad=pad, config=config),
-        evaluate=partial(_evaluate, rows=rows, ask=ask, pad=pad, metrics=config.metrics),
+        model=_adapted(config, base, len(rows.labels), client.name, config.rank_of(client.name)),
+        train=partial(_train, rows=rows, config=config),
+        evaluate=partial(_evaluate, rows=rows, metrics=config.metrics),
         num_examples=len(rows.train),
         base=base.fingerprint,
     )
@@ -215,6 +210,7 @@ class Rows:
         train_target, test_target: per row, the right one of `choices`.
         majority: test accuracy of always giving the most frequent training answer.
         causal: whether targets are tokens; such rows are padded on the left, so that all answers begin together.
+        pad: fills shorter rows.
     """
 
     labels: tuple[str, ...]
@@ -225,6 +221,7 @@ class Rows:
     test_target: Tensor
     majority: float
     causal: bool
+    pad: int
 
 
 @lru_cache(maxsize=32)
@@ -239,16 +236,7 @@ def task_rows(
     test_size: int,
     max_length: int,
 ) -> Rows:
-    """Rows of one task, read and tokenised once per process.
-
-    Args:
-        task: built-in task, `.jsonl` file or hub id; None if there is a file.
-        data_file: a `.jsonl` file that takes its place; answers must be the task's label words if it is built in.
-        causal: whether the model answers in words.
-        tokenizer: the model's.
-        seed: decides which rows are test rows.
-        train_size, test_size: at most so many rows; None takes all that are left.
-        max_length: tokens per row; longer ones are cut.
+    """Rows of a task (or of the file that takes its place), read and tokenised once per process.
 
     Raises:
         ValueError: fewer than two different answers, answers that are not label words, or as in `data.load_task`.
@@ -270,6 +258,7 @@ def task_rows(
         test_target=torch.tensor([number[answer] for answer in answers["test"]]),
         majority=answers["test"].count(most) / len(answers["test"]),
         causal=causal,
+        pad=tokenizer.pad_token_id,
     )
 
 
@@ -298,16 +287,9 @@ def _prompts(split: Any, tokenizer: Any, causal: bool, max_length: int) -> list[
 
 
 def collate(rows: Sequence[Sequence[int]], pad: int, *, left: bool, device: torch.device) -> Mapping[str, Tensor]:
-    """Rows padded to the longest of them.
+    """`input_ids` and `attention_mask` `[rows, length]` of rows of token ids, filled up with `pad` on one side.
 
-    Args:
-        rows: token ids.
-        pad: fills shorter rows.
-        left: pad on the left and number the positions from each row's first token.
-        device: where the model is.
-
-    Returns:
-        `input_ids`, `attention_mask` `[rows, length]`, and `position_ids` where padded on the left.
+    On the left, `position_ids` too, counted from each row's first token.
     """
     tokens, side = [torch.tensor(row) for row in rows], "left" if left else "right"
     mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)
@@ -319,49 +301,39 @@ def collate(rows: Sequence[Sequence[int]], pad: int, *, left: bool, device: torc
 
 # ---- local training and judgement
 
-Ask = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+def _logits(model: nn.Module, rows: Rows, ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Logits of some rows: over an encoder's classes, or over the vocabulary where the answer begins."""
+    batch = collate(ids, rows.pad, left=rows.causal, device=device)
+    if not rows.causal:
+        return model(**batch).float()
+    return model(**batch, logits_to_keep=torch.tensor([-1], device=device)).logits[:, -1].float()
 
 
-def _ask_encoder(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits over the classes `[rows, labels]`."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
-def _ask_causal(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits over the vocabulary where the answer begins `[rows, vocabulary]`; rows are padded on the left."""
-    last = torch.tensor([-1], device=batch["input_ids"].device)
-    return model(**batch, logits_to_keep=last).logits[:, -1]
-
-
-def _train(model: nn.Module, *, rows: Rows, ask: Ask, pad: int, config: FedConfig) -> float:
+def _train(model: nn.Module, *, rows: Rows, config: FedConfig) -> float:
     """One round of local training; batches come from torch's generator, which the client has seeded."""
     device = next(model.parameters()).device
 
     def loss(model: nn.Module, picked: Tensor) -> Tensor:
-        numbers = picked.tolist()
-        batch = collate([rows.train[i] for i in numbers], pad, left=rows.causal, device=device)
-        target = rows.train_target[picked].to(device)
-        return nn.functional.cross_entropy(ask(model, batch).float(), target)
+        logits = _logits(model, rows, [rows.train[i] for i in picked.tolist()], device)
+        return nn.functional.cross_entropy(logits, rows.train_target[picked].to(device))
 
     batches = shuffled(len(rows.train), config.local_steps, config.batch_size)
     return fit(model, batches, loss, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 @torch.no_grad()
-def _evaluate(
-    model: nn.Module, *, rows: Rows, ask: Ask, pad: int, metrics: tuple[str, ...], batch_size: int = EVAL_BATCH
-) -> dict[str, float]:
+def _evaluate(model: nn.Module, *, rows: Rows, metrics: tuple[str, ...]) -> dict[str, float]:
     """Accuracy among the label words and mean loss over the test rows; rows of similar length share a batch."""
     device = next(model.parameters()).device
     choices = rows.choices.to(device)
     order = sorted(range(len(rows.test)), key=lambda i: len(rows.test[i]))
     right, loss = 0, 0.0
     model.eval()
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        batch = collate([rows.test[i] for i in numbers], pad, left=rows.causal, device=device)
+    for start in range(0, len(order), EVAL_BATCH):
+        numbers = order[start : start + EVAL_BATCH]
         target = rows.test_target[numbers].to(device)
-        logits = ask(model, batch).float()
+        logits = _logits(model, rows, [rows.test[i] for i in numbers], device)
         loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
         right += int((choices[logits[:, choices].argmax(1)] == target).sum())
     measured = {"accuracy": right / len(order), "loss": loss / len(order)}

@@ -40,7 +40,6 @@ class Result:
 
     Attributes:
         method: name of the method, or "majority" or "untuned".
-        seed: of the run.
         accuracy: client -> accuracy on its test rows at the end.
         bytes_round: arrays up and down, per client and round, on average.
         bytes_total: arrays up and down, all clients and rounds.
@@ -60,7 +59,6 @@ class Row:
     """One method over all seeds; each list has a value per seed.
 
     Attributes:
-        method: its name.
         mean, worst: over the clients.
         worst_client: who was worst, most often.
         delta: delta-m in percent against `local` with the same seed (below zero is better); None without such a run.

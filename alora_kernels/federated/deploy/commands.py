@@ -21,10 +21,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ...text import NAME
@@ -35,14 +33,12 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
 #: no telemetry, no look for updates, no `pip install` when a run starts
-ENVIRONMENT: Mapping[str, str] = MappingProxyType(
-    {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-)
+ENVIRONMENT: Mapping[str, str] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 CONNECTION = "server"  # name of the one connection in a home's config.toml
 LOOPBACK = "127.0.0.1"
 LOCAL = ("localhost", LOOPBACK)  # always in the certificate: the server's own processes call it there
@@ -55,11 +51,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def program(name: str) -> str:
-    """Path of one of Flower's programs, of this Python first.
-
-    Raises:
-        FlowerError: Flower is not installed.
-    """
+    """Path of one of Flower's programs, of this Python first; a FlowerError if Flower is not installed."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None or importlib.util.find_spec("flwr") is None:
@@ -79,19 +71,13 @@ def connect(home: Path, address: str, ca: Path | None = None) -> None:
 def superlink_command(
     home: Path, *, host: str = LOOPBACK, port: int = 8000, certificates: Certificates | None = None
 ) -> list[str]:
-    """The command of a server's SuperLink.
-
-    With certificates: TLS, and only clients whose key was registered. Without: a simulation, on this machine only.
-    Other machines reach nothing but the clients' interface, see `superlink`.
+    """Program and arguments of a server's SuperLink; other machines reach its clients' interface only, see `superlink`.
 
     Args:
         home: folder of the run; the database is `<home>/superlink.db`, so registered keys survive a restart.
         host: address to listen on; "0.0.0.0" for clients on other machines.
         port: TCP port.
-        certificates: TLS files of the server.
-
-    Returns:
-        Program and arguments.
+        certificates: for TLS, and only clients whose key was registered; None: a simulation, on this machine only.
 
     Raises:
         ValueError: no certificates and a host that is not this machine.
@@ -122,7 +108,7 @@ def supernode_command(
     port: int | None = None,
     max_wait: float | None = None,
 ) -> list[str]:
-    """The command of a client's SuperNode.
+    """Program and arguments of a client's SuperNode.
 
     Args:
         client: its name, the same after every restart.
@@ -134,9 +120,6 @@ def supernode_command(
         data: its own data file.
         port: local port for its own processes; a free one by default.
         max_wait: seconds after which it gives up to reach the server; None: never.
-
-    Returns:
-        Program and arguments.
 
     Raises:
         ValueError: a name or path that Flower's node configuration cannot hold.
@@ -154,11 +137,7 @@ def supernode_command(
 
 
 def node_config(values: Mapping[str, str]) -> str:
-    """Key-value pairs as Flower's `--node-config` wants them: `key='value'` ...
-
-    Raises:
-        ValueError: a value with a quote or a control character, for which that format has no escape.
-    """
+    """Pairs as Flower's `--node-config` wants them: `key='value'`; it has no escape for what is refused here."""
     for key, value in values.items():
         if "'" in value or not value.isprintable():
             raise ValueError(f"{key} must not hold quotes or control characters, got {value!r}")
@@ -166,11 +145,7 @@ def node_config(values: Mapping[str, str]) -> str:
 
 
 def existing(file: Path, source: str) -> Path:
-    """The file, with its whole path.
-
-    Raises:
-        FlowerError: no such file; says where it comes from.
-    """
+    """The file, with its whole path; a FlowerError says where it comes from if there is none."""
     if not Path(file).is_file():
         raise FlowerError(f"{file} is missing; it comes from {source}")
     return Path(file).resolve()
@@ -179,30 +154,15 @@ def existing(file: Path, source: str) -> Path:
 # ---- certificates and keys
 
 
-@dataclass(frozen=True)
 class Certificates:
     """Where the TLS files of a server are.
 
-    Attributes:
+    Args:
         folder: holds `ca.pem` (give it to every client), `server.pem` and `server.key` (stay with the server).
     """
 
-    folder: Path
-
-    @property
-    def ca(self) -> Path:
-        """The authority's certificate."""
-        return self.folder / "ca.pem"
-
-    @property
-    def certificate(self) -> Path:
-        """The server's certificate."""
-        return self.folder / "server.pem"
-
-    @property
-    def key(self) -> Path:
-        """The server's private key."""
-        return self.folder / "server.key"
+    def __init__(self, folder: Path) -> None:
+        self.ca, self.certificate, self.key = (Path(folder) / n for n in ("ca.pem", "server.pem", "server.key"))
 
 
 def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 365) -> Certificates:
@@ -212,9 +172,6 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
         folder: where to write; made if missing.
         hosts: names and addresses under which clients reach the server; this machine's own are added.
         days: how long both are valid.
-
-    Returns:
-        The paths.
 
     Raises:
         ValueError: days below one.
@@ -226,7 +183,7 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
 
     if days < 1:
         raise ValueError(f"days must be >= 1, got {days}")
-    files = Certificates(Path(folder))
+    files = Certificates(folder)
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca = _certificate("federation authority", authority, authority, days)
     names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys([*hosts, *LOCAL])])
@@ -240,15 +197,10 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
 
 
 def make_node_key(folder: Path, client: str) -> tuple[Path, Path]:
-    """A key pair with which a client proves to the server who it is.
-
-    Args:
-        folder: where to write; made if missing.
-        client: its name, the name of the files.
+    """A key pair with which a client proves to the server who it is, as `ssh-keygen -t ecdsa -b 384` writes it.
 
     Returns:
-        Private key, which never leaves the client, and public key, which the server registers: the same as
-        `ssh-keygen -t ecdsa -b 384` writes.
+        `<folder>/<client>`, which never leaves the client, and `<client>.pub`, which the server registers.
 
     Raises:
         ValueError: a name that is not a file name, see `check_name`.
@@ -267,11 +219,7 @@ def make_node_key(folder: Path, client: str) -> tuple[Path, Path]:
 
 
 def check_name(client: str) -> str:
-    """A client's name, if it can be a file name and a value of Flower's node configuration.
-
-    Raises:
-        ValueError: anything but letters, digits, dot, hyphen and underscore, or longer than 64.
-    """
+    """A client's name, if it can be a file name and a value of Flower's node configuration; else a ValueError."""
     if not NAME.fullmatch(client):
         raise ValueError(
             f"client must be up to 64 letters, digits, '.', '-', '_' and begin with a letter or digit, got {client!r}"

@@ -18,9 +18,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from .commands import (
@@ -45,41 +43,21 @@ AGAIN = 5.0  # seconds between two attempts
 Echo = Callable[[str], object]
 
 #: what a SuperNode logs -> what to do about it
-REMEDIES: Mapping[str, str] = MappingProxyType(
-    {
-        REFUSED: "the server does not know this client's key (register its .pub file there), or counts an earlier"
-        " process of this client as connected (for a minute after a crash)",
-        "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by the ca.pem given here, has run out, or"
-        " does not name the address used here",
-        "Unable to parse the private key": "the key must be as `ssh-keygen -t ecdsa -b 384` writes it",
-    }
-)
+REMEDIES: Mapping[str, str] = {
+    REFUSED: "the server does not know this client's key (register its .pub file there), or counts an earlier process"
+    " of this client as connected (for a minute after a crash)",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by the ca.pem given here, has run out, or does"
+    " not name the address used here",
+    "Unable to parse the private key": "the key must be as `ssh-keygen -t ecdsa -b 384` writes it",
+}
 
 
 class AlreadyRegisteredError(FlowerError):
     """The key was registered before; nothing is left to do."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that completed.
-
-    Attributes:
-        run_id: Flower's number of it.
-        status: "finished:completed".
-        log: file with the run's log.
-    """
-
-    run_id: int
-    status: str
-    log: Path
-
-
-def register(home: Path, public_key: Path, client: str) -> int:
+def register(home: Path, public_key: Path, client: str) -> None:
     """Tell the SuperLink a client's public key; from then on the client may take part.
-
-    Returns:
-        Flower's id of the node.
 
     Raises:
         AlreadyRegisteredError: the SuperLink knows the key, from an earlier start with the same database.
@@ -87,12 +65,11 @@ def register(home: Path, public_key: Path, client: str) -> int:
     """
     key = str(existing(public_key, "make_node_key"))
     try:
-        answer = _flwr(home, "supernode", "register", key, CONNECTION, "--name", check_name(client))
+        _flwr(home, "supernode", "register", key, CONNECTION, "--name", check_name(client))
     except FlowerError as error:
         if KNOWN_KEY in str(error):
             raise AlreadyRegisteredError(f"{public_key} is registered already") from None
         raise
-    return int(answer["node-id"])
 
 
 def submit_and_wait(
@@ -102,7 +79,7 @@ def submit_and_wait(
     federation: Mapping[str, int | float] | None = None,
     echo: Echo | None = None,
     seconds: float | None = None,
-) -> Run:
+) -> Path:
     """Start a run and follow it to its end.
 
     Args:
@@ -113,7 +90,7 @@ def submit_and_wait(
         seconds: deadline, after which the run is stopped.
 
     Returns:
-        The completed run.
+        File with the log of the run, which completed.
 
     Raises:
         FlowerError: the app was refused, the run crashed, was stopped or took too long; quotes the end of the log.
@@ -134,7 +111,7 @@ def submit_and_wait(
     status, details = run_status(home, run_id)
     if status != COMPLETED:
         raise FlowerError(f"run {run_id} ended as {status} ({details}):\n{last_lines(log)}")
-    return Run(run_id, status, log)
+    return log
 
 
 def run_status(home: Path, run_id: int) -> tuple[str, str]:
@@ -152,7 +129,7 @@ def run_ray(
     gpus: float = 0.0,
     echo: Echo | None = None,
     seconds: float | None = None,
-) -> Run:
+) -> Path:
     """Simulate a federation on this machine with Ray; other arguments as `submit_and_wait`.
 
     Args:
@@ -162,7 +139,7 @@ def run_ray(
         gpus: share of a GPU per client.
 
     Returns:
-        The completed run; nothing of it is left running.
+        As `submit_and_wait`; nothing of the run is left running.
 
     Raises:
         ValueError: no client, or no core for it.

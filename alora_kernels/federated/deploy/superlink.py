@@ -42,16 +42,12 @@ def allowed(path: str, peer: str | None, here: str | None) -> bool:
     return peer == here or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def _address(scope: Scope, side: str) -> str | None:
-    pair = scope.get(side)
-    return pair[0] if pair else None
-
-
 def guarded(app: App) -> App:
     """An ASGI application that answers 403 where `allowed` says no."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or allowed(scope["path"], _address(scope, "client"), _address(scope, "server")):
+        peer, here = ((scope.get(side) or (None,))[0] for side in ("client", "server"))
+        if scope["type"] == "lifespan" or allowed(scope["path"], peer, here):
             await app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
