@@ -60,17 +60,18 @@ def run(
     """Run server and all clients on this machine."""
     with _errors():
         from ..federated import deploy
+        from ..federated.deploy.apps import write_app
         from ..federated.engine import run as run_here
         from ..recipes.federated import participant
 
-        settings = _settings(config, output)
         if engine not in ("inprocess", "ray"):
             raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
-        _claim(settings, resume, overwrite)
+        settings = _claimed(config, output, resume, overwrite)
         outcome, home = None, settings.output / "flower"
         with _table(settings):
             if engine == "ray":
-                deploy.run_ray(_app(settings, home, resume), len(settings.clients), home)
+                app = write_app(home / "app", settings.to_yaml(), resume=resume)
+                deploy.run_ray(app, len(settings.clients), home)
             else:
                 outcome = run_here(settings, partial(participant, settings), resume=resume)
         if outcome is not None and outcome.status != "finished":
@@ -135,19 +136,19 @@ def server(
     """Serve a run to clients on other machines: TLS, and only registered keys."""
     with _errors():
         from ..federated import deploy
+        from ..federated.deploy.apps import write_app
         from ..federated.deploy.commands import Certificates
         from ..federated.deploy.processes import Processes
         from ..federated.deploy.runs import AlreadyRegisteredError
 
-        settings = _settings(config, output)
-        _claim(settings, resume, overwrite)
+        settings = _claimed(config, output, resume, overwrite)
         home = settings.output / "flower"
         with Processes(home / "logs") as processes, _table(settings):
             deploy.start_superlink(processes, home, host=host, port=port, certificates=Certificates(certificates))
             for public in key or []:
                 with suppress(AlreadyRegisteredError):  # an earlier start of this server took it in
                     deploy.register(home, public, public.name.removesuffix(".pub"))
-            deploy.submit_and_wait(home, _app(settings, home, resume))
+            deploy.submit_and_wait(home, write_app(home / "app", settings.to_yaml(), resume=resume))
         _report(settings.output)
 
 
@@ -172,30 +173,23 @@ def client(
         deploy.run_client(name, command, state_dir, echo=typer.echo)
 
 
-def _settings(config: Path, output: Path | None) -> FedConfig:
-    """The configuration, with an output folder that means the same in every process."""
+def _claimed(config: Path, output: Path | None, resume: bool, overwrite: bool) -> FedConfig:
+    """The configuration, with an output folder that means the same in every process and is free for the run.
+
+    Before anything is shown or started: it holds no run, or it was said what becomes of that.
+    """
     from ..federated.config import load_config
-
-    settings = load_config(config)
-    return settings.model_copy(update={"output": (output or settings.output).resolve()})
-
-
-def _claim(settings: FedConfig, resume: bool, overwrite: bool) -> None:
-    """Before anything is shown or started: the output folder is free, or it is said what becomes of its run."""
     from ..federated.server import check_fresh, clear
 
+    settings = load_config(config)
+    settings = settings.model_copy(update={"output": (output or settings.output).resolve()})
     if resume and overwrite:
         raise ValueError("--resume goes on with the run in the folder, --overwrite replaces it: give one of them")
     if overwrite:
         clear(settings.output)
     elif not resume:
         check_fresh(settings.output)
-
-
-def _app(settings: FedConfig, home: Path, resume: bool) -> Path:
-    from ..federated.deploy.apps import write_app
-
-    return write_app(home / "app", settings.to_yaml(), resume=resume)
+    return settings
 
 
 @contextmanager
