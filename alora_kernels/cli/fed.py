@@ -70,8 +70,7 @@ def run(
         outcome, home = None, settings.output / "flower"
         with _table(settings):
             if engine == "ray":
-                app = write_app(home / "app", settings.to_yaml(), resume=resume)
-                deploy.run_ray(app, len(settings.clients), home)
+                deploy.run_ray(write_app(home / "app", settings.to_yaml(), resume=resume), len(settings.clients), home)
             else:
                 outcome = run_here(settings, partial(participant, settings), resume=resume)
         if outcome is not None and outcome.status != "finished":

@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import html
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 from alora_kernels.cli import analyze as command
 from alora_kernels.recipes import display
 
 from ..analysis.adapters import UP, Q, randn
 from ..support.adapters import alora, lora
+from ..support.cli import invoke
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 app.command("analyze")(command.analyze)
@@ -29,12 +30,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display.console, "_width", 200)
 
 
-def run(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["analyze", *map(str, args)], env={"COLUMNS": "200"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
+run = partial(invoke, app, "analyze", columns=200)
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def test_help_is_complete():
 def test_the_command_line_has_it():
     from alora_kernels.cli.app import app as alora_app
 
-    assert "Compare adapters" in CliRunner().invoke(alora_app, ["analyze", "--help"], env={"COLUMNS": "200"}).output
+    assert "Compare adapters" in invoke(alora_app, "analyze", "--help")
 
 
 def test_tables_files_and_figures(adapter: Path, tmp_path: Path):

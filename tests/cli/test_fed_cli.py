@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 from alora_kernels.cli.app import app
 from alora_kernels.federated.config import load_config
 from alora_kernels.federated.log import read
 
-runner = CliRunner()
+from ..support.cli import invoke
+from ..support.toyrows import letters
 
-
-def alora(*args: str) -> str:
-    result = runner.invoke(app, ["fed", *args], env={"COLUMNS": "160"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*args: str) -> str:
-    result = runner.invoke(app, ["fed", *args], env={"COLUMNS": "160"})
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
-    return result.output
+alora = partial(invoke, app, "fed")
+refused = partial(invoke, app, "fed", code=2)
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
@@ -44,11 +33,7 @@ def config(tmp_path: Path) -> Path:
     """Two clients with files of their own."""
     draw = random.Random(0)
     for name in ("ann", "bob"):
-        rows = [
-            {"prompt": "".join(draw.choices("ab" if i % 2 else "yz", k=draw.randint(3, 9))), "answer": str(i % 2)}
-            for i in range(80)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        letters(tmp_path / f"{name}.jsonl", 80, ("0", "1"), draw)
     path = tmp_path / "fed.yaml"
     path.write_text(
         f"method: fed-alora\nclients: {{ann: {{task: {tmp_path}/ann.jsonl}}, bob: {{task: {tmp_path}/bob.jsonl}}}}\n"
@@ -59,7 +44,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_run_its_folder_and_its_table(config, tmp_path):
-    said = alora("run", str(config))
+    said = alora("run", config)
     assert "fed-alora" in said and "ann" in said and "bob" in said and "finished" in said
     out = tmp_path / "out"
     assert {"ledger.jsonl", "server.safetensors", "final.safetensors", "rounds.png", "clients"} <= {
@@ -68,18 +53,18 @@ def test_a_run_its_folder_and_its_table(config, tmp_path):
     [adapter] = out.glob("clients/*/ann/adapter")
     assert (adapter / "adapter_model.safetensors").exists()
     assert read(out / "ledger.jsonl")[-1]["status"] == "finished"
-    assert "ann" in alora("show", str(out))
-    assert "ann" in alora("show", str(out), "--follow")  # ends at once: the run has ended
+    assert "ann" in alora("show", out)
+    assert "ann" in alora("show", out, "--follow")  # ends at once: the run has ended
 
 
 def test_a_second_run_is_refused_and_resume_goes_on(config, tmp_path):
-    alora("run", str(config))
-    assert "--resume" in refused("run", str(config))
+    alora("run", config)
+    assert "--resume" in refused("run", config)
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
-    alora("run", str(config), "--resume")
+    alora("run", config, "--resume")
     events = read(tmp_path / "out" / "ledger.jsonl")
     assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
-    alora("run", str(config), "--output", str(tmp_path / "elsewhere"))
+    alora("run", config, "--output", tmp_path / "elsewhere")
 
 
 def rounds_shown(said: str) -> list[str]:
@@ -88,25 +73,25 @@ def rounds_shown(said: str) -> list[str]:
 
 def test_an_earlier_run_is_neither_shown_as_new_nor_replaced_by_accident(config, tmp_path):
     out = tmp_path / "out"
-    assert rounds_shown(alora("run", str(config))) == ["1", "2"]
+    assert rounds_shown(alora("run", config)) == ["1", "2"]
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for engine in ("inprocess", "ray"):
-        said = refused("run", str(config), "--engine", engine)
+        said = refused("run", config, "--engine", engine)
         assert "--overwrite" in said and "--resume" in said and str(out) in said.replace("\n", "")
         assert rounds_shown(said) == []
-    said = refused("server", str(config), "--certificates", str(tmp_path))
+    said = refused("server", config, "--certificates", tmp_path)
     assert "--overwrite" in said and rounds_shown(said) == []
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    assert "give one of them" in refused("run", str(config), "--resume", "--overwrite")
+    assert "give one of them" in refused("run", config, "--resume", "--overwrite")
 
     whole, old = arrays(out), [e["run"] for e in read(out / "ledger.jsonl") if e["event"] == "run"]
-    assert rounds_shown(alora("run", str(config), "--overwrite")) == ["1", "2"]
+    assert rounds_shown(alora("run", config, "--overwrite")) == ["1", "2"]
     assert arrays(out) == whole
     (new,) = [e["run"] for e in read(out / "ledger.jsonl") if e["event"] == "run"]
     assert [new] != old and [p.name for p in (out / "clients").iterdir()] == [new]
 
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
-    assert rounds_shown(alora("run", str(config), "--resume")) == ["3"]
+    assert rounds_shown(alora("run", config, "--resume")) == ["3"]
 
 
 def test_the_papers_configuration_reads():
@@ -124,11 +109,11 @@ def test_methods_lists_them_all():
 
 
 def test_keys_and_certificates(tmp_path):
-    assert "ca.pem" in alora("certificates", str(tmp_path / "tls"), "--host", "127.0.0.1")
-    said = alora("key", "ann", "--folder", str(tmp_path / "keys"))
+    assert "ca.pem" in alora("certificates", tmp_path / "tls", "--host", "127.0.0.1")
+    said = alora("key", "ann", "--folder", tmp_path / "keys")
     private = next(p for p in (tmp_path / "keys").iterdir() if p.suffix != ".pub")
     assert private.stat().st_mode & 0o077 == 0 and "ann.pub" in said
-    assert "refused" in (again := refused("key", "ann", "--folder", str(tmp_path / "keys"))) or "exist" in again
+    assert "refused" in (again := refused("key", "ann", "--folder", tmp_path / "keys")) or "exist" in again
 
 
 @pytest.mark.parametrize(
@@ -144,21 +129,18 @@ def test_mistakes_are_one_line(args, says):
     assert says in refused(*args)
 
 
-def test_a_client_needs_its_name_its_certificate_and_its_key(config, tmp_path):
+def test_what_does_not_fit_the_configuration_is_one_line(config, tmp_path):
     args = ["client", str(config), "ann", "--server", "h:1", "--ca", str(tmp_path / "no.pem"), "--key", "no"]
     assert "no.pem is missing" in refused(*args)
     assert "no client 'eve'; the configuration has ann, bob" in refused(*(a if a != "ann" else "eve" for a in args))
-
-
-def test_an_unknown_engine_and_a_server_without_certificates(config, tmp_path):
-    assert "inprocess or ray" in refused("run", str(config), "--engine", "dask")
-    assert "certificates" in refused("server", str(config), "--certificates", str(tmp_path / "none"))
+    assert "inprocess or ray" in refused("run", config, "--engine", "dask")
+    assert "certificates" in refused("server", config, "--certificates", tmp_path / "none")
 
 
 def test_a_run_that_stops_says_how_to_go_on(config, tmp_path):
     (tmp_path / "bob.jsonl").write_text("")
     config.write_text(config.read_text() + "guard: {quorum: 2, patience: 1}\n")
-    said = refused("run", str(config))
+    said = refused("run", config)
     assert "without a quorum" in said and "--resume" in said
 
 
@@ -181,12 +163,12 @@ app(sys.argv[1:])
 def test_a_process_that_is_killed_resumes_to_the_same_arrays(config, tmp_path):
     """SIGKILL, which nobody can handle, in the second round."""
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 6"))
-    alora("run", str(config), "--output", str(tmp_path / "whole"))
+    alora("run", config, "--output", tmp_path / "whole")
     ledger = tmp_path / "out" / "ledger.jsonl"
     done = subprocess.run([sys.executable, "-c", KILLED, "fed", "run", str(config)], capture_output=True)
     assert done.returncode == -signal.SIGKILL and '"event": "round"' in ledger.read_text()
     assert not (tmp_path / "out" / "final.safetensors").exists()
-    alora("run", str(config), "--resume")
+    alora("run", config, "--resume")
     assert arrays(tmp_path / "out") == arrays(tmp_path / "whole")
 
 

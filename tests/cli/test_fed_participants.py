@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
-
 import pytest
 import torch
 
@@ -16,22 +13,15 @@ from alora_kernels.recipes import federated as fed_participants
 from alora_kernels.recipes.federated import base_fingerprint, majority, participant, template
 from alora_kernels.training import choice_accuracy
 
+from ..support.toyrows import letters, write
+
 MODELS = ("tiny-random-encoder", "tiny-random")
 SMALL = dict(rank=2, train_size=40, test_size=24, max_length=48, local_steps=3, batch_size=4, learning_rate=1e-2)
 
 
 @pytest.fixture
 def toy(tmp_path):
-    """A file of texts that tell their label by their letters, so that a random encoder can learn them."""
-    draw = random.Random(0)
-    texts = ["".join(draw.choices("ab" if i % 2 else "yz", k=draw.randint(3, 9))) for i in range(200)]
-    rows = [{"prompt": text, "answer": "hot" if i % 2 else "cold"} for i, text in enumerate(texts)]
-    return write(tmp_path / "toy.jsonl", rows)
-
-
-def write(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return letters(tmp_path / "toy.jsonl")
 
 
 def config_of(*tasks, model="tiny-random-encoder", method="fed-alora", **changes):

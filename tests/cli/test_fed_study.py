@@ -11,6 +11,8 @@ from alora_kernels.recipes import study as fed_study
 from alora_kernels.recipes.display import Console
 from alora_kernels.recipes.study import Result, rows_of
 
+from ..support.toyrows import letters
+
 RESULTS = [
     Result("majority", 0, {"a": 0.5, "b": 0.6}),
     Result("local", 0, {"a": 0.8, "b": 0.5}),
@@ -23,9 +25,7 @@ RESULTS = [
 
 @pytest.fixture
 def config(tmp_path):
-    rows = [{"prompt": f"{'ab' if i % 2 else 'yz'} {i}", "answer": "hot" if i % 2 else "cold"} for i in range(90)]
-    (tmp_path / "toy.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    clients = [{"name": name, "task": str(tmp_path / "toy.jsonl")} for name in ("a", "b")]
+    clients = [{"name": name, "task": str(letters(tmp_path / "toy.jsonl", 90))} for name in ("a", "b")]
     small = dict(rank=2, rounds=3, train_size=30, test_size=20, local_steps=2, batch_size=4)
     return FedConfig(method="fed-alora", model="tiny-random-encoder", clients=clients, output=tmp_path / "run", **small)
 

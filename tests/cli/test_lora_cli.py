@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 import typer
 from peft import PeftModel
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from alora_kernels.adapters.writer import save_adapter
 from alora_kernels.cli import adapters
 
+from ..support.cli import invoke
 from ..support.stock_lora import stock_lora
 from ..support.tiny import Mlp, adapted, llama, logits, tokens
 
@@ -25,12 +26,7 @@ app.command("export")(adapters.export_lora)
 app.command("import")(adapters.import_lora)
 
 
-def alora(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "160"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
+alora = partial(invoke, app)
 
 
 @pytest.fixture

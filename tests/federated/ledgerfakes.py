@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from zlib import crc32
+
+from alora_kernels.federated.log import Event, Ledger, read
 
 UP, DOWN = 100, 300
 REASON = "layer.lora_B has 3 values that are not finite"
@@ -69,3 +72,11 @@ def whole_run(rounds: int = 3, clients: Sequence[str] = ("ann", "bob")) -> list[
         events += one_round(k, {n: (v + 0.1 * (k - 1), v + 0.1 * k + 0.05) for n, v in start.items()})
     events += judgement(rounds, {n: v + 0.1 * rounds for n, v in start.items()})
     return [*events, {"event": "end", "round": rounds, "status": "finished", "reason": None}]
+
+
+def written(path: Path, events: Iterable[Event], **options: Any) -> list[dict[str, Any]]:
+    """The events after they were written to a ledger, or to what is left of one after `resume_from`."""
+    with Ledger(path, **options) as ledger:
+        for event in events:
+            ledger.write(event)
+    return read(path)

@@ -12,7 +12,6 @@ pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
 
 from matplotlib.figure import Figure
 
-from alora_kernels.federated import plot as module
 from alora_kernels.federated.plot import SPACING, curve, plot, spread
 from tests.federated.ledgerfakes import DOWN, REASON, SILENT, UP, judgement, one_round, run_event, whole_run
 
@@ -89,11 +88,9 @@ def test_the_lines_of_one_run(tmp_path, figures):
 def test_final_evaluation_is_the_end_of_the_line(tmp_path, figures):
     plot({"run": whole_run()}, tmp_path / "f.png")
     solid = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "-"]
-    assert [list(line.get_ydata()) for line in solid] == [
-        pytest.approx([0.2, 0.3, 0.4, 0.5]),
-        pytest.approx([0.4, 0.5, 0.6, 0.7]),
-        pytest.approx([0.3, 0.4, 0.5, 0.6]),
-    ]
+    starts = (0.2, 0.4, 0.3)  # ann, bob, mean
+    expected = [pytest.approx([start + 0.1 * k for k in range(4)]) for start in starts]
+    assert [list(line.get_ydata()) for line in solid] == expected
 
 
 def test_only_the_worst_of_many_clients_is_named(tmp_path, figures):
@@ -108,11 +105,8 @@ def test_a_curve_by_hand():
     assert line.nbytes == [0, each, 2 * each]  # two rounds; what the evaluation sent is no part of the curve
     assert line.mean == pytest.approx([0.3, 0.4, 0.5])
     assert line.worst == pytest.approx([0.2, 0.3, 0.4])
-
-
-def test_the_worst_loss_is_the_highest():
-    events = [run_event(higher_is_better=False), *judgement(1, {"ann": 0.2, "bob": 0.7})]
-    assert curve(events).worst == [0.7]
+    loss = [run_event(higher_is_better=False), *judgement(1, {"ann": 0.2, "bob": 0.7})]
+    assert curve(loss).worst == [0.7]  # the worst loss is the highest
 
 
 def test_a_run_that_sends_nothing_is_a_level(tmp_path, figures):
@@ -142,14 +136,11 @@ def test_names_at_line_ends_do_not_overlap(heights):
     assert spread([0.1, 0.9]) == [0.1, 0.9]
 
 
-def test_no_run_is_an_error(tmp_path):
+def test_no_run_and_no_matplotlib_are_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="events_by_run is empty"):
         plot({}, tmp_path / "f.png")
-
-
-def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'alora-kernels\[federated\]'"):
-        module.plot({"run": whole_run()}, tmp_path / "f.png")
+        plot({"run": whole_run()}, tmp_path / "f.png")

@@ -10,8 +10,8 @@ import sys
 import psutil
 import pytest
 
-from alora_kernels.federated.deploy import processes as flower_processes
-from alora_kernels.federated.deploy import runs as flower
+from alora_kernels.federated.deploy import processes as module
+from alora_kernels.federated.deploy import runs
 from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes
 from tests.support.processes import wait, wait_line
 
@@ -22,13 +22,19 @@ def python(*lines: str) -> list[str]:
     return [sys.executable, "-c", "\n".join(lines)]
 
 
+def two(processes: Processes) -> list[Process]:
+    """Two children that are running."""
+    children = [processes.start(name, FOREVER, os.environ) for name in ("first", "second")]
+    for child in children:
+        wait_line(child, "ready", 120)
+    return children
+
+
 def test_everything_is_stopped_in_reverse_order_after_an_error(tmp_path, monkeypatch):
     order, stop = [], Process.stop
     monkeypatch.setattr(Process, "stop", lambda self, grace: (order.append(self.name), stop(self, grace)))
     with pytest.raises(ZeroDivisionError), Processes(tmp_path) as processes:
-        children = [processes.start(name, FOREVER, os.environ) for name in ("first", "second")]
-        for child in children:
-            wait_line(child, "ready", 120)
+        children = two(processes)
         raise ZeroDivisionError
     assert order == ["second", "first"]
     assert [child.exit_code for child in children] == [-signal.SIGTERM] * 2
@@ -36,9 +42,7 @@ def test_everything_is_stopped_in_reverse_order_after_an_error(tmp_path, monkeyp
 
 def test_asked_twice_it_loses_patience_and_still_stops_everything(tmp_path):
     with Processes(tmp_path) as processes:
-        children = [processes.start(name, FOREVER, os.environ) for name in ("first", "second")]
-        for child in children:
-            wait_line(child, "ready", 120)
+        children = two(processes)
         asked, stop = [], children[1].stop
 
         def interrupted(grace: float) -> None:
@@ -48,7 +52,7 @@ def test_asked_twice_it_loses_patience_and_still_stops_everything(tmp_path):
             stop(grace)
 
         children[1].stop = interrupted  # type: ignore[method-assign]
-    assert asked == [flower_processes.GRACE, 0.0]
+    assert asked == [module.GRACE, 0.0]
     assert None not in [child.exit_code for child in children]
 
 
@@ -86,20 +90,20 @@ def test_sigterm_to_the_supervisor_stops_its_processes(tmp_path):
 
 
 def test_a_daemon_that_ends_or_stays_silent_is_an_error_that_quotes_its_log(tmp_path):
-    url = f"http://127.0.0.1:{flower_processes.free_port()}/health"
+    url = f"http://127.0.0.1:{module.free_port()}/health"
     ends = Process(
         "ends", python("print('\\x1b[91mthe reason\\x1b[0m')", "raise SystemExit(3)"), os.environ, tmp_path / "a"
     )
     with pytest.raises(FlowerError, match=r"(?s)ends ended with exit code 3.*  the reason$"):
-        flower_processes.wait_healthy(ends, url, seconds=120)
+        module.wait_healthy(ends, url, seconds=120)
     with pytest.raises(FlowerError, match="ends ended with exit code 3"):
         wait_line(ends, "never", 120)
     silent = Process("silent", FOREVER, os.environ, tmp_path / "b")
     try:
         with pytest.raises(FlowerError, match="silent does not answer"):
-            flower_processes.wait_healthy(silent, url, seconds=1)
+            module.wait_healthy(silent, url, seconds=1)
         with pytest.raises(FlowerError, match="silent still runs after 0 s"):
-            flower_processes.follow(silent, None, 0.3)
+            module.follow(silent, None, 0.3)
     finally:
         silent.stop()
 
@@ -113,35 +117,35 @@ def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(FlowerError, match=f"port {port} on 127.0.0.1 cannot be used"), Processes(tmp_path) as ps:
-            flower.start_superlink(ps, tmp_path, port=port)
-    flower_processes.check_port("127.0.0.1", port)
+            runs.start_superlink(ps, tmp_path, port=port)
+    module.check_port("127.0.0.1", port)
 
 
 def test_follow_passes_on_every_line_once(tmp_path):
     code = python("import time", "for i in range(5):", "    print('line', i, flush=True); time.sleep(0.15)")
     seen: list[str] = []
-    assert flower_processes.follow(Process("lines", code, os.environ, tmp_path / "log"), seen.append, 120) == 0
+    assert module.follow(Process("lines", code, os.environ, tmp_path / "log"), seen.append, 120) == 0
     assert seen == [f"line {i}" for i in range(5)]
 
 
-@pytest.mark.parametrize(("said", "remedy"), flower.REMEDIES.items())
+@pytest.mark.parametrize(("said", "remedy"), runs.REMEDIES.items())
 def test_a_client_that_ends_says_what_to_do(tmp_path, said, remedy):
     with pytest.raises(FlowerError) as raised:
-        flower.run_client("clinic", python(f"print({said!r}); raise SystemExit(1)"), tmp_path, patience=0)
+        runs.run_client("clinic", python(f"print({said!r}); raise SystemExit(1)"), tmp_path, patience=0)
     assert str(raised.value).startswith(f"clinic ended with exit code 1: {remedy}\n")
     assert said in str(raised.value)
 
 
 def test_a_refused_client_tries_again_and_every_line_is_passed_on_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(flower, "AGAIN", 0.05)
+    monkeypatch.setattr(runs, "AGAIN", 0.05)
     tries = tmp_path / "tries"
     code = python(
         "from pathlib import Path",
         f"file = Path({str(tries)!r}); n = len(file.read_text()) if file.exists() else 0",
         "file.write_text('x' * (n + 1))",
-        f"print('try', n); print({flower.REFUSED!r} if n < 2 else 'another reason'); raise SystemExit(1)",
+        f"print('try', n); print({runs.REFUSED!r} if n < 2 else 'another reason'); raise SystemExit(1)",
     )
     seen: list[str] = []
     with pytest.raises(FlowerError, match="another reason"):
-        flower.run_client("clinic", code, tmp_path, echo=seen.append, patience=60)
-    assert seen == ["try 0", flower.REFUSED, "try 1", flower.REFUSED, "try 2", "another reason"]
+        runs.run_client("clinic", code, tmp_path, echo=seen.append, patience=60)
+    assert seen == ["try 0", runs.REFUSED, "try 1", runs.REFUSED, "try 2", "another reason"]

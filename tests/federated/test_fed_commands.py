@@ -1,20 +1,25 @@
-"""App folders, commands and their environment, read back by Flower's own parsers; who may call a SuperLink."""
+"""App folders, commands and their environment, certificates and keys, read back by Flower's own parsers.
+
+And who may call a SuperLink, who is trusted, what nobody else may read.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import ssl
+import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
-from alora_kernels.federated.deploy import apps as flower_app
-from alora_kernels.federated.deploy import commands as flower_commands
-from alora_kernels.federated.deploy import processes as flower_processes
-from alora_kernels.federated.deploy import runs as flower
-from alora_kernels.federated.deploy import superlink as flower_superlink
+from alora_kernels.federated.deploy import apps, commands, processes, runs, superlink
 from alora_kernels.federated.deploy.processes import FlowerError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "federated_app"
@@ -24,7 +29,7 @@ AWKWARD = 'method: fed-alora\nnote: "a \\"quoted\\" \\\\ path, \'single\' and ü
 def test_flower_accepts_the_folder_and_gives_the_text_back(tmp_path):
     from flwr.cli.config_utils import load_and_validate
 
-    folder = flower_app.write_app(tmp_path / "app", AWKWARD, resume=True)
+    folder = apps.write_app(tmp_path / "app", AWKWARD, resume=True)
     config, warnings = load_and_validate(folder / "pyproject.toml")
     assert warnings == []
     assert config["tool"]["flwr"]["app"]["config"] == {"config": AWKWARD, "resume": True}
@@ -36,19 +41,24 @@ def test_only_the_two_files_travel(tmp_path):
 
     from flwr.cli.build import build_fab_from_disk
 
-    folder = flower_app.write_app(tmp_path, AWKWARD)
+    folder = apps.write_app(tmp_path, AWKWARD)
     (folder / "secret.py").write_text("")
     (folder / "rows.jsonl").write_text("{}")
     names = set(zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))).namelist())
     assert names - {".info/CONTENT"} == {"app.py", "pyproject.toml"}
 
 
-def test_a_text_that_toml_cannot_hold_is_refused(tmp_path):
-    for text in ("a: '''", "a: \x07"):
-        with pytest.raises(ValueError, match="config must not hold"):
-            flower_app.write_app(tmp_path, text)
-    with pytest.raises(ValueError, match="server and client must be"):
-        flower_app.write_app(tmp_path, "a: 1", server="a b:c")
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("a: '''", {}, "config must not hold"),
+        ("a: \x07", {}, "config must not hold"),
+        ("a: 1", {"server": "a b:c"}, "server and client must be"),
+    ],
+)
+def test_what_toml_and_python_cannot_hold_is_refused(tmp_path, text, options, says):
+    with pytest.raises(ValueError, match=says):
+        apps.write_app(tmp_path, text, **options)
 
 
 def test_the_example_is_the_folder_by_hand(tmp_path):
@@ -58,7 +68,7 @@ def test_the_example_is_the_folder_by_hand(tmp_path):
 
     text = load_and_validate(EXAMPLE / "pyproject.toml")[0]["tool"]["flwr"]["app"]["config"]["config"]
     assert FedConfig.from_yaml(text).output.is_absolute()
-    made = flower_app.write_app(tmp_path, text)
+    made = apps.write_app(tmp_path, text)
     assert (EXAMPLE / "app.py").read_text() == (made / "app.py").read_text()
 
 
@@ -68,9 +78,9 @@ def test_flower_parses_the_commands(tmp_path):
     from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-    files = flower_commands.make_certificates(tmp_path)
-    key, _ = flower_commands.make_node_key(tmp_path, "clinic")
-    command = flower_commands.superlink_command(tmp_path, host="0.0.0.0", port=8123, certificates=files)
+    files = commands.make_certificates(tmp_path)
+    key, _ = commands.make_node_key(tmp_path, "clinic")
+    command = commands.superlink_command(tmp_path, host="0.0.0.0", port=8123, certificates=files)
     server = _parse_args_run_superlink().parse_args(command[3:])
     assert (server.host, server.port, server.insecure, server.simulation) == ("0.0.0.0", 8123, False, False)
     assert (server.ssl_certfile, server.ssl_keyfile) == (str(files.certificate), str(files.key))
@@ -81,7 +91,7 @@ def test_flower_parses_the_commands(tmp_path):
     data.parent.mkdir()
     for file in (data, own):
         file.touch()
-    command = flower_commands.supernode_command(
+    command = commands.supernode_command(
         "clinic", "fed.example.org:8123", ca=files.ca, key=key, state_dir=tmp_path / "my state", config=own, data=data
     )
     node = _parse_args_run_supernode().parse_args(command[1:])
@@ -92,34 +102,34 @@ def test_flower_parses_the_commands(tmp_path):
 
 
 def test_a_server_without_certificates_stays_on_this_machine(tmp_path):
-    command = flower_commands.superlink_command(tmp_path)
+    command = commands.superlink_command(tmp_path)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert {"--insecure", "--simulation"} <= set(command)
     with pytest.raises(ValueError, match="needs certificates"):
-        flower_commands.superlink_command(tmp_path, host="0.0.0.0")
+        commands.superlink_command(tmp_path, host="0.0.0.0")
 
 
 def test_missing_files_and_values_without_escape_are_named(tmp_path):
     with pytest.raises(FlowerError, match=r"ca\.pem is missing"):
-        flower_commands.supernode_command("a", "h:1", ca=tmp_path / "ca.pem", key=tmp_path / "a", state_dir=tmp_path)
+        commands.supernode_command("a", "h:1", ca=tmp_path / "ca.pem", key=tmp_path / "a", state_dir=tmp_path)
     with pytest.raises(FlowerError, match=r"server\.pem is missing; it comes from make_certificates"):
-        flower_commands.superlink_command(tmp_path, certificates=flower_commands.Certificates(tmp_path))
+        commands.superlink_command(tmp_path, certificates=commands.Certificates(tmp_path))
     for value in ("it's", "a\nb"):
         with pytest.raises(ValueError, match="data must not hold quotes"):
-            flower_commands.node_config({"data": value})
+            commands.node_config({"data": value})
 
 
 def test_without_flower_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(FlowerError, match=r"pip install 'alora-kernels\[federated\]'"):
-        flower_commands.superlink_command(tmp_path)
+        commands.superlink_command(tmp_path)
 
 
 def test_the_environment_is_quiet_and_its_home_is_the_runs(tmp_path):
     from flwr.supercore.utils import get_flwr_home
 
-    env = flower_commands.environment(tmp_path)
+    env = commands.environment(tmp_path)
     assert env["FLWR_TELEMETRY_ENABLED"] == env["RAY_USAGE_STATS_ENABLED"] == "0"
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     code = "import flwr.supercore.utils as u; print(u.get_flwr_home())"
@@ -133,26 +143,26 @@ def test_the_connection_is_what_flower_reads(tmp_path, monkeypatch):
     from flwr.cli.flower_config import read_superlink_connection
 
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
-    flower_commands.connect(tmp_path, "127.0.0.1:8123", tmp_path / "ca.pem")
-    secure = read_superlink_connection(flower_commands.CONNECTION)
+    commands.connect(tmp_path, "127.0.0.1:8123", tmp_path / "ca.pem")
+    secure = read_superlink_connection(commands.CONNECTION)
     assert (secure.address, secure.root_certificates) == ("127.0.0.1:8123", str(tmp_path / "ca.pem"))
     assert not secure.insecure
-    flower_commands.connect(tmp_path, "127.0.0.1:1")
+    commands.connect(tmp_path, "127.0.0.1:1")
     assert read_superlink_connection(None).insecure
 
 
 def test_wrong_arguments_of_a_simulation(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_clients and cpus must be >= 1"):
-        flower.run_ray(tmp_path, 0, tmp_path)
+        runs.run_ray(tmp_path, 0, tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FlowerError, match="ray is not installed"):
-        flower.run_ray(tmp_path, 1, tmp_path)
+        runs.run_ray(tmp_path, 1, tmp_path)
 
 
 def test_no_server_is_a_clear_line(tmp_path):
-    flower_commands.connect(tmp_path, f"127.0.0.1:{flower_processes.free_port()}")
+    commands.connect(tmp_path, f"127.0.0.1:{processes.free_port()}")
     with pytest.raises(FlowerError, match="flwr list server failed"):
-        flower.run_status(tmp_path, 1)
+        runs.run_status(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +195,100 @@ def test_only_clients_calls_are_answered_to_other_machines(path, peer, answered)
         return {}
 
     scope = {"type": "http", "path": path, "client": peer and (peer, 5), "server": ("192.0.2.1", 8000)}
-    asyncio.run(flower_superlink.guarded(inner)(scope, receive, send))
+    asyncio.run(superlink.guarded(inner)(scope, receive, send))
     assert reached == ([path] if answered else [])
     assert [m["status"] for m in sent if "status" in m] == ([] if answered else [403])
+
+
+# ---- certificates and keys
+
+
+def mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def handshake(files: commands.Certificates, name: str, ca: Path) -> str:
+    """The subject a client sees that calls `name` and trusts `ca`."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files.certificate, files.key)
+    context = ssl.create_default_context(cafile=str(ca))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python 3.13 does by default
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            try:
+                server.wrap_socket(connection, server_side=True).close()
+            except (ssl.SSLError, OSError):
+                connection.close()  # the client turned away
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with (
+                socket.create_connection(listener.getsockname()) as raw,
+                context.wrap_socket(raw, server_hostname=name) as secure,
+            ):
+                return str(secure.getpeercert()["subject"])  # type: ignore[index]
+        finally:
+            thread.join(5)
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "fed.example.org"])
+def test_the_certificate_holds_for_its_hosts_and_for_this_machine(tmp_path, name):
+    files = commands.make_certificates(tmp_path, ["fed.example.org"])
+    assert "federation server" in handshake(files, name, files.ca)
+
+
+def test_the_certificate_holds_for_nobody_else(tmp_path):
+    files, other = (commands.make_certificates(tmp_path / name) for name in ("one", "two"))
+    with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
+        handshake(files, "other.example.org", files.ca)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(files, "localhost", other.ca)
+
+
+def test_only_the_owner_reads_private_files_and_the_authority_keeps_no_key(tmp_path):
+    files = commands.make_certificates(tmp_path / "tls")
+    private, public = commands.make_node_key(tmp_path / "tls", "clinic")
+    assert {file.name for file in (tmp_path / "tls").iterdir()} == {
+        "ca.pem", "server.pem", "server.key", "clinic", "clinic.pub"
+    }  # fmt: skip
+    assert mode(files.key) == mode(private) == 0o600
+    assert mode(files.ca) == mode(public) == 0o644
+
+
+def test_node_keys_are_what_flower_reads(tmp_path):
+    from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+
+    private, public = commands.make_node_key(tmp_path, "clinic")
+    pair = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
+    assert pair == serialization.load_ssh_public_key(public.read_bytes())
+    assert uses_nist_ec_curve(pair)
+    assert public.read_text().startswith("ecdsa-sha2-nistp384 ")
+    assert public.read_text().endswith(" clinic\n")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    commands.make_certificates(tmp_path)
+    commands.make_node_key(tmp_path, "clinic")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"ca\.pem exists"):
+        commands.make_certificates(tmp_path)
+    with pytest.raises(FileExistsError, match="clinic exists"):
+        commands.make_node_key(tmp_path, "clinic")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_authority_signs_once(tmp_path):
+    authority = x509.load_pem_x509_certificate(commands.make_certificates(tmp_path, days=30).ca.read_bytes())
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    assert (authority.not_valid_after_utc - authority.not_valid_before_utc).days == 30
+    with pytest.raises(ValueError, match="days must be >= 1"):
+        commands.make_certificates(tmp_path / "x", days=0)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "../up", "a'b", "-x", "a" * 65, "line\n"])
+def test_names_that_are_no_file_names_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="client must be"):
+        commands.make_node_key(tmp_path, name)

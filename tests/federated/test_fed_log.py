@@ -1,4 +1,4 @@
-"""The ledger: scores of a round, strict JSON, damage, resumption, a full disk."""
+"""The ledger: scores of a round, strict JSON, damage, resumption, a full disk; what its events say of clients."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra `federated`")
 
-from alora_kernels.federated import log as ledger_module
-from alora_kernels.federated.log import Ledger, read
+from alora_kernels.federated import log as module
+from alora_kernels.federated.log import Ledger, delta_m, read, scores, tracks
 from tests.federated.ledgerfakes import (
+    DOWN,
     REASON,
     SILENT,
+    UP,
     client_event,
+    judged_event,
     judgement,
     one_round,
     round_event,
     run_event,
     whole_run,
+    written,
 )
-
-
-def written(path, events, **options):
-    with Ledger(path, **options) as ledger:
-        for event in events:
-            ledger.write(event)
-    return read(path)
 
 
 def timeless(events):
@@ -61,15 +58,12 @@ def test_a_round_gets_the_scores_of_its_accepted_clients(tmp_path):
     assert final["metrics"]["worst_client"] == "bob"
 
 
-def test_a_round_without_accepted_clients_has_null_scores(tmp_path):
+def test_a_round_without_accepted_clients_has_null_scores_and_without_a_run_none(tmp_path):
     events = written(tmp_path / "l", [run_event(), *one_round(1, {}, {"ann": REASON, "bob": SILENT})])
     assert events[-1]["after"] == {
         "mean": None, "worst": None, "worst_client": None, "delta_m": None, "delta_m_clients": 0,
     }  # fmt: skip
-
-
-def test_without_a_run_there_are_no_scores(tmp_path):
-    assert timeless(written(tmp_path / "l", [round_event(1)])) == [round_event(1)]
+    assert timeless(written(tmp_path / "none", [round_event(1)])) == [round_event(1)]
 
 
 # ---- the file
@@ -93,29 +87,20 @@ def test_a_metric_that_is_not_finite_stays_out_of_the_scores(tmp_path):
     assert (events[-1]["before"]["mean"], events[-1]["after"]["mean"]) == (0.4, 0.4)
 
 
-def test_an_event_needs_a_name(tmp_path):
-    with Ledger(tmp_path / "l") as ledger, pytest.raises(ValueError, match=r"under 'event', got \['round'\]"):
-        ledger.write({"round": 1})
-
-
-def test_a_ledger_is_not_overwritten(tmp_path):
+def test_an_event_needs_a_name_and_a_ledger_is_not_overwritten(tmp_path):
     written(tmp_path / "l", [run_event()])
     with pytest.raises(FileExistsError, match="--resume, or choose another output"):
         Ledger(tmp_path / "l")
     assert len(read(tmp_path / "l")) == 1
+    with Ledger(tmp_path / "m") as ledger, pytest.raises(ValueError, match=r"under 'event', got \['round'\]"):
+        ledger.write({"round": 1})
 
 
-@pytest.mark.parametrize("rest", ['{"event": "cli', '{"event": "client", "x": "', "{", "\x00\x00"])
-def test_half_a_last_line_is_left_out(tmp_path, rest):
-    events = written(tmp_path / "l", [run_event(), *one_round(1, {"ann": (0.1, 0.2)})])
-    with open(tmp_path / "l", "a") as file:
-        file.write(rest)
-    assert read(tmp_path / "l") == events
-
-
-def test_a_whole_last_line_counts_without_its_end(tmp_path):
+@pytest.mark.parametrize("rest", ["", '{"event": "cli', '{"event": "client", "x": "', "{", "\x00\x00"])
+def test_half_a_last_line_is_left_out_and_a_whole_one_counts_without_its_end(tmp_path, rest):
     events = written(tmp_path / "l", whole_run())
-    (tmp_path / "l").write_bytes((tmp_path / "l").read_bytes()[:-1])
+    text = (tmp_path / "l").read_text()
+    (tmp_path / "l").write_text(text + rest if rest else text[:-1])
     assert read(tmp_path / "l") == events
 
 
@@ -160,30 +145,28 @@ def test_a_round_without_its_closing_line_is_played_again(tmp_path):
     assert len(written(tmp_path / "l", [], resume_from=1)) == 3
 
 
-@pytest.mark.parametrize(("at", "error"), [(-1, "rounds 1 to 3"), (4, "resume_from=4, but .* rounds 1 to 3")])
-def test_resuming_where_the_ledger_never_was(tmp_path, at, error):
+def full(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [(-1, "rounds 1 to 3"), (4, "resume_from=4, but .* rounds 1 to 3"), (1, "No space left")],
+    ids=["before", "beyond", "no room to cut"],
+)
+def test_a_failed_resumption_leaves_the_old_file(tmp_path, monkeypatch, at, error):
     before = written(tmp_path / "l", whole_run())
-    with pytest.raises(ValueError, match=error):
+    if at == 1:
+        monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises((ValueError, OSError), match=error):
         Ledger(tmp_path / "l", resume_from=at)
     assert read(tmp_path / "l") == before
+    assert os.listdir(tmp_path) == ["l"]
 
 
 def test_resuming_without_a_ledger(tmp_path):
     with pytest.raises(FileNotFoundError, match="ledger"):
         Ledger(tmp_path / "ledger", resume_from=1)
-
-
-def test_a_failed_cut_leaves_the_old_file(tmp_path, monkeypatch):
-    before = written(tmp_path / "l", whole_run())
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ledger_module.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        Ledger(tmp_path / "l", resume_from=1)
-    assert read(tmp_path / "l") == before
-    assert os.listdir(tmp_path) == ["l"]
 
 
 # ---- a full disk
@@ -258,9 +241,98 @@ def test_after_a_write_that_cannot_be_taken_back_nothing_follows(tmp_path):
 
 def test_a_finished_round_is_on_the_disk(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(ledger_module.os, "fsync", lambda handle, real=os.fsync: synced.append(real(handle)))
+    monkeypatch.setattr(module.os, "fsync", lambda handle, real=os.fsync: synced.append(real(handle)))
     with Ledger(tmp_path / "l") as ledger:
         ledger.write(client_event(1, "ann"))
         assert not synced
         ledger.write(round_event(1))
         assert len(synced) == 1
+
+
+# ---- what the events say
+
+
+@pytest.mark.parametrize(
+    ("values", "baseline", "higher", "expected"),
+    [
+        ({"a": 0.6, "b": 0.5}, {"a": 0.5, "b": 0.5}, True, -10.0),  # +20 % and 0 %
+        ({"a": 0.6, "b": 0.5}, {"a": 0.5, "b": 0.5}, False, 10.0),
+        ({"a": 0.4}, {"a": 0.5, "b": 0.1}, True, 20.0),  # worse; b is not asked
+        ({"a": 1.0, "b": 0.1}, {"a": 0.5, "b": 0.2}, True, -25.0),  # +100 % and -50 %
+        ({"a": 0.5}, {"a": 0.0}, True, None),
+        ({"a": 0.5}, {"a": -0.5}, True, None),
+        ({"a": math.nan}, {"a": 0.5}, True, None),
+        ({"a": 0.5}, {"a": math.inf}, True, None),
+    ],
+)
+def test_delta_m_by_hand(values, baseline, higher, expected):
+    got = delta_m(values, baseline, higher)
+    assert got is None if expected is None else got == pytest.approx(expected, abs=1e-12)
+
+
+def test_delta_m_of_no_change_is_plus_zero_and_needs_a_baseline():
+    assert math.copysign(1, delta_m({"a": 0.5}, {"a": 0.5})) == 1
+    with pytest.raises(ValueError, match="no value for bob"):
+        delta_m({"ann": 0.5, "bob": 0.5}, {"ann": 0.5})
+    with pytest.raises(ValueError, match="values is empty"):
+        delta_m({}, {"ann": 0.5})
+
+
+def test_worst_follows_the_direction():
+    values = {"b": 0.3, "a": 0.3, "c": 0.9}
+    assert scores(values, {})["worst_client"] == "a"  # the first by name of two equals
+    assert (scores(values, {}, False)["worst_client"], scores(values, {}, False)["worst"]) == ("c", 0.9)
+    assert scores(values, {}) == {
+        "mean": pytest.approx(0.5), "worst": 0.3, "worst_client": "a", "delta_m": None, "delta_m_clients": 0,
+    }  # fmt: skip
+
+
+def test_totals():
+    events = [
+        run_event(("ann", "bob")),
+        *one_round(1, {"ann": (0.5, 0.6)}, {"bob": REASON}),
+        *one_round(2, {"ann": (0.5, 0.6), "bob": (0.5, 0.6)}),
+        client_event(3, "ann"),
+        client_event(3, "bob", reason=REASON),
+        client_event(3, "bob", reason=SILENT, bytes_up=0) | {"client": None},
+        *judgement(3, {"ann": 0.5, "bob": 0.6}),
+    ]
+    ann, bob = tracks(events)
+    assert (ann.down, ann.up, bob.down, bob.up) == (4 * DOWN, 3 * UP, 5 * DOWN, 3 * UP)
+    assert (ann.reasons, bob.reasons) == ({}, {REASON: 2, SILENT: 1})  # the silent node is known from round 2
+
+
+def test_nobody_collects_rejections_in_anothers_name():
+    events = [
+        run_event(("ann", "bob")),
+        client_event(1, "ann"),
+        client_event(1, "ann", node=66, reason="name ann is taken"),  # a stranger who claims to be ann
+        client_event(1, "new", node=77, reason=REASON),
+    ]
+    reasons = {"ann": {}, "bob": {}, "node 66": {"name ann is taken": 1}, "new": {REASON: 1}}
+    assert {track.name: track.reasons for track in tracks(events)} == reasons
+    assert [track.name for track in tracks(events)] == list(reasons)
+
+
+def test_a_track_puts_metrics_under_the_rounds_behind_the_model():
+    track = tracks(whole_run(rounds=2))[0]
+    assert track.shared == {0: 0.2, 1: pytest.approx(0.3), 2: pytest.approx(0.4)}
+    assert track.local == {1: pytest.approx(0.35), 2: pytest.approx(0.45)}
+    assert dict(track.nbytes) == {1: UP + DOWN, 2: UP + DOWN}  # without the evaluation
+
+
+@pytest.mark.parametrize(
+    ("events", "last", "state"),
+    [
+        ([], 0, "waiting"),
+        ([], 3, "waiting"),
+        ([client_event(3, "ann")], 3, "ok"),
+        ([client_event(2, "ann")], 3, "not asked"),
+        ([client_event(3, "ann", reason=SILENT)], 3, "no reply"),
+        ([client_event(3, "ann", reason=REASON)], 3, f"rejected: {REASON}"),
+        ([client_event(3, "ann"), client_event(3, "ann", reason="second reply")], 3, "ok"),
+        ([client_event(3, "ann", reason=REASON), judged_event(3, "ann", 0.5)], 3, "ok"),
+    ],
+)
+def test_states(events, last, state):
+    assert tracks([run_event(), *events])[0].state(last) == state

@@ -13,15 +13,16 @@ pytest.importorskip("flwr", reason="needs the extra `federated`")
 
 from alora_kernels.federated.log import Ledger, read
 from alora_kernels.federated.view import elapsed, spark, summary, table, watch
-from alora_kernels.text import printable, size
-from tests.federated.ledgerfakes import REASON, SILENT, client_event, judgement, one_round, run_event, whole_run
-
-
-def ledger_of(path, events):
-    with Ledger(path) as ledger:
-        for event in events:
-            ledger.write(event)
-    return read(path)
+from tests.federated.ledgerfakes import (
+    REASON,
+    SILENT,
+    client_event,
+    judgement,
+    one_round,
+    run_event,
+    whole_run,
+    written,
+)
 
 
 def shown(renderable, width=100):
@@ -35,10 +36,17 @@ def line_of(lines, name):
     return found.split()
 
 
+def watched(path, **options):
+    """What `watch` prints where there is no terminal, and the events that it returns."""
+    out = io.StringIO()
+    events = watch(path, console=Console(file=out, width=80), **options)
+    return out.getvalue().splitlines(), events
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """Two rounds of a private run: bob's second reply is rejected, eve never answers."""
-    return ledger_of(
+    return written(
         tmp_path / "mixed.jsonl",
         [
             run_event(("ann", "bob", "eve"), rounds=5),
@@ -75,29 +83,26 @@ def test_eighty_columns_hold_eight_clients(tmp_path):
     big = {"bytes_down": 123_456_789, "bytes_up": 987_654_321, "examples": 12345}
     for k in range(1, 31):
         events += [client_event(k, name, 0.123, 0.456, **big) for name in names]
-    lines = shown(table(ledger_of(tmp_path / "l", events)), 80)
+    lines = shown(table(written(tmp_path / "l", events)), 80)
     rows = lines[-8:]
     assert all(re.search(r"12345 3\.7 GB 29\.6 GB \S{8} ok$", row) for row in rows), rows
     assert rows[6].startswith("a-site-with-a…  0.123")
 
 
-def test_before_the_first_round(tmp_path):
+def test_before_the_first_round_and_a_client_that_was_not_asked(tmp_path):
     assert shown(table([])) == ["waiting for the run to begin"]
-    lines = shown(table(ledger_of(tmp_path / "l", [run_event()])))
+    lines = shown(table(written(tmp_path / "l", [run_event()])))
     assert "0/3 rounds" in lines[0]
     assert line_of(lines, "bob")[-1] == "waiting"
     assert not any(line.startswith("mean") for line in lines)
-
-
-def test_a_client_that_was_not_asked(tmp_path):
     events = [run_event(), *one_round(1, {"ann": (0.1, 0.2), "bob": (0.1, 0.2)}), *one_round(2, {"ann": (0.1, 0.2)})]
-    assert line_of(shown(table(ledger_of(tmp_path / "l", events))), "bob")[-2:] == ["not", "asked"]
+    assert line_of(shown(table(written(tmp_path / "m", events))), "bob")[-2:] == ["not", "asked"]
 
 
 def test_a_loss_that_falls_is_green(tmp_path):
     events = [run_event(metric="loss", higher_is_better=False), *one_round(1, {"ann": (0.1, 0.2)})]  # loss 1.0 to 0.5
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
-    console.print(table(ledger_of(tmp_path / "l", events)))
+    console.print(table(written(tmp_path / "l", events)))
     text = console.export_text(styles=True)
     assert "\x1b[32m-0.500" in text
     assert "\x1b[31m-0.500" not in text
@@ -105,7 +110,7 @@ def test_a_loss_that_falls_is_green(tmp_path):
 
 def test_many_rejections_are_counted(tmp_path):
     names = [f"c{i}" for i in range(7)]
-    lines = shown(table(ledger_of(tmp_path / "l", [run_event(names), *one_round(1, {}, dict.fromkeys(names, REASON))])))
+    lines = shown(table(written(tmp_path / "l", [run_event(names), *one_round(1, {}, dict.fromkeys(names, REASON))])))
     assert sum(REASON in line for line in lines) == 4
     assert lines[-1] == "and 3 more"
 
@@ -113,18 +118,17 @@ def test_many_rejections_are_counted(tmp_path):
 def test_clients_cannot_write_on_the_terminal(tmp_path):
     nasty = "\x1b[2J\x1b]0;owned\x07[bold red]x[/]\n\udcff\u202e"
     events = [run_event(), client_event(1, nasty, reason=nasty), *one_round(1, {"ann": (0.1, 0.2)}), *judgement(1, {})]
-    events = ledger_of(tmp_path / "l", events)
+    events = written(tmp_path / "l", events)
     for renderable in (table(events), summary(events)):
         text = "\n".join(shown(renderable, 200))
         assert "[bold red]x[/]" in text  # not taken as markup
         assert not {"\x1b", "\x07", "\udcff", "\u202e"} & set(text)
-    out = io.StringIO()
-    watch(tmp_path / "l", until=lambda: True, console=Console(file=out, width=80))
-    assert "[bold red]x[/]" in out.getvalue() and "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 1
+    (line,), _ = watched(tmp_path / "l", until=lambda: True)
+    assert "[bold red]x[/]" in line and "\x1b" not in line
 
 
 def test_the_summary_compares_untuned_and_final(tmp_path):
-    events = ledger_of(tmp_path / "l", whole_run())
+    events = written(tmp_path / "l", whole_run())
     lines = shown(summary(events))
     assert lines[0].endswith("| finished | accuracy")
     assert line_of(lines, "ann") == ["ann", "0.200", "0.500", "+0.300", "50", "1.2", "kB", "300", "B", "▁▃▆█", "0"]
@@ -145,15 +149,6 @@ def test_the_summary_of_a_stopped_run(mixed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_940, "99.9 kB"), (99_960, "100 kB"), (999_600, "1.0 MB"),
-     (12_345_678, "12.3 MB"), (3.2e10, "32.0 GB"), (5e13, "50.0 TB")],
-)  # fmt: skip
-def test_size(count, text):
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
     ("series", "end", "text"),
     [
         ({}, 0, "·"),
@@ -166,10 +161,6 @@ def test_size(count, text):
 )
 def test_spark(series, end, text):
     assert spark(series, end) == text
-
-
-def test_printable():
-    assert printable("a\tb\x00é") == "a b?é"
 
 
 def test_time_between_a_stop_and_a_resumption_does_not_count():
@@ -208,11 +199,8 @@ class Writer:
 
 
 def test_watch_prints_a_line_per_round_where_there_is_no_terminal(tmp_path):
-    out = io.StringIO()
-    writer = Writer(tmp_path / "l", whole_run())
-    events = watch(tmp_path / "l", console=Console(file=out, width=80), sleep=writer)
+    lines, events = watched(tmp_path / "l", sleep=Writer(tmp_path / "l", whole_run()))
     assert events == read(tmp_path / "l") and events[-1]["event"] == "end"
-    lines = out.getvalue().splitlines()
     assert lines[0] == ("fed-alora round 1/3: mean accuracy 0.300 -> 0.450, worst 0.350 (ann), 2 of 2 clients, 800 B")
     assert [line.split(":")[0] for line in lines] == [f"fed-alora round {k}/3" for k in (1, 2, 3)]
 
@@ -220,18 +208,13 @@ def test_watch_prints_a_line_per_round_where_there_is_no_terminal(tmp_path):
 def test_a_plain_line_names_what_was_lost(tmp_path):
     silent = client_event(1, "bob", reason=SILENT) | {"client": None, "node": 9}
     *clients, closing = one_round(1, {"ann": (0.1, 0.2)}, {"eve": REASON})
-    ledger_of(tmp_path / "l", [run_event(), *clients, silent, {**closing, "void": True}])
-    out = io.StringIO()
-    watch(tmp_path / "l", until=lambda: True, console=Console(file=out, width=80))
-    assert out.getvalue().splitlines()[0].endswith(f", VOID; eve {REASON}; node 9 {SILENT}")
+    written(tmp_path / "l", [run_event(), *clients, silent, {**closing, "void": True}])
+    assert watched(tmp_path / "l", until=lambda: True)[0][0].endswith(f", VOID; eve {REASON}; node 9 {SILENT}")
 
 
 def test_watch_sees_what_was_written_before_until_became_true(tmp_path):
     writer = Writer(tmp_path / "l", whole_run()[:-1], lines_at_once=100)
-    events = watch(
-        tmp_path / "l", until=lambda: writer.ledger is not None, console=Console(file=io.StringIO()), sleep=writer
-    )
-    assert len(events) == 13
+    assert len(watched(tmp_path / "l", until=lambda: writer.ledger is not None, sleep=writer)[1]) == 13
 
 
 def test_watch_on_a_terminal_ends_with_the_table(tmp_path):
@@ -247,7 +230,7 @@ def test_watch_on_a_terminal_ends_with_the_table(tmp_path):
 
 def test_watch_of_a_file_that_was_cut_by_a_resumption(tmp_path):
     events = whole_run()
-    ledger_of(tmp_path / "l", events)
+    written(tmp_path / "l", events)
     calls = []
 
     def resume(seconds):
@@ -256,13 +239,11 @@ def test_watch_of_a_file_that_was_cut_by_a_resumption(tmp_path):
             for event in [] if len(calls) == 1 else events[4:7]:
                 ledger.write(event)
 
-    out = io.StringIO()
-    watch(tmp_path / "l", until=lambda: len(calls) == 2, console=Console(file=out, width=80), sleep=resume)
-    rounds = [re.search(r"round (\d)", line)[1] for line in out.getvalue().splitlines()]
-    assert rounds == ["1", "2", "3", "2"]
+    lines, _ = watched(tmp_path / "l", until=lambda: len(calls) == 2, sleep=resume)
+    assert [re.search(r"round (\d)", line)[1] for line in lines] == ["1", "2", "3", "2"]
 
 
 def test_watch_stops_at_damage(tmp_path):
     (tmp_path / "l").write_text("nonsense\n")
     with pytest.raises(ValueError, match="line 1"):
-        watch(tmp_path / "l", console=Console(file=io.StringIO()))
+        watched(tmp_path / "l")
