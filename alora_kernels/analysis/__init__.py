@@ -1,18 +1,11 @@
-"""Looking inside an adapter: numbers first.
+"""Looking inside an adapter, numbers first: how alike tasks are, how far they moved, where they conflict.
 
-In:   matrices A and B, base weights, gradients.
-Out:  plain numbers and frozen records, computed in float64.
-Who:  users in Python, `alora analyze`.
+    similarity, change    two matrices; how far one moved and what its update uses; all in float64
+    gradients, callback   which tasks pull a matrix in opposite directions; the same while training, to a CSV
+    sources, comparison   folders as units; all of them compared, module by module
+    table, report         what was found, as CSV; with figures, as one page
 
-    similarity      two matrices as vectors and as subspaces, with the level of chance
-    change          how far columns moved, in length and in direction
-    spectrum        singular values of s B A, effective and stable rank
-    gradients       which tasks pull a matrix in opposite directions
-    callback        the same while training, to a CSV
-    sources, study  folders as units; all of them compared, module by module
-    result, report  what was found, as CSV; with figures, as one page
-
-Importing this loads no library; `ConflictCallback` loads transformers.
+For users in Python and `alora analyze`. Importing this loads no library; `ConflictCallback` loads transformers.
 """
 
 from __future__ import annotations
@@ -23,31 +16,29 @@ from .._lazy import names_later
 
 if TYPE_CHECKING:
     from .callback import ConflictCallback
-    from .change import Change, column_change, merged_change
+    from .change import Change, Spectrum, column_change, matrix_spectrum, merged_change, update_spectrum
+    from .comparison import compare_units
     from .gradients import Conflicts, NotFiniteError, compare, probe_batches, task_conflicts, task_gradients
     from .report import write_report
-    from .result import Analysis
     from .similarity import IncomparableError, chance, cosine, pairwise, subspace_overlap
-    from .sources import units
-    from .spectrum import Spectrum, matrix_spectrum, update_spectrum
-    from .study import compare_units
-    from .units import Unit
+    from .sources import Unit, units
+    from .table import Analysis
 
 _WHERE = {
-    "Analysis": "result",
+    "Analysis": "table",
     "Change": "change",
     "ConflictCallback": "callback",
     "Conflicts": "gradients",
     "IncomparableError": "similarity",
     "NotFiniteError": "gradients",
-    "Spectrum": "spectrum",
-    "Unit": "units",
+    "Spectrum": "change",
+    "Unit": "sources",
     "chance": "similarity",
     "column_change": "change",
     "compare": "gradients",
-    "compare_units": "study",
+    "compare_units": "comparison",
     "cosine": "similarity",
-    "matrix_spectrum": "spectrum",
+    "matrix_spectrum": "change",
     "merged_change": "change",
     "pairwise": "similarity",
     "probe_batches": "gradients",
@@ -55,7 +46,7 @@ _WHERE = {
     "task_conflicts": "gradients",
     "task_gradients": "gradients",
     "units": "sources",
-    "update_spectrum": "spectrum",
+    "update_spectrum": "change",
     "write_report": "report",
 }
 

@@ -1,12 +1,9 @@
-"""Gradient conflicts while a model trains.
+"""Gradient conflicts while a model trains, from fixed probe batches to a CSV with a row per matrix every n steps.
 
-In:   fixed probe batches, one per task, and the trainer's own loss.
-Out:  a CSV, one row per matrix every n steps.
-Who:  users of transformers' Trainer or of ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`.
-
-The batches are given, not taken from training: the same ones at every step, so that a curve shows the model changing
-and not the data, and chosen by whoever reads it (`gradients.probe_batches`; held-out rows are the cleaner choice).
-Training with the callback gives bit for bit the weights of training without it.
+For users of transformers' Trainer or of ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`. The
+batches are given, not taken from training: the same ones at every step, so that a curve shows the model changing and
+not the data, and chosen by whoever reads it (`gradients.probe_batches`; held-out rows are the cleaner choice). Training
+with the callback gives bit for bit the weights of training without it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""How far a matrix moved, split into the length and the direction of its columns.
+"""What training did to a weight: how far its columns moved, and which singular values its update s B A has.
 
-In:   a matrix before and after; or the base weight and the factors of its update.
-Out:  a `Change`: mean change of the columns' lengths, and of their directions.
-Who:  reports and figures; A or B against their start, W0 against W0 + s B A.
+In:   a matrix before and after; a base weight and the factors A [R, K] and B [N, R] of its update; or any matrix.
+Out:  a `Change`: mean change of the columns' lengths and directions; a `Spectrum`: singular values, ranks, norm.
+Who:  `comparison` and users; A or B against their start, W0 against W0 + s B A.
 
 Columns run along dim 0, as in the paper: column c of W [N, K] is what input c does to all outputs. Work goes through
-the matrix in blocks of columns, so neither a float64 copy nor the merged weight of a large layer is ever whole.
+the matrix in blocks of columns, so neither a float64 copy nor the merged weight of a large layer is ever whole. Nor is
+s B A: with B = Q_b T_b and A^T = Q_a T_a it is Q_b (s T_b T_a^T) Q_a^T, and the Q do not change singular values, so
+what is decomposed is [R, R] (SmolLM2's 1536 x 576 at r = 8: 64 numbers instead of 884,736).
 """
 
 from __future__ import annotations
@@ -76,8 +78,6 @@ def merged_change(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Change:
 
     Raises:
         TypeError, ValueError: not finite floating matrices, or shapes that do not fit.
-
-    Source: as `column_change`.
     """
     w = checked("w", w)
     right, left = factors(a, b)
@@ -124,3 +124,56 @@ def _measured(blocks: Iterator[tuple[Tensor, Tensor]]) -> Change:
         columns=columns,
         without_direction=columns - directed,
     )
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the singular values of a matrix say.
+
+    Attributes:
+        singular_values: largest first; of an update min(N, R, K) of them, the others being zero.
+        effective_rank: `exp(-sum_i p_i log p_i)`, `p_i = sigma_i / sum sigma`: 1 for one direction, R for R equal
+            ones. nan for a matrix of zeros.
+        stable_rank: `||.||_F^2 / sigma_1^2`; nan for a matrix of zeros.
+        frobenius: `||.||_F`.
+
+    Source: effective rank, Roy & Vetterli 2007.
+    """
+
+    singular_values: tuple[float, ...]
+    effective_rank: float
+    stable_rank: float
+    frobenius: float
+
+
+def matrix_spectrum(matrix: Tensor) -> Spectrum:
+    """The spectrum of a matrix `[N, K]`.
+
+    Raises:
+        TypeError, ValueError: not a finite floating matrix.
+    """
+    return _spectrum(torch.linalg.svdvals(exact("matrix", matrix)))
+
+
+def update_spectrum(a: Tensor, b: Tensor, scaling: float = 1.0) -> Spectrum:
+    """The spectrum of s B A.
+
+    Args:
+        a: `[R, K]`, one task's.
+        b: `[N, R]`.
+        scaling: s.
+
+    Raises:
+        TypeError, ValueError: not finite floating matrices, or of different ranks.
+    """
+    right, left = factors(a, b)
+    small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    return _spectrum(torch.linalg.svdvals(scale(scaling) * small))
+
+
+def _spectrum(values: Tensor) -> Spectrum:
+    norm = float(torch.linalg.vector_norm(values))
+    shares = values / values.sum()  # zeros: 0 / 0 is the nan that is wanted
+    effective = float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+    stable = float((values / values[0]).square().sum())
+    return Spectrum(tuple(values.tolist()), effective, stable, norm)

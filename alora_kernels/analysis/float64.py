@@ -1,8 +1,4 @@
-"""Matrices as float64, checked.
-
-In:   a tensor of any floating dtype on any device, and the name its caller gave it.
-Out:  the same numbers in float64, or an error that names the argument.
-Who:  every measurement of this package.
+"""Matrices as float64, checked: the same numbers, or an error that names the argument. For every measurement here.
 
 float64 because these numbers are differences of nearly equal ones: an adapter moves a column of W0 by 1e-3 of its
 length, which is 5e-7 in 1 - cos, and float32 resolves 6e-8.
@@ -10,12 +6,14 @@ length, which is 5e-7 in 1 - cos, and float32 resolves 6e-8.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def checked(name: str, matrix: Tensor) -> Tensor:
-    """The matrix itself, without its graph, if it is one.
+    """The matrix itself, without its graph.
 
     Raises:
         TypeError: not a tensor, or not of a floating dtype.
@@ -38,11 +36,7 @@ def double(tensor: Tensor) -> Tensor:
 
 
 def exact(name: str, matrix: Tensor) -> Tensor:
-    """The matrix in float64.
-
-    Raises:
-        TypeError, ValueError: as `checked`; or it holds NaN or infinity.
-    """
+    """The matrix in float64. Raises as `checked`, and ValueError for NaN or infinity."""
     values = double(checked(name, matrix))
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity: the run it comes from diverged")
@@ -50,11 +44,7 @@ def exact(name: str, matrix: Tensor) -> Tensor:
 
 
 def factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """One task's A `[R, K]` and B `[N, R]` in float64 on one device.
-
-    Raises:
-        TypeError, ValueError: as `exact`; or their ranks differ.
-    """
+    """One task's A `[R, K]` and B `[N, R]` in float64 on one device. Raises as `exact`, or if their ranks differ."""
     left, right = exact("b", b), exact("a", a)
     if left.shape[1] != right.shape[0]:
         raise ValueError(
@@ -64,12 +54,8 @@ def factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale(scaling: float) -> float:
-    """s as a float.
-
-    Raises:
-        ValueError: NaN or infinite.
-    """
+    """s as a float. Raises ValueError for NaN or infinity."""
     value = float(scaling)
-    if value - value != 0.0:  # NaN and infinity alike
+    if not math.isfinite(value):
         raise ValueError(f"scaling must be a finite number, got {value}")
     return value

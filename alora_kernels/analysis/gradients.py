@@ -1,8 +1,8 @@
 """Do tasks pull an adapter's matrices in opposite directions?
 
-In:   one batch per task, a model and its loss; or gradients that somebody already has.
+In:   one batch per task, a model and its loss; gradients that somebody already has; the callback's CSV files.
 Out:  a `Conflicts` per matrix: gradient norm of each task, cosine of each pair, how many pairs conflict.
-Who:  users at any point of a training; `callback.ConflictCallback` every n steps.
+Who:  users at any point of a training; `callback.ConflictCallback` every n steps; reports read the files again.
 
 Two tasks conflict in a matrix where the cosine of their gradients is negative: a step for one undoes the other. Only
 what tasks share can conflict: under task routing A [E, R, K] is one slice per task, so those gradients never meet and
@@ -12,24 +12,25 @@ count as no pair. The model is measured in eval mode (dropout would add noise of
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .float64 import double
-from .similarity import unit
+from .similarity import unit_vector
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-#: of the CSV that the callback writes; here, because readers of it need no transformers
-COLUMNS = ("step", "module", "parameter", "sharing", "norm", "conflicts", "pairs")
-
+MAX_ROWS = 1_000_000  # of a CSV: 210 modules, A and B, 2000 measurements
 _NAME = re.compile(r"^(?:(.+?)\.)?(?:(?:asymlora|lora)_([AB])|vera_(lambda_[a-z]+))(?:\.(.+))?$")
 
 
@@ -96,7 +97,7 @@ def compare(
     bad = [task for task, row in zip(tasks, rows, strict=True) if not bool(row.isfinite().all())]
     if bad:
         raise NotFiniteError(f"gradient of {module or 'the matrix'} {parameter}".rstrip() + f" not finite: {bad}")
-    directions = torch.stack([unit(row) for row in rows])
+    directions = torch.stack([unit_vector(row) for row in rows])
     cosine = (directions @ directions.T).clamp(-1.0, 1.0)
     if routed:
         reached = (stacked != 0).reshape(len(tasks), stacked.shape[1], -1).any(2).double()  # [T, E]
@@ -108,11 +109,7 @@ def compare(
 
 
 def two_tasks(by_task: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of at least two tasks.
-
-    Raises:
-        ValueError: fewer.
-    """
+    """The names of the tasks. Raises ValueError for fewer than two."""
     if len(by_task) < 2:
         found = ", ".join(map(str, by_task)) or "none"
         raise ValueError(f"conflicts are between tasks: give batches or gradients of at least two, got {found}")
@@ -252,3 +249,65 @@ def _on(device: torch.device, batch: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+class Measured(NamedTuple):
+    """A row of a file: a matrix at a step. `conflicts` of `pairs` pairs of tasks had gradients of negative cosine."""
+
+    step: int
+    module: str
+    parameter: str
+    sharing: str
+    norm: float
+    conflicts: int
+    pairs: int
+
+
+COLUMNS = Measured._fields  # of the CSV that the callback writes; here, because readers of it need no transformers
+
+
+def share_of(rows: Sequence[Measured]) -> float:
+    """Conflicting pairs over pairs; NaN without pairs."""
+    pairs = sum(row.pairs for row in rows)
+    return sum(row.conflicts for row in rows) / pairs if pairs else float("nan")
+
+
+class ConflictFile(NamedTuple):
+    """One file; `why` says why it could not be read."""
+
+    path: Path
+    rows: list[Measured]
+    why: str = ""
+
+    def by_step(self) -> Iterator[tuple[int, list[Measured]]]:
+        """The rows of each step."""
+        ordered = sorted(self.rows, key=lambda row: row.step)
+        for step, same in itertools.groupby(ordered, key=lambda row: row.step):
+            yield step, list(same)
+
+
+def conflict_files(folder: Path) -> list[ConflictFile]:
+    """The files in a folder with the callback's header; of a folder called `adapter` those beside it as well."""
+    folders = [folder, folder.parent] if folder.name == "adapter" else [folder]
+    return [read for place in folders for path in sorted(place.glob("*.csv")) if (read := _read(path)) is not None]
+
+
+def _read(path: Path) -> ConflictFile | None:
+    """None of a file that is something else."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.reader(file)
+            if tuple(next(lines, ())) != COLUMNS:
+                return None
+            try:
+                rows = [_measured(row) for row in itertools.islice(lines, MAX_ROWS - 1)]
+            except (OSError, ValueError, csv.Error) as error:
+                return ConflictFile(path, [], f"{path} does not read as gradient conflicts ({error})")
+    except (OSError, ValueError, csv.Error):
+        return None
+    return ConflictFile(path, rows, "" if rows else f"{path} has no row: nothing was measured yet")
+
+
+def _measured(row: list[str]) -> Measured:
+    step, module, parameter, sharing, norm, conflicts, pairs = row
+    return Measured(int(step), module, parameter, sharing, float(norm), int(conflicts), int(pairs))

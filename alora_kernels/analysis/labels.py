@@ -1,58 +1,101 @@
-"""What measures are called, in figures, tables and the page: one name everywhere.
+"""What things are called, one name everywhere: modules by layer and kind, units by what tells them apart, measures.
 
-In:   (part, measure) of a row.
-Out:  words.
-Who:  `heatmaps`, `curves`, `report` and the command line.
+In:   full module names; paths of units; (part, measure) of a row.
+Out:  a `Place` per module, a distinct label per unit, words per measure.
+Who:  `comparison` for its rows; tables, figures and reports.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+_NUMBER = re.compile(r"\d+")
+
 CHANCE_OF = frozenset({"overlap"})  # measures that random matrices do not bring to zero
+_MEASURES = {
+    "cosine": "cosine of {}",
+    "overlap": "subspace overlap of {}",
+    "magnitude": "change of length, {}",
+    "direction": "change of direction, {}",
+    "frobenius": "norm of {}",
+}
 
 
-class _Names(dict[tuple[str, str], str]):
-    """(part, measure) -> words, for parts of any name."""
-
-    def __missing__(self, key: tuple[str, str]) -> str:
-        part, measure = key
-        known = {
-            "cosine": f"cosine of {part}",
-            "overlap": f"subspace overlap of {part}",
-            "magnitude": f"change of length, {part}",
-            "direction": f"change of direction, {part}",
-            "frobenius": f"norm of {part}",
-        }
-        return known.get(measure, f"{measure.replace('_', ' ')} of {part}")
+def named(part: str, measure: str) -> str:
+    """A measure of a part in words."""
+    template = _MEASURES.get(measure, f"{measure.replace('_', ' ')} of {{}}")
+    return template.format("s B A" if part == "sBA" else part)
 
 
-NAMES = _Names({("sBA", "frobenius"): "norm of s B A", ("sBA", "effective_rank"): "effective rank of s B A"})
+class Place(NamedTuple):
+    """Where a module is: the first number in its name (None without one), and which of the layer's modules it is."""
 
-READING = (
-    (
-        "cosine",
-        "The two matrices read as long vectors: 1 is the same direction, 0 none in common, −1 the opposite. It depends"
-        " on the basis that the rank happens to have, so matrices that began with the same numbers stay alike, and"
-        " matrices that began apart look apart even where they do the same.",
-    ),
-    (
-        "subspace overlap",
-        "How much of the space that one matrix spans lies in the other's: the mean squared cosine of the principal"
-        " angles between the rows of A (which inputs are read) or the columns of B (which outputs are written). 1: the"
-        " same space, 0: orthogonal. It does not depend on the basis. Random spaces reach max(r₁, r₂) / K, the level"
-        " called chance: only what lies above it was learned together, or began together.",
-    ),
-    (
-        "change of length and of direction",
-        "Column by column, as in the analysis of DoRA: how much longer or shorter a column became, and 1 − cosine of"
-        " the turn it made (0: none, 1: a right angle). Columns that are zero before or after have no direction.",
-    ),
-    (
-        "effective rank",
-        "How many directions of the weight's change s B A matter: exp of the entropy of its singular values. 1: a"
-        " single direction, R: all that the rank allows, used equally.",
-    ),
-    (
-        "norm",
-        "The Frobenius norm: how large a matrix is. The norm of s B A says how far a task moves a weight.",
-    ),
-)
+    layer: int | None
+    kind: str
+
+
+def places(modules: Iterable[str]) -> dict[str, Place]:
+    """Layer and kind of each module, in the order of a model: by layer, then by name.
+
+    A kind is the shortest end of the name behind the layer number that no other kind ends in: `q_proj`, but in BERT
+    `attention.output.dense` beside `intermediate.dense`.
+    """
+    split = {module: _split(module) for module in modules}
+    kinds = _shortest_ends({tail for _, tail in split.values()})
+    found = {module: Place(layer, kinds[tail]) for module, (layer, tail) in split.items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0, item[0])))
+
+
+def _split(module: str) -> tuple[int | None, tuple[str, ...]]:
+    """The layer number and what comes after it; further numbers (experts) become `*`, so that they share a kind."""
+    words = module.split(".")
+    at = next((i for i, word in enumerate(words) if _NUMBER.fullmatch(word)), None)
+    if at is None or at == len(words) - 1:
+        return None, tuple(words)
+    return int(words[at]), tuple("*" if _NUMBER.fullmatch(word) else word for word in words[at + 1 :])
+
+
+def _shortest_ends(tails: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    names = {}
+    for tail in tails:
+        others = tails - {tail}
+        lengths = (n for n in range(1, len(tail)) if not any(other[-n:] == tail[-n:] for other in others))
+        names[tail] = ".".join(tail[-next(lengths, len(tail)) :])
+    return names
+
+
+def distinct(paths: Sequence[Sequence[str]]) -> list[str]:
+    """A short label for each path, no two alike.
+
+    Args:
+        paths: words from the most special to the most general: task, folder, parent, ...
+
+    Returns:
+        The first word where it is enough; else `word/first` with the nearest word that tells those of one first word
+        apart; else as many words as it takes, or a number.
+    """
+    labels = [path[0] for path in paths]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        group = [i for i, path in enumerate(paths) if path[0] == label]
+        for i, longer in zip(group, _apart([paths[i] for i in group]), strict=True):
+            labels[i] = longer
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        labels[i] = label if seen[label] == 1 else f"{label} ({seen[label]})"
+    return labels
+
+
+def _apart(paths: Sequence[Sequence[str]]) -> list[str]:
+    deepest = max(map(len, paths))
+    for depth in range(1, deepest):
+        words = [path[depth] if depth < len(path) else "" for path in paths]
+        if len(set(words)) == len(words):
+            return [f"{word}/{path[0]}".lstrip("/") for word, path in zip(words, paths, strict=True)]
+    for depth in range(2, deepest + 1):
+        longer = ["/".join(reversed(path[:depth])) for path in paths]
+        if len(set(longer)) == len(longer):
+            return longer
+    return [path[0] for path in paths]

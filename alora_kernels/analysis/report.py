@@ -1,37 +1,66 @@
 """One page that shows an analysis: what was compared, how to read it, tables, figures, what is missing and why.
 
 In:   an `Analysis`.
-Out:  `report.html`, complete in itself, and the figures as PNG beside it.
-Who:  users in Python, `alora analyze`.
+Out:  `report.html`, complete in itself, and the figures as PNG beside it; the columns and reasons of any short table.
+Who:  users in Python, `alora analyze`, which prints the same columns.
 
-Names of tasks, folders and modules come from strangers: every text goes through `_text`, and the page's own policy
-would run nothing even if one did not.
+Names of tasks, folders and modules come from strangers: the template escapes every text, and the page's own policy
+would run nothing even if it did not.
 """
 
 from __future__ import annotations
 
 import base64
 import datetime
-import html
 import importlib.metadata
+import math
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import jinja2
 
 from .. import files
 from ..version import __version__
 from .figures import Picture, check_matplotlib, pictures
-from .labels import READING
-from .page import page
-from .summary import NOTHING, counted, groups, pair_columns, pairs, shown, unit_columns, which
-
-if TYPE_CHECKING:
-    from .result import Analysis
+from .gradients import ConflictFile, share_of
+from .labels import named
+from .table import Analysis, Mean, Row, mean_of, means, measures, where
 
 PAIRS, REASONS, UNITS = 24, 40, 64  # lines of a table; the files have all
 PACKAGES = ("torch", "peft", "safetensors", "numpy", "matplotlib")
+SPREAD = "Mean over modules ± standard deviation over modules"
+READING = (
+    (
+        "cosine",
+        "The two matrices read as long vectors: 1 is the same direction, 0 none in common, −1 the opposite. It depends"
+        " on the basis that the rank happens to have, so matrices that began with the same numbers stay alike, and"
+        " matrices that began apart look apart even where they do the same.",
+    ),
+    (
+        "subspace overlap",
+        "How much of the space that one matrix spans lies in the other's: the mean squared cosine of the principal"
+        " angles between the rows of A (which inputs are read) or the columns of B (which outputs are written). 1: the"
+        " same space, 0: orthogonal. It does not depend on the basis. Random spaces reach max(r₁, r₂) / K, the level"
+        " called chance: only what lies above it was learned together, or began together.",
+    ),
+    (
+        "change of length and of direction",
+        "Column by column, as in the analysis of DoRA: how much longer or shorter a column became, and 1 − cosine of"
+        " the turn it made (0: none, 1: a right angle). Columns that are zero before or after have no direction.",
+    ),
+    (
+        "effective rank",
+        "How many directions of the weight's change s B A matter: exp of the entropy of its singular values. 1: a"
+        " single direction, R: all that the rank allows, used equally.",
+    ),
+    (
+        "norm",
+        "The Frobenius norm: how large a matrix is. The norm of s B A says how far a task moves a weight.",
+    ),
+)
 _OURS = re.compile(r"(similarity(-layers)?|(changes|update)-layers|norms-units|layers-\w+-\w+|conflicts(-\d+)?)\.png")
 
 
@@ -69,30 +98,38 @@ def write_report(analysis: Analysis, folder: str | Path, *, command: str | None 
 
 def render(analysis: Analysis, drawn: Sequence[Picture] = (), command: str | None = None) -> str:
     """The page as text."""
-    names = which([(label,) for label in analysis.labels], 6)
-    title = f"Inside {names}"
-    sections = [
-        f"<h1>{_text(title)}</h1>",
-        _p(_lead(analysis), "soft"),
-        _notes(analysis.notes),
-        _compared(analysis),
-        _pairs(analysis),
-        _units(analysis),
-        _reading(),
-        _figures(drawn),
-        _conflicts(analysis),
-        _missing(analysis),
-        _made(command),
-    ]
-    return page(_text(title), "\n".join(section for section in sections if section))
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _p(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{_text(text)}</p>' if kind else f"<p>{_text(text)}</p>"
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        autoescape=True, keep_trailing_newline=True, loader=loader, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    per_pair, per_unit, reasons = pair_columns(analysis), unit_columns(analysis), groups(analysis)
+    chosen, more = pairs(per_pair, PAIRS)
+    between = f"; the most and the least alike, {more} pairs between them are in similarity.csv" if more else ""
+    return environment.get_template("report.html").render(
+        title=f"Inside {which([(label,) for label in analysis.labels], 6)}",
+        lead=_lead(analysis),
+        analysis=analysis,
+        compared_head=("unit", "kind", "rank", "modules", "base", "folder"),
+        compared=[
+            (unit.label, unit.kind, unit.rank or "–", unit.modules, unit.base or "not said", unit.folder)
+            for unit in analysis.units[:UNITS]
+        ],
+        spread=SPREAD,
+        pairs_caption=SPREAD + between,
+        pairs_head=("pair", *(column.heading for column in per_pair)),
+        pairs=[(" – ".join(pair), *(shown(column.of(pair)) for column in per_pair)) for pair in chosen],
+        units_head=("unit", *(column.heading for column in per_unit)),
+        units=[(name, *(shown(column.of((name,))) for column in per_unit)) for name in analysis.labels[:UNITS]],
+        reading=READING,
+        drawn=drawn,
+        conflicts=[_conflict_line(file) for file in analysis.conflicts],
+        missing_caption=f"{counted(len(reasons), 'reason')}; every pair and module count is in not_compared.csv",
+        missing_head=("reason", "part", "measure", "units", "modules", "first of them"),
+        missing=[_missing(group) for group in reasons[:REASONS]],
+        command=command,
+        made_with=_made_with(),
+    )
 
 
 def _lead(analysis: Analysis) -> str:
@@ -101,122 +138,16 @@ def _lead(analysis: Analysis) -> str:
     return f"{text} in {counted(len(layers), 'layer')}." if layers else f"{text}."
 
 
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    return '<div class="notes"><ul>' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul></div>"
+def _conflict_line(file: ConflictFile) -> str:
+    if file.why:
+        return file.why
+    step, last = list(file.by_step())[-1]
+    shared = [row for row in last if row.pairs]
+    share = f"{100 * share_of(shared):.0f} % of its pairs of tasks" if shared else "no pairs: nothing is shared"
+    return f"{file.path}: {counted(len(file.rows), 'row')}; at step {step} in conflict: {share}"
 
 
-def _table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, wide: Sequence[str] = ()
-) -> str:
-    """A table that scrolls by itself; the first `left` columns are text, the others numbers; `wide` ones hold paths."""
-    kinds = [' class="w"' if name in wide else "" if i < left else ' class="n"' for i, name in enumerate(head)]
-    top = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for cell, kind in zip(head, kinds, strict=True))
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
-        body.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
-    label = _text(caption)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
-        f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _compared(analysis: Analysis) -> str:
-    rows = [
-        (unit.label, unit.kind, str(unit.rank or "–"), str(unit.modules), unit.base or "not said", str(unit.folder))
-        for unit in analysis.units[:UNITS]
-    ]
-    head = ("unit", "kind", "rank", "modules", "base", "folder")
-    return "<h2>What was compared</h2>" + _table("Units", head, rows, left=len(head), wide=("base", "folder"))
-
-
-def _reading() -> str:
-    entries = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in READING)
-    return f"<h2>How to read this</h2><dl>{entries}</dl>"
-
-
-def _pairs(analysis: Analysis) -> str:
-    columns = pair_columns(analysis)
-    chosen, more = pairs(columns, PAIRS)
-    if not chosen:
-        return "<h2>How alike</h2>" + _p("No pair could be compared.")
-    caption = "Mean over modules ± standard deviation over modules"
-    if more:
-        caption += f"; the most and the least alike, {more} pairs between them are in similarity.csv"
-    rows = [(" – ".join(pair), *(shown(column.values.get(pair, NOTHING)) for column in columns)) for pair in chosen]
-    return "<h2>How alike</h2>" + _table(caption, ("pair", *(column.heading for column in columns)), rows)
-
-
-def _units(analysis: Analysis) -> str:
-    columns = unit_columns(analysis)
-    if not columns:
-        return ""
-    rows = [
-        (label, *(shown(column.values.get((label,), NOTHING)) for column in columns))
-        for label in analysis.labels[:UNITS]
-    ]
-    caption = "Mean over modules ± standard deviation over modules"
-    return "<h2>How far, how large, of which rank</h2>" + _table(
-        caption, ("unit", *(column.heading for column in columns)), rows
-    )
-
-
-def _figures(drawn: Sequence[Picture]) -> str:
-    return "".join(["<h2>Figures</h2>", *map(_figure, drawn)]) if drawn else ""
-
-
-def _figure(picture: Picture) -> str:
-    light, dark = (base64.b64encode(data).decode() for data in (picture.light, picture.dark))
-    title = _text(picture.title)
-    return (
-        f'<figure><h3>{title}</h3><div class="wide" tabindex="0" role="region" aria-label="{title}"><picture>'
-        f'<source srcset="data:image/png;base64,{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="data:image/png;base64,{light}" style="--w:{picture.width}px" alt="{_text(picture.alt)}">'
-        f"</picture></div><figcaption>{_text(picture.caption)}</figcaption></figure>\n"
-    )
-
-
-def _conflicts(analysis: Analysis) -> str:
-    if not analysis.conflicts:
-        return ""
-    items = []
-    for file in analysis.conflicts:
-        if file.why:
-            items.append(file.why)
-            continue
-        step, last = list(file.by_step())[-1]
-        shared = [row for row in last if row.pairs]
-        share = f"{100 * file.share(shared):.0f} % of its pairs of tasks" if shared else "no pairs: nothing is shared"
-        items.append(f"{file.path}: {counted(len(file.rows), 'row')}; at step {step} in conflict: {share}")
-    return "<h2>Gradient conflicts</h2><ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
-
-
-def _missing(analysis: Analysis) -> str:
-    """What was not compared, and why."""
-    found = groups(analysis)
-    head = "<h2>Not compared</h2>"
-    if not found:
-        return head + _p("Everything was compared with everything.")
-    rows = [
-        (
-            group.reason,
-            "everything" if group.part == "all" else group.part,
-            "every measure" if group.measure == "all" else group.measure.replace("_", " "),
-            which(group.units),
-            str(len(group.modules)) if group.modules else "–",
-            group.modules[0] if group.modules else "–",
-        )
-        for group in found[:REASONS]
-    ]
-    caption = f"{counted(len(found), 'reason')}; every pair and module count is in not_compared.csv"
-    titles = ("reason", "part", "measure", "units", "modules", "first of them")
-    return head + _table(caption, titles, rows, left=len(titles), wide=("units", "first of them"))
-
-
-def _made(command: str | None) -> str:
+def _made_with() -> str:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     versions = [f"alora-kernels {__version__}", f"Python {platform.python_version()}"]
     for package in PACKAGES:
@@ -224,5 +155,127 @@ def _made(command: str | None) -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    shown_command = f"<pre><code>{_text(command)}</code></pre>" if command else ""
-    return f"<h2>Made with</h2>{shown_command}" + _p(f"{', '.join(versions)}; {now}. Numbers in float64.", "soft")
+    return f"{', '.join(versions)}; {now}. Numbers in float64."
+
+
+class Column(NamedTuple):
+    """One measure of all pairs or units; `chance` is the mean level of random matrices, NaN where that is zero."""
+
+    title: str
+    values: dict[tuple[str, ...], Mean]
+    chance: float = math.nan
+
+    @property
+    def heading(self) -> str:
+        """The title, with the level of chance."""
+        return self.title if math.isnan(self.chance) else f"{self.title} (chance {number(self.chance)})"
+
+    def of(self, key: tuple[str, ...]) -> Mean:
+        """The mean of a pair or a unit."""
+        return self.values.get(key, Mean())
+
+
+def _column(title: str, rows: Sequence[Row], *by: str) -> Column:
+    return Column(title, means(rows, *by), mean_of(row.chance for row in rows).mean)
+
+
+def pair_columns(analysis: Analysis) -> list[Column]:
+    """A column per part and measure."""
+    rows = analysis.similarity
+    return [_column(named(*key), where(rows, *key), "unit1", "unit2") for key in measures(rows)]
+
+
+def pairs(columns: Sequence[Column], most: int) -> tuple[list[tuple[str, ...]], int]:
+    """At most so many pairs, the most and the least alike first and last, and how many were left out.
+
+    Alike by the first subspace overlap, which depends on no basis; by the first column if there is none.
+    """
+    every = list(dict.fromkeys(pair for column in columns for pair in column.values))
+    if not columns:
+        return [], 0
+    by = next((column for column in columns if not math.isnan(column.chance)), columns[0])
+
+    def value(pair: tuple[str, ...]) -> float:
+        mean = by.of(pair).mean
+        return -math.inf if math.isnan(mean) else mean
+
+    every.sort(key=value, reverse=True)
+    if len(every) <= most:
+        return every, 0
+    return every[: most - most // 2] + every[-(most // 2) :], len(every) - most
+
+
+def unit_columns(analysis: Analysis) -> list[Column]:
+    """Changes against each start, then ranks and norms."""
+    columns = []
+    for part, measure in measures(analysis.changes):
+        wanted = ("relative_magnitude", "direction") if part == "W" else ("magnitude", "direction", "overlap")
+        if measure not in wanted:
+            continue
+        rows = where(analysis.changes, part, measure)
+        for unit2 in dict.fromkeys(row.unit2 for row in rows):
+            title = f"{named(part, measure)}, from {unit2}"
+            columns.append(_column(title, [row for row in rows if row.unit2 == unit2], "unit1"))
+    for part, measure in measures(analysis.norms):
+        if measure == "effective_rank" or (measure == "frobenius" and part.startswith(("sBA", "lambda"))):
+            columns.append(_column(named(part, measure), where(analysis.norms, part, measure), "unit1"))
+    return columns
+
+
+class Group(NamedTuple):
+    """What was left out for one reason."""
+
+    part: str
+    measure: str
+    reason: str
+    units: list[tuple[str, ...]]
+    modules: list[str]
+
+
+def groups(analysis: Analysis) -> list[Group]:
+    """What was not compared, by reason; those that concern most modules first."""
+    found: dict[tuple[str, str, str], tuple[dict[tuple[str, ...], None], dict[str, None]]] = {}
+    for one, two, part, measure, reason, modules in analysis.skipped:
+        units, names = found.setdefault((part, measure, reason), ({}, {}))
+        units[(one, two) if two else (one,)] = None
+        names.update(dict.fromkeys(modules))
+    made = [Group(*key, list(units), list(names)) for key, (units, names) in found.items()]
+    return sorted(made, key=lambda group: -len(group.units) * max(1, len(group.modules)))
+
+
+def _missing(group: Group) -> tuple[object, ...]:
+    return (
+        group.reason,
+        "everything" if group.part == "all" else group.part,
+        "every measure" if group.measure == "all" else group.measure.replace("_", " "),
+        which(group.units),
+        len(group.modules) or "–",
+        group.modules[0] if group.modules else "–",
+    )
+
+
+def shown(mean: Mean) -> str:
+    """`0.123 ± 0.045`; a dash for nothing."""
+    if not mean.known:
+        return "–"
+    return number(mean.mean) if math.isnan(mean.sd) else f"{number(mean.mean)} ± {number(mean.sd)}"
+
+
+def number(value: float) -> str:
+    """Three decimals; more where these would say nothing, unless it is rounding."""
+    if abs(value) < 1e-9:
+        return "0.000"
+    if value and abs(value) < 0.0995:
+        return f"{value:.2g}" if abs(value) < 0.001 else f"{value:.4f}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def which(units: Sequence[tuple[str, ...]], most: int = 2) -> str:
+    """Pairs or units by name, the first few of many."""
+    names = [" with ".join(unit) for unit in units[:most]]
+    return ", ".join(names) + (f" and {len(units) - most} more" if len(units) > most else "")

@@ -2,7 +2,7 @@
 
 In:   pairs of matrices A_i, A_j [R, K]; B passed as B^T.
 Out:  one number per pair, in float64; the level that chance alone reaches.
-Who:  reports, figures and users comparing the tasks of an adapter.
+Who:  `comparison`, and users comparing the tasks of an adapter.
 
 The two answer different questions. B A = (B Q^T)(Q A) for every rotation Q of the rank, so the cosine depends on a
 basis that training picked by accident (the common initialisation), while the overlap does not. Neither is small by
@@ -41,11 +41,11 @@ def cosine(p: Tensor, q: Tensor) -> float:
     left, right = exact("p", p), exact("q", q)
     if left.shape != right.shape:
         raise IncomparableError(f"p {list(p.shape)} and q {list(q.shape)} must have the same shape")
-    u, v = unit(left), unit(right.to(left.device))
+    u, v = unit_vector(left), unit_vector(right.to(left.device))
     return float((u * v).sum().clamp(-1.0, 1.0))
 
 
-def unit(values: Tensor) -> Tensor:
+def unit_vector(values: Tensor) -> Tensor:
     """The values over their Euclidean norm; nan for zeros. Divided by the largest first: squares must not vanish."""
     values = values / values.abs().max()
     return values / torch.linalg.vector_norm(values)

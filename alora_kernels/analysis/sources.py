@@ -4,8 +4,8 @@ In:   paths: a folder with an ALoRA, LoRA, VeRA, LoRA-per-task or HydraLoRA adap
 Out:  `Unit`s: their matrices by part, one module at a time.
 Who:  users in Python, `alora analyze`.
 
-ALoRA and LoRA go through `read_adapter`, which distrusts folders of strangers; the other two formats are read here in
-the same spirit: JSON and safetensors only, every number looked at once. Afterwards a file stays open and one module's
+ALoRA and LoRA go through `read_adapter`, which distrusts folders of strangers; the other formats are read here in the
+same spirit: JSON and safetensors only, every number looked at once. Afterwards a file stays open and one module's
 matrices are read when asked for, so 16 tasks of a large model never have to be in memory together.
 """
 
@@ -13,30 +13,90 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..adapters.config import AdapterFolderError, checked_config, read_settings, refused
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import files
+from ..adapters.config import AdapterFolderError, checked_config, not_finite, read_settings, refused
 from ..adapters.method import SETTINGS, STATE, read_method
-from ..adapters.reader import PREFIX, AdapterFile, read_adapter
+from ..adapters.reader import PREFIX, Stamp, read_adapter, stamp_of
 from ..modules.init import lora_scaling
-from ..tuner.config import CONFIG, WEIGHTS
+from ..text import printable
+from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
-from .names import clean
-from .units import HYDRA, SOFT, Loaded, Unit, Update
-from .weights import Weights, matched
 
+# kinds that readers of a unit ask for
+HYDRA, SOFT = "HydraLoRA, one expert", "ALoRA, one expert"
 FINAL, UNEQUAL = "final.safetensors", "fed-alora-het"  # of `alora fed`: a client's finished matrices, and the method
+HET = ("A", "M", "B1", "B2", "B")
+LONGEST = 256  # characters of a name that came with a folder
 SOUGHT = (
     f"an adapter folder ({CONFIG} and {WEIGHTS}: ALoRA, LoRA or VeRA; {SETTINGS} and {STATE}: LoRA per task or"
     " HydraLoRA), or a federated run"
     f" (clients/*/*/adapter, or clients/*/*/{FINAL} of {UNEQUAL})"
 )
-_VERA = re.compile(re.escape(PREFIX) + r"(.{1,256})\.vera_lambda_([bd])")
+_VERA = re.compile(re.escape(PREFIX) + r"(.{1,256})\.vera_(lambda_[bd])")
 _HET = re.compile(r"(.{1,256})\.(A|M|B1|B2|B)")
 _SOFT = re.compile(re.escape(PREFIX) + r"(.{1,256})\.asymlora_(A|B|router)(?:\.weight)?")
 _STATE = re.compile(r"(.{1,256})\.lora_([AB])")
+Found = dict[str, dict[str, tuple[str, tuple[int, ...]]]]  # module -> part -> (key, shape)
+
+
+class Update(NamedTuple):
+    """The change of a weight, s B A: a `[R, K]`, b `[N, R]`, and s, or None where the folder does not say."""
+
+    a: Tensor
+    b: Tensor
+    s: float | None
+
+
+class Loaded(NamedTuple):
+    """One module of one unit: its matrices by part, and what they do to the weight, if it is s B A."""
+
+    parts: dict[str, Tensor]
+    update: Update | None
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Something to compare: one task of an adapter, one adapter, or one client.
+
+    Attributes:
+        names: from the most special to the most general: task or client, folder, its parents.
+        kind: what it is, in words.
+        folder: where it lies.
+        base: the base model's name, if the folder gives it.
+        shapes: module -> part -> shape. Parts are A and B; router, an expert's row of it, of soft ALoRA; lambda_d and
+            lambda_b of VeRA; A, M, B1, B2 and B of clients with unequal ranks.
+        read: module -> `Loaded`.
+        shared: parts that all units of the same folder hold as one matrix.
+        why: where there are no shapes, the reason.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    folder: Path
+    base: str | None
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    read: Callable[[str], Loaded] = field(repr=False)
+    shared: frozenset[str] = frozenset()
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """The task, the client or the folder."""
+        return self.names[0]
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of any A; None without one."""
+        return max((parts["A"][0] for parts in self.shapes.values() if "A" in parts), default=None)
 
 
 def units(path: str | Path) -> list[Unit]:
@@ -61,7 +121,7 @@ def units(path: str | Path) -> list[Unit]:
     if (folder / CONFIG).is_file():
         return _adapter(folder, _words(folder))
     if folder.parent.parent.name == "clients":
-        found = _client(folder, _of_client(folder))
+        found = _client(folder)
         if found[0].why:
             raise refused(folder, found[0].why)
         return found
@@ -72,7 +132,7 @@ def units(path: str | Path) -> list[Unit]:
     if (folder / "adapter" / STATE).is_file():
         return _stacked(folder / "adapter", _words(folder))
     clients = sorted((p for p in folder.glob("clients/*/*") if p.is_dir()), key=lambda p: (p.name, p))
-    found = [unit for p in clients for unit in _client(p, _of_client(p))]
+    found = [unit for client in clients for unit in _client(client)]
     if any(unit.shapes for unit in found):
         return found
     if found:
@@ -82,55 +142,140 @@ def units(path: str | Path) -> list[Unit]:
     raise refused(folder, f"is none of what can be looked into: {SOUGHT}{hint}")
 
 
+def _clean(text: str) -> str:
+    return printable(text, LONGEST)
+
+
 def _words(folder: Path) -> tuple[str, ...]:
-    return tuple(clean(part) for part in reversed(folder.parts))
+    return tuple(_clean(part) for part in reversed(folder.parts))
 
 
-def _of_client(folder: Path) -> tuple[str, ...]:
-    """Client, run and the run's parents; the run's token, which means nothing to people, comes last."""
-    client, token, _, *run = _words(folder)
-    return client, *run, token
+class _Weights:
+    """A safetensors file that was checked, opened again when its numbers are needed."""
+
+    def __init__(self, folder: Path, name: str, stamp: Stamp) -> None:
+        self.folder, self.name, self.stamp = folder, name, stamp
+
+    @cached_property
+    def _open(self) -> Any:
+        path = self.folder / self.name
+        if stamp_of(path) != self.stamp:
+            raise refused(self.folder, f"{self.name} changed while it was read: start again")
+        return safe_open(path, framework="pt")
+
+    def matrix(self, key: str, row: int | None = None) -> Tensor:
+        """A copy of a tensor, or of one slice of it."""
+        return (self._open.get_tensor(key) if row is None else self._open.get_slice(key)[row]).clone()  # type: ignore[no-any-return]
+
+    def unit(
+        self,
+        found: Found,
+        names: tuple[str, ...],
+        kind: str,
+        base: Any,
+        *,
+        row: int = 0,
+        stacked: str = "",
+        shared: str = "",
+        scaling: Callable[[str, int], float] | None = None,
+    ) -> Unit:
+        """The unit whose parts are these tensors.
+
+        Args:
+            found: the tensors.
+            names, kind, base, shared: of the unit; whatever the folder says of its base.
+            row: the unit's slice of the parts that are `stacked`.
+            scaling: (module, rank) -> s of B A; None where the parts are no update.
+        """
+        rows = dict.fromkeys(stacked.split(), row)
+
+        def read(module: str) -> Loaded:
+            parts = {part: self.matrix(key, rows.get(part)) for part, (key, _) in found[module].items()}
+            if scaling is None:
+                return Loaded(parts, None)
+            return Loaded(parts, Update(parts["A"], parts["B"], scaling(module, parts["A"].shape[0])))
+
+        shapes = {
+            module: {part: shape[1:] if part in rows else shape for part, (_, shape) in parts.items()}
+            for module, parts in found.items()
+        }
+        base = _clean(base) if isinstance(base, str) and base else None
+        return Unit(names, kind, self.folder, base, shapes, read, frozenset(shared.split()))
+
+
+def _matched(
+    folder: Path, name: str, pattern: re.Pattern[str], dimensions: Mapping[str, tuple[int, ...]], checksum: bool = False
+) -> tuple[_Weights, Found, dict[str, str]]:
+    """The tensors whose names match, by module and part; others (heads, frozen projections) are left alone.
+
+    Args:
+        folder, name: the file.
+        pattern: its groups are the module and the part.
+        dimensions: part -> how many it may have.
+        checksum: whether `files.write` made the file.
+
+    Returns:
+        The file, what it has, its metadata (with `checksum`).
+
+    Raises:
+        AdapterFolderError: does not read, nothing matches, wrong dimensions, NaN or infinity.
+    """
+    path, found, bad = folder / name, Found(), list[str]()
+    try:
+        stamp = stamp_of(path)
+        metadata = files.read(path)[1] if checksum else {}
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None
+                if match is None:
+                    continue
+                tensor, (module, part) = file.get_tensor(key), match.groups()
+                if tensor.dim() not in dimensions[part] or tensor.numel() == 0 or not tensor.is_floating_point():
+                    raise refused(folder, f"{module}: {part} has shape {list(tensor.shape)} of {tensor.dtype}, which"
+                                  " is not what it must be: copy the file again")  # fmt: skip
+                if not bool(tensor.isfinite().all()):
+                    bad.append(f"{part} of {module}")
+                found.setdefault(module, {})[part] = (key, tuple(tensor.shape))
+    except AdapterFolderError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise refused(folder, f"{name} does not read ({error}): it is cut short or damaged; copy it again") from None
+    if bad:
+        raise not_finite(folder, bad)
+    if not found:
+        raise refused(folder, f"{name} holds nothing that can be compared: is it the right folder?")
+    return _Weights(folder, name, stamp), found, metadata
 
 
 def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list[Unit]:
     """A saved PEFT adapter; of a client its own name is kept."""
-    settings = _settings(folder)
+    try:
+        settings = read_settings(folder)
+    except AdapterFolderError:  # `read_adapter` says what is wrong
+        settings = {}
     if settings.get("peft_type") == "VERA":
-        return [_vera(folder, names, settings)]
+        weights, found, _ = _matched(folder, WEIGHTS, _VERA, {"lambda_b": (1,), "lambda_d": (1,)})
+        return [weights.unit(found, names, "VeRA", settings.get("base_model_name_or_path"))]
     if settings.get("peft_type") == ALORA and settings.get("routing") == "soft":
         return _soft(folder, names, settings)
     file = read_adapter(folder)
-    weights = Weights(folder, WEIGHTS, file.stamp)
-    if file.config.kind == "lora" or (client and len(file.tasks) == 1):
-        return [_of_file(file, weights, 0, names)]
-    return [_of_file(file, weights, row, (clean(task), *names)) for row, task in enumerate(file.tasks)]
-
-
-def _of_file(file: AdapterFile, weights: Weights, row: int, names: tuple[str, ...]) -> Unit:
-    stacked = file.config.kind == "alora"
-
-    def read(module: str) -> Loaded:
-        keys = file.keys[module]
-        a = weights.row(keys["A"], row) if stacked else weights.whole(keys["A"])
-        b = weights.whole(keys["B"])
-        return Loaded({"A": a, "B": b}, Update(a, b, file.scaling[module]))
-
-    shapes = {module: {"A": (shape.r, shape.k), "B": (shape.n, shape.r)} for module, shape in file.shapes.items()}
-    several = stacked and len(file.tasks) > 1
-    kind = "ALoRA, one task" if several else "ALoRA" if stacked else "LoRA"
-    return Unit(names, kind, file.folder, _named(file.base), shapes, read, frozenset("B" if several else ""))
-
-
-def _vera(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> Unit:
-    weights, found, _ = matched(
-        folder, WEIGHTS, _VERA, {"lambda_b": (1,), "lambda_d": (1,)}, {"b": "lambda_b", "d": "lambda_d"}
-    )
-
-    def read(module: str) -> Loaded:
-        return Loaded({part: weights.whole(key) for part, (key, _) in found[module].items()}, None)
-
-    shapes = {module: {part: shape for part, (_, shape) in parts.items()} for module, parts in found.items()}
-    return Unit(names, "VeRA", folder, _named(settings.get("base_model_name_or_path")), shapes, read)
+    weights = _Weights(folder, WEIGHTS, file.stamp)
+    alora, several = file.config.kind == "alora", len(file.tasks) > 1
+    stack = (len(file.tasks),) if alora else ()
+    found = {
+        module: {"A": (keys["A"], (*stack, at.r, at.k)), "B": (keys["B"], (at.n, at.r))}
+        for (module, keys), at in zip(file.keys.items(), file.shapes.values(), strict=True)
+    }
+    kind = "ALoRA, one task" if several else "ALoRA" if alora else "LoRA"
+    options: dict[str, Any] = {"stacked": "A" if alora else "", "shared": "B" if several else ""}
+    own_name = not alora or (client and not several)
+    return [
+        weights.unit(
+            found, names if own_name else (_clean(task), *names), kind, file.base, row=row,
+            scaling=lambda module, r: file.scaling[module], **options,
+        )
+        for row, task in enumerate(file.tasks)
+    ]  # fmt: skip
 
 
 def _soft(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> list[Unit]:
@@ -138,33 +283,23 @@ def _soft(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> 
     count = settings.get("num_experts")
     as_tasks = {key: value for key, value in settings.items() if key != "num_experts"}
     config = checked_config(folder, as_tasks | {"routing": "task", "tasks": count})  # as many A as there are experts
-    weights, found, _ = matched(folder, WEIGHTS, _SOFT, {"A": (3,), "B": (2,), "router": (2,)})
+    weights, found, _ = _matched(folder, WEIGHTS, _SOFT, {"A": (3,), "B": (2,), "router": (2,)})
     for module, parts in found.items():
         a, b, router = (parts[part][1] if part in parts else () for part in ("A", "B", "router"))
         if not (a[:1] == router[:1] == (count,) and a[1:2] == b[1:] == (config.rank(module),) and a[2:] == router[1:]):
             raise refused(folder, f"{module}: A is {list(a)}, B {list(b)}, the router {list(router)}, which is not what"
                           f" {count} experts of rank {config.rank(module)} make; copy the folder again")  # fmt: skip
-
-    def unit(row: int) -> Unit:
-        def read(module: str) -> Loaded:
-            keys = {part: key for part, (key, _) in found[module].items()}
-            a, b = weights.row(keys["A"], row), weights.whole(keys["B"])
-            parts = {"A": a, "B": b, "router": weights.row(keys["router"], row)}
-            return Loaded(parts, Update(a, b, config.scaling(module, a.shape[0])))
-
-        shapes = {
-            module: {part: shape if part == "B" else shape[1:] for part, (_, shape) in parts.items()}
-            for module, parts in found.items()
-        }
-        return Unit((f"expert {row}", *names), SOFT, folder, config.base, shapes, read, frozenset("B"))
-
-    return [unit(row) for row in range(len(config.tasks))]
+    options: dict[str, Any] = {"stacked": "A router", "shared": "B", "scaling": config.scaling}
+    return [
+        weights.unit(found, (f"expert {row}", *names), SOFT, config.base, row=row, **options)
+        for row in range(len(config.tasks))
+    ]
 
 
 def _stacked(folder: Path, names: tuple[str, ...]) -> list[Unit]:
     """A LoRA per task, or HydraLoRA's experts, which share one A: `[E, R, K]` or `[R, K]`, `[E, N, R]`."""
     method = read_method(folder)
-    weights, found, _ = matched(folder, STATE, _STATE, {"A": (2, 3), "B": (2, 3)})
+    weights, found, _ = _matched(folder, STATE, _STATE, {"A": (2, 3), "B": (2, 3)})
     if method is None:
         raise refused(folder, f"holds {STATE} without {SETTINGS}: copy the whole folder")
     hydra = method.name == "hydralora"
@@ -174,72 +309,55 @@ def _stacked(folder: Path, names: tuple[str, ...]) -> list[Unit]:
         if len(b) != 3 or len(a) != 3 - hydra or b[0] != count or a[-2] != b[2] or (not hydra and a[0] != count):
             raise refused(folder, f"{module}: A is {list(a)} and B {list(b)}, which is not what {method.name} of"
                           f" {count} makes; copy the folder again")  # fmt: skip
-
-    def unit(row: int, name: str) -> Unit:
-        def read(module: str) -> Loaded:
-            (key_a, _), (key_b, _) = found[module]["A"], found[module]["B"]
-            a = weights.whole(key_a) if hydra else weights.row(key_a, row)
-            b = weights.row(key_b, row)
-            return Loaded({"A": a, "B": b}, Update(a, b, lora_scaling(method.alpha, a.shape[0], method.use_rslora)))
-
-        shapes = {m: {"A": parts["A"][1][-2:], "B": parts["B"][1][1:]} for m, parts in found.items()}
-        kind = HYDRA if hydra else "LoRA per task"
-        return Unit((clean(name), *names), kind, folder, None, shapes, read, frozenset("A" if hydra else ""))
-
-    labels = [f"expert {i}" for i in range(count)] if hydra else method.tasks
-    return [unit(row, name) for row, name in enumerate(labels)]
+    alpha, rslora = method.alpha, method.use_rslora
+    kind, stacked, shared = (HYDRA, "B", "A") if hydra else ("LoRA per task", "A B", "")
+    return [
+        weights.unit(
+            found, (_clean(name), *names), kind, None, row=row, stacked=stacked, shared=shared,
+            scaling=lambda module, r: lora_scaling(alpha, r, rslora),
+        )
+        for row, name in enumerate([f"expert {i}" for i in range(count)] if hydra else method.tasks)
+    ]  # fmt: skip
 
 
-def _client(folder: Path, names: tuple[str, ...]) -> list[Unit]:
-    """A client's finished adapter: PEFT's folder, or the matrices of unequal ranks."""
+def _client(folder: Path) -> list[Unit]:
+    """A client's finished adapter: PEFT's folder, or the matrices of unequal ranks.
+
+    It is called by client, run and the run's parents; the run's token, which means nothing to people, comes last.
+    """
+    client, token, _, *run = _words(folder)
+    names = (client, *run, token)
     if (folder / "adapter" / CONFIG).is_file():
         return _adapter(folder / "adapter", names, client=True)
     if (folder / FINAL).is_file():
         return [_unequal(folder, names)]
     why = f"{folder} has neither adapter/{CONFIG} nor {FINAL}, which the end of a run writes"
-    return [Unit(names, "unfinished client", folder, None, {}, _nothing, why=why)]
-
-
-def _nothing(module: str) -> Loaded:
-    raise KeyError(module)
+    nothing: dict[str, Loaded] = {}
+    return [Unit(names, "unfinished client", folder, None, {}, nothing.__getitem__, why=why)]
 
 
 def _unequal(folder: Path, names: tuple[str, ...]) -> Unit:
     """A client of Fed-ALoRA with unequal ranks: its change of the weight is s (B + B2 B1) (M A)."""
-    needed = ["A", "M", "B1", "B2", "B"]
-    weights, found, metadata = matched(folder, FINAL, _HET, dict.fromkeys(needed, (2,)), checksum=True)
+    weights, found, metadata = _matched(folder, FINAL, _HET, dict.fromkeys(HET, (2,)), checksum=True)
     if metadata.get("method") != UNEQUAL:
         method = metadata.get("method")
         raise refused(folder, f"{FINAL} is of the method {method!r}, whose clients have an adapter folder"
                       " beside it: copy that too")  # fmt: skip
     for module, parts in found.items():
-        if sorted(parts) != sorted(needed):
-            raise refused(folder, f"{module} must have {', '.join(needed)} in {FINAL}: the file is incomplete")
-        a, m, b1, b2, b = (parts[part][1] for part in needed)
+        if sorted(parts) != sorted(HET):
+            raise refused(folder, f"{module} must have {', '.join(HET)} in {FINAL}: the file is incomplete")
+        a, m, b1, b2, b = (parts[part][1] for part in HET)
         if not (a[0] == m[1] == b1[0] == b2[1] and m[0] == b1[1] == b[1] and b2[0] == b[0]):
             raise refused(folder, f"{module}: the shapes in {FINAL} do not fit each other; copy it again")
-
     try:  # files of earlier versions do not say s
         s = float(metadata["scaling"]) if "scaling" in metadata else None
     except ValueError:
         raise refused(folder, f"{FINAL} says s is {metadata['scaling'][:40]!r}: copy it again") from None
 
     def read(module: str) -> Loaded:
-        parts = {part: weights.whole(found[module][part][0]) for part in needed}
+        parts = {part: weights.matrix(found[module][part][0]) for part in HET}
         b = parts["B"].double() + parts["B2"].double() @ parts["B1"].double()
         return Loaded(parts, Update(parts["M"].double() @ parts["A"].double(), b, s))
 
-    shapes = {module: {part: parts[part][1] for part in needed} for module, parts in found.items()}
+    shapes = {module: {part: parts[part][1] for part in HET} for module, parts in found.items()}
     return Unit(names, "Fed-ALoRA client, own rank", folder, None, shapes, read)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The config as it is, or nothing: whoever needs more than a name in it lets `read_adapter` complain."""
-    try:
-        return read_settings(folder)
-    except AdapterFolderError:
-        return {}
-
-
-def _named(base: Any) -> str | None:
-    return clean(base) if isinstance(base, str) and base else None

@@ -1,8 +1,8 @@
-"""Rows of measurements, as CSV and as means.
+"""What an analysis found, row by row: as CSV files and as means over modules, units and layers.
 
-In:   `Row`s: one number of one module.
-Out:  CSV files; means over modules, units and layers, with their spread.
-Who:  `study` makes rows, figures and reports read means.
+In:   `Row`s from `comparison`: one number of one module each.
+Out:  `Analysis` and its files; `Mean`s with their spread.
+Who:  figures, reports and the command line.
 
 A number that does not exist (the direction of a zero matrix) is NaN in a row, blank in a file, and in no mean.
 """
@@ -13,6 +13,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import files
-from .names import Place
+from .gradients import ConflictFile
+from .labels import Place
+
+SKIPPED = ("unit1", "unit2", "part", "measure", "reason", "modules", "first")
 
 
 class Row(NamedTuple):
     """One number.
 
     Attributes:
-        module, layer, kind: where; see `names.places`.
+        module, layer, kind: where; see `labels.places`.
         part: "A", "B", "sBA", "W", or what else a unit has.
         unit1: label of the unit.
         unit2: what it is compared with: another unit, "zero", "start" or "W0"; blank if nothing.
@@ -47,21 +51,115 @@ class Row(NamedTuple):
     chance: float | None = None
 
 
+COLUMNS = Row._fields
+
+
+class Skipped(NamedTuple):
+    """What was not compared: two units (or one), a part, a measure, the reason, and in which modules."""
+
+    unit1: str
+    unit2: str
+    part: str
+    measure: str
+    reason: str
+    modules: tuple[str, ...]
+
+
+class Described(NamedTuple):
+    """A unit as tables show it."""
+
+    label: str
+    kind: str
+    modules: int
+    rank: int | None
+    base: str | None
+    folder: Path
+
+
+@dataclass(eq=False)
+class Analysis:
+    """What was found.
+
+    Attributes:
+        units: what was compared.
+        places: module -> layer and kind, in the model's order.
+        similarity: of pairs; measures "cosine" and "overlap" of each part.
+        changes: of each unit against "zero", "start" or "W0".
+        norms: sizes and ranks of each unit; part "sBA" is its change of the weight.
+        skipped: what was not compared.
+        notes: what a reader must know, in sentences.
+        conflicts: gradient conflicts that lay beside the adapters.
+    """
+
+    units: list[Described]
+    places: dict[str, Place]
+    similarity: list[Row] = field(default_factory=list, repr=False)
+    changes: list[Row] = field(default_factory=list, repr=False)
+    norms: list[Row] = field(default_factory=list, repr=False)
+    skipped: list[Skipped] = field(default_factory=list, repr=False)
+    notes: list[str] = field(default_factory=list)
+    conflicts: list[ConflictFile] = field(default_factory=list, repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the units, in order."""
+        return [unit.label for unit in self.units]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [*self.similarity, *self.changes, *self.norms]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write `similarity.csv`, `changes.csv`, `norms.csv` and `not_compared.csv`.
+
+        Args:
+            folder: made if needed; files of these names are replaced.
+
+        Returns:
+            The files.
+        """
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        left = ((*s[:5], len(s.modules), s.modules[0] if s.modules else "") for s in self.skipped)
+        return [
+            write_csv(out / "similarity.csv", COLUMNS, self.similarity),
+            write_csv(out / "changes.csv", COLUMNS, self.changes),
+            write_csv(out / "norms.csv", COLUMNS, self.norms),
+            write_csv(out / "not_compared.csv", SKIPPED, left),
+        ]
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Write a file whole or not at all; numbers with nine digits, NaN and None blank."""
+    with files.replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(header)
+        out.writerows([_cell(value) for value in row] for row in rows)
+    return path
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.9g}"
+    return value
+
+
 class Mean(NamedTuple):
     """A mean over the `known` numbers, those that exist; `sd` is NaN of fewer than two."""
 
-    mean: float
-    sd: float
-    low: float
-    high: float
-    known: int
+    mean: float = math.nan
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    known: int = 0
 
 
-def mean_of(values: Iterable[float]) -> Mean:
+def mean_of(values: Iterable[float | None]) -> Mean:
     """Mean, standard deviation, extremes; all NaN of nothing."""
-    known = [value for value in values if not math.isnan(value)]
+    known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
-        return Mean(math.nan, math.nan, math.nan, math.nan, 0)
+        return Mean()
     sd = statistics.stdev(known) if len(known) > 1 else math.nan
     return Mean(math.fsum(known) / len(known), sd, min(known), max(known), len(known))
 
@@ -78,65 +176,27 @@ def measures(rows: Iterable[Row]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda key: (parts.index(key[0]), key[1] != "cosine"))
 
 
+def means(rows: Iterable[Row], *by: str) -> dict[tuple[Any, ...], Mean]:
+    """The mean of each group of rows that are alike in these fields."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in by), []).append(row.value)
+    return {group: mean_of(values) for group, values in found.items()}
+
+
+def over_layers(rows: Iterable[Row], by: str = "kind") -> dict[str, dict[int, Mean]]:
+    """kind (or another field) -> layer -> mean, both in order; modules without a layer are left out."""
+    known = (row for row in rows if row.layer is not None and not math.isnan(row.value))
+    found: dict[str, dict[int, Mean]] = {}
+    for (name, layer), mean in sorted(means(known, by, "layer").items()):
+        found.setdefault(name, {})[layer] = mean
+    return found
+
+
 def square(rows: Iterable[Row], labels: Sequence[str]) -> NDArray[np.float64]:
     """Means of pairs `[n, n]`, symmetric; NaN on the diagonal and where nothing was compared."""
-    place = {label: i for i, label in enumerate(labels)}
-    total, count = np.zeros((len(labels),) * 2), np.zeros((len(labels),) * 2)
-    for row in rows:
-        if not math.isnan(row.value):
-            i, j = sorted((place[row.unit1], place[row.unit2]))
-            total[i, j] += row.value
-            count[i, j] += 1
-    with np.errstate(invalid="ignore"):
-        upper: NDArray[np.float64] = total / count
-    upper[np.tril_indices(len(labels))] = np.nan
-    return np.where(np.isnan(upper), upper.T, upper)
-
-
-def over_layers(rows: Iterable[Row]) -> dict[str, dict[int, Mean]]:
-    """kind -> layer -> mean over units or pairs; modules without a layer are left out."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        if row.layer is not None and not math.isnan(row.value):
-            found.setdefault(row.kind, {}).setdefault(row.layer, []).append(row.value)
-    return {k: {n: mean_of(v) for n, v in sorted(layers.items())} for k, layers in sorted(found.items())}
-
-
-def by_unit(rows: Iterable[Row]) -> dict[str, Mean]:
-    """unit1 -> mean over modules."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        found.setdefault(row.unit1, []).append(row.value)
-    return {unit: mean_of(values) for unit, values in found.items()}
-
-
-def by_pair(rows: Iterable[Row]) -> dict[tuple[str, ...], Mean]:
-    """(unit1, unit2) -> mean over modules."""
-    found: dict[tuple[str, ...], list[float]] = {}
-    for row in rows:
-        found.setdefault((row.unit1, row.unit2), []).append(row.value)
-    return {pair: mean_of(values) for pair, values in found.items()}
-
-
-def rows_at(place: Place, module: str) -> Any:
-    """A maker of rows of one module: (part, unit1, unit2, measure, value, chance) -> `Row`."""
-
-    def make(part: str, unit1: str, unit2: str, measure: str, value: float, chance: float | None = None) -> Row:
-        return Row(module, place.layer, place.kind, part, unit1, unit2, measure, float(value), chance)
-
-    return make
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-    """Write a file whole or not at all; numbers with nine digits, NaN and None blank."""
-    with files.replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(header)
-        out.writerows([_cell(value) for value in row] for row in rows)
-    return path
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.9g}"
-    return "" if value is None else value
+    table = np.full((len(labels),) * 2, np.nan)
+    for pair, mean in means(rows, "unit1", "unit2").items():
+        i, j = map(labels.index, pair)
+        table[i, j] = table[j, i] = mean.mean
+    return table

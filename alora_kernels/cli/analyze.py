@@ -24,8 +24,8 @@ from .errors import one_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..analysis.result import Analysis
-    from ..analysis.summary import Column
+    from ..analysis.report import Column
+    from ..analysis.table import Analysis
 
 PATIENCE = 2.0  # seconds before a bar appears
 PAIRS, REASONS, UNITS, COLUMNS = 12, 5, 24, 3  # of a table on the terminal; the page has more, the files have all
@@ -65,10 +65,10 @@ def analyze(
     alora analyze runs/fed --init runs/start   (the clients of a federated run, against what they began with)
     """
     display.quiet()
+    from ..analysis.comparison import compare_units
     from ..analysis.figures import check_matplotlib
     from ..analysis.report import write_report
     from ..analysis.sources import units
-    from ..analysis.study import compare_units
 
     with one_line():
         if figures:
@@ -121,10 +121,10 @@ def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def _show(study: Analysis, out: Path, page: Path) -> None:
     """The shortest tables that say something, then where the rest is."""
-    from ..analysis import summary
+    from ..analysis import report
 
-    per_pair, per_unit = summary.pair_columns(study), summary.unit_columns(study)
-    chosen, more = summary.pairs(per_pair, PAIRS)
+    per_pair, per_unit = report.pair_columns(study), report.unit_columns(study)
+    chosen, more = report.pairs(per_pair, PAIRS)
     said = f"; {more} pairs in between are in {out / 'similarity.csv'}" if more else ""
     _tables(f"how alike: mean ± sd over modules{said}", "pair", per_pair, chosen)
     labels = [(label,) for label in study.labels[:UNITS]]
@@ -133,11 +133,11 @@ def _show(study: Analysis, out: Path, page: Path) -> None:
         say(f"{len(study.labels) - UNITS} more units are in {page}", "dim")
     for note in study.notes:
         say(f"- {note}")
-    reasons = summary.groups(study)
+    reasons = report.groups(study)
     for group in reasons[:REASONS]:
         part = "" if group.part == "all" else f"{group.part}, "
-        modules = f", {summary.counted(len(group.modules), 'module')}" if group.modules else ""
-        say(f"not compared: {part}{summary.which(group.units)}{modules}: {group.reason}", "yellow")
+        modules = f", {report.counted(len(group.modules), 'module')}" if group.modules else ""
+        say(f"not compared: {part}{report.which(group.units)}{modules}: {group.reason}", "yellow")
     if len(reasons) > REASONS:
         say(f"{len(reasons) - REASONS} more reasons are in {out / 'not_compared.csv'}", "yellow")
     display.console.print()
@@ -146,12 +146,12 @@ def _show(study: Analysis, out: Path, page: Path) -> None:
 
 def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[tuple[str, ...]]) -> None:
     """A line per key, in as many tables as it takes for numbers to stay on one line."""
-    from ..analysis import summary
+    from ..analysis import report
 
     for start in range(0, len(columns), COLUMNS) if keys else ():
         part = columns[start : start + COLUMNS]
         rows = [
-            [escape(" – ".join(key)), *(summary.shown(c.values.get(key, summary.NOTHING)) for c in part)]
+            [escape(" – ".join(key)), *(report.shown(c.of(key)) for c in part)]
             for key in keys
         ]
         say(caption, "italic")

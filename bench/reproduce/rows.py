@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels.analysis import chance, subspace_overlap
-from alora_kernels.analysis.names import places
+from alora_kernels.analysis.labels import places
 from alora_kernels.federated.log import delta_m
 
 from ..report.rows import origin

@@ -17,9 +17,8 @@ from alora_kernels.analysis import (
     subspace_overlap,
     update_spectrum,
 )
-from alora_kernels.analysis.compare import cosines, overlaps
+from alora_kernels.analysis.comparison import compare_units, cosines, overlaps
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import compare_units
 from alora_kernels.analysis.table import where
 
 from ..support.adapters import alora, lora

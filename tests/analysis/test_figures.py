@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from alora_kernels.analysis import curves, figures
-from alora_kernels.analysis.callback import COLUMNS
+from alora_kernels.analysis import figures
+from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis.gradients import COLUMNS, share_of
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import compare_units
 
 from ..support.adapters import alora, lora
 from .adapters import UP, Q, randn, vera
@@ -87,7 +87,7 @@ def test_conflicts_are_drawn_from_the_file_beside_the_adapter(tmp_path):
     folder = alora(tmp_path / "run" / "adapter", ["x"], {UP.format(0): randn(1, 2, 8)}, {UP.format(0): randn(6, 2)})
     study = compare_units(units(folder))
     (file,) = study.conflicts
-    assert file.why == "" and len(file.rows) == 8 and file.share(file.rows) == pytest.approx(1 / 6)
+    assert file.why == "" and len(file.rows) == 8 and share_of(file.rows) == pytest.approx(1 / 6)
     picture = drawn(study)["conflicts"]
     assert "up_proj B 0.167" in picture.alt and "up_proj A 0.5" in picture.alt
     (folder / "broken.csv").write_text("\n".join([*lines, "30,short"]))
@@ -107,8 +107,8 @@ def test_a_and_b_of_one_kind_have_one_colour_and_b_is_drawn_through():
     theme = {"soft": "#777777"}
     kinds = [f"kind {i}" for i in range(9)]
     looks = {f"{kind} {part}": (kind, part) for kind in kinds for part in "AB"}
-    styles = curves._styles(looks, theme)
+    styles = figures._styles(looks, theme)
     assert all(styles[f"{kind} A"]["color"] == styles[f"{kind} B"]["color"] for kind in kinds)
     assert styles["kind 0 B"]["linestyle"] == "-" and styles["kind 0 A"]["linestyle"] == "--"
-    alone = curves._styles({kind: (kind, "") for kind in kinds}, theme)
+    alone = figures._styles({kind: (kind, "") for kind in kinds}, theme)
     assert len({tuple(style.values()) for style in alone.values()}) == len(kinds)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
-from alora_kernels import FusedALoRALinear, route
+from alora_kernels import FusedALoRALinear, analysis, route
 from alora_kernels.analysis import (
     NotFiniteError,
     task_conflicts,
@@ -243,3 +246,9 @@ def test_two_trainable_adapters_are_not_mixed_up():
         task_conflicts(model, batches, loss)
     names = [n for n, _ in model.named_parameters() if ".second." in n]
     assert len(task_conflicts(model, batches, loss, names)) == 4
+
+
+def test_no_module_hides_a_public_name():
+    for file in Path(analysis.__file__).parent.glob("[a-z]*.py"):
+        importlib.import_module(f"alora_kernels.analysis.{file.stem}")
+    assert not [name for name in analysis.__all__ if inspect.ismodule(getattr(analysis, name))]

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from alora_kernels.analysis.comparison import compare_units
 from alora_kernels.analysis.report import render, write_report
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import compare_units
 
 from ..serving import chromium
 from ..support.adapters import alora, lora

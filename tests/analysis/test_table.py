@@ -8,11 +8,22 @@ import math
 import numpy as np
 import pytest
 
-from alora_kernels.analysis.result import COLUMNS, SKIPPED
+from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis.report import Column, groups, number, pair_columns, pairs, shown, unit_columns, which
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import compare_units
-from alora_kernels.analysis.summary import Column, groups, number, pair_columns, pairs, shown, unit_columns, which
-from alora_kernels.analysis.table import Mean, Row, by_unit, mean_of, measures, over_layers, square, where, write_csv
+from alora_kernels.analysis.table import (
+    COLUMNS,
+    SKIPPED,
+    Mean,
+    Row,
+    mean_of,
+    means,
+    measures,
+    over_layers,
+    square,
+    where,
+    write_csv,
+)
 
 from ..support.adapters import alora, lora
 from .adapters import UP, Q, randn
@@ -42,7 +53,7 @@ def test_layers_and_units():
     found = over_layers(rows)
     assert set(found) == {"q", "up"} and list(found["q"]) == [0, 1]
     assert found["q"][0].mean == pytest.approx(0.3) and found["q"][0].low == 0.2
-    assert by_unit(rows)["x"].known == 5
+    assert means(rows, "unit1")["x",].known == 5
     assert measures([row(value=NAN), row(measure="overlap")]) == [("A", "overlap")]
     mixed = [row(measure="overlap"), row(part="B"), row()]
     assert measures(mixed) == [("A", "cosine"), ("A", "overlap"), ("B", "cosine")]

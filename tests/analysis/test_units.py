@@ -14,11 +14,12 @@ from torch import nn
 
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.method import Method
-from alora_kernels.analysis.names import clean, clipped, distinct, places
+from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis.labels import distinct, places
 from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.study import compare_units
 from alora_kernels.baselines.files import save_method
 from alora_kernels.baselines.methods import adapt
+from alora_kernels.text import clipped, printable
 from alora_kernels.tuner import ALoRAConfig
 
 from ..support.adapters import CONFIG, PREFIX, WEIGHTS, alora, lora
@@ -226,8 +227,8 @@ def test_a_file_that_changes_between_check_and_use_is_refused(tmp_path):
 
 def test_names_from_strangers_stay_on_one_line(tmp_path):
     (unit, _) = units(alora(tmp_path / "a", ["x\x1b[2J\ny", "ok"], {"up": randn(2, 2, 4)}, {"up": randn(3, 2)}))
-    assert unit.name == "x?[2J?y"
-    assert len(clean("a" * 1000)) == 256
+    assert unit.name == "x?[2J y"
+    assert len(printable("a" * 1000, 256)) == 256
     assert clipped("sentiment-of-movies", 9) == "sent…vies" and len(clipped("abcdefghij", 4)) == 4
 
 
