@@ -7,16 +7,13 @@ Who:  the CLI, examples, benchmarks and tests.
 Importing this package imports neither transformers nor datasets.
 """
 
-from alora_kernels.data.baseline import majority_baseline
-from alora_kernels.data.cards import task_cards
-from alora_kernels.data.encoder import EncoderClassifier, load_encoder
-from alora_kernels.data.encoding import IGNORE, encode, first_tokens, word_tokens
-from alora_kernels.data.loading import as_source, load_task, load_tasks
-from alora_kernels.data.lost import Lost
-from alora_kernels.data.models import MODELS, load_model
-from alora_kernels.data.packages import MissingPackageError
-from alora_kernels.data.sources import TaskSpec
-from alora_kernels.data.tasks import TASKS, Task, labels_of
+from .encoder import EncoderClassifier, load_encoder
+from .encoding import IGNORE, Lost, encode, first_tokens, word_tokens
+from .loading import as_source, load_task, load_tasks, majority_baseline, task_cards
+from .models import MODELS, load_model
+from .packages import MissingPackageError
+from .sources import TaskSpec
+from .tasks import TASKS, Task, labels_of
 
 __all__ = [
     "IGNORE",

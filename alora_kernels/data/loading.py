@@ -1,8 +1,9 @@
 """From a task's name to train and test splits of prompt, answer and task.
 
 In:   names of built-in tasks, paths of JSON files, hub ids, or `TaskSpec`s; a seed and sizes.
-Out:  a `datasets.DatasetDict` with splits `train` and `test` and string columns `prompt`, `answer`, `task`.
-Who:  the CLI, examples, benchmarks and tests; `encoding` takes what comes out.
+Out:  a `datasets.DatasetDict` with splits `train` and `test` and string columns `prompt`, `answer`, `task`; the score
+      of guessing on it, and how its tasks were asked.
+Who:  recipes, examples, benchmarks and tests; `encoding` takes what comes out.
 
 All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
 test rows first and the train rows next. So test and train of a task share no prompt, and the test rows do not change
@@ -15,17 +16,20 @@ import dataclasses
 import difflib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alora_kernels.data.lost import Lost
-from alora_kernels.data.sources import FILES, Rows, TaskSpec, place, read_rows
-from alora_kernels.data.tasks import TASKS, Task
+from .encoding import Lost
+from .sources import FILES, Rows, TaskSpec, place, read_rows
+from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+    from ..adapters.cards import TaskCard
 
 #: prompt, answer, task
 Example = tuple[str, str, str]
@@ -121,7 +125,7 @@ def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
 def _split(
     sources: Sequence[Task | TaskSpec], seed: int, train_size: int | None, test_size: int, lost: Lost
 ) -> tuple[list[Example], list[Example]]:
-    """Train and test examples of all sources, one after the other."""
+    """Examples of all sources, one after the other."""
     if test_size < 0 or (train_size is not None and train_size < 0):
         raise ValueError(f"sizes must not be negative, got train_size={train_size}, test_size={test_size}")
     seen: dict[tuple[str, str], str] = {}
@@ -232,16 +236,75 @@ def _to_example(spec: TaskSpec, rows: Rows, number: int) -> Example:
 
 
 def _to_splits(train: list[Example], test: list[Example]) -> DatasetDict:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict, Features, Value
 
-    return DatasetDict(train=_to_dataset(train), test=_to_dataset(test))
+    features = Features(dict.fromkeys(("prompt", "answer", "task"), Value("string")))
+
+    def split(examples: list[Example]) -> Dataset:
+        return Dataset.from_dict({c: [row[i] for row in examples] for i, c in enumerate(features)}, features=features)
+
+    return DatasetDict(train=split(train), test=split(test))
 
 
-def _to_dataset(examples: list[Example]) -> Dataset:
-    from datasets import Dataset, Features, Value
+def majority_baseline(dataset: DatasetDict) -> dict[str, float]:
+    """Accuracy, per task, of always giving the task's most frequent train answer on its test rows: what knows nothing.
 
-    columns = ("prompt", "answer", "task")
-    return Dataset.from_dict(
-        {column: [example[i] for example in examples] for i, column in enumerate(columns)},
-        features=Features({column: Value("string") for column in columns}),
-    )
+    Args:
+        dataset: splits `train` and `test` with columns `answer` and `task`.
+
+    Returns:
+        Task -> accuracy in [0, 1], sorted by task. Of equally frequent answers the alphabetically first counts.
+
+    Raises:
+        ValueError: a task has test rows but no train rows.
+    """
+    train = _answers(dataset, "train")
+    test = _answers(dataset, "test")
+    untrained = [task for task in test if task not in train]
+    if untrained:
+        raise ValueError(f"no train rows for {', '.join(untrained)}; tasks with train rows: {', '.join(train)}")
+    scores: dict[str, float] = {}
+    for task in sorted(test):
+        majority = min(train[task], key=lambda answer: (-train[task][answer], answer))
+        scores[task] = test[task][majority] / test[task].total()
+    return scores
+
+
+def _answers(dataset: DatasetDict, split: str) -> dict[str, Counter[str]]:
+    """How often each answer occurs, per task."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for task, answer in zip(dataset[split]["task"], dataset[split]["answer"], strict=True):
+        counts[task][answer] += 1
+    return dict(counts)
+
+
+def task_cards(
+    sources: Sequence[str | Task | TaskSpec], text: DatasetDict, words: Mapping[str, Sequence[str]]
+) -> dict[str, TaskCard]:
+    """How the tasks of a training run were asked, for whoever gets the adapter.
+
+    A sample comes from built-in tasks alone, whose rows are public: the user's own data must not leave with an adapter.
+
+    Args:
+        sources: as given to `load_tasks`.
+        text: what it gave back.
+        words: task -> its label words; a task that answers in texts is not in it.
+
+    Returns:
+        Task -> card. A task that a file's column names has the file's template; if several files could have named it
+        and their templates differ, none.
+    """
+    from ..adapters.cards import TaskCard
+
+    known = {source.name: source for source in map(as_source, sources)}
+    naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}
+    common = naming.pop() if len(naming) == 1 else None
+    cards = {}
+    for task in sorted(set(text["train"]["task"])):
+        source, sample = known.get(task), None
+        template = source.prompt if isinstance(source, TaskSpec) else common
+        if isinstance(source, Task):
+            template = source.template
+            sample = next((row["prompt"] for row in text["test"] if row["task"] == task), None)
+        cards[task] = TaskCard(template.rstrip() if template else None, tuple(words.get(task, ())), sample)
+    return cards

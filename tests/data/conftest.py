@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from alora_kernels.data import load_model
+from alora_kernels.data.models import byte_tokenizer
 from alora_kernels.data.packages import PINS
-from alora_kernels.data.tiny import byte_tokenizer
 
 
 def _need(module: str) -> None:

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from alora_kernels.data import MissingPackageError, convert, load_model, load_task
-from alora_kernels.data import cache as cache_module
-from alora_kernels.data.cache import built_once, cache_dir
-from alora_kernels.data.convert import smollm2_folder, use_distinct_pad
+from alora_kernels.data.convert import built_once, cache_dir, smollm2_folder, use_distinct_pad
 
 
 @pytest.fixture
@@ -140,8 +138,8 @@ def test_a_crash_between_write_and_rename_is_swept_up(own_cache, monkeypatch):
         raise SystemExit("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.os, "rename", die)
-        patch.setattr(cache_module.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
+        patch.setattr(convert.os, "rename", die)
+        patch.setattr(convert.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
         with pytest.raises(SystemExit):
             built_once("model", write)
     assert len(visible(own_cache)) == 1

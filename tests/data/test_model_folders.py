@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from alora_kernels.data import load_model
-from alora_kernels.data.tiny import byte_tokenizer
+from alora_kernels.data.models import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
