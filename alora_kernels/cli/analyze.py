@@ -150,9 +150,6 @@ def _tables(caption: str, name: str, columns: Sequence[Column], keys: Sequence[t
 
     for start in range(0, len(columns), COLUMNS) if keys else ():
         part = columns[start : start + COLUMNS]
-        rows = [
-            [escape(" – ".join(key)), *(report.shown(c.of(key)) for c in part)]
-            for key in keys
-        ]
+        rows = [[escape(" – ".join(key)), *(report.shown(c.of(key)) for c in part)] for key in keys]
         say(caption, "italic")
         display.console.print(display.table("", [name, *(escape(column.heading) for column in part)], rows))
