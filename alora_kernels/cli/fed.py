@@ -61,7 +61,7 @@ def run(
     with _errors():
         from ..federated import deploy
         from ..federated.deploy.apps import write_app
-        from ..federated.engine import run as run_here
+        from ..federated.local import run as run_here
         from ..recipes.federated import participant
 
         if engine not in ("inprocess", "ray"):

@@ -1,16 +1,15 @@
 """Fine-tune together without sharing data: Fed-ALoRA, FedSA-LoRA, FFA-LoRA and FedIT, thin on Flower.
 
-In:   a `FedConfig` (method, clients, rounds) and a `Participant` per client (its model and its data).
-Out:  an `Outcome`; in the output folder a ledger, a checkpoint each round and the finished shared arrays.
-Who:  users in Python (`run`), the command line (`alora fed ...`), Flower (`flwr run`).
+From a `FedConfig` (method, clients, rounds) and a `Participant` per client (its model and its data) to an `Outcome`; in
+the output folder a ledger, a checkpoint each round and the finished shared arrays. Users call `run`; on the command
+line it is `alora fed ...`, with Flower `flwr run`.
 
-    methods, seeds, names             what each method shares, as data; initial values
-    wire                what travels, agreed on by a hash
-    adapters            base model -> client's model; its matrices by role
-    participant, client, store        one client: model and data, a round, the private half on disk
-    strategies, guard, checkpoint, server, outcome    Flower's strategy inside a guard, durable
-    ledger, summary, live, plot       what happened: written by the server only, shown by everybody else
-    inprocess, engine, flower         the engines: one process, Flower's simulation, real machines
+    share_specs, config        what each method shares, as data; one run as data
+    model, wire                base model -> client's model, its matrices by role; what travels, agreed on by a hash
+    client, state              one client's round; what survives a kill, on either side
+    checks, guard, strategies, server    Flower's strategy inside a guard, durable
+    log, view                  what happened: written by the server only, shown by everybody else
+    local, deploy              the engines: one process; Flower's simulation and real machines
 
 Importing this opens no socket. Flower's telemetry and update check are switched off before it is imported, unless the
 environment already says otherwise.
@@ -29,12 +28,11 @@ os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 if TYPE_CHECKING:
-    from .config import ConfigError, FedConfig, load_config
-    from .engine import run
-    from .guard import Limits
+    from .client import Participant, fit, shuffled
+    from .config import ConfigError, FedConfig, Limits, load_config
+    from .local import run
     from .log import Outcome
     from .model import adapt, fingerprint
-    from .participant import Participant, fit, shuffled
     from .server import Template
     from .share_specs import METHODS, ShareSpec, share_spec
 
@@ -42,18 +40,18 @@ _WHERE = {
     "METHODS": "share_specs",
     "ConfigError": "config",
     "FedConfig": "config",
-    "Limits": "guard",
+    "Limits": "config",
     "Outcome": "log",
-    "Participant": "participant",
+    "Participant": "client",
     "ShareSpec": "share_specs",
     "Template": "server",
     "adapt": "model",
     "fingerprint": "model",
-    "fit": "participant",
+    "fit": "client",
     "load_config": "config",
-    "run": "engine",
+    "run": "local",
     "share_spec": "share_specs",
-    "shuffled": "participant",
+    "shuffled": "client",
 }
 
 __all__ = [

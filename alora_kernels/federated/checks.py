@@ -1,8 +1,7 @@
 """Is this reply what was agreed? One reply against the spec, before anybody averages it.
 
-In:   the content of a reply, the arrays that were sent, the nonce they were sent with.
-Out:  an `Answer` with dense arrays and metrics, or `RefusedError` with the reason.
-Who:  `guard` asks for every reply; nothing here knows about rounds, nodes or Flower's transport.
+From a reply's content, the arrays that were sent and the nonce they were sent with to an `Answer`, or a `RefusedError`
+with the reason. `guard` asks for every reply; nothing here knows about rounds, nodes or Flower's transport.
 
 The order of the checks is the order of the reasons: what is cheap and names the cause comes first, so a reply of an
 old client says "spec hash", not "keys differ". Plain averaging would take NaN, 1e30, negative weights and shapes that
@@ -17,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from numpy.typing import NDArray
 
 from . import wire
 
@@ -36,11 +34,11 @@ class Answer:
     """A reply that is what was agreed.
 
     Attributes:
-        arrays: dense, of the agreed dtypes and shapes; empty for an evaluation.
+        arrays: dense, of the agreed dtypes and shapes; None for an evaluation.
         metrics: name -> finite number, the number of examples among them.
     """
 
-    arrays: dict[str, NDArray]
+    arrays: ArrayRecord | None
     metrics: dict[str, Number]
 
 
@@ -85,7 +83,7 @@ class Checks:
                 )
         self._origin(content.config_records[wire.REPLY], nonce)
         metrics = self._metrics(kind, content.metric_records[wire.METRICS])
-        arrays = self._arrays(content.array_records[wire.ARRAYS], sent) if kind == "train" else {}
+        arrays = self._arrays(content.array_records[wire.ARRAYS], sent) if kind == "train" else None
         return Answer(arrays, metrics)
 
     def _origin(self, reply: ConfigRecord, nonce: str) -> None:
@@ -106,22 +104,22 @@ class Checks:
             value = record[key]
             if not isinstance(value, int | float):
                 raise RefusedError(f"{key} is a list, agreed is one number")
-            if not finite(value):
+            if not wire.finite(value):
                 raise RefusedError(f"{key} is {value}, not a finite number")
             numbers[key] = value
         if not 0 < numbers[wire.EXAMPLES] <= self.max_examples:
             raise RefusedError(f"{wire.EXAMPLES} is {numbers[wire.EXAMPLES]}, outside (0, {self.max_examples}]")
         return numbers
 
-    def _arrays(self, record: ArrayRecord, sent: wire.NDArrays) -> dict[str, NDArray]:
-        arrays = wire.expand(record, self.spec, sent)
+    def _arrays(self, record: ArrayRecord, sent: wire.NDArrays) -> ArrayRecord:
+        dense, arrays = wire.expand(record, self.spec, sent)
         for key, value in arrays.items():
             if not np.isfinite(value).all():
                 raise RefusedError(f"{key} has values that are not finite")
-        norm, cap = distance(arrays, sent), self.cap
+        norm, cap = _distance(arrays, sent), self.cap
         if not norm <= cap:
             raise RefusedError(f"L2 norm of the update is {norm:.3g}, the cap is {cap:.3g}")
-        return arrays
+        return dense
 
     @property
     def cap(self) -> float:
@@ -131,19 +129,11 @@ class Checks:
         return math.sqrt(sum(math.prod(shape) for _, shape in self.spec.arrays.values()))
 
 
-def distance(arrays: wire.NDArrays, sent: wire.NDArrays) -> float:
+def _distance(arrays: wire.NDArrays, sent: wire.NDArrays) -> float:
     """L2 norm over all arrays of the difference, in float64, where 1e30 squared is a number, or inf."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = (np.square(np.subtract(arrays[key], sent[key], dtype=np.float64)).sum() for key in sent)
         return math.sqrt(sum(map(float, squares)))
-
-
-def finite(value: object) -> bool:
-    """Whether it is one finite number."""
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an int beyond float64
-        return False
 
 
 def client_name(reply: ConfigRecord) -> str | None:

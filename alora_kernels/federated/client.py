@@ -1,8 +1,7 @@
 """The client's side of a round: put the pieces together, train, return the shared half, keep the private one.
 
-In:   Flower messages; the client's `Participant`; its `PrivateStore`.
-Out:  replies that hold shared arrays, metrics and an echo of the round's nonce, and nothing else.
-Who:  every engine, in one process, in Flower's simulation or on a real machine: `client_app` is the ClientApp of all.
+From Flower messages, a `Participant` and its `PrivateStore` to replies that hold shared arrays, metrics and an echo of
+the round's nonce, and nothing else. Every engine uses `client_app`: one process, Flower's simulation, real machines.
 
 A round depends only on the message and on what is on disk: private values are read from the store before training and
 committed last, after the reply is built. A client killed in between repeats the round from the same values, and a
@@ -13,98 +12,89 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from .. import files
 from . import model as adapters
 from . import wire
 from .config import FedConfig
-from .dp import client_mods
-from .participant import Participant, seeded
-from .seeds import seed_of
-from .state import BehindError, PrivateStore
+from .model import seed_of, seeded
+from .state import FINAL, BehindError, PrivateStore
+from .strategies import clip
 
 log = logging.getLogger("alora_kernels.federated")
-
-METHOD, BASE, SCALING, LAST = "method", "base", "scaling", "last"  # in a message's `config`, beside wire's
-FINAL = "final.safetensors"  # a client's finished adapter, private half included; on the server the shared half
 
 
 class DriftError(ValueError):
     """Local training changed what its method trains nowhere; the message names it, and holds neither data nor path."""
 
 
-def agreement(config: FedConfig, model: nn.Module, base: str) -> wire.WireSpec:
-    """What both sides must agree on, of an adapted model and the fingerprint of its base."""
-    return adapters.wire_spec(
-        model, config.spec, base=base, scaling=config.scaling, seed=config.seed, metrics=config.metrics
-    )
-
-
 @dataclass(frozen=True)
+class Participant:
+    """What one client brings. Data stays behind `train` and `evaluate`: the federated code never sees a row.
+
+    Attributes:
+        name: its name, the same in every round and after a restart.
+        model: frozen base with the method's adapter (`adapt`); its trained values are replaced before every use, so
+            participants in one process may not share it.
+        train: trains the model it gets for one round, with a fresh optimiser; draws its batches from torch's
+            generator, which is seeded with (seed, name, round).
+        evaluate: metrics of the model it gets, on the client's own test data; the same names for every client.
+        num_examples: rows it trains on, its weight in the mean.
+        base: `fingerprint` of the base before it was adapted.
+    """
+
+    name: str
+    model: nn.Module
+    train: Callable[[nn.Module], Any]
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    num_examples: int
+    base: str
+
+
 class Client:
     """One client of a run.
 
-    Attributes:
+    Args:
         config: the run.
         participant: model and data; for this run only, because what its head began with is taken from it.
         store: where private values are kept between rounds.
     """
 
-    config: FedConfig
-    participant: Participant
-    store: PrivateStore
-    spec: wire.WireSpec = field(init=False)
-    _first: Mapping[str, NDArray] = field(init=False, repr=False)
-    _trains: Mapping[str, bool] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        model = self.participant.model
-        object.__setattr__(self, "spec", agreement(self.config, model, self.participant.base))
-        first = {
-            **adapters.arrays_of(model, self.config.spec, "private"),
-            **adapters.arrays_of(model, self.config.spec, "frozen"),
-        }
-        object.__setattr__(self, "_first", first)
-        object.__setattr__(self, "_trains", {name: p.requires_grad for name, p in model.named_parameters()})
-
-    @property
-    def name(self) -> str:
-        """The participant's."""
-        return self.participant.name
+    def __init__(self, config: FedConfig, participant: Participant, store: PrivateStore) -> None:
+        self.config, self.participant, self.store = config, participant, store
+        self.name, self._model, self._share = participant.name, participant.model, config.spec
+        self.spec = adapters.agreement(participant.model, config, participant.base)
+        self._first = adapters.values(self._model, self._share, "private", "frozen")
+        self._trains = {name: p.requires_grad for name, p in self._model.named_parameters()}
 
     def train(self, message: Message) -> Message:
         """One round: judge, train, judge, reply; the private half is committed last."""
         started = time.perf_counter()
         asked, sent = self._open(message)
         round_, run = int(asked[wire.ROUND]), str(asked[wire.RUN])
-        model, share = self.participant.model, self.config.spec
         self._assemble(run, round_, sent)
         before = self._judge(round_)
-        self._freeze()
-        untrained = adapters.untrained(model, share)
-        with seeded(seed_of(self.config.seed, self.name, round_)):
-            self.participant.train(model)
-        self._check_untouched(untrained)
+        self._train(round_)
         after = self._judge(round_)
-        arrays = adapters.to_share(model, share, factors=not client_mods(self.config.dp))
+        shared = adapters.to_share(self._model, self._share, factors=not self.config.clients_clip)
         metrics = {wire.BEFORE + name: value for name, value in before.items()}
         metrics |= {wire.AFTER + name: value for name, value in after.items()}
         content = self._reply(asked, metrics, time.perf_counter() - started)
-        content[wire.ARRAYS] = wire.to_record(arrays)
+        content[wire.ARRAYS] = wire.to_record(shared)
         reply = Message(content, reply_to=message)
-        self.store.commit(run, self.name, round_, adapters.arrays_of(model, share, "private"), self.spec.digest)
+        private = adapters.values(self._model, self._share, "private")
+        self.store.commit(run, self.name, round_, private, self.spec.digest)
         return reply
 
     def evaluate(self, message: Message) -> Message:
@@ -113,7 +103,7 @@ class Client:
         asked, sent = self._open(message)
         round_, run = int(asked[wire.ROUND]), str(asked[wire.RUN])
         self._assemble(run, round_ + 1, sent)
-        if asked.get(LAST):
+        if asked.get(wire.LAST):
             self._finish(self.store.folder / run / self.name)
         return Message(self._reply(asked, self._judge(round_), time.perf_counter() - started), reply_to=message)
 
@@ -125,9 +115,9 @@ class Client:
         """
         asked = cast(Mapping[str, Any], message.content[wire.CONFIG])
         for key, mine, words in (
-            (METHOD, self.config.method, "method"),
-            (BASE, self.participant.base, f"frozen model (compared by {self.config.base_check})"),
-            (SCALING, self.config.scaling, "scaling"),
+            (wire.METHOD, self.config.method, "method"),
+            (wire.BASE, self.participant.base, f"frozen model (compared by {self.config.base_check})"),
+            (wire.SCALING, self.config.scaling, "scaling"),
         ):
             if asked.get(key) != mine:
                 raise wire.WireError(f"the server's {words} is {asked.get(key)}, client {self.name} has {mine}")
@@ -138,27 +128,25 @@ class Client:
 
     def _assemble(self, run: str, before: int, sent: Mapping[str, NDArray]) -> None:
         """The model as it stands before a round: first values, the last private half, what the server sent."""
-        model, share = self.participant.model, self.config.spec
-        adapters.put(model, share, self._first)
+        kept = None
         if not self.config.reset_private:
             kept = self.store.load(run, self.name, before, self.spec.digest)
-            adapters.put(model, share, kept[1] if kept else {})
-        adapters.restart(model, share)
-        adapters.put(model, share, sent)
+        adapters.put(self._model, self._share, {**self._first, **(kept[1] if kept else {}), **sent})
+        adapters.restart(self._model, self._share)
 
-    def _freeze(self) -> None:
-        """Every parameter trains, or does not, as the method built it: PEFT thaws adapters that it enables again."""
-        for name, parameter in self.participant.model.named_parameters():
-            parameter.requires_grad_(self._trains[name])
-
-    def _check_untouched(self, before: Mapping[str, NDArray]) -> None:
-        """Raise if local training changed what the method trains nowhere.
+    def _train(self, round_: int) -> None:
+        """Local training of exactly what the method trains.
 
         Raises:
-            DriftError: names the arrays; the others were trained beside wrong ones, so nothing is sent.
+            DriftError: it changed other arrays; the rest was trained beside wrong ones, so nothing is sent.
         """
-        after = adapters.untrained(self.participant.model, self.config.spec)
-        moved = [key for key, values in before.items() if not np.array_equal(after[key], values)]
+        for name, parameter in self._model.named_parameters():  # PEFT thaws adapters that it enables again
+            parameter.requires_grad_(self._trains[name])
+        before = adapters.untrained(self._model, self._share)
+        with seeded(seed_of(self.config.seed, self.name, round_)):
+            self.participant.train(self._model)
+        after = adapters.untrained(self._model, self._share)
+        moved = [key for key in before if not torch.equal(after[key], before[key])]
         if moved:
             shown = ", ".join(moved[:3]) + ", ..." * (len(moved) > 3)
             raise DriftError(
@@ -169,17 +157,17 @@ class Client:
 
     def _finish(self, folder: Path) -> None:
         """Leave the client with what it trained for: every matrix by key, and the adapter as PEFT loads it."""
-        model: Any = self.participant.model
-        own = adapters.matrices(model, self.config.spec)
-        said = {METHOD: self.config.method, SCALING: str(self.config.scaling)}
+        model: Any = self._model
+        own = adapters.matrices(model, self._share)
+        said = {wire.METHOD: self.config.method, wire.SCALING: str(self.config.scaling)}
         files.write(folder / FINAL, {key: m.tensor for key, m in own.items()}, said)
         if hasattr(model, "save_pretrained") and hasattr(model, "peft_config"):
             model.save_pretrained(str(folder / "adapter"))
 
     def _judge(self, round_: int) -> dict[str, float]:
-        self.participant.model.eval()
+        self._model.eval()
         with seeded(seed_of(self.config.seed, self.name, round_, "judge")):
-            measured = self.participant.evaluate(self.participant.model)
+            measured = self.participant.evaluate(self._model)
         metrics = {name: float(value) for name, value in measured.items()}
         if set(metrics) != set(self.config.metrics):
             raise ValueError(f"evaluate gave {sorted(metrics)}, the configuration has {sorted(self.config.metrics)}")
@@ -215,7 +203,7 @@ def client_name(config: FedConfig, context: Context) -> str:
 def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     """Flower's ClientApp for whatever client a node is.
 
-    An exception stays on the client, in its log: its text may quote a row of data. What the server learns is `told`.
+    An exception stays on the client, in its log: its text may quote a row of data. What the server learns is `_told`.
 
     Args:
         client_of: the client of a node; called for every message, so it should remember what it built.
@@ -227,15 +215,16 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
             return reply(client_of(context), message)
         except Exception as error:
             log.exception("this client could not answer")
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told(error)), reply_to=message)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _told(error)), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        def clipped(client: Client, message: Message) -> Message:
-            mods = client_mods(client.config.dp)
-            return make_ffn(lambda inner, _: client.train(inner), mods)(message, context)
+        def trained(client: Client, message: Message) -> Message:
+            if not client.config.clients_clip:
+                return client.train(message)
+            return clip(message, context, lambda message, _: client.train(message))
 
-        return answer(message, context, clipped)
+        return answer(message, context, trained)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -244,7 +233,7 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     return app
 
 
-def told(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """What the server may learn of a client's exception: its type, and texts that cannot hold data or paths."""
     if isinstance(error, wire.WireError | DriftError):
         return str(error)
@@ -253,3 +242,58 @@ def told(error: Exception) -> str:
     kind, cause = type(error).__name__, error.__cause__ or error
     said = cause.strerror if isinstance(cause, OSError) else None
     return f"{kind}: {said}" if said else f"{kind}, see the client's log"
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+) -> float:
+    """One round of local training with a fresh AdamW.
+
+    Args:
+        model: in any mode; it is put in training mode and left in evaluation mode.
+        batches: the batches of this round.
+        loss: the loss of one batch.
+        lr: learning rate.
+        weight_decay: AdamW's.
+
+    Returns:
+        The mean loss over the batches.
+
+    Raises:
+        ValueError: no batch.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    losses = []
+    model.train()
+    for batch in batches:
+        value = loss(model, batch)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(value.detach())
+    model.eval()
+    if not losses:
+        raise ValueError("a round of local training needs at least one batch")
+    return float(torch.stack(losses).mean())
+
+
+def shuffled(rows: int, steps: int, batch_size: int) -> Iterator[Tensor]:
+    """Row numbers of `steps` batches, without replacement within an epoch, from torch's generator.
+
+    Raises:
+        ValueError: rows, steps or batch_size below one.
+    """
+    if min(rows, steps, batch_size) < 1:
+        raise ValueError(f"rows, steps and batch_size must be >= 1, got {rows}, {steps}, {batch_size}")
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(rows)])
+        batch, left = left[:batch_size], left[batch_size:]
+        yield batch

@@ -1,27 +1,112 @@
 """One federated run as data: what `alora fed run CONFIG.yaml` reads and what server and clients share.
 
-In:   YAML text or keyword arguments.
-Out:  a frozen `FedConfig`; unknown keys and wrong values are refused, all at once, with the key's path.
-Who:  the command line, the Flower apps, `engine.run`; the same text goes to every machine.
-
-The fields from `model` on are read only by the built-in participants (`alora_kernels.recipes.federated`); who brings
-models and data of their own may leave them out.
+From YAML text or keyword arguments to a frozen `FedConfig`; unknown keys and wrong values are refused, all at once,
+with the key's path. The same text goes to every machine. The fields from `model` on are read only by the built-in
+participants (`alora_kernels.recipes.federated`); who brings models and data of their own may leave them out.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..modules.init import lora_scaling
 from ..settings import mistakes, read_yaml, write_yaml
-from .dp import DpSettings, needs_equal_weights
-from .guard import Limits
-from .names import NAME
+from ..text import NAME
 from .share_specs import ShareSpec, share_spec
-from .strategies import refuse_secagg
+from .wire import finite
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a round counts, and when to give up.
+
+    Attributes:
+        quorum: accepted replies a round needs, and nodes it waits for.
+        deadline: seconds a round, and the wait for nodes, may take.
+        norm_cap: largest L2 norm of reply - sent over all arrays; None for sqrt(number of values), which is a root
+            mean square change of 1 per value.
+        max_examples: largest weight a client may claim.
+        patience: rounds in a row without a quorum before the run stops.
+
+    Raises:
+        ValueError: a limit that nothing could pass.
+    """
+
+    quorum: int = 2
+    deadline: float = 600.0
+    norm_cap: float | None = None
+    max_examples: int = 1_000_000
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("quorum", "max_examples", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not (finite(self.deadline) and self.deadline > 0):
+            raise ValueError(f"deadline must be a number of seconds > 0, got {self.deadline!r}")
+        if self.norm_cap is not None and not (finite(self.norm_cap) and self.norm_cap > 0):
+            raise ValueError(f"norm_cap must be a number > 0, or None for its default, got {self.norm_cap!r}")
+
+
+@dataclass(frozen=True)
+class DpSettings:
+    """Client-level differential privacy with fixed clipping.
+
+    Formula: `noise std = noise_multiplier * clipping_norm / number of sampled clients`, on each value of the mean.
+
+    Attributes:
+        noise_multiplier: z of the Gaussian mechanism; 0 only without accounting.
+        clipping_norm: cap on the L2 norm of one client's whole update.
+        delta: of the (epsilon, delta) that is reported.
+        max_epsilon: the run stops before this is exceeded; None only reports.
+        side: who clips, "server" or "client" (which then must be trusted to).
+        accounting: keep count of epsilon. It needs plain fedavg, equal weights, and every sampled client's reply: a
+            round with one missing is void. Without it there is noise but no statement about privacy.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    noise_multiplier: float
+    clipping_norm: float
+    delta: float = 1e-5
+    max_epsilon: float | None = None
+    side: Literal["server", "client"] = "server"
+    accounting: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_multiplier < inf:
+            raise ValueError(f"noise_multiplier must be >= 0, got {self.noise_multiplier}")
+        if self.accounting and self.noise_multiplier == 0:
+            raise ValueError("noise_multiplier must be > 0 for accounting; pass accounting=False to clip only")
+        if not 0 < self.clipping_norm < inf:
+            raise ValueError(f"clipping_norm must be > 0, got {self.clipping_norm}")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must be between 0 and 1, got {self.delta}")
+        if self.max_epsilon is not None and not 0 < self.max_epsilon < inf:
+            raise ValueError(f"max_epsilon must be > 0 or None, got {self.max_epsilon}")
+        if self.max_epsilon is not None and not self.accounting:
+            raise ValueError("max_epsilon needs accounting=True")
+        if self.side not in ("server", "client"):
+            raise ValueError(f"side must be 'server' or 'client', got {self.side!r}")
+
+
+def refuse_secagg() -> NoReturn:
+    """Say why there is no secure aggregation.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot "
+        "see single updates cannot check them for bad values; dp protects what the server passes on, not from itself"
+    )
 
 
 class ConfigError(ValueError):
@@ -62,7 +147,7 @@ class FedConfig(_Frozen):
     """A federated run.
 
     Attributes:
-        method: key of `methods.METHODS`.
+        method: key of `share_specs.METHODS`.
         clients: who may take part.
         rounds: how many rounds in all.
         rank, lora_alpha, target_modules: the adapter; lora_alpha defaults to twice the rank.
@@ -142,7 +227,7 @@ class FedConfig(_Frozen):
             refuse_secagg()
         if self.dp is not None and not self.spec.living("shared"):
             raise ValueError(f"dp: with {self.method} nothing travels that could be protected; leave it out")
-        if needs_equal_weights(self.dp) and self.weights != "equal":
+        if self.dp is not None and self.dp.accounting and self.weights != "equal":
             raise ValueError("weights: the privacy accountant needs `weights: equal` (or set dp.accounting: false)")
         return self
 
@@ -150,6 +235,11 @@ class FedConfig(_Frozen):
     def spec(self) -> ShareSpec:
         """The method."""
         return share_spec(self.method, head=self.head)
+
+    @property
+    def clients_clip(self) -> bool:
+        """Whether clients clip their own updates."""
+        return self.dp is not None and self.dp.side == "client"
 
     def client(self, name: str) -> ClientConfig:
         """The client of that name.

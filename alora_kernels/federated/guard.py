@@ -1,64 +1,35 @@
 """A grid that lets in only what was agreed: between any Flower strategy and any Flower grid.
 
-In:   the messages of a strategy; a `WireSpec`; `Limits`.
-Out:  the accepted replies with dense arrays, sorted by client name; one event per message and one per round.
-Who:  `server` wraps its grid; strategies and Flower's privacy wrappers stay as they are.
+From a strategy's messages to the accepted replies with dense arrays, sorted by client name, and to one event per
+message and per round. `server` wraps its grid; strategies and Flower's privacy wrappers stay as they are.
 
-Refused replies are dropped, not passed on as errors: Flower's privacy wrappers throw a whole round away for one error,
-so a single bad client could stop everybody. Nothing a client sends can raise out of here.
+Strategies put one and the same RecordDict into all messages of a round, so each message is made anew before it gets a
+nonce of its own. A node's reply counts if it answers this round's message and is the first to do so; a late or a
+further reply is reported by itself and takes nothing from the node. Refused replies are dropped, not passed on as
+errors: Flower's privacy wrappers throw a whole round away for one error, so a single bad client could stop everybody.
+Nothing a client sends can raise out of here.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.message import make_message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from . import wire
-from .checks import Checks, finite
-from .rounds import Round, stamp
+from .checks import Answer, Checks, Kind, RefusedError, bytes_that_came, client_name, short
+from .config import Limits
 
 log = logging.getLogger("alora_kernels.federated")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a round counts, and when to give up.
-
-    Attributes:
-        quorum: accepted replies a round needs, and nodes it waits for.
-        deadline: seconds a round, and the wait for nodes, may take.
-        norm_cap: largest L2 norm of reply - sent over all arrays; None for sqrt(number of values), which is a root
-            mean square change of 1 per value.
-        max_examples: largest weight a client may claim.
-        patience: rounds in a row without a quorum before the run stops.
-
-    Raises:
-        ValueError: a limit that nothing could pass.
-    """
-
-    quorum: int = 2
-    deadline: float = 600.0
-    norm_cap: float | None = None
-    max_examples: int = 1_000_000
-    patience: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("quorum", "max_examples", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if not (finite(self.deadline) and self.deadline > 0):
-            raise ValueError(f"deadline must be a number of seconds > 0, got {self.deadline!r}")
-        if self.norm_cap is not None and not (finite(self.norm_cap) and self.norm_cap > 0):
-            raise ValueError(f"norm_cap must be a number > 0, or None for its default, got {self.norm_cap!r}")
 
 
 class QuorumError(RuntimeError):
@@ -93,7 +64,7 @@ class GuardedGrid(Grid):
         self._clients: dict[int, str] = {}
         self._void_rounds = 0
         self._last_void = ""
-        self.effective = 0  # training rounds that had a quorum
+        self._good_rounds = 0
         self._most_nodes, self._waiting_since = -1, 0.0
 
     def set_run(self, run: Run) -> None:
@@ -158,7 +129,7 @@ class GuardedGrid(Grid):
             ValueError: messages that are not a round's.
         """
         begin = self._clock()
-        current = stamp(messages, self._spec, self._name)
+        current = _stamp(messages, self._spec, self._name)
         if current is None:
             return []
         limit = self._limits.deadline if timeout is None else min(timeout, self._limits.deadline)
@@ -168,19 +139,19 @@ class GuardedGrid(Grid):
         for event in current.events(void=void, seconds=self._clock() - begin):
             self._on_event(event)
         self._most_nodes = -1
-        if current.kind == "train":
-            self._void_rounds = self._void_rounds + 1 if void else 0
-            self.effective += not void
         if void:
             self._void(current)
             return []
+        if current.kind == "train":
+            self._void_rounds = 0
+            self._good_rounds += 1
         return current.replies()
 
-    def _void(self, current: Round) -> None:
+    def _void(self, current: _Round) -> None:
+        self._void_rounds += 1
         counts = f"{len(current.accepted)} of {len(current.sent)} replies accepted, {self._limits.quorum} needed"
         log.warning("round %d is void: %s", current.number, counts)
-        entries = [*current.sent.values(), *current.extra]
-        refused = [f"{entry.client or f'node {entry.node}'}: {entry.reason}" for entry in entries if entry.reason]
+        refused = [f"{e.client or f'node {e.node}'}: {e.reason}" for e in current.entries if e.reason]
         shown = "; ".join(refused[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
         self._last_void = (
             f"{self._void_rounds} rounds in a row without a quorum, the last one (round {current.number}) with "
@@ -193,4 +164,248 @@ class GuardedGrid(Grid):
     @property
     def nothing_done(self) -> QuorumError | None:
         """Why a run is not finished after its last round, if all its rounds were void."""
-        return QuorumError(self._last_void) if self._last_void and not self.effective else None
+        return QuorumError(self._last_void) if self._last_void and not self._good_rounds else None
+
+
+@dataclass
+class _Sent:
+    """One message and what came of it; a reply nobody waits for gets one of its own, without a message.
+
+    Attributes:
+        node: whom it went to, or who replied.
+        nonce, arrays, bytes_down: of the message as it went out.
+        client, seconds, bytes_up: of the reply as it came back, unchecked but for their types.
+        answer, reason: the checked content, or why there is none.
+    """
+
+    node: int
+    message: Message | None = None
+    nonce: str = ""
+    arrays: wire.NDArrays = field(default_factory=dict)
+    bytes_down: int = 0
+    reply: Message | None = None
+    client: str | None = None
+    seconds: float | None = None
+    bytes_up: int = 0
+    answer: Answer | None = None
+    reason: str | None = None
+
+    @property
+    def message_id(self) -> str | None:
+        """The id the grid gave the message."""
+        return None if self.message is None else self.message.metadata.message_id
+
+    def came(self, reply: Message) -> None:
+        """Note what a reply says of itself."""
+        self.reply = reply
+        if not reply.has_content():
+            return
+        self.bytes_up = bytes_that_came(reply.content)
+        config = reply.content.get(wire.REPLY)
+        if isinstance(config, ConfigRecord):
+            self.client = client_name(config)
+            seconds = config.get(wire.SECONDS)
+            self.seconds = float(cast(float, seconds)) if wire.finite(seconds) else None
+
+
+@dataclass
+class _Round:
+    """The messages of one round by node, and replies that belong to none of them."""
+
+    kind: Kind
+    number: int
+    sent: dict[int, _Sent] = field(default_factory=dict)
+    extra: list[_Sent] = field(default_factory=list)
+
+    @property
+    def outgoing(self) -> list[Message]:
+        """The messages to send."""
+        return [cast(Message, sent.message) for sent in self.sent.values()]
+
+    @property
+    def entries(self) -> list[_Sent]:
+        """All of them."""
+        return [*self.sent.values(), *self.extra]
+
+    @property
+    def accepted(self) -> list[_Sent]:
+        """What passed, by client name: float sums then do not depend on who was first."""
+        return sorted((sent for sent in self.sent.values() if sent.answer), key=lambda sent: sent.client or "")
+
+    def receive(self, replies: Iterable[Message], checks: Checks, names: dict[int, str], limit: float) -> None:
+        """Check the replies of a round, by node id.
+
+        Args:
+            replies: whatever came.
+            checks: what they are held to.
+            names: node -> client name of earlier rounds; learns from this one.
+            limit: seconds they had, for the reason of those who did not reply.
+        """
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            entry, reason = self._place(reply)
+            entry.came(reply)
+            try:
+                if reason is not None:
+                    raise RefusedError(reason)
+                entry.answer = self._answer(entry, reply, checks)
+                names[entry.node] = cast(str, entry.client)
+            except Exception as error:  # whatever a reply does to the checks, it is that reply that is wrong
+                known = isinstance(error, RefusedError | wire.WireError)
+                entry.reason = short(str(error) if known else f"{type(error).__name__}: {error}")
+        for entry in self.entries:
+            entry.client = entry.client or names.get(entry.node)
+            if entry.answer is None:
+                entry.reason = entry.reason or f"no reply within {limit:g} s"
+                log.warning(
+                    "refused client %s, node %d, round %d: %s", entry.client, entry.node, self.number, entry.reason
+                )
+
+    def _place(self, reply: Message) -> tuple[_Sent, str | None]:
+        """The message a reply answers, or an entry of its own; and why it cannot count, before its content is read."""
+        node, answers = reply.metadata.src_node_id, reply.metadata.reply_to_message_id
+        reason = _error_line(reply) if reply.has_error() else None
+        sent = self.sent.get(node)
+        if sent is None and reason is not None:  # Flower answers for nodes it lost, from an id that is not theirs
+            sent = next((each for each in self.sent.values() if each.message_id == answers), None)
+        if sent is not None and sent.reply is None and answers == sent.message_id:
+            return sent, reason
+        if reason is None:
+            if sent is None:
+                reason = f"node {node} was not asked in this round"
+            elif sent.reply is not None:
+                reason = "second reply of this node in this round; the first one counts"
+            else:
+                reason = "late: it does not answer the message of this round"
+        self.extra.append(_Sent(node))
+        return self.extra[-1], reason
+
+    def _answer(self, entry: _Sent, reply: Message, checks: Checks) -> Answer:
+        answer = checks.answer(self.kind, reply.content, entry.nonce, entry.arrays)
+        for other in self.accepted:
+            if other.client == entry.client:
+                raise RefusedError(f"client name {entry.client!r} is taken by node {other.node} in this round")
+        return answer
+
+    def replies(self) -> list[Message]:
+        """The accepted replies for a strategy: dense arrays (train) and metrics, nothing else."""
+        messages = []
+        for sent in self.accepted:
+            answer, reply = cast(Answer, sent.answer), cast(Message, sent.reply)
+            content = RecordDict({wire.METRICS: MetricRecord(dict(answer.metrics))})
+            if answer.arrays is not None:
+                content[wire.ARRAYS] = answer.arrays
+            messages.append(make_message(metadata=reply.metadata, content=content))
+        return messages
+
+    def events(self, *, void: bool, seconds: float) -> list[dict[str, Any]]:
+        """One event per message sent, one per reply that belongs to none, one for the round.
+
+        Args:
+            void: whether the round has no effect.
+            seconds: how long it took.
+
+        Returns:
+            Dictionaries ready for JSON. `rejected` counts client events that are not accepted, so a second reply of an
+            accepted node counts as well; bytes include what was refused.
+        """
+        accepted = len(self.accepted)
+        return [
+            *map(self._client_event, self.entries),
+            {
+                "event": "round",
+                "kind": self.kind,
+                "round": self.number,
+                "sampled": len(self.sent),
+                "accepted": accepted,
+                "rejected": len(self.entries) - accepted,
+                "void": void,
+                "bytes_down": sum(entry.bytes_down for entry in self.entries),
+                "bytes_up": sum(entry.bytes_up for entry in self.entries),
+                "seconds": seconds,
+            },
+        ]
+
+    def _client_event(self, entry: _Sent) -> dict[str, Any]:
+        metrics = dict(entry.answer.metrics) if entry.answer else {}
+        examples = metrics.pop(wire.EXAMPLES, None)
+        measured: dict[str, Any] = {"metrics": metrics}
+        if self.kind == "train":
+            measured = {
+                name: {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+                for name, prefix in (("before", wire.BEFORE), ("after", wire.AFTER))
+            }
+        return {
+            "event": "client",
+            "kind": self.kind,
+            "round": self.number,
+            "node": entry.node,
+            "client": entry.client,
+            "accepted": entry.answer is not None,
+            "reason": entry.reason,
+            "bytes_down": entry.bytes_down,
+            "bytes_up": entry.bytes_up,
+            "examples": examples,
+            "seconds": entry.seconds,
+            **measured,
+        }
+
+
+def _error_line(reply: Message) -> str:
+    lines = (reply.error.reason or "").strip().splitlines()
+    return lines[-1].strip() if lines else f"error {reply.error.code} without a reason"
+
+
+def _stamp(messages: Iterable[Message], spec: wire.WireSpec, run: str) -> _Round | None:
+    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any.
+
+    Raises:
+        ValueError: messages that are not one round's; the message names the remedy.
+    """
+    messages = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+    kinds = {message.metadata.message_type for message in messages}
+    if len(kinds) > 1 or not kinds <= {"train", "evaluate"}:
+        raise ValueError(f"the guard sends rounds of 'train' or of 'evaluate' messages, got {', '.join(sorted(kinds))}")
+    if not messages:
+        return None
+    numbers = {_round_number(message) for message in messages}
+    if len(numbers) > 1:
+        raise ValueError(f"messages of rounds {sorted(numbers)} in one call; send one round at a time")
+    current = _Round(cast(Kind, kinds.pop()), numbers.pop())
+    agreed: dict[int, wire.Agreed] = {}
+    for message in messages:
+        node = message.metadata.dst_node_id
+        if node in current.sent:
+            raise ValueError(f"two messages to node {node} in one round")
+        record = message.content.array_records[wire.ARRAYS]
+        if id(record) not in agreed:
+            agreed[id(record)] = _as_agreed(record, spec)
+        record, arrays = agreed[id(record)]
+        nonce = secrets.token_hex(16)
+        config = ConfigRecord(dict(message.content.config_records[wire.CONFIG]))
+        config.update({wire.RUN: run, wire.SPEC: spec.digest, wire.NONCE: nonce, wire.ROUND: current.number})
+        content = RecordDict({wire.ARRAYS: record, wire.CONFIG: config})
+        fresh = Message(content, node, current.kind, ttl=message.metadata.ttl, group_id=str(current.number))
+        current.sent[node] = _Sent(node, fresh, nonce, arrays, wire.payload_bytes(content))
+    return current
+
+
+def _round_number(message: Message) -> int:
+    records = set(message.content)
+    if records != {wire.ARRAYS, wire.CONFIG}:
+        raise ValueError(
+            f"a message has the records {sorted(records)}; give the strategy arrayrecord_key={wire.ARRAYS!r} and "
+            f"configrecord_key={wire.CONFIG!r}"
+        )
+    number = message.content.config_records[wire.CONFIG].get(wire.ROUND)
+    if not isinstance(number, int):
+        raise ValueError(f"{wire.CONFIG} lacks an integer {wire.ROUND!r}, which Flower's strategies put there")
+    return number
+
+
+def _as_agreed(record: ArrayRecord, spec: wire.WireSpec) -> wire.Agreed:
+    """What the server sends; other float types are cast, as Flower's FedOpt family answers float32 in float64."""
+    wire.check_keys(set(record), set(spec.arrays))
+    wanted = {key: dtype for key, (dtype, _) in spec.arrays.items()}
+    if any(array.dtype != wanted[key] for key, array in record.items()):
+        record = wire.to_record({k: a.numpy().astype(wanted[k], casting="same_kind") for k, a in record.items()})
+    return wire.Agreed(record, wire.from_record(record, spec))

@@ -1,8 +1,8 @@
-"""A Flower grid inside one process: client apps run one after the other, in the order of their node ids.
+"""A whole federated run in one process: the server, and every client in turn, in the order of their node ids.
 
-In:   a `ClientApp` and a number of nodes.
-Out:  an `InProcessGrid` for any Flower strategy; every node keeps one `Context` between messages.
-Who:  tests, and runs on one machine that need neither processes nor Ray.
+From a `FedConfig` and a function that makes a client's `Participant` to the `Outcome`, with the same files in
+`config.output` as on real machines and the private halves under `clients/`; for tests and for runs that need neither
+processes nor Ray. `InProcessGrid` serves any Flower strategy; every node keeps one `Context` between messages.
 
 Messages become Flower's protobuf bytes in both directions, so no client ever holds an array of the server's, and a
 tap sees exactly what travels. A client that raises becomes an error reply, as in a deployment.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -22,6 +23,13 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from .client import Client, Participant, client_app, client_name
+from .config import FedConfig
+from .log import Outcome
+from .model import seed_of, seeded
+from .server import Template, serve
+from .state import CLIENTS, PrivateStore
 
 UserConfig = Mapping[str, bool | float | int | str]
 log = logging.getLogger("alora_kernels.federated")
@@ -165,3 +173,62 @@ class InProcessGrid(Grid):
             data = self._bytes(Message(Error(code=code, reason=reason), reply_to=message))
         self._tap(data)
         return self._read(data)
+
+
+def clients_of(
+    config: FedConfig, participant_of: Callable[[str], Participant], folder: Path | None = None
+) -> Callable[[Context], Client]:
+    """A function from a node to its client, which builds each client once.
+
+    Args:
+        config: the run.
+        participant_of: makes the participant of a name.
+        folder: of the private halves; a node's own `state-dir` goes first.
+    """
+    built: dict[tuple[str, str], Client] = {}
+
+    def client_of(context: Context) -> Client:
+        name = client_name(config, context)
+        place = str(context.node_config.get("state-dir") or folder or config.output / CLIENTS)
+        if (name, place) not in built:
+            with seeded(seed_of(config.seed, name, "build")):
+                participant = participant_of(name)
+            built[name, place] = Client(config, participant, PrivateStore(Path(place)))
+        return built[name, place]
+
+    return client_of
+
+
+def run(
+    config: FedConfig,
+    participant_of: Callable[[str], Participant],
+    *,
+    template: Template | None = None,
+    resume: bool = False,
+    on_message: Callable[[Message], None] | None = None,
+) -> Outcome:
+    """Run server and clients in this process, one client after the other.
+
+    Args:
+        config: the run.
+        participant_of: makes the participant of a name, fresh for this run.
+        template: what the server knows of the model; the first client's by default.
+        resume: go on from the checkpoint in `config.output`.
+        on_message: sees every message as it crosses, in both directions.
+
+    Returns:
+        As `server.serve`.
+
+    Raises:
+        ValueError, FileExistsError, CheckpointError: as `server.serve`.
+
+    Example:
+        >>> config = FedConfig(method="fed-alora", clients=["clinic", "lab"], rounds=5)
+        >>> run(config, make_participant).final
+    """
+    client_of = clients_of(config, participant_of)
+    grid = InProcessGrid(client_app(client_of), len(config.clients), on_message=on_message)
+    if template is None:
+        first = client_of(next(iter(grid.contexts.values()))).participant
+        template = Template(first.model, first.base)
+    return serve(grid, config, template, resume=resume)

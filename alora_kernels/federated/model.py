@@ -1,19 +1,21 @@
 """From a base model to a client's model, and from its parameters to what travels, what stays and what is fixed.
 
-In:   a base model and a `ShareSpec`.
-Out:  the adapted model; its matrices by role; arrays to send, arrays to keep, arrays put back.
-Who:  whoever makes participants calls `adapt`; client and server call the rest.
-
-A key is the path of the adapted layer and the role, `encoder.layer.0.query.B`, the same for every adapter library.
-Initial values come from (seed, key) or (seed, client, key), see `seeds`, not from how the model was built.
+Whoever makes participants calls `adapt`; client and server read and write the adapted model's matrices by key: the
+path of the adapted layer and the role, `encoder.layer.0.query.B`, the same for every adapter library. Initial values
+come from (seed, key) or (seed, client, key), not from how the model was built: they are the same on every machine and
+under every engine, which is what lets frozen parts stay at home.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..modules.init import lora_scaling
-from .heterogeneous import HetALoRALinear
-from .seeds import kaiming, seed_of
+from ..ops import alora_linear
+from ..routing import ConstantRouting
+from .config import FedConfig
 from .share_specs import LayerShape, Lives, ShareSpec
 from .wire import LEFT, RIGHT, WireSpec
 
@@ -42,17 +45,8 @@ class Matrix(NamedTuple):
     tensor: Tensor
 
 
-def target_names(base: nn.Module, target_modules: str | Sequence[str], heads: Sequence[str]) -> list[str]:
-    """Names of the linear layers to adapt.
-
-    Args:
-        base: the model.
-        target_modules: "all-linear", a regular expression for whole names, or a list of last parts of names.
-        heads: modules that are trained in full and never adapted.
-
-    Raises:
-        ValueError: nothing matches; the message lists last parts that would.
-    """
+def _target_names(base: nn.Module, target_modules: str | Sequence[str], heads: Sequence[str]) -> list[str]:
+    """Names of the linear layers to adapt, as `adapt` says; heads and the output embeddings are not among them."""
     output = getattr(base, "get_output_embeddings", lambda: None)()
     linear = [
         name
@@ -106,7 +100,7 @@ def adapt(
     Raises:
         ValueError: no such target, no such head.
     """
-    names = target_names(base, target_modules, heads)
+    names = _target_names(base, target_modules, heads)
     trained = [p for name, p in base.named_parameters() if _in_heads(name, heads)]
     missing = [head for head in heads if not any(_in_heads(name, [head]) for name, _ in base.named_parameters())]
     if missing:
@@ -116,7 +110,7 @@ def adapt(
     model = _build(base, spec, names, rank, lora_alpha or 2 * rank, d_m, seed)
     for parameter in trained:
         parameter.requires_grad_(True)
-    begin(model, spec, seed, client)
+    _begin(model, spec, seed, client)
     return model.eval()
 
 
@@ -150,31 +144,19 @@ def _build(
 def matrices(model: nn.Module, spec: ShareSpec) -> dict[str, Matrix]:
     """Every tensor the method speaks of, by key: the adapter's matrices and the trained heads, keys sorted."""
     found: dict[str, Matrix] = {}
-    pattern = ROLE_OF[spec.adapter]
-    for name, tensor in _tensors(model):
-        match = pattern.fullmatch(name.removeprefix(PREFIX))
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        name = name.removeprefix(PREFIX)
+        match = ROLE_OF[spec.adapter].fullmatch(name)
         if match:
             found[f"{match[1]}.{match[2]}"] = Matrix(match[2], tensor)
         elif tensor.requires_grad:
-            found[name.removeprefix(PREFIX)] = Matrix("head", tensor)
+            found[name] = Matrix("head", tensor)
     return dict(sorted(found.items()))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 @torch.no_grad()
-def begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
-    """Give matrices their first values, and say which of them the optimiser sees.
-
-    Args:
-        model: an adapted model.
-        spec: its method.
-        seed: common seed.
-        client: the client's name.
-    """
+def _begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
+    """Give matrices their first values, and say which of them the optimiser sees."""
     for key, (role, tensor) in matrices(model, spec).items():
         rule = spec.roles[role]
         if rule.begins == "kaiming":
@@ -186,23 +168,22 @@ def begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
             tensor.requires_grad_(rule.trained)
 
 
-def arrays_of(model: nn.Module, spec: ShareSpec, lives: Lives) -> dict[str, NDArray]:
-    """Values of the matrices that live there, as they are; those that restart each round are left out."""
+def values(model: nn.Module, spec: ShareSpec, *lives: Lives) -> dict[str, Tensor]:
+    """Copies of the matrices that live there, on the CPU; those that restart each round are left out."""
     return {
-        key: _to_numpy(tensor)
+        key: _copy(tensor)
         for key, (role, tensor) in matrices(model, spec).items()
-        if spec.roles[role].lives == lives and not spec.roles[role].restarts
+        if spec.roles[role].lives in lives and not spec.roles[role].restarts
     }
 
 
-def untrained(model: nn.Module, spec: ShareSpec) -> dict[str, NDArray]:
-    """Values of the matrices that local training must leave as they are."""
-    return {k: _to_numpy(t) for k, (role, t) in matrices(model, spec).items() if not spec.roles[role].trained}
+def untrained(model: nn.Module, spec: ShareSpec) -> dict[str, Tensor]:
+    """Copies of the matrices that local training must leave as they are."""
+    return {k: _copy(tensor) for k, (role, tensor) in matrices(model, spec).items() if not spec.roles[role].trained}
 
 
-def _to_numpy(tensor: Tensor) -> NDArray:
-    wide = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))  # NumPy has no bf16
-    return np.array(wide.numpy(), copy=True)
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32), copy=True)  # NumPy has no bf16
 
 
 @torch.no_grad()
@@ -229,7 +210,7 @@ def restart(model: nn.Module, spec: ShareSpec) -> None:
             tensor.zero_()
 
 
-def to_share(model: nn.Module, spec: ShareSpec, *, factors: bool = False) -> dict[str, NDArray]:
+def to_share(model: nn.Module, spec: ShareSpec, *, factors: bool = False) -> dict[str, Tensor]:
     """What a client returns after local training.
 
     Formula: the shared matrices; for unequal ranks `B + B2 B1`, or B2 and B1 themselves where that is fewer floats.
@@ -240,28 +221,28 @@ def to_share(model: nn.Module, spec: ShareSpec, *, factors: bool = False) -> dic
         factors: whether factors may be sent (not if something on the way compares keys with those sent down).
 
     Returns:
-        key -> array; factors under `<key>.left` and `<key>.right`.
+        key -> values; factors under `<key>.left` and `<key>.right`.
     """
-    if spec.adapter != "het":
-        return arrays_of(model, spec, "shared")
-    shared: dict[str, NDArray] = {}
-    for key, values in arrays_of(model, spec, "shared").items():
-        layer = model.get_submodule(key.rpartition(".")[0])
+    shared = values(model, spec, "shared")
+    for path, layer in model.named_modules():
         if not isinstance(layer, HetALoRALinear):
-            shared[key] = values  # a shared head
-        elif factors and layer.lora_B1.numel() + layer.lora_B2.numel() < values.size:
-            shared[key + LEFT], shared[key + RIGHT] = _to_numpy(layer.lora_B2), _to_numpy(layer.lora_B1)
+            continue
+        key = f"{path}.B"
+        if factors and layer.lora_B1.numel() + layer.lora_B2.numel() < shared[key].numel():
+            del shared[key]
+            shared[key + LEFT], shared[key + RIGHT] = _copy(layer.lora_B2), _copy(layer.lora_B1)
         else:
-            shared[key] = _to_numpy(layer.merged_b())
+            shared[key] = _copy(layer.merged_b())
     return shared
 
 
-def wire_spec(
-    model: nn.Module, spec: ShareSpec, *, base: str, scaling: float, seed: int, metrics: Sequence[str]
-) -> WireSpec:
-    """What this model and the other side must agree on."""
-    arrays = {key: (str(a.dtype), tuple(a.shape)) for key, a in arrays_of(model, spec, "shared").items()}
-    return WireSpec(spec.name, arrays, base, scaling, seed, tuple(metrics))
+def agreement(model: nn.Module, config: FedConfig, base: str) -> WireSpec:
+    """What both sides must agree on, of an adapted model and the fingerprint of its base."""
+    arrays = {
+        key: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for key, tensor in values(model, config.spec, "shared").items()
+    }
+    return WireSpec(config.method, arrays, base, config.scaling, config.seed, config.metrics)
 
 
 def layer_shapes(model: nn.Module, spec: ShareSpec) -> list[LayerShape]:
@@ -291,3 +272,97 @@ def fingerprint(base: nn.Module, *, heads: Sequence[str] = (), data: bool = Fals
         if data:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class HetALoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank path of the client's own rank r, whose shared part has one shape for all.
+
+    Formula: `y = x W0^T + bias + s (M A x) (B + B2 B1)^T`: the fused op with A := M A and B := B + B2 B1. A client
+    teaches the others B2 B1; the server's mean replaces B, and B2 begins at zero again.
+
+    Args:
+        base_layer: the layer to adapt; its weight and bias are frozen and shared, not copied.
+        r: the client's rank.
+        d_m: rank of the shared space.
+        scaling: s, alpha / r in the paper.
+
+    Attributes:
+        lora_A, lora_M, lora_B1, lora_B2: private, `[r, K]`, `[d_m, r]`, `[r, d_m]` and `[N, r]`.
+        lora_B: `[N, d_m]`, a buffer: what all clients have learned so far.
+
+    Raises:
+        TypeError: base_layer is not an `nn.Linear`.
+
+    Source: Ban & Ji 2025, Fed-ALoRA with unequal ranks.
+    """
+
+    def __init__(self, base_layer: nn.Linear, r: int, d_m: int, scaling: float) -> None:
+        super().__init__()
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"unequal ranks adapt nn.Linear layers only, got {type(base_layer).__name__}")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.d_m, self.scaling = r, d_m, scaling
+        weight = base_layer.weight
+        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32  # adapters train in 32 bits or more
+
+        def zeros(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=weight.device)
+
+        self.lora_A = nn.Parameter(zeros(r, base_layer.in_features))
+        self.lora_M = nn.Parameter(zeros(d_m, r))
+        self.lora_B1 = nn.Parameter(zeros(r, d_m))
+        self.lora_B2 = nn.Parameter(zeros(base_layer.out_features, r))
+        self.register_buffer("lora_B", zeros(base_layer.out_features, d_m))
+
+    def merged_b(self) -> Tensor:
+        """B + B2 B1, `[N, d_m]`: what this client would have everybody use."""
+        return torch.addmm(cast(Tensor, self.lora_B), self.lora_B2, self.lora_B1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y `[..., N]` from x `[..., K]`."""
+        return alora_linear(
+            x,
+            self.base_layer.weight,
+            (self.lora_M @ self.lora_A)[None],
+            self.merged_b(),
+            bias=self.base_layer.bias,
+            task_ids=ConstantRouting(0),
+            scaling=self.scaling,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that tell one layer from another."""
+        return f"r={self.r}, d_m={self.d_m}, scaling={self.scaling:g}"
+
+
+def seed_of(seed: int, *words: object) -> int:
+    """A 63-bit seed from the run's seed and any words."""
+    digest = hashlib.sha256("\x1f".join([str(seed), *map(str, words)]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def kaiming(shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
+    """Uniform in +-1/sqrt(fan_in), as LoRA draws A (Kaiming with a = sqrt 5), fan_in the last dimension."""
+    bound = 1 / math.sqrt(shape[-1]) if shape[-1] else 0.0
+    return np.random.default_rng(seed).uniform(-bound, bound, shape)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Python's and NumPy's generators are after the block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators seeded inside, and as they were outside."""
+    with generators_kept(), torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield

@@ -1,24 +1,17 @@
 """The federated methods as data: for each role of a parameter, where it lives and how it begins.
 
-In:   a method's name.
-Out:  a `ShareSpec`: which roles travel, which stay with the client, which nobody trains, and the floats that travel.
-Who:  `adapters` builds and sorts parameters by it; client and server read nothing else about a method.
-
-Every method is federated averaging over a subset of the keys, so this table is all that tells one from another.
-A role is the name a matrix has in the paper: A and B of LoRA, d and b of VeRA, and for unequal ranks A, M, B1, B2 under
-the merged B. `head` is every other trained parameter, such as a classifier.
+From a method's name to its `ShareSpec`. Every method is federated averaging over a subset of the keys, so this table is
+all that tells one from another: `model` builds and sorts parameters by it, client and server read nothing else of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Lives = Literal["shared", "private", "frozen"]
-Begins = Literal["kaiming", "zeros", "built"]
-Seed = Literal["common", "client"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +27,8 @@ class Role:
     """
 
     lives: Lives
-    begins: Begins
-    seed: Seed = "common"
+    begins: Literal["kaiming", "zeros", "built"]
+    seed: Literal["common", "client"] = "common"
     trained: bool = True
     restarts: bool = False
 
@@ -47,10 +40,6 @@ class LayerShape(NamedTuple):
     n: int
 
 
-#: floats of one layer that travel: (layer, rank, shared dimension d_m) -> count
-Floats = Callable[[LayerShape, int, int], int]
-
-
 @dataclass(frozen=True)
 class ShareSpec:
     """One federated method.
@@ -58,25 +47,23 @@ class ShareSpec:
     Attributes:
         name: key in `METHODS`.
         adapter: what is put on the layers: PEFT's "lora" or "vera", our "alora" tuner, or "het" (unequal ranks).
-        roles: role -> `Role`.
-        up, down: floats per layer and round from and to one client, by the paper's formula.
-        cost: their sum in words, for people.
+        roles: role -> `Role`. A role is the name a matrix has in the paper: A and B of LoRA, d and b of VeRA, and for
+            unequal ranks A, M, B1, B2 under the merged B; `head` is every other trained parameter.
+        cost: floats per layer and round, up and down together, in words.
         aggregation: what the server does, in one line.
+        source: the paper.
         exact: whether the mean of the shared arrays is the mean of the clients' weight updates, given equal private
             parts.
         rslora: s = alpha / sqrt(r).
-        source: the paper.
     """
 
     name: str
     adapter: Literal["lora", "vera", "alora", "het"]
     roles: Mapping[str, Role]
-    up: Floats
-    down: Floats
     cost: str
     aggregation: str
-    exact: bool
     source: str
+    exact: bool = True
     rslora: bool = False
 
     def living(self, lives: Lives) -> tuple[str, ...]:
@@ -86,7 +73,8 @@ class ShareSpec:
     def floats(self, layers: Iterable[LayerShape], r: int, d_m: int = 0) -> tuple[int, int]:
         """Floats (up, down) of the adapter per client and round.
 
-        Formula: the sums over layers of `up` and `down`.
+        Formula: the sum over layers and shared roles of r K for A, r N for B and r for d, both ways; with unequal ranks
+        N d_m down and min(r (N + d_m), N d_m) up. Heads are not counted.
 
         Args:
             layers: shapes of the adapted layers.
@@ -96,143 +84,50 @@ class ShareSpec:
         Returns:
             Counts of numbers, to be multiplied by 4 for bytes in float32.
         """
-        layers = list(layers)
-        return sum(self.up(layer, r, d_m) for layer in layers), sum(self.down(layer, r, d_m) for layer in layers)
-
-    def with_head(self, lives: Lives) -> ShareSpec:
-        """The same method with heads that are "private" (default) or "shared"."""
-        return replace(self, roles=_roles(**{**self.roles, "head": Role(lives, "built")}))
+        up = down = 0
+        for k, n in layers:
+            if self.adapter == "het":
+                up += min(r * (n + d_m), n * d_m)
+                down += n * d_m
+            else:
+                sizes = {"A": r * k, "B": r * n, "d": r, "head": 0}
+                both = sum(sizes[role] for role in self.living("shared"))
+                up, down = up + both, down + both
+        return up, down
 
 
 def _roles(**roles: Role) -> Mapping[str, Role]:
     return MappingProxyType({"head": Role("private", "built"), **roles})
 
 
-def _none(layer: LayerShape, r: int, d_m: int) -> int:
-    return 0
-
-
-def _a(layer: LayerShape, r: int, d_m: int) -> int:
-    return r * layer.k
-
-
-def _b(layer: LayerShape, r: int, d_m: int) -> int:
-    return r * layer.n
-
-
-def _ab(layer: LayerShape, r: int, d_m: int) -> int:
-    return r * (layer.k + layer.n)
-
-
-def _lambda_d(layer: LayerShape, r: int, d_m: int) -> int:
-    return r
-
-
-def _merged(layer: LayerShape, r: int, d_m: int) -> int:
-    return layer.n * d_m
-
-
-def _merged_or_factors(layer: LayerShape, r: int, d_m: int) -> int:
-    return min(r * (layer.n + d_m), layer.n * d_m)
-
-
+_A, _B = Role("shared", "kaiming"), Role("shared", "zeros")
+_OWN_A, _OWN_B = Role("private", "kaiming", seed="client"), Role("private", "zeros")
+_FROZEN_A = Role("frozen", "kaiming", trained=False)
+_HET = {
+    **dict.fromkeys(("A", "M", "B1"), _OWN_A),
+    "B2": Role("private", "zeros", restarts=True),
+    "B": Role("shared", "zeros", trained=False),
+}
+# fmt: off
 _SPECS = (
-    ShareSpec(
-        name="fedit",
-        adapter="lora",
-        roles=_roles(A=Role("shared", "kaiming"), B=Role("shared", "zeros")),
-        up=_ab,
-        down=_ab,
-        cost="2 r (K + N)",
-        aggregation="mean of A and mean of B (not the mean of B A)",
-        exact=False,
-        source="Zhang et al. 2024, FedIT",
-    ),
-    ShareSpec(
-        name="ffa-lora",
-        adapter="lora",
-        roles=_roles(A=Role("frozen", "kaiming", trained=False), B=Role("shared", "zeros")),
-        up=_b,
-        down=_b,
-        cost="2 r N",
-        aggregation="mean of B under one frozen A",
-        exact=True,
-        source="Sun et al. 2024, FFA-LoRA",
-    ),
-    ShareSpec(
-        name="fedsa-lora",
-        adapter="lora",
-        roles=_roles(A=Role("shared", "kaiming"), B=Role("private", "zeros")),
-        up=_a,
-        down=_a,
-        cost="2 r K",
-        aggregation="mean of A",
-        exact=True,
-        source="Guo et al. 2025, FedSA-LoRA",
-    ),
-    ShareSpec(
-        name="fedsa-rslora",
-        adapter="lora",
-        roles=_roles(A=Role("shared", "kaiming"), B=Role("private", "zeros")),
-        up=_a,
-        down=_a,
-        cost="2 r K",
-        aggregation="mean of A",
-        exact=True,
-        source="Guo et al. 2025, FedSA-rsLoRA",
-        rslora=True,
-    ),
-    ShareSpec(
-        name="fedsa-vera",
-        adapter="vera",
-        roles=_roles(d=Role("shared", "built"), b=Role("private", "zeros")),
-        up=_lambda_d,
-        down=_lambda_d,
-        cost="2 r",
-        aggregation="mean of lambda_d",
-        exact=True,
-        source="Guo et al. 2025, FedSA-VeRA",
-    ),
-    ShareSpec(
-        name="fed-alora",
-        adapter="alora",
-        roles=_roles(A=Role("private", "kaiming", seed="client"), B=Role("shared", "zeros")),
-        up=_b,
-        down=_b,
-        cost="2 r N",
-        aggregation="mean of B",
-        exact=True,
-        source="Ban & Ji 2025, Fed-ALoRA, equal ranks",
-    ),
-    ShareSpec(
-        name="fed-alora-het",
-        adapter="het",
-        roles=_roles(
-            A=Role("private", "kaiming", seed="client"),
-            M=Role("private", "kaiming", seed="client"),
-            B1=Role("private", "kaiming", seed="client"),
-            B2=Role("private", "zeros", restarts=True),
-            B=Role("shared", "zeros", trained=False),
-        ),
-        up=_merged_or_factors,
-        down=_merged,
-        cost="N d_m + min(r (N + d_m), N d_m)",
-        aggregation="B += sum_i w_i B2_i B1_i, as the mean of B + B2_i B1_i",
-        exact=True,
-        source="Ban & Ji 2025, Fed-ALoRA, unequal ranks",
-    ),
-    ShareSpec(
-        name="local",
-        adapter="lora",
-        roles=_roles(A=Role("private", "kaiming", seed="client"), B=Role("private", "zeros")),
-        up=_none,
-        down=_none,
-        cost="0",
-        aggregation="none: nothing travels",
-        exact=True,
-        source="each client alone",
-    ),
+    ShareSpec("fedit", "lora", _roles(A=_A, B=_B), "2 r (K + N)",
+              "mean of A and mean of B (not the mean of B A)", "Zhang et al. 2024, FedIT", exact=False),
+    ShareSpec("ffa-lora", "lora", _roles(A=_FROZEN_A, B=_B), "2 r N",
+              "mean of B under one frozen A", "Sun et al. 2024, FFA-LoRA"),
+    ShareSpec("fedsa-lora", "lora", _roles(A=_A, B=_OWN_B), "2 r K",
+              "mean of A", "Guo et al. 2025, FedSA-LoRA"),
+    ShareSpec("fedsa-rslora", "lora", _roles(A=_A, B=_OWN_B), "2 r K",
+              "mean of A", "Guo et al. 2025, FedSA-rsLoRA", rslora=True),
+    ShareSpec("fedsa-vera", "vera", _roles(d=Role("shared", "built"), b=_OWN_B), "2 r",
+              "mean of lambda_d", "Guo et al. 2025, FedSA-VeRA"),
+    ShareSpec("fed-alora", "alora", _roles(A=_OWN_A, B=_B), "2 r N",
+              "mean of B", "Ban & Ji 2025, Fed-ALoRA, equal ranks"),
+    ShareSpec("fed-alora-het", "het", _roles(**_HET), "N d_m + min(r (N + d_m), N d_m)",
+              "B += sum_i w_i B2_i B1_i, as the mean of B + B2_i B1_i", "Ban & Ji 2025, Fed-ALoRA, unequal ranks"),
+    ShareSpec("local", "lora", _roles(A=_OWN_A, B=_OWN_B), "0",
+              "none: nothing travels", "each client alone"),
 )
+# fmt: on
 
 #: all methods by name
 METHODS: Mapping[str, ShareSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
@@ -252,4 +147,4 @@ def share_spec(name: str, *, head: Lives = "private") -> ShareSpec:
         raise ValueError(f"unknown federated method {name!r}; known are {', '.join(METHODS)}")
     if head not in ("private", "shared"):
         raise ValueError(f"head must be 'private' or 'shared', got {head!r}")
-    return METHODS[name].with_head(head)
+    return replace(METHODS[name], roles=_roles(**{**METHODS[name].roles, "head": Role(head, "built")}))

@@ -1,29 +1,47 @@
-"""The private half of an adapter on the client's own disk, committed round by round.
+"""What survives a kill: a client's private half, and the server's arrays, strategy and random generators.
 
-In:   the private arrays after a round of local training.
-Out:  `<folder>/<run>/<client>/round-000012.safetensors`; the arrays of the round to go on from.
-Who:  `client` loads before it trains and commits before it replies.
+`PrivateStore` is the client's: it loads before it trains and commits before it replies. `save`, `load` and `restore`
+are the server's: it saves after every round, before it sends the next one. `FromRound` lets a strategy go on.
 
 A server that was killed in round 7 asks for round 7 again, and a client that had committed 7 must begin from 6 again:
 hence `load(before=7)`, and hence at least two rounds are kept. A commit of round n also drops the rounds after n: they
 belong to a course of events the server has left. Keep more than two if the server writes its checkpoint less often
-than every round. The files never leave the machine and have mode 600.
+than every round.
+
+What a strategy remembers is found, not listed: the attributes of its object and of the strategies it wraps. Those named
+like a constructor parameter are settings: they are compared, not restored. The rest is state, as JSON and tensors,
+never pickled. Flower samples nodes with `random` and draws the noise of differential privacy with NumPy's generator, so
+both are saved; with their state in it the file is as secret as the arrays without noise. All files have mode 600.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import files
-from .names import NAME
+from ..text import NAME
 
-FORMAT = "alora-private-1"
+CLIENTS = "clients"  # folder of the private halves, of clients on this machine
+CHECKPOINT = "server.safetensors"
+FINAL = "final.safetensors"  # a client's finished adapter, private half included; on the server the shared half
+PRIVATE_FORMAT, SERVER_FORMAT = "alora-private-1", "alora-server-1"
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
+_SAMPLING = ("fraction_", "min_")  # settings that may change when a run goes on, say after a client has left
+_NOT_STATE = ("_pending_events", "strategy", "accountant")
 
 
 class StoreError(OSError):
@@ -34,8 +52,12 @@ class BehindError(StoreError):
     """The server asks for a round from before what this client keeps."""
 
 
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, read or applied; the message says why and what to do."""
+
+
 class PrivateStore:
-    """The private arrays of clients, one file per round.
+    """The private arrays of clients, one file per round: `<folder>/<run>/<client>/round-000012.safetensors`.
 
     Args:
         folder: made when the first round is committed.
@@ -104,21 +126,18 @@ class PrivateStore:
             raise StoreError(
                 f"could not read {self._folder(run, client)}: {_reason(error)}; give access to it"
             ) from error
-        if not rounds:
-            return None
-        earlier = [n for n in rounds if n < before]
-        if not earlier and len(rounds) < self.keep:
-            return None  # the client's first round is asked for again
-        if not earlier:
-            kept = ", ".join(map(str, sorted(rounds)))
-            raise BehindError(
-                f"client {client} has rounds {kept} but the server asks for round {before}: its checkpoint is older "
-                f"than what this client keeps; resume from a later checkpoint, or delete {self._folder(run, client)} "
-                f"to begin the private half anew (keep={self.keep} rounds stay; raise it above the rounds between "
-                "two checkpoints)"
-            )
-        path = rounds[max(earlier)]
-        return max(earlier), self._read(path, _label(run, client, max(earlier), spec_hash), before)
+        latest = max((n for n in rounds if n < before), default=None)
+        if latest is not None:
+            return latest, self._read(rounds[latest], _label(run, client, latest, spec_hash), before)
+        if len(rounds) < self.keep:
+            return None  # nothing yet, or the client's first round is asked for again
+        kept = ", ".join(map(str, sorted(rounds)))
+        raise BehindError(
+            f"client {client} has rounds {kept} but the server asks for round {before}: its checkpoint is older "
+            f"than what this client keeps; resume from a later checkpoint, or delete {self._folder(run, client)} "
+            f"to begin the private half anew (keep={self.keep} rounds stay; raise it above the rounds between "
+            "two checkpoints)"
+        )
 
     def _read(self, path: Path, label: Mapping[str, str], before: int) -> dict[str, Tensor]:
         try:
@@ -165,4 +184,287 @@ def _reason(error: OSError) -> str:
 
 
 def _label(run: str, client: str, round: int, spec_hash: str) -> dict[str, str]:
-    return {"format": FORMAT, "run": run, "client": client, "round": str(round), "spec": spec_hash}
+    return {"format": PRIVATE_FORMAT, "run": run, "client": client, "round": str(round), "spec": spec_hash}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server after a round.
+
+    Attributes:
+        round: the last finished round.
+        arrays: the shared arrays, in the order they had.
+        spec_hash: digest of the wire spec.
+        run: token of the run.
+        strategy: one entry for the strategy and each it wraps, for `restore`.
+        python: state of `random`, for `restore`.
+        numpy: state of NumPy's global generator, for `restore`.
+    """
+
+    round: int
+    arrays: dict[str, NDArray]
+    spec_hash: str
+    run: str
+    strategy: tuple[Mapping[str, Any], ...]
+    python: Any
+    numpy: Any
+
+
+def save(
+    folder: Path,
+    *,
+    round: int,
+    arrays: ArrayRecord | Mapping[str, NDArray],
+    spec_hash: str,
+    run: str,
+    strategy: Strategy,
+) -> Path:
+    """Put the server's state on the disk, replacing the checkpoint before.
+
+    Args:
+        folder: of the run.
+        round: the round that has finished, counted from the start of the run.
+        arrays: the shared arrays after it.
+        spec_hash, run: as in `Checkpoint`.
+        strategy: as built, or in `FromRound`.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: the disk's reason (the checkpoint before is untouched), or state that cannot be saved.
+    """
+    tensors: dict[str, NDArray] = {}
+    state = {
+        "round": round,
+        "spec_hash": spec_hash,
+        "run": run,
+        "arrays": _encode("arrays", dict(arrays), tensors),
+        "strategy": [_describe(layer, tensors) for layer in layers(strategy)],
+        "python": random.getstate(),
+        "numpy": _encode("NumPy's generator", list(np.random.get_state()), tensors),
+    }
+    path = Path(folder) / CHECKPOINT
+    try:
+        files.write(path, tensors, {"format": SERVER_FORMAT, "state": json.dumps(state)})
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {path}: {_reason(error)}; the checkpoint before it is untouched, make room or give "
+            "access and resume"
+        ) from error
+    return path
+
+
+def load(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: none there, a damaged one, or one of another format.
+    """
+    path = Path(folder) / CHECKPOINT
+    try:
+        tensors, metadata = files.read(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"there is no checkpoint {path}; give the folder of the run that was stopped, or start it without resuming"
+        ) from None
+    except (OSError, files.DamagedFileError) as error:
+        raise CheckpointError(f"{error}; restore the file from a backup, or start the run anew") from error
+    if metadata.get("format") != SERVER_FORMAT:
+        raise CheckpointError(
+            f"{path} has format {metadata.get('format')!r}, this version reads {SERVER_FORMAT!r}; resume with the "
+            "version that wrote it, or start the run anew"
+        )
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+    state = json.loads(metadata["state"])
+    version, words, gauss = state["python"]
+    return Checkpoint(
+        round=state["round"],
+        arrays=_decode(state["arrays"], arrays),
+        spec_hash=state["spec_hash"],
+        run=state["run"],
+        strategy=tuple(_decode_layer(layer, arrays) for layer in state["strategy"]),
+        python=(version, tuple(words), gauss),
+        numpy=tuple(_decode(state["numpy"], arrays)),
+    )
+
+
+def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
+    """Give a fresh strategy the memory of the saved one, and set the random generators.
+
+    Args:
+        checkpoint: from `load`; may be restored more than once.
+        strategy: built with the same name and options; inside `FromRound` or not.
+
+    Raises:
+        CheckpointError: another strategy or other settings than saved; nothing has been changed then.
+    """
+    own = list(layers(strategy))
+    here, there = [type(layer).__name__ for layer in own], [saved["class"] for saved in checkpoint.strategy]
+    if here != there:
+        raise CheckpointError(
+            f"the checkpoint was written with {' around '.join(there)}, the strategy now is {' around '.join(here)}; "
+            "resume with the settings of the run, or start a new one"
+        )
+    for layer, saved in zip(own, checkpoint.strategy):
+        _compare(layer, saved)
+    for layer, saved in zip(own, checkpoint.strategy):
+        for name, value in saved["state"].items():
+            setattr(layer, name, _copy(value))
+        if saved["accountant"] is not None:
+            layer.accountant.load_state_dict(saved["accountant"])
+    random.setstate(checkpoint.python)
+    np.random.set_state(checkpoint.numpy)
+
+
+def layers(strategy: Any) -> Iterator[Any]:
+    """The strategy and those inside it, from the outside; `FromRound` holds no state but the offset of its own run."""
+    while strategy is not None:
+        if not isinstance(strategy, FromRound):
+            yield strategy
+        strategy = getattr(strategy, "strategy", None)
+
+
+def _describe(layer: Any, tensors: dict[str, NDArray]) -> dict[str, Any]:
+    if getattr(layer, "_pending_events", None):
+        raise CheckpointError(
+            "the strategy waits for the replies of a round; save after aggregate_train, before the next configure_train"
+        )
+    name = type(layer).__name__
+    settings, state = _attributes(layer)
+    return {
+        "class": name,
+        "settings": {key: _encode(f"{name}.{key}", value, tensors) for key, value in settings.items()},
+        "state": {key: _encode(f"{name}.{key}", value, tensors) for key, value in state.items()},
+        "accountant": _accounting(layer),
+    }
+
+
+def _accounting(layer: Any) -> Any:
+    accountant = getattr(layer, "accountant", None)
+    return accountant.state_dict() if accountant is not None else None
+
+
+def _attributes(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes that are (settings, state), without functions, the accountant and what it is about to count."""
+    parameters = set(inspect.signature(type(layer)).parameters)
+    settings: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if name not in _NOT_STATE and not callable(value):
+            (settings if name in parameters else state)[name] = value
+    return settings, state
+
+
+def _compare(layer: Any, saved: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings: the result would belong to neither."""
+    name = saved["class"]
+    settings, _ = _attributes(layer)
+    for key, was in saved["settings"].items():
+        if not key.startswith(_SAMPLING) and settings.get(key) != was:
+            raise CheckpointError(
+                f"{name}.{key} was {was!r} when the checkpoint was written and is {settings.get(key)!r} now; resume "
+                "with the settings of the run, or start a new one"
+            )
+    was, now = ((accounting or {}).get("config") for accounting in (saved["accountant"], _accounting(layer)))
+    if was != now:
+        raise CheckpointError(
+            f"the privacy accounting was {was} when the checkpoint was written and is {now} now; resume with the "
+            "settings of the run, or start a new one"
+        )
+
+
+def _encode(what: str, value: Any, tensors: dict[str, NDArray]) -> Any:
+    """JSON for a value, with its arrays put into `tensors`."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Array):
+        value = value.numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        name = f"{len(tensors)}"
+        tensors[name] = np.asarray(value)
+        return {"array": name}
+    if isinstance(value, ArrayRecord):
+        return {"record": _encode(what, dict(value), tensors)}
+    if isinstance(value, list | tuple):
+        return [_encode(what, item, tensors) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": [[key, _encode(f"{what}[{key!r}]", item, tensors)] for key, item in value.items()]}
+    raise CheckpointError(
+        f"{what} is a {type(value).__name__}, which a checkpoint cannot hold; keep numbers, strings, arrays, or lists "
+        "and dictionaries of them in the strategy"
+    )
+
+
+def _decode(saved: Any, arrays: Mapping[str, NDArray]) -> Any:
+    """The value that `_encode` was given; tuples come back as lists, scalars of NumPy as arrays of shape []."""
+    if isinstance(saved, list):
+        return [_decode(item, arrays) for item in saved]
+    if not isinstance(saved, dict):
+        return saved
+    ((kind, content),) = saved.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "record":
+        return ArrayRecord({key: Array(value) for key, value in _decode(content, arrays).items()})
+    return {key: _decode(value, arrays) for key, value in content}
+
+
+def _decode_layer(layer: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> dict[str, Any]:
+    decoded = {
+        part: {name: _decode(value, arrays) for name, value in layer[part].items()} for part in ("settings", "state")
+    }
+    return {**layer, **decoded}
+
+
+def _copy(value: Any) -> Any:
+    """A value of its own for the strategy, which may write into it: a checkpoint is restored as often as one likes."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, ArrayRecord):
+        return ArrayRecord(dict(value))
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class FromRound(Strategy):
+    """A strategy that goes on after `done` rounds, so that FedAdam's bias correction and the clients see round done+1.
+
+    Flower's `start` still counts from 1, in its log, its result and `evaluate_fn`: add `done` there.
+
+    Raises:
+        ValueError: a negative number of rounds.
+    """
+
+    def __init__(self, strategy: Strategy, done: int) -> None:
+        if done < 0:
+            raise ValueError(f"done must be >= 0, got {done}")
+        self.strategy = strategy
+        self.done = done
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Of the true round."""
+        return self.strategy.configure_train(self.done + server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Of the true round."""
+        return self.strategy.aggregate_train(self.done + server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Of the true round."""
+        return self.strategy.configure_evaluate(self.done + server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Of the true round."""
+        return self.strategy.aggregate_evaluate(self.done + server_round, replies)
+
+    def summary(self) -> None:
+        """The strategy's own."""
+        self.strategy.summary()

@@ -1,31 +1,41 @@
-"""Flower's strategies by name, set up for rounds that need one message per client.
+"""Flower's strategies by name, set up for one message per client and round, and differential privacy around them.
 
-In:   a name, the strategy's own keyword arguments, the quorum, `DpSettings`.
-Out:  a strategy; `FromRound` for a run that goes on.
-Who:  the server builds its strategy here.
+From a name, the strategy's own keyword arguments, the quorum and `DpSettings` to the server's strategy; the clipping of
+a client that clips; epsilon so far, for the server's ledger.
 
 Metrics come inside the train reply, because on real machines every message costs a fresh process: no evaluate messages.
 A robust strategy that could not do its work with the quorum is refused: Flower's trimmed mean of 4 replies trims nobody
 at its default beta of 0.2, and its Bulyan skips every round it has too few replies for.
+
+The noise is measured out for a mean of equally weighted replies and covers the arrays, not the metrics that clients
+report. It is drawn from NumPy's global generator: who knows its seed, or its state in a checkpoint, can take the noise
+off again, so never seed it with anything a client knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 from types import MappingProxyType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import flwr.serverapp.strategy as flower
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, SamplingMethod
+from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
 from . import wire
-from .dp import DpSettings, make_private, num_sampled
+from .config import DpSettings, refuse_secagg
+from .state import layers
 
 
 class _KeepsDtype(flower.FedAvg):
@@ -75,18 +85,14 @@ STRATEGIES: Mapping[str, type[flower.FedAvg]] = MappingProxyType(
     }
 )
 
-_OURS = MappingProxyType(
-    {
-        "fraction_evaluate": "metrics come inside the train replies, so there are no evaluate messages",
-        "evaluate_metrics_aggr_fn": "metrics come inside the train replies, so there are no evaluate messages",
-        "min_evaluate_nodes": "metrics come inside the train replies, so there are no evaluate messages",
-        "min_train_nodes": "it follows from the quorum",
-        "min_available_nodes": "it follows from the quorum",
-        "weighted_by_key": "the name is part of the wire format",
-        "arrayrecord_key": "the name is part of the wire format",
-        "configrecord_key": "the name is part of the wire format",
-    }
-)
+_OURS = {
+    **dict.fromkeys(
+        ("fraction_evaluate", "evaluate_metrics_aggr_fn", "min_evaluate_nodes"),
+        "metrics come inside the train replies, so there are no evaluate messages",
+    ),
+    **dict.fromkeys(("min_train_nodes", "min_available_nodes"), "it follows from the quorum"),
+    **dict.fromkeys(("weighted_by_key", "arrayrecord_key", "configrecord_key"), "the name is part of the wire format"),
+}
 
 
 def build_strategy(
@@ -97,8 +103,9 @@ def build_strategy(
     Args:
         name: a key of `STRATEGIES`.
         options: its own keyword arguments, `fraction_train` among them.
-        quorum: replies a round needs; with `dp`, all sampled clients are needed, see `num_sampled`.
-        dp: differential privacy, or None.
+        quorum: replies a round needs.
+        dp: differential privacy, or None. With it `max(int(population fraction_train), quorum)` clients are sampled, as
+            Flower counts when everybody is connected, and all of them must reply.
         population: clients that may take part.
 
     Raises:
@@ -110,8 +117,8 @@ def build_strategy(
     cls = _lookup(name)
     _check_options(name, cls, options)
     _check_numbers(name, options, quorum)
-    sampled = num_sampled(options.get("fraction_train", 1.0), quorum, population) if dp else quorum
-    with _quiet():
+    sampled = max(int(population * options.get("fraction_train", 1.0)), quorum) if dp else quorum
+    with quiet_flower(logging.ERROR):  # without its warning that there is no evaluation: that is the point
         made = cls(
             **options,
             fraction_evaluate=0.0,
@@ -122,7 +129,7 @@ def build_strategy(
             arrayrecord_key=wire.ARRAYS,
             configrecord_key=wire.CONFIG,
         )
-    return make_private(made, dp, sampled, population) if dp else made
+    return _private(made, dp, sampled, population) if dp else made
 
 
 def _lookup(name: str) -> type[flower.FedAvg]:
@@ -191,69 +198,94 @@ def _check_numbers(name: str, options: Mapping[str, Any], quorum: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Flower's warning that there is no evaluation: that is the point."""
+def quiet_flower(level: int) -> Iterator[None]:
+    """Flower logs every step, which the ledger and the live table say as well: nothing below that level."""
     logger = logging.getLogger("flwr")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "fraction_evaluate" not in record.getMessage()
-
-    logger.addFilter(keep)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.setLevel(before)
 
 
-def refuse_secagg() -> NoReturn:
-    """Say why there is no secure aggregation.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot "
-        "see single updates cannot check them for bad values; dp protects what the server passes on, not from itself"
-    )
-
-
-class FromRound(Strategy):
-    """A strategy that goes on after `done` rounds, so that FedAdam's bias correction and the clients see round done+1.
-
-    Flower's `start` still counts from 1, in its log, its result and `evaluate_fn`: add `done` there.
-
-    Raises:
-        ValueError: a negative number of rounds.
-    """
-
-    def __init__(self, strategy: Strategy, done: int) -> None:
-        if done < 0:
-            raise ValueError(f"done must be >= 0, got {done}")
-        self.strategy = strategy
-        self.done = done
+class _NoScalars(Strategy):
+    """Flower 1.41 clips in place, which does nothing to a number of shape []: it would go out at full size."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Of the true round."""
-        return self.strategy.configure_train(self.done + server_round, arrays, config, grid)
+        for key, array in arrays.items():
+            if not array.shape:
+                raise ValueError(
+                    f"{key} has shape [], which Flower's clipping leaves as it is; give it shape [1] or keep it "
+                    "private when dp is on"
+                )
+        return super().configure_train(server_round, arrays, config, grid)  # type: ignore[safe-super]
+
+
+class ServerSideClipping(_NoScalars, flower.DifferentialPrivacyServerSideFixedClipping):
+    """Flower's, for arrays that it does clip, and for updates of norm zero, which stay zero."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Of the true round."""
-        return self.strategy.aggregate_train(self.done + server_round, replies)
+        """Flower's, which divides by norms: a NumPy number over zero is infinity, and min(1, inf) clips nothing."""
+        norm, self.clipping_norm = self.clipping_norm, np.float64(self.clipping_norm)
+        try:
+            with np.errstate(divide="ignore"):
+                return super().aggregate_train(server_round, replies)
+        finally:
+            self.clipping_norm = norm  # a checkpoint holds plain numbers
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Of the true round."""
-        return self.strategy.configure_evaluate(self.done + server_round, arrays, config, grid)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Of the true round."""
-        return self.strategy.aggregate_evaluate(self.done + server_round, replies)
+class ClientSideClipping(_NoScalars, flower.DifferentialPrivacyClientSideFixedClipping):
+    """Flower's, for arrays that it does clip."""
 
-    def summary(self) -> None:
-        """The strategy's own."""
-        self.strategy.summary()
+
+def _private(strategy: flower.FedAvg, dp: DpSettings, sampled: int, population: int) -> Strategy:
+    """The strategy inside Flower's wrapper for fixed clipping; accounting is for the plain mean only."""
+    if dp.accounting and type(strategy).aggregate_train is not flower.FedAvg.aggregate_train:
+        raise ValueError(
+            f"epsilon cannot be counted for {type(strategy).__name__}: the noise is measured out for a plain mean, in "
+            "which one client moves the result by clipping_norm / clients at most; use fedavg, or accounting=False "
+            "for noise without a statement about privacy"
+        )
+    config = PrivacyConfig(
+        target_delta=dp.delta,
+        population_size=population,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+        sampling_method=SamplingMethod.NO_AMPLIFICATION,  # Flower's fixed clipping takes none
+        max_epsilon=dp.max_epsilon,
+    )
+    cls = ServerSideClipping if dp.side == "server" else ClientSideClipping
+    accountant = RdpAccountant(config) if dp.accounting else None
+    return cls(strategy, dp.noise_multiplier, dp.clipping_norm, sampled, accountant=accountant)
+
+
+def clip(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower's clipping of a client's reply, which divides by the norm of the update; a zero update stays as it is.
+
+    It pairs arrays by position and wants the keys it sent, so such a client may not reply with factors.
+    """
+    replies: list[Message] = []
+
+    def answered(message: Message, context: Context) -> Message:
+        replies.append(call_next(message, context))
+        return replies[0]
+
+    try:
+        return fixedclipping_mod(message, context, answered)
+    except ZeroDivisionError:
+        if not replies:  # not the clipping's: local training divided by zero
+            raise
+        return replies[0]
+
+
+def privacy_spent(strategy: Strategy) -> dict[str, Any] | None:
+    """Epsilon so far, with delta and the number of releases; None where nobody counts."""
+    for layer in layers(strategy):
+        spent = layer.privacy_spent() if hasattr(layer, "privacy_spent") else None
+        if spent is not None:
+            return dataclasses.asdict(spent)
+    return None

@@ -1,8 +1,7 @@
 """What travels: the fixed set of arrays both sides agree on, and the names of the records around it.
 
-In:   the shared arrays of an adapted model.
-Out:  a `WireSpec` with a digest; Flower records; arrays back, checked before they are decoded.
-Who:  client and server build their messages here; `guard` checks replies against the spec.
+Shared arrays of an adapted model become a `WireSpec` with a digest and Flower records; arrays come back, checked before
+they are decoded. Client, server and guard build and read their messages here.
 
 A message to a client holds one ArrayRecord `arrays` and one ConfigRecord `config`; a reply holds `arrays`, one
 MetricRecord `metrics` and a ConfigRecord `reply`. A reply of unequal-rank Fed-ALoRA may give an array as two factors,
@@ -14,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 ARRAYS, CONFIG, METRICS, REPLY = "arrays", "config", "metrics", "reply"  # records of a message
 ROUND, RUN, SPEC, NONCE = "server-round", "run", "spec-hash", "nonce"  # in `config`; the last two come back in `reply`
+METHOD, BASE, SCALING, LAST = "method", "base", "scaling", "last"  # in `config`, from the server
 CLIENT, SECONDS, EXAMPLES = "client", "seconds", "num-examples"
 BEFORE, AFTER = "before-", "after-"  # prefixes of a metric measured before and after local training
 LEFT, RIGHT = ".left", ".right"
@@ -43,7 +45,7 @@ class WireSpec:
     Attributes:
         method: name of the share spec.
         arrays: key -> (dtype, shape) of everything that travels.
-        base: fingerprint of the frozen model, see `adapters.fingerprint`.
+        base: fingerprint of the frozen model, see `model.fingerprint`.
         scaling: s, because equal arrays must mean equal functions.
         seed: common seed, from which frozen and shared parts begin.
         metrics: names of the metrics every client reports, before and after local training.
@@ -68,13 +70,28 @@ class WireSpec:
         return {EXAMPLES, *(prefix + name for prefix in (BEFORE, AFTER) for name in self.metrics)}
 
 
+class Agreed(NamedTuple):
+    """Arrays that are what was agreed: the record to hand on, and its numbers to look at."""
+
+    record: ArrayRecord
+    arrays: dict[str, NDArray]
+
+
+def finite(value: object) -> bool:
+    """Whether it is one finite number."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an int beyond float64
+        return False
+
+
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
-def to_record(arrays: NDArrays) -> ArrayRecord:
-    """Arrays as a Flower record, keys sorted."""
-    return ArrayRecord({key: Array(np.ascontiguousarray(arrays[key])) for key in sorted(arrays)})
+def to_record(arrays: Mapping[str, Any]) -> ArrayRecord:
+    """Arrays, or tensors on the CPU, as a Flower record, keys sorted."""
+    return ArrayRecord({key: Array(np.asarray(arrays[key], order="C")) for key in sorted(arrays)})
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -109,16 +126,6 @@ def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArra
     return values
 
 
-def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
-    """The arrays of a message to a client.
-
-    Raises:
-        WireError: keys, dtypes or shapes that are not the spec's.
-    """
-    check_keys(set(record), set(spec.arrays))
-    return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
-
-
 def check_keys(got: set[str], agreed: set[str], what: str = "keys") -> None:
     """Refuse a record whose keys are not those agreed on.
 
@@ -134,7 +141,17 @@ def check_keys(got: set[str], agreed: set[str], what: str = "keys") -> None:
         raise WireError(f"{what} differ: unexpected {extra or 'none'}, missing {missing or 'none'}")
 
 
-def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDArray]:
+def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
+    """The arrays of a message to a client.
+
+    Raises:
+        WireError: keys, dtypes or shapes that are not the spec's.
+    """
+    check_keys(set(record), set(spec.arrays))
+    return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
+
+
+def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> Agreed:
     """The arrays of a reply, factors multiplied out.
 
     Formula: `value = sent + left right` for an array given as two factors.
@@ -145,7 +162,8 @@ def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDA
         sent: the arrays the client got.
 
     Returns:
-        One array for each key of the spec, of the agreed dtype and shape.
+        One array for each key of the spec, of the agreed dtype and shape; those that came whole are handed on as they
+        came.
 
     Raises:
         WireError: keys, dtypes, shapes or ranks that do not fit.
@@ -153,10 +171,12 @@ def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> dict[str, NDA
     factored = {key for key in spec.arrays if key + LEFT in record}
     factors = {key + side for key in factored for side in (LEFT, RIGHT)}
     check_keys(set(record), set(spec.arrays) - factored | factors)
-    return {
+    arrays = {
         key: _product(key, record, spec, sent) if key in factored else decode(key, record[key], *agreed)
         for key, agreed in spec.arrays.items()
     }
+    whole = {key: Array(arrays[key]) if key in factored else record[key] for key in sorted(arrays)}
+    return Agreed(ArrayRecord(whole), arrays)
 
 
 def _product(key: str, record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> NDArray:

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import data
-from ..federated.client import Client, client_app
+from ..federated.client import Client, Participant, client_app, fit, shuffled
 from ..federated.config import ConfigError, FedConfig
-from ..federated.engine import clients_of
+from ..federated.local import clients_of
 from ..federated.model import adapt, fingerprint
-from ..federated.participant import Participant, fit, shuffled
 from ..federated.server import Template, serve
 
 KINDS = {"minilm": "encoder", "tiny-random-encoder": "encoder", "smollm2-135m": "causal", "tiny-random": "causal"}

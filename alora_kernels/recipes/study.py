@@ -23,9 +23,10 @@ from typing import Any
 from rich.table import Table
 
 from .. import plotting
-from ..federated import FedConfig, Outcome, checkpoint, run
+from ..federated import FedConfig, Outcome, run
 from ..federated.log import delta_m, read
-from ..federated.server import FINAL, LEDGER, Template
+from ..federated.server import LEDGER, Template
+from ..federated.state import CHECKPOINT, FINAL
 from . import display
 from .federated import base_fingerprint, majority, participant, template
 
@@ -126,7 +127,7 @@ def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message
     else:
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(text)
-        resume = (folder / checkpoint.FILE).exists()
+        resume = (folder / CHECKPOINT).exists()
         known = Template(template(config), base_fingerprint(config))
         outcome = run(config, partial(participant, config), template=known, resume=resume, on_message=on_message)
     if outcome.status != "finished":

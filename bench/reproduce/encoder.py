@@ -25,7 +25,7 @@ from alora_kernels import data, route
 from alora_kernels.adapters.method import Method
 from alora_kernels.baselines.layers import SharedALinear
 from alora_kernels.baselines.methods import adapt, as_large_as_alora, target_shapes
-from alora_kernels.federated.participant import fit, shuffled
+from alora_kernels.federated.client import fit, shuffled
 from alora_kernels.recipes.federated import collate
 
 from .config import Config

@@ -7,8 +7,7 @@ import torch
 
 from alora_kernels import data
 from alora_kernels.federated import METHODS, ConfigError, FedConfig
-from alora_kernels.federated.model import wire_spec
-from alora_kernels.federated.participant import seeded
+from alora_kernels.federated.model import agreement, seeded
 from alora_kernels.recipes import federated as fed_participants
 from alora_kernels.recipes.federated import base_fingerprint, majority, participant, template
 from alora_kernels.training import choice_accuracy
@@ -107,7 +106,7 @@ def test_label_spaces_differ_under_private_heads(model, toy, tmp_path):
     rows = [{"prompt": f"number {i}", "answer": ("one", "two", "three")[i % 3]} for i in range(80)]
     config = config_of(toy, write(tmp_path / "three.jsonl", rows), model=model)
     models = [participant(config, name).model for name in ("c0", "c1")] + [template(config)]
-    specs = [wire_spec(m, config.spec, base="", scaling=1.0, seed=0, metrics=()).digest for m in models]
+    specs = [agreement(m, config, "").digest for m in models]
     assert len(set(specs)) == 1
 
 
@@ -122,7 +121,7 @@ def test_unequal_ranks(toy):
 def test_shared_heads_need_one_label_space(toy, monkeypatch):
     monkeypatch.setitem(data.TASKS, "toy", data.TASKS["movie"])  # positive, negative
     shared = config_of("toy", "toy", head="shared")
-    arrays = wire_spec(template(shared), shared.spec, base="", scaling=1.0, seed=0, metrics=()).arrays
+    arrays = agreement(template(shared), shared, "").arrays
     assert arrays["head.weight"] == ("float32", (2, 32))
     with pytest.raises(ConfigError, match=r"same label words.*c0: positive, negative; c1: .*head: private"):
         template(config_of("toy", "trec", head="shared"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from alora_kernels.federated.seeds import kaiming, seed_of
+from alora_kernels.federated.model import kaiming, seed_of
 
 Arrays = dict[str, np.ndarray]
 

@@ -17,10 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord
 from strategyfakes import arrays_of, grid_of, play, record_of, wandering
 
 from alora_kernels import files
-from alora_kernels.federated import checkpoint, wire
-from alora_kernels.federated.checkpoint import CheckpointError
-from alora_kernels.federated.dp import DpSettings, privacy_spent
-from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy
+from alora_kernels.federated import state, wire
+from alora_kernels.federated.config import DpSettings
+from alora_kernels.federated.state import CheckpointError, FromRound
+from alora_kernels.federated.strategies import STRATEGIES, build_strategy, privacy_spent
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fedavgm": {"server_momentum": 0.9, "server_learning_rate": 0.5},
@@ -55,7 +55,7 @@ def seed() -> None:
 
 
 def save(folder: Path, strategy: Any, arrays: Any = START, round_: int = 2) -> Path:
-    return checkpoint.save(folder, round=round_, arrays=arrays, spec_hash="c0ffee", run="run-1", strategy=strategy)
+    return state.save(folder, round=round_, arrays=arrays, spec_hash="c0ffee", run="run-1", strategy=strategy)
 
 
 def cut_and_whole(folder: Path, make: Any, **more: float) -> tuple[Any, Any, Any, Any]:
@@ -70,8 +70,8 @@ def cut_and_whole(folder: Path, make: Any, **more: float) -> tuple[Any, Any, Any
     random.seed(99)
     np.random.seed(99)
     second = make()
-    saved = checkpoint.load(folder)
-    checkpoint.restore(saved, second)
+    saved = state.load(folder)
+    state.restore(saved, second)
     resumed = rounds(FromRound(second, saved.round), wire.to_record(saved.arrays), [1, 2], **more)
     return straight, resumed, whole, second
 
@@ -115,8 +115,8 @@ def test_each_part_of_the_checkpoint_is_needed(tmp_path: Path, forget: str) -> N
     """Without one of them the continuation differs: what the property above compares is no coincidence."""
     dp = DpSettings(0.7, 1.0, accounting=False)
     straight, _, _, _ = cut_and_whole(tmp_path, lambda: build("fedadam", dp))
-    saved, second = checkpoint.load(tmp_path), build("fedadam", dp)
-    checkpoint.restore(saved, second)
+    saved, second = state.load(tmp_path), build("fedadam", dp)
+    state.restore(saved, second)
     if forget == "state":
         second = build("fedadam", dp)
     elif forget == "python":
@@ -137,7 +137,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "folder", build(), arrays, round_=7)
     assert path == tmp_path / "new" / "folder" / "server.safetensors"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    saved = checkpoint.load(path.parent)
+    saved = state.load(path.parent)
     assert (saved.round, saved.spec_hash, saved.run) == (7, "c0ffee", "run-1")
     assert list(saved.arrays) == list(arrays)
     for key, value in arrays.items():
@@ -149,11 +149,11 @@ def test_a_checkpoint_can_be_restored_twice(tmp_path: Path) -> None:
     seed()
     first = build("fedavgm")
     save(tmp_path, first, rounds(first, START, [1, 2]))
-    saved = checkpoint.load(tmp_path)
+    saved = state.load(tmp_path)
     ends = []
     for _ in range(2):
         second = build("fedavgm")
-        checkpoint.restore(saved, second)
+        state.restore(saved, second)
         ends.append(rounds(second, wire.to_record(saved.arrays), [3, 4]))
     assert_same(*ends)
 
@@ -162,23 +162,23 @@ def test_the_offset_of_a_resumed_run_is_not_state(tmp_path: Path) -> None:
     strategy = build("fedadam")
     save(tmp_path, FromRound(strategy, 4), rounds(FromRound(strategy, 4), START, [1]), round_=5)
     again = FromRound(build("fedadam"), 5)
-    checkpoint.restore(checkpoint.load(tmp_path), again)
+    state.restore(state.load(tmp_path), again)
     assert again.done == 5
     np.testing.assert_array_equal(again.strategy.m_t["a"], strategy.m_t["a"])
 
 
 def test_no_file_wrong_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*server.safetensors; give the folder"):
-        checkpoint.load(tmp_path)
+        state.load(tmp_path)
     path = save(tmp_path, build())
     data = path.read_bytes()
     for damaged in (data[:-3], data[:-1] + bytes([data[-1] ^ 1]), b"", b"x" * 99):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"server.safetensors does not .*; restore the file from a backup"):
-            checkpoint.load(tmp_path)
+            state.load(tmp_path)
     files.write(path, {"w": torch.zeros(2)}, {"format": "alora-server-0"})
     with pytest.raises(CheckpointError, match="has format 'alora-server-0', this version reads 'alora-server-1'"):
-        checkpoint.load(tmp_path)
+        state.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def test_no_file_wrong_file(tmp_path: Path) -> None:
 )
 def test_another_strategy_or_other_settings(tmp_path: Path, now: Any, words: str) -> None:
     save(tmp_path, build("fedadam"))
-    saved, other = checkpoint.load(tmp_path), now()
+    saved, other = state.load(tmp_path), now()
     random.seed(5)
     before = random.getstate()
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.restore(saved, other)
+        state.restore(saved, other)
     assert random.getstate() == before
 
 
@@ -211,13 +211,13 @@ def test_other_privacy_settings(tmp_path: Path, now: DpSettings, words: str) -> 
     strategy = build(dp=DpSettings(0.7, 1.0))
     save(tmp_path, strategy, rounds(strategy, START, [1, 2]))
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.restore(checkpoint.load(tmp_path), build(dp=now))
+        state.restore(state.load(tmp_path), build(dp=now))
 
 
 def test_a_run_may_go_on_with_a_smaller_quorum(tmp_path: Path) -> None:
     save(tmp_path, build_strategy("fedadam", {}, quorum=5, dp=None, population=8))
     smaller: Any = build_strategy("fedadam", {"fraction_train": 0.5}, quorum=3, dp=None, population=8)
-    checkpoint.restore(checkpoint.load(tmp_path), smaller)
+    state.restore(state.load(tmp_path), smaller)
     assert (smaller.min_train_nodes, smaller.min_available_nodes, smaller.fraction_train) == (3, 3, 0.5)
 
 
@@ -247,4 +247,4 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         with pytest.raises(CheckpointError, match=r"could not write .*No space left.*before it is untouched"):
             save(tmp_path, build(), round_=4)
     assert [path.name for path in tmp_path.iterdir()] == ["server.safetensors"]
-    assert checkpoint.load(tmp_path).round == 3
+    assert state.load(tmp_path).round == 3

@@ -12,9 +12,10 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 from strategyfakes import answer, arrays_of, grid_of, play, record_of, wandering
 
-from alora_kernels.federated import wire
-from alora_kernels.federated.dp import DpSettings, client_mods, needs_equal_weights, num_sampled, privacy_spent
-from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy
+from alora_kernels.federated import FedConfig, wire
+from alora_kernels.federated.config import DpSettings
+from alora_kernels.federated.state import FromRound
+from alora_kernels.federated.strategies import STRATEGIES, build_strategy, clip, privacy_spent
 
 START = record_of(w=[0.5, 0.5])
 OPTIONS: dict[str, dict[str, Any]] = {"qfedavg": {"train_loss_key": "before-loss", "client_learning_rate": 0.1}}
@@ -117,7 +118,6 @@ def test_accounting_is_for_the_plain_mean_only(name: str) -> None:
 def test_as_many_are_sampled_as_the_noise_is_measured_out_for(
     fraction: float, quorum: int, population: int, wanted: int
 ) -> None:
-    assert num_sampled(fraction, quorum, population) == wanted
     for accounting in (True, False):
         dp = DpSettings(1.0, 1.0, accounting=accounting)
         options = {"fraction_train": fraction}
@@ -138,15 +138,14 @@ def test_with_accounting_a_round_with_a_missing_reply_is_void_and_costs_nothing(
 def test_with_accounting_unequal_weights_are_an_error() -> None:
     with pytest.raises(ValueError, match="equal client weights"):
         play(build(dp=DpSettings(1.0, 1.0)), START, [1], wandering, examples=lambda node: node)
-    assert needs_equal_weights(DpSettings(1.0, 1.0))
-    assert not needs_equal_weights(DpSettings(1.0, 1.0, accounting=False)) and not needs_equal_weights(None)
 
 
 def test_the_client_clips_when_it_is_told_to() -> None:
     dp = DpSettings(1.0, 2.0, side="client")
-    assert client_mods(None) == [] and client_mods(DpSettings(1.0, 2.0)) == []
-    (mod,) = client_mods(dp)
+    run = FedConfig(method="fed-alora", clients=["ann", "bob"], weights="equal")
+    sides = [(None, False), (DpSettings(1.0, 2.0), False), (dp, True)]
+    assert all(run.model_copy(update={"dp": settings}).clients_clip is clips for settings, clips in sides)
     message = next(iter(build(dp=dp, nodes=1).configure_train(1, START, ConfigRecord(), grid_of(1))))
     context = Context(0, 1, {}, RecordDict(), {})
-    reply = mod(message, context, lambda m, c: answer(m, {"w": np.float32([30.5, 40.5])}))
+    reply = clip(message, context, lambda m, c: answer(m, {"w": np.float32([30.5, 40.5])}))
     np.testing.assert_allclose(arrays_of(reply.content[wire.ARRAYS])["w"], [0.5 + 1.2, 0.5 + 1.6], rtol=1e-6)

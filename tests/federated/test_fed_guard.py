@@ -12,7 +12,8 @@ from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.guard import GuardedGrid, Limits
+from alora_kernels.federated.config import Limits
+from alora_kernels.federated.guard import GuardedGrid
 from tests.federated.wirefakes import SPEC, Clock, ScriptedGrid, failing, guarded, honest, initial, messages, update
 
 HONEST = {1: honest, 2: honest, 3: honest}

@@ -13,7 +13,8 @@ from flwr.serverapp.strategy import (
 )
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.guard import GuardedGrid, Limits, QuorumError
+from alora_kernels.federated.config import Limits
+from alora_kernels.federated.guard import GuardedGrid, QuorumError
 from alora_kernels.federated.local import InProcessGrid
 from tests.federated.wirefakes import SPEC, Clock, failing, guarded, honest, initial, messages
 

@@ -11,10 +11,10 @@ import torch
 import toy
 
 from alora_kernels.federated import METHODS, FedConfig, adapt, run, share_spec
-from alora_kernels.federated.engine import CLIENTS
 from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.model import layer_shapes, matrices
 from alora_kernels.federated.share_specs import LayerShape
+from alora_kernels.federated.state import CLIENTS
 from alora_kernels.files import read as read_arrays
 
 ROUNDS, STEPS = 3, 2

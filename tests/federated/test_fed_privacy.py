@@ -16,12 +16,11 @@ from torch import nn
 
 from alora_kernels.federated import METHODS, Template, run
 from alora_kernels.federated.client import Client, client_app
-from alora_kernels.federated.config import StrategyConfig
-from alora_kernels.federated.dp import DpSettings
-from alora_kernels.federated.engine import CLIENTS, clients_of
-from alora_kernels.federated.local import InProcessGrid
+from alora_kernels.federated.config import DpSettings, StrategyConfig
+from alora_kernels.federated.local import InProcessGrid, clients_of
 from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.server import serve
+from alora_kernels.federated.state import CLIENTS
 from alora_kernels.files import read as read_arrays
 
 LR = 0.02

@@ -11,9 +11,8 @@ import pytest
 import toy
 
 from alora_kernels import files
-from alora_kernels.federated import FedConfig, checkpoint, run
-from alora_kernels.federated.config import StrategyConfig
-from alora_kernels.federated.dp import DpSettings
+from alora_kernels.federated import FedConfig, run, state
+from alora_kernels.federated.config import DpSettings, StrategyConfig
 from alora_kernels.federated.log import Outcome, read
 from alora_kernels.federated.server import LEDGER
 
@@ -114,28 +113,28 @@ def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full_disk(patch, "server.safetensors", after=1)
         assert go(config).status == "stopped"
-    assert (config.output / LEDGER).exists() and not (config.output / checkpoint.FILE).exists()
+    assert (config.output / LEDGER).exists() and not (config.output / state.CHECKPOINT).exists()
     same(go(config), go(config_for(tmp_path / "whole", "fedavg")))
 
 
 def test_a_ledger_with_rounds_and_no_checkpoint_is_not_touched(tmp_path):
     config = config_for(tmp_path / "out", "fedavg", rounds=1)
     events = go(config).events
-    (config.output / checkpoint.FILE).unlink()
+    (config.output / state.CHECKPOINT).unlink()
     with pytest.raises(FileExistsError, match="resume"):
         go(config)
     assert read(config.output / LEDGER) == events
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError):
+    with pytest.raises(state.CheckpointError):
         go(config_for(tmp_path / "out", "fedavg"), resume=True)
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"method": "ffa-lora"}, {"seed": 1}])
 def test_resuming_with_another_configuration_is_refused(change, tmp_path):
     go(config_for(tmp_path / "out", "fedavg", rounds=1))
-    with pytest.raises(checkpoint.CheckpointError, match="same configuration"):
+    with pytest.raises(state.CheckpointError, match="same configuration"):
         go(config_for(tmp_path / "out", "fedavg", **change), resume=True)
 
 
@@ -197,9 +196,9 @@ def test_a_client_ahead_of_an_old_checkpoint_says_so(tmp_path):
     """A server restored from a backup asks for rounds that the client no longer keeps."""
     config = config_for(tmp_path / "out", "fedavg", rounds=1)
     go(config)
-    backup = (config.output / checkpoint.FILE).read_bytes()
+    backup = (config.output / state.CHECKPOINT).read_bytes()
     go(config_for(tmp_path / "out", "fedavg", rounds=4), resume=True)
-    (config.output / checkpoint.FILE).write_bytes(backup)
+    (config.output / state.CHECKPOINT).write_bytes(backup)
     outcome = go(config_for(tmp_path / "out", "fedavg", rounds=2), resume=True)
     assert [e["round"] for e in outcome.rejections] == [2, 2, 2]
     assert all("older" in e["reason"] for e in outcome.rejections)

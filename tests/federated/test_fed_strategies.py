@@ -12,8 +12,9 @@ from flwr.app import ConfigRecord, Error, Message
 from strategyfakes import answer, arrays_of, constant, grid_of, play, record_of, wandering
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.dp import DpSettings
-from alora_kernels.federated.strategies import STRATEGIES, FromRound, build_strategy, refuse_secagg
+from alora_kernels.federated.config import DpSettings, refuse_secagg
+from alora_kernels.federated.state import FromRound
+from alora_kernels.federated.strategies import STRATEGIES, build_strategy
 
 LOSS = {"train_loss_key": "before-loss", "client_learning_rate": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.guard import GuardedGrid, Limits
+from alora_kernels.federated.config import Limits
+from alora_kernels.federated.guard import GuardedGrid
 from alora_kernels.federated.local import InProcessGrid
 
 SPEC = wire.WireSpec(
