@@ -2,7 +2,7 @@
 
 In:   a function that an activation checkpoint runs twice.
 Out:  the same function, bound to the routing of now; layers that read the same state both times.
-Who:  users, by `keep_routing`; the PEFT tuner wraps transformers' checkpoints with it; routed layers ask `noted`.
+Who:  users, by `keep_routing`; the PEFT tuner wraps transformers' checkpoints; routed layers ask `replayed_state`.
 
 The recomputation runs long after the forward: `adapter_names` is gone, `route` blocks are left, `set_task`
 and `set_adapter` may have changed. So each checkpointed segment is run, both times, in a copy of the
@@ -46,7 +46,7 @@ def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def noted(layer: nn.Module, read: Callable[[], Any], routed: bool) -> Any:
+def replayed_state(layer: nn.Module, read: Callable[[], Any], routed: bool) -> Any:
     """What the layer reads from the model (active adapters, fixed tasks): as in the segment's first run.
 
     Args:

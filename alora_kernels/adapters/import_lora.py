@@ -25,10 +25,11 @@ from ..modules.tasks import task_names
 from ..tuner.config import CARD, WEIGHTS, ALoRAConfig, describe_import
 from .cards import read_task_cards, write_task_cards
 from .reader import PREFIX, AdapterFile, Shape, read_adapter
-from .shared_b import SharedB, rank_for, shared_b
+from .shared_b import rank_for, shared_b
 from .writer import check_replaceable, target_names
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names
+Errors = dict[str, list[float]]  # module -> of each task
 HEAD = """---
 library_name: peft
 base_model: {base}
@@ -62,8 +63,8 @@ class ImportReport:
     bytes: int
     bytes_before: int
     ranks: dict[str, int]
-    norms: dict[str, list[float]]
-    lost: dict[str, list[float]]
+    norms: Errors
+    lost: Errors
     needed: dict[float, int]
     missing: dict[str, tuple[str, ...]]
 
@@ -163,17 +164,7 @@ def import_lora(
     shapes = _common_shapes(adapters, r)
     # set now: the config itself would make it a set, in no fixed order
     config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
-    tensors: dict[str, Tensor] = {}
-    spectra, norms, lost = [], {}, {}
-    for module, shape in shapes.items():
-        solved = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
-        tensors |= _named(module, solved, dtype)
-        spectra.append(solved.sigma)
-        norms[module], lost[module] = solved.norms, solved.lost
-    for i, (task, adapter) in enumerate(adapters.items()):
-        if not any(row[i] for row in norms.values()):
-            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
-                             " adapter that was never trained; leave it out")  # fmt: skip
+    tensors, norms, lost, spectra = _over_one_b(adapters, shapes, dtype)
     report = ImportReport(
         base=base,
         folder=target,
@@ -252,12 +243,25 @@ def _check_names(adapters: Mapping[str, AdapterFile]) -> None:
                 )
 
 
-def _named(module: str, solved: SharedB, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The two tensors of a module by their names in the file."""
-    a, b = solved.a.to(dtype), solved.b.to(dtype)
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError(f"numbers too large for {dtype}: use float32")
-    return {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
+def _over_one_b(
+    adapters: Mapping[str, AdapterFile], shapes: Mapping[str, Shape], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Errors, Errors, list[Tensor]]:
+    """The new tensors by their names in the file; by module the norms and what is lost of each task; the spectra."""
+    tensors: dict[str, Tensor] = {}
+    norms, lost, spectra = {}, {}, []
+    for module, shape in shapes.items():
+        found = shared_b([a.factors(module) if module in a.shapes else None for a in adapters.values()], shape)
+        a, b = found.a.to(dtype), found.b.to(dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"numbers too large for {dtype}: use float32")
+        tensors |= {f"{PREFIX}{module}.asymlora_A.weight": a, f"{PREFIX}{module}.asymlora_B.weight": b}
+        norms[module], lost[module] = found.norms, found.lost
+        spectra.append(found.sigma)
+    for i, (task, adapter) in enumerate(adapters.items()):
+        if not any(row[i] for row in norms.values()):
+            raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
+                             " adapter that was never trained; leave it out")  # fmt: skip
+    return tensors, norms, lost, spectra
 
 
 def _write(report: ImportReport, tensors: Mapping[str, Tensor], config: ALoRAConfig) -> None:

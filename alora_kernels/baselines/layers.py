@@ -18,7 +18,7 @@ from ..modules.adapter import AdaptedLinear
 from ..modules.init import reset_adapter_
 from ..modules.tasks import task_names
 from ..ops.torch.rows import Rows, Slots, Whole, layout_of
-from ..recompute import noted
+from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, RowGroups, current_routing
 
 
@@ -95,7 +95,7 @@ class _TaskLinear(AdaptedLinear):
         Raises:
             ValueError: several tasks, and nobody says which.
         """
-        routing: Routing | None = noted(self, current_routing, routed=len(self.tasks) > 1)
+        routing: Routing | None = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
         if routing is not None:
             return routing.at(self, self.rows).groups(leading, len(self.tasks), device)
         if len(self.tasks) == 1:

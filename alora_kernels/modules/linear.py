@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import trusted_linear
-from ..recompute import noted
+from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
 from .init import delta_weight, lora_scaling, reset_adapter_
 from .tasks import task_id, task_ids_from_names, task_names
@@ -159,7 +159,7 @@ class FusedALoRALinear(nn.Module):
     ) -> Tensor | Routing:
         """The ids of this call: the argument, else the routing context, else the only task."""
         if task_ids is None:
-            task_ids = noted(self, current_routing, routed=len(self.tasks) > 1)
+            task_ids = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
         if task_ids is None:
             if len(self.tasks) == 1:
                 return ConstantRouting(0)

@@ -32,7 +32,7 @@ KINDS: tuple[tuple[type, str], ...] = (
     (lora.MultiheadAttention, "adapts nn.MultiheadAttention, which multiplies by its weights without calling a layer"),
     (lora.ParamWrapper, "adapts a parameter (target_parameters), not a layer"),
 )
-_told: WeakSet[Any] = WeakSet()  # layers whose reason was already given
+_reported: WeakSet[Any] = WeakSet()  # layers whose reason was already given
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     """
     layers: list[str] = []
     skipped: dict[str, str] = {}
-    untold: dict[str, str] = {}
+    unreported: dict[str, str] = {}
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
         if not isinstance(module, lora.LoraLayer):
@@ -208,16 +208,16 @@ def accelerate(model: nn.Module) -> Accelerated:
             layers.append(name)
             continue
         skipped[name] = reason
-        if module not in _told:
-            untold[name] = reason
-            _told.add(module)
+        if module not in _reported:
+            unreported[name] = reason
+            _reported.add(module)
     if not layers and not skipped and not any(isinstance(module, ALoRALayer) for _, module in modules):
         raise ValueError(
             f"{type(model).__name__} has no LoRA layer to accelerate: first add one with"
             " peft.get_peft_model(model, LoraConfig(...)) or load one with PeftModel.from_pretrained"
         )
-    if untold:
-        warnings.warn("accelerate left some LoRA layers alone\n" + "\n".join(_grouped(untold)), stacklevel=2)
+    if unreported:
+        warnings.warn("accelerate left some LoRA layers alone\n" + "\n".join(_grouped(unreported)), stacklevel=2)
     return Accelerated(layers, skipped)
 
 

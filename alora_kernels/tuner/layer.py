@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modules.init import delta_weight, reset_adapter_
 from ..ops import trusted_delta, trusted_linear
-from ..recompute import noted
+from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
 from .base_layer import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
 from .config import ALoRAConfig
@@ -338,7 +338,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             ValueError: a task-routed adapter with several tasks and no ids, ids that do not fit the batch, or ids
                 for a merged layer.
         """
-        state = noted(self, self._state, any(len(spec.tasks) > 1 for spec in self.asymlora_spec.values()))
+        state = replayed_state(self, self._state, any(len(spec.tasks) > 1 for spec in self.asymlora_spec.values()))
         active: list[str] = []
         if state.disabled:
             self.unmerge()

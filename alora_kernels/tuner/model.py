@@ -236,7 +236,9 @@ class ALoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = named_now(state_dict)
+        """As in PEFT, for tensors by the names of earlier versions too; see `fitted`."""
+        tensors = {unwrapped(key) if ".asymlora_" in key else key: tensor for key, tensor in state_dict.items()}
+        add_weight_to(tensors, [key for key in tensors if _BARE.search(key)])
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return fitted(model, adapter_name, config, remapped)
 
@@ -263,25 +265,16 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         chosen = [n for n in chosen if n in layer.asymlora_spec and n not in layer.merged_adapters]
         for adapter in chosen:
             layer.task_to_merge(adapter)
-        if chosen:
-            layer.check_takes_merge()
-            _check_owner(name, owners.get(id(layer.get_base_layer()._parameters.get("weight")), []))
-
-
-def _check_owner(name: str, owners: list[str]) -> None:
-    others = sorted(set(owners) - {name})
-    if others:
-        raise ValueError(
-            f"the weight of {name} is also that of {', '.join(others)}, and merging would change both: untie them first"
-            " (load the model with tie_word_embeddings=False and copy the weight), or leave it out of target_modules"
-        )
-
-
-def named_now(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter file by their names of today; those of compiled models had `_orig_mod.` in theirs."""
-    found = {unwrapped(key) if ".asymlora_" in key else key: tensor for key, tensor in tensors.items()}
-    add_weight_to(found, [key for key in found if _BARE.search(key)])
-    return found
+        if not chosen:
+            continue
+        layer.check_takes_merge()
+        others = sorted({*owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])} - {name})
+        if others:
+            raise ValueError(
+                f"the weight of {name} is also that of {', '.join(others)}, and merging would change both: untie them"
+                " first (load the model with tie_word_embeddings=False and copy the weight), or leave it out of"
+                " target_modules"
+            )
 
 
 def fitted(
@@ -315,8 +308,12 @@ def fitted(
         if source is not None:
             _check_scaling(source, saved, adapter_name, config, layers)
     except ValueError:
-        if source is not None and source.new:
-            _take_out(model, adapter_name)
+        peft_model: Any = model
+        if source is not None and source.new:  # an adapter that was made for this file; the first goes with its layers
+            if len(peft_model.peft_config) > 1:
+                peft_model.delete_adapter(adapter_name)
+            else:
+                peft_model.base_model.unload()
         raise
     if order is None:
         return dict(tensors)
@@ -371,16 +368,14 @@ def _check_modules(
     wanted = {name.removeprefix(PREFIX) for name in layers}
     if found == wanted:
         return
-    there, here = (_some(names) for names in (found - wanted, wanted - found))
+    there, here = (
+        ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+        for names in (found - wanted, wanted - found)
+    )
     raise ValueError(
         f"{_both(source, adapter_name)} differ in the modules they adapt, only there: {there}; only here: {here}; load"
         " it on the base it was trained on, with its own target_modules"
     )
-
-
-def _some(names: set[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
 
 
 def _check_shapes(adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]) -> None:
@@ -423,11 +418,3 @@ def _check_scaling(
     if saved.lora_dropout != config.lora_dropout:
         warnings.warn(f"{_both(source, adapter_name)} differ in lora_dropout, {saved.lora_dropout} there and"
                       f" {config.lora_dropout} here, which stays", stacklevel=2)  # fmt: skip
-
-
-def _take_out(model: Any, adapter_name: str) -> None:
-    """Take out an adapter that was made for a file that does not fit; the first one goes with its layers."""
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        model.base_model.unload()

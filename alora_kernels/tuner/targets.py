@@ -76,7 +76,7 @@ def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, 
             f"{name} belongs to nn.MultiheadAttention, which multiplies by its weights without calling a layer, so an"
             f" adapter would do nothing: {leave_out}, or use a model with separate projection layers"
         )
-    if not _is_linear(base):
+    if not (isinstance(base, nn.Linear | Conv1D) or _says_features(base)):
         raise ValueError(f"{name} is a {kind}, which is not a linear layer: {leave_out}")
     if ROUTED_EXPERT.search(name + ".") and experts > 1 and not soft:
         raise ValueError(
@@ -85,14 +85,10 @@ def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, 
         )
 
 
-def _is_linear(base: nn.Module) -> bool:
-    if isinstance(base, nn.Linear | Conv1D):
+def _says_features(base: nn.Module) -> bool:
+    """Whether it calls itself linear, or is a quantised layer that PEFT knows."""
+    if (hasattr(base, "in_features") and hasattr(base, "out_features")) or hasattr(base, "infeatures"):
         return True
-    named = hasattr(base, "in_features") and hasattr(base, "out_features")
-    return named or hasattr(base, "infeatures") or _quantised(base)
-
-
-def _quantised(base: nn.Module) -> bool:
     try:
         return quantization_backend(base) is not None
     except Exception:  # a backend that is installed but broken must not decide about other modules
@@ -158,7 +154,10 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
     text = _text(reasons)
     if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
         raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
-    _exclude(config, list(reasons))
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, reasons)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or ()), *reasons}
     warnings.warn(
         f"ALoRA leaves {len(reasons)} of {len(targets)} target modules alone (now in exclude_modules):\n{text}",
         stacklevel=2,
@@ -200,13 +199,6 @@ def _patterns(names: Iterable[str]) -> list[str]:
 
 def _some(patterns: list[str]) -> str:
     return ", ".join(patterns[:EXAMPLES]) + (", ..." if len(patterns) > EXAMPLES else "")
-
-
-def _exclude(config: Any, names: list[str]) -> None:
-    if isinstance(config.exclude_modules, str):
-        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, names)])
-    else:
-        config.exclude_modules = {*(config.exclude_modules or ()), *names}
 
 
 def tell_fused_experts(model: nn.Module, config: Any) -> None:

@@ -18,9 +18,9 @@ from alora_kernels.adapters import writer
 from alora_kernels.adapters.export import VLLM_RANKS, ExportedTask, ExportReport, export_lora
 from alora_kernels.adapters.writer import save_adapter
 
+from ..support.adapters import CONFIG, WEIGHTS, change_config
 from ..support.tiny import Mlp, adapted, bert, config, gpt2, llama, logits, tokens
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = ["math", "code"]
 PATTERNS = {"r": 3, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"k_proj": 5}}
 
@@ -28,12 +28,6 @@ PATTERNS = {"r": 3, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "a
 def saved(path: Path, model: PeftModel) -> Path:
     save_adapter(model, path)
     return path
-
-
-def rewrite(folder: Path, **changes: object) -> None:
-    """Change entries of a stored config."""
-    stored = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**stored, **changes}))
 
 
 def assert_same_answers(stock: PeftModel, model: PeftModel, task: str) -> None:
@@ -277,7 +271,7 @@ def test_an_interrupted_export_leaves_the_old_folder_whole(tmp_path, monkeypatch
 def test_damaged_folders(tmp_path):
     def fresh(name: str, **changes: object) -> Path:
         folder = saved(tmp_path / name, adapted(Mlp(), task_type=None, target_modules=["up"]))
-        rewrite(folder, **changes)
+        change_config(folder, **changes)
         return folder
 
     def refused(folder: Path, match: str) -> None:

@@ -18,10 +18,9 @@ from alora_kernels.adapters.import_lora import import_lora
 from alora_kernels.adapters.reader import Factors, Shape, read_adapter
 from alora_kernels.adapters.shared_b import rank_for, shared_b
 
-from ..support.stock_lora import stock_lora
+from ..support.adapters import CONFIG, MLP, WEIGHTS, change_config, lora_folder
 from ..support.tiny import Mlp, adapted, bert, gpt2, llama, logits, tokens
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 UP = "base_model.model.up.lora_{}.weight"
 
 
@@ -30,20 +29,9 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def lora(path: Path, base: Any = None, seed: int = 0, **settings: Any) -> Path:
-    """A saved stock LoRA with its own random matrices."""
-    model = stock_lora(Mlp() if base is None else base, **({"target_modules": ["up", "down"]} if base is None else {})
-                       | settings)  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(generator=generator).div_(3)
-    model.save_pretrained(path)
-    return path
-
-
-def rewrite(folder: Path, **changes: object) -> None:
-    stored = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**stored, **changes}))
+    """A saved stock LoRA with its own random matrices, which does not say what its base is."""
+    given = MLP | settings if base is None else settings
+    return lora_folder(path, Mlp() if base is None else base, seed=seed, base_name=None, **given)
 
 
 def random_factors(ranks: list[int | None], k: int, n: int) -> list[Factors | None]:
@@ -207,7 +195,7 @@ def test_modules_that_some_do_not_have(tmp_path):
 )
 def test_more_than_plain_lora_is_refused(tmp_path, change, match):
     folder = lora(tmp_path / "one")
-    rewrite(folder, **change)
+    change_config(folder, **change)
     with pytest.raises(ValueError, match=match):
         import_lora([folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -264,14 +252,14 @@ def test_adapters_that_do_not_belong_together(tmp_path):
         with pytest.raises(ValueError, match=match):
             import_lora(folders, tmp_path / "out", **options)
 
-    rewrite(two, base_model_name_or_path="org/other")
+    change_config(two, base_model_name_or_path="org/other")
     assert import_lora([one, two], tmp_path / "fits").base == "org/other"  # one of them does not say
-    rewrite(one, base_model_name_or_path="org/base")
+    change_config(one, base_model_name_or_path="org/base")
     refused(r"different base models: one on org/base, two on org/other.*base_model_name_or_path", one, two)
-    rewrite(two, base_model_name_or_path="org/base", task_type="SEQ_CLS")
-    rewrite(one, task_type="CAUSAL_LM")
+    change_config(two, base_model_name_or_path="org/base", task_type="SEQ_CLS")
+    change_config(one, task_type="CAUSAL_LM")
     refused("one is CAUSAL_LM, two is SEQ_CLS", one, two)
-    rewrite(two, task_type="CAUSAL_LM")
+    change_config(two, task_type="CAUSAL_LM")
     tensors = load_file(two / WEIGHTS)
     save_file({**tensors, UP.format("A"): torch.randn(4, 9)}, two / WEIGHTS)
     refused(r"up is 16 x 8 in one but 16 x 9 in two", one, two)

@@ -20,7 +20,7 @@ from torch import Tensor
 import alora_kernels
 from alora_kernels.tuner import ALoRALayer
 
-from .case import Case
+from .cases import Case
 from .judge import (
     EVEN,
     LENGTHS,
@@ -29,15 +29,14 @@ from .judge import (
     TASKS,
     adapted,
     batch_of,
-    call,
     difference,
+    make_rows,
     own_loss,
-    row_outputs,
+    said,
     targets_of,
     training,
     values,
 )
-from .rows import make_rows
 
 
 def lora_config(case: Case) -> LoraConfig:
@@ -74,11 +73,7 @@ def stock(case: Case, lengths: Sequence[int] = LENGTHS) -> float:
     """One task for all rows: the same batch through stock PEFT LoRA with that task's A and the shared B."""
     model, lora = adapted(case)[0], stock_lora(case, TASKS.index("green"))
     batch = batch_of(case, make_rows(case, lengths, ["green"] * len(lengths)))
-    with torch.no_grad():
-        return difference(
-            torch.cat(row_outputs(call(model, batch, batch["task_ids"]), batch)),
-            torch.cat(row_outputs(call(lora, batch), batch)),
-        )
+    return difference(torch.cat(said(model, batch, batch["task_ids"])), torch.cat(said(lora, batch)))
 
 
 def reloaded(case: Case) -> PeftModel:
@@ -96,11 +91,9 @@ def saving(case: Case) -> float:
         if parameter.requires_grad:
             assert torch.equal(loaded[name], parameter), name
     batch = batch_of(case, make_rows(case, LENGTHS, MIXED))
-    with torch.no_grad():
-        return difference(
-            torch.cat(row_outputs(call(again, batch, batch["task_ids"]), batch)),
-            torch.cat(row_outputs(call(model, batch, batch["task_ids"]), batch)),
-        )
+    return difference(
+        torch.cat(said(again, batch, batch["task_ids"])), torch.cat(said(model, batch, batch["task_ids"]))
+    )
 
 
 def merging(case: Case) -> float:
@@ -113,11 +106,7 @@ def merging(case: Case) -> float:
     batch = batch_of(case, make_rows(case, LENGTHS, ["green"] * 4))
     alora_kernels.set_task(again, "green")
     merged = again.merge_and_unload()
-    with torch.no_grad():
-        return difference(
-            torch.cat(row_outputs(call(merged, batch), batch)),
-            torch.cat(row_outputs(call(model, batch, batch["task_ids"]), batch)),
-        )
+    return difference(torch.cat(said(merged, batch)), torch.cat(said(model, batch, batch["task_ids"])))
 
 
 GENERATE: tuple[dict[str, int], ...] = ({}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2})

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .case import Case
-from .cases import CASES
+from .cases import CASES, Case
 from .checks import checks_of, excluded, measured, merging
 from .judge import adapted
 

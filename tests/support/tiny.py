@@ -87,6 +87,20 @@ def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model(input_ids=ids, **kwargs).logits
 
 
+def each_row_alone(model: Any, given: dict[str, Any], names: list[str], **tolerances: float) -> torch.Tensor:
+    """The output of a mixed batch, after each of its rows gave the same in a batch of its own."""
+
+    def run(rows: slice) -> torch.Tensor:
+        out = model(**{key: value[rows] for key, value in given.items()}, adapter_names=names[rows])
+        return getattr(out, "logits", out)
+
+    mixed = run(slice(None))
+    for row in range(len(names)):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(mixed[one], run(one), **tolerances)
+    return mixed
+
+
 def layers_of(model: nn.Module) -> list[ALoRALayer]:
     return [m for m in model.modules() if isinstance(m, ALoRALayer)]
 

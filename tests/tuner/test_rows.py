@@ -22,7 +22,7 @@ from alora_kernels.baselines.methods import adapt
 from alora_kernels.tuner import set_task
 from alora_kernels.tuner.probe import probe
 
-from ..support.tiny import VOCAB, Mlp, adapted, config, layers_of, llama, llava
+from ..support.tiny import VOCAB, Mlp, adapted, config, each_row_alone, layers_of, llama, llava
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENCODER_DECODER = {
@@ -158,15 +158,19 @@ def test_one_lora_per_task_has_the_same_layers_and_rows(base):
         torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+def generates_as_alone(model: Any, given: dict[str, torch.Tensor], sequences: int = 1) -> None:
+    """With two beams, each row of a mixed batch gives the sequences that it gives alone."""
+    how: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "num_return_sequences": sequences}
+    together = model.generate(**given, adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        alone = model.generate(**{k: v[row : row + 1] for k, v in given.items()}, adapter_names=[name], **how)
+        assert torch.equal(together[sequences * row : sequences * (row + 1)], alone)
+
+
 def test_generation_of_a_time_first_encoder_with_beams():
     model = quietly(led())
     given = inputs(model.base_model.model, 3, 3)["input_ids"]
-    how = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4}
-    together = model.generate(input_ids=given, attention_mask=torch.ones_like(given), adapter_names=NAMES, **how)
-    for row, name in enumerate(NAMES):
-        one = given[row : row + 1]
-        alone = model.generate(input_ids=one, attention_mask=torch.ones_like(one), adapter_names=[name], **how)
-        assert torch.equal(together[row], alone[0])
+    generates_as_alone(model, {"input_ids": given, "attention_mask": torch.ones_like(given)})
 
 
 @pytest.mark.parametrize(
@@ -316,21 +320,14 @@ def test_whisper_repeats_rows_by_beams_and_by_returned_sequences():
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = quietly(build("WhisperForConditionalGeneration", **sizes, **special))
     sound = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))
-    how = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
-    together = model.generate(input_features=sound, adapter_names=NAMES, **how)
-    for row, name in enumerate(NAMES):
-        alone = model.generate(input_features=sound[row : row + 1], adapter_names=[name], **how)
-        assert torch.equal(together[2 * row : 2 * row + 2], alone)
+    generates_as_alone(model, {"input_features": sound}, sequences=2)
 
 
 def test_mpt_which_peft_calls_in_a_way_of_its_own():
     sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
     model = adapted(build("MptForCausalLM", **sizes))
     given = torch.randint(4, VOCAB, (3, 5), generator=torch.Generator().manual_seed(1))
-    mixed = model(input_ids=given, adapter_names=NAMES).logits
-    for row, name in enumerate(NAMES):
-        alone = model(input_ids=given[row : row + 1], adapter_names=[name]).logits
-        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    each_row_alone(model, {"input_ids": given}, NAMES, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_beside_a_head_that_is_a_block():
@@ -347,10 +344,7 @@ def test_a_second_adapter_beside_the_first():
     model = quietly(led(), target_modules=["key", "fc1"])
     model.add_adapter("other", config(task_type=None, target_modules=["query", "fc1"], r=2))
     model.set_adapter("other")
-    given = inputs(model.base_model.model, 3, 3)
-    mixed = model(**given, adapter_names=NAMES).logits
-    alone = model(**{k: v[:1] for k, v in given.items()}, adapter_names=NAMES[:1]).logits
-    torch.testing.assert_close(mixed[:1], alone, rtol=1e-4, atol=1e-5)
+    each_row_alone(model, inputs(model.base_model.model, 3, 3), NAMES, rtol=1e-4, atol=1e-5)
     rows = {layer.rows_name: layer.rows for layer in layers_of(model)}
     assert {"time", "batch"} == set(rows.values())
 
@@ -375,7 +369,88 @@ def test_an_encoder_of_torch(batch_first, training):
     """Time first by default; in evaluation torch has a fast path that reads the weights and would skip the adapters."""
     model = adapted(Blocks(batch_first), task_type=None, target_modules=["linear1", "linear2"]).train(training)
     x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))
-    mixed = model(x, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1], adapter_names=[name]))
+    mixed = each_row_alone(model, {"x": x}, NAMES)
     assert not torch.allclose(mixed[0], Blocks(batch_first).train(training)(x)[0], atol=1e-3)
+
+
+ROWS = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
+
+
+LENGTHS = [3, 1, 2]
+
+
+class Recurrent(nn.Module):
+    """Time first inside, as recurrent layers have it; `take` says how the batch is handed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.inner, self.rnn = nn.Linear(8, 8), nn.Linear(8, 8), nn.LSTM(8, 8)
+
+    def forward(self, batch: Any, lengths: Any = None, options: Any = None) -> torch.Tensor:
+        x = batch["x"] if isinstance(batch, dict) else batch[0] if isinstance(batch, tuple) else batch
+        steps = torch.tanh(self.inner(torch.tanh(self.first(x)).transpose(0, 1)))
+        if lengths is None:
+            return self.rnn(steps)[0].transpose(0, 1)
+        packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], total_length=len(steps))[0].transpose(0, 1)
+
+
+CALLS = {
+    "tensor": lambda rows: ((ROWS[rows],), {}),
+    "dict": lambda rows: (({"x": ROWS[rows]},), {}),
+    "named dict": lambda rows: ((), {"batch": {"x": ROWS[rows]}}),
+    "tuple": lambda rows: (((ROWS[rows],),), {}),
+    "lengths": lambda rows: ((ROWS[rows], [LENGTHS[i] for i in rows]), {}),
+    "options": lambda rows: ((ROWS[rows],), {"options": {"kind": [1, "a"]}}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_time_first_however_the_batch_is_handed_over(call):
+    model = adapted(Recurrent(), task_type=None, target_modules=["first", "inner"])
+    args, kwargs = call([0, 1, 2])
+    mixed = model(*args, **kwargs, adapter_names=NAMES)
+    assert {layer.rows_name: layer.rows for layer in layers_of(model)} == {"first": "batch", "inner": "time"}
+    for row, name in enumerate(NAMES):
+        same = model(*args, **kwargs, adapter_names=[name] * 3)
+        torch.testing.assert_close(mixed[row], same[row])  # one task for all rows, wherever they are
+        args_alone, kwargs_alone = call([row])
+        fresh = adapted(Recurrent(), task_type=None, target_modules=["first", "inner"])  # has learned nothing yet
+        alone = fresh(*args_alone, **kwargs_alone, adapter_names=[name])
+        torch.testing.assert_close(mixed[row : row + 1], alone)
+    with pytest.raises(ValueError, match="adapter_names has 2 entries .* 3 rows"):
+        model(*args, **kwargs, adapter_names=NAMES[:2])
+
+
+def padded_encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(1)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+
+
+def test_a_padded_batch_in_an_encoder_of_torch():
+    """In evaluation torch makes nested tensors of it, which no linear layer of an adapter can take."""
+    base = padded_encoder().eval()
+    padding = torch.arange(3)[None] >= torch.tensor(LENGTHS)[:, None]
+    with torch.no_grad():
+        wanted = base(ROWS, src_key_padding_mask=padding)
+    model = adapted(base, task_type=None, target_modules=["linear1", "linear2"])
+    with torch.no_grad():
+        mixed = model(ROWS, src_key_padding_mask=padding, adapter_names=NAMES)
+        for row, (name, length) in enumerate(zip(NAMES, LENGTHS, strict=True)):
+            alone = model(ROWS[row : row + 1, :length], adapter_names=[name])
+            torch.testing.assert_close(mixed[row : row + 1, :length], alone)
+    torch.testing.assert_close(mixed[2, :2], wanted[2, :2])
+    plain = model.unload()
+    assert plain.use_nested_tensor
+    with torch.no_grad():
+        assert torch.equal(plain(ROWS, src_key_padding_mask=padding), wanted)
+
+
+def test_all_linear_leaves_an_attention_of_torch_alone_where_the_model_could_not_be_tried():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    base = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4))
+    with pytest.warns(UserWarning, match=r"without calling them.*head\.attention\.out_proj"):
+        model = adapted(base, task_type=None)
+    names = {layer.rows_name for layer in layers_of(model)}
+    assert "head.mlp.fc1" in names and "head.attention.out_proj" not in names

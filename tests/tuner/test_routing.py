@@ -17,6 +17,7 @@ from ..support.tiny import (
     adapter_grads,
     bert,
     config,
+    each_row_alone,
     gpt2,
     layers_of,
     llama,
@@ -38,10 +39,7 @@ def test_a_mixed_batch_equals_its_rows_alone(base, training):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    mixed = logits(model, tokens(3), adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        alone = logits(model, tokens(3)[row : row + 1], adapter_names=[name])
-        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    mixed = each_row_alone(model, {"input_ids": tokens(3)}, NAMES, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mixed[2], plain[2], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed[0], plain[0], atol=1e-3)
 
@@ -108,10 +106,8 @@ def test_generate_batch_says_that_it_cannot_route():
 
 def test_generate_returns_several_sequences_per_row():
     model, ids = adapted(), tokens(2)
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:2], do_sample=True,
-        num_return_sequences=3, max_new_tokens=3,
-    )  # fmt: skip
+    how = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 3}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:2], **how)
     assert out.shape == (6, 9)
 
 
@@ -145,9 +141,7 @@ def test_a_vision_language_model_has_the_rows_of_its_text():
 
 def test_an_encoder_with_a_saved_head():
     model = adapted(bert(), task_type="SEQ_CLS", modules_to_save=["classifier"])
-    mixed = logits(model, tokens(3), adapter_names=NAMES)
-    alone = logits(model, tokens(3)[1:2], adapter_names=["code"])
-    torch.testing.assert_close(mixed[1:2], alone, rtol=1e-5, atol=1e-5)
+    each_row_alone(model, {"input_ids": tokens(3)}, NAMES, rtol=1e-5, atol=1e-5)
     model.train()(input_ids=tokens(3), labels=torch.tensor([0, 1, 2]), adapter_names=NAMES).loss.backward()
     assert any("modules_to_save" in name for name in adapter_grads(model))
 
@@ -266,9 +260,7 @@ def test_base_model_refuses_adapter_names_instead_of_dropping_them():
 def test_a_model_that_is_not_from_transformers():
     model: PeftModel = adapted(Mlp(), task_type=None, target_modules=["up", "down"])
     x = torch.randn(3, 8)
-    mixed = model(x, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        torch.testing.assert_close(mixed[row], model(x[row : row + 1], adapter_names=[name])[0])
+    each_row_alone(model, {"x": x}, NAMES)
     with pytest.raises(ValueError, match="but the batch has 3 rows"):
         model(x, adapter_names=["math"])
 
