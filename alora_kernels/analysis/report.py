@@ -32,35 +32,6 @@ from .table import Analysis, Mean, Row, mean_of, means, measures, where
 PAIRS, REASONS, UNITS = 24, 40, 64  # lines of a table; the files have all
 PACKAGES = ("torch", "peft", "safetensors", "numpy", "matplotlib")
 SPREAD = "Mean over modules ± standard deviation over modules"
-READING = (
-    (
-        "cosine",
-        "The two matrices read as long vectors: 1 is the same direction, 0 none in common, −1 the opposite. It depends"
-        " on the basis that the rank happens to have, so matrices that began with the same numbers stay alike, and"
-        " matrices that began apart look apart even where they do the same.",
-    ),
-    (
-        "subspace overlap",
-        "How much of the space that one matrix spans lies in the other's: the mean squared cosine of the principal"
-        " angles between the rows of A (which inputs are read) or the columns of B (which outputs are written). 1: the"
-        " same space, 0: orthogonal. It does not depend on the basis. Random spaces reach max(r₁, r₂) / K, the level"
-        " called chance: only what lies above it was learned together, or began together.",
-    ),
-    (
-        "change of length and of direction",
-        "Column by column, as in the analysis of DoRA: how much longer or shorter a column became, and 1 − cosine of"
-        " the turn it made (0: none, 1: a right angle). Columns that are zero before or after have no direction.",
-    ),
-    (
-        "effective rank",
-        "How many directions of the weight's change s B A matter: exp of the entropy of its singular values. 1: a"
-        " single direction, R: all that the rank allows, used equally.",
-    ),
-    (
-        "norm",
-        "The Frobenius norm: how large a matrix is. The norm of s B A says how far a task moves a weight.",
-    ),
-)
 _OURS = re.compile(r"(similarity(-layers)?|(changes|update)-layers|norms-units|layers-\w+-\w+|conflicts(-\d+)?)\.png")
 
 
@@ -121,7 +92,6 @@ def render(analysis: Analysis, drawn: Sequence[Picture] = (), command: str | Non
         pairs=[(" – ".join(pair), *(shown(column.of(pair)) for column in per_pair)) for pair in chosen],
         units_head=("unit", *(column.heading for column in per_unit)),
         units=[(name, *(shown(column.of((name,))) for column in per_unit)) for name in analysis.labels[:UNITS]],
-        reading=READING,
         drawn=drawn,
         conflicts=[_conflict_line(file) for file in analysis.conflicts],
         missing_caption=f"{counted(len(reasons), 'reason')}; every pair and module count is in not_compared.csv",

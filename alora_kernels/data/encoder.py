@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .models import byte_tokenizer
+from .models import byte_tokenizer, unreachable
 from .packages import package_file
 
 if TYPE_CHECKING:
@@ -120,14 +120,9 @@ def _tiny(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Encoder and tokenizer of a folder or hub id, with an error that names the remedy."""
     from transformers import AutoModel, AutoTokenizer
 
     try:
         return AutoModel.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
     except OSError as error:
-        raise OSError(
-            f"could not load encoder {source!r}: it is neither one of {', '.join(ENCODERS)}, nor a transformers "
-            f"folder, nor a hub id that can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, "
-            f"HF_TOKEN for gated models), or give the path of a folder. Cause: {error}"
-        ) from error
+        raise unreachable(f"encoder {source!r}", ENCODERS, error) from error

@@ -75,11 +75,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
             raise OSError(f"{source} does not load as a causal language model: {error}") from error
         if not isinstance(error, OSError):
             raise
-        raise OSError(
-            f"could not load model {source!r}: it is neither one of {', '.join(MODELS)}, nor a transformers folder, "
-            f"nor a hub id that can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN "
-            f"for gated models), or give the path of a folder. Cause: {error}"
-        ) from error
+        raise unreachable(f"model {source!r}", MODELS, error) from error
     model, report = loaded
     absent = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
@@ -88,6 +84,15 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
             " be random; copy the whole model, or give one of this kind"
         )
     return model, tokenizer
+
+
+def unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
+    """The error for a name that is none of ours and no folder, and that the hub does not give; with the remedy."""
+    return OSError(
+        f"could not load {what}: it is neither one of {', '.join(names)}, nor a transformers folder, nor a hub id that"
+        " can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN for gated models), or"
+        f" give the path of a folder. Cause: {cause}"
+    )
 
 
 def check_model_folder(folder: Path) -> None:

@@ -1,34 +1,13 @@
-"""The parts of the experiments against what can be said without them: the layer that shares A, splits, verdicts."""
+"""The parts of the experiments against what can be said without them: splits, verdicts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from alora_kernels import route
-from alora_kernels.baselines.layers import SharedALinear
 from bench.reproduce.claims import Claim
 from bench.reproduce.clients import split
 from bench.reproduce.rows import spread
-
-
-def test_shared_a_is_the_formula_row_by_row_with_its_gradients() -> None:
-    layer = SharedALinear(torch.nn.Linear(5, 7), 3, tasks=("x", "y"), lora_alpha=6).double()
-    torch.nn.init.normal_(layer.lora_B)
-    x, ids = torch.randn(4, 2, 5, dtype=torch.float64), torch.tensor([1, 0, -1, 1])
-    with route(ids):
-        y = layer(x)
-    want = x @ layer.weight.T + layer.bias
-    rows = [w if t < 0 else w + 2 * (v @ layer.lora_A.T) @ layer.lora_B[t].T for w, v, t in zip(want, x, ids.tolist())]
-    torch.testing.assert_close(y, torch.stack(rows))
-    g = torch.randn_like(y)
-    mine = torch.autograd.grad(y, [layer.lora_A, layer.lora_B], g)
-    torch.testing.assert_close(mine, torch.autograd.grad(torch.stack(rows), [layer.lora_A, layer.lora_B], g))
-
-
-def test_shared_a_without_ids_is_refused() -> None:
-    with pytest.raises(ValueError, match="route"):
-        SharedALinear(torch.nn.Linear(5, 7), 3, tasks=("x", "y"))(torch.randn(2, 5))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 100.0])
