@@ -1,4 +1,4 @@
-"""The command line and the recipes behind it; `app` holds the commands."""
+"""The command line; `app` holds the commands, recipes do the work."""
 
 import logging
 

@@ -11,7 +11,7 @@ from ..adapters.method import METHODS
 from ..recipes.display import quiet
 from .adapters import export_lora, import_lora
 from .analyze import analyze
-from .errors import USER_ERRORS, fail
+from .errors import one_line
 from .fed import app as federated
 from .serve import serve
 
@@ -40,15 +40,13 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
     quiet()
-    from ..recipes import demo as command
-    from ..recipes.output import claim
+    from ..recipes import demo as recipes
+    from ..recipes.train import claim
 
-    try:
+    with one_line():
         if output is not None:
             claim(output, overwrite=overwrite)
-        command.run(command.with_options(routing, steps, output, seed, model), compare=compare)
-    except USER_ERRORS as error:
-        raise fail(error) from error
+        recipes.run(recipes.with_options(routing, steps, output, seed, model), compare=compare)
 
 
 @app.command()
@@ -70,25 +68,13 @@ def train(
     Paths of data start from the recipe's folder, the output folder from the current one.
     """
     quiet()
-    from ..recipes import train as steps
-    from ..recipes.output import ADAPTER, claim, clear
+    from ..recipes import train as recipes
     from ..recipes.recipe import load_recipe
 
-    try:
+    with one_line():
         recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
-        folder = Path(recipe.output)
-        last = claim(folder, resume=resume, overwrite=overwrite)
-        job = steps.load(recipe, resume=last)
-        steps.show_method(job)
-        if overwrite:
-            clear(folder)
-        trainer = steps.trainer_for(job, save=True)
-        trainer.train(resume_from_checkpoint=last)
-        steps.save(job, folder / ADAPTER, trainer)
-        steps.show_scores(job, None, steps.judge(job, job.label))
-    except USER_ERRORS as error:
-        raise fail(error) from error
-    typer.echo(f"adapter saved: {folder / ADAPTER}")
+        folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
+    typer.echo(f"adapter saved: {folder}")
 
 
 @app.command("eval")
@@ -101,21 +87,10 @@ def evaluate(
     All tasks are mixed in every batch.
     """
     quiet()
-    from ..recipes import train as steps
-    from ..recipes.output import ADAPTER
-    from ..recipes.recipe import FILE, load_recipe
+    from ..recipes import train as recipes
 
-    try:
-        if not (adapter / FILE).exists():
-            near = f", {adapter / ADAPTER}" if (adapter / ADAPTER / FILE).exists() else ""
-            raise ValueError(
-                f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote{near}"
-            )
-        job = steps.load(load_recipe(adapter / FILE, root=Path()), adapter)  # older copies hold paths from here
-        before = steps.judge(job, "base, untuned", base_only=True) if base else None
-        steps.show_scores(job, before, steps.judge(job, job.label))
-    except USER_ERRORS as error:
-        raise fail(error) from error
+    with one_line():
+        recipes.evaluate(adapter, base=base)
 
 
 @app.command()

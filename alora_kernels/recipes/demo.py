@@ -1,22 +1,42 @@
 """The main job, end to end, on a laptop: `alora demo`.
 
 In:   nothing but the packages: SmolLM2-135M and four real data sets come from PyPI.
-Out:  an adapter folder, accuracies before and after beside the majority baseline, a mixed-task batch of
-      answers, and a table of speeds measured in the same run.
+Out:  an adapter folder, accuracies before and after beside the majority baseline, a mixed-task batch of answers, and
+      tokens per second beside the alternatives, measured in the same run. `bench/` has the layers and GPUs.
 Who:  people who have just installed the package.
+
+All models that are timed hold the same weights and must give the same logits first. Unfused PEFT trains a mixed batch
+task by task, because stock PEFT refuses `adapter_names` in training; in inference it takes them.
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.panel import Panel
+from torch import Tensor, nn
 
+from .. import data
+from ..baselines import formulas
 from ..modules.tasks import BASE
-from . import comparison, display, train
+from ..routing import Routing, current_routing, route
+from ..text import printable
+from ..training import TaskCollator
+from ..training.loss import kept_positions, next_labels
+from ..tuner import ALoRALayer
+from . import display, train
 from .recipe import Recipe
+from .train import Run
+
+FUSED, UNFUSED, LOOP = "ALoRA, fused", "PEFT LoRA, unfused", "authors' loop"
+ROUNDS = 3
 
 RECIPE = Recipe(
     tasks=("trec", "movie", "spam", "bbc"),
@@ -51,18 +71,18 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
     trainer.train()
     after = train.judge(job, "ALoRA")
     train.show_scores(job, before, after)
-    folder = Path(recipe.output) / "adapter"
+    folder = Path(recipe.output) / train.ADAPTER
     train.save(job, folder, trainer)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors")
     display.console.print(f"adapter saved: {folder} ({size / 1e6:.1f} MB)\n")
     answer_mixed_batch(job)
     if compare:
-        comparison.show(job)
+        compare_speeds(job)
     display.console.print(f"\ndone in {time.perf_counter() - started:.0f} s; again with: alora eval {folder}")
 
 
 @torch.no_grad()
-def answer_mixed_batch(job: train.Run) -> None:
+def answer_mixed_batch(job: Run) -> None:
     """One `generate` call: the first two test prompts of every task, and a row for the base model alone."""
     test = list(job.text["test"])
     rows = [(task, row) for task in job.tasks for row in [r for r in test if r["task"] == task][:2]]
@@ -76,7 +96,7 @@ def answer_mixed_batch(job: train.Run) -> None:
     out = job.model.generate(**inputs, **routed, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     cells = [
-        (task, _shorten(row["prompt"]), " ".join(answer.split()), row["answer"])
+        (task, printable(" ".join(row["prompt"].splitlines()[0].split()), 60), " ".join(answer.split()), row["answer"])
         for (task, row), answer in zip(rows, answers, strict=True)
     ]
     shown = display.table("one generate call, a task per row", ("task", "prompt", "answer", "truth"), cells)
@@ -85,12 +105,177 @@ def answer_mixed_batch(job: train.Run) -> None:
     display.console.print(shown)
 
 
-def _shorten(prompt: str, width: int = 60) -> str:
-    """The text of a prompt without its instruction line."""
-    text = " ".join(prompt.splitlines()[0].split())
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def with_options(routing: str, steps: int | None, output: Path | None, seed: int, model: str | None) -> Recipe:
     """The demo's recipe with what the command line changes."""
     return RECIPE.instead(routing=routing, steps=steps, output=str(output) if output else None, seed=seed, model=model)
+
+
+class LoopLinear(nn.Module):
+    """A linear layer with the authors' loop over experts around it."""
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, router: Tensor | None, scaling: float) -> None:
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        self.a, self.b = nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())
+        self.router = None if router is None else nn.Parameter(router.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the reference, one branch of full width per expert."""
+        routing = current_routing()
+        return formulas.authors_loop(
+            x,
+            self.base.weight,
+            self.a,
+            self.b,
+            bias=self.base.bias,
+            router=self.router,
+            task_ids=routing.task_ids if routing is not None and self.router is None else None,
+            scaling=self.scaling,
+        )
+
+
+def compare_speeds(run: Run) -> None:
+    """Build the alternatives, check that they agree, time them in turn, print the table."""
+    with display.err.status("building the unfused models for the comparison ..."):
+        models: dict[str, Any] = {FUSED: run.model, LOOP: _loop_model(run)}
+        models[UNFUSED] = _peft_model(run)
+        batch = _batch(run)
+        steps = {name: _steps(name, model, batch, run) for name, model in models.items()}
+        truth = steps[FUSED][1]()
+        for name, (_, infer) in steps.items():
+            if name != UNFUSED or run.recipe.routing == "task":
+                _check_same(name, infer(), truth)
+    tokens = int(batch["attention_mask"].sum())
+    speeds = {
+        kind: _tokens_per_second({n: s[i] for n, s in steps.items()}, tokens, kind)
+        for i, kind in enumerate(("forward + backward", "mixed inference"))
+    }
+    fused = {kind: values[FUSED] for kind, values in speeds.items()}
+    rows = []
+    for name in (FUSED, UNFUSED, LOOP):
+        cells = ((f"{speeds[kind][name]:.0f}", f"{fused[kind] / speeds[kind][name]:.2f}x") for kind in speeds)
+        rows.append([name, *(cell for pair in cells for cell in pair)])
+    note = (
+        "unfused PEFT trains the batch task by task (it refuses adapter_names in training)"
+        if run.recipe.routing == "task"
+        else "PEFT LoRA here is one adapter for all tasks, a smaller function: PEFT has no soft-routed LoRA"
+    )
+    rows_in, seconds = batch["input_ids"].shape[0], f"p50 of {ROUNDS} interleaved rounds"
+    display.console.print(
+        display.table(
+            f"tokens/s, one batch of {rows_in} rows over {len(run.tasks)} tasks ({tokens} tokens), {seconds}",
+            ("model", "fwd + bwd", "fused is", "mixed inference", "fused is"),
+            rows,
+            caption=f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; {note}",
+        )
+    )
+
+
+def _check_same(name: str, logits: Tensor, truth: Tensor) -> None:
+    worst = float((logits - truth).abs().max() / truth.abs().max())
+    if not worst < 1e-3:
+        raise ValueError(f"{name} does not compute the same logits as the fused model (off by {worst:.1e}): not timed")
+
+
+def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind: str) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    with display.progress("runs") as bar:
+        task = bar.add_task(f"timing {kind}", total=(ROUNDS + 1) * len(cases), note="")
+        order, shuffler = list(cases.items()), random.Random(0)  # whoever follows the loop pays for its memory
+        for turn in range(ROUNDS + 1):  # the first round warms up
+            shuffler.shuffle(order)
+            for name, case in order:
+                start = time.perf_counter()
+                case()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # a GPU call returns before its work is done
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+                bar.advance(task)
+    return {name: tokens / statistics.median(values) for name, values in seconds.items()}
+
+
+def _batch(run: Run, rows_per_task: int = 3) -> dict[str, Any]:
+    """The same rows for every model, tasks in turn."""
+    by_task = {task: [row for row in run.train if row["task"] == task][:rows_per_task] for task in run.tasks}
+    rows = [by_task[task][i] for i in range(rows_per_task) for task in run.tasks]
+    batch = TaskCollator(run.tokenizer.pad_token_id, run.tasks, model=run.model)(rows)
+    return {k: v.to(run.model.device) for k, v in batch.items()}
+
+
+def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Callable[[], object], Callable[[], Tensor]]:
+    """One training pass and one inference pass of a model on the batch."""
+    inputs = {k: v for k, v in batch.items() if k != "task_ids"}
+    labels = inputs.pop("labels")
+    keep = kept_positions(labels)
+    targets = next_labels(labels[:, keep])
+    mixed_peft = name == UNFUSED and run.recipe.routing == "task"
+
+    def loss_of(rows: Tensor | slice) -> Tensor:
+        part = {k: v[rows] for k, v in inputs.items()}
+        logits = model(**part, logits_to_keep=keep).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum")
+
+    def learn() -> None:
+        model.train()
+        model.zero_grad()
+        if mixed_peft:  # stock PEFT: one adapter at a time
+            for index, task in enumerate(run.tasks):
+                model.set_adapter(task)
+                loss_of(batch["task_ids"] == index).backward()
+            return
+        with route(Routing(batch["task_ids"])):
+            loss_of(slice(None)).backward()
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        model.eval()
+        names = {"adapter_names": [run.tasks[i] for i in batch["task_ids"].tolist()]} if mixed_peft else {}
+        with route(Routing(batch["task_ids"])):
+            return model(**inputs, **names, logits_to_keep=keep).logits
+
+    return learn, infer
+
+
+def _layers(run: Run) -> dict[str, ALoRALayer]:
+    """The ALoRA layers by their name in the base model."""
+    return {name: m for name, m in run.model.base_model.model.named_modules() if isinstance(m, ALoRALayer)}
+
+
+def _loop_model(run: Run) -> Any:
+    """A fresh base with the authors' loop in every adapted layer, holding the trained weights."""
+    model: Any = data.load_model(run.recipe.model)[0]
+    model.requires_grad_(False)
+    adapter = run.model.active_adapter
+    for name, layer in _layers(run).items():
+        router = layer.asymlora_router[adapter].weight if adapter in layer.asymlora_router else None
+        a, b, spec = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight, layer.asymlora_spec[adapter]
+        loop = LoopLinear(cast(nn.Linear, model.get_submodule(name)), a, b, router, spec.scaling)
+        model.set_submodule(name, loop)
+    return model.to(run.model.device)
+
+
+def _peft_model(run: Run) -> Any:
+    """Stock PEFT: one LoRA per task with that task's A and the shared B (soft routing: a single LoRA)."""
+    base, _ = data.load_model(run.recipe.model)
+    adapter = run.model.active_adapter
+    recipe = run.recipe
+    config = LoraConfig(
+        r=recipe.r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # any number works
+        use_rslora=recipe.use_rslora,
+        target_modules=recipe.targets,
+        task_type="CAUSAL_LM",
+    )
+    names = run.tasks if recipe.routing == "task" else ("default",)
+    model: Any = get_peft_model(base, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for path, layer in _layers(run).items():
+            a, b = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight
+            lora = model.base_model.model.get_submodule(path)
+            for index, name in enumerate(names):
+                lora.lora_A[name].weight.copy_(a[index])
+                lora.lora_B[name].weight.copy_(b)
+    return model.to(run.model.device)

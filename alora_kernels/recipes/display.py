@@ -83,11 +83,6 @@ class TrainingBar(TrainerCallback):
             self.bar = None
 
 
-def percent(value: float) -> str:
-    """0.873 as "87.3 %"."""
-    return f"{100 * value:.1f} %"
-
-
 def quiet() -> None:
     """Libraries' own bars and notices would tear ours. Called before they are imported."""
     import warnings

@@ -27,6 +27,7 @@ from ..federated import FedConfig, Outcome, run
 from ..federated.log import delta_m, read
 from ..federated.server import LEDGER, Template
 from ..federated.state import CHECKPOINT, FINAL
+from ..text import percent
 from . import display
 from .federated import base_fingerprint, majority, participant, template
 
@@ -94,7 +95,7 @@ def study(configs: Sequence[FedConfig]) -> list[Result]:
             results.append(result(config, lambda _, task=task: bar.advance(task)))  # type: ignore[misc]
             bar.update(task, completed=total)  # a run that was read back sent nothing
             accuracy = statistics.fmean(results[-1].accuracy.values())
-            bar.console.print(f"{config.method}, seed {config.seed}: {display.percent(accuracy)} on average")
+            bar.console.print(f"{config.method}, seed {config.seed}: {percent(accuracy)} on average")
     return results
 
 

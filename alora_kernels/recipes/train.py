@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import data
 from ..adapters.cards import write_task_cards
@@ -28,13 +30,14 @@ from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
 from ..baselines.files import load_method, save_method
 from ..baselines.methods import adapt, base_alone, parameters_of, target_shapes, tasks_of, trainable_parameters
+from ..text import percent
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.evaluate import whole_words
 from ..tuner.config import CONFIG
 from . import display
-from .output import CONFLICTS
-from .recipe import Recipe
+from .recipe import FILE, Recipe, load_recipe
 
+ADAPTER, CONFLICTS = "adapter", "conflicts.csv"  # in the output folder
 PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
 MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
 
@@ -85,6 +88,84 @@ class Run:
     def label(self) -> str:
         """How tables call the method."""
         return METHODS[self.method.name]
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train as the recipe says, save, judge; `resume` and `overwrite` as `claim`.
+
+    Returns:
+        The folder of the adapter.
+    """
+    folder = Path(recipe.output)
+    last = claim(folder, resume=resume, overwrite=overwrite)
+    job = load(recipe, resume=last)
+    show_method(job)
+    if overwrite:
+        clear(folder)
+    trainer = trainer_for(job, save=True)
+    trainer.train(resume_from_checkpoint=last)
+    save(job, folder / ADAPTER, trainer)
+    show_scores(job, None, judge(job, job.label))
+    return folder / ADAPTER
+
+
+def evaluate(adapter: Path, *, base: bool = False) -> None:
+    """Judge a saved adapter, and the untuned base too if asked.
+
+    Raises:
+        ValueError: the folder is none that `run` wrote.
+    """
+    if not (adapter / FILE).exists():
+        near = f", {adapter / ADAPTER}" if (adapter / ADAPTER / FILE).exists() else ""
+        raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote{near}")
+    job = load(load_recipe(adapter / FILE, root=Path()), adapter)  # older copies hold paths from here
+    before = judge(job, "base, untuned", base_only=True) if base else None
+    show_scores(job, before, judge(job, job.label))
+
+
+def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str | None:
+    """Make sure that nothing is replaced that the user did not mean to.
+
+    Args:
+        folder: where checkpoints and the adapter go.
+        resume: go on with the run whose checkpoints are there.
+        overwrite: what is there may go.
+
+    Returns:
+        The checkpoint to go on from; None starts anew.
+
+    Raises:
+        ValueError: a finished or begun run is there and neither was said, or there is nothing to resume.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the run that is there, --overwrite starts anew: give one of them")
+    place = folder.resolve()  # x/../run is run, even while there is no x
+    if not next(p for p in (place, *place.parents) if p.exists()).is_dir():
+        raise ValueError(f"output: {folder} is, or lies below, a file; give the path of a folder")
+    last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    finished = (place / ADAPTER).is_dir() and any((place / ADAPTER).iterdir())
+    if resume and last is None:
+        again = "with --overwrite, or into another --output" if finished else "without --resume"
+        raise ValueError(
+            f"no checkpoint in {folder} to resume from: train {again}; save_steps in the recipe makes them"
+        )
+    if resume or overwrite:
+        return last if resume else None
+    if finished or last or (place / CONFLICTS).exists():
+        what = f"a finished adapter, {folder / ADAPTER}" if finished else "a run that has begun"
+        on = "--resume goes on from its last checkpoint, " if last else ""
+        raise ValueError(f"{folder} holds {what}: {on}--overwrite replaces it, --output writes to another folder")
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's checkpoints and measurements, which would pass for the new one's.
+
+    Its adapter stays until the new one takes its place.
+    """
+    for old in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(old)
+    (folder / CONFLICTS).unlink(missing_ok=True)
 
 
 def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None) -> Run:
@@ -243,7 +324,7 @@ def show_scores(run: Run, before: Scores | None, after: Scores) -> None:
     if after.accuracy:
         majority = data.majority_baseline(run.text)
         shares = [majority, before.accuracy if before else None, after.accuracy]
-        _show(run, "accuracy: choice among the task's label words", ["majority"], shares, display.percent)
+        _show(run, "accuracy: choice among the task's label words", ["majority"], shares, percent)
     if after.loss:
         losses = [before.loss if before else None, after.loss]
         _show(run, "answers in text: loss per token (perplexity)", [], losses, _with_perplexity)

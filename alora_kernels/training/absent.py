@@ -1,10 +1,6 @@
-"""Tasks that a batch does not hold keep their A as it is.
+"""Tasks that a batch does not hold keep their A as it is: two hooks around the step of any torch optimiser.
 
-In:   an optimiser and the stacked `lora_A` parameters `[E, R, K]`.
-Out:  two hooks around its step: rows whose gradient is exactly zero keep their values and moments.
-Who:  `ALoRATrainer`; usable with any `torch.optim.Optimizer`.
-
-Why: all A of a layer are one tensor, so a momentum optimiser would move an absent task along its old gradient and
+All A of a layer are one tensor, so a momentum optimiser would move an absent task along its old gradient and
 weight decay would shrink it, more often the rarer the task. What stays shared is the optimiser's step count (bias
 correction), which is one number per tensor.
 """
@@ -103,11 +99,7 @@ class KeepAbsentTasks:
 
 
 def stepping(optimizer: Any) -> Optimizer:
-    """The optimiser that runs torch's hooks, below accelerate's wrapper.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The optimiser that runs torch's hooks, below accelerate's wrapper; TypeError if there is none."""
     inner = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
         if not hasattr(inner, "optimizer"):

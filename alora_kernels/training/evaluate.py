@@ -171,8 +171,6 @@ def batches(
 def whole_words(words: Sequence[Sequence[int] | int], eos_token_id: int | None) -> list[Word]:
     """The words' tokens, each once; with the end of the text where one is the beginning of another.
 
-    Of words none of which begins another, "the answer begins with it" holds for one at most, and the end adds nothing.
-
     Raises:
         ValueError: no words, a word without tokens, or one that begins another and no token for the end.
     """

@@ -185,15 +185,12 @@ class ModelLoss:
 
 
 def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the negative log-likelihoods of each row's labels.
+    """`Scored.losses` and `Scored.right` of each row, and between them its number of labels.
 
     Args:
         logits: `[B, T, V]`, or `[B, V]` of a classifier of rows.
         labels: `[B, T]` or `[B]`: what the logits at the same place are asked for, -100 where nothing is.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-
-    Returns:
-        Losses `[B]`, numbers of labels `[B]`, and `[B]` whether the largest logit is right at every label.
 
     Raises:
         ValueError: logits and labels are not of the same rows and positions.
@@ -241,11 +238,7 @@ def kept_positions(labels: Tensor) -> Tensor:
 
 
 def _own(outputs: Any, counts: Tensor) -> Tensor:
-    """The model's loss; zero for a batch without labels, whose mean is no number.
-
-    Raises:
-        ValueError: the model gave none.
-    """
+    """The model's loss; zero for a batch without labels, whose mean is no number."""
     loss, logits = _value(outputs, "loss"), _value(outputs, "logits")
     if loss is None:
         raise ValueError(
@@ -291,14 +284,7 @@ class TaskSums:
         self._unlabelled = torch.zeros((), dtype=torch.long)
 
     def add(self, task_ids: Tensor, counts: Tensor, losses: Tensor | None, right: Tensor | None) -> None:
-        """Add a batch.
-
-        Args:
-            task_ids: `[B]`; with an id per token the rows belong to no one task.
-            counts: labels of each row `[B]`.
-            losses: their sums `[B]`, None where the loss has no rows.
-            right: `[B]` whether all first choices are right.
-        """
+        """Add a batch, as `Scored` has it; with an id per token its rows belong to no one task."""
         self.rows += len(counts)
         self._unlabelled = self._unlabelled.to(counts.device) + (counts == 0).sum()
         if losses is None or right is None or task_ids.shape != counts.shape:

@@ -41,10 +41,7 @@ def task_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def active_tables(layers: Iterable[nn.Module]) -> Tables:
-    """Adapter -> its task names, for each active adapter that picks matrices by ids; `DROP_IN` for drop-in layers.
-
-    Args:
-        layers: of `task_layers`; which of their adapters are active is asked at every call.
+    """Adapter -> its task names, for each adapter that is active now and picks by ids; `DROP_IN` for drop-in layers.
 
     Raises:
         ValueError: drop-in layers with different tasks.
@@ -110,11 +107,7 @@ def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Rou
 
 
 class NamedRouting(BatchRouting):
-    """Ids of one table of names, looked up in that of each adapter; one without a row's task adds nothing to the row.
-
-    Args:
-        task_ids, names, tables: as `batch_routing`.
-    """
+    """Ids of one table of names, looked up in that of each adapter; one without a row's task adds it nothing."""
 
     given_as = "task_ids"
 
@@ -219,16 +212,7 @@ def _parts(datasets: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_datasets(datasets: Mapping[str, Any], names: Sequence[str], tables: Tables) -> None:
-    """Raise unless the tasks of the data are known to an active adapter, as far as can be told before training.
-
-    Args:
-        datasets: by the name of the argument.
-        names: what ids count.
-        tables: of `active_tables`.
-
-    Raises:
-        ValueError: naming the dataset and what is missing.
-    """
+    """Raise ValueError unless an active adapter knows the tasks of the data, as far as can be told before training."""
     for name, part in _parts(datasets):
         check_class_label(name, part, names)
         for task in dict.fromkeys(task_column(name, part) or ()):
@@ -264,16 +248,7 @@ def check_class_label(name: str, dataset: Any, names: Sequence[str]) -> None:
 
 
 def check_order(dataset: Any, strategy: str, temperature: float) -> None:
-    """Raise unless the training set can be read in the order that is asked for.
-
-    Args:
-        dataset: the training set, or None.
-        strategy: `TrainingArguments.train_sampling_strategy`.
-        temperature: of the tasks; 1 leaves their shares as they are.
-
-    Raises:
-        ValueError: several datasets, a temperature with an order that is not random, an order asked of a stream.
-    """
+    """Raise ValueError unless the training set can be read in the order that is asked for."""
     if isinstance(dataset, Mapping):
         raise ValueError(f"train_dataset holds {', '.join(map(str, dataset))}: pass one of them, or join them")
     stream = isinstance(dataset, IterableDataset)

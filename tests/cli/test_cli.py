@@ -4,62 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from alora_kernels import data, kernels
+from alora_kernels.adapters.cards import FILE, TaskCard, read_task_cards
 from alora_kernels.cli import doctor
-from alora_kernels.cli.app import app
+from alora_kernels.data import TASKS, TaskSpec, load_tasks, task_cards
 from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import Recipe, load_recipe
+from tests.support.commands import alora, recipe, refused, write_lines
 
-runner = CliRunner()
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 RECIPES = [path for path in sorted(PAPER.glob("*.yaml")) if "alora train" in path.read_text()]
-
-
-def alora(*args: str) -> str:
-    result = runner.invoke(app, args, env={"COLUMNS": "160"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*args: str) -> str:
-    result = runner.invoke(app, args, env={"COLUMNS": "160"})
-    assert result.exit_code == 2, result.output
-    return result.output
-
-
-@pytest.fixture
-def jsonl(tmp_path: Path) -> Path:
-    """Two tasks of a user's own in one file."""
-    lines = [
-        {
-            "prompt": f"Number {i}: is it {task}?",
-            "answer": "yes" if (i % 2 == 0) == (task == "even") else "no",
-            "task": task,
-        }
-        for i in range(40)
-        for task in ("even", "odd")
-    ]
-    path = tmp_path / "parity.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
-
-
-def recipe(tmp_path: Path, jsonl: Path, **more: object) -> Path:
-    lines = {"tasks": f"[{{name: parity, source: {jsonl}}}]", "model": "tiny-random", "output": str(tmp_path / "run"),
-             "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, **more}  # fmt: skip
-    path = tmp_path / "recipe.yaml"
-    path.write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
-    return path
 
 
 def test_help_names_every_command():
@@ -136,7 +98,7 @@ def test_which_answers_are_texts(answers, texts):
 
 
 def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
-    out = alora("train", str(recipe(tmp_path, jsonl)))
+    out = alora("train", recipe(tmp_path, jsonl))
     assert "even" in out
     assert "odd" in out
     adapter = tmp_path / "run" / "adapter"
@@ -150,13 +112,12 @@ def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
     assert "base, untuned" in again
 
 
-def test_labels_of_any_words(tmp_path, jsonl, monkeypatch):
+def test_labels_of_any_words(tmp_path, jsonl):
     """First tokens are shared, one word begins another, and one answer is seen in the test rows alone."""
     words = ["New", "New York", "New Jersey", "Nowhere"]
-    lines = [json.dumps({"prompt": f"City {i}?", "answer": words[i % 4], "task": "city"}) for i in range(60)]
-    test = [json.dumps({"prompt": f"Town {i}?", "answer": a, "task": "city"}) for i, a in enumerate([*words, "Newark"])]
-    jsonl.write_text("\n".join(lines))
-    (tmp_path / "test.jsonl").write_text("\n".join(test))
+    write_lines(jsonl, ({"prompt": f"City {i}?", "answer": words[i % 4], "task": "city"} for i in range(60)))
+    test = ({"prompt": f"Town {i}?", "answer": a, "task": "city"} for i, a in enumerate([*words, "Newark"]))
+    write_lines(tmp_path / "test.jsonl", test)
     spec = f"[{{name: city, source: {jsonl}, test_split: test.jsonl}}]"
     out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, steps=30, learning_rate="1e-2", batch_size=16)))
     assert "test rows whose answer no training row has, counted as wrong: city 1" in out
@@ -183,13 +144,12 @@ def test_labels_of_any_words(tmp_path, jsonl, monkeypatch):
 
 
 def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):
-    lines = [json.dumps({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]}) for i in range(20)]
-    jsonl.write_text("\n".join(lines))
+    write_lines(jsonl, ({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]} for i in range(20)))
     model, tokenizer = data.load_model("tiny-random")
     tokenizer.eos_token = None
     monkeypatch.setattr(data, "load_model", lambda name: (model, tokenizer))
     monkeypatch.setattr(train, "trainer_for", lambda *_, **__: pytest.fail("trained first"))
-    assert "some of its label words begin others" in refused("train", str(recipe(tmp_path, jsonl)))
+    assert "some of its label words begin others" in refused("train", recipe(tmp_path, jsonl))
 
 
 def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
@@ -214,8 +174,6 @@ def test_train_resumes(tmp_path, jsonl):
     assert "no checkpoint in" in refused("train", str(path), "--resume")
     alora("train", str(path))
     weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     shutil.rmtree(tmp_path / "run" / "adapter")
     alora("train", str(path), "--resume")
@@ -233,7 +191,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, routing):
         tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4
     )
     monkeypatch.setattr(demo_module, "RECIPE", small)
-    monkeypatch.setattr("alora_kernels.recipes.comparison.ROUNDS", 1)
+    monkeypatch.setattr("alora_kernels.recipes.demo.ROUNDS", 1)
     out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path))
     assert "majority" in out
     assert "one generate call" in out
@@ -254,9 +212,47 @@ def test_other_bad_input(tmp_path):
 def test_a_backend_that_cannot_run_is_one_line(tmp_path, jsonl, monkeypatch):
     monkeypatch.setenv("ALORA_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "cannot run on cpu tensors" in refused("train", str(recipe(tmp_path, jsonl)))
+    assert "cannot run on cpu tensors" in refused("train", recipe(tmp_path, jsonl))
     assert "cannot run on cpu tensors" in alora("doctor")
 
 
 def test_the_example_recipe_is_valid():
     assert load_recipe(Path(__file__).parents[2] / "examples" / "train.yaml").learning_rate == 1e-3
+
+
+# ---- how tasks were asked: `alora train` writes it beside the adapter
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    rows = ({"n": i, "answer": "yes" if i % 2 else "no", "task": ("even", "odd")[i % 2]} for i in range(60))
+    return write_lines(tmp_path / "numbers.jsonl", rows)
+
+
+def trained(tmp_path: Path, numbers: Path, **more: str) -> Path:
+    spec = f"[{{name: parity, source: {numbers}, prompt: 'Is {{n}} odd? '}}, spam]"
+    alora("train", recipe(tmp_path, numbers, tasks=spec, steps=1, batch_size=4, train_size=20, test_size=8, **more))
+    return tmp_path / "run" / "adapter"
+
+
+def test_train_writes_templates_label_words_and_a_public_sample(tmp_path: Path, numbers: Path):
+    folder = trained(tmp_path, numbers)
+    cards = read_task_cards(folder, ("even", "odd", "spam"))
+    assert cards["even"].template == cards["odd"].template == "Is {n} odd?"
+    assert cards["odd"].answers == ("yes",) and cards["even"].answers == ("no",)
+    assert cards["even"].sample is None, "a row of the user's data left with the adapter"
+    assert cards["spam"].template == TASKS["spam"].template and cards["spam"].answers == ("spam", "ham")
+    head, tail = TASKS["spam"].template.split("{text}")
+    assert cards["spam"].sample.startswith(head) and cards["spam"].sample.endswith(tail)
+
+
+def test_a_method_whose_tasks_have_no_names_leaves_no_file(tmp_path: Path, numbers: Path):
+    folder = trained(tmp_path, numbers, method="alora-soft")
+    assert (folder / "adapter_config.json").exists() and not (folder / FILE).exists()
+
+
+def test_a_task_that_several_files_could_have_named_has_no_template(numbers: Path):
+    one, other = (TaskSpec(name, str(numbers), prompt=f"{name} {{n}}:") for name in ("a", "b"))
+    assert task_cards([one], load_tasks([one], test_size=4), {})["even"] == TaskCard("a {n}:")
+    both = task_cards([one, other], load_tasks([one, other], test_size=4), {"odd": ["yes"]})
+    assert both == {"even": TaskCard(), "odd": TaskCard(None, ("yes",))}

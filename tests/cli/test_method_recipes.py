@@ -16,23 +16,9 @@ from alora_kernels.adapters.method import METHODS, ROUTED, read_method
 from alora_kernels.baselines.methods import parameters_of, trainable_parameters
 from alora_kernels.recipes import train as steps
 from alora_kernels.recipes.recipe import Recipe, load_recipe
-from tests.cli.test_cli import alora, recipe, refused
+from tests.support.commands import alora, recipe, refused, write_lines
 
 SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}
-
-
-@pytest.fixture
-def jsonl(tmp_path: Path) -> Path:
-    """Two tasks that give the same prompts opposite answers."""
-    answers = {"even": ("yes", "no"), "odd": ("no", "yes")}
-    lines = [
-        {"prompt": f"Number {i}: is it {task}?", "answer": answers[task][i % 2], "task": task}
-        for i in range(40)
-        for task in answers
-    ]
-    path = tmp_path / "parity.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -160,26 +146,24 @@ def test_routing_is_an_older_name():
     assert Recipe(tasks=("trec",)) == Recipe(tasks=("trec",), method="alora", routing="task")
     assert Recipe(tasks=("trec",), routing="soft") == Recipe(tasks=("trec",), method="alora-soft")
     assert Recipe(tasks=("trec",), routing="soft").instead(method="lora").routing is None
-    for method in METHODS:
-        first = Recipe(tasks=("trec",), method=method, budget="parameters")
-        assert first.instead(seed=1).method == method
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_recipe_of_any_method_survives_saving(tmp_path, method):
+def test_a_recipe_of_any_method_survives_saving_and_changes(tmp_path, method):
     first = Recipe(tasks=("trec",), method=method, budget="parameters")
     first.save(tmp_path)
     assert load_recipe(tmp_path / "recipe.yaml") == first
+    assert first.instead(seed=1).method == method
 
 
 def test_resume_finds_each_tasks_rows_by_its_name(tmp_path):
     for name, answers in (("math", ("yes", "no")), ("code", ("no", "yes")), ("law", ("yes", "no"))):
-        lines = [{"prompt": f"{name} {i}?", "answer": answers[i % 2]} for i in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        rows = ({"prompt": f"{name} {i}?", "answer": answers[i % 2]} for i in range(40))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
 
     def train(*tasks: str) -> list[str]:
-        path = recipe(tmp_path, tmp_path / "none", **SMALL, tasks=f"[{', '.join(f'{t}.jsonl' for t in tasks)}]")
-        return ["train", str(path)]
+        names = ", ".join(f"{task}.jsonl" for task in tasks)
+        return ["train", str(recipe(tmp_path, tmp_path / "none", **SMALL, tasks=f"[{names}]"))]
 
     alora(*train("math", "code"))
     adapter = tmp_path / "run" / "adapter"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
-from tests.cli.test_cli import alora, jsonl, recipe, refused  # noqa: F401  # jsonl is a fixture
+from tests.support.commands import alora, recipe, refused
 
 WRONG = {
     "save_steps: often": "save_steps: must be a whole number, got 'often' (a checkpoint every so many steps",
@@ -81,7 +82,7 @@ def test_a_mistake_names_key_value_and_what_is_expected(tmp_path, loads_nothing,
         load_recipe(path)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path}:" and len(lines) == 2 and message in lines[1]
-    assert message in refused("train", str(path))
+    assert message in refused("train", path)
 
 
 def test_all_mistakes_at_once(tmp_path, loads_nothing):
@@ -89,7 +90,7 @@ def test_all_mistakes_at_once(tmp_path, loads_nothing):
     texts = {text: message for text, message in WRONG.items() if not text.startswith(alone) and "\n" not in text}
     texts = {text.partition(":")[0]: (text, message) for text, message in texts.items()}  # one for each key
     path = written(tmp_path, "\n".join(["tasks: [trek, {name: x}]", *(text for text, _ in texts.values())]))
-    said = refused("train", str(path))
+    said = refused("train", path)
     assert all(message in said for _, message in texts.values())
     assert "tasks[0]: unknown task 'trek'" in said and "tasks[1].source: must be given" in said
     assert len(said.splitlines()) == len(texts) + 3
@@ -108,7 +109,7 @@ def test_all_mistakes_at_once(tmp_path, loads_nothing):
 )
 def test_not_a_recipe(tmp_path, text, message):
     path = written(tmp_path, text)
-    assert f"{path} {message}" in refused("train", str(path)) or message in refused("train", str(path))
+    assert f"{path} {message}" in refused("train", path) or message in refused("train", path)
 
 
 def test_files_that_do_not_read(tmp_path):
@@ -145,14 +146,14 @@ def test_texts_stay_texts(text):
     assert read_yaml(write_yaml(values)) == values
 
 
-def test_data_lies_where_the_recipe_says_whatever_the_current_folder(tmp_path, jsonl, monkeypatch):  # noqa: F811
+def test_data_lies_where_the_recipe_says_whatever_the_current_folder(tmp_path, jsonl, monkeypatch):
     folder, other = tmp_path / "recipes", tmp_path / "elsewhere"
     for path in (folder, other, tmp_path / "home"):
         path.mkdir()
     own = "tasks: [{name: parity, source: ../parity.jsonl}]\nmodel: tiny-random\noutput: run\nsteps: 2\ntest_size: 10"
     config = written(folder, own)
     monkeypatch.chdir(other)
-    alora("train", str(config))
+    alora("train", config)
     assert (other / "run" / "adapter" / "recipe.yaml").exists()  # the output folder starts from the current one
     monkeypatch.chdir(tmp_path)
     alora("eval", str(other / "run" / "adapter"))
@@ -241,26 +242,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_finished_adapter_is_not_replaced_unasked(tmp_path, jsonl, request):  # noqa: F811
+def test_a_finished_adapter_is_not_replaced_unasked(tmp_path, jsonl, request):
     config = recipe(tmp_path, jsonl, save_steps=2)
-    alora("train", str(config))
+    alora("train", config)
     request.getfixturevalue("loads_nothing")
     before = contents(tmp_path / "run")
-    said = " ".join(refused("train", str(config)).split())
+    said = " ".join(refused("train", config).split())
     assert "holds a finished adapter" in said and all(way in said for way in ("--overwrite", "--resume", "--output"))
-    assert "holds a finished adapter" in refused("train", str(config), "--method", "lora")
-    assert "holds a finished" in refused("train", str(config), "--output", str(tmp_path / "x" / ".." / "run"))
+    assert "holds a finished adapter" in refused("train", config, "--method", "lora")
+    assert "holds a finished" in refused("train", config, "--output", str(tmp_path / "x" / ".." / "run"))
     assert "holds a finished adapter" in refused("demo", "--output", str(tmp_path / "run"))
-    assert "give one of them" in refused("train", str(config), "--resume", "--overwrite")
-    assert "is, or lies below, a file" in refused("train", str(config), "--output", str(jsonl / "x"))
-    assert "is, or lies below, a file" in refused("train", str(config), "--output", "/dev/null")
+    assert "give one of them" in refused("train", config, "--resume", "--overwrite")
+    assert "is, or lies below, a file" in refused("train", config, "--output", str(jsonl / "x"))
+    assert "is, or lies below, a file" in refused("train", config, "--output", "/dev/null")
     assert f"wrote, {tmp_path / 'run' / 'adapter'}" in refused("eval", str(tmp_path / "run"))
     assert contents(tmp_path / "run") == before
 
 
-def test_overwrite_leaves_nothing_of_the_earlier_run(tmp_path, jsonl):  # noqa: F811
+def test_overwrite_leaves_nothing_of_the_earlier_run(tmp_path, jsonl):
     config = recipe(tmp_path, jsonl, save_steps=2, conflict_steps=2)
-    alora("train", str(config))
+    alora("train", config)
     first = contents(tmp_path / "run" / "adapter")
     alora("train", str(recipe(tmp_path, jsonl, save_steps=1, steps=3, seed=1, conflict_steps=3)), "--overwrite")
     second = contents(tmp_path / "run" / "adapter")
@@ -270,23 +271,21 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(tmp_path, jsonl):  # noqa: 
     assert steps == {"3"}
 
 
-def test_overwrite_keeps_what_is_there_until_everything_is_loaded(tmp_path, jsonl):  # noqa: F811
+def test_overwrite_keeps_what_is_there_until_everything_is_loaded(tmp_path, jsonl):
     alora("train", str(recipe(tmp_path, jsonl, save_steps=2)))
     before = contents(tmp_path / "run")
     refused("train", str(recipe(tmp_path, jsonl, model="nowhere")), "--overwrite")
     assert contents(tmp_path / "run") == before
 
 
-def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):  # noqa: F811
-    import shutil
-
+def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):
     config = recipe(tmp_path, jsonl, save_steps=2)
-    alora("train", str(config))
+    alora("train", config)
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    said = " ".join(refused("train", str(config)).split())
+    said = " ".join(refused("train", config).split())
     assert "holds a run that has begun" in said and "--resume" in said and "--overwrite" in said
-    alora("train", str(config), "--resume")
+    alora("train", config, "--resume")
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     (tmp_path / "run2").mkdir()
-    alora("train", str(config), "--output", str(tmp_path / "run2"))  # an empty folder is as good as none
+    alora("train", config, "--output", str(tmp_path / "run2"))  # an empty folder is as good as none

@@ -20,8 +20,7 @@ from alora_kernels import route
 from alora_kernels.training import TaskCollator
 from alora_kernels.training.loss import ModelLoss
 from alora_kernels.training.rules import BatchRules
-
-from .tiny_models import FAMILIES, SUFFIXES, TASKS, alone, build, head_class, rows
+from tests.support.families import FAMILIES, SUFFIXES, TASKS, alone, build, head_class, rows
 
 CASES = [(family, head) for family in FAMILIES for head in SUFFIXES if head_class(family, head) is not None]
 

@@ -7,55 +7,33 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
 from alora_kernels import route
 from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.training.collator import WithTasks
+from tests.support.families import TASKS, alone, build, rows
+from tests.support.trainers import assert_close, assert_step, rows_alone, sgd, step, tokenizer
 
-from .test_batch_loss import gradient_of_rows_alone, step, trained
-from .tiny_models import TASKS, alone, build, rows
-
-
-def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w9"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", mask_token="w3", padding_side=side)
-
-
-def arguments(folder, **changes) -> TrainingArguments:
-    options = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, max_steps=1, learning_rate=1.0, optim="sgd",
-        max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=True, gradient_accumulation_steps=2,
-    )  # fmt: skip
-    return TrainingArguments(**{**options, **changes})
+HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+WHOLE = {"per_device_train_batch_size": 4}
 
 
 def check_step(model, examples, head, folder, collator) -> None:
     """One step with the collator has the gradient of the rows alone."""
-    want, loss = gradient_of_rows_alone(model, examples, head)
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    want = rows_alone(model, examples, head)
     dataset = Dataset.from_list(examples)
     if isinstance(collator, DataCollatorForLanguageModeling):
         dataset = dataset.remove_columns("labels")  # it makes them of input_ids
-    trainer = ALoRATrainer(model=model, args=arguments(folder), train_dataset=dataset, data_collator=collator)
-    trainer.train()
-    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert log["loss"] == pytest.approx(loss, rel=1e-4)
-    for name, gradient in want.items():
-        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+    assert_step(step(model, dataset, folder, collator, **HALVES), want)
 
 
 @pytest.mark.parametrize(("family", "head", "collator"), [
@@ -89,7 +67,7 @@ def test_padding_that_a_model_cannot_bear_is_warned_of(tmp_path, family, head):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ALoRATrainer(
-                model=model, args=arguments(tmp_path), data_collator=DataCollatorWithPadding(tokenizer(side)),
+                model=model, args=sgd(tmp_path), data_collator=DataCollatorWithPadding(tokenizer(side)),
                 train_dataset=Dataset.from_list(rows(model, head)),
             )  # fmt: skip
         assert sum("set tokenizer.padding_side = 'right'" in str(w.message) for w in caught) == warned
@@ -107,13 +85,9 @@ def test_the_default_collator_takes_rows_of_one_length(tmp_path):
     model = build("Bert", "row")
     examples = [{"input_ids": [5, 6, 7], "label": 1, "task": "a"}, {"input_ids": [7, 6, 5], "label": 2, "task": "b"}]
     renamed = [{"input_ids": r["input_ids"], "labels": r["label"], "task": r["task"]} for r in examples]
-    want, _ = gradient_of_rows_alone(model, renamed, "row")
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
-    args = arguments(tmp_path, gradient_accumulation_steps=1)
-    dataset = Dataset.from_list(examples)
-    ALoRATrainer(model=model, args=args, train_dataset=dataset, data_collator=default_data_collator).train()
-    for name, gradient in want.items():
-        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+    want, _ = rows_alone(model, renamed, "row")
+    got, _ = step(model, examples, tmp_path, default_data_collator, per_device_train_batch_size=2)
+    assert_close(got, want)
 
 
 def own_reading(examples):
@@ -151,18 +125,10 @@ def test_a_batch_whose_rows_are_not_known_is_refused():
 def test_our_collator_under_stock_trainer(tmp_path, family, head, stream):
     model = build(family, head)
     examples = rows(model, head)
-    want, loss = gradient_of_rows_alone(model, examples, head)
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    want = rows_alone(model, examples, head)
     collate = TaskCollator(0, TASKS, model=model, ids_name="adapter_names")
-    dataset = IterableDataset.from_generator(lambda: iter(examples)) if stream else Dataset.from_list(examples)
-    args = arguments(
-        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, remove_unused_columns=False
-    )
-    trainer = Trainer(model=model, args=args, train_dataset=dataset, data_collator=collate)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
-    for name, gradient in want.items():
-        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+    dataset = IterableDataset.from_generator(lambda: iter(examples)) if stream else examples
+    assert_step(step(model, dataset, tmp_path, collate, Trainer, remove_unused_columns=False, **WHOLE), want)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -186,12 +152,6 @@ def test_a_stream_trains_on_the_loss_of_a_set(tmp_path):
     """A stream's loader cuts every entry of a batch to the number of rows."""
     model = build("Llama", "lm")
     examples = [{**row, "labels": [-100, *row["labels"][1:]]} for row in rows(model, "lm")]
-    want, log = step(build("Llama", "lm"), examples, tmp_path, per_device_train_batch_size=4)
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    want, log = step(build("Llama", "lm"), examples, tmp_path, **WHOLE)
     stream = IterableDataset.from_generator(lambda: iter(examples))
-    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    trainer = ALoRATrainer(model=model, args=args, train_dataset=stream)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(log["loss"], rel=1e-4)
-    for name, gradient in want.items():
-        torch.testing.assert_close(before[name] - trained(model)[name].detach(), gradient, rtol=1e-3, atol=1e-5)
+    assert_step(step(model, stream, tmp_path, **WHOLE), (want, log["loss"]))

@@ -16,8 +16,7 @@ from transformers import (
 )
 
 from alora_kernels.training import TaskCollator
-
-from .tiny_models import T5, WIDTH, build
+from tests.support.families import T5, WIDTH, build
 
 ROWS = [{"input_ids": [5, 6, 7], "task": "a"}, {"input_ids": [8], "task": "b"}]
 

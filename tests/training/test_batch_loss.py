@@ -6,100 +6,54 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from alora_kernels import FusedALoRALinear, route
 from alora_kernels.training import ALoRATrainer, answer_loss
 from alora_kernels.training.loss import ModelLoss, kept_positions, predictable, row_losses
 from alora_kernels.training.rules import BatchRules
-
-from .tiny_models import TASKS, alone, build, rows
+from tests.support.families import TASKS, alone, build, rows
+from tests.support.trainers import assert_step, rows_alone, sgd, step
 
 MULTI_HOT = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+QUARTERS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
-def trainer_of(model: nn.Module, examples: list, folder, **changes) -> ALoRATrainer:
-    options = dict(
-        output_dir=str(folder), per_device_train_batch_size=8, max_steps=1, learning_rate=1.0, optim="sgd",
-        max_grad_norm=0.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=True,
-    )  # fmt: skip
-    arguments = TrainingArguments(**{**options, **changes})
-    return ALoRATrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples))
-
-
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def step(model: nn.Module, examples: list, folder, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient of one optimiser step, read from what plain SGD at rate 1 moved, and the log."""
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
-    trainer = trainer_of(model, examples, folder, **changes)
-    trainer.train()
-    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return {name: before[name] - p.detach() for name, p in trained(model).items()}, log
-
-
-def gradient_of_rows_alone(model: nn.Module, examples: list, head: str) -> tuple[dict[str, torch.Tensor], float]:
-    """The model's own loss, rows one at a time, weighted by their labels."""
-    total, labels = torch.zeros(()), 0
-    model.zero_grad()
-    for row in examples:
-        count = 1 if head == "row" else len(row["labels"]) - (head == "lm")
-        with route(torch.tensor([TASKS.index(row["task"])])):
-            total = total + model(**alone(row)).loss * count
-        labels += count
-    (total / labels).backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained(model).items()}
-    return grads, float(total.detach() / labels)
+def trainer_of(model: nn.Module, examples: list, folder) -> ALoRATrainer:
+    return ALoRATrainer(model=model, args=sgd(folder), train_dataset=Dataset.from_list(examples))
 
 
 @pytest.mark.parametrize(("family", "head"), [
     ("Llama", "lm"), ("GPT2", "lm"), ("OPT", "lm"), ("Bloom", "lm"), ("Bert", "row"), ("Bert", "token"),
     ("Roberta", "masked"), ("Llama", "row"), ("T5", "seq2seq"), ("Bart", "seq2seq"), ("Bart", "lm"),
 ])  # fmt: skip
-@pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=["1x8", "4x2"])
+@pytest.mark.parametrize("cut", [WHOLE, QUARTERS], ids=["1x8", "4x2"])
 def test_the_gradient_is_that_of_the_rows_alone(tmp_path, family, head, cut):
     model = build(family, head)
     examples = rows(model, head, seed=1) + rows(model, head, seed=2)
     kind = "token" if (family, head) == ("Bart", "lm") else head  # this class compares without a shift
-    want, loss = gradient_of_rows_alone(model, examples, kind)
-    got, log = step(model, examples, tmp_path, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1])
-    assert log["loss"] == pytest.approx(loss, rel=1e-4)
-    for name, gradient in want.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    want = rows_alone(model, examples, kind)
+    assert_step(step(model, examples, tmp_path, **cut), want)
 
 
+@pytest.mark.parametrize("cut", [WHOLE, QUARTERS], ids=["1x8", "4x2"])
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression", None])
-def test_losses_that_are_no_cross_entropy_are_the_models_own(tmp_path, problem):
-    results = []
-    for size, accumulate in ((8, 1), (2, 4)):
-        model = build("Bert", "row", problem_type=problem)
-        examples = [{**row, "labels": MULTI_HOT[i % 4]} for i, row in enumerate(rows(model, "row") * 2)]
-        want, loss = gradient_of_rows_alone(model, examples, "row")
-        got, log = step(
-            model, examples, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate
-        )
-        assert log["loss"] == pytest.approx(loss, rel=1e-4)
-        assert "loss_a" not in log  # no loss by rows is made up
-        results.append((want, got))
-    for want, got in results:
-        for name, gradient in want.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+def test_losses_that_are_no_cross_entropy_are_the_models_own(tmp_path, problem, cut):
+    model = build("Bert", "row", problem_type=problem)
+    examples = [{**row, "labels": MULTI_HOT[i % 4]} for i, row in enumerate(rows(model, "row") * 2)]
+    want = rows_alone(model, examples, "row")
+    got = step(model, examples, tmp_path, **cut)
+    assert_step(got, want)
+    assert "loss_a" not in got[1]  # no loss by rows is made up
 
 
-def test_label_smoothing_is_spread_over_a_step_too(tmp_path):
-    for family, head in (("Llama", "lm"), ("T5", "seq2seq")):
-        examples = rows(build(family, head), head, seed=1) + rows(build(family, head), head, seed=2)
-        one, whole = step(build(family, head), examples, tmp_path, label_smoothing_factor=0.2)
-        many, cut = step(
-            build(family, head), examples, tmp_path, label_smoothing_factor=0.2, per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-        )  # fmt: skip
-        assert whole["loss"] == pytest.approx(cut["loss"], rel=1e-4)
-        for name, gradient in one.items():
-            torch.testing.assert_close(many[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+@pytest.mark.parametrize(("family", "head"), [("Llama", "lm"), ("T5", "seq2seq")])
+def test_label_smoothing_is_spread_over_a_step_too(tmp_path, family, head):
+    examples = rows(build(family, head), head, seed=1) + rows(build(family, head), head, seed=2)
+    one, whole = step(build(family, head), examples, tmp_path, label_smoothing_factor=0.2)
+    many = step(build(family, head), examples, tmp_path, label_smoothing_factor=0.2, **QUARTERS)
+    assert_step(many, (one, whole["loss"]))
 
 
 class TwiceItsCrossEntropy(LlamaForCausalLM):
@@ -111,12 +65,17 @@ class TwiceItsCrossEntropy(LlamaForCausalLM):
         return outputs
 
 
-def test_a_loss_is_not_guessed_by_the_class(tmp_path):
+def with_a_loss_of_its_own() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = TwiceItsCrossEntropy(LlamaConfig(**sizes, intermediate_size=48)).requires_grad_(False)
     layer = model.model.layers[0].mlp
     layer.down_proj = FusedALoRALinear.from_linear(layer.down_proj, 2, tasks=TASKS)
+    return model
+
+
+def test_a_loss_is_not_guessed_by_the_class(tmp_path):
+    model = with_a_loss_of_its_own()
     examples = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7], "task": "a"}]
     with torch.no_grad(), route(torch.tensor([0])):
         want = float(model(**alone(examples[0])).loss)
@@ -127,25 +86,14 @@ def test_a_loss_is_not_guessed_by_the_class(tmp_path):
 
 def test_smoothing_of_a_loss_of_its_own_is_spread_over_a_step_too(tmp_path, monkeypatch):
     monkeypatch.setattr(TwiceItsCrossEntropy, "accepts_loss_kwargs", False, raising=False)
+    examples = [{"input_ids": [4 + i, 5, 6, 7], "labels": [4, 5, 6, 7], "task": TASKS[i % 2]} for i in range(8)]
     results = []
-    for size, accumulate in ((8, 1), (2, 4)):
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-        model = TwiceItsCrossEntropy(LlamaConfig(**sizes, intermediate_size=48)).requires_grad_(False)
-        layer = model.model.layers[0].mlp
-        layer.down_proj = FusedALoRALinear.from_linear(layer.down_proj, 2, tasks=TASKS)
-        torch.nn.init.normal_(layer.down_proj.lora_B)
-        examples = [{"input_ids": [4 + i, 5, 6, 7], "labels": [4, 5, 6, 7], "task": TASKS[i % 2]} for i in range(8)]
-        results.append(
-            step(
-                model, examples, tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=size,
-                gradient_accumulation_steps=accumulate,
-            )
-        )  # fmt: skip
-    (one, whole), (many, cut) = results
-    assert whole["loss"] == pytest.approx(cut["loss"], rel=1e-4)
-    for name, gradient in one.items():
-        torch.testing.assert_close(many[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    for cut in (WHOLE, QUARTERS):
+        model = with_a_loss_of_its_own()
+        torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.lora_B)
+        results.append(step(model, examples, tmp_path, label_smoothing_factor=0.1, **cut))
+    (one, whole), many = results
+    assert_step(many, (one, whole["loss"]))
 
 
 def test_trying_the_loss_draws_nothing(tmp_path):

@@ -17,9 +17,8 @@ from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.training.loss import ModelLoss
 from alora_kernels.training.rules import BatchRules
 from alora_kernels.tuner import ALoRAConfig
-
-from .test_batch_loss import step, trained, trainer_of
-from .tiny_models import TASKS, build, rows
+from tests.support.families import TASKS, build, rows
+from tests.support.trainers import assert_close, logs_of, sgd, step
 
 
 class Weighted(BertForSequenceClassification):
@@ -43,11 +42,10 @@ def test_class_weights_are_seen_in_a_batch_of_one_class(tmp_path, monkeypatch):
         inputs = TaskCollator(0, TASKS, model=model)(batch)
         with torch.no_grad(), route(inputs.pop("task_ids")):
             want.append(float(model(**inputs).loss))
-    trainer = trainer_of(
-        model, examples, tmp_path, max_steps=2, learning_rate=0.0, train_sampling_strategy="sequential"
-    )
+    args = sgd(tmp_path, max_steps=2, learning_rate=0.0, train_sampling_strategy="sequential")
+    trainer = ALoRATrainer(model=model, args=args, train_dataset=Dataset.from_list(examples))
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = logs_of(trainer)
     assert [entry["loss"] for entry in logs] == pytest.approx(want, rel=1e-4)
     assert "loss_a" not in logs[0]
 
@@ -87,8 +85,7 @@ def test_a_model_inside_a_module_of_ones_own(tmp_path, kind, family, head):
     got, log = step(kind(build(family, head)).eval(), examples, tmp_path, remove_unused_columns=False)
     assert log["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     assert log["loss_a"] == pytest.approx(reference["loss_a"], rel=1e-5)
-    for name, gradient in want.items():
-        torch.testing.assert_close(got[f"inside.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_close({name.removeprefix("inside."): value for name, value in got.items()}, want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
@@ -116,18 +113,14 @@ def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
         torch.manual_seed(0)
         adapted = ALoRAConfig(r=2, tasks=TASKS, target_modules=["q_proj", "v_proj"], init_weights=False)
         model = get_peft_model(Wav2Vec2ForCTC(config), adapted)
-        before = {name: p.detach().clone() for name, p in trained(model).items()}
-        args = trainer_of(
-            build("Bert", "row"), examples, tmp_path, per_device_train_batch_size=size,
+        gradient, log = step(
+            model, examples, tmp_path, collate, per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential",
-        ).args  # fmt: skip
-        trainer = ALoRATrainer(model, args, collate, Dataset.from_list(examples))
-        trainer.train()
-        logged.append(trainer.state.log_history[0]["loss"])
-        moved.append({name: before[name] - p.detach() for name, p in trained(model).items()})
+        )  # fmt: skip
+        logged.append(log["loss"])
+        moved.append(gradient)
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
-    for name, gradient in moved[0].items():
-        torch.testing.assert_close(moved[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+    assert_close(moved[1], moved[0], atol=1e-4)
 
 
 def test_processes_agree_on_a_loss_and_run_the_model_equally_often():

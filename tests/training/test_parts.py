@@ -1,14 +1,13 @@
-"""Sampler, collator, and the hook that leaves absent tasks alone."""
+"""Sampler, collator, and what a task may be called."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from alora_kernels.modules.tasks import task_id, task_ids_from_names
-from alora_kernels.training import KeepAbsentTasks, TaskBalancedSampler, TaskCollator
+from alora_kernels.training import TaskBalancedSampler, TaskCollator
 from alora_kernels.training.loss import kept_positions
 
 TASKS = ["big"] * 90 + ["small"] * 30
@@ -81,44 +80,6 @@ def test_collator_errors():
         TaskCollator(0, ["a"])([{"input_ids": [1]}])
     with pytest.raises(ValueError, match="unknown task 'c': valid tasks are a, b"):
         TaskCollator(0, ["a", "b"])([{"input_ids": [1], "task": "c"}])
-
-
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
-    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-], ids=["adamw", "sgd"])  # fmt: skip
-def test_absent_tasks_stay_put_and_present_ones_do_not_notice(make):
-    torch.manual_seed(0)
-    start = torch.randn(3, 2, 4)
-    kept, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    ours, theirs = make([kept]), make([plain])
-    KeepAbsentTasks(ours, [kept])
-    grads = [torch.randn(3, 2, 4) for _ in range(4)]
-    grads[2][1] = 0  # task 1 is absent in the third step
-    for step, grad in enumerate(grads):
-        before = kept.detach().clone()
-        moments = {k: v.clone() for k, v in ours.state[kept].items() if v.dim()}
-        kept.grad, plain.grad = grad.clone(), grad.clone()
-        ours.step()
-        theirs.step()
-        if step == 2:
-            assert torch.equal(kept[1], before[1])
-            assert all(torch.equal(ours.state[kept][k][1], v[1]) for k, v in moments.items())
-            assert not torch.equal(plain[1], before[1])  # the plain optimiser moved it
-        assert not torch.equal(kept[0], before[0])
-    assert torch.equal(kept[[0, 2]], plain[[0, 2]])
-
-
-def test_a_task_absent_from_the_first_step_starts_with_zero_moments():
-    p = nn.Parameter(torch.ones(2, 1, 2))
-    optimizer = torch.optim.AdamW([p], lr=0.1)
-    KeepAbsentTasks(optimizer, [p])
-    p.grad = torch.zeros_like(p)
-    p.grad[0] = 1
-    optimizer.step()
-    assert torch.equal(p[1], torch.ones(1, 2))
-    assert (optimizer.state[p]["exp_avg"][1] == 0).all()
-    assert (optimizer.state[p]["exp_avg"][0] != 0).all()
 
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from alora_kernels.training import ALoRATrainer, TaskBalancedSampler
-
-from .test_trainer import TASKS, arguments, peft_model, rows, states
+from alora_kernels.training import TaskBalancedSampler
+from tests.support.trainers import (
+    TASKS,
+    assert_close,
+    logs_of,
+    own_loss,
+    peft_model,
+    rows,
+    states,
+    texts,
+    trainer_on,
+)
 
 
 class Rows(TorchDataset):
@@ -42,13 +51,6 @@ class Stream(IterableDataset):
             yield from (dict(row) for row in self.data)
 
 
-def trained(folder: Any, data: Any, **changes: Any) -> tuple[ALoRATrainer, dict[str, torch.Tensor]]:
-    changes = {"train_sampling_strategy": "sequential", **changes}
-    trainer = ALoRATrainer(model=peft_model(), args=arguments(folder, **changes), train_dataset=data)
-    trainer.train()
-    return trainer, states(trainer)
-
-
 KINDS = {
     "list": list,
     "map-style": Rows,
@@ -59,7 +61,7 @@ KINDS = {
     "stream": Stream,
     "endless stream": lambda data: Stream(data, endless=True),
     "datasets stream": lambda data: data.to_iterable_dataset(),
-    "datasets stream from a generator": lambda data: __import__("datasets").IterableDataset.from_generator(
+    "datasets stream from a generator": lambda data: datasets.IterableDataset.from_generator(
         lambda: (dict(row) for row in data)
     ),
 }
@@ -68,38 +70,15 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_kind_of_dataset_trains_as_the_same_rows_in_a_dataset(tmp_path, kind):
     data = rows(22)  # 22 rows in batches of 6: the last one is not full
-    want, reference = trained(tmp_path, data)
-    got, parameters = trained(tmp_path, KINDS[kind](data))
+    want, got = (trainer_on(tmp_path, d, train_sampling_strategy="sequential") for d in (data, KINDS[kind](data)))
+    want.train()
+    got.train()
     for mine, other in zip(got.state.log_history, want.state.log_history, strict=True):
         for key in ("loss", *(f"loss_{task}" for task in TASKS)):
             if key in other and not ("endless" in kind and mine["step"] == 4):  # whose fourth batch is full
                 assert mine[key] == pytest.approx(other[key], rel=1e-5), key
     if "endless" not in kind:
-        for name, value in reference.items():
-            torch.testing.assert_close(parameters[name], value, msg=name)
-
-
-def texts(count: int, seed: int = 0) -> Dataset:
-    """Rows of many labels, more than a batch has rows: every token after the first, or after a prompt of three."""
-    generator = torch.Generator().manual_seed(seed)
-    out: dict[str, list] = {"input_ids": [], "labels": [], "task": []}
-    for i in range(count):
-        ids = torch.randint(3, 30, (int(torch.randint(7, 12, (), generator=generator)),), generator=generator).tolist()
-        out["input_ids"].append(ids)
-        out["labels"].append([-100] * (1 + 2 * (i % 2)) + ids[1 + 2 * (i % 2) :])
-        out["task"].append(TASKS[i % 3])
-    return Dataset.from_dict(out)
-
-
-def own_loss(model: torch.nn.Module, data: Dataset) -> float:
-    """The model's own loss per label, row by row, alone and unpadded."""
-    total = count = 0.0
-    for row in data:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        with torch.no_grad():
-            loss = model(input_ids=ids, labels=labels, adapter_names=[row["task"]]).loss
-        total, count = total + float(loss * (labels != -100).sum()), count + int((labels != -100).sum())
-    return total / count
+        assert_close(states(got), states(want), rtol=1.3e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -108,44 +87,38 @@ def own_loss(model: torch.nn.Module, data: Dataset) -> float:
 def test_a_stream_trains_on_the_models_own_loss(tmp_path, made, dispatch, accumulate):
     """Five rows, two a batch, so the last batch is not full; a learning rate of 0 keeps the model as it was."""
     data = texts(5)
-    args = arguments(
-        tmp_path, max_steps=3 if accumulate == 1 else 1, per_device_train_batch_size=2, learning_rate=0.0,
+    trainer = trainer_on(
+        tmp_path, made(data), max_steps=3 if accumulate == 1 else 1, per_device_train_batch_size=2, learning_rate=0.0,
         accelerator_config={"dispatch_batches": dispatch}, gradient_accumulation_steps=accumulate,
     )  # fmt: skip
-    trainer = ALoRATrainer(model=peft_model(), args=args, train_dataset=made(data))
     trainer.train()
     parts = ([0, 1], [2, 3], [4]) if accumulate == 1 else ([0, 1, 2, 3],)
     want = [own_loss(trainer.model, data.select(part)) for part in parts]
-    got = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert got == pytest.approx(want, rel=1e-4)
+    assert [entry["loss"] for entry in logs_of(trainer)] == pytest.approx(want, rel=1e-4)
     metrics = trainer.evaluate(made(data))
     assert metrics["eval_loss"] == pytest.approx(own_loss(trainer.model, data), rel=0.05)  # a mean of means
 
 
 def test_a_stream_trains_a_model_that_takes_no_ids(tmp_path):
     """Its names would only be for the logs, and reading them would take the whole stream."""
-    trainer = ALoRATrainer(model=peft_model("soft"), args=arguments(tmp_path), train_dataset=Stream(texts(5)))
+    trainer = trainer_on(tmp_path, Stream(texts(5)), peft_model("soft"))
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 4
-    assert not any(key.startswith("loss_") for entry in logs for key in entry)
+    assert len(logs_of(trainer)) == 4
+    assert not any(key.startswith("loss_") for entry in logs_of(trainer) for key in entry)
 
 
 def test_making_a_trainer_does_not_read_the_data(tmp_path):
     endless, costly = Stream(rows(6), endless=True), Rows(rows(6))
-    ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=endless, eval_dataset=costly)
+    trainer_on(tmp_path, endless, eval_dataset=costly)
     assert endless.started == 0
     assert costly.reads <= 1  # one row, to say what is missing
-    trainer = ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=costly)
-    assert isinstance(trainer._get_train_sampler(), RandomSampler)
-    warm = ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=costly, task_temperature=5)
-    assert isinstance(warm._get_train_sampler(), TaskBalancedSampler)
+    assert isinstance(trainer_on(tmp_path, costly)._get_train_sampler(), RandomSampler)
+    assert isinstance(trainer_on(tmp_path, costly, task_temperature=5)._get_train_sampler(), TaskBalancedSampler)
 
 
 def test_orders_are_trainers_own_or_refused(tmp_path):
     def sampler(strategy: str, data: Any, **options: Any) -> Any:
-        args = arguments(tmp_path, train_sampling_strategy=strategy)
-        return ALoRATrainer(model=peft_model(), args=args, train_dataset=data, **options)._get_train_sampler()
+        return trainer_on(tmp_path, data, train_sampling_strategy=strategy, **options)._get_train_sampler()
 
     assert isinstance(sampler("random", rows(9)), TaskBalancedSampler)
     assert isinstance(sampler("sequential", rows(9)), SequentialSampler)
@@ -160,37 +133,31 @@ def test_orders_are_trainers_own_or_refused(tmp_path):
 
 
 def test_bad_rows_are_named_before_training(tmp_path):
-    def trainer(data: Any, **options: Any) -> ALoRATrainer:
-        return ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=data, **options)
-
     wrong = [{**row, "task": "copi"} for row in rows(3)]
     for bad in (wrong, Subset(wrong, [1]), ConcatDataset([rows(3), wrong])):
         with pytest.raises(ValueError, match="unknown task 'copi': valid tasks are copy, next, zero"):
-            trainer(bad)
+            trainer_on(tmp_path, bad)
     with pytest.raises(ValueError, match="unknown task 'copi'"):
-        trainer(rows(3), eval_dataset={"one": rows(3), "two": Dataset.from_list(wrong)})
+        trainer_on(tmp_path, rows(3), eval_dataset={"one": rows(3), "two": Dataset.from_list(wrong)})
     without = rows(3).remove_columns("task")
     for bad in (without, list(without), Rows(without), without.to_iterable_dataset()):
         with pytest.raises(ValueError, match="train_dataset has no `task` column"):
-            trainer(bad)
+            trainer_on(tmp_path, bad)
     with pytest.raises(ValueError, match="a row of train_dataset is a tuple"):
-        trainer([([1, 2], [1, 2])])
+        trainer_on(tmp_path, [([1, 2], [1, 2])])
     with pytest.raises(ValueError, match="train_dataset holds train, test: pass one of them"):
-        trainer(DatasetDict(train=rows(3), test=rows(3)))
+        trainer_on(tmp_path, DatasetDict(train=rows(3), test=rows(3)))
 
 
 def test_several_evaluation_sets(tmp_path):
     parts = DatasetDict(one=rows(6), two=rows(9, seed=3))
-    trainer = ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=rows(6), eval_dataset=parts)
-    metrics = trainer.evaluate()
+    metrics = trainer_on(tmp_path, rows(6), eval_dataset=parts).evaluate()
     assert {"eval_one_loss", "eval_two_loss", "eval_one_accuracy_copy", "eval_two_accuracy_zero"} <= set(metrics)
 
 
 def test_a_transform_that_makes_the_task_is_not_asked_for_a_column(tmp_path):
     data = rows(12).rename_column("task", "kind")
     made = data.with_transform(lambda batch: {**{k: batch[k] for k in ("input_ids", "labels")}, "task": batch["kind"]})
-    trainer = ALoRATrainer(
-        model=peft_model(), args=arguments(tmp_path, remove_unused_columns=False), train_dataset=made
-    )
+    trainer = trainer_on(tmp_path, made, remove_unused_columns=False)
     trainer.train()
-    assert any("loss_copy" in entry for entry in trainer.state.log_history)
+    assert any("loss_copy" in entry for entry in logs_of(trainer))

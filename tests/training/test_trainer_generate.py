@@ -7,10 +7,8 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from alora_kernels.training import ALoRATrainer
-
-from .test_batch_collators import tokenizer
-from .test_batch_loss import gradient_of_rows_alone
-from .tiny_models import build, rows
+from tests.support.families import build, rows
+from tests.support.trainers import rows_alone, tokenizer
 
 
 class Generating(ALoRATrainer, Seq2SeqTrainer):
@@ -30,5 +28,5 @@ def test_predictions_are_generated_as_for_the_rows_alone(tmp_path):
             input_ids=torch.tensor([row["input_ids"]]), max_length=8, adapter_names=[row["task"]]
         )[0].tolist()  # fmt: skip
         assert predicted[: len(alone)] == alone
-    loss = gradient_of_rows_alone(model, examples, "seq2seq")[1]
+    loss = rows_alone(model, examples, "seq2seq")[1]
     torch.testing.assert_close(found.metrics["test_loss"], loss, rtol=1e-4, atol=1e-5)

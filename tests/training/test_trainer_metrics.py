@@ -12,9 +12,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 
 from alora_kernels.training import ALoRATrainer, TaskCollator
-
-from .test_trainer import TASKS, arguments, peft_model, rows
-from .test_trainer_data import own_loss, texts
+from tests.support.trainers import TASKS, arguments, logs_of, own_loss, peft_model, rows, texts, trainer_on
 
 
 def stock(folder: Any, data: Dataset, **options: Any) -> Trainer:
@@ -150,13 +148,11 @@ def test_rows_without_a_label_are_left_out_and_counted_once(tmp_path):
 
 def test_a_step_without_a_label_moves_nothing(tmp_path):
     data = masked(texts(6), {0, 1})
-    args = arguments(
-        tmp_path, per_device_train_batch_size=2, max_steps=3, train_sampling_strategy="sequential", optim="sgd"
-    )
-    trainer = ALoRATrainer(model=peft_model(), args=args, train_dataset=data)
+    changes = dict(per_device_train_batch_size=2, max_steps=3, train_sampling_strategy="sequential", optim="sgd")
+    trainer = trainer_on(tmp_path, data, **changes)
     with pytest.warns(UserWarning, match="2 of 2 rows in the first steps of training have no label"):
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in logs_of(trainer)]
     assert losses[0] == 0.0
     assert losses[1] == pytest.approx(own_loss(peft_model(), data.select([2, 3])), rel=1e-4)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

@@ -2,100 +2,75 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from alora_kernels import FusedALoRALinear, route
-from alora_kernels.training import ALoRATrainer, TaskCollator
+from alora_kernels import route
+from alora_kernels.training import TaskCollator
 from alora_kernels.training.tasks import batch_routing
 from alora_kernels.tuner import ALoRAConfig
-
-from .test_trainer import CONFIG, TASKS, arguments, peft_model, rows
+from tests.support.trainers import (
+    TASKS,
+    drop_in_model,
+    known,
+    llama,
+    moved,
+    own_loss,
+    peft_model,
+    rows,
+    states,
+    trainer_on,
+)
 
 SECOND = ["zero", "copy", "extra"]  # other places, one name more, one less
 
 
-def second_adapter(model: nn.Module) -> None:
+@pytest.fixture
+def model() -> nn.Module:
+    """Task "zero" is number 2 of the first adapter, which is active, and 0 of the second."""
+    both = peft_model()
     config = ALoRAConfig(r=4, tasks=SECOND, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
-    model.add_adapter("second", config)
+    both.add_adapter("second", config)
+    return both
 
 
-def known(*tasks: str) -> Dataset:
-    return rows(24).filter(lambda row: row["task"] in tasks)
-
-
-def moved(before: dict[str, torch.Tensor], model: nn.Module, adapter: str) -> set[int]:
-    """Which rows of the adapter's stacked A are other than before."""
-    after = model.state_dict()
-    names = [name for name in before if "lora_A" in name and adapter in name.split(".")]
-    assert names
-    return {i for name in names for i in range(len(before[name])) if not torch.equal(before[name][i], after[name][i])}
-
-
-def test_another_adapter_made_active_after_the_trainer_is_trained_by_name(tmp_path):
-    """Task "zero" is number 2 of the first adapter and 0 of the second."""
-    model = peft_model()
-    second_adapter(model)
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("zero"))
+@pytest.mark.parametrize("train_first", [False, True])
+def test_another_adapter_made_active_after_the_trainer_is_trained_by_name(tmp_path, model, train_first):
+    """After a training of the first one, stock Trainer goes on with an optimiser that holds its parameters only."""
+    trainer = trainer_on(tmp_path, known("zero"), model)
+    if train_first:
+        trainer.train()
     model.set_adapter("second")
-    before = copy.deepcopy(model.state_dict())
+    before = states(trainer)
     trainer.train()
-    assert moved(before, model, "second") == {0}
-    assert moved(before, model, "default") == set()
+    assert moved(before, trainer, "second") == {0}
+    assert moved(before, trainer, "default") == set()
 
 
-def test_the_second_adapter_trains_after_the_first_was_trained(tmp_path):
-    """Stock Trainer goes on with an optimiser that holds the first one's parameters only."""
-    model = peft_model()
-    second_adapter(model)
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("zero"))
-    trainer.train()
+def test_names_that_the_first_adapter_does_not_have_train_after_the_change(tmp_path, model):
+    trainer = trainer_on(tmp_path, known("zero"), model)
     model.set_adapter("second")
-    before = copy.deepcopy(model.state_dict())
+    trainer.train_dataset = known("zero").map(lambda row: {"task": "extra"})
+    before = states(trainer)
     trainer.train()
-    assert moved(before, model, "second") == {0}
-    assert moved(before, model, "default") == set()
-
-
-def test_names_that_the_first_adapter_does_not_have_train_after_the_change(tmp_path):
-    model = peft_model()
-    second_adapter(model)
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("zero"))
-    model.set_adapter("second")
-    extra = known("zero").remove_columns("task").add_column("task", ["extra"] * len(known("zero")))
-    trainer.train_dataset = extra
-    before = copy.deepcopy(model.state_dict())
-    trainer.train()
-    assert moved(before, model, "second") == {2}
+    assert moved(before, trainer, "second") == {2}
     assert any("loss_extra" in entry for entry in trainer.state.log_history)
     trainer.train_dataset = known("next")  # the first adapter's, which is not active any more
     with pytest.raises(ValueError, match="no active adapter has the task next. Active are second: zero, copy, extra"):
         trainer.train()
 
 
-def test_two_active_adapters_get_their_own_numbers(tmp_path):
+def test_two_active_adapters_get_their_own_numbers(tmp_path, model):
     """The loss of each row is that of the row alone under its names; a row unknown to one adapter gets the other's."""
-    model = peft_model()
-    second_adapter(model)
     model.base_model.set_adapter(["default", "second"])
     data = rows(12)
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=data)
+    trainer = trainer_on(tmp_path, data, model)
     batch = trainer.data_collator([data[i] for i in range(6)])
     got = trainer.compute_loss(model, dict(batch)).item()
-    total = labels = 0
-    for row in (data[i] for i in range(6)):
-        ids, targets = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        with torch.no_grad():
-            out = model(input_ids=ids, labels=targets, adapter_names=[row["task"]])
-        total += out.loss.item() * int((targets != -100).sum())
-        labels += int((targets != -100).sum())
-    assert got == pytest.approx(total / labels, rel=1e-5)
+    assert got == pytest.approx(own_loss(model, data.select(range(6))), rel=1e-5)
     with route(batch["task_ids"]), torch.no_grad():  # the first adapter's numbers for both
         wrong = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     assert got != pytest.approx(wrong.item(), rel=1e-3)
@@ -103,23 +78,20 @@ def test_two_active_adapters_get_their_own_numbers(tmp_path):
 
 def test_a_collator_with_its_own_order_of_names(tmp_path):
     """The numbers in a batch are the collator's; the model is given the names."""
-    model = peft_model()
-    collator = TaskCollator(0, list(reversed(TASKS)))
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("copy"), data_collator=collator)
-    before = copy.deepcopy(model.state_dict())
+    trainer = trainer_on(tmp_path, known("copy"), data_collator=TaskCollator(0, list(reversed(TASKS))))
+    before = states(trainer)
     trainer.train()
-    assert moved(before, model, "default") == {TASKS.index("copy")}
+    assert moved(before, trainer, "default") == {TASKS.index("copy")}
     assert any("loss_copy" in entry for entry in trainer.state.log_history)
 
 
 def test_an_adapter_that_transformers_added_itself(tmp_path):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = llama()
     model.add_adapter(ALoRAConfig(r=4, tasks=TASKS, target_modules=["q_proj", "down_proj"]), "mine")
-    trainer = ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=known("next"), eval_dataset=rows(9))
-    before = copy.deepcopy(model.state_dict())
+    trainer = trainer_on(tmp_path, known("next"), model, eval_dataset=rows(9))
+    before = states(trainer)
     trainer.train()
-    assert moved(before, model, "mine") == {TASKS.index("next")}
+    assert moved(before, trainer, "mine") == {TASKS.index("next")}
     assert "eval_accuracy_next" in trainer.evaluate()
 
 
@@ -128,35 +100,24 @@ def test_numbers_that_mean_other_names_are_refused(tmp_path):
     data = rows(12)
     numbered = data.remove_columns("task").add_column("task", [names.index(task) for task in data["task"]])
     meant = numbered.cast_column("task", ClassLabel(names=names))
-    with pytest.raises(ValueError, match="mean zero, next, copy, but the model's tasks are copy, next, zero"):
-        ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=meant)
-    joined = ConcatDataset([rows(3), Subset(meant, [0, 1])])
-    with pytest.raises(ValueError, match="mean zero, next, copy, but the model's tasks are copy, next, zero"):
-        ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=joined)
-    same = numbered.cast_column("task", ClassLabel(names=TASKS))
-    trainer = ALoRATrainer(model=peft_model(), args=arguments(tmp_path), train_dataset=same)
+    for bad in (meant, ConcatDataset([rows(3), Subset(meant, [0, 1])])):
+        with pytest.raises(ValueError, match="mean zero, next, copy, but the model's tasks are copy, next, zero"):
+            trainer_on(tmp_path, bad)
+    trainer = trainer_on(tmp_path, numbered.cast_column("task", ClassLabel(names=TASKS)))
     with pytest.raises(ValueError, match="numbers in the `task` column of the evaluation dataset"):
         trainer.evaluate(meant)
     trainer.train()
 
 
 def test_drop_in_layers_of_two_orders_are_refused(tmp_path):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).requires_grad_(False)
-    for layer, tasks in zip(model.model.layers, (TASKS, TASKS[::-1]), strict=True):
-        layer.mlp.down_proj = FusedALoRALinear.from_linear(layer.mlp.down_proj, 4, tasks=tasks)
     with pytest.raises(ValueError, match="give all layers the same tasks in the same order"):
-        ALoRATrainer(model=model, args=arguments(tmp_path), train_dataset=rows(6))
+        trainer_on(tmp_path, rows(6), drop_in_model(orders=(TASKS, TASKS[::-1])))
 
 
-def test_packed_rows_are_routed_by_name_token_by_token(tmp_path):
+def test_packed_rows_are_routed_by_name_token_by_token(tmp_path, model):
     """With two tables the ids of tokens are looked up as those of rows are."""
-    model = peft_model()
-    second_adapter(model)
     model.set_adapter("second")
-    trainer = ALoRATrainer(
-        model=model, args=arguments(tmp_path), train_dataset=known("zero"), data_collator=TaskCollator(0, TASKS)
-    )
+    trainer = trainer_on(tmp_path, known("zero"), model, data_collator=TaskCollator(0, TASKS))
     tokens = torch.randint(3, 30, (1, 6))
     with torch.no_grad(), trainer._routing(torch.tensor([[2, 2, 2, 2, 2, 2]])):
         got = model(input_ids=tokens).logits
