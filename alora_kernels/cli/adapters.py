@@ -1,9 +1,4 @@
-"""`alora export` and `alora import`: from one ALoRA adapter to stock LoRA folders and back.
-
-In:   adapter folders.
-Out:  adapter folders; tables of what was written and what it lost, and the commands that serve it elsewhere.
-Who:  `app` registers both.
-"""
+"""`alora export` and `alora import`: from one ALoRA adapter to stock LoRA folders and back."""
 
 from __future__ import annotations
 

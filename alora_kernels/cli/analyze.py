@@ -1,9 +1,4 @@
-"""`alora analyze`: what adapters learned, how alike they are, how far they moved.
-
-In:   adapter folders, federated runs; the start and the base, if known.
-Out:  tables; CSV files, figures and a page in a folder.
-Who:  `app` registers it.
-"""
+"""`alora analyze`: tables, CSV files, figures and a page about what adapters learned and how far they moved."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""`alora fed`: federated fine-tuning from the command line, on one machine or on many.
-
-In:   a YAML configuration (`federated.config.FedConfig`).
-Out:  a run's folder: ledger, checkpoints, finished arrays, plot; a live table while it runs.
-Who:  `cli.app` mounts it. Commands only wire: participants come from `recipes.federated`, engines from `federated`.
-"""
+"""`alora fed`: federated fine-tuning from a YAML configuration, on one machine or on many."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
-"""What happened in a run: the ledger, one JSON object a line, and what its events say.
+"""What happened in a run: the ledger, one JSON object a line, which `server` alone writes, and what its events say.
 
-In:   events: the guard's ("client", "round"), the server's ("run", "privacy", "end").
-Out:  a JSONL file and its events back; scores of a round, a `Track` per client, the `Outcome`.
-Who:  `server` alone writes; `view`, `plot`, the command line and studies read, in this process or in another.
-
-A reader may come at any time: each line goes out in one write, a failed write is taken back, and a resumed run cuts the
-file by an atomic rename. Numbers that are not finite become null: strict JSON has no NaN.
+Tables, plots and studies read it at any time: each line goes out in one write, a failed write is taken back, and a
+resumed run cuts the file by an atomic rename. What is not finite becomes null: strict JSON has no NaN.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""Figures of runs: the clients' metric and the bytes of one, or several methods side by side.
+"""Runs as PNG figures, from their ledgers' events: one with its clients' metric and bytes, or several side by side.
 
-In:   events of ledgers, by the run's name.
-Out:  a PNG file.
-Who:  the command line and the examples, after a run or during one.
-
-One run: each client's metric over the rounds and the bytes so far. Several: a panel for each with mean and worst client
-against the bytes so far, the other runs in grey behind it, all on the same axes. Lines have their names at their ends;
-of more than eight clients only the worst is named. Where a client did not report, the mean takes its last value, or a
-lost reply would look like a gain or a loss.
+Several: a panel for each with mean and worst client against the bytes so far, the other runs in grey behind it. Of more
+than eight clients only the worst is named. Where a client did not report, the mean takes its last value, or a lost
+reply would look like a gain or a loss.
 """
 
 from __future__ import annotations
@@ -152,17 +147,17 @@ def _names(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
         )
 
 
-def spread(heights: Sequence[float], distance: float = SPACING) -> list[float]:
-    """Rising heights moved as little as needed to be `distance` apart, together around where they were."""
+def spread(heights: Sequence[float]) -> list[float]:
+    """Rising heights moved as little as needed to be SPACING apart, together around where they were."""
     groups: list[tuple[float, int]] = []  # (centre, how many) of names that touch
     for height in heights:
         groups.append((height, 1))
         while len(groups) > 1:
             (below, m), (above, n) = groups[-2:]
-            if above - below >= distance * (m + n) / 2:
+            if above - below >= SPACING * (m + n) / 2:
                 break
             groups[-2:] = [((below * m + above * n) / (m + n), m + n)]
-    return [centre + distance * (i - (count - 1) / 2) for centre, count in groups for i in range(count)]
+    return [centre + SPACING * (i - (count - 1) / 2) for centre, count in groups for i in range(count)]
 
 
 def _bytes_panel(axes: Any, found: Sequence[Track]) -> None:

@@ -1,9 +1,6 @@
-"""A run as tables in the terminal: while it happens, and what came of it.
+"""A run as tables in the terminal, from a ledger's events or its path: while it happens, and what came of it.
 
-In:   events of a ledger, or its path.
-Out:  rich renderables; on something that is not a terminal, one plain line per finished round.
-Who:  the command line, beside a run in this process or for a run in another one; the examples.
-
+The command line and the examples show them; on something that is not a terminal, one plain line per finished round.
 What clients wrote (names, reasons) is shown without control characters and without markup: a client must not move
 another's cursor. A table fits 80 columns with accuracies and eight-digit byte counts in kB, MB, GB.
 """
@@ -29,6 +26,7 @@ GAP = "·"  # a round without a value
 TREND = 8  # columns of a sparkline
 NAME = 14  # columns of a client's name
 SHOWN = 4  # reasons below a table
+INTERVAL = 0.5  # seconds between two looks at a file
 NONE = "-"
 
 
@@ -88,7 +86,6 @@ def watch(
     *,
     until: Callable[[], bool] | None = None,
     console: Console | None = None,
-    interval: float = 0.5,
     sleep: Callable[[float], None] = time.sleep,
     since: datetime | None = None,
 ) -> list[dict[str, Any]]:
@@ -98,8 +95,7 @@ def watch(
         path: the file; it may not be there yet.
         until: stop when this is true; None for the ledger's "end" event.
         console: where to; standard output by default.
-        interval: seconds between looks at the file.
-        sleep: waits for them.
+        sleep: waits between two looks at the file.
         since: nothing is shown until a run begins after this moment, nor lines of rounds before it.
 
     Returns:
@@ -110,7 +106,7 @@ def watch(
     """
     console = console or Console()
     events: list[dict[str, Any]] = []
-    looks = _looks(Path(path), until, interval, sleep, since)
+    looks = _looks(Path(path), until, sleep, since)
     if not console.is_terminal or console.is_dumb_terminal:
         printed = 0
         for events in looks:
@@ -127,11 +123,7 @@ def watch(
 
 
 def _looks(
-    path: Path,
-    until: Callable[[], bool] | None,
-    interval: float,
-    sleep: Callable[[float], None],
-    since: datetime | None,
+    path: Path, until: Callable[[], bool] | None, sleep: Callable[[float], None], since: datetime | None
 ) -> Iterator[list[dict[str, Any]]]:
     """What the file holds, again and again; the last time after it was complete."""
     while True:
@@ -145,7 +137,7 @@ def _looks(
         yield events
         if complete or (until is None and events and events[-1]["event"] == "end"):
             return
-        sleep(interval)
+        sleep(INTERVAL)
 
 
 def _after(event: Event, since: datetime | None) -> bool:
@@ -238,9 +230,9 @@ def elapsed(events: Sequence[Event], now: datetime | None = None) -> float:
     return total + (stop - begun).total_seconds()
 
 
-def spark(series: Mapping[int, float], end: int, width: int = TREND) -> str:
+def spark(series: Mapping[int, float], end: int) -> str:
     """A metric over the models of 0 to `end` rounds as blocks, lowest to highest; long series are thinned out."""
-    steps = min(width, end + 1)
+    steps = min(TREND, end + 1)
     picked = [round(i * end / max(steps - 1, 1)) for i in range(steps)]
     low, high = min(series.values(), default=0.0), max(series.values(), default=0.0)
     height = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0

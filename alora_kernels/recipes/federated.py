@@ -1,9 +1,4 @@
-"""What `alora fed` trains: the participants that a configuration speaks of, their rows, and the two apps Flower starts.
-
-In:   a `FedConfig` and a client's name; on a real machine the client's own file; in an app, Flower's context.
-Out:  its `Participant` (a real model, local training, accuracy and loss); for a server without data, the adapted model
-      alone; `server` and `client`, which app folders (`federated.deploy.apps`, `examples/federated_app`) import.
-Who:  `alora fed`, the studies and the examples, on one machine or on many.
+"""What `alora fed` trains: a configuration's clients as `Participant`s on real models, and the two apps Flower starts.
 
 Both kinds of model come down to a choice. An "encoder" has a class per label word: a client's words and their order
 belong to its rows. A "causal" model is asked with the prompt alone, cut where its answer begins, for the answer's first

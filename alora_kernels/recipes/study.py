@@ -1,9 +1,5 @@
 """Several federated methods on the same clients and seeds, side by side: runs, a table, a JSON file, a picture.
 
-In:   one `FedConfig` per method and seed.
-Out:  a `Result` each; a `Row` per method over the seeds: mean, worst client, delta-m against training alone, bytes.
-Who:  `examples/federated_sentiment.py`; benchmarks.
-
 A finished run stays in its folder and is read back instead of repeated, so an interrupted study goes on where it was; a
 folder that holds a run of another configuration is refused. The order of methods differs from task to task and seed to
 seed: the table shows the spread, and no test asserts an order.

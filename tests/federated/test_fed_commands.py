@@ -6,29 +6,41 @@ And who may call a SuperLink, who is trusted, what nobody else may read.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
-import socket
 import ssl
 import stat
 import subprocess
 import sys
-import threading
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+pytest.importorskip("flwr", reason="needs the extra `federated`")
+
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.config_utils import load_and_validate
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.common.config import parse_config_args
+from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+from flwr.supercore.utils import get_flwr_home
+from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+from alora_kernels.federated.config import FedConfig
 from alora_kernels.federated.deploy import apps, commands, processes, runs, superlink
 from alora_kernels.federated.deploy.processes import FlowerError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "federated_app"
+ELSEWHERE = "203.0.113.7"
 AWKWARD = 'method: fed-alora\nnote: "a \\"quoted\\" \\\\ path, \'single\' and ümlaut"\nclients:\n  - {name: a}\n'
 
 
 def test_flower_accepts_the_folder_and_gives_the_text_back(tmp_path):
-    from flwr.cli.config_utils import load_and_validate
-
     folder = apps.write_app(tmp_path / "app", AWKWARD, resume=True)
     config, warnings = load_and_validate(folder / "pyproject.toml")
     assert warnings == []
@@ -36,11 +48,6 @@ def test_flower_accepts_the_folder_and_gives_the_text_back(tmp_path):
 
 
 def test_only_the_two_files_travel(tmp_path):
-    import io
-    import zipfile
-
-    from flwr.cli.build import build_fab_from_disk
-
     folder = apps.write_app(tmp_path, AWKWARD)
     (folder / "secret.py").write_text("")
     (folder / "rows.jsonl").write_text("{}")
@@ -62,10 +69,6 @@ def test_what_toml_and_python_cannot_hold_is_refused(tmp_path, text, options, sa
 
 
 def test_the_example_is_the_folder_by_hand(tmp_path):
-    from flwr.cli.config_utils import load_and_validate
-
-    from alora_kernels.federated.config import FedConfig
-
     text = load_and_validate(EXAMPLE / "pyproject.toml")[0]["tool"]["flwr"]["app"]["config"]["config"]
     assert FedConfig.from_yaml(text).output.is_absolute()
     made = apps.write_app(tmp_path, text)
@@ -74,10 +77,6 @@ def test_the_example_is_the_folder_by_hand(tmp_path):
 
 def test_flower_parses_the_commands(tmp_path):
     """Read by Flower's own parsers: what each argument becomes."""
-    from flwr.common.config import parse_config_args
-    from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
-    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
-
     files = commands.make_certificates(tmp_path)
     key, _ = commands.make_node_key(tmp_path, "clinic")
     command = commands.superlink_command(tmp_path, host="0.0.0.0", port=8123, certificates=files)
@@ -127,21 +126,15 @@ def test_without_flower_the_remedy_is_named(tmp_path, monkeypatch):
 
 
 def test_the_environment_is_quiet_and_its_home_is_the_runs(tmp_path):
-    from flwr.supercore.utils import get_flwr_home
-
     env = commands.environment(tmp_path)
     assert env["FLWR_TELEMETRY_ENABLED"] == env["RAY_USAGE_STATS_ENABLED"] == "0"
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     code = "import flwr.supercore.utils as u; print(u.get_flwr_home())"
-    home = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    home = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip()
     assert home == str(tmp_path / "flwr") != str(get_flwr_home())
 
 
 def test_the_connection_is_what_flower_reads(tmp_path, monkeypatch):
-    from flwr.cli.flower_config import read_superlink_connection
-
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
     commands.connect(tmp_path, "127.0.0.1:8123", tmp_path / "ca.pem")
     secure = read_superlink_connection(commands.CONNECTION)
@@ -168,12 +161,12 @@ def test_no_server_is_a_clear_line(tmp_path):
 @pytest.mark.parametrize(
     ("path", "peer", "answered"),
     [
-        ("/v1/fleet/pull-messages", "203.0.113.7", True),
-        ("/health", "203.0.113.7", True),
-        ("/v1/control/start-run", "203.0.113.7", False),
-        ("/v1/runtime/pull-task-input", "203.0.113.7", False),
-        ("/v1/fleet/../control/start-run", "203.0.113.7", False),
-        ("/docs", "203.0.113.7", False),
+        ("/v1/fleet/pull-messages", ELSEWHERE, True),
+        ("/health", ELSEWHERE, True),
+        ("/v1/control/start-run", ELSEWHERE, False),
+        ("/v1/runtime/pull-task-input", ELSEWHERE, False),
+        ("/v1/fleet/../control/start-run", ELSEWHERE, False),
+        ("/docs", ELSEWHERE, False),
         ("/v1/control/start-run", "127.0.0.1", True),
         ("/v1/control/start-run", "::1", True),
         ("/v1/control/start-run", "::ffff:127.0.0.1", True),
@@ -191,20 +184,13 @@ def test_only_clients_calls_are_answered_to_other_machines(path, peer, answered)
     async def send(message):
         sent.append(message)
 
-    async def receive():
-        return {}
-
     scope = {"type": "http", "path": path, "client": peer and (peer, 5), "server": ("192.0.2.1", 8000)}
-    asyncio.run(superlink.guarded(inner)(scope, receive, send))
+    asyncio.run(superlink.guarded(inner)(scope, None, send))
     assert reached == ([path] if answered else [])
     assert [m["status"] for m in sent if "status" in m] == ([] if answered else [403])
 
 
 # ---- certificates and keys
-
-
-def mode(file: Path) -> int:
-    return stat.S_IMODE(file.stat().st_mode)
 
 
 def handshake(files: commands.Certificates, name: str, ca: Path) -> str:
@@ -213,25 +199,12 @@ def handshake(files: commands.Certificates, name: str, ca: Path) -> str:
     server.load_cert_chain(files.certificate, files.key)
     context = ssl.create_default_context(cafile=str(ca))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python 3.13 does by default
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            try:
-                server.wrap_socket(connection, server_side=True).close()
-            except (ssl.SSLError, OSError):
-                connection.close()  # the client turned away
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            with (
-                socket.create_connection(listener.getsockname()) as raw,
-                context.wrap_socket(raw, server_hostname=name) as secure,
-            ):
-                return str(secure.getpeercert()["subject"])  # type: ignore[index]
-        finally:
-            thread.join(5)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    caller = context.wrap_bio(back, there, server_hostname=name)
+    for side in (caller, server.wrap_bio(there, back, server_side=True), caller):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return str(caller.getpeercert()["subject"])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "fed.example.org"])
@@ -254,13 +227,11 @@ def test_only_the_owner_reads_private_files_and_the_authority_keeps_no_key(tmp_p
     assert {file.name for file in (tmp_path / "tls").iterdir()} == {
         "ca.pem", "server.pem", "server.key", "clinic", "clinic.pub"
     }  # fmt: skip
-    assert mode(files.key) == mode(private) == 0o600
-    assert mode(files.ca) == mode(public) == 0o644
+    modes = [stat.S_IMODE(file.stat().st_mode) for file in (files.key, private, files.ca, public)]
+    assert modes == [0o600, 0o600, 0o644, 0o644]
 
 
 def test_node_keys_are_what_flower_reads(tmp_path):
-    from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
-
     private, public = commands.make_node_key(tmp_path, "clinic")
     pair = serialization.load_ssh_private_key(private.read_bytes(), None).public_key()
     assert pair == serialization.load_ssh_public_key(public.read_bytes())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import ssl
-import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import deployfakes
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -32,7 +32,7 @@ from alora_kernels.federated.deploy.commands import (
 )
 from alora_kernels.federated.deploy.processes import FlowerError, Process, Processes, free_port
 from alora_kernels.recipes.federated import participant
-from tests.support.processes import kill, wait, wait_line
+from tests.support.processes import kill, until, wait, wait_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 600  # for what takes seconds on an idle machine: only a hang comes so far
@@ -56,26 +56,19 @@ def result(tmp_path: Path) -> np.ndarray:
     return np.load(tmp_path / "out" / "final.npy")
 
 
-def assert_nothing_runs(home: Path, seconds: float = 60) -> None:
+def assert_nothing_runs(home: Path) -> None:
     """No process of this FLWR_HOME is left; one that was told to stop may end a moment later."""
-    deadline = time.monotonic() + seconds
-    while left := running_below(home):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    until(lambda: not running_below(home), 60, f"processes below {home} end")
 
 
-def running_below(home: Path) -> list[str]:
+def running_below(home: Path) -> list[list[str]]:
     """Command lines of processes whose FLWR_HOME lies below `home`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "environ").read_bytes().split(b"\0")
-            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            if any(word.startswith(f"FLWR_HOME={home}/".encode()) for word in words) and state != "Z":
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (OSError, IndexError):
-            continue  # it ended while we looked, or belongs to somebody else
-    return found
+    left = [p.info for p in psutil.process_iter(["cmdline", "environ", "status"]) if p.info["environ"]]
+    return [
+        info["cmdline"]
+        for info in left
+        if info["environ"].get("FLWR_HOME", "").startswith(f"{home}/") and info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 def test_ray_gives_the_same_arrays_and_leaves_nothing_behind(tmp_path):
@@ -192,7 +185,7 @@ def test_a_client_killed_in_mid_round_does_not_stop_the_others(tmp_path, federat
     def kill_when_it_stalls(line: str) -> None:
         victim = members["client-2"]
         if "Sampled 3 nodes" in line and victim.exit_code is None:
-            wait_for(tmp_path / "out" / "stalled")
+            until((tmp_path / "out" / "stalled").exists, SECONDS, "the client stalls")
             kill(victim)
 
     app = app_folder(tmp_path, least=2, stalls=2)
@@ -233,10 +226,3 @@ def test_one_configuration_gives_the_same_arrays_under_all_three_engines(tmp_pat
             np.testing.assert_array_equal(there[key], array, err_msg=f"{engine}: {key}")
     assert any(np.abs(array).max() > 0 for array in here.values())
     assert_nothing_runs(tmp_path)
-
-
-def wait_for(file: Path, seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not file.exists():
-        assert time.monotonic() < deadline, f"{file} did not appear"
-        time.sleep(0.1)

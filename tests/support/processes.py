@@ -1,11 +1,23 @@
-"""What tests do with a supervised process: wait for its end or for a line of its log, kill it."""
+"""What tests do with processes: wait for the end of one or for a line of its log, kill it."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from alora_kernels.federated.deploy.processes import Process
+
+
+def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
+    """Until it has happened."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
 
 
 def wait(process: Process, seconds: float) -> int:
@@ -29,5 +41,6 @@ def kill(process: Process) -> None:
     """SIGKILL to it and all its descendants, as a machine that loses power."""
     root = psutil.Process(process.pid)
     for victim in [*root.children(recursive=True), root]:
-        victim.kill()
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
     wait(process, 60)

@@ -1,11 +1,8 @@
-"""The folder that `flwr run` submits: a configuration and two imports.
+"""The folder that `flwr run` submits for `alora fed`: a configuration and two imports.
 
-In:   the configuration's text and where the server and client apps are.
-Out:  a folder with `pyproject.toml` and `app.py`; Flower packs both and sends them to every client.
-Who:  `alora fed run` and `alora fed server`; `examples/federated_app` is the same folder by hand.
-
-Only these two files travel. The apps themselves are imported from what is installed on each machine, so a client runs
-no code from the server but the names of two objects, and every machine needs the same version of this package.
+Only these two files travel to the clients. The apps themselves are imported from what is installed on each machine: a
+client runs no code from the server but the names of two objects, and every machine needs the same version of this
+package. `examples/federated_app` is the same folder by hand.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""What Flower's daemons are started with: their commands and environment, certificates and keys.
-
-In:   a home folder for everything Flower writes, addresses, certificates and keys.
-Out:  program and arguments of SuperLink and SuperNodes; `<home>/flwr/config.toml`, which `flwr` commands read;
-      `ca.pem`, `server.pem`, `server.key`; `<client>` and `<client>.pub`.
-Who:  `runs` starts the commands as children; `alora fed` and the loopback example.
+"""What Flower's daemons are started with, by `runs` and `alora fed`: commands, environment, certificates and keys.
 
 FLWR_HOME lies inside the run's folder: neither configuration nor state of the user is touched. A server without
 certificates is a simulation and listens on this machine only; with them it takes only clients whose key is registered.
@@ -105,8 +100,6 @@ def supernode_command(
     state_dir: Path,
     config: Path | None = None,
     data: Path | None = None,
-    port: int | None = None,
-    max_wait: float | None = None,
 ) -> list[str]:
     """Program and arguments of a client's SuperNode.
 
@@ -118,8 +111,6 @@ def supernode_command(
         state_dir: folder that keeps its private parts.
         config: its own copy of the configuration; without it the server's counts, and with it what is shared.
         data: its own data file.
-        port: local port for its own processes; a free one by default.
-        max_wait: seconds after which it gives up to reach the server; None: never.
 
     Raises:
         ValueError: a name or path that Flower's node configuration cannot hold.
@@ -132,8 +123,7 @@ def supernode_command(
     command = [program("flower-supernode"), "--superlink", server]
     command += ["--root-certificates", str(existing(ca, "a copy of the server's ca.pem"))]
     command += ["--auth-supernode-private-key", str(existing(key, "make_node_key"))]
-    command += ["--host", LOOPBACK, "--port", str(port or free_port()), "--node-config", node_config(node)]
-    return command if max_wait is None else [*command, "--max-wait-time", str(max_wait)]
+    return [*command, "--host", LOOPBACK, "--port", str(free_port()), "--node-config", node_config(node)]
 
 
 def node_config(values: Mapping[str, str]) -> str:

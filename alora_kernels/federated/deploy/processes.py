@@ -1,8 +1,4 @@
-"""Child processes that end when the work ends: Flower's daemons and commands, supervised.
-
-In:   a command, its environment, a log file.
-Out:  a running process, its exit code, the last lines of its log; `FlowerError` when it did not do its work.
-Who:  `runs` starts SuperLinks, SuperNodes and `flwr` commands with it; so does the loopback example.
+"""Child processes that end when the work ends: what `runs` starts of Flower, supervised, with logs that errors quote.
 
 Every process leads its own group, so Ctrl-C in a terminal reaches only the supervisor, which stops the others in
 reverse order. A Flower daemon detaches what it starts (executor, app, Ray), and those look only every few seconds
@@ -37,10 +33,10 @@ class FlowerError(RuntimeError):
     """Flower, or a process around it, did not do what was asked; the message ends with the last lines of its log."""
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on; another program may still take it before it is used."""
+def free_port() -> int:
+    """A TCP port of this machine nobody listens on; another program may still take it before it is used."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 

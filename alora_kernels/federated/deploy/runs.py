@@ -1,12 +1,8 @@
-"""Run Flower as processes: a simulation on this machine, or a server and clients on several.
+"""Run an app folder with Flower as processes: a simulation on this machine, or a server and clients on several.
 
-In:   an app folder (`apps.write_app`), a home folder, certificates and registered keys (`commands`).
-Out:  a run submitted, followed to its end and judged by its status; its log.
-Who:  `alora fed run --engine ray`, `alora fed server`, the loopback example.
-
-`flwr run` exits 0 when the run crashed, so a run counts as done only when the SuperLink says `finished:completed`.
-`flwr run . local` leaves a SuperLink behind on a fixed port; here a simulation gets its own on a free port, as a child
-that ends with the call.
+For `alora fed` and the loopback example. `flwr run` exits 0 when the run crashed, so a run counts as done only when the
+SuperLink says `finished:completed`. `flwr run . local` leaves a SuperLink behind on a fixed port; here a simulation has
+its own on a free port, as a child that ends with the call.
 """
 
 from __future__ import annotations

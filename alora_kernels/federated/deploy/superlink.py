@@ -1,14 +1,10 @@
-"""Flower's SuperLink with one door closed: only clients' calls are answered to other machines.
-
-In:   the arguments of `flower-superlink`.
-Out:  the same server; calls from another machine to anything but `/v1/fleet/` and `/health` get status 403.
-Who:  `commands.superlink_command`, as `python -m alora_kernels.federated.deploy.superlink`.
+"""`flower-superlink` with one door closed: other machines get 403 for all but `/v1/fleet/` (clients) and `/health`.
 
 Flower 1.41 serves clients (fleet), operators (control) and its own processes (runtime) on one port, and without an
 account plugin the control interface asks nobody who they are: whoever reaches the port registers a key of their own,
 then starts a run, which is code that every client executes. Registered keys protect nothing while that door is open.
 Operators therefore work on the server's own machine, or through a tunnel that ends there. A proxy on that machine makes
-everyone look local: let it pass `/v1/fleet/` only.
+everyone look local: let it pass `/v1/fleet/` only. `commands.superlink_command` starts this module.
 """
 
 from __future__ import annotations
