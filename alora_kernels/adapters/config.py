@@ -21,8 +21,7 @@ from typing import Any, Literal
 
 from peft.utils.other import get_pattern_key
 
-from ..modules.init import lora_scaling
-from ..modules.tasks import task_names
+from ..modules.adapter import lora_scaling, task_names
 from ..tuner.config import CONFIG, unwrapped
 from ..tuner.register import NAME as ALORA
 

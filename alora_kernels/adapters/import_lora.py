@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import written_whole
-from ..modules.tasks import task_names
+from ..modules.adapter import task_names
 from ..tuner.config import CARD, WEIGHTS, ALoRAConfig, describe_import
 from .cards import read_task_cards, write_task_cards
 from .reader import PREFIX, AdapterFile, Shape, read_adapter

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..modules.tasks import task_names
+from ..modules.adapter import task_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig

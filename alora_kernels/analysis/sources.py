@@ -26,7 +26,7 @@ from .. import files
 from ..adapters.config import AdapterFolderError, checked_config, not_finite, read_settings, refused
 from ..adapters.method import SETTINGS, STATE, read_method
 from ..adapters.reader import PREFIX, Stamp, read_adapter, stamp_of
-from ..modules.init import lora_scaling
+from ..modules.adapter import lora_scaling
 from ..text import printable
 from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.adapter import AdaptedLinear
-from ..modules.init import reset_adapter_
-from ..modules.tasks import task_names
+from ..modules.adapter import AdaptedLinear, reset_adapter_, task_names
 from ..ops.torch.rows import Rows, Slots, Whole, layout_of
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, RowGroups, current_routing

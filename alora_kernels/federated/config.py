@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..modules.init import lora_scaling
+from ..modules.adapter import lora_scaling
 from ..settings import mistakes, read_yaml, write_yaml
 from ..text import NAME
 from .share_specs import ShareSpec, share_spec

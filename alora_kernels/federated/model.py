@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..modules.init import lora_scaling
+from ..modules.adapter import lora_scaling
 from ..ops import alora_linear
 from ..routing import ConstantRouting
 from .config import FedConfig

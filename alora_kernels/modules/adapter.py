@@ -1,27 +1,113 @@
-"""A frozen linear layer and a low-rank part beside it: what `HydraLinear` and `PerTaskLinear` have in common.
+"""What every adapter is made of: task names and ids, how A, B and a router start, s, and the layer they stand beside.
 
-In:   an `nn.Linear` of the model; its weight and bias are shared, not copied, and frozen.
-Out:  a module under the same parameter names whose forward adds what a subclass computes.
-Who:  the baselines' modules; `baselines.methods` puts them in the place of target layers.
-
-These layers are ALoRA's neighbours in the literature, in plain torch under autograd: to train them on the same data
-and compare, not to be the fastest.
+In:   tasks as a count or names, what a caller says about the rows of a batch; fresh tensors; an `nn.Linear`.
+Out:  unique names and integer ids (`"__base__"` is -1, the base model alone); tensors filled in place.
+Who:  `FusedALoRALinear`, the PEFT tuner, the trainer, and the baselines, whose layers are `AdaptedLinear`s.
 """
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routing import Layout
-from .init import lora_scaling
+
+BASE = "__base__"
+
+
+def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
+    """Unique task names; a count n gives "0" .. "n - 1".
+
+    Raises:
+        TypeError: a name is not a string.
+        ValueError: no task, a repeated name, or the reserved "__base__".
+    """
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a list of names or a count, got the string {tasks!r}: use [{tasks!r}]")
+    names = tuple(str(i) for i in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
+    if not names:
+        raise ValueError("an ALoRA layer needs at least one task")
+    if any(not isinstance(name, str) for name in names):
+        raise TypeError(f"task names must be strings, got {names}")
+    if len(set(names)) != len(names) or BASE in names:
+        raise ValueError(f"task names must be unique and not {BASE!r} (reserved for the base model), got {names}")
+    return names
+
+
+def task_id(task: Any, tasks: Sequence[str]) -> int:
+    """The id of one task, by name or id; `"__base__"` and -1 give -1.
+
+    Args:
+        task: a name or an integer, also as NumPy or torch give one number of an array.
+        tasks: names in the order of their ids.
+
+    Raises:
+        ValueError: no such task; the valid ones are listed.
+    """
+    task = plain_task(task)
+    if isinstance(task, str) and (task == BASE or task in tasks):
+        return -1 if task == BASE else list(tasks).index(task)
+    if isinstance(task, int) and not isinstance(task, bool) and -1 <= task < len(tasks):
+        return task
+    raise ValueError(f"unknown task {task!r}: valid tasks are {', '.join(tasks)} and {BASE} (the base model alone)")
+
+
+def plain_task(task: Any) -> Any:
+    """A task as a Python string or integer, so that equal tasks are equal keys; other values are left as they are."""
+    if getattr(task, "ndim", None) == 0:  # NumPy scalars, and arrays and tensors of one number
+        task = task.item()
+    return int(task) if isinstance(task, Integral) and not isinstance(task, bool) else task
+
+
+def task_ids_from_names(names: Sequence[Any], tasks: Sequence[str]) -> Tensor:
+    """Ids `[len(names)]` of the tasks named, int64 on the CPU.
+
+    Raises:
+        ValueError: an unknown task; the valid ones are listed.
+    """
+    return torch.tensor([task_id(name, tasks) for name in names], dtype=torch.long)
+
+
+@torch.no_grad()
+def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None) -> None:
+    """Kaiming-uniform A_e and router (a = sqrt 5, as PEFT's LoRA and `nn.Linear`), zero B: it begins as its base.
+
+    Identical A would make experts symmetric: their gradients would be equal and they would never part (and the
+    similarity of A across tasks that Ban & Ji 2025 trace back to a shared initialisation would be built in).
+
+    Args:
+        lora_A: `[E, R, K]`; each A_e is drawn on its own.
+        lora_B: `[N, R]`.
+        router: `[E, K]` or None.
+    """
+    for a in lora_A:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.zeros_(lora_B)
+    if router is not None:
+        nn.init.kaiming_uniform_(router, a=math.sqrt(5))
+
+
+def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """s = lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def delta_weight(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s B A, `[N, K]`: what one task changes of the weight, from its A `[R, K]` and B `[N, R]`, computed in a dtype."""
+    return scaling * (b.to(dtype) @ a.to(dtype))
 
 
 class AdaptedLinear(nn.Module):
-    """`y = x W0^T + bias + delta(x)`.
+    """A frozen layer and what a subclass adds: `y = x W0^T + bias + delta(x)`, in plain torch under autograd.
+
+    ALoRA's neighbours in the literature (`baselines`) are such layers: to train them on the same data and compare, not
+    to be the fastest. Weight and bias keep their names; they are shared with the `nn.Linear`, not copied, and frozen.
 
     Args:
         linear: the layer to replace; only a plain `nn.Linear`.

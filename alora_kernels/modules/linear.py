@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..ops import trusted_linear
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
-from .init import delta_weight, lora_scaling, reset_adapter_
-from .tasks import task_id, task_ids_from_names, task_names
+from .adapter import delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
 
 
 class FusedALoRALinear(nn.Module):
@@ -96,7 +95,7 @@ class FusedALoRALinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the base as `nn.Linear` does and the adapter as `init.reset_adapter_` does."""
+        """Draw the base as `nn.Linear` does and the adapter as `reset_adapter_` does."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         if self.bias is not None:
             bound = self.in_features**-0.5 if self.in_features else 0.0

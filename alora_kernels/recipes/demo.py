@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..baselines import formulas
-from ..modules.tasks import BASE
+from ..modules.adapter import BASE
 from ..routing import Routing, current_routing, route
 from ..text import printable
 from ..training import TaskCollator

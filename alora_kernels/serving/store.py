@@ -25,7 +25,7 @@ from torch import nn
 from ..adapters.cards import TaskCard, read_task_cards
 from ..adapters.config import AdapterFolderError, refused
 from ..adapters.reader import AdapterFile, read_adapter
-from ..modules.tasks import BASE
+from ..modules.adapter import BASE
 from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
 from .openmp import release_workers
 from .placement import Placement, Record, Where

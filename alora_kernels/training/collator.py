@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modules.tasks import task_ids_from_names
+from ..modules.adapter import task_ids_from_names
 from .rules import IGNORED, BatchRules
 
 FILL = {"special_tokens_mask": 1}  # what is no token counts as special; every other column is filled with 0

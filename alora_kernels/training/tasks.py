@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, IterableDataset, Sampler, Subset
 
 from ..modules import FusedALoRALinear
-from ..modules.adapter import AdaptedLinear
-from ..modules.tasks import BASE, plain_task, task_id
+from ..modules.adapter import BASE, AdaptedLinear, plain_task, task_id
 from ..routing import Routing
 from ..tuner.layer import ALoRALayer
 from ..tuner.router import BatchRouting

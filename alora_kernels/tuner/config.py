@@ -21,8 +21,7 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..files import written_whole
-from ..modules.init import lora_scaling
-from ..modules.tasks import task_names
+from ..modules.adapter import lora_scaling, task_names
 from .register import NAME, extend_str_enum
 
 WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md"

@@ -20,7 +20,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modules.init import delta_weight, reset_adapter_
+from ..modules.adapter import delta_weight, reset_adapter_
 from ..ops import trusted_delta, trusted_linear
 from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing

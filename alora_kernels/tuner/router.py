@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..modules.tasks import BASE, task_id
+from ..modules.adapter import BASE, task_id
 from ..recompute import keep_routing
 from ..routing import Layout, Routing, current_routing
 from .layer import ALoRALayer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alora_kernels.modules.tasks import task_id, task_ids_from_names
+from alora_kernels.modules.adapter import task_id, task_ids_from_names
 from alora_kernels.training import TaskBalancedSampler, TaskCollator
 from alora_kernels.training.loss import kept_positions
 
