@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alora_kernels import files
+from alora_kernels.analysis import Analysis
+from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis.sources import units
 
-from ..support.adapters import PREFIX, Matrices, written
+from ..support.adapters import PREFIX, Matrices, alora, written
 
 Q, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn64(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def study_of(folder: Path, tasks: Sequence[str], layers: int = 3, **more: str) -> Analysis:
+    """The comparison of the tasks of an ALoRA adapter at two modules per layer."""
+    modules = [name.format(n) for n in range(layers) for name in (Q, UP)]
+    a = {m: randn(len(tasks), 2, 8, seed=i) for i, m in enumerate(modules)}
+    return compare_units(units(alora(folder, tasks, a, {m: randn(6, 2) for m in modules}, **more)))
 
 
 def vera(path: Path, d: Matrices, b: Matrices) -> Path:

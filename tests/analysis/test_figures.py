@@ -14,16 +14,12 @@ from alora_kernels.analysis.gradients import COLUMNS, share_of
 from alora_kernels.analysis.sources import units
 
 from ..support.adapters import alora, lora
-from .adapters import UP, Q, randn, vera
+from .adapters import UP, randn, study_of, vera
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 from PIL import Image
 
-
-def study_of(tmp_path, tasks=("math", "code", "law"), layers=3, **more):
-    modules = [name.format(n) for n in range(layers) for name in (Q, UP)]
-    a = {m: randn(len(tasks), 2, 8, seed=i) for i, m in enumerate(modules)}
-    return compare_units(units(alora(tmp_path / "a", tasks, a, {m: randn(6, 2) for m in modules})), **more)
+TASKS = ("math", "code", "law")
 
 
 def drawn(study):
@@ -31,7 +27,7 @@ def drawn(study):
 
 
 def test_every_measure_with_numbers_has_a_picture(tmp_path):
-    found = drawn(study_of(tmp_path))
+    found = drawn(study_of(tmp_path / "a", TASKS))
     assert list(found) == [
         "similarity", "layers-A-cosine", "layers-A-overlap", "similarity-layers", "changes-layers", "update-layers",
         "norms-units",
@@ -56,11 +52,11 @@ def test_words_name_the_extremes_and_the_level_of_chance(tmp_path):
 
 
 def test_one_pair_says_that_there_is_no_spread(tmp_path):
-    assert "no spread" in drawn(study_of(tmp_path, tasks=("x", "y")))["similarity-layers"].caption
+    assert "no spread" in drawn(study_of(tmp_path / "a", ("x", "y")))["similarity-layers"].caption
 
 
 def test_one_unit_and_vectors_and_modules_without_numbers(tmp_path):
-    single = drawn(study_of(tmp_path, tasks=("x",)))
+    single = drawn(study_of(tmp_path / "a", ("x",)))
     assert "similarity" not in single and "update-layers" in single
     both = [u for n in "pq" for u in units(vera(tmp_path / n, {UP.format(0): randn(2)}, {UP.format(0): randn(6)}))]
     assert set(drawn(compare_units(both))) == {"similarity", "similarity-layers", "changes-layers", "norms-units"}
@@ -70,7 +66,7 @@ def test_one_unit_and_vectors_and_modules_without_numbers(tmp_path):
 
 def test_names_cannot_become_formulas_and_many_units_fit(tmp_path):
     names = ["$\\frac{1}{0}$", *(f"a task with quite a long name, number {i}" for i in range(19))]
-    found = drawn(study_of(tmp_path, tasks=names, layers=2))
+    found = drawn(study_of(tmp_path / "a", names, layers=2))
     assert Image.open(io.BytesIO(found["similarity"].light)).width < 3000
 
 
@@ -97,7 +93,7 @@ def test_conflicts_are_drawn_from_the_file_beside_the_adapter(tmp_path):
 
 
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
-    study = study_of(tmp_path)
+    study = study_of(tmp_path / "a", TASKS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         next(figures.pictures(study))

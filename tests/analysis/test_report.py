@@ -13,17 +13,16 @@ from alora_kernels.analysis.report import render, write_report
 from alora_kernels.analysis.sources import units
 
 from ..serving import chromium
-from ..support.adapters import alora, lora
-from .adapters import UP, Q, randn
+from ..support.adapters import lora
+from . import adapters
+from .adapters import UP, randn
 
 EVIL = "<script>document.title='owned'</script>"
 EVIL_FOLDER = "<img src=x onerror=alert(1)>&\"'"
 
 
 def study_of(tmp_path, tasks=("math", EVIL), folder="adapter"):
-    modules = [name.format(n) for n in range(3) for name in (Q, UP)]
-    a = {m: randn(len(tasks), 2, 8, seed=i) for i, m in enumerate(modules)}
-    return compare_units(units(alora(tmp_path / folder, tasks, a, {m: randn(6, 2) for m in modules}, base=EVIL)))
+    return adapters.study_of(tmp_path / folder, tasks, base=EVIL)
 
 
 class Tags(HTMLParser):

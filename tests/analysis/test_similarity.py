@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alora_kernels.analysis import IncomparableError, chance, cosine, pairwise, subspace_overlap
 
-from .draws import randn
+from .adapters import randn64 as randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 12))
