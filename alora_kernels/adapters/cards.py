@@ -46,12 +46,7 @@ class TaskCard:
 
 
 def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
-    """Write the file, or remove it where there is nothing to say.
-
-    Args:
-        folder: of the adapter.
-        cards: task -> how it was asked. One that could not be read back is left out with a warning.
-    """
+    """Write the file, or remove it where there is nothing to say; a card that could not be read back is left out."""
     good = {}
     for task, card in cards.items():
         fields = asdict(card) | {"answers": list(card.answers)}
@@ -69,16 +64,12 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
 
 
 def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskCard]:
-    """Read the file of an adapter.
+    """Task -> card, of the tasks that have one; nothing, after a warning, of a file that is not as it was written.
 
     Args:
         folder: of the adapter.
         tasks: names in the adapter. The only card is that of the only task whatever it is called, since a stock LoRA
             is called as its folder is.
-
-    Returns:
-        Task -> card, of the tasks that have one. Nothing without the file, nor, after a warning that names the fault,
-        for one that is not as `write_task_cards` leaves it.
     """
     path = Path(folder, FILE)
     if not path.exists():

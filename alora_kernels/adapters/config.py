@@ -84,14 +84,11 @@ class AdapterConfig:
     Attributes:
         kind: how it was saved.
         tasks: names of its tasks; a stock LoRA is one task, called like its folder.
-        base: name of the base model, if given.
-        r: rank of modules without a pattern.
-        alpha: numerator of s for them.
+        base, revision: of the base model, if given.
+        r, alpha: rank and numerator of s, of modules without a pattern.
         rslora: s = alpha / sqrt(r).
-        ranks: pattern -> another rank.
-        alphas: pattern -> another alpha.
+        ranks, alphas: pattern -> another rank, another alpha.
         task_type: PEFT's, if given.
-        revision: of the base model, if given.
         targets: names that select its modules, if a list alone says which.
     """
 
@@ -136,11 +133,7 @@ def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a folder as they are written, not checked any further.
-
-    Raises:
-        AdapterFolderError: too large, or no JSON object.
-    """
+    """The settings of a folder as they are written; an `AdapterFolderError` if they are too large or no object."""
     try:
         settings = json_of(folder / CONFIG, MAX_BYTES)
     except OverflowError:

@@ -75,11 +75,9 @@ class ExportReport:
     """What was written, and how to serve it.
 
     Attributes:
-        base: name of the base model, or None if the adapter does not say.
-        rank: R of every folder.
-        modules: adapted modules per folder.
+        base, dtype: of the base model; None if the adapter does not say, or it is not on this machine.
+        rank, modules: R and adapted modules of every folder.
         tasks: the folders.
-        dtype: of the base's weights, or None if they are not on this machine.
     """
 
     base: str | None

@@ -48,8 +48,7 @@ class ImportReport:
 
     Attributes:
         base: name of the base model, or None.
-        folder: absolute path of the new adapter.
-        rank: its R.
+        folder, rank: absolute path and R of the new adapter.
         bytes, bytes_before: size of its weights, and of the originals' together.
         ranks: task -> largest rank of the original.
         norms, lost: module -> ||D_i||_F and ||D_i - B A_i||_F of each task.

@@ -72,14 +72,12 @@ class AdapterFile:
     """A saved adapter whose contents were checked. What reads it again refuses a file that changed since.
 
     Attributes:
-        folder: where it lies.
+        folder, stamp: where it lies, and which file was checked.
         config: what it says of itself.
-        shapes: module -> (N, R, K), by name.
-        scaling: module -> s.
+        shapes, scaling: of each module, by name.
         dtype: the widest of its tensors.
         keys: names of the tensors in the file.
         copies: parameter of the base -> name in the file, of what PEFT copies beside an adapter on the output layer.
-        stamp: of the file that was checked.
     """
 
     folder: Path
@@ -115,9 +113,6 @@ class AdapterFile:
     def matrices(self, task: str) -> dict[str, Tensor]:
         """A of one task: module -> `[R, K]`; only these rows are read.
 
-        Args:
-            task: one of `tasks`.
-
         Raises:
             AdapterFolderError: no such task, or the file is not the one that was checked any more.
         """
@@ -135,7 +130,7 @@ class AdapterFile:
             base: its parameters; names that it lacks and quantised ones are not compared.
 
         Raises:
-            AdapterFolderError: another weight, or the file is not the one that was checked any more.
+            AdapterFolderError: another weight; and as `matrices`.
         """
         with self._checked() as file:
             for name, key in self.copies.items():
@@ -153,11 +148,7 @@ class AdapterFile:
                           " must have it unchanged", stacklevel=3)  # fmt: skip
 
     def factors(self, module: str) -> Factors:
-        """A of the first task, B and s of one module; only these are read.
-
-        Raises:
-            AdapterFolderError: the file is not the one that was checked any more.
-        """
+        """A of the first task, B and s of one module; only these are read. Raises as `matrices`."""
         parts = self.keys[module]
         with self._checked() as file:
             return Factors(_a(file, self.config, parts["A"], 0), file.get_tensor(parts["B"]), self.scaling[module])
@@ -171,18 +162,14 @@ class AdapterFile:
 
 
 def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
-    """Read and check a saved adapter.
+    """Read and check a saved adapter; its module names are those of the base model.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         only: refuse the other kind.
 
-    Returns:
-        The adapter; module names are those of the base model.
-
     Raises:
-        AdapterFolderError: there is none, it is damaged, of the other kind, or more than s B A per task; naming the
-            remedy.
+        AdapterFolderError: there is none, it is damaged, of the other kind, or more than s B A per task.
     """
     folder = Path(os.path.abspath(folder))
     try:

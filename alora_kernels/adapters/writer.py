@@ -51,14 +51,9 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
 
 
 def target_names(configs: Iterable[AdapterConfig], modules: Iterable[str]) -> list[str]:
-    """`target_modules` that select the same modules without any other setting.
+    """`target_modules` that select these modules, by their full names, without any other setting.
 
-    Args:
-        configs: of the adapters the modules come from.
-        modules: their full names.
-
-    Returns:
-        The names that all the configs list, where a list alone says it; otherwise the modules' full names.
+    The names that all the configs list, where a list alone says it; otherwise the modules' full names.
     """
     exact = sorted(modules)
     names, *others = {config.targets for config in configs}
@@ -68,11 +63,7 @@ def target_names(configs: Iterable[AdapterConfig], modules: Iterable[str]) -> li
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:
-    """Raise unless an adapter may be written to the folder.
-
-    Raises:
-        ValueError: it holds an adapter and `overwrite` is False, or it holds something else.
-    """
+    """Raise unless the folder is free, or holds nothing but an adapter that may be replaced."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give the path of a folder")
     if not folder.is_dir() or not any(folder.iterdir()):

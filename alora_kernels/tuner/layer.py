@@ -32,15 +32,7 @@ TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may b
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one adapter is at one layer.
-
-    Attributes:
-        r: rank.
-        scaling: s.
-        dropout: probability of dropout.
-        tasks: task names; empty for soft routing.
-        experts: E.
-    """
+    """What one adapter is at one layer: R, s, the probability of dropout, task names (none for soft routing), E."""
 
     r: int
     scaling: float
@@ -84,13 +76,11 @@ class ALoRALayer(BaseTunerLayer):
     """Storage, housekeeping and merging of the adapters of one layer, in the terms PEFT knows.
 
     Attributes:
-        asymlora_A: adapter -> `Weight` `[E, R, K]`.
-        asymlora_B: adapter -> `Weight` `[N, R]`.
+        asymlora_A, asymlora_B: adapter -> `Weight` `[E, R, K]` and `[N, R]`.
         asymlora_router: adapter -> `Weight` `[E, K]`, only for soft routing.
         asymlora_spec: adapter -> `AdapterSpec`.
         asymlora_fixed: adapter -> the task set by `set_task`; -1 is the base.
-        rows_name: the layer's name in the model.
-        rows: where the batch rows are in what the layer is given; None if nobody knows.
+        rows_name, rows: its name in the model, and where the batch rows are in its input; None if nobody knows.
     """
 
     rows_name: str | None = None
@@ -114,14 +104,7 @@ class ALoRALayer(BaseTunerLayer):
         self.in_features, self.out_features = features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ALoRAConfig) -> None:
-        """Add an adapter to this layer; nothing is left of an earlier one of its name.
-
-        Args:
-            adapter_name: its name.
-            r: its rank here.
-            lora_alpha: numerator of its scaling here.
-            config: the rest.
-        """
+        """Add an adapter to this layer, with its rank and alpha here; nothing is left of an earlier one of its name."""
         self.forget(adapter_name)
         tasks = tuple(config.tasks) if isinstance(config.tasks, list) else ()
         self.asymlora_spec[adapter_name] = AdapterSpec(
@@ -304,8 +287,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
 
     Args:
         base_layer: the module to adapt.
-        adapter_name: name of the first adapter.
-        r, lora_alpha, config: as in `ALoRALayer.update_layer`.
+        adapter_name, r, lora_alpha, config: of the first adapter, as in `ALoRALayer.update_layer`.
         quantization: what PEFT's quantisation backends need to know about the model.
     """
 

@@ -44,12 +44,7 @@ _OURS = re.compile(r"(.+)\.asymlora_(?:A|B|router)(?:\..+)?")
 
 
 class ALoRAModel(BaseTuner):
-    """A base model with ALoRA adapters: several low-rank A per layer, one shared B.
-
-    Args:
-        model: the base model, changed in place.
-        config: `ALoRAConfig`.
-        adapter_name: the adapter's name.
+    """A base model, changed in place, with ALoRA adapters: several low-rank A per layer, one shared B.
 
     Source: Ban & Ji 2025, ALoRA. Not to be confused with Activated LoRA, which PEFT calls aLoRA.
     """
@@ -200,15 +195,7 @@ class ALoRAModel(BaseTuner):
         return tasks
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge the set task of the adapters into the base weights, after checking that every layer can.
-
-        Args:
-            adapter_names: None takes the active adapters.
-            safe_merge: refuse sums that are not finite.
-
-        Raises:
-            ValueError: no task set, soft routing, or a weight that two modules share.
-        """
+        """`ALoRALayer.merge` of every layer, after checking with `check_mergeable` that each can."""
         check_mergeable(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -246,12 +233,8 @@ class ALoRAModel(BaseTuner):
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raise, before any weight is touched, if some layer could not be merged.
 
-    Args:
-        model: the base model with its adapted layers.
-        adapter_names: which adapters; None takes the active ones.
-
     Raises:
-        ValueError: see `ALoRALayer.task_to_merge`; a weight shared by two modules.
+        ValueError: see `ALoRALayer.merge`; a weight shared by two modules.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,8 +1,8 @@
 """Where the rows of a batch are in what each linear layer is given: found out with a tiny batch, before any changes.
 
-In:   a transformers model that has just been built or loaded.
+In:   a transformers model that has just been built or loaded; or the first batch of any other.
 Out:  for each module its layout, or why its inputs have none; None for a model that cannot be tried.
-Who:  `ALoRAModel`, at injection; it leaves modules without a layout alone, and layers expand task ids by the layout.
+Who:  `ALoRAModel` and the baselines leave modules without a layout alone; layers expand task ids by it.
 
 Two rows of random tokens are run, then again with all tokens of the one or the other row changed: what changed in a
 module's input belongs to that row. A third batch, of three rows, shows which dimension grows with the batch. Nothing
@@ -53,10 +53,7 @@ Batch = tuple[dict[int, Any], dict[str, Any]]  # positional and named arguments
 
 
 def probe(model: nn.Module) -> dict[str, Finding] | None:
-    """The layout of the rows each leaf module of a model is given.
-
-    Args:
-        model: the base model, with or without adapters.
+    """The layout of the rows each leaf module of a model, with or without adapters, is given.
 
     Returns:
         For every module that could be adapted: a `Layout`; "shared" for inputs of no row, such as a table of positions;
@@ -314,16 +311,10 @@ def parameters_of(model: Any) -> list[str]:
 
 
 def probe_inputs(model: Any, rows: int, generator: torch.Generator, images: bool) -> dict[str, Tensor]:
-    """Random inputs by the names of the forward's arguments: only what the model is mainly fed.
+    """Random inputs of B rows, by the names of the forward's arguments: only what the model is mainly fed.
 
-    Text for a vision-language model, because its images do not belong to rows one by one. Special tokens are left out:
-    models look for them, and an image token without an image is an error.
-
-    Args:
-        model: a `PreTrainedModel`.
-        rows: B.
-        generator: of random numbers, on the CPU.
-        images: give a text model its other inputs too.
+    Text for a vision-language model, because its images do not belong to rows one by one; with `images` its other
+    inputs too. Special tokens are left out: models look for them, and an image token without an image is an error.
 
     Raises:
         AttributeError: the config lacks what the inputs are made from.

@@ -131,10 +131,7 @@ def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 
 class RoutedCheckpoint:
-    """A checkpoint function of transformers that keeps the routing of each segment.
-
-    Args:
-        function: called as `function(segment, *args)`.
+    """A checkpoint function of transformers, `function(segment, *args)`, that keeps the routing of each segment.
 
     Raises:
         ValueError: the function is a reentrant checkpoint.
@@ -160,10 +157,9 @@ class RoutedCheckpoint:
 
 
 class CheckpointGuard:
-    """Forward pre-hook of the base model: ids must fit its batch, and checkpointing keeps the routing.
+    """Forward pre-hook of the base model: ids must fit its batch, and whoever checkpoints, it keeps the routing.
 
-    Args:
-        model: the base model; its modules that can checkpoint are found once.
+    So every segment runs through `alora_kernels.keep_routing`, which says why that is needed.
     """
 
     def __init__(self, model: nn.Module) -> None:

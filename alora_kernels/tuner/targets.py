@@ -51,11 +51,8 @@ def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, 
     """Raise unless the module is a linear layer that adapters can serve.
 
     Args:
-        module: the target.
-        parent: the module that holds it.
-        name: its name in the model.
-        experts: E of the adapter.
-        soft: whether the adapter routes by itself.
+        module, parent, name: the target, the module that holds it, its name in the model.
+        experts, soft: E of the adapter, and whether it routes by itself.
 
     Raises:
         ValueError: naming the module and the remedy.
@@ -108,12 +105,7 @@ def listened_to(module: nn.Module, args: Any) -> None:
 
 
 def keep_dense(model: nn.Module, dense: bool = True) -> None:
-    """Let torch's encoders make no nested tensors of padded batches, which only their fast path can take, or again.
-
-    Args:
-        model: holds the encoders.
-        dense: False gives them back as they were.
-    """
+    """Let torch's encoders make no nested tensors of padded batches, which only their fast path can take, or again."""
     encoders: list[Any] = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     for module in encoders:
         if dense and getattr(module, "use_nested_tensor", False):
