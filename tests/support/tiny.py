@@ -78,6 +78,14 @@ def adapted(base: Any = None, **overrides: Any) -> PeftModel:
     return get_peft_model(llama() if base is None else base, config(**overrides)).eval()
 
 
+def no_dropout(model: nn.Module) -> Any:
+    """The model, whose training mode computes what evaluation does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def tokens(rows: int = 2, length: int = 6, seed: int = 3) -> torch.Tensor:
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -13,7 +13,7 @@ import alora_kernels
 from alora_kernels import keep_routing
 from alora_kernels.tuner import set_task
 
-from ..support.tiny import Mlp, adapted, adapter_grads, assert_same, gpt2, llama, tokens
+from ..support.tiny import Mlp, adapted, adapter_grads, assert_same, gpt2, llama, no_dropout, tokens
 
 
 def _enable_before(base, **kwargs):
@@ -57,18 +57,11 @@ def _two_forwards(model):
     return adapter_grads(model)
 
 
-def _no_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("base", [llama, gpt2])
 def test_gradients_are_bit_identical(way, base, recomputed):
-    wanted = _two_forwards(adapted(_no_dropout(base())))
-    model = way(_no_dropout(base()))
+    wanted = _two_forwards(adapted(no_dropout(base())))
+    model = way(no_dropout(base()))
     assert_same(wanted, _two_forwards(model))
     assert recomputed(model, adapter_names=["math", "code"])
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
+from ..support.stock_lora import stock_lora
 from ..support.tiny import adapted, config, gpt2, layers_of, llama, tokens
 
 
 def _stock(base, **settings):
     """PEFT's LoRA in the base's dtype: with 16 bits, the adapters too (PEFT would otherwise widen x for them)."""
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return get_peft_model(base, LoraConfig(**(lora | settings)), autocast_adapter_dtype=False).eval()
+    return stock_lora(base, autocast_adapter_dtype=False, task_type="CAUSAL_LM", **settings)
 
 
 def _copy_weights(ours, stock):

@@ -23,6 +23,7 @@ from ..support.tiny import (
     llama,
     llava,
     logits,
+    no_dropout,
     t5,
     tokens,
 )
@@ -34,11 +35,7 @@ NAMES = ["math", "code", "__base__"]
 @pytest.mark.parametrize("training", [False, True])
 def test_a_mixed_batch_equals_its_rows_alone(base, training):
     plain = logits(base(), tokens(3))
-    model = adapted(base()).train(training)
-    if training and base is gpt2:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    model = no_dropout(adapted(base())).train(training)
     mixed = each_row_alone(model, {"input_ids": tokens(3)}, NAMES, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mixed[2], plain[2], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed[0], plain[0], atol=1e-3)
