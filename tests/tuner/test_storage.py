@@ -19,10 +19,10 @@ from alora_kernels.adapters.writer import save_adapter
 from alora_kernels.tuner import ALoRAConfig, set_task
 from alora_kernels.tuner.register import adjust_peft
 
+from ..support.adapters import CONFIG, WEIGHTS
 from ..support.tiny import Mlp, adapted, assert_same, bert, config, layers_of, llama, logits, tokens
 
 NAMES = ["math", "code"]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.mark.parametrize("save", [lambda m, f: m.save_pretrained(f), save_adapter])
