@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from alora_kernels.adapters import import_lora as module
 from alora_kernels.adapters.export import export_lora
-from alora_kernels.adapters.import_lora import import_lora
+from alora_kernels.adapters.import_lora import import_lora, rank_for, shared_b
 from alora_kernels.adapters.reader import Factors, Shape, read_adapter
-from alora_kernels.adapters.shared_b import rank_for, shared_b
 
 from ..support.adapters import CONFIG, MLP, WEIGHTS, change_config, lora_folder
 from ..support.tiny import Mlp, adapted, bert, gpt2, llama, logits, tokens
