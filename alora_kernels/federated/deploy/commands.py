@@ -18,14 +18,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from ...text import NAME
 from .processes import FlowerError, free_port
-
-if TYPE_CHECKING:
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
 
 #: no telemetry, no look for updates, no `pip install` when a run starts
 ENVIRONMENT: Mapping[str, str] = {
@@ -167,10 +167,6 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
         ValueError: days below one.
         FileExistsError: one of the files is there already.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
     if days < 1:
         raise ValueError(f"days must be >= 1, got {days}")
     files = Certificates(folder)
@@ -178,11 +174,12 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
     ca = _certificate("federation authority", authority, authority, days)
     names = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys([*hosts, *LOCAL])])
     certificate = _certificate("federation server", server, authority, days, ca, names)
-    private = server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    public = {
-        file: made.public_bytes(Encoding.PEM) for file, made in ((files.ca, ca), (files.certificate, certificate))
+    contents = {
+        files.ca: ca.public_bytes(Encoding.PEM),
+        files.certificate: certificate.public_bytes(Encoding.PEM),
+        files.key: server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
     }
-    _write(public | {files.key: private}, private=files.key)
+    _write(contents, private=files.key)
     return files
 
 
@@ -196,9 +193,6 @@ def make_node_key(folder: Path, client: str) -> tuple[Path, Path]:
         ValueError: a name that is not a file name, see `check_name`.
         FileExistsError: one of the files is there already.
     """
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-
     private = Path(folder) / check_name(client)
     public = private.with_name(f"{client}.pub")
     key = ec.generate_private_key(ec.SECP384R1())
@@ -238,9 +232,6 @@ def _certificate(
     names: x509.SubjectAlternativeName | None = None,
 ) -> x509.Certificate:
     """An authority's certificate, which signs itself; or with `ca` and `names` a server's that the authority signs."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-
     now, signs = datetime.now(UTC), ca is None
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
     # a server signs connections, an authority certificates and their revocations; the other uses are nobody's
@@ -263,8 +254,6 @@ def _certificate(
 
 
 def _alternative(host: str) -> x509.GeneralName:
-    from cryptography import x509
-
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
