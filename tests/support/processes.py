@@ -38,9 +38,10 @@ def wait_line(process: Process, text: str, seconds: float = 60.0) -> None:
 
 
 def kill(process: Process) -> None:
-    """SIGKILL to it and all its descendants, as a machine that loses power."""
-    root = psutil.Process(process.pid)
-    for victim in [*root.children(recursive=True), root]:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    wait(process, 60)
+    """SIGKILL to it and all its descendants, as a machine that loses power; nothing if it has ended."""
+    if process.exit_code is None:
+        root = psutil.Process(process.pid)
+        for victim in [*root.children(recursive=True), root]:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        wait(process, 60)
