@@ -1,8 +1,4 @@
-"""What the serving demo needs around its requests: an adapter, a server process, prompts, a table.
-
-In:   a model's name, a folder to write to, answers with their times.
-Out:  an adapter folder; `Server`, which is `alora serve` in a process of its own; a table per task.
-Who:  `examples/serve_many_tasks.py` (`make demo-serve`).
+"""What `examples/serve_many_tasks.py` (`make demo-serve`) needs around its requests: an adapter, a server, a table.
 
 The server runs as users run it: another process, reached over HTTP and stopped by SIGTERM, after which it finishes what
 it has begun. It leads a process group of its own, so Ctrl-C reaches only the demo, which then stops it.
@@ -25,9 +21,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..text import percentile, printable
 from . import display
 from .demo import RECIPE
-from .display import quiet
 
 HOST = "127.0.0.1"
 STARTING, STOPPING, PROBE = 180.0, 30.0, 0.2  # seconds: to load a model, to finish what runs, between two looks
@@ -43,8 +39,7 @@ class Answer:
     """One request that was answered.
 
     Attributes:
-        task: its name; None is the base alone.
-        text: of the answer.
+        task: None is the base alone.
         tokens: generated.
         seconds: from sending the request to the end of the answer.
         first: to the first token; None where the answer came in one piece.
@@ -86,7 +81,7 @@ def _random_adapter(model: str, folder: Path) -> None:
     from ..data import load_model
     from ..tuner import ALoRAConfig
 
-    quiet()
+    display.quiet()
     torch.manual_seed(0)
     config = ALoRAConfig(r=8, tasks=list(TASKS), target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)
     adapted: Any = get_peft_model(load_model(model)[0], config)
@@ -132,16 +127,11 @@ class Server:
         self._command = [sys.executable, "-m", "alora_kernels", "serve", model, "--adapter", str(adapter)]
         self._command += ["--host", HOST, "--port", str(self.port), *options]
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._before = signal.signal(signal.SIGTERM, _leave)  # or this process would end and leave the server behind
         with self.log.open("wb") as sink:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
@@ -152,7 +142,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        alive = self._process.poll() is None
+        alive = self.process.poll() is None
         code = self._stop()
         if not alive and kind is None:
             raise RuntimeError(self._said(f"the server ended by itself with exit code {code}"))
@@ -163,7 +153,7 @@ class Server:
         """Until /health says 200."""
         deadline = time.monotonic() + STARTING
         while time.monotonic() < deadline:
-            if (code := self._process.poll()) is not None:
+            if (code := self.process.poll()) is not None:
                 raise RuntimeError(self._said(f"the server ended with exit code {code} before it was ready"))
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
                 return
@@ -173,11 +163,11 @@ class Server:
     def _stop(self) -> int:
         """SIGTERM, then wait; SIGKILL to what does not end."""
         try:
-            self._process.terminate()
-            return self._process.wait(STOPPING)
+            self.process.terminate()
+            return self.process.wait(STOPPING)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+            self.process.kill()
+            return self.process.wait()
         finally:
             signal.signal(signal.SIGTERM, self._before)
 
@@ -204,12 +194,11 @@ def show(answers: Sequence[Answer], seconds: float) -> dict[str, int]:
     for answer in answers:
         by_task.setdefault(answer.task or "base", []).append(answer)
     tokens = sum(answer.tokens for answer in answers)
-    rows = [[*_numbers(name, same), _short(same[0].text)] for name, same in by_task.items()]
-    rows.append([*_numbers("all", list(answers)), ""])
+    rows = [[*_numbers(name, same), printable(" ".join(same[0].text.split()), 24)] for name, same in by_task.items()]
     table = display.table(
         "one base model, one server, a task per request",
         ("task", "requests", "tokens", "first token", "answer", "for example"),
-        rows,
+        [*rows, [*_numbers("all", answers), ""]],
         f"{len(answers)} requests at once, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s\n"
         "first token: p50 / p95, of streamed answers; answer: p50; from sending on, waiting included",
     )
@@ -219,20 +208,11 @@ def show(answers: Sequence[Answer], seconds: float) -> dict[str, int]:
 
 
 def _numbers(name: str, answers: Sequence[Answer]) -> list[str]:
-    firsts = sorted(answer.first for answer in answers if answer.first is not None)
-    ends = sorted(answer.seconds for answer in answers)
-    first = f"{1e3 * _at(firsts, 0.5):.0f} / {1e3 * _at(firsts, 0.95):.0f} ms" if firsts else ""
+    firsts = [answer.first for answer in answers if answer.first is not None]
+    first = f"{1e3 * percentile(firsts, 0.5):.0f} / {1e3 * percentile(firsts, 0.95):.0f} ms" if firsts else ""
     tokens = sum(answer.tokens for answer in answers)
-    return [name, str(len(answers)), str(tokens), first, f"{_at(ends, 0.5):.2f} s"]
-
-
-def _at(ordered: Sequence[float], q: float) -> float:
-    return ordered[round(q * (len(ordered) - 1))]
-
-
-def _short(text: str, width: int = 24) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+    whole = percentile((answer.seconds for answer in answers), 0.5)
+    return [name, str(len(answers)), str(tokens), first, f"{whole:.2f} s"]
 
 
 def memory(address: str) -> str:

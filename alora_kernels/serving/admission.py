@@ -1,9 +1,5 @@
 """From the queue into the batch: one thread that leases slots, feeds the generation loop, and replaces it if it dies.
 
-In:   the table's waiting requests, in their order; the store's slots.
-Out:  requests running in a `TaskBatching`.
-Who:  `Engine.start` makes one.
-
 Copying a task's rows in may read a file, so it happens here and not in the loop. The order is strict: when the first
 request's task finds no free slot, all wait until a request ends, so no task can be starved by the others.
 """
@@ -24,12 +20,7 @@ MAX_DEATHS = 5  # in a row, with no request answered in between: the model itsel
 
 
 class Admission:
-    """Admits requests while the engine lives.
-
-    Args:
-        table: the requests.
-        make_loop: starts a generation loop.
-    """
+    """Admits requests of the table while the engine lives; `make_loop` starts a generation loop."""
 
     def __init__(self, table: RequestTable, make_loop: Callable[[], TaskBatching]) -> None:
         self._table, self._make_loop = table, make_loop

@@ -1,10 +1,7 @@
 """transformers' continuous batching, with a task, settings and random numbers for every request.
 
-In:   a model whose layers hold the tasks' matrices, and the `RequestTable`, which says what each request is.
-Out:  tokens, told to the table as they come; requests that failed, one by one.
-Who:  `Engine` makes one, and another if this one dies.
-
-Three things are put into transformers' manager, each where the batch is already known:
+What each request is, the loop looks up in the `RequestTable`, and tells it the tokens. Three things are put into
+transformers' manager, each where the batch is already known:
 - the slots of the batch's tokens are written into one static buffer when its tensors are prepared, so every layer reads
   its row groups from the same ids (and a replayed CUDA graph would read the new ones);
 - tokens are chosen row by row (`sampling.choose`): the manager itself knows one setting for all;
@@ -137,13 +134,7 @@ class Before(NamedTuple):
 
 
 class TaskBatching(ContinuousBatchingManager):
-    """The manager of one generation loop.
-
-    Args:
-        model: the base model with adapted layers.
-        config: see `cache_config`.
-        table: the requests; told of tokens, failures and turns, from the loop's thread.
-    """
+    """The manager of one generation loop, whose thread tells the table of tokens, failures and turns."""
 
     def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, table: RequestTable) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own

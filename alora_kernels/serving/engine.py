@@ -1,9 +1,5 @@
 """The engine: requests for any mix of tasks go in, text comes out, one batch serves them all.
 
-In:   a base model with its tasks (`TaskStore`), prompts, and a task and settings for each.
-Out:  a `Generation` per request; numbers for the operator (`Stats`, `Metrics`).
-Who:  the HTTP server, the bench, and users in their own programs.
-
 A request is checked here, waits in the `RequestTable`, is given the slot of its task and a place in the batch by
 `Admission`, and is answered by the generation loop (`TaskBatching`), which tells the table its tokens. Since a request
 holds its task's slot until the loop has let go of it, a task can be replaced or unloaded while it answers.
@@ -151,14 +147,7 @@ class Engine:
                 self._table.state = "draining"
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests and wait for those that run or wait.
-
-        Args:
-            timeout: seconds; None waits as long as it takes.
-
-        Returns:
-            Whether all have ended.
-        """
+        """Refuse new requests and wait for those that run or wait, for `timeout` seconds at most; whether all ended."""
         self.close()
         table = self._table
         with table.changed:
@@ -178,12 +167,7 @@ class Engine:
         self.stop()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text.
-
-        Args:
-            text: any text.
-            special: with the tokens the tokenizer puts around a text, as for a raw prompt.
-        """
+        """Token ids of a text; `special`: with the tokens the tokenizer puts around one, as for a raw prompt."""
         with self._tokenizing:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 

@@ -1,12 +1,9 @@
 """Where a task's matrices are: in a slot of the model, in host memory, or in a file.
 
-In:   records of tasks and their rows.
-Out:  the slot of a record that is about to be used; whatever had to make room is kept, bit for bit.
-Who:  `TaskStore`, under its lock; nothing here locks.
-
-A record is in exactly one of slot and host memory, or in neither and then in a file. Going to a slot gives up the
-host's copy, for eviction can read the slot; a file stays as long as its record, because the numbers of a record never
-change: going to the disk a second time writes nothing. Least recently used goes first, at both steps.
+`TaskStore` asks for a record to be in a slot, under its lock; nothing here locks. What has to make room is kept, bit
+for bit; least recently used goes first. A record is in exactly one of slot and host memory, or in neither and then in a
+file. Going to a slot gives up the host's copy, for eviction can read the slot; a file stays as long as its record,
+because the numbers of a record never change: going to the disk a second time writes nothing.
 """
 
 from __future__ import annotations
@@ -34,31 +31,18 @@ Rows = dict[str, Tensor]
 
 @dataclass(eq=False)
 class Record:
-    """One version of a task.
-
-    Attributes:
-        name: of the task.
-        version: unlike that of any other record of the store.
-        folder: it was read from.
-        loaded_at: unix time.
-        card: how it was asked in training.
-        leases: running requests that use it.
-        gone: unloaded or replaced: it goes with its last lease.
-        slot: while it is on the device.
-        rows: while it is in host memory.
-        file: once it was on the disk.
-    """
+    """One version of a task."""
 
     name: str
-    version: int
+    version: int  # unlike that of any other record of the store
     folder: Path
     loaded_at: float
     card: TaskCard | None = None
-    leases: int = 0
-    gone: bool = False
-    slot: int | None = None
-    rows: Rows | None = None
-    file: Path | None = None
+    leases: int = 0  # running requests that use it
+    gone: bool = False  # unloaded or replaced: it goes with its last lease
+    slot: int | None = None  # while it is on the device
+    rows: Rows | None = None  # while it is in host memory
+    file: Path | None = None  # once it was on the disk
 
     @property
     def where(self) -> Where:
@@ -74,17 +58,7 @@ class Record:
 
 
 class Placement:
-    """Places for records.
-
-    Args:
-        slots: in the model.
-        host: records in host memory at most; None is no limit.
-        spill: folder in which a private one is made for files, when the first is written; None takes the system's
-            temporary folder.
-
-    Raises:
-        ValueError: host below 0.
-    """
+    """Places for records; `host` and `spill` as in `TaskStore.open`. The private folder is made for the first file."""
 
     def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
         if host is not None and host < 0:
@@ -95,11 +69,6 @@ class Placement:
         self._waiting: OrderedDict[Record, None] = OrderedDict()  # in host memory, likewise
         self._folder: Path | None = None
         self._remove: weakref.finalize | None = None
-
-    @property
-    def resident(self) -> int:
-        """Records on the device."""
-        return len(self._resident)
 
     def add(self, record: Record, rows: Rows) -> None:
         """Place a new record: in a free slot, else in host memory. It displaces none from the device.

@@ -1,8 +1,6 @@
 """One request: how to sample, the pieces of text that come back, what it amounted to, and the caller's end of it.
 
-In:   settings, checked once here; what the engine pushes.
-Out:  `Sampling`, `Piece`, `Completion`, and `Generation`, which several readers may iterate over, await and cancel.
-Who:  `Engine.submit` takes and gives them.
+`Engine.submit` takes a `Sampling`, checked once here, and gives a `Generation`, into which the engine pushes pieces.
 """
 
 from __future__ import annotations

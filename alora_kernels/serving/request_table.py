@@ -1,11 +1,8 @@
 """The table of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
 
-In:   requests from callers, tokens and turns from the generation loop, admissions from the admission thread.
-Out:  pieces and completions to the readers, leases back to the store, what the loop has to let go of.
-Who:  `Engine` and `Admission` write into it, `TaskBatching` calls back into it.
-
-A request that has ended stays among the running until the loop no longer has it, and only then is its lease given back:
-its rows cannot be overwritten while a step may still read them.
+`Engine` and `Admission` write into it, `TaskBatching` tells it tokens and turns; readers get pieces and completions,
+the store its leases. A request that has ended stays among the running until the loop no longer has it, and only then is
+its lease given back: its rows cannot be overwritten while a step may still read them.
 """
 
 from __future__ import annotations
@@ -52,13 +49,13 @@ class Run:
     def completion(self, reason: FinishReason, error: str | None, now: float) -> Completion:
         """What the request amounts to."""
         return Completion(
-            id=self.generation.id,
-            task=self.generation.task,
-            text="".join(self.parts),
-            token_ids=tuple(self.tokens),
-            finish_reason=reason,
-            prompt_tokens=len(self.prompt),
-            error=error,
+            self.generation.id,
+            self.generation.task,
+            "".join(self.parts),
+            tuple(self.tokens),
+            reason,
+            len(self.prompt),
+            error,
             queued=None if self.started is None else self.started - self.submitted,
             first_token=None if self.first is None else self.first - self.submitted,
             seconds=now - self.submitted,
@@ -66,15 +63,7 @@ class Run:
 
 
 class RequestTable:
-    """Requests of one engine. `changed` guards and announces every change.
-
-    Args:
-        max_waiting: requests that may wait.
-        max_batch: requests that run at once.
-        eos: tokens that end a text.
-        store: gets leases back.
-        metrics: counts what ends.
-    """
+    """Requests of one engine. `changed` guards and announces every change; `eos` are tokens that end a text."""
 
     def __init__(
         self, max_waiting: int, max_batch: int, eos: Sequence[int], store: TaskStore | None, metrics: Metrics
@@ -183,9 +172,7 @@ class RequestTable:
     def stepped(self, inside: set[str], tokens: int, requests: int) -> Iterable[str]:
         """From the generation loop: a turn is over; release what it has let go of, name what it must let go of.
 
-        Args:
-            inside: requests the loop has.
-            tokens, requests: of this turn's batch; 0 if there was none.
+        `inside` are the requests it has; `tokens` and `requests` are of this turn's batch, 0 if there was none.
         """
         if requests:
             self.last_step = (tokens, requests)

@@ -1,12 +1,9 @@
 """From logits to tokens, each row by the settings and the random numbers of its own request.
 
-In:   logits `[n, V]` of the rows that get a token, and a `Row` for each.
-Out:  tokens `[n]`.
-Who:  `batching.TaskBatching`, in the place of transformers' sampler, which knows one setting for the whole batch.
-
-A row is treated by its own settings alone: what its neighbours ask for changes neither its arithmetic nor its random
-numbers, so a seed gives the same answer in any batch (to the rounding of the logits). A number u in [0, 1) picks the
-token at which the summed probability passes u.
+Used by `TaskBatching` in the place of transformers' sampler, which knows one setting for the whole batch. A row is
+treated by its own settings alone: what its neighbours ask for changes neither its arithmetic nor its random numbers, so
+a seed gives the same answer in any batch (to the rounding of the logits). A number u in [0, 1) picks the token at which
+the summed probability passes u.
 """
 
 from __future__ import annotations
@@ -22,12 +19,7 @@ from .request import Sampling
 
 
 class Row(NamedTuple):
-    """How one row is sampled.
-
-    Attributes:
-        sampling: the request's settings.
-        uniform: draws the request's next random number in [0, 1).
-    """
+    """How one row is sampled: the request's settings, and what draws its next random number in [0, 1)."""
 
     sampling: Sampling
     uniform: Callable[[], float]

@@ -1,12 +1,9 @@
 """Resident A's: every adapted layer holds `capacity` of them in one tensor, and one B that all tasks share.
 
-In:   a base model, the first adapter folder, and how many tasks are to be on the device at once.
-Out:  the model with ALoRA layers in it; a slot number per resident task, to be used as its id in `route(ids)`.
-Who:  `Placement` writes and reads slots; the engine routes tokens to them.
-
-A is allocated once, `[capacity, R, K]` per layer, so its address stays the same for CUDA graphs and a task comes or
-goes by copying its own rows. Rows of a free slot are stale and nothing may be routed to them. Smaller ranks are padded
-with zero rows, which add nothing; so only the first columns of B have to agree.
+`Placement` writes and reads slots; a slot's number is the id that the engine routes a request's tokens to. A is
+allocated once, `[capacity, R, K]` per layer, so its address stays the same for CUDA graphs and a task comes or goes by
+copying its own rows. Rows of a free slot are stale and nothing may be routed to them. Smaller ranks are padded with
+zero rows, which add nothing; so only the first columns of B have to agree.
 """
 
 from __future__ import annotations
@@ -32,15 +29,7 @@ SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is roundin
 
 
 class Slots:
-    """The resident tasks' matrices, inside a model.
-
-    Made by `build`.
-
-    Attributes:
-        capacity: number of slots.
-        dtype: of A and B.
-        shapes: module -> (N, R, K).
-    """
+    """The resident tasks' matrices, inside a model. Made by `build`; `shapes` maps a module to (N, R, K)."""
 
     def __init__(self, model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype) -> None:
         self.model, self.capacity, self.dtype = model, capacity, dtype
@@ -110,7 +99,7 @@ class Slots:
 
     @property
     def bytes_per_task(self) -> int:
-        """Bytes of one task's A's in all layers. A LoRA of the same rank would be these and a B of its own."""
+        """Bytes of one task's A's in all layers."""
         return sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize
 
     @property
@@ -161,10 +150,6 @@ class Slots:
     def rows(self, file: AdapterFile, task: str) -> dict[str, Tensor]:
         """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the slots' dtype.
 
-        Args:
-            file: one that fits.
-            task: one of its tasks.
-
         Raises:
             AdapterFolderError: the file changed, or a number is too large for the dtype.
         """
@@ -180,7 +165,7 @@ class Slots:
         """Copy a task's matrices into a slot; no other slot is touched, and on return the device has them.
 
         Args:
-            slot: 0 .. capacity - 1, a number of `Placement`'s own.
+            slot: 0 .. capacity - 1.
             matrices: module -> `[r, K]` with r at most the slots' rank; the rows above r become zero.
 
         Raises:

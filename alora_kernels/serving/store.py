@@ -1,12 +1,8 @@
-"""Tasks by name: which there are, which version a request runs with, and where their matrices are.
+"""Tasks by name: adapter folders that share one B are loaded and unloaded while requests run.
 
-In:   adapter folders that share one B, loaded and unloaded while requests run.
-Out:  leases: a slot whose rows do not change until the lease is released.
-Who:  the engine acquires and releases; the HTTP server and the command line load, unload and list.
-
-A load makes a new version with rows of its own; requests keep the version they began with, and its rows are freed
-with the last of them. A refused load changes nothing: everything is checked before a name points to it. Folders are
-read outside the lock, so requests go on meanwhile; all other work is done under one lock.
+A request leases a slot whose rows do not change until the lease is released. A load makes a new version with rows of
+its own; requests keep the version they began with, and its rows are freed with the last of them. A refused load changes
+nothing: everything is checked before a name points to it. Folders are read outside the lock, so requests go on.
 """
 
 from __future__ import annotations
@@ -70,15 +66,7 @@ class Lease:
 
 
 class TaskStore:
-    """The tasks that a model can serve.
-
-    Made by `open`; every method may be called from any thread.
-
-    Args:
-        slots: in the model.
-        host: tasks in host memory at most; None is no limit.
-        spill: where tasks beyond that go; see `open`.
-    """
+    """The tasks that a model can serve. Made by `open`; every method may be called from any thread."""
 
     def __init__(self, slots: Slots, *, host: int | None = None, spill: Path | None = None) -> None:
         self.slots = slots
@@ -133,17 +121,6 @@ class TaskStore:
         return store
 
     @property
-    def capacity(self) -> int:
-        """Slots on the device."""
-        return self.slots.capacity
-
-    @property
-    def resident(self) -> int:
-        """Tasks on the device, replaced versions that still run included."""
-        with self._lock:
-            return self._placement.resident
-
-    @property
     def bytes_per_task(self) -> int:
         """Bytes of one task's A's in all layers."""
         return self.slots.bytes_per_task
@@ -152,16 +129,6 @@ class TaskStore:
     def bytes_shared(self) -> int:
         """Bytes of the B's in all layers, held once for all tasks."""
         return self.slots.bytes_shared
-
-    @property
-    def lora_bytes_per_task(self) -> int:
-        """What a task would take as a LoRA of the same rank, with a B of its own."""
-        return self.bytes_per_task + self.bytes_shared
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that all slots and the B's take on the device, used or not."""
-        return self.capacity * self.bytes_per_task + self.bytes_shared
 
     def load(
         self, folder: Path, *, name: str | None = None, task: str | None = None, replace: bool = False
@@ -220,19 +187,14 @@ class TaskStore:
             raise
 
     def unload(self, name: str) -> TaskInfo:
-        """Forget a task: no new request can use it, and its rows are free when those that run have ended.
-
-        Returns:
-            What it was.
+        """Forget a task and say what it was: its rows are free when the requests that use them have ended.
 
         Raises:
             UnknownTaskError: no such task.
         """
         with self._lock:
-            record = self._known(name)
-            info = self._info(record)
-            del self._records[name]
-            self._retire(record)
+            info = self._info(self._known(name))
+            self._retire(self._records.pop(name))
             return info
 
     def tasks(self) -> list[TaskInfo]:

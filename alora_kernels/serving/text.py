@@ -1,13 +1,10 @@
 """Tokens become text while they arrive: no half characters, no part of a stop text, nothing of the prompt.
 
-In:   the new tokens of one request.
-Out:  the text that is certain by now; the rest is held back until it is.
-Who:  the engine, once per request and step.
-
-A character can take several tokens, and a stop text can begin in one token and end three tokens later. What a token
-says depends on those before it (a space, half a character), so the end of the prompt is decoded with the answer, and
-what it says by itself is taken off. Where the prompt ends inside a character, that character is the answer's first if
-the answer completes it, and the prompt's if not.
+The request table feeds the new tokens of a request, once per step, and gets the text that is certain by now; the rest
+is held back. A character can take several tokens, and a stop text can begin in one token and end three tokens later.
+What a token says depends on those before it (a space, half a character), so the end of the prompt is decoded with the
+answer, and what it says by itself is taken off. Where the prompt ends inside a character, that character is the
+answer's first if the answer completes it, and the prompt's if not.
 """
 
 from __future__ import annotations
@@ -44,11 +41,7 @@ class TextStream:
         self.stopped = False
 
     def feed(self, tokens: Iterable[int]) -> str:
-        """The text that became certain with these tokens; nothing after a stop text.
-
-        Args:
-            tokens: new token ids.
-        """
+        """The text that became certain with these new tokens; nothing after a stop text."""
         for token in tokens:
             self._ids.append(token)
             self._held += self._certain()

@@ -93,7 +93,7 @@ def test_a_server_that_dies_is_an_error_and_its_end_is_waited_for(tmp_path, quic
         pytest.raises(RuntimeError, match="ended by itself with exit code -9"),
         Server("tiny-random", quick_adapter, tmp_path / "server.log") as server,
     ):
-        pid = server.pid
+        pid = server.process.pid
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # leaves the exit code to the demo
     assert gone(pid)
@@ -108,7 +108,7 @@ def test_an_error_in_the_block_stops_the_server(tmp_path, quick_adapter):
         assert urllib.request.urlopen(f"{server.address}/health", timeout=60).status == 200
         assert "MB per task" in serve_demo.memory(server.address)
         raise ZeroDivisionError
-    assert gone(server.pid)
+    assert gone(server.process.pid)
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -1,8 +1,4 @@
-"""The engine over HTTP, as OpenAI's clients speak it.
-
-In:   an engine (`alora_kernels.serving.Engine`) and a `ServerConfig`.
-Out:  `create_app` makes the application, `serve` runs it until a signal, with a drain.
-Who:  `alora serve`; anybody who mounts the application elsewhere.
+"""The engine over HTTP, as OpenAI's clients speak it: `alora serve`, or mounted elsewhere by `create_app`.
 
     app, run         putting it together, the playground at /; sockets and signals
     security         what an operator sets; who is let in: keys, rates, hosts

@@ -1,14 +1,9 @@
-"""What there is and how it does: /v1/models, /health, /stats, /metrics, and loading and unloading of adapters.
+"""What there is and how it does: /v1/models, /health, /stats, /metrics; and tasks that come and go while others run.
 
-In:   the engine's state, numbers and tasks; a name and a folder of the server's machine.
-Out:  OpenAI's list of models; JSON for people and the playground, Prometheus' text for collectors; one line of text for
-      a load, as vLLM says it, or a refusal with the reason.
-Who:  OpenAI's clients, the playground (every 0.5 s), load balancers (/health needs no key), Prometheus; whoever may
-      load: nobody unless the operator named folders (`--adapter-root`).
-
-The store may be reading a folder under its lock, so it is asked outside the event loop. A path is resolved, links
-included, before it is compared with the roots, and what lies outside is refused in the same words whether it exists or
-not. What can write below a root can still change a folder after that look; the adapter reader trusts nothing there.
+The store may be reading a folder under its lock, so it is asked outside the event loop. Nobody may load unless the
+operator named folders (`--adapter-root`). A path is resolved, links included, before it is compared with them, and what
+lies outside is refused in the same words whether it exists or not. What can write below a root can still change a
+folder after that look; the adapter reader trusts nothing there.
 """
 
 from __future__ import annotations

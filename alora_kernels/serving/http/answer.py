@@ -1,9 +1,5 @@
 """One request becomes several generations that live and die together, and their texts one reply.
 
-In:   prompts and settings; the connection of whoever asks.
-Out:  generations, all or none; a `Reply`, whose words `openai` writes; its whole as JSON, or the client is gone.
-Who:  `openai` for all answers, `stream` for those that leave piece by piece.
-
 If one is refused, those before it are cancelled; if one fails or the client goes away, all are. Submitting happens in a
 thread: tokenising a megabyte takes a second, and the store may be reading a folder.
 """
@@ -34,16 +30,7 @@ Json = dict[str, Any]
 async def submit(
     engine: Engine, task: str | None, prompts: Sequence[Any], samplings: Sequence[Sampling]
 ) -> list[Generation]:
-    """Submit every prompt with every setting, or nothing.
-
-    Args:
-        engine: answers.
-        task: its name; None is the base.
-        prompts: texts or lists of token ids.
-        samplings: one per answer to each prompt.
-
-    Returns:
-        Generations in the order of the prompts, `len(samplings)` for each.
+    """Submit every prompt with every setting, or nothing: `len(samplings)` generations for each prompt, in order.
 
     Raises:
         ServingError: one is refused; those before it are cancelled.
@@ -176,12 +163,7 @@ async def until_gone(receive: Receive) -> None:
 
 
 def failure(reason: str | None, error: str | None = None) -> ApiError | None:
-    """What the client is told of an answer that did not come to its end; None if it did, or goes on.
-
-    Args:
-        reason: why it ended.
-        error: the engine's words.
-    """
+    """What the client is told of an answer that did not come to its end; None if it did, or goes on."""
     if reason == "error":
         said = f"the answer failed: {error or 'the log of the server says why'}"
         return ApiError(500, said, code="generation_failed")

@@ -1,9 +1,5 @@
 """The application: routes, the gate around them, refusals in one shape, and the playground at /.
 
-In:   an engine that runs, or will, and a `ServerConfig`; the files of `page/` beside this module.
-Out:  an ASGI application.
-Who:  `run.serve`; tests; anybody who mounts it in a server of their own.
-
 FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `openai`.
 The playground's files leave under a policy that lets a browser load nothing but them and talk to nobody but this
 server. Only names found when the server starts are routes, so no path of a request ever becomes a path of the disk.
@@ -37,10 +33,6 @@ HEADERS = {
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     """Put the application together; it neither starts nor stops the engine.
-
-    Args:
-        engine: answers the requests.
-        config: settings.
 
     Raises:
         ValueError: a task has the base model's name.

@@ -1,10 +1,7 @@
-"""Every refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Every refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, with its status and headers.
 
-In:   exceptions: of the engine, of the web framework, our own `ApiError`.
-Out:  a status, headers and a body that OpenAI's clients turn into their own exceptions.
-Who:  `create_app` installs the handlers; the gate and the streams, which run outside them, build the same body.
-
-An exception that nobody foresaw becomes a 500 without its text: what it says is for the log, where uvicorn puts it.
+`create_app` installs the handlers; the gate and the streams, which run outside them, build the same body. An exception
+that nobody foresaw becomes a 500 without its text: what it says is for the log, where uvicorn puts it.
 """
 
 from __future__ import annotations
@@ -18,28 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ..errors import (
-    AdapterRefusedError,
-    NotServingError,
-    QueueFullError,
-    RequestError,
-    ServingError,
-    UnknownTaskError,
-)
+from ..errors import AdapterRefusedError, NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A refusal with its status.
-
-    Args:
-        status: HTTP status.
-        message: what is wrong and the remedy.
-        param: the field at fault.
-        code: a word for programs.
-        headers: to send along.
-    """
+    """A refusal with its HTTP status; `param` is the field at fault, `code` a word for programs."""
 
     def __init__(
         self,
@@ -70,12 +52,7 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 
 def as_api_error(error: Exception, base: str) -> ApiError:
-    """What an exception means to a client.
-
-    Args:
-        error: any exception.
-        base: name of the base model, which is known beside the tasks.
-    """
+    """What any exception means to a client; the base model is known beside the tasks."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownTaskError):

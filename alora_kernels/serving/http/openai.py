@@ -1,9 +1,6 @@
 """OpenAI's two ways to ask, /v1/completions and /v1/chat/completions: from the bytes of a POST to an answer.
 
-In:   a body, as it arrives, with OpenAI's fields and vLLM's top_k and ignore_eos; `model` names the task or the base.
-Out:  a checked record, or a refusal that names the field; then a reply or a stream. Ranges are left to the engine.
-Who:  OpenAI's clients, the playground, `bench serving`; `admin` reads its bodies here, too.
-
+Fields are OpenAI's, and vLLM's top_k and ignore_eos; `model` names the task or the base; ranges are left to the engine.
 What is taken has its effect. A field that would have one and is not supported is refused unless its value asks for
 nothing (`NEUTRAL`); what only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
 
@@ -76,12 +73,7 @@ Model = TypeVar("Model", bound=Fields)
 
 
 async def read(request: Request, model: type[Model], limit: int) -> Model:
-    """Read and check the body of a request, which has not been read yet; nothing else reads one.
-
-    Args:
-        request: a POST.
-        model: its fields.
-        limit: most bytes.
+    """Read at most `limit` bytes of a request's body and check its fields; nothing else reads a body.
 
     Raises:
         ApiError: 400 (the field is named), 408, 413 or 415.

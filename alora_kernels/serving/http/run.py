@@ -1,9 +1,5 @@
 """Serve until a signal, then let what runs finish.
 
-In:   an engine, a `ServerConfig`, a bound socket.
-Out:  nothing; the process may end afterwards with the returned code.
-Who:  `alora serve`.
-
 SIGTERM or SIGINT drains: requests that run or wait are answered, new ones get 503, and /health says "draining", so
 that a balancer turns away; after `drain_timeout` what is left is cut off. A second signal cuts it off at once. uvicorn
 would raise the signal again at the end, which would skip everybody's tidying up; here the process returns instead.
@@ -31,11 +27,7 @@ CUT_OFF = 1  # the same after a second signal
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, before anything slow begins.
-
-    Args:
-        host: name or address.
-        port: 0 takes a free one.
+    """A bound socket, before anything slow begins; port 0 takes a free one.
 
     Raises:
         ValueError: the port is taken or the address is not this machine's; host and port are named.
@@ -57,16 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, with the engine drained before the listening socket closes.
-
-    Args:
-        config: of uvicorn.
-        engine: drained at the first signal, stopped when that is over.
-        drain_timeout: seconds.
-
-    Attributes:
-        cut_off: whether answers were ended that ran.
-    """
+    """uvicorn, with the engine drained before the listening socket closes; `cut_off`: answers were ended that ran."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout: float) -> None:
         super().__init__(config)

@@ -1,13 +1,9 @@
 """What an operator sets, and the gate that holds everybody to it before anything of a request is read.
 
-In:   names, addresses, keys, limits; the headers of every HTTP request.
-Out:  a frozen `ServerConfig`; the request passes, or a refusal in OpenAI's shape: 403, 401 or 429.
-Who:  `alora serve` fills the settings; `create_app` puts the gate around all routes, so a new route is closed until it
-      is named in `open_paths`.
-
-The defaults suit one person on one machine: loopback, no key, no loading of adapters over HTTP. Keys are compared by
-digest and all of them each time, so the time taken tells neither how much of a key was right nor which one. Rates count
-POSTs only: the playground's polling must not use up what answers may take.
+`create_app` puts the gate around all routes, so a new route is closed until it is named in `open_paths`. The defaults
+suit one person on one machine: loopback, no key, no loading of adapters over HTTP. Keys are compared by digest and all
+of them each time, so the time taken tells neither how much of a key was right nor which one. Rates count POSTs only:
+the playground's polling must not use up what answers may take.
 """
 
 from __future__ import annotations
@@ -100,13 +96,7 @@ def _digest(key: bytes) -> bytes:
 
 
 class Gate:
-    """An ASGI middleware.
-
-    Args:
-        app: what is behind it.
-        config: keys, rate, hosts.
-        open_paths: answered without a key.
-    """
+    """An ASGI middleware: a request passes, or is refused with 403, 401 or 429. `open_paths` need no key."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, open_paths: Collection[str]) -> None:
         self.app, self.hosts, self.open_paths = app, config.allowed_hosts, frozenset(open_paths)

@@ -1,9 +1,5 @@
 """Server-sent events: every piece of text leaves as soon as it is there, as `data: {...}`, and last `data: [DONE]`.
 
-In:   a `Reply` whose generations run.
-Out:  an ASGI response.
-Who:  `openai`, for requests with `stream`.
-
 Each generation is read by a task of its own that writes its events itself, one at a time: a slow client slows its own
 tasks only. Another task watches the connection, since sending to a client that is gone raises nothing; when it closes,
 everything is cancelled. The status is out with the first event, so what fails later is an event with `error`.
