@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -77,10 +77,12 @@ class Seen:
     Attributes:
         errors: of its console and exceptions nobody caught.
         origins: of everything it asked for.
+        posts: bodies it sent.
     """
 
     errors: list[str] = field(default_factory=list)
     origins: set[str] = field(default_factory=set)
+    posts: list[Any] = field(default_factory=list)
 
 
 def watched(page: Page) -> Seen:
@@ -89,6 +91,7 @@ def watched(page: Page) -> Seen:
     page.on("console", lambda said: seen.errors.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("request", lambda request: seen.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url))))
+    page.on("request", lambda request: seen.posts.append(request.post_data_json) if request.method == "POST" else None)
     return seen
 
 

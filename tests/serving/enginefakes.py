@@ -4,8 +4,9 @@ In:   names of tasks; how long an answer is; how long a step takes; a gate that 
 Out:  `FakeEngine`; `httpserver.running` puts a real HTTP server around it.
 Who:  tests of the HTTP server; anything that needs a server whose answers are known and whose speed is not the point.
 
-The answer to a prompt on task "movie" is "movie0 movie1 movie2 ...", one word a token. A prompt with the word "boom"
-fails after its first token. `hold()` stops all answers where they are and `go()` lets them go on.
+The answer to a prompt on task "movie" is "movie0 movie1 movie2 ...", one word a token; with `echo` the first word is
+"movie read: " and the prompt. A prompt with the word "boom" fails after its first token. `hold()` stops all answers
+where they are and `go()` lets them go on; `allowed` stops each at so many words. A test may change all while it runs.
 """
 
 from __future__ import annotations
@@ -63,15 +64,15 @@ class FakeStore:
 
     bytes_per_task, bytes_shared = 1000, 3000
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.closed = False
+    def __init__(self, names: Sequence[str], cards: dict[str, TaskCard] = CARDS) -> None:
+        self.closed, self.cards = False, cards
         self.loads: list[dict[str, Any]] = []
         self.reading = threading.Event()  # cleared: a load takes until it is set
         self.reading.set()
         self._tasks = {name: self._info(name, 1, Path("/adapters")) for name in names}
 
     def _info(self, name: str, version: int, folder: Path) -> TaskInfo:
-        return TaskInfo(name, version, folder, "device", 0, self.bytes_per_task, time.time(), CARDS.get(name))
+        return TaskInfo(name, version, folder, "device", 0, self.bytes_per_task, time.time(), self.cards.get(name))
 
     def tasks(self) -> list[TaskInfo]:
         return list(self._tasks.values())
@@ -107,6 +108,7 @@ class _Run:
     generation: Generation
     prompt: list[int]
     sampling: Sampling
+    said: str
     fails: bool
     words: int
     told: list[str] = field(default_factory=list)
@@ -122,6 +124,10 @@ class FakeEngine:
         words: an answer has so many, unless max_tokens ends it earlier.
         delay: seconds a step takes; in each step every running request gets a word.
         chat_template: of the tokenizer; None: it has none.
+        echo: an answer begins with the prompt.
+
+    Attributes:
+        faults: task -> what its submission raises, or "boom": it fails after its first token.
     """
 
     def __init__(
@@ -132,10 +138,13 @@ class FakeEngine:
         words: int = 4,
         delay: float = 0.0,
         chat_template: str | None = None,
+        echo: bool = False,
     ) -> None:
         self.config = config or EngineConfig(max_batch=32, max_waiting=64, max_context=64)
         self.store, self.tokenizer, self.metrics = FakeStore(tasks), FakeTokenizer(chat_template), Metrics()
-        self.words, self.delay = words, delay
+        self.words, self.delay, self.echo, self.allowed = words, delay, echo, 10**9
+        self.faults: dict[str, Exception | str] = {}
+        self.stats_asked = 0
         self.state = "new"
         self.submitted: list[tuple[Any, str | None, Sampling]] = []  # everything that was taken
         self.cancelled: set[str] = set()  # tasks of requests that were cancelled while they ran or waited
@@ -189,6 +198,9 @@ class FakeEngine:
         sampling = sampling or Sampling()
         if self.refuse_next:
             raise self.refuse_next.pop(0)
+        fault = self.faults.get(task or "")
+        if isinstance(fault, Exception):
+            raise fault
         if task is not None and task not in self.store.names():
             raise UnknownTaskError(task, self.store.names())
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -200,7 +212,7 @@ class FakeEngine:
         if any(not 0 <= one < VOCABULARY for one in ids):
             raise RequestError(f"token id {max(ids)} is not in the vocabulary", "prompt")
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, context - len(ids)))
-        fails = self.encode(BOOM)[0] in ids
+        fails = fault == BOOM or self.encode(BOOM)[0] in ids
         generation = Generation(uuid.uuid4().hex, task, len(ids), self._cancel)
         with self._lock:
             if self.state != "ready":
@@ -209,11 +221,12 @@ class FakeEngine:
             if waiting >= self.config.max_waiting:
                 raise QueueFullError(waiting, 2.5)
             self.submitted.append((prompt, task, sampling))
-            self._runs[generation.id] = _Run(generation, ids, sampling, fails, self.words)
+            self._runs[generation.id] = _Run(generation, ids, sampling, str(prompt), fails, self.words)
             self._lock.notify_all()
         return generation
 
     def stats(self) -> Stats:
+        self.stats_asked += 1
         running = min(len(self._runs), self.config.max_batch)
         return Stats(
             state=self.state,  # type: ignore[arg-type]
@@ -251,12 +264,16 @@ class FakeEngine:
                 self._lock.wait_for(lambda: bool(self._runs) or self.state == "stopped", 0.5)
                 if self._gate.is_set():
                     for run in list(self._runs.values())[: self.config.max_batch]:
-                        self._step(run)
+                        if len(run.told) < self.allowed:
+                            self._step(run)
 
     def _step(self, run: _Run) -> None:
         if run.fails and run.told:
             return self._end(run, "error", "boom, as asked")
-        word = f"{run.generation.task or 'base'}{len(run.told)} "
+        if not run.words:
+            return self._end(run, "stop")
+        task = run.generation.task or "base"
+        word = f"{task} read: {run.said} " if self.echo and not run.told else f"{task}{len(run.told)} "
         run.told.append(word)
         self._generated += 1
         full = len(run.told) >= run.sampling.max_tokens

@@ -1,8 +1,4 @@
-"""A real HTTP server in a thread, on a free port of this machine.
-
-In:   an ASGI application; or an engine, real or fake, that our application is put around.
-Out:  `listening(app)` and `running(engine, config)` yield the address, without a slash at the end.
-Who:  every test that needs a socket: OpenAI's client, load, limits, the playground in a browser.
+"""A real HTTP server in a thread, on a free port of this machine: our application around an engine, real or fake.
 
 A client that keeps its connection open holds the end up for one second, not longer.
 """
@@ -22,8 +18,14 @@ STARTING, ENDING = 30.0, 20.0  # seconds
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The application behind uvicorn; a server that does not start or end is an error."""
+def running(engine: Any, config: Any = None) -> Iterator[str]:
+    """The address, without a slash at the end, of a server around an engine that was started.
+
+    `config` is a `ServerConfig`, or the base is called tiny. A server that does not start or end is an error.
+    """
+    from alora_kernels.serving.http import ServerConfig, create_app
+
+    app = create_app(engine, config or ServerConfig("tiny"))
     with socket.create_server(("127.0.0.1", 0)) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -38,12 +40,3 @@ def listening(app: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(ENDING)
             assert not thread.is_alive(), "the server did not end"
-
-
-@contextmanager
-def running(engine: Any, config: Any = None) -> Iterator[str]:
-    """Our application around an engine that was started; `config` is a `ServerConfig`, or the base is called tiny."""
-    from alora_kernels.serving.http import ServerConfig, create_app
-
-    with listening(create_app(engine, config or ServerConfig("tiny"))) as url:
-        yield url

@@ -3,8 +3,7 @@
 In:   a subclass with a fixture `page_server`, the address of a server with the tasks movie, spam and news; a fixture
       `browser` of its module, made by `chromium.launched`.
 Out:  `PageContract`, tests to inherit; the steps they are made of.
-Who:  test_serve_page.py: a fake server, and the real HTTP application around a fake engine; test_serve_page_engine.py:
-      the real engine.
+Who:  test_serve_page.py: the real HTTP application around a fake engine; test_serve_page_engine.py: the real engine.
 
 Waiting is done by locators. `page.wait_for_function` looks again with `eval`, which the page's policy forbids: it works
 only where the first look succeeds.

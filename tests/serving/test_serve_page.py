@@ -1,4 +1,4 @@
-"""The playground in a real browser: the contract on the real application and on a fake; what only a fake can do."""
+"""The playground in a real browser, on the real application around a fake engine: its contract and more."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 import chromium
 import pytest
-from enginefakes import FakeEngine
-from httpserver import listening, running
-from pagefakes import PROMPTS, FakeServer
+from enginefakes import BOOM, CARDS, FakeEngine, FakeStore
+from httpserver import running
 
+from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import EngineConfig
+from alora_kernels.serving.errors import QueueFullError, RequestError
 from alora_kernels.serving.http import ServerConfig
 
 pytest.register_assert_rewrite("pagecontract")
@@ -30,86 +31,75 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-def engine_of_words(delay: float = 0.0) -> FakeEngine:
-    return FakeEngine(TASKS, EngineConfig(max_context=1024), words=5000, delay=delay)
-
-
 class TestOnTheServer(PageContract):
-    """The real HTTP application, around an engine without a model."""
+    """The real HTTP application around an engine without a model, whose pace and faults can be told."""
 
     @pytest.fixture
-    def page_server(self) -> Iterator[str]:
-        with engine_of_words(delay=0.02) as engine, running(engine) as url:
+    def engine(self) -> Iterator[FakeEngine]:
+        with FakeEngine(TASKS, EngineConfig(max_context=4096), words=5000, delay=0.01, echo=True) as engine:
+            yield engine
+
+    @pytest.fixture
+    def page_server(self, engine: FakeEngine) -> Iterator[str]:
+        with running(engine) as url:
             yield url
 
-    def test_a_key(self, browser: Any) -> None:
-        config = ServerConfig(base_model_id="base", api_keys=("secret",))
-        with engine_of_words() as engine, running(engine, config) as url:
-            page = browser.new_page()
-            page.goto(url)
-            page.fill("#key", "secret")
-            page.click("#key-form button")
-            page.get_by_role("checkbox", name="movie").wait_for()
-            page.close()
-
-
-class TestOnTheFake(PageContract):
-    """Where pace and faults can be told."""
-
-    @pytest.fixture
-    def fake(self) -> FakeServer:
-        return FakeServer(list(TASKS))
-
-    @pytest.fixture
-    def page_server(self, fake: FakeServer) -> Iterator[str]:
-        with listening(fake.app()) as url:
-            yield url
-
-    def test_more_answers_than_connections(self, page: Any, fake: FakeServer) -> None:
+    def test_more_answers_than_connections(self, page: Any, engine: FakeEngine) -> None:
         """Eight streams at once would take all six of a browser's connections, and the header would stand still."""
-        fake.tasks = [f"task-{n}" for n in range(8)]
+        tasks = [f"task-{n}" for n in range(8)]
+        engine.store = FakeStore(tasks)
         page.wait_for_selector('input[value="task-7"]')  # the list follows what the server knows
-        fake.allowed = 3
-        choose(page, *fake.tasks)
+        engine.allowed = 3
+        choose(page, *tasks)
         ask(page)
         state(page, "task-4", "streaming")
-        assert [part(page, task, "state").inner_text() for task in fake.tasks[5:]] == ["queued"] * 3
-        asked = fake.stats_asked
+        assert [part(page, task, "state").inner_text() for task in tasks[5:]] == ["queued"] * 3
+        asked = engine.stats_asked
         page.wait_for_timeout(2000)
-        assert fake.stats_asked > asked + 1
+        assert engine.stats_asked > asked + 1
         assert page.locator("#batch").inner_text() == "5 / 32"
         part(page, "task-7", "stop").click()
         assert state(page, "task-7", ENDED) == "stopped"
-        fake.allowed = 10**9
-        assert {state(page, task, ENDED) for task in fake.tasks[:7]} == {"done"}
-        assert "task-7" not in [body["model"] for body in fake.bodies]
+        engine.allowed = 10**9
+        assert {state(page, task, ENDED) for task in tasks[:7]} == {"done"}
+        assert "task-7" not in [task for _, task, _ in engine.submitted]
 
     @pytest.mark.parametrize(
         ("fault", "said"),
         [
-            ("refuse", "the prompt is longer than the context"),
-            ("full", "256 requests are waiting already"),
-            ("event", "the engine gave up on this request"),
+            (RequestError("the prompt is longer than the context"), "the prompt is longer than the context"),
+            (QueueFullError(256, 1.0), "256 requests are waiting already: try again in about 1 s"),
+            (BOOM, "the answer failed: boom, as asked"),
             ("cut", "The connection ended before the answer did"),
         ],
+        ids=["refused", "full", "fails in the stream", "cut"],
     )
-    def test_errors_are_shown_and_the_others_go_on(self, page: Any, fake: FakeServer, fault: str, said: str) -> None:
-        fake.faults = {"spam": fault}
+    def test_errors_are_shown_and_the_others_go_on(self, page: Any, engine: FakeEngine, fault: Any, said: str) -> None:
+        def cut(route: Any) -> None:
+            event = json.dumps({"choices": [{"index": 0, "text": "one word", "finish_reason": None}]})
+            if route.request.post_data_json["model"] == "spam":
+                route.fulfill(content_type="text/event-stream", body=f"data: {event}\n\n")
+            else:
+                route.continue_()
+
+        engine.faults = {"spam": fault}
+        if fault == "cut":
+            page.route("**/v1/completions", cut)
         choose(page, "movie", "spam")
         ask(page)
         assert state(page, "spam", ENDED) == "error"
         assert page.locator('.card[data-task="spam"] .problem').inner_text() == said
         assert state(page, "movie", ENDED) == "done"
 
-    def test_an_answer_without_text_says_so(self, page: Any, fake: FakeServer) -> None:
+    def test_an_answer_without_text_says_so(self, page: Any, engine: FakeEngine) -> None:
         """A model may end at its first token; a card that stayed blank would look broken."""
-        fake.words = 0
+        engine.words = 0
         choose(page, "movie")
         ask(page)
         assert state(page, "movie", ENDED) == "done"
         assert self.note(page) == "The answer has no text."
         assert text(page, "movie") == ""
-        fake.words, fake.allowed = 5, 0
+        engine.words, engine.allowed = 5, 0
         part(page, "movie", "again").click()
         state(page, "movie", "waiting")
         assert self.note(page) == ""
@@ -121,35 +111,38 @@ class TestOnTheFake(PageContract):
         return page.locator(".answer").evaluate("answer => JSON.parse(getComputedStyle(answer, '::before').content)")
 
     @pytest.mark.parametrize(("given", "said"), [("draining", "finishes what runs"), ("dreaming", '"dreaming"')])
-    def test_a_state_other_than_ready(self, page: Any, fake: FakeServer, given: str, said: str) -> None:
-        fake.state = given
+    def test_a_state_other_than_ready(self, page: Any, engine: FakeEngine, given: str, said: str) -> None:
+        engine.state = given
         page.locator("#banner").filter(has_text=said).wait_for()
         assert page.locator("#state").inner_text() == given
-        fake.state = "ready"
+        engine.state = "ready"
         page.locator("#banner").wait_for(state="hidden")
 
-    def test_a_key_is_asked_for(self, context: Any, page_server: str, fake: FakeServer) -> None:
-        fake.key = "se'cret"
-        page = context.new_page()
-        page.goto(page_server)
+    def test_a_key_is_asked_for(self, context: Any, engine: FakeEngine) -> None:
+        config = ServerConfig(base_model_id="base", api_keys=("se'cret",))
+        with running(engine, config) as url:
+            self.with_a_key(context.new_page(), url, engine)
+
+    def with_a_key(self, page: Any, url: str, engine: FakeEngine) -> None:
+        page.goto(url)
         page.get_by_label("asks for an API key").wait_for()
-        asked = fake.stats_asked
+        asked = engine.stats_asked
         for key, then in (("wrong", "The server refused this key."), ("se'cret", "")):
             page.fill("#key", key)
             page.click("#key-form button")
             if then:
                 page.get_by_text(then).wait_for()
         page.wait_for_selector("#choices input")
-        assert fake.stats_asked > asked
+        assert engine.stats_asked > asked
         page.locator("#key-form").wait_for(state="hidden")
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         ask(page)
         assert state(page, "movie", ENDED) == "done"
         page.click("#copy-curl")
         page.get_by_text("Copied as curl").wait_for()
-        assert fake.key not in page.evaluate("navigator.clipboard.readText()")
+        assert "se'cret" not in page.evaluate("navigator.clipboard.readText()")
 
-    def test_how_tasks_were_asked_is_shown_and_fills_the_prompt(self, page: Any, fake: FakeServer) -> None:
+    def test_how_tasks_were_asked_is_shown_and_fills_the_prompt(self, page: Any, engine: FakeEngine) -> None:
         hints = page.locator("#hints")
         assert hints.is_hidden()
         choose(page, "spam")
@@ -157,11 +150,11 @@ class TestOnTheFake(PageContract):
         choose(page, *TASKS)
         page.get_by_text("How these tasks were asked in training").click()
         assert hints.locator("h3").all_inner_texts() == ["movie", "news"]
-        assert hints.locator("pre").all_inner_texts() == [PROMPTS[name]["template"] for name in ("movie", "news")]
+        assert hints.locator("pre").all_inner_texts() == [CARDS[name].template for name in ("movie", "news")]
         assert page.get_by_text("answers: positive, negative").is_visible()
         assert page.get_by_text("Not known of spam.").is_visible()
         page.get_by_role("button", name="Use as prompt: movie").click()
-        assert page.input_value("#prompt") == PROMPTS["movie"]["sample"]
+        assert page.input_value("#prompt") == CARDS["movie"].sample
         page.get_by_role("button", name="Use as prompt: news").click()
         page.keyboard.type("Rain")  # the first placeholder is selected: typing fills it in
         assert page.input_value("#prompt") == "News: Rain\n{text}\nSection:"
@@ -169,9 +162,9 @@ class TestOnTheFake(PageContract):
         assert hints.locator("h3").all_inner_texts() == ["news"]
         assert page.seen.errors == []
 
-    def test_hints_of_a_hostile_folder_are_text(self, page: Any, fake: FakeServer) -> None:
+    def test_hints_of_a_hostile_folder_are_text(self, page: Any, engine: FakeEngine) -> None:
         markup = "<img src=x onerror=\"document.title='owned'\">{text}"
-        fake.prompts = {"movie": {"template": markup, "answers": [markup] * 300, "sample": None}}
+        engine.store = FakeStore(TASKS, {"movie": TaskCard(markup, (markup,) * 300)})
         page.reload()
         page.wait_for_selector("#choices input")
         page.get_by_text("How these tasks were asked in training").click()
@@ -179,8 +172,8 @@ class TestOnTheFake(PageContract):
         assert page.locator("#hints img").count() == 0 and page.title() == "alora playground"
         assert overflow(page) <= 0
 
-    def test_three_hundred_tasks(self, page: Any, fake: FakeServer) -> None:
-        fake.tasks = [f"task-{n:03d}" for n in range(300)]
+    def test_three_hundred_tasks(self, page: Any, engine: FakeEngine) -> None:
+        engine.store = FakeStore([f"task-{n:03d}" for n in range(300)])
         page.get_by_text("of 301 chosen").wait_for()
         assert page.get_by_text("more: search").is_visible()
         page.fill("#search", "TASK 29")
@@ -193,16 +186,16 @@ class TestOnTheFake(PageContract):
         assert page.get_by_text("24 of 301 chosen (the most)").is_visible()
         assert page.get_by_role("checkbox", name="task-150").is_disabled()
 
-    def test_what_is_sent(self, page: Any, fake: FakeServer) -> None:
+    def test_what_is_sent(self, page: Any, engine: FakeEngine) -> None:
         choose(page, "movie")
         page.fill("#temperature", "0.7")
         page.fill("#stop", "END\n\\n\\n")
         ask(page, "two\nlines", max_tokens=9)
         state(page, "movie", ENDED)
         body = {"model": "movie", "prompt": "two\nlines", "max_tokens": 9, "temperature": 0.7, "stop": ["END", "\n\n"]}
-        assert fake.bodies == [{**body, "stream": True, "stream_options": {"include_usage": True}}]
+        assert page.seen.posts == [{**body, "stream": True, "stream_options": {"include_usage": True}}]
 
-    def test_nothing_is_sent_that_is_not_complete(self, page: Any, fake: FakeServer) -> None:
+    def test_nothing_is_sent_that_is_not_complete(self, page: Any, engine: FakeEngine) -> None:
         ask(page)
         page.get_by_text("Choose at least one task.").wait_for()
         choose(page, "movie")
@@ -211,33 +204,33 @@ class TestOnTheFake(PageContract):
         ask(page)
         assert page.locator("#stop").evaluate("field => field.validationMessage") == "At most four stop texts"
         assert page.locator(".card").count() == 0
-        assert fake.bodies == []
+        assert page.seen.posts == []
 
-    def test_a_hidden_tab_asks_nothing(self, page: Any, fake: FakeServer) -> None:
+    def test_a_hidden_tab_asks_nothing(self, page: Any, engine: FakeEngine) -> None:
         """Headless tabs are never hidden, so the page is told that it is."""
         hide = "value => { Object.defineProperty(document, 'hidden', { value, configurable: true });"
         hide += " document.dispatchEvent(new Event('visibilitychange')); }"
         page.evaluate(hide, True)
         page.wait_for_timeout(600)
-        asked = fake.stats_asked
+        asked = engine.stats_asked
         page.wait_for_timeout(1200)
-        assert fake.stats_asked == asked
+        assert engine.stats_asked == asked
         page.evaluate(hide, False)
         page.wait_for_timeout(600)
-        assert fake.stats_asked > asked
+        assert engine.stats_asked > asked
 
-    def test_the_copied_curl_runs(self, page: Any, fake: FakeServer) -> None:
+    def test_the_copied_curl_runs(self, page: Any, engine: FakeEngine) -> None:
         if shutil.which("curl") is None:
             pytest.skip("no curl on this machine")
         prompt = 'it\'s "quoted" $HOME `date` \\ and\nünïcode 🙂'
         sent = self.copied(page, "#copy-curl", prompt)
         done = subprocess.run(["bash", "-c", sent], capture_output=True, text=True, timeout=60, env=quiet())
         assert done.returncode == 0, done.stderr
-        assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("movie", prompt), ("spam", prompt)]
+        assert [(task, asked) for asked, task, _ in engine.submitted] == [("movie", prompt), ("spam", prompt)]
         answers = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
         assert [answer["choices"][0]["text"].split()[0] for answer in answers] == ["movie", "spam"]
 
-    def test_the_copied_python_runs(self, page: Any, fake: FakeServer) -> None:
+    def test_the_copied_python_runs(self, page: Any, engine: FakeEngine) -> None:
         pytest.importorskip("openai", reason="the snippet uses the openai package: pip install openai")
         prompt = 'it\'s "quoted" \\ {braces} and\nünïcode 🙂'
         code = self.copied(page, "#copy-python", prompt)
@@ -245,7 +238,7 @@ class TestOnTheFake(PageContract):
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, encoding="utf-8", env=quiet()
         )
         assert done.returncode == 0, done.stderr
-        assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("movie", prompt), ("spam", prompt)]
+        assert [(task, asked) for asked, task, _ in engine.submitted] == [("movie", prompt), ("spam", prompt)]
         assert done.stdout.startswith("movie: movie read: ")
 
     def copied(self, page: Any, button: str, prompt: str) -> str:
