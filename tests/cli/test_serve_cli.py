@@ -22,6 +22,7 @@ from alora_kernels import data
 from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.cli import serve as serve_module
 from alora_kernels.serving import TaskInfo
+from tests.support.adapters import alora_folder, tiny_base
 
 app = typer.Typer()
 app.command("serve")(serve_module.serve)
@@ -108,11 +109,6 @@ def test_a_device_that_is_not_there_and_a_refused_adapter_are_one_line(tmp_path)
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "serving"))
-    try:
-        from adapterfakes import alora_folder, tiny_base
-    finally:
-        sys.path.pop(0)
     folder = alora_folder(tmp_path_factory.mktemp("serve") / "adapter", tiny_base()[0], ("math", "code"))
     write_task_cards(folder, {"code": TaskCard("Code: {text}\nIt's:", ("good", "bad"), "Code: x = 1\nIt's:")})
     return folder

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-from adapterfakes import tiny_base
 from packaging.requirements import Requirement
 from transformers.generation.continuous_batching import continuous_api, requests
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
@@ -18,6 +17,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from alora_kernels.serving.batching import EngineConfig, cache_config
+from tests.support.adapters import tiny_base
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MANAGER, PROCESSOR = continuous_api.ContinuousBatchingManager, continuous_api.ContinuousBatchProcessor

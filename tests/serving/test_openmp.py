@@ -6,11 +6,11 @@ import sys
 import threading
 from pathlib import Path
 
-import adapterfakes
 import pytest
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore, engine, openmp, store
 from alora_kernels.serving.errors import AdapterRefusedError
+from tests.support import adapters
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc/self/task")
 
@@ -54,8 +54,8 @@ def test_without_a_library_that_can_nothing_happens(monkeypatch: pytest.MonkeyPa
 def test_loading_gives_them_back_also_when_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr(store, "release_workers", lambda: calls.append(None))
-    base, _ = adapterfakes.tiny_base()
-    folder = adapterfakes.alora_folder(tmp_path / "good", base, ["a", "b"])
+    base, _ = adapters.tiny_base()
+    folder = adapters.alora_folder(tmp_path / "good", base, ["a", "b"])
     opened = TaskStore.open(base, [folder], resident=4)
     assert len(calls) == 1
     with pytest.raises(AdapterRefusedError):
@@ -67,7 +67,7 @@ def test_loading_gives_them_back_also_when_it_is_refused(tmp_path: Path, monkeyp
 def test_a_starting_engine_gives_back_those_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
     monkeypatch.setattr(engine, "release_workers", lambda: threads.append(threading.current_thread().name))
-    base, tokenizer = adapterfakes.tiny_base()
+    base, tokenizer = adapters.tiny_base()
     with Engine(base, tokenizer, None, EngineConfig(max_batch=2, max_context=32)) as running:
         assert threads == [threading.current_thread().name]
         assert running.generate(["hello"], None, Sampling(max_tokens=2))[0].error is None

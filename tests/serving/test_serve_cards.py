@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapterfakes import alora_folder, lora_folder, tiny_base
 
 from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.serving import TaskStore
+from tests.support.adapters import alora_folder, lora_folder, tiny_base
 
 MATH, CODE = TaskCard("Sum: {text}\nResult:"), TaskCard("{prompt}", ("yes", "no"))
 

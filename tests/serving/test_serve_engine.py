@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-from adapterfakes import alora_folder, tiny_base
 from tokenizerkinds import added
 from truth import alone, merged_models
 
@@ -18,6 +17,7 @@ from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
 from alora_kernels.serving.errors import NotServingError, QueueFullError, RequestError, UnknownTaskError
 from alora_kernels.tuner import ALoRALayer
+from tests.support.adapters import alora_folder, tiny_base
 
 TASKS = ("math", "code", "law", "news", "chat")
 GREEDY = Sampling(max_tokens=12, temperature=0)

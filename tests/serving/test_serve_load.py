@@ -16,12 +16,12 @@ import httpx
 import openai
 import pytest
 import torch
-from adapterfakes import alora_folder, tiny_base
 from httpserver import running
 from truth import alone, merged_models
 
 from alora_kernels.serving import Engine, EngineConfig, TaskStore
 from alora_kernels.serving.http import ServerConfig
+from tests.support.adapters import alora_folder, tiny_base
 
 TASKS = ("movie", "spam", "news", "law")
 MODELS = (*TASKS, "base")

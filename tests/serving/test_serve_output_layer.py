@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from adapterfakes import alora_folder, tiny_base
 from peft import PeftModel
 from truth import alone
 
 from alora_kernels import set_task
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
+from tests.support.adapters import alora_folder, tiny_base
 
 TASKS = ("math", "code", "law")
 GREEDY = Sampling(max_tokens=12, temperature=0)

@@ -16,11 +16,11 @@ from typing import Any
 
 import chromium
 import pytest
-from adapterfakes import alora_folder, tiny_base
 from httpserver import running
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.http import ServerConfig
+from tests.support.adapters import alora_folder, tiny_base
 
 pytest.register_assert_rewrite("pagecontract")
 from pagecontract import ENDED, TASKS, PageContract, ask, choose, opened, part, runs, shown, state, text  # noqa: E402

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 from peft import PeftModel
 from torch import nn
 
@@ -19,6 +18,7 @@ from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.serving import slots as module
 from alora_kernels.serving.slots import ADAPTER, Slots
 from alora_kernels.tuner import ALoRALayer
+from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 
 
 @pytest.fixture(scope="module")

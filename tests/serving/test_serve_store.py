@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 from peft import PeftModel
 
 from alora_kernels import files, route
@@ -24,6 +23,7 @@ from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, S
 from alora_kernels.serving.placement import Placement
 from alora_kernels.serving.slots import Slots
 from alora_kernels.serving.store import Lease, TaskStore
+from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 
 Rows = dict[str, torch.Tensor]
 

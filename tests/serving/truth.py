@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapterfakes import tiny_base
 from peft import PeftModel
 
 from alora_kernels import set_task
+from tests.support.adapters import tiny_base
 
 
 def merged_models(folder: Path, tasks: Sequence[str], base: Any = None) -> dict[str | None, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapterfakes import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
 from safetensors.torch import load_file, save_file
 
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.tuner.layer import ALoRALayer
+from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
