@@ -34,24 +34,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What `open_engine` needs.
-
-    Attributes:
-        model: for `data.load_model`.
-        adapters: folders.
-        sizes: of `EngineConfig`; None leaves its default.
-        resident, host_tasks: of `TaskStore.open`.
-        device: "auto" takes a GPU if there is one.
-        dtype: of the base's weights; None: bfloat16 on a GPU, else float32.
-    """
+    """What `open_engine` needs."""
 
     model: str
     adapters: tuple[Path, ...]
-    sizes: dict[str, int | None]
+    sizes: dict[str, int | None]  # of `EngineConfig`; None leaves its default
     resident: int
     host_tasks: int | None
-    device: str
-    dtype: str | None
+    device: str  # "auto" takes a GPU if there is one
+    dtype: str | None  # of the base's weights; None: bfloat16 on a GPU, else float32
 
 
 def serve(
@@ -145,12 +136,7 @@ def _run(options: EngineOptions, config: ServerConfig) -> int:
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """Load the base, put the tasks in; the engine is not started.
-
-    Raises:
-        ValueError: an adapter or a size is refused; AdapterRefusedError is one.
-        OSError: the model cannot be loaded.
-    """
+    """Load the base, put the tasks in; the engine is not started."""
     import torch
 
     from .. import data

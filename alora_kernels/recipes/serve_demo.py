@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from ..text import percentile, printable
@@ -36,28 +36,17 @@ NOTHING = "its A and B are random: the answers mean nothing (train one with `mak
 
 @dataclass(frozen=True)
 class Answer:
-    """One request that was answered.
+    """One request that was answered."""
 
-    Attributes:
-        task: None is the base alone.
-        tokens: generated.
-        seconds: from sending the request to the end of the answer.
-        first: to the first token; None where the answer came in one piece.
-    """
-
-    task: str | None
+    task: str | None  # None is the base alone
     text: str
     tokens: int
-    seconds: float
-    first: float | None = None
+    seconds: float  # from sending the request to the end of the answer
+    first: float | None = None  # to the first token; None where the answer came in one piece
 
 
 def adapter_folder(model: str, output: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The demo's trained adapter where there is one for this model, else one with random numbers, made here.
-
-    Args:
-        model: as in `data.load_model`.
-        output: folder to write to.
+    """The demo's trained adapter where there is one for this model, else one with random numbers, made in `output`.
 
     Returns:
         The adapter's folder, and what a reader must know about it.
@@ -93,11 +82,7 @@ def _random_adapter(model: str, folder: Path) -> None:
 
 
 def prompts(count: int) -> list[tuple[str | None, str]]:
-    """So many real test prompts with the task each is for: the demo's tasks in turn, and the base every fifth time.
-
-    Raises:
-        MissingPackageError: a data package is not installed.
-    """
+    """So many real test prompts with the task each is for: the demo's tasks in turn, and the base every fifth time."""
     from ..data import load_task
 
     texts = {task: load_task(task, train_size=0, test_size=count)["test"]["prompt"] for task in TASKS}
@@ -107,25 +92,19 @@ def prompts(count: int) -> list[tuple[str | None, str]]:
 
 
 class Server:
-    """`alora serve` on a free port of this machine, for as long as the block runs.
-
-    Args:
-        model: base model.
-        adapter: adapter folder.
-        log: file that gets all it prints.
-        options: further options of `alora serve`.
+    """`alora serve` on a free port of this machine, for as long as the block runs; `log` gets all it prints.
 
     Raises:
         RuntimeError: it ended, or did not answer in three minutes; quotes the end of its log.
     """
 
-    def __init__(self, model: str, adapter: Path, log: Path, options: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, adapter: Path, log: Path) -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port = int(probe.getsockname()[1])
         self.address, self.log = f"http://{HOST}:{self.port}", log
         self._command = [sys.executable, "-m", "alora_kernels", "serve", model, "--adapter", str(adapter)]
-        self._command += ["--host", HOST, "--port", str(self.port), *options]
+        self._command += ["--host", HOST, "--port", str(self.port)]
 
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +120,12 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         alive = self.process.poll() is None
         code = self._stop()
-        if not alive and kind is None:
+        if kind is None and not alive:
             raise RuntimeError(self._said(f"the server ended by itself with exit code {code}"))
-        if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM) and kind is None:
+        if kind is None and code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
             raise RuntimeError(self._said(f"the server ended with exit code {code} after SIGTERM"))
 
     def _wait_ready(self) -> None:
@@ -181,15 +160,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def show(answers: Sequence[Answer], seconds: float) -> dict[str, int]:
-    """Print a line per task and one for all.
-
-    Args:
-        answers: of all requests.
-        seconds: that all took together.
-
-    Returns:
-        Requests answered by task; the base alone is "base".
-    """
+    """Print a line per task and one for all, which took `seconds` together; requests by task, the base as "base"."""
     by_task: dict[str, list[Answer]] = {}
     for answer in answers:
         by_task.setdefault(answer.task or "base", []).append(answer)

@@ -31,34 +31,22 @@ from .text import TextStream, eos_tokens
 
 @dataclass(frozen=True)
 class Stats:
-    """An engine at one moment.
-
-    Attributes:
-        state: "new", "ready", "draining", "stopped" or "failed".
-        running, waiting: requests.
-        max_batch, max_waiting: their limits.
-        batch_rows, batch_requests: tokens and requests in the last step.
-        tokens_per_second: generated, over the last two seconds.
-        requests_finished, tokens_generated: since the start.
-        tasks_resident, tasks_known: tasks whose rows are in the model, and all.
-        uptime: seconds since the start.
-        cache_used: share of the KV cache in use, 0 .. 1.
-    """
+    """An engine at one moment."""
 
     state: State
     running: int
     waiting: int
     max_batch: int
     max_waiting: int
-    batch_rows: int
+    batch_rows: int  # tokens in the last step
     batch_requests: int
-    tokens_per_second: float
-    requests_finished: int
+    tokens_per_second: float  # generated, over the last two seconds
+    requests_finished: int  # since the start
     tokens_generated: int
-    tasks_resident: int
+    tasks_resident: int  # whose rows are in the model
     tasks_known: int
-    uptime: float
-    cache_used: float
+    uptime: float  # seconds
+    cache_used: float  # share of the KV cache, 0 .. 1
 
 
 class Engine:

@@ -13,12 +13,7 @@ class ServingError(ValueError):
 
 
 class RequestError(ServingError):
-    """A request whose contents cannot be served: the prompt, or a sampling setting.
-
-    Args:
-        message: for the user.
-        param: the setting at fault, by the name the user knows.
-    """
+    """A request whose contents cannot be served: `param` names the setting at fault as the user knows it."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -26,12 +21,7 @@ class RequestError(ServingError):
 
 
 class UnknownTaskError(ServingError):
-    """No such task.
-
-    Args:
-        name: what was asked for.
-        known: the names that exist.
-    """
+    """No such task among the names that exist."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
@@ -47,12 +37,7 @@ class AdapterRefusedError(ServingError):
 
 
 class QueueFullError(ServingError):
-    """More requests wait than the engine may hold.
-
-    Args:
-        waiting: how many wait.
-        retry_after: seconds after which a place is likely.
-    """
+    """More requests wait than the engine may hold; a place is likely after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again in about {retry_after:.0f} s")

@@ -72,47 +72,30 @@ def _whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one or several steps added to an answer.
+    """What one or several steps added to an answer."""
 
-    Attributes:
-        text: the new text; may be empty, when a character is not complete yet or on the last piece.
-        tokens: tokens generated so far.
-        finish_reason: None until the last piece.
-    """
-
-    text: str
-    tokens: int
-    finish_reason: FinishReason | None = None
+    text: str  # may be empty, when a character is not complete yet or on the last piece
+    tokens: int  # generated so far
+    finish_reason: FinishReason | None = None  # of the last piece
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that has ended.
+    """A request that has ended: by an end-of-text or a stop text ("stop"), its "length", an "error", or "cancelled".
 
-    Attributes:
-        id: of the request.
-        task: name of its task; None is the base model.
-        text: the whole answer, without a stop text.
-        token_ids: as generated.
-        finish_reason: "stop" (end-of-text or a stop text), "length", "cancelled" (by its reader, or, as `error`
-            then says, because the engine was stopped) or "error".
-        prompt_tokens: length of the prompt in tokens.
-        error: what went wrong, if anything did.
-        queued: seconds from submission to its first step.
-        first_token: seconds from submission to the first token; None if there was none.
-        seconds: from submission to the end.
+    It was cancelled by its reader or, as `error` then says, because the engine was stopped.
     """
 
     id: str
-    task: str | None
-    text: str
-    token_ids: tuple[int, ...]
+    task: str | None  # None is the base model
+    text: str  # the whole answer, without a stop text
+    token_ids: tuple[int, ...]  # as generated
     finish_reason: FinishReason
     prompt_tokens: int
     error: str | None = None
-    queued: float | None = None
-    first_token: float | None = None
-    seconds: float = 0.0
+    queued: float | None = None  # seconds from submission to its first step
+    first_token: float | None = None  # seconds from submission to the first token, if there was one
+    seconds: float = 0.0  # from submission to the end
 
     @property
     def completion_tokens(self) -> int:

@@ -33,27 +33,16 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A task as it is now.
-
-    Attributes:
-        name: of the task.
-        version: grows with every load of the store.
-        folder: it was read from.
-        where: on the device, in host memory or on the disk.
-        in_use: running requests that use this version.
-        bytes: of its A's in all layers.
-        loaded_at: unix time.
-        card: how it was asked in training; None if the folder does not say.
-    """
+    """A task as it is now."""
 
     name: str
-    version: int
-    folder: Path
+    version: int  # grows with every load of the store
+    folder: Path  # it was read from
     where: Where
-    in_use: int
-    bytes: int
-    loaded_at: float
-    card: TaskCard | None = None
+    in_use: int  # running requests that use this version
+    bytes: int  # of its A's in all layers
+    loaded_at: float  # unix time
+    card: TaskCard | None = None  # how it was asked in training, if the folder says
 
 
 @dataclass(frozen=True, eq=False)  # two leases of one version are two leases

@@ -34,21 +34,26 @@ if TYPE_CHECKING:
 
 FILES = "adapter_*"  # what an adapter is read from
 OWNER = "alora-kernels"
+CLOSED = "this server loads and unloads nothing over HTTP: start it with --adapter-root DIR to allow folders below DIR"
 
 
-class LoadAdapter(Fields):
-    """POST /v1/load_lora_adapter; `task` chooses one of a folder that holds several."""
+class Named(Fields):
+    """What loading and unloading have in common."""
 
     lora_name: str = Field(min_length=1, max_length=512)
+
+
+class LoadAdapter(Named):
+    """POST /v1/load_lora_adapter; `task` chooses one of a folder that holds several."""
+
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
     task: str | None = None
 
 
-class UnloadAdapter(Fields):
+class UnloadAdapter(Named):
     """POST /v1/unload_lora_adapter; names are enough here, vLLM's number is taken and not used."""
 
-    lora_name: str = Field(min_length=1, max_length=512)
     lora_int_id: int | None = None
 
 
@@ -147,23 +152,18 @@ def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> Non
     """One load at a time, outside the event loop."""
     one_at_a_time, base = CapacityLimiter(1), config.base_model_id
 
-    def allowed() -> TaskStore:
+    async def checked(request: Request, model: type[Named], refusal: str) -> tuple[Any, TaskStore]:
+        asked = await read(request, model, config.max_body_bytes)
         if not config.adapter_roots or engine.store is None:
-            raise ApiError(
-                403,
-                "this server loads and unloads nothing over HTTP: start it with --adapter-root DIR to allow folders"
-                " below DIR",
-                code="forbidden",
-            )
-        return engine.store
+            raise ApiError(403, CLOSED, code="forbidden")
+        if asked.lora_name == base:
+            raise ApiError(400, f"{base!r} is the base model{refusal}", "lora_name")
+        return asked, engine.store
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(request: Request) -> PlainTextResponse:
         """Load a task, or with load_inplace replace one; what runs keeps the version it began with."""
-        asked = await read(request, LoadAdapter, config.max_body_bytes)
-        store = allowed()
-        if asked.lora_name == base:
-            raise ApiError(400, f"{base!r} is the base model's name: choose another", "lora_name")
+        asked, store = await checked(request, LoadAdapter, "'s name: choose another")
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
         load = partial(store.load, folder, name=asked.lora_name, task=asked.task, replace=asked.load_inplace)
         await run_sync(load, limiter=one_at_a_time)
@@ -172,10 +172,7 @@ def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> Non
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(request: Request) -> PlainTextResponse:
         """Forget a task; requests that run on it finish."""
-        asked = await read(request, UnloadAdapter, config.max_body_bytes)
-        store = allowed()
-        if asked.lora_name == base:
-            raise ApiError(400, f"{base!r} is the base model: it stays while the server runs", "lora_name")
+        asked, store = await checked(request, UnloadAdapter, ": it stays while the server runs")
         try:
             await run_sync(store.unload, asked.lora_name, limiter=one_at_a_time)
         except UnknownTaskError as error:  # the base, which other refusals list too, is none that could be unloaded

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 CLIENT_GONE = 499  # nginx' word for it; nobody reads it
+FAILED = ("error", "cancelled")
 Json = dict[str, Any]
 
 
@@ -62,25 +63,16 @@ def cancel(generations: Iterable[Generation]) -> None:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply in OpenAI's shape; each kind says how its choices look.
-
-    Attributes:
-        model: as asked.
-        generations: in the order of the prompts, `choices` for each; their places are the choices' indices.
-        choices: answers per prompt.
-        with_usage: whether a stream's events have the key `usage`.
-        created: unix time.
-        id: of the reply.
-    """
+    """A reply in OpenAI's shape; each kind says how its choices look."""
 
     prefix: ClassVar[str]
     object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    model: str
-    generations: Sequence[Generation]
-    choices: int
-    with_usage: bool = False
+    model: str  # as asked
+    generations: Sequence[Generation]  # in the order of the prompts; their places are the choices' indices
+    choices: int  # answers per prompt
+    with_usage: bool = False  # whether a stream's events have the key `usage`
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -139,7 +131,7 @@ async def _wait_all(generations: Sequence[Generation], receive: Receive) -> list
 
     async def one(index: int, scope: anyio.CancelScope) -> None:
         done[index] = await generations[index].wait()
-        if failure(done[index].finish_reason) is not None or len(done) == len(generations):
+        if done[index].finish_reason in FAILED or len(done) == len(generations):
             scope.cancel()
 
     async def watch(scope: anyio.CancelScope) -> None:
@@ -151,8 +143,8 @@ async def _wait_all(generations: Sequence[Generation], receive: Receive) -> list
         for index in range(len(generations)):
             group.start_soon(one, index, group.cancel_scope)
     for completion in done.values():
-        if (error := failure(completion.finish_reason, completion.error)) is not None:
-            raise error
+        if completion.finish_reason in FAILED:
+            raise failure(completion)
     return [done[index] for index in range(len(generations))] if len(done) == len(generations) else None
 
 
@@ -162,11 +154,9 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-def failure(reason: str | None, error: str | None = None) -> ApiError | None:
-    """What the client is told of an answer that did not come to its end; None if it did, or goes on."""
-    if reason == "error":
-        said = f"the answer failed: {error or 'the log of the server says why'}"
-        return ApiError(500, said, code="generation_failed")
-    if reason == "cancelled":
+def failure(completion: Completion) -> ApiError:
+    """What the client is told of an answer that did not come to its end."""
+    if completion.finish_reason == "cancelled":
         return ApiError(503, "the server ended this answer before it was complete", code="cancelled")
-    return None
+    said = f"the answer failed: {completion.error or 'the log of the server says why'}"
+    return ApiError(500, said, code="generation_failed")

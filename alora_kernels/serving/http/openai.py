@@ -38,29 +38,14 @@ COMPLETION_TOKENS = 16  # OpenAI's default; a chat may fill the context
 CHAT_TOKENS = 4096  # where the engine names no context
 
 IGNORED = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
+#: field -> values that ask for nothing; None is one of each
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
-    "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
+    "audio": (), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
+    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "parallel_tool_calls": (True, False),
+    "prediction": (), "presence_penalty": (0,), "reasoning_effort": ("none",), "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",), "tool_choice": ("none", "auto"),
+    "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
 
 
 class Fields(BaseModel):
@@ -131,7 +116,8 @@ def _checked(fields: Json, model: type[Model]) -> Model:
 
 def _is_neutral(name: str, value: Any) -> bool:
     """Whether a field that is not supported asks for nothing; 0 is not False: `logprobs: 0` asks for something."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name])
+    alike = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name])
+    return value is None or any(alike)
 
 
 # Texts are checked by hand and only up to the first mistake: a union type would report each of 300 000 wrong ids four

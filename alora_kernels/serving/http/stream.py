@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..request import Piece
-from .answer import Json, Reply, cancel, failure, until_gone
+from .answer import FAILED, Json, Reply, cancel, failure, until_gone
 from .errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class EventStream(Response):
             except Exception as error:  # the status is out: the client is told in the stream
                 if not isinstance(error, ApiError):
                     log.exception("a stream failed")
-                self.failed = error if isinstance(error, ApiError) else failure("error")
+                    error = ApiError(500, "the answer failed: the log of the server says why", code="generation_failed")
+                self.failed = error
                 readers.cancel_scope.cancel()
 
         async with anyio.create_task_group() as readers:
@@ -81,10 +82,8 @@ class EventStream(Response):
     def _note(self, index: int, piece: Piece) -> None:
         """Count tokens; a piece that ends in failure is an exception."""
         self.tokens[index] = piece.tokens
-        if failure(piece.finish_reason) is not None:
-            error = failure(piece.finish_reason, self.reply.generations[index].result(timeout=1).error)
-            assert error is not None
-            raise error
+        if piece.finish_reason in FAILED:
+            raise failure(self.reply.generations[index].result(timeout=1))
 
     def _closing(self) -> bytes:
         if self.failed is not None:
