@@ -8,18 +8,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from enginefakes import FakeEngine
 from test_serve_http import ASK, call, refused
 
 from alora_kernels.serving.http import ServerConfig, create_app
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-
-
-@pytest.fixture
-def engine():
-    with FakeEngine() as fake:
-        yield fake
 
 
 def adapter(folder: Path) -> Path:

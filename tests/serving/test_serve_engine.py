@@ -10,9 +10,11 @@ import weakref
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizerkinds import added
 from truth import alone, merged_models
 
+from alora_kernels import set_task
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
 from alora_kernels.serving.errors import NotServingError, QueueFullError, RequestError, UnknownTaskError
@@ -460,3 +462,29 @@ def test_the_head_can_be_adapted_too(tmp_path):
     with Engine(base, tokenizer, TaskStore.open(base, [folder], resident=4), SMALL) as engine:
         done = engine.generate([ids, ids], ["one", "two"], GREEDY)
     assert [c.token_ids for c in done] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word:UserWarning")
+def test_an_adapter_on_the_output_layer_which_sees_fewer_rows_than_the_model_has_tokens(tmp_path):
+    tasks_known = TASKS[:3]
+    first = alora_folder(tmp_path / "first", tiny_base()[0], tasks_known, target_modules=["q_proj", "lm_head"])
+    model = PeftModel.from_pretrained(tiny_base()[0], first)
+    model.save_pretrained(tmp_path / "stock")  # with lm_head's own weight beside its adapter
+    base, tokenizer = tiny_base()
+    assert base.config.tie_word_embeddings  # the adapter is for the output only
+    engine = Engine(base, tokenizer, TaskStore.open(base, [tmp_path / "stock"], resident=4), SMALL).start()
+    try:
+        ids = prompts(engine, 12)
+        tasks = [(*tasks_known, None)[i % 4] for i in range(12)]
+        done = engine.generate(ids, tasks, GREEDY)
+    finally:
+        engine.stop()
+        engine.store.close()
+    wanted = []
+    for prompt, task in zip(ids, tasks, strict=True):  # unmerged: a merge would change the input embeddings too
+        set_task(model, task or "__base__")
+        wanted.append(alone(model, prompt))
+    assert [c.token_ids for c in done] == wanted
+    set_task(model, "__base__")
+    assert sum(alone(model, prompt) != answer for prompt, answer in zip(ids, wanted, strict=True)) > 3  # the control

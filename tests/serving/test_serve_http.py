@@ -20,22 +20,22 @@ from alora_kernels.serving.http import app as application
 ASK = {"model": "movie", "prompt": "is it good"}
 
 
-@pytest.fixture
-def engine():
-    with FakeEngine() as fake:
-        yield fake
+def asker(app):
+    """Requests to an application without a socket."""
+
+    def ask(method: str, path: str, **more) -> httpx.Response:
+        async def one() -> httpx.Response:
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return await client.request(method, path, **more)
+
+        return asyncio.run(one())
+
+    return ask
 
 
 def call(engine, method: str, path: str, config: ServerConfig | None = None, **more) -> httpx.Response:
-    """One request to the application without a socket."""
-    app = create_app(engine, config or ServerConfig("tiny"))
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.request(method, path, **more)
-
-    return asyncio.run(ask())
+    return asker(create_app(engine, config or ServerConfig("tiny")))(method, path, **more)
 
 
 def post(engine, path: str = "/v1/completions", **fields) -> httpx.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
 import time
@@ -14,19 +13,13 @@ from enginefakes import FakeEngine
 from httpserver import running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_serve_http import ASK, call, post, refused
+from test_serve_http import ASK, asker, call, post, refused
 
 from alora_kernels.serving.http import ServerConfig, create_app, openai
 from alora_kernels.serving.http.security import is_loopback
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-def engine():
-    with FakeEngine() as fake:
-        yield fake
 
 
 def send(engine, content: bytes, path: str = "/v1/completions", config: ServerConfig | None = None) -> httpx.Response:
@@ -42,53 +35,39 @@ def test_every_route_but_the_page_and_health_needs_a_key(engine):
     app.add_api_route("/new", lambda: "open", methods=["GET"])  # closed until somebody opens it
     routes = [("GET", "/v1/models"), ("GET", "/stats"), ("GET", "/metrics"), ("GET", "/new"), ("GET", "/nothing")]
     routes += [("POST", path) for path in ("/v1/completions", CHAT, "/v1/load_lora_adapter")]
-    with httpx_client(app) as ask:
-        for method, path in routes:
-            answer = ask(method, path)
-            error = refused(answer, 401, "Authorization: Bearer")
-            assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
-        assert ask("GET", "/health").status_code == 200
-        for key in (b"one", "zwei-ß".encode()):
-            assert ask("GET", "/v1/models", headers={b"Authorization": b"Bearer " + key}).status_code == 200
-        for wrong in ("Bearer on", "Bearer oneone", "Bearer", "Basic one", "one", "Bearer \xff"):
-            refused(ask("GET", "/v1/models", headers={b"authorization": wrong.encode("latin-1")}), 401)
-
-
-@contextlib.contextmanager
-def httpx_client(app):
-    def ask(method: str, path: str, **more) -> httpx.Response:
-        async def one() -> httpx.Response:
-            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                return await client.request(method, path, **more)
-
-        return asyncio.run(one())
-
-    yield ask
+    ask = asker(app)
+    for method, path in routes:
+        answer = ask(method, path)
+        error = refused(answer, 401, "Authorization: Bearer")
+        assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
+    assert ask("GET", "/health").status_code == 200
+    for key in (b"one", "zwei-ß".encode()):
+        assert ask("GET", "/v1/models", headers={b"Authorization": b"Bearer " + key}).status_code == 200
+    for wrong in ("Bearer on", "Bearer oneone", "Bearer", "Basic one", "one", "Bearer \xff"):
+        refused(ask("GET", "/v1/models", headers={b"authorization": wrong.encode("latin-1")}), 401)
 
 
 # ------------------------------------------------------------------ rates and hosts
 
 
 def test_a_rate_counts_posts_of_each_key(engine):
-    app = create_app(engine, ServerConfig("tiny", api_keys=("a", "b"), rate_limit="2/hour"))
-    with httpx_client(app) as ask:
+    ask = asker(create_app(engine, ServerConfig("tiny", api_keys=("a", "b"), rate_limit="2/hour")))
 
-        def status(key: str, method: str = "POST", path: str = "/v1/completions") -> httpx.Response:
-            return ask(method, path, json=ASK, headers={"Authorization": f"Bearer {key}"})
+    def status(key: str, method: str = "POST", path: str = "/v1/completions") -> httpx.Response:
+        return ask(method, path, json=ASK, headers={"Authorization": f"Bearer {key}"})
 
-        assert [status("a").status_code for _ in range(2)] == [200, 200]
-        over = status("a")
-        assert refused(over, 429, "2 per 1 hour")["code"] == "rate_limit_exceeded"
-        assert 3500 < int(over.headers["retry-after"]) <= 3600
-        assert status("b").status_code == 200  # another key has its own
-        assert status("a", "GET", "/stats").status_code == 200  # looking is free
+    assert [status("a").status_code for _ in range(2)] == [200, 200]
+    over = status("a")
+    assert refused(over, 429, "2 per 1 hour")["code"] == "rate_limit_exceeded"
+    assert 3500 < int(over.headers["retry-after"]) <= 3600
+    assert status("b").status_code == 200  # another key has its own
+    assert status("a", "GET", "/stats").status_code == 200  # looking is free
 
 
 def test_without_keys_a_rate_counts_the_clients_address(engine):
-    with httpx_client(create_app(engine, ServerConfig("tiny", rate_limit="1/hour"))) as ask:
-        assert ask("POST", "/v1/completions", json=ASK).status_code == 200
-        assert ask("POST", "/v1/completions", json=ASK, headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 429
+    ask = asker(create_app(engine, ServerConfig("tiny", rate_limit="1/hour")))
+    assert ask("POST", "/v1/completions", json=ASK).status_code == 200
+    assert ask("POST", "/v1/completions", json=ASK, headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 429
 
 
 def test_only_named_hosts_are_answered(engine):
@@ -240,12 +219,7 @@ SCALARS = (
 KEYS = st.sampled_from(["role", "content", "type", "text", "include_usage"]) | st.text(max_size=5)
 ANYTHING = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "include_usage"]) | st.text(max_size=5), inner
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner),
     max_leaves=8,
 )
 MESSAGES = st.lists(

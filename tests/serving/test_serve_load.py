@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import socket
@@ -261,21 +260,10 @@ def free_port():
 @pytest.mark.timeout(900)  # seconds on an idle machine, minutes beside busy neighbours
 def test_sigterm_lets_the_command_finish_its_answers(folder):
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "alora_kernels",
-        "serve",
-        "tiny-random",
-        "--adapter",
-        str(folder),
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "alora_kernels", "serve", "tiny-random"]
+    command += ["--adapter", str(folder), "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy()
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             deadline = time.monotonic() + 600
             while True:

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from alora_kernels import files, route
+from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
 from alora_kernels.serving.placement import Placement
@@ -580,3 +581,44 @@ def test_the_remedy_for_a_name_is_one_that_works(tmp_path):
     for asked in ({"name": "films"}, {"name": "/films/", "task": "films"}, {"task": "films"}):
         with pytest.raises(AdapterRefusedError, match="has no task .*: it has 'movie reviews', 'law'; say which"):
             store.load(tmp_path / "more", **asked)
+
+
+MATH, CODE = TaskCard("Sum: {text}\nResult:"), TaskCard("{prompt}", ("yes", "no"))
+
+
+@pytest.fixture
+def carded(tmp_path: Path) -> Path:
+    """A folder that says how its tasks were asked in training."""
+    folder = alora_folder(tmp_path / "adapter", tiny_base()[0], ("math", "code"))
+    write_task_cards(folder, {"math": MATH, "unknown": CODE})
+    return folder
+
+
+def cards(store: TaskStore) -> dict[str, TaskCard | None]:
+    return {task.name: task.card for task in store.tasks()}
+
+
+def test_cards_follow_their_tasks_under_other_names_and_in_new_versions(carded: Path):
+    with TaskStore.open(tiny_base()[0], [carded]) as store:
+        assert cards(store) == {"math": MATH, "code": None}
+        store.load(carded, name="sums", task="math")
+        write_task_cards(carded, {"math": MATH, "code": CODE})
+        store.load(carded, name="code", replace=True)
+        assert cards(store) == {"math": MATH, "code": CODE, "sums": MATH}
+        assert store.unload("sums").card == MATH
+
+
+def test_a_stock_lora_has_the_only_card_of_its_folder(tmp_path: Path):
+    folder = lora_folder(tmp_path / "renamed", tiny_base()[0])
+    write_task_cards(folder, {"before": MATH})
+    with TaskStore.open(tiny_base()[0], [folder]) as store:
+        assert cards(store) == {"renamed": MATH}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b'{"version": 1, "tasks": {"math": {"template": 1}}}'])
+def test_a_broken_card_file_is_a_warning_and_every_task_is_served(carded: Path, caplog, content: bytes):
+    (carded / FILE).write_bytes(content)
+    with TaskStore.open(tiny_base()[0], [carded]) as store:
+        assert cards(store) == {"math": None, "code": None}
+        assert FILE in caplog.text
+        assert store.acquire("math") is not None
