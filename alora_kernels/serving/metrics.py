@@ -14,12 +14,7 @@ BASE_LABEL = "(base)"  # parentheses are in no task's name
 
 
 class Metrics:
-    """Counters and distributions of one engine.
-
-    Attributes:
-        registry: where they are registered.
-        answered: requests that ended without an error.
-    """
+    """Counters and distributions of one engine, in a registry of its own; `answered` ended without an error."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

@@ -29,40 +29,37 @@ SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is roundin
 
 
 class Slots:
-    """The resident tasks' matrices, inside a model. Made by `build`; `shapes` maps a module to (N, R, K)."""
+    """Layers for `capacity` tasks inside a model, in eval mode and without gradients; at first no task is in them.
 
-    def __init__(self, model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype) -> None:
-        self.model, self.capacity, self.dtype = model, capacity, dtype
+    Args:
+        model: without adapters; changed in place.
+        file: decides the modules, ranks, scales and B.
+        capacity: slots.
+        dtype: of A and B; None takes the file's.
+
+    Attributes:
+        shapes: module -> (N, R, K).
+
+    Raises:
+        ValueError: a model that has adapters already.
+        AdapterFolderError: the file does not fit the model, which is then as it was.
+    """
+
+    @torch.inference_mode(False)  # rows are written later, outside of any inference mode the caller may be in
+    def __init__(self, model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype | None = None) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError("the model has adapters already: give the plain base model")
+        _check_model(model, file)
+        self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
         self.shapes, self._scaling, self._base = dict(file.shapes), dict(file.scaling), file.base
         self._layers: dict[str, ALoRALayer] = {}
         self._before = (model.training, [p for p in model.parameters() if p.requires_grad])
-
-    @classmethod
-    @torch.inference_mode(False)  # rows are written later, outside of any inference mode the caller may be in
-    def build(cls, base_model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype | None = None) -> Slots:
-        """Put layers for `capacity` tasks into the model, in eval mode and without gradients; no task is in them yet.
-
-        Args:
-            base_model: without adapters; changed in place.
-            file: decides the modules, ranks, scales and B.
-            capacity: slots.
-            dtype: of A and B; None takes the file's.
-
-        Raises:
-            ValueError: a model that has adapters already.
-            AdapterFolderError: the file does not fit the model, which is then as it was.
-        """
-        if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
-            raise ValueError("the model has adapters already: give the plain base model")
-        _check_model(base_model, file)
-        slots = cls(base_model, file, capacity, dtype or file.dtype)
-        b = {module: _cast(file, module, tensor, slots.dtype) for module, tensor in file.b.items()}
+        b = {module: _cast(file, module, tensor, self.dtype) for module, tensor in file.b.items()}
         try:
-            slots._inject(b)
+            self._inject(b)
         except BaseException:
-            slots.remove()
+            self.remove()
             raise
-        return slots
 
     def _inject(self, b: Mapping[str, Tensor]) -> None:
         # two tasks of rank 1 for PEFT to make its layers with; the tensors are replaced at once
@@ -84,7 +81,7 @@ class Slots:
         self.model.eval().requires_grad_(False)
 
     def remove(self) -> None:
-        """Take the layers out: the model is as it was before `build`."""
+        """Take the layers out: the model is as it was."""
         layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)]
         for name, layer in layers:
             self.model.set_submodule(name, layer.base_layer)

@@ -100,7 +100,7 @@ class TaskStore:
             raise ValueError(f"resident must be >= 1, got {resident}")
         with ExitStack() as undo:
             with _refusals():
-                slots = Slots.build(base_model, read_adapter(folders[0]), resident, dtype)
+                slots = Slots(base_model, read_adapter(folders[0]), resident, dtype)
             undo.callback(slots.remove)
             store = cls(slots, host=host, spill=spill)
             undo.callback(store.close)

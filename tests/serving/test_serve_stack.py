@@ -33,7 +33,7 @@ def gpt2() -> Any:
 
 
 def mlp_stack(folder: Path, capacity: int = 3, **options: Any) -> Slots:
-    return Slots.build(Mlp(), read_adapter(folder), capacity, **options)
+    return Slots(Mlp(), read_adapter(folder), capacity, **options)
 
 
 def rows_of(stack: Slots) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 def test_a_slot_answers_as_the_saved_adapter(llama, tmp_path, base_dtype, settings):
     base = deepcopy(llama).to(base_dtype)
     file = read_adapter(alora_folder(tmp_path / "a", llama, ["math", "code", "law"], **settings))
-    stack = Slots.build(deepcopy(base), file, 5)
+    stack = Slots(deepcopy(base), file, 5)
     slots = {"math": 4, "code": 0, "law": 2}
     for task, slot in slots.items():
         stack.write(slot, file.matrices(task))
@@ -73,7 +73,7 @@ def test_conv1d_and_stock_lora(tmp_path, make):
     base = gpt2()
     folder = make(tmp_path / "a", base, *([["a"]] if make is alora_folder else []), target_modules=["c_attn", "c_fc"])
     file = read_adapter(folder)
-    stack = Slots.build(deepcopy(base), file, 2)
+    stack = Slots(deepcopy(base), file, 2)
     stack.write(1, file.matrices("a"))
     ids = torch.randint(1, 64, (2, 5))
     with route(torch.tensor([1, 1])):
@@ -159,7 +159,7 @@ def test_only_exactly_the_named_modules_are_adapted(tmp_path):
             self.up, self.mlp = nn.Linear(8, 16), Mlp()
 
     folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **(MLP | {"target_modules": ["up"]}))
-    stack = Slots.build(Nested(), read_adapter(folder), 2)
+    stack = Slots(Nested(), read_adapter(folder), 2)
     assert [n for n, m in stack.model.named_modules() if isinstance(m, ALoRALayer)] == ["up"]
 
 
@@ -213,7 +213,7 @@ def _with_up(up: nn.Module) -> nn.Module:
 def test_a_base_that_does_not_fit_is_refused_untouched(tmp_path, make, why):
     folder, base = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), make()
     with pytest.raises(AdapterFolderError, match=why):
-        Slots.build(base, read_adapter(folder), 2)
+        Slots(base, read_adapter(folder), 2)
     assert_as_before(base, make())
 
 
@@ -226,7 +226,7 @@ def test_numbers_that_the_dtype_cannot_hold(tmp_path):
     change_weights(folder, lambda t: t["base_model.model.up.asymlora_B.weight"].fill_(1e6))
     base = Mlp()
     with pytest.raises(AdapterFolderError, match=r"too large for torch\.float16"):
-        Slots.build(base, read_adapter(folder), 2, torch.float16)
+        Slots(base, read_adapter(folder), 2, torch.float16)
     assert_as_before(base, Mlp())
 
 
@@ -237,7 +237,7 @@ def test_a_build_that_fails_halfway_gives_the_model_back(tmp_path, monkeypatch):
     folder, base = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), Mlp()
     monkeypatch.setattr(module, "AdapterSpec", out_of_memory)
     with pytest.raises(MemoryError):
-        Slots.build(base, read_adapter(folder), 2)
+        Slots(base, read_adapter(folder), 2)
     assert_as_before(base, Mlp())
 
 
@@ -245,7 +245,7 @@ def test_a_model_with_adapters(tmp_path):
     folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
     stack = mlp_stack(folder)
     with pytest.raises(ValueError, match="has adapters already"):
-        Slots.build(stack.model, read_adapter(folder), 2)
+        Slots(stack.model, read_adapter(folder), 2)
 
 
 def test_write_refuses_other_matrices_and_writes_none_of_them(tmp_path):
@@ -299,7 +299,7 @@ def test_other_shapes_do_not_fit(tmp_path):
 
 def test_at_most_five_modules_are_listed(llama, tmp_path):
     file = read_adapter(alora_folder(tmp_path / "a", llama, ["math"]))
-    stack = Slots.build(deepcopy(llama), file, 1)
+    stack = Slots(deepcopy(llama), file, 1)
     other = read_adapter(alora_folder(tmp_path / "b", llama, ["math"], target_modules=["q_proj"]))
     with pytest.raises(AdapterFolderError, match=r"missing (\S+, ){4}\S+ and 7 more$"):
         stack.fit(other)
@@ -335,7 +335,7 @@ def test_b_in_16_bits_fits_to_rounding(tmp_path, dtype):
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     folder = alora_folder(tmp_path / "a", Mlp(), ["math", "code"], **MLP)
-    file, stack = read_adapter(folder), Slots.build(Mlp().cuda(), read_adapter(folder), 3)
+    file, stack = read_adapter(folder), Slots(Mlp().cuda(), read_adapter(folder), 3)
     stack.write(1, file.matrices("code"))
     with torch.cuda.stream(torch.cuda.Stream()):
         held = stack._layers["up"].asymlora_A[ADAPTER].weight[1].cpu()
