@@ -10,6 +10,7 @@ answer's first if the answer completes it, and the prompt's if not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
 from typing import Any
 
 CONTEXT = 4  # tokens of the prompt that are decoded with the answer, or more where these begin inside a character
@@ -87,7 +88,7 @@ class TextStream:
 
     def _take(self, end: int, text: str) -> str:
         """Count the text of the first so many tokens as out, and forget tokens that the next do not depend on."""
-        new = text[max(_agree(said, text) for said in self._said) :]
+        new = text[max(len(commonprefix([said, text])) for said in self._said) :]  # noqa: RUF071, texts and not paths
         since = self._decode(self._ids[self._done : end])
         if since and not since.startswith(BROKEN):
             self._ids, end, text = self._ids[self._done :], end - self._done, since
@@ -106,11 +107,6 @@ class TextStream:
         cut = len(self._held) - keep
         out, self._held = self._held[:cut], self._held[cut:]
         return out
-
-
-def _agree(one: str, other: str) -> int:
-    """Length of the beginning that two texts have in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _overlap(text: str, stop: str) -> int:
