@@ -152,18 +152,18 @@ def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> Non
     """One load at a time, outside the event loop."""
     one_at_a_time, base = CapacityLimiter(1), config.base_model_id
 
-    async def checked(request: Request, model: type[Named], refusal: str) -> tuple[Any, TaskStore]:
+    async def checked(request: Request, model: type[Named], not_the_base: str) -> tuple[Any, TaskStore]:
         asked = await read(request, model, config.max_body_bytes)
         if not config.adapter_roots or engine.store is None:
             raise ApiError(403, CLOSED, code="forbidden")
         if asked.lora_name == base:
-            raise ApiError(400, f"{base!r} is the base model{refusal}", "lora_name")
+            raise ApiError(400, not_the_base, "lora_name")
         return asked, engine.store
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(request: Request) -> PlainTextResponse:
         """Load a task, or with load_inplace replace one; what runs keeps the version it began with."""
-        asked, store = await checked(request, LoadAdapter, "'s name: choose another")
+        asked, store = await checked(request, LoadAdapter, f"{base!r} is the base model's name: choose another")
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
         load = partial(store.load, folder, name=asked.lora_name, task=asked.task, replace=asked.load_inplace)
         await run_sync(load, limiter=one_at_a_time)
@@ -172,7 +172,9 @@ def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> Non
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(request: Request) -> PlainTextResponse:
         """Forget a task; requests that run on it finish."""
-        asked, store = await checked(request, UnloadAdapter, ": it stays while the server runs")
+        asked, store = await checked(
+            request, UnloadAdapter, f"{base!r} is the base model: it stays while the server runs"
+        )
         try:
             await run_sync(store.unload, asked.lora_name, limiter=one_at_a_time)
         except UnknownTaskError as error:  # the base, which other refusals list too, is none that could be unloaded
