@@ -220,7 +220,7 @@ class Rows:
 
 @lru_cache(maxsize=32)
 def task_rows(
-    task: str | None,
+    task: str | data.TaskSpec | None,
     data_file: str | None,
     *,
     causal: bool,
@@ -236,7 +236,7 @@ def task_rows(
         ValueError: fewer than two different answers, answers that are not label words, or as in `data.load_task`.
     """
     name = str(task if data_file is None else data_file)
-    source = name if data_file is None else data.TaskSpec("own", name, task_column=None)
+    source = (task or name) if data_file is None else data.TaskSpec("own", name, task_column=None)
     splits = data.load_task(source, seed=seed, train_size=train_size, test_size=test_size)
     answers = {split: list(splits[split]["answer"]) for split in ("train", "test")}
     labels = _labels(task, name, set(answers["train"]) | set(answers["test"]))
@@ -256,7 +256,7 @@ def task_rows(
     )
 
 
-def _labels(task: str | None, name: str, answers: set[str]) -> tuple[str, ...]:
+def _labels(task: str | data.TaskSpec | None, name: str, answers: set[str]) -> tuple[str, ...]:
     """Label words of a built-in task, else the answers that occur, sorted."""
     if task not in data.TASKS:
         if len(answers) < 2:

@@ -27,9 +27,9 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 
 def markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table of columns with text and columns with numbers."""
+    """The lines of a table of columns with text and columns with numbers; short rows end in empty cells."""
     lines = [line(*left, *right), "|" + "---|" * len(left) + "---:|" * len(right)]
-    return lines + [line(*cells) for cells in rows]
+    return lines + [line(*cells) + " |" * (len(left) + len(right) - len(cells)) for cells in rows]
 
 
 def line(*cells: str) -> str:

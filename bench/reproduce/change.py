@@ -1,11 +1,8 @@
 """`before-after`: what training moves, A or B, length or direction? (ALoRA, Fig. 2)
 
-In:   LoRA on each task by itself; A and B at the start, early on, and at the end.
-Out:  per layer: A against its start; A and B against the early state; W0 against W0 + s B A.
-Who:  `command`.
-
-B begins at zero and has no direction there, so both are compared with the state after a tenth of the steps as well. Who
-turns W0 is asked by putting one factor back: with A as at its start, how much of the turn is left?
+LoRA on each task by itself; A and B at the start, early on, and at the end. B begins at zero and has no direction
+there, so both are compared with the state after a tenth of the steps as well. Who turns W0 is asked by putting one
+factor back: with A as at its start, how much of the turn is left?
 """
 
 from __future__ import annotations
@@ -18,11 +15,11 @@ from torch import Tensor
 
 from alora_kernels.analysis import column_change, cosine, merged_change
 
+from ..report.readme import markdown
 from . import figures
-from .claims import Claim
 from .config import Config
 from .encoder import base_weights, factors, study
-from .rows import Row, layer_of, overlap_row, per_seed, pick, spread
+from .numbers import Claim, Number, overlap, per_seed, pick, place_of, spread
 
 SOURCE = "ALoRA, Fig. 2"
 START, EARLY, W0, KEPT = "start", "early", "W0", "W0, A as at its start"
@@ -33,7 +30,7 @@ def cases(config: Config) -> list[str]:
     return list(config.names)
 
 
-def run(config: Config, seed: int, case: str) -> list[Row]:
+def run(config: Config, seed: int, case: str) -> list[Number]:
     """One training, three states."""
     task = config.tasks[config.names.index(case)]
     learner = study(config, "lora", seed, tasks=[task])
@@ -49,34 +46,31 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
     scaling = (config.lora_alpha or 2 * config.number("r")) / config.number("r")
     out = []
     for module, end in now.items():
-        place: dict[str, Any] = {"module": module, "layer": layer_of(module)}
         start, then = states[START][module], states[EARLY][module]
         for part, before, name in (("A", start, START), ("A", then, EARLY), ("B", then, EARLY)):
-            out += _moved(place, part, name, before[part], end[part])
+            out += _moved(place_of(module, part, name), before[part], end[part])
         for name, a in ((W0, end["A"]), (KEPT, start["A"])):
             change = merged_change(weights[module].cpu(), a, end["B"], scaling)
-            out.append(Row(**place, part="W", item=name, measure="relative_magnitude", value=change.relative_magnitude))
-            out.append(Row(**place, part="W", item=name, measure="direction", value=change.direction))
+            out += [
+                Number(**place_of(module, "W", name), measure=m, value=getattr(change, m))
+                for m in ("relative_magnitude", "direction")
+            ]
     return out
 
 
-def _moved(place: dict[str, Any], part: str, name: str, before: Tensor, after: Tensor) -> list[Row]:
+def _moved(place: dict[str, Any], before: Tensor, after: Tensor) -> list[Number]:
     """Similarity to an earlier state, and change of the columns."""
     change = column_change(before, after)
-    values = {
-        "cosine": cosine(before, after),
-        "relative_magnitude": change.relative_magnitude,
-        "direction": change.direction,
-    }
-    out = [Row(**place, part=part, item=name, measure=m, value=v) for m, v in values.items()]
-    return [*out, overlap_row({**place, "part": part, "item": name}, before, after)]
+    values = {"cosine": cosine(before, after)}
+    values |= {"relative_magnitude": change.relative_magnitude, "direction": change.direction}
+    return [*(Number(**place, measure=m, value=v) for m, v in values.items()), overlap(place, before, after)]
 
 
-def _of(rows: Sequence[Row], part: str, item: str, measure: str) -> list[float]:
+def _of(rows: Sequence[Number], part: str, item: str, measure: str) -> list[float]:
     return per_seed(rows, part=part, item=item, measure=measure)
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def claims(rows: Sequence[Number]) -> list[Claim]:
     """A stays, B moves, W0 turns rather than grows, and B turns it."""
     stays = _of(rows, "A", START, "cosine")
     a, b = _of(rows, "A", EARLY, "direction"), _of(rows, "B", EARLY, "direction")
@@ -116,20 +110,16 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     ]
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Number]) -> list[str]:
     """A row per matrix and earlier state."""
-    lines = ["| matrix | against | cosine | overlap | length | direction |", "|---|---|---:|---:|---:|---:|"]
+    lines = []
     for part, item in (("A", START), ("A", EARLY), ("B", EARLY), ("W", W0), ("W", KEPT)):
-        form = ".4f" if part == "W" else ".3f"
-        cells = []
-        for measure in ("cosine", "overlap", "relative_magnitude", "direction"):
-            values = _of(rows, part, item, measure)
-            cells.append(spread(values, form) if values else "")
-        lines.append(f"| {part} | {item} | {' | '.join(cells)} |")
-    return lines
+        found = [_of(rows, part, item, m) for m in ("cosine", "overlap", "relative_magnitude", "direction")]
+        lines.append([part, item, *(spread(v, ".4f" if part == "W" else ".3f") if v else "" for v in found)])
+    return markdown(["matrix", "against"], ["cosine", "overlap", "length", "direction"], lines)
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Number], path: Path) -> None:
     """Per layer: similarity to the start, change of length, change of direction."""
     series = {"A, from its start": ("A", START), "A, from early": ("A", EARLY), "B, from early": ("B", EARLY)}
     panels = [

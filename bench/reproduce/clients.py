@@ -1,11 +1,8 @@
 """`fedsa`: are A more alike across clients than B, and less so where their data differ? (FedSA-LoRA, Fig. 2 to 5)
 
-In:   one task split over clients label by label with Dirichlet(alpha); LoRA, rsLoRA, VeRA; no communication.
-Out:  per layer: mean cosine over pairs of clients of A and of B, and of A against its start.
-Who:  `command`.
-
-All clients begin from the same adapter and head, as in the paper, and see their own rows in their own order. Of VeRA
-the trained vectors take the places of the matrices: d scales the frozen A's rows, b the frozen B's.
+One task split over clients label by label with Dirichlet(alpha); LoRA, rsLoRA, VeRA; no communication. All clients
+begin from the same adapter and head, as in the paper, and see their own rows in their own order. Of VeRA the trained
+vectors take the places of the matrices: d scales the frozen A's rows, b the frozen B's.
 """
 
 from __future__ import annotations
@@ -15,18 +12,17 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 
 from alora_kernels.analysis import cosine
 
+from ..report.readme import markdown
 from . import figures
-from .claims import NOT_RUN, Claim
 from .config import Config
-from .encoder import RSLORA, VERA, Study, TaskRows, factors, study
-from .rows import Row, layer_of, per_seed, pick, spread
+from .encoder import RSLORA, VERA, Study, factors, study
+from .numbers import NOT_RUN, Claim, Number, per_seed, percents, pick, place_of, spread
 
 SOURCE = {"lora": "FedSA-LoRA, Fig. 2 to 4", RSLORA: "FedSA-LoRA, Fig. 5", VERA: "FedSA-LoRA, its VeRA figure"}
 BETWEEN, OWN = "cosine between clients", "cosine to its start"
@@ -67,13 +63,12 @@ def split(targets: torch.Tensor, clients: int, alpha: float, least: int, seed: i
 def _of_client(learner: Study, numbers: torch.Tensor) -> Study:
     """The study with this client's training rows."""
     ((name, rows),) = learner.rows.items()
-    own = TaskRows(
-        rows.labels, [rows.train[i] for i in numbers.tolist()], rows.test, rows.train_target[numbers], rows.test_target
-    )
+    train = [rows.train[i] for i in numbers.tolist()]
+    own = dataclasses.replace(rows, train=train, train_target=rows.train_target[numbers])
     return dataclasses.replace(learner, rows={name: own})
 
 
-def run(config: Config, seed: int, case: str) -> list[Row]:
+def run(config: Config, seed: int, case: str) -> list[Number]:
     """Every client trains by itself; then they are compared."""
     variant, alpha = case.split(", alpha ")
     task, rate = config.tasks[:1], config.vera_learning_rate if variant == VERA else config.number("learning_rate")
@@ -87,61 +82,58 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
         torch.manual_seed(1000 * (seed + 1) + client)  # the order of rows and dropout; the adapter is drawn already
         own.train(config, rate=rate)
         ends.append(factors(own.model))
-        out.append(Row(measure="rows", item=str(client), value=float(len(parts[client]))))
-        out += [Row(measure="accuracy", item=str(client), value=v) for v in own.accuracy().values()]
+        out.append(Number(measure="rows", item=str(client), value=float(len(parts[client]))))
+        out += [Number(measure="accuracy", item=str(client), value=v) for v in own.accuracy().values()]
     for module, first in start.items():
         for name, before in first.items():
-            place: dict[str, Any] = {"module": module, "layer": layer_of(module), "part": VECTOR.get(name, name)}
-            after = [_matrix(end[module][name]) for end in ends]
+            place = place_of(module, VECTOR.get(name, name))
+            after = [torch.atleast_2d(end[module][name]) for end in ends]
             pairs = fmean(cosine(p, q) for p, q in combinations(after, 2))
-            out.append(Row(**place, measure=BETWEEN, value=pairs))
+            out.append(Number(**place, measure=BETWEEN, value=pairs))
             if place["part"] == "A":
-                out.append(Row(**place, measure=OWN, value=fmean(cosine(_matrix(before), q) for q in after)))
+                own_start = fmean(cosine(torch.atleast_2d(before), q) for q in after)
+                out.append(Number(**place, measure=OWN, value=own_start))
     return out
 
 
-def _matrix(values: torch.Tensor) -> torch.Tensor:
-    return values if values.dim() == 2 else values[None]
-
-
-def _of(rows: Sequence[Row], case: str, part: str, measure: str = BETWEEN) -> list[float]:
+def _of(rows: Sequence[Number], case: str, part: str, measure: str = BETWEEN) -> list[float]:
     return per_seed(rows, case=case, part=part, measure=measure)
 
 
-def _cases_of(rows: Sequence[Row], variant: str) -> list[str]:
+def _cases_of(rows: Sequence[Number], variant: str) -> list[str]:
     """The cases of a variant, smallest alpha (most different clients) first."""
     mine = {row.case for row in rows if row.case.split(", ")[0] == variant}
     return sorted(mine, key=lambda case: float(case.split("alpha ")[1]))
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def _known(rows: Sequence[Number]) -> list[str]:
+    return [case for variant in SOURCE for case in _cases_of(rows, variant)]
+
+
+def claims(rows: Sequence[Number]) -> list[Claim]:
     """For each variant: A above B at every alpha; B falls as clients differ; A moves at all."""
     out = []
-    for variant in ("lora", RSLORA, VERA):
+    for variant, source in SOURCE.items():
         known = _cases_of(rows, variant)
         a, b = ([_of(rows, case, part) for case in known] for part in "AB")
         seeds = range(min(map(len, a + b), default=0))
-        shown = "; ".join(
-            f"{case.split(', ')[1]}: {spread(p)} against {spread(q)}" for case, p, q in zip(known, a, b, strict=True)
-        )
-        out.append(
+        shown = [f"{c.split(', ')[1]}: {spread(p)} against {spread(q)}" for c, p, q in zip(known, a, b, strict=True)]
+        out += [
             Claim(
                 f"{variant}: A are more alike across clients than B",
-                SOURCE[variant],
+                source,
                 "mean cosine of A above that of B at every alpha",
-                shown,
+                "; ".join(shown),
                 [all(p[i] > q[i] for p, q in zip(a, b, strict=True)) for i in seeds],
-            )
-        )
-        out.append(
+            ),
             Claim(
                 f"{variant}: B are less alike the more the clients' data differ",
-                SOURCE[variant],
+                source,
                 "mean cosine of B at the smallest alpha below that at the largest",
                 f"{spread(b[0])} against {spread(b[-1])}" if b else NOT_RUN,
                 [b[0][i] < b[-1][i] for i in seeds],
-            )
-        )
+            ),
+        ]
     own = [_of(rows, case, "A", OWN) for case in _cases_of(rows, "lora")]
     moved = [max(values) for values in zip(*own, strict=True)]
     out.append(
@@ -156,24 +148,20 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     return out
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Number]) -> list[str]:
     """A row per variant and alpha."""
-    lines = [
-        "| adapter, Dirichlet alpha | A between clients | B between clients | A to its start | mean accuracy % |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for variant in ("lora", RSLORA, VERA):
-        for case in _cases_of(rows, variant):
-            cells = [spread(_of(rows, case, p, m)) for p, m in (("A", BETWEEN), ("B", BETWEEN), ("A", OWN))]
-            accuracy = [100 * v for v in _of(rows, case, "", "accuracy")]
-            lines.append(f"| {case} | {' | '.join(cells)} | {spread(accuracy, '.1f')} |")
-    return lines
+    lines = []
+    for case in _known(rows):
+        cells = [spread(_of(rows, case, p, m)) for p, m in (("A", BETWEEN), ("B", BETWEEN), ("A", OWN))]
+        lines.append([case, *cells, percents(rows, case=case, part="", measure="accuracy")])
+    right = ["A between clients", "B between clients", "A to its start", "mean accuracy %"]
+    return markdown(["adapter, Dirichlet alpha"], right, lines)
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Number], path: Path) -> None:
     """Per layer: A and B between clients for every case, and A against its start."""
     panels = []
-    for case in [case for variant in ("lora", RSLORA, VERA) for case in _cases_of(rows, variant)]:
+    for case in _known(rows):
         found = pick(rows, case=case)
         series = {f"{part}, between clients": pick(found, part=part, measure=BETWEEN) for part in "AB"}
         panels.append(figures.Panel(case, {**series, "A, to its start": pick(found, part="A", measure=OWN)}, 1.05))

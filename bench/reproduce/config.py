@@ -1,8 +1,4 @@
-"""What an experiment is run with: a YAML file as frozen data.
-
-In:   `configs/NAME.yaml`, or a path.
-Out:  a `Config` and its hash; unknown keys and missing values are refused by name.
-Who:  every experiment.
+"""What an experiment is run with: `configs/NAME.yaml`, or another path, as frozen data.
 
 The hash covers what the file sets differently from the defaults, so a row in a CSV says which settings it belongs to
 and a new field leaves old rows valid. A new default for an old field would not: add a field instead. Seeds are not
@@ -35,7 +31,7 @@ class Config:
     """The settings of one experiment; None is a value that the file leaves out.
 
     Attributes:
-        experiment: key of `docs.EXPERIMENTS`.
+        experiment: key of `command.EXPERIMENTS`.
         model: "minilm", "tiny-random-encoder", a folder or a hub id of an encoder.
         tasks: built-in tasks, `.jsonl` files, hub ids, or mappings with the fields of `data.TaskSpec`.
         seeds: of everything that is drawn: rows, adapters, heads, order of batches.
@@ -109,20 +105,9 @@ class Config:
 
     def quick(self) -> Config:
         """The same in seconds: one seed, few steps, few rows. Tries the machinery; its numbers mean nothing."""
-        small: dict[str, Any] = {
-            name: 2 for name in ("steps", "rounds", "local_steps") if getattr(self, name) is not None
-        }
-        return dataclasses.replace(
-            self,
-            seeds=self.seeds[:1],
-            batch_size=2,
-            train_size=24,
-            test_size=8,
-            every=1,
-            probe_size=4,
-            vera_r=8,
-            **small,
-        )
+        few: dict[str, Any] = {n: 2 for n in ("steps", "rounds", "local_steps") if getattr(self, n) is not None}
+        rows: dict[str, Any] = {"batch_size": 2, "train_size": 24, "test_size": 8, "probe_size": 4}
+        return dataclasses.replace(self, seeds=self.seeds[:1], every=1, vera_r=8, **rows, **few)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,5 @@
 """An encoder that learns one or several tasks at once, with a head for each: what the experiments train.
 
-In:   a `Config`, a method, a seed.
-Out:  a `Study`: model, rows, a batch of all tasks, a loss, accuracies; the factors A and B of every layer.
-Who:  the experiments.
-
 Everything random comes from the seed: rows, adapters, heads, order. Every batch has the same number of rows of each
 task, so tasks weigh the same; the loss is the mean of the tasks' losses.
 """
@@ -26,7 +22,7 @@ from alora_kernels.adapters.method import Method
 from alora_kernels.baselines.layers import SharedALinear
 from alora_kernels.baselines.methods import adapt, as_large_as_alora, target_shapes
 from alora_kernels.federated.client import fit, shuffled
-from alora_kernels.recipes.federated import collate
+from alora_kernels.recipes.federated import Rows, collate, task_rows
 
 from .config import Config
 
@@ -35,22 +31,6 @@ EVAL_BATCH = 64
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(.+)\.(?:asymlora|lora|vera_lambda)_([ABdb])(?:\.default)?(?:\.weight)?$"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class TaskRows:
-    """One task: its label words, token ids and the number of the right label."""
-
-    labels: tuple[str, ...]
-    train: list[list[int]]
-    test: list[list[int]]
-    train_target: Tensor
-    test_target: Tensor
-
-    @property
-    def majority(self) -> float:
-        """Accuracy on the test rows of the most frequent training label."""
-        return float((self.test_target == self.train_target.mode().values).float().mean())
 
 
 class MultiTask(nn.Module):
@@ -74,7 +54,7 @@ class Study:
     """A model with its data."""
 
     model: MultiTask
-    rows: dict[str, TaskRows]
+    rows: dict[str, Rows]
     pad: int
 
     def batch(self, chosen: Mapping[int, Tensor], split: str = "train") -> dict[str, Tensor]:
@@ -147,12 +127,11 @@ def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), 
         data_seed: which rows are test rows; default the seed.
     """
     chosen = tuple(tasks) or config.tasks
-    _, tokenizer = _base(config.model)
-    rows = {
-        (t if isinstance(t, str) else t.name): _rows(t, tokenizer, config, seed if data_seed is None else data_seed)
-        for t in chosen
-    }
-    encoder = copy.deepcopy(_base(config.model)[0])
+    base, tokenizer = _base(config.model)
+    sizes = {"train_size": config.train_size, "test_size": config.test_size, "max_length": config.max_length}
+    options: Any = {"causal": False, "tokenizer": tokenizer, "seed": seed if data_seed is None else data_seed, **sizes}
+    rows = {(t if isinstance(t, str) else t.name): task_rows(t, None, **options) for t in chosen}
+    encoder = copy.deepcopy(base)
     torch.manual_seed(seed)
     width = encoder.config.hidden_size
     adapted = _adapted(encoder, method, config, tuple(rows), seed)
@@ -219,18 +198,3 @@ def _base(name: str) -> tuple[Any, Any]:
     """The encoder as it was read, and its tokenizer; callers copy it."""
     classifier, tokenizer = data.load_encoder(name, num_labels=2)
     return classifier.encoder, tokenizer
-
-
-def _rows(task: str | data.TaskSpec, tokenizer: Any, config: Config, seed: int) -> TaskRows:
-    """One task's rows as token ids."""
-    splits = data.load_task(task, seed=seed, train_size=config.train_size, test_size=config.test_size)
-    answers = {split: list(splits[split]["answer"]) for split in ("train", "test")}
-    known = isinstance(task, str) and task in data.TASKS
-    labels = data.labels_of(task) if known else tuple(sorted({*answers["train"], *answers["test"]}))  # type: ignore[arg-type]
-    number = {label: i for i, label in enumerate(labels)}
-    ids = {
-        split: tokenizer(list(splits[split]["prompt"]), truncation=True, max_length=config.max_length).input_ids
-        for split in ("train", "test")
-    }
-    target = {split: torch.tensor([number[answer] for answer in answers[split]]) for split in ("train", "test")}
-    return TaskRows(tuple(labels), ids["train"], ids["test"], target["train"], target["test"])

@@ -1,9 +1,5 @@
 """The experiments' figures: lines over layers, dots over methods.
 
-In:   rows of a CSV.
-Out:  PNG files.
-Who:  the experiments. The only file here that needs matplotlib.
-
 A line is the mean over the linear layers of a block and over the seeds; its band is one standard deviation over seeds.
 """
 
@@ -15,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from alora_kernels import plotting
+from alora_kernels.plotting import BLUE, DARK_GREY, GREEN, ORANGE, RED
 
-COLOURS = ("#1f6fb4", "#c8382e", "#2e8b57", "#6b6b6b")
-DPI = 130
+from .numbers import Number, per_seed, pick
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Panel:
     """One pair of axes: series by name, in the order of the colours; `top`, where the scale ends, e.g. of a cosine."""
 
     title: str
-    series: Mapping[str, Sequence[Row]]
+    series: Mapping[str, Sequence[Number]]
     top: float | None = None
 
 
@@ -38,9 +34,9 @@ def by_layer(panels: Sequence[Panel], path: Path, *, columns: int) -> None:
         path: of the PNG.
         columns: panels beside each other.
     """
-    figure, axes = _figure(len(panels), columns)
-    for axis, panel in zip(axes, panels, strict=False):
-        for colour, (name, rows) in zip(COLOURS, panel.series.items(), strict=False):
+    figure, axes = plotting.panels(len(panels), columns)
+    for axis, panel in zip(axes, panels, strict=True):
+        for colour, (name, rows) in zip((BLUE, RED, GREEN, ORANGE), panel.series.items(), strict=False):
             _line(axis, name, rows, colour)
         _chance(axis, panel)
         axis.set_title(panel.title, fontsize=9)
@@ -49,18 +45,14 @@ def by_layer(panels: Sequence[Panel], path: Path, *, columns: int) -> None:
         axis.set_xticks(sorted({row.layer for rows in panel.series.values() for row in rows}))
         if axis.lines:
             axis.legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
-def _line(axis: Any, name: str, rows: Sequence[Row], colour: str) -> None:
-    found: dict[int, dict[int, list[float]]] = {}
-    for row in rows:
-        if row.value is not None:
-            found.setdefault(row.layer, {}).setdefault(row.seed, []).append(row.value)
-    if not found:
+def _line(axis: Any, name: str, rows: Sequence[Number], colour: str) -> None:
+    layers = sorted({row.layer for row in rows if row.value is not None})
+    if not layers:
         return
-    layers = sorted(found)
-    seeds = [[statistics.fmean(values) for values in found[layer].values()] for layer in layers]
+    seeds = [per_seed(rows, layer=layer) for layer in layers]
     means = [statistics.fmean(values) for values in seeds]
     widths = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
     axis.plot(layers, means, marker="o", ms=3, color=colour, label=name)
@@ -72,53 +64,34 @@ def _chance(axis: Any, panel: Panel) -> None:
     """Its level, once where it is that of several series."""
     drawn: list[list[float]] = []
     for name, rows in panel.series.items():
-        levels: dict[int, list[float]] = {}
-        for row in rows:
-            if row.chance is not None:
-                levels.setdefault(row.layer, []).append(row.chance)
-        line = [round(statistics.fmean(levels[layer]), 6) for layer in sorted(levels)]
-        if line and line not in drawn:
+        known = [row for row in rows if row.chance is not None]
+        layers = sorted({row.layer for row in known})
+        level = [round(statistics.fmean(row.chance or 0.0 for row in pick(known, layer=i)), 6) for i in layers]
+        if level and level not in drawn:
             label = f"chance, {name}" if drawn else "chance"
-            axis.plot(sorted(levels), line, ls="--", lw=1, color=COLOURS[3], label=label)
-            drawn.append(line)
+            axis.plot(layers, level, ls="--", lw=1, color=DARK_GREY, label=label)
+            drawn.append(level)
 
 
-def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A line of dots per method, one per seed, and a bar at their mean.
+def accuracies(rows: Sequence[Number], path: Path, methods: Mapping[str, str], who: str) -> None:
+    """Average and worst accuracy: a line of dots per method, one per seed, and a bar at their mean.
 
     Args:
-        panels: title -> method -> values.
+        rows: with the measures "average" and "worst".
         path: of the PNG.
+        methods: case -> name.
+        who: is worst, "task" or "client".
     """
-    figure, axes = _figure(len(panels), len(panels))
-    for axis, (title, methods) in zip(axes, panels.items(), strict=True):
-        for y, values in enumerate(methods.values()):
-            axis.plot(values, [y] * len(values), "o", ms=4, color=COLOURS[0], alpha=0.7)
+    figure, axes = plotting.panels(2, 2)
+    titles = {"average": "average accuracy, %", "worst": f"accuracy of the worst {who}, %"}
+    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+        for y, case in enumerate(methods):
+            values = [100 * value for value in per_seed(rows, case=case, measure=measure)]
+            axis.plot(values, [y] * len(values), "o", ms=4, color=BLUE, alpha=0.7)
             if values:
-                axis.plot([statistics.fmean(values)], [y], "|", ms=16, mew=2, color=COLOURS[1])
-        axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
+                axis.plot([statistics.fmean(values)], [y], "|", ms=16, mew=2, color=RED)
+        axis.set_yticks(range(len(methods)), list(methods.values()))
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
-
-
-def _figure(count: int, columns: int) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(lines, columns, squeeze=False).flatten())
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    plotting.save(figure, path)

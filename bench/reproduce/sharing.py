@@ -1,13 +1,8 @@
 """`sharing`: do tasks fight more over a shared A or over a shared B? (ALoRA, Fig. 3)
 
-In:   several tasks at once, with B shared (ALoRA), with A shared (a B per task), and HydraLoRA.
-Out:  every few steps, per layer: the gradient's norm, the cosine between tasks, pairs of tasks, how many conflict;
-      accuracies at the end.
-Who:  `command`.
-
-A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed rows in eval mode, is
-below zero. Nothing is measured before the first step: B is zero there and A has no gradient. HydraLoRA's B are shared
-too, through its router.
+Several tasks at once, with B shared (ALoRA), with A shared (a B per task), and HydraLoRA, whose B are shared too,
+through its router. A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed
+rows in eval mode, is below zero. Nothing is measured before the first step: B is zero there and A has no gradient.
 """
 
 from __future__ import annotations
@@ -20,11 +15,12 @@ import torch
 
 from alora_kernels.analysis import Conflicts, task_conflicts
 
+from ..report.readme import markdown
+from ..report.rows import grouped
 from . import figures
-from .claims import Claim
 from .config import Config
 from .encoder import SHARED_A, Study, loss_of, study
-from .rows import Row, layer_of, per_seed, pick, spread
+from .numbers import Claim, Number, per_seed, percents, pick, place_of, spread
 
 SOURCE = "ALoRA, Fig. 3"
 SHARED = {"alora": "B", SHARED_A: "A", "hydralora": "A"}  # the matrix that the method's name is about
@@ -40,37 +36,37 @@ def cases(config: Config) -> list[str]:
     return list(config.methods)
 
 
-def run(config: Config, seed: int, case: str) -> list[Row]:
+def run(config: Config, seed: int, case: str) -> list[Number]:
     """One training, looked at on the way."""
     learner = study(config, case, seed)
     probes = {
         name: learner.batch({t: torch.arange(min(config.probe_size, len(task.train)))})
         for t, (name, task) in enumerate(learner.rows.items())
     }
-    out: list[Row] = []
+    out: list[Number] = []
 
     def look(step: int) -> None:
         if step and step % config.every == 0:
             out.extend(_measured(learner, probes, step))
 
     learner.train(config, look)
-    return out + [Row(measure="accuracy", item=name, value=v) for name, v in learner.accuracy().items()]
+    return out + [Number(measure="accuracy", item=name, value=v) for name, v in learner.accuracy().items()]
 
 
-def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: int) -> list[Row]:
+def _measured(learner: Study, probes: dict[str, dict[str, torch.Tensor]], step: int) -> list[Number]:
     """Rows per layer and matrix: the mean norm over its linear layers, the sums of pairs and conflicts."""
-    groups: dict[tuple[int, str], list[Conflicts]] = {}
-    for record in task_conflicts(learner.model, probes, loss_of):
-        groups.setdefault((layer_of(record.module), record.parameter), []).append(record)
     out = []
-    for (layer, part), records in groups.items():
+    conflicts = task_conflicts(learner.model, probes, loss_of)
+    for records in grouped(conflicts, lambda r: (place_of(r.module, "")["layer"], r.parameter)):
+        first = records[0]
         values = {
             "norm": sum(r.norm for r in records) / len(records),
             "conflicts": float(sum(r.conflicts for r in records)),
             "pairs": float(sum(r.pairs for r in records)),
             "cosine": float(torch.stack([_between(r) for r in records]).nanmean()),
         }
-        out += [Row(layer=layer, part=part, measure=m, item=str(step), value=v) for m, v in values.items()]
+        place = place_of(first.module, first.parameter, str(step)) | {"module": ""}
+        out += [Number(**place, measure=m, value=v) for m, v in values.items()]
     return out
 
 
@@ -80,17 +76,17 @@ def _between(record: Conflicts) -> torch.Tensor:
     return record.cosine[tuple(torch.triu_indices(tasks, tasks, 1))].nanmean()
 
 
-def _mean(rows: Sequence[Row], case: str, part: str, measure: str) -> list[float]:
+def _mean(rows: Sequence[Number], case: str, part: str, measure: str) -> list[float]:
     return per_seed(rows, case=case, part=part, measure=measure)
 
 
-def _share(rows: Sequence[Row], case: str, part: str) -> list[float]:
+def _share(rows: Sequence[Number], case: str, part: str) -> list[float]:
     """Conflicts per pair; none where the matrix is nobody's common one."""
     both = zip(_mean(rows, case, part, "conflicts"), _mean(rows, case, part, "pairs"), strict=True)
     return [conflicts / pairs for conflicts, pairs in both if pairs]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def claims(rows: Sequence[Number]) -> list[Claim]:
     """Smaller gradients and more conflicts where A is shared."""
     norm = {case: _mean(rows, case, part, "norm") for case, part in SHARED.items()}
     share = {case: _share(rows, case, part) for case, part in SHARED.items()}
@@ -116,28 +112,24 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     ]
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Number]) -> list[str]:
     """A row per method."""
-    lines = [
-        "| method | gradient of A | gradient of B | cosine in A | cosine in B | conflicts in A | conflicts in B "
-        "| mean accuracy % |",
-        "|---|" + "---:|" * 7,
-    ]
+    lines = []
     for case in dict.fromkeys(row.case for row in rows):
         norms = [spread(_mean(rows, case, part, "norm"), ".4f") for part in "AB"]
-        shares = [spread(v, ".3f") if (v := _share(rows, case, part)) else "per task" for part in "AB"]
         cosines = [spread(v, "+.3f") if (v := _mean(rows, case, part, "cosine")) else "per task" for part in "AB"]
-        accuracy = [100 * v for v in per_seed(rows, case=case, measure="accuracy")]
-        lines.append(f"| {LABELS[case]} | {' | '.join([*norms, *cosines, *shares])} | {spread(accuracy, '.1f')} |")
-    return lines
+        shares = [spread(v, ".3f") if (v := _share(rows, case, part)) else "per task" for part in "AB"]
+        lines.append([LABELS[case], *norms, *cosines, *shares, percents(rows, case=case, measure="accuracy")])
+    right = [f"{what} {part}" for what in ("gradient of", "cosine in", "conflicts in") for part in "AB"]
+    return markdown(["method"], [*right, "mean accuracy %"], lines)
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Number], path: Path) -> None:
     """Per layer: norm of the shared matrix's gradient, and the number of conflicting pairs in a measurement."""
     mine = {LABELS[case]: pick(rows, case=case, part=part) for case, part in SHARED.items()}
-    norms, conflicts = (
-        {name: of(found) for name, found in mine.items() if found} for of in (_norms, _conflicts_beside_half)
-    )
+    mine = {name: found for name, found in mine.items() if found}
+    norms = {name: pick(found, measure="norm") for name, found in mine.items()}
+    conflicts = {name: _beside_half(found) for name, found in mine.items()}
     panels = [
         figures.Panel("gradient norm of the shared matrix", norms),
         figures.Panel("conflicting pairs in the shared matrices of a layer", conflicts),
@@ -145,11 +137,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     figures.by_layer(panels, path, columns=2)
 
 
-def _norms(rows: Sequence[Row]) -> list[Row]:
-    return pick(rows, measure="norm")
-
-
-def _conflicts_beside_half(rows: Sequence[Row]) -> list[Row]:
+def _beside_half(rows: Sequence[Number]) -> list[Number]:
     """Conflicts with half of the pairs as their level of chance."""
     pairs = {(r.seed, r.layer, r.item): r.value or 0.0 for r in pick(rows, measure="pairs")}
     found = pick(rows, measure="conflicts")

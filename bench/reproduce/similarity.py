@@ -1,26 +1,22 @@
 """`init-similarity`: are A alike because tasks are, or because they began alike? (ALoRA, Fig. 1)
 
-In:   two tasks, LoRA; each seed trains three adapters: both tasks from one seed, the first also from another.
-Out:  cosine and subspace overlap of A and of B, layer by layer, for three pairs.
-Who:  `command`.
-
-The cosine compares entries and so depends on the basis that the initialisation picked; the overlap of the spaces does
-not. Rows of A span inputs, columns of B outputs; chance is what random spaces of this rank share.
+Two tasks, LoRA; each seed trains three adapters: both tasks from one seed, the first also from another. The cosine
+compares entries and so depends on the basis that the initialisation picked; the overlap of the spaces does not. Rows of
+A span inputs, columns of B outputs; chance is what random spaces of this rank share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from alora_kernels.analysis import cosine
 
+from ..report.readme import markdown
 from . import figures
-from .claims import Claim
 from .config import Config
 from .encoder import factors, study
-from .rows import Row, layer_of, overlap_row, per_seed, pick, spread
+from .numbers import Claim, Number, overlap, per_seed, pick, place_of, spread
 
 SAME, SEEDS, BOTH = "two tasks, same seed", "same task, two seeds", "two tasks, two seeds"
 OTHER = 1000  # added to a seed for its partner, so that seeds 0, 1, 2 stay independent of each other
@@ -32,7 +28,7 @@ def cases(config: Config) -> list[str]:
     return ["lora"]
 
 
-def run(config: Config, seed: int, case: str) -> list[Row]:
+def run(config: Config, seed: int, case: str) -> list[Number]:
     """Three trainings, three comparisons."""
     first, second = config.tasks[:2]
     trained = {}
@@ -44,26 +40,18 @@ def run(config: Config, seed: int, case: str) -> list[Row]:
     for pair, left, right in ((SAME, "a", "b"), (SEEDS, "a", "c"), (BOTH, "b", "c")):
         for module, one in trained[left].items():
             for part in "AB":
-                p, q = one[part], trained[right][module][part]
-                place: dict[str, Any] = {"module": module, "layer": layer_of(module), "part": part, "item": pair}
-                out.append(Row(**place, measure="cosine", value=cosine(p, q)))
-                out.append(overlap_row(place, p, q))
+                p, q, place = one[part], trained[right][module][part], place_of(module, part, pair)
+                out += [Number(**place, measure="cosine", value=cosine(p, q)), overlap(place, p, q)]
     return out
 
 
-def _overlap(rows: Sequence[Row], part: str, pair: str) -> list[float]:
-    return per_seed(rows, part=part, item=pair, measure="overlap")
-
-
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def claims(rows: Sequence[Number]) -> list[Claim]:
     """A follows the initialisation; B does not depend on it much."""
-    a = {pair: _overlap(rows, "A", pair) for pair in (SAME, SEEDS, BOTH)}
-    b = {pair: _overlap(rows, "B", pair) for pair in (SAME, SEEDS, BOTH)}
+    a, b = (
+        {pair: per_seed(rows, part=part, item=pair, measure="overlap") for pair in (SAME, SEEDS, BOTH)} for part in "AB"
+    )
     levels = [row.chance for row in pick(rows, part="A", measure="overlap") if row.chance is not None]
     level = sum(levels) / len(levels) if levels else 0.0
-    follows = [s > 2 * max(t, u) for s, t, u in zip(*a.values(), strict=True)]
-    chancy = [max(t, u) < 2 * level for _, t, u in zip(*a.values(), strict=True)]
-    stable = [max(v) < 2 * min(v) for v in zip(*b.values(), strict=True)]
 
     def numbers(values: dict[str, list[float]]) -> str:
         return "overlap " + ", ".join(f"{spread(v)} ({pair})" for pair, v in values.items())
@@ -74,37 +62,34 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             SOURCE,
             "overlap of A with one seed over twice that with two seeds, for one task and for two",
             numbers(a),
-            follows,
+            [s > 2 * max(t, u) for s, t, u in zip(*a.values(), strict=True)],
         ),
         Claim(
             "from different initialisations even one task gives unrelated A",
             SOURCE,
             "overlap of A with two seeds below twice chance",
             f"largest mean {max((max(v) for v in list(a.values())[1:] if v), default=0):.3f}, chance {level:.3f}",
-            chancy,
+            [max(t, u) < 2 * level for _, t, u in zip(*a.values(), strict=True)],
         ),
         Claim(
             "B's similarity is relatively stable across tasks and seeds",
             SOURCE,
             "largest of the three overlaps of B below twice the smallest",
             numbers(b),
-            stable,
+            [max(v) < 2 * min(v) for v in zip(*b.values(), strict=True)],
         ),
     ]
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Number]) -> list[str]:
     """A row per pair: cosine and overlap of A and B, mean over layers."""
-    lines = ["| pair | A: cosine | A: overlap | B: cosine | B: overlap |", "|---|---:|---:|---:|---:|"]
-    for pair in (SAME, SEEDS, BOTH):
-        cells = [
-            spread(per_seed(rows, part=part, item=pair, measure=m)) for part in "AB" for m in ("cosine", "overlap")
-        ]
-        lines.append(f"| {pair} | {' | '.join(cells)} |")
-    return lines
+    columns = {f"{part}: {m}": {"part": part, "measure": m} for part in "AB" for m in ("cosine", "overlap")}
+    pairs = (SAME, SEEDS, BOTH)
+    lines = [[pair, *(spread(per_seed(rows, item=pair, **wanted)) for wanted in columns.values())] for pair in pairs]
+    return markdown(["pair"], list(columns), lines)
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Number], path: Path) -> None:
     """Per layer: overlap and cosine of A and of B, a panel per pair, with the level of chance."""
     panels = []
     for measure in ("overlap", "cosine"):

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from alora_kernels import data
 from bench.__main__ import app
 from bench.report.sheet import Sheet, read
-from bench.reproduce import command, docs
+from bench.reproduce import command
+from bench.reproduce.clients import split
 from bench.reproduce.config import Config, ConfigError, available, load
 from bench.reproduce.encoder import SHARED_A, factors, study
-from bench.reproduce.rows import DONE, Row, finished
+from bench.reproduce.numbers import DONE, Claim, Number, finished, spread
 
 pytest.importorskip("matplotlib")
 TASKS = {"init-similarity": ("movie", "amazon"), "before-after": ("movie",), "fedsa": ("movie",)}
@@ -44,14 +46,14 @@ def tiny(name: str) -> Config:
     return dataclasses.replace(load(name), **small).quick()
 
 
-def wide(rows: list[Row], measure: str, **where: Any) -> list[float]:
+def wide(rows: list[Number], measure: str, **where: Any) -> list[float]:
     chosen = [r for r in rows if r.measure == measure and all(getattr(r, k) == v for k, v in where.items())]
     assert chosen, (measure, where)
     return [float("nan") if r.value is None else r.value for r in chosen]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Number]]:
     """Finished rows of every experiment, with the CSV and the figure in a folder."""
     pytest.importorskip("flwr")
     folder = tmp_path_factory.mktemp("reproduction")
@@ -62,14 +64,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
         out = folder / f"{name}.csv"
         assert command.perform(tiny(name), out)
         assert out.with_suffix(".png").stat().st_size > 5000
-        found[name] = finished(read(out, Row), tiny(name))
+        found[name] = finished(read(out, Number), tiny(name))
     patch.undo()
     return found
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_experiment_gives_rows_claims_and_a_table(ran: dict[str, list[Row]], name: str) -> None:
-    rows, kind, config = ran[name], docs.module_of(name), tiny(name)
+def test_every_experiment_gives_rows_claims_and_a_table(ran: dict[str, list[Number]], name: str) -> None:
+    rows, kind, config = ran[name], command.module_of(name), tiny(name)
     assert {row.case for row in rows if row.measure == DONE} == set(kind.cases(config))
     assert all(row.commit and row.date and row.torch and row.peft for row in rows)
     claims = kind.claims(rows)
@@ -79,20 +81,20 @@ def test_every_experiment_gives_rows_claims_and_a_table(ran: dict[str, list[Row]
     assert all(claim.verdict == "not run yet" for claim in kind.claims([]))
 
 
-def test_one_seed_begins_with_equal_a_and_two_do_not(ran: dict[str, list[Row]]) -> None:
+def test_one_seed_begins_with_equal_a_and_two_do_not(ran: dict[str, list[Number]]) -> None:
     rows = ran["init-similarity"]
     assert min(wide(rows, "cosine", part="A", item="two tasks, same seed")) > 0.95  # two steps from one start
     assert max(map(abs, wide(rows, "cosine", part="A", item="same task, two seeds"))) < 0.5
 
 
-def test_a_hardly_moves_in_two_steps_and_b_leaves_zero(ran: dict[str, list[Row]]) -> None:
+def test_a_hardly_moves_in_two_steps_and_b_leaves_zero(ran: dict[str, list[Number]]) -> None:
     rows = ran["before-after"]
     assert min(wide(rows, "cosine", part="A", item="start")) > 0.99
     assert min(wide(rows, "direction", part="B", item="early")) > max(wide(rows, "direction", part="A", item="early"))
     assert min(wide(rows, "direction", part="W", item="W0")) > 0
 
 
-def test_only_what_is_shared_can_conflict(ran: dict[str, list[Row]]) -> None:
+def test_only_what_is_shared_can_conflict(ran: dict[str, list[Number]]) -> None:
     rows = ran["sharing"]
     pairs = 6 * 3  # linear layers in a block, pairs of three tasks
     assert set(wide(rows, "pairs", case="alora", part="A")) == {0.0}
@@ -101,7 +103,7 @@ def test_only_what_is_shared_can_conflict(ran: dict[str, list[Row]]) -> None:
     assert set(wide(rows, "pairs", case="shared-a", part="A")) == {float(pairs)}
 
 
-def test_parameters_are_those_of_the_methods(ran: dict[str, list[Row]]) -> None:
+def test_parameters_are_those_of_the_methods(ran: dict[str, list[Number]]) -> None:
     count = {row.case: row.value for row in ran["multitask"] if row.measure == "parameters"}
     # per block: four layers 32 -> 32, one 32 -> 64, one 64 -> 32; rank 8, two blocks
     inputs, outputs = 4 * 32 + 32 + 64, 4 * 32 + 64 + 32
@@ -119,28 +121,28 @@ def test_a_finished_seed_is_not_run_again(tmp_path: Path) -> None:
     more = dataclasses.replace(config, seeds=(0, 1))
     command.perform(more, out)
     assert out.read_text().startswith(before)
-    assert {row.seed for row in finished(read(out, Row), config)} == {0, 1}
+    assert {row.seed for row in finished(read(out, Number), config)} == {0, 1}
     other = dataclasses.replace(config, steps=3)
-    assert command.units(other, docs.module_of("before-after"), read(out, Row)) == [(0, "movie")]
+    assert command.units(other, command.module_of("before-after"), read(out, Number)) == [(0, "movie")]
 
 
 def test_ctrl_c_keeps_what_is_finished_and_drops_half_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = dataclasses.replace(tiny("before-after"), seeds=(0, 1)), tmp_path / "x.csv"
-    kind = docs.module_of("before-after")
+    kind = command.module_of("before-after")
     run = kind.run
 
-    def once(config: Config, seed: int, case: str) -> list[Row]:
+    def once(config: Config, seed: int, case: str) -> list[Number]:
         if seed == 1:
             raise KeyboardInterrupt
         return run(config, seed, case)
 
     monkeypatch.setattr(kind, "run", once)
     assert not command.perform(config, out)
-    rows = read(out, Row)
+    rows = read(out, Number)
     assert {row.seed for row in finished(rows, config)} == {0}
-    sheet: Sheet[Row] = Sheet(out, Row)
+    sheet: Sheet[Number] = Sheet(out, Number)
     sheet.add(dataclasses.replace(rows[0], seed=1))  # a row whose unit never ended
-    assert {row.seed for row in finished(read(out, Row), config)} == {0}
+    assert {row.seed for row in finished(read(out, Number), config)} == {0}
 
 
 @pytest.mark.parametrize("name", [name for name in available() if name.startswith("paper/")])
@@ -150,7 +152,7 @@ def test_the_papers_size_is_one_clear_line_without_a_hub(name: str, tmp_path: Pa
     assert "could not load encoder" in result.output and "Traceback" not in result.output
 
 
-def test_equal_parameters_are_equal(ran: dict[str, list[Row]]) -> None:
+def test_equal_parameters_are_equal(ran: dict[str, list[Number]]) -> None:
     sizes = wide(ran["multitask-budget"], "parameters")
     assert len(sizes) == 5 and max(sizes) < 1.15 * min(sizes)  # to half a rank, which is much in a layer of 32
     at_equal_rank = wide(ran["multitask"], "parameters")
@@ -207,17 +209,62 @@ def test_a_field_at_its_default_leaves_the_hash_alone() -> None:
 
 
 def test_the_page_agrees_with_the_numbers() -> None:
-    assert docs.rewritten(docs.PAGE.read_text()) == docs.PAGE.read_text(), "python -m bench reproduce --write-docs"
+    assert command.rewritten(command.PAGE.read_text()) == command.PAGE.read_text(), (
+        "python -m bench reproduce --write-docs"
+    )
 
 
 def test_the_page_says_what_was_not_run(tmp_path: Path) -> None:
-    page = docs.rewritten(docs.PAGE.read_text(), tmp_path)
-    assert page.count("Not run yet: `python -m bench reproduce") == len(docs.EXPERIMENTS)
+    page = command.rewritten(command.PAGE.read_text(), tmp_path)
+    assert page.count("Not run yet: `python -m bench reproduce") == len(command.EXPERIMENTS)
 
 
-def test_csv_is_one_table_for_all(ran: dict[str, list[Row]], tmp_path: Path) -> None:
-    sheet: Sheet[Row] = Sheet(tmp_path / "all.csv", Row)
+def test_csv_is_one_table_for_all(ran: dict[str, list[Number]], tmp_path: Path) -> None:
+    sheet: Sheet[Number] = Sheet(tmp_path / "all.csv", Number)
     for rows in ran.values():
         sheet.add(rows[0])
     with sheet.path.open(newline="") as file:
         assert [line["experiment"] for line in csv.DictReader(file)] == list(ran)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 100.0])
+def test_a_split_gives_every_row_to_one_client(alpha: float) -> None:
+    targets = torch.arange(600) % 6
+    parts = split(targets, 3, alpha, 8, seed=0)
+    assert torch.cat(parts).sort().values.equal(torch.arange(600))
+    assert min(map(len, parts)) >= 8
+
+
+def test_small_alpha_makes_clients_differ() -> None:
+    targets = torch.arange(600) % 6
+
+    def distance(alpha: float) -> float:
+        shares = [targets[p].bincount(minlength=6) / len(p) for p in split(targets, 3, alpha, 8, seed=0)]
+        return float((shares[0] - shares[1]).abs().sum())
+
+    assert distance(0.1) > 2 * distance(100.0)
+
+
+def test_a_split_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 8"):
+        split(torch.zeros(10, dtype=torch.int64), 3, 1.0, 8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("agrees", "words"),
+    [
+        ([], "not run yet"),
+        ([True], "holds (1 of 1 seeds; 1 seed, too few for a spread)"),
+        ([True, True, True], "holds (3 of 3 seeds)"),
+        ([False, False], "does not hold at this size (0 of 2 seeds)"),
+        ([True, False, True], "undecided at this size (2 of 3 seeds)"),
+    ],
+)
+def test_a_verdict_counts_seeds(agrees: list[bool], words: str) -> None:
+    assert Claim("", "", "", "", agrees).verdict == words
+
+
+def test_a_spread_needs_two_seeds() -> None:
+    assert spread([]) == "not run yet"
+    assert spread([0.5]) == "0.500 (1 seed)"
+    assert spread([1.0, 3.0], "+.1f") == "+2.0 ± 1.4"

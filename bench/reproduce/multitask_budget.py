@@ -1,11 +1,7 @@
 """`multitask-budget`: the methods of `multitask`, each with about as many parameters as ALoRA. (ALoRA, its tables)
 
-In:   as `multitask`, with `budget: parameters`.
-Out:  as there; the claims say that the numbers of parameters are equal.
-Who:  `command`.
-
-At equal rank one LoRA has a third of ALoRA's parameters for five tasks, and a LoRA per task two thirds more: there
-a better average may be a matter of size.
+At equal rank one LoRA has a third of ALoRA's parameters for five tasks, and a LoRA per task two thirds more: there a
+better average may be a matter of size.
 """
 
 from __future__ import annotations
@@ -14,13 +10,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from . import multitask
-from .claims import Claim
 from .multitask import cases, figure, run, table
-from .rows import Row
+from .numbers import Claim, Number
 
 __all__ = ["cases", "claims", "figure", "run", "table"]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def claims(rows: Sequence[Number]) -> list[Claim]:
     """Those of `multitask`, at equal size."""
     return [dataclasses.replace(claim, text=f"{claim.text}; equal parameters") for claim in multitask.claims(rows)]
