@@ -8,7 +8,7 @@ Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +26,6 @@ from pydantic import (
 )
 
 from ..adapters.method import METHODS, Method
-from ..baselines.methods import as_large_as_alora
 from ..data import MODELS, TASKS, TaskSpec, as_source
 from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
@@ -197,29 +196,9 @@ class Recipe(BaseModel):
 
     def adapters(self, tasks: tuple[str, ...]) -> Method:
         """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
-        return Method(
-            self.method,
-            tasks=tasks,
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            num_experts=self.num_experts,
-            target_modules=self.target_modules,
-            task_type="CAUSAL_LM",
-        )
-
-    def within_budget(self, method: Method, shapes: Sequence[tuple[int, int]]) -> Method:
-        """The same method with the rank that the budget gives it.
-
-        Args:
-            method: at the recipe's rank.
-            shapes: (in_features, out_features) of the adapted layers.
-
-        Raises:
-            ValueError: the method at rank 1 is above the budget.
-        """
-        return method if self.budget == "rank" else as_large_as_alora(method, shapes)
+        same = ("r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules")
+        settings = {name: getattr(self, name) for name in same}
+        return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **settings)
 
     def located(self, root: Path) -> Self:
         """The same run with absolute paths of its files.

@@ -29,7 +29,15 @@ from ..adapters.cards import write_task_cards
 from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
 from ..baselines.files import load_method, save_method
-from ..baselines.methods import adapt, base_alone, parameters_of, target_shapes, tasks_of, trainable_parameters
+from ..baselines.methods import (
+    adapt,
+    as_large_as_alora,
+    base_alone,
+    parameters_of,
+    target_shapes,
+    tasks_of,
+    trainable_parameters,
+)
 from ..text import percent
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.evaluate import whole_words
@@ -180,7 +188,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None)
         tasks = _task_order(recipe, text, resume)
         method = recipe.adapters(tasks)
         shapes = target_shapes(base, method)
-        method = recipe.within_budget(method, shapes)
+        if recipe.budget == "parameters":
+            method = as_large_as_alora(method, shapes)
         set_seed(recipe.seed)
         model: Any
         if adapter is None:

@@ -99,8 +99,7 @@ def _log_probabilities(
     deepest = max(len(question.context) for question in questions)
     places = (ends[:, None] - torch.arange(deepest, -1, -1, device=ends.device)).clamp_min(0)
     keep, at = places.unique(return_inverse=True)
-    with _routing(batch, tasks):
-        logits = model(**batch, logits_to_keep=keep).logits
+    logits = _logits(model, batch, tasks, keep)
     log_p = logits[torch.arange(len(at), device=at.device)[:, None], at].float().log_softmax(-1).cpu()
     return [row[deepest - len(question.context) :] for row, question in zip(log_p, questions, strict=True)]
 
@@ -134,9 +133,7 @@ def answer_loss(
         for chunk, batch in batches(model, _judged(rows), collate, batch_size):
             labels = predictable(batch.pop("labels"), batch["attention_mask"])
             keep = kept_positions(labels)
-            with _routing(batch, tasks):
-                logits = model(**batch, logits_to_keep=keep).logits
-            losses, counts, _ = row_losses(logits, next_labels(labels[:, keep]))
+            losses, counts, _ = row_losses(_logits(model, batch, tasks, keep), next_labels(labels[:, keep]))
             for row, value in zip(chunk, (losses / counts).tolist(), strict=True):
                 found[row["task"]].append(value)
             on_batch(len(chunk))
@@ -258,7 +255,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _routing(batch: dict[str, Any], tasks: Sequence[str] | None) -> contextlib.AbstractContextManager[Any]:
-    """Route by the batch's ids, which leave it, where the model takes ids."""
+def _logits(model: nn.Module, batch: dict[str, Any], tasks: Sequence[str] | None, keep: Tensor) -> Tensor:
+    """Logits at some positions, routed by the batch's ids where the model takes ids."""
     ids = batch.pop("task_ids")
-    return contextlib.nullcontext() if tasks is None else route(ids)
+    with contextlib.nullcontext() if tasks is None else route(ids):
+        return model(**batch, logits_to_keep=keep).logits

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alora_kernels.recipes import display
-from tests.support.commands import write_lines
+from tests.support.toyrows import write
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def jsonl(tmp_path: Path) -> Path:
     """Two tasks of a user's own in one file, which give the same numbers opposite answers."""
     answers = {"even": ("yes", "no"), "odd": ("no", "yes")}
-    return write_lines(
+    return write(
         tmp_path / "parity.jsonl",
         (
             {"prompt": f"Number {i}: is it {task}?", "answer": answers[task][i % 2], "task": task}

@@ -18,7 +18,8 @@ from alora_kernels.data import TASKS, TaskSpec, load_tasks, task_cards
 from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import Recipe, load_recipe
-from tests.support.commands import alora, recipe, refused, write_lines
+from tests.support.cli import alora, recipe, refused
+from tests.support.toyrows import write
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 RECIPES = [path for path in sorted(PAPER.glob("*.yaml")) if "alora train" in path.read_text()]
@@ -115,9 +116,9 @@ def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
 def test_labels_of_any_words(tmp_path, jsonl):
     """First tokens are shared, one word begins another, and one answer is seen in the test rows alone."""
     words = ["New", "New York", "New Jersey", "Nowhere"]
-    write_lines(jsonl, ({"prompt": f"City {i}?", "answer": words[i % 4], "task": "city"} for i in range(60)))
+    write(jsonl, ({"prompt": f"City {i}?", "answer": words[i % 4], "task": "city"} for i in range(60)))
     test = ({"prompt": f"Town {i}?", "answer": a, "task": "city"} for i, a in enumerate([*words, "Newark"]))
-    write_lines(tmp_path / "test.jsonl", test)
+    write(tmp_path / "test.jsonl", test)
     spec = f"[{{name: city, source: {jsonl}, test_split: test.jsonl}}]"
     out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, steps=30, learning_rate="1e-2", batch_size=16)))
     assert "test rows whose answer no training row has, counted as wrong: city 1" in out
@@ -144,7 +145,7 @@ def test_labels_of_any_words(tmp_path, jsonl):
 
 
 def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):
-    write_lines(jsonl, ({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]} for i in range(20)))
+    write(jsonl, ({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]} for i in range(20)))
     model, tokenizer = data.load_model("tiny-random")
     tokenizer.eos_token = None
     monkeypatch.setattr(data, "load_model", lambda name: (model, tokenizer))
@@ -226,7 +227,7 @@ def test_the_example_recipe_is_valid():
 @pytest.fixture
 def numbers(tmp_path: Path) -> Path:
     rows = ({"n": i, "answer": "yes" if i % 2 else "no", "task": ("even", "odd")[i % 2]} for i in range(60))
-    return write_lines(tmp_path / "numbers.jsonl", rows)
+    return write(tmp_path / "numbers.jsonl", rows)
 
 
 def trained(tmp_path: Path, numbers: Path, **more: str) -> Path:

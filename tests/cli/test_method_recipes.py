@@ -16,7 +16,8 @@ from alora_kernels.adapters.method import METHODS, ROUTED, read_method
 from alora_kernels.baselines.methods import parameters_of, trainable_parameters
 from alora_kernels.recipes import train as steps
 from alora_kernels.recipes.recipe import Recipe, load_recipe
-from tests.support.commands import alora, recipe, refused, write_lines
+from tests.support.cli import alora, recipe, refused
+from tests.support.toyrows import write
 
 SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}
 
@@ -159,7 +160,7 @@ def test_a_recipe_of_any_method_survives_saving_and_changes(tmp_path, method):
 def test_resume_finds_each_tasks_rows_by_its_name(tmp_path):
     for name, answers in (("math", ("yes", "no")), ("code", ("no", "yes")), ("law", ("yes", "no"))):
         rows = ({"prompt": f"{name} {i}?", "answer": answers[i % 2]} for i in range(40))
-        write_lines(tmp_path / f"{name}.jsonl", rows)
+        write(tmp_path / f"{name}.jsonl", rows)
 
     def train(*tasks: str) -> list[str]:
         names = ", ".join(f"{task}.jsonl" for task in tasks)

@@ -11,7 +11,7 @@ import pytest
 
 from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
-from tests.support.commands import alora, recipe, refused
+from tests.support.cli import alora, recipe, refused
 
 WRONG = {
     "save_steps: often": "save_steps: must be a whole number, got 'often' (a checkpoint every so many steps",
@@ -177,40 +177,18 @@ def test_data_lies_where_the_recipe_says_whatever_the_current_folder(tmp_path, j
 OLDER = """\
 tasks:
 - trec
-- name: own
-  source: own.jsonl
-  prompt: '{prompt}'
-  answer: '{answer}'
-  split: train
-  test_split: null
-  subset: null
-  words:
-    '0': 'no'
-  task_column: task
+- {name: own, source: own.jsonl, prompt: '{prompt}', answer: '{answer}', split: train, test_split: null, subset: null,
+   words: {'0': 'no'}, task_column: task}
 model: smollm2-135m
 output: runs/alora
 method: alora
 budget: rank
-routing: task
-num_experts: 4
-r: 8
-lora_alpha: 16
-lora_dropout: 0.0
-use_rslora: false
-target_modules: all-linear
-steps: 40
-batch_size: 32
-learning_rate: 1.0e-05
-warmup_steps: 4
-weight_decay: 0.0
-temperature: 1000000.0
-train_size: null
-test_size: 100
-max_length: 96
-save_steps: 0
-conflict_steps: 0
-seed: 0
-"""
+""" + "\n".join(
+    ["routing: task", "num_experts: 4", "r: 8", "lora_alpha: 16", "lora_dropout: 0.0", "use_rslora: false",
+     "target_modules: all-linear", "steps: 40", "batch_size: 32", "learning_rate: 1.0e-05", "warmup_steps: 4",
+     "weight_decay: 0.0", "temperature: 1000000.0", "train_size: null", "test_size: 100", "max_length: 96",
+     "save_steps: 0", "conflict_steps: 0", "seed: 0"]
+)  # fmt: skip
 
 
 def test_recipes_saved_before_still_read_from_the_folder_they_were_written_in(tmp_path, monkeypatch):
