@@ -1,4 +1,4 @@
-"""Triton kernels of the layer, one idea per file; needs `triton`.
+"""Triton kernels of the layer, one kernel per file; needs `triton`.
 
 In:   two-dimensional tensors on one device, ids already grouped (`alora_kernels.routing.RowGroups`).
 Out:  the pieces of forward and backward that `alora_kernels.ops` puts together.
@@ -9,43 +9,42 @@ See README.md in this folder for the derivations and for what each launch reads 
 
 from alora_kernels.records import Dropout
 
-from .da import soft_da, task_da
-from .decode import linear_decode, takes_decode
+from .da import da_soft, da_task, sum_partials
+from .decode import decode, takes_decode
 from .dropout import dropout_mask
-from .dx_soft import linear_dx_soft
-from .dx_task import linear_dx_task
-from .expand import linear_expand, plain_gemm
+from .dx_soft import dx_soft
+from .dx_task import dx_task
+from .expand import expand, plain_gemm
 from .expand_backward import expand_backward
 from .gate_backward import gate_backward
 from .launch import Launch, recording
-from .one_pass_soft import linear_one_pass_soft, takes_one_pass_soft
-from .one_pass_task import linear_one_pass_task, takes_one_pass_task
-from .partial_sums import sum_planes
-from .shrink_soft import soft_shrink
-from .shrink_task import task_shrink
+from .one_pass_soft import one_pass_soft, takes_one_pass_soft
+from .one_pass_task import one_pass_task, takes_one_pass_task
+from .shrink_soft import shrink_soft
+from .shrink_task import shrink_task
 from .tiles import chip_of
 
 __all__ = [
     "Dropout",
     "Launch",
     "chip_of",
+    "da_soft",
+    "da_task",
+    "decode",
     "dropout_mask",
+    "dx_soft",
+    "dx_task",
+    "expand",
     "expand_backward",
     "gate_backward",
-    "linear_decode",
-    "linear_dx_soft",
-    "linear_dx_task",
-    "linear_expand",
-    "linear_one_pass_soft",
-    "linear_one_pass_task",
+    "one_pass_soft",
+    "one_pass_task",
     "plain_gemm",
     "recording",
-    "soft_da",
-    "soft_shrink",
-    "sum_planes",
+    "shrink_soft",
+    "shrink_task",
+    "sum_partials",
     "takes_decode",
     "takes_one_pass_soft",
     "takes_one_pass_task",
-    "task_da",
-    "task_shrink",
 ]

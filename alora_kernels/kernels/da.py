@@ -19,39 +19,80 @@ from torch import Tensor
 from alora_kernels.records import Dropout, acc_dtype
 from alora_kernels.routing import RowGroups
 
-from .dropout import dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
-from .numerics import dot_precision, power_of_two, splits_for, tl_dtype
-from .partial_sums import sum_planes
+from .numerics import common, power_of_two, splits_for, tl_dtype
 from .tiles import MIN_PROGRAMS, tile_for
+
+SUM_BLOCK = 1024  # entries that one program of `sum_partials` adds up
 
 
 @triton.jit
-def _wgrad_kernel(
-    d_ptr,
-    x_ptr,
-    out_ptr,
-    order_ptr,
-    offsets_ptr,
-    seed_ptr,
-    p_drop,
-    M,
-    C,
-    K,
+def _add(planes_ptr, out_ptr, block, planes, length, stride, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < length
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    for plane in range(0, planes):
+        # [BLOCK]
+        total += tl.load(planes_ptr + tl.cast(plane, tl.int64) * stride + offs, mask=mask, other=0.0).to(ACC)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    first_ptr, first_out_ptr, second_ptr, second_out_ptr, first_planes, first_length, first_stride, second_planes,
+    second_length, second_stride,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(first_length, BLOCK)
+    pid = tl.program_id(0)
+    if pid < blocks:
+        _add(first_ptr, first_out_ptr, pid, first_planes, first_length, first_stride, BLOCK, ACC)
+    else:
+        _add(second_ptr, second_out_ptr, pid - blocks, second_planes, second_length, second_stride, BLOCK, ACC)
+
+
+def sum_partials(
+    first: Tensor, second: Tensor, first_dtype: torch.dtype, second_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Two sums over planes of partial sums in one launch, which costs as much as reading some ten megabytes.
+
+    Formula: `first.sum(0)`, `second.sum(0)`.
+
+    Args:
+        first: planes `[S, ...]`; each plane is contiguous.
+        second: planes `[S', ...]`.
+        first_dtype: of the first result.
+        second_dtype: of the second.
+
+    Returns:
+        Both sums. A single plane that already has the right dtype is returned as it is.
+    """
+    pairs = ((first, first_dtype), (second, second_dtype))
+    done = [planes.shape[0] == 1 and planes.dtype == dtype for planes, dtype in pairs]
+    outs = [
+        planes[0] if ready else torch.empty(planes.shape[1:], dtype=dtype, device=planes.device)
+        for (planes, dtype), ready in zip(pairs, done, strict=True)
+    ]
+    lengths = [0 if ready else out.numel() for out, ready in zip(outs, done, strict=True)]
+    launch(
+        _sum_partials_kernel, (sum(triton.cdiv(length, SUM_BLOCK) for length in lengths),),
+        first, outs[0], second, outs[1], first.shape[0], lengths[0], first.stride(0),
+        second.shape[0], lengths[1], second.stride(0),
+        BLOCK=SUM_BLOCK, ACC=tl_dtype(acc_dtype(first.dtype)), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return outs[0], outs[1]
+
+
+@triton.jit
+def _da_kernel(
+    d_ptr, x_ptr, out_ptr, order_ptr, offsets_ptr, seed_ptr, p_drop,
+    M, C, K,
     num_tasks,
-    stride_dm,
-    stride_dc,
-    stride_xm,
-    stride_xk,
-    HAS_GROUPS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    stride_dm, stride_dc, stride_xm, stride_xk,
+    HAS_GROUPS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     num_k = tl.cdiv(K, BLOCK_K)
     task = tl.program_id(0) // num_k
     col0 = (tl.program_id(0) % num_k) * BLOCK_K
@@ -97,30 +138,29 @@ def _wgrad_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
 
 
-def _wgrad(
+def _da(
     d: Tensor, x: Tensor, groups: RowGroups | None, num_tasks: int, dropout: Dropout | None, dtype: torch.dtype
 ) -> Tensor:
     """Planes `[S, num_tasks, C, K]` whose sum over S is d^T x; in `dtype` if S is 1, else accumulator dtype."""
     (m, c), k, acc = d.shape, x.shape[1], acc_dtype(x.dtype)
-    tile = tile_for("wgrad", x.device, x.dtype)
+    tile = tile_for("da", x.device, x.dtype)
     block_c, block_m = power_of_two(c, 16, tile.block_m), tile.block_k
     programs, c_blocks = num_tasks * triton.cdiv(k, tile.block_n), triton.cdiv(c, block_c)
     splits = splits_for(programs * c_blocks, triton.cdiv(m, block_m), MIN_PROGRAMS)
     planes = torch.empty(splits, num_tasks, c, k, dtype=dtype if splits == 1 else acc, device=x.device)
     launch(
-        _wgrad_kernel, (programs, splits, c_blocks),
+        _da_kernel, (programs, splits, c_blocks),
         d, x, planes, None if groups is None else groups.order, None if groups is None else groups.offsets,
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
+        *seed_and_p(dropout),
         m, c, k, num_tasks, *d.stride(), *x.stride(),
         HAS_GROUPS=groups is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=tile.block_n,
-        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return planes
 
 
-def task_da(
+def da_task(
     dh: Tensor,
     x: Tensor,
     groups: RowGroups,
@@ -144,11 +184,11 @@ def task_da(
     Returns:
         da `[E, R, K]`; zeros for tasks without rows.
     """
-    planes = _wgrad(dh, x, groups, num_tasks, dropout, dtype)
-    return sum_planes(planes, planes[:, :0], dtype, planes.dtype)[0]
+    planes = _da(dh, x, groups, num_tasks, dropout, dtype)
+    return sum_partials(planes, planes[:, :0], dtype, planes.dtype)[0]
 
 
-def soft_da(
+def da_soft(
     dp: Tensor, x: Tensor, num_experts: int, *, dropout: Dropout | None = None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the matrices A and of the router under soft routing.
@@ -167,12 +207,12 @@ def soft_da(
     """
     cut = dp.shape[1] - num_experts
     if dropout is None:
-        planes = _wgrad(dp, x, None, 1, None, dtype)[:, 0]
-        da, drouter = sum_planes(planes[:, :cut], planes[:, cut:], dtype, dtype)
+        planes = _da(dp, x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_partials(planes[:, :cut], planes[:, cut:], dtype, dtype)
         if planes.shape[0] == 1:  # both are parts of the one plane, and results of an op must not share memory
             drouter = drouter.clone()
     else:
-        da_planes = _wgrad(dp[:, :cut], x, None, 1, dropout, dtype)[:, 0]
-        drouter_planes = _wgrad(dp[:, cut:], x, None, 1, None, dtype)[:, 0]
-        da, drouter = sum_planes(da_planes, drouter_planes, dtype, dtype)
+        da_planes = _da(dp[:, :cut], x, None, 1, dropout, dtype)[:, 0]
+        drouter_planes = _da(dp[:, cut:], x, None, 1, None, dtype)[:, 0]
+        da, drouter = sum_partials(da_planes, drouter_planes, dtype, dtype)
     return da.view(num_experts, cut // num_experts, -1), drouter

@@ -2,7 +2,7 @@
 
 In:   x [M, K] with M <= 64, w [N, K], bias, the matrices a [E, R, K], b [N, R], task ids, s.
 Out:  y [M, N] and the scaled h [M, R].
-Who:  the forward op under the plan "one_pass", for batches of at most `MAX_ROWS` rows.
+Who:  the forward op under the plan "one_pass", for batches of at most `DECODE_ROWS` rows.
 
 Reading w is all the time there is, and next to it the A of every row's task: 64 tasks of rank 16 are a quarter of a
 4096x4096 w. So both streams run at once. The first pieces of work are one row and one slice of K each: a row times the
@@ -21,35 +21,18 @@ from alora_kernels.records import acc_dtype
 
 from .gemm import gemm_loop
 from .launch import launch
-from .numerics import dot_precision, power_of_two, rank_block, tl_dtype
-from .sync import HEADER, clean_up, publish, take_ticket, wait_for
-from .tiles import tile_for
-from .workspace import counters
+from .numerics import common, power_of_two, rank_block, tl_dtype
+from .sync import HEADER, clean_up, counters, publish, take_ticket, wait_for
+from .tiles import DECODE_ROWS, tile_for
 
-MAX_ROWS = 64
 SLICE = 1024  # of K in one piece: 32 KiB of a rank-16 A in bf16
 
 
 @triton.jit
 def _row_shrink(
-    m,
-    first,
-    last,
-    x_ptr,
-    a_ptr,
-    plane_ptr,
-    ids_ptr,
-    R,
-    E,
-    stride_xm,
-    stride_xk,
-    stride_ae,
-    stride_ar,
-    stride_ak,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    m, first, last, x_ptr, a_ptr, plane_ptr, ids_ptr, R, E, stride_xm, stride_xk, stride_ae, stride_ar, stride_ak,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """One row's product with the A of its task over columns first .. last, stored to `plane_ptr` [R]."""
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     task = tl.load(ids_ptr + m)
@@ -70,46 +53,14 @@ def _row_shrink(
 
 @triton.jit
 def _decode_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    a_ptr,
-    b_ptr,
-    y_ptr,
-    h_ptr,
-    planes_ptr,
-    ids_ptr,
-    counters_ptr,
-    scaling,
-    M,
-    N,
-    K,
-    R,
-    E,
-    slices,
-    tickets,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ae,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SLICE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, h_ptr, planes_ptr, ids_ptr, counters_ptr, scaling,
+    M, N, K, R, E,
+    slices, tickets,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ae, stride_ar, stride_ak, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SLICE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     ticket = take_ticket(counters_ptr)
     pieces = M * slices
     if ticket < pieces:
@@ -152,11 +103,11 @@ def _decode_kernel(
 
 
 def takes_decode(x: Tensor, a: Tensor) -> bool:
-    """Whether `linear_decode` can run: few rows, a rank that one step holds, s exact as float32."""
-    return 0 < x.shape[0] <= MAX_ROWS and a.shape[1] <= rank_block(a.shape[1], x.dtype) and x.dtype != torch.float64
+    """Whether `decode` can run: few rows, a rank that one step holds, s exact as float32."""
+    return 0 < x.shape[0] <= DECODE_ROWS and a.shape[1] <= rank_block(a.shape[1], x.dtype) and x.dtype != torch.float64
 
 
-def linear_decode(
+def decode(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The whole layer for at most 64 rows of any tasks, in one launch.
@@ -187,10 +138,9 @@ def linear_decode(
         x, w, None if bias is None else bias.contiguous(), a, b, y, h, planes, ids, counters(x.device, HEADER + 1),
         scaling, m, n, k, r, e, slices, tickets, *x.stride(), *w.stride(), *a.stride(), *b.stride(),
         HAS_BIAS=bias is not None, EVEN_N=n % tile.block_n == 0, EVEN_K=k % tile.block_k == 0,
-        SLICE=span, BLOCK_M=power_of_two(m, 16, MAX_ROWS), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        SLICE=span, BLOCK_M=power_of_two(m, 16, DECODE_ROWS), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # the elements of A that one step multiplies: 32 registers a thread in four warps
         BLOCK_A=min(span, max(16, 4096 // block_r)), BLOCK_R=block_r,
-        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return y, h

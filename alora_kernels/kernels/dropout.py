@@ -37,6 +37,11 @@ def dropout_keep(seed, rows, col0, p, BLOCK: tl.constexpr):
     return tl.reshape(keep, [rows.shape[0], BLOCK])
 
 
+def seed_and_p(dropout: Dropout | None) -> tuple[Tensor | None, float]:
+    """How every kernel takes dropout: the pointer to the seed and p."""
+    return (None, 0.0) if dropout is None else (dropout.seed, float(dropout.p))
+
+
 @triton.jit
 def dropout_scale(p, ACC: tl.constexpr):
     """What kept values are multiplied by: 1 / (1 - p); 1 for p = 1, where nothing is kept."""

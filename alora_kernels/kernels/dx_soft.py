@@ -15,66 +15,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import Dropout, acc_dtype
+from alora_kernels.records import Dropout
 
-from .descriptors import describable, describe, descriptor_loop, store_tile
-from .dropout import dropout_keep, dropout_scale
-from .gemm import gemm_loop, operands, rank_loop, tile_of
+from .dropout import dropout_keep, dropout_scale, seed_and_p
+from .gemm import add_base, describable, describe, descriptor_loop, operands, rank_loop, store_result, tile_of
 from .launch import launch
-from .numerics import dot_precision, power_of_two, rank_step, tl_dtype
+from .numerics import common, power_of_two, rank_step, tl_dtype
 from .tiles import GROUP_M
 
 
 @triton.jit
 def _dx_soft_kernel(
-    dy,
-    w,
-    dp,
-    a,
-    dp_ptr,
-    a_ptr,
-    router_ptr,
-    dx,
-    seed_ptr,
-    p_drop,
-    M,
-    N,
-    K,
-    C,
-    E,
-    stride_dym,
-    stride_dyn,
-    stride_wn,
-    stride_wk,
-    stride_dpm,
-    stride_dpc,
-    stride_ac,
-    stride_ak,
-    stride_oe,
-    stride_ok,
-    stride_dxm,
-    HAS_BASE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    LOW_DESCRIPTORS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN_COLS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    dy, w, dp, a, dp_ptr, a_ptr, router_ptr, dx, seed_ptr, p_drop,
+    M, N, K, C, E,
+    stride_dym, stride_dyn, stride_wn, stride_wk, stride_dpm, stride_dpc, stride_ac, stride_ak, stride_oe,
+    stride_ok, stride_dxm,
+    HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, LOW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr, EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     # dy, w and dx are descriptors or pointers; dp and a are descriptors of what dp_ptr and a_ptr point to, or None
     # C = E * R; BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
     pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    first, col = pid_m * BLOCK_M, pid_k * BLOCK_K
+    offs_m, offs_k = first + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_K)
     mask_m, mask_k = offs_m < M, offs_k < K
     rows, cols = tl.where(mask_m, offs_m, 0).to(tl.int64), offs_k.to(tl.int64)
     dp_rows = dp_ptr + rows * stride_dpm
@@ -82,13 +47,13 @@ def _dx_soft_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
     # [BLOCK_M, C] [C, BLOCK_K]
     if LOW_DESCRIPTORS:  # a step beyond C multiplies logits by rows beyond a, which are read as zeros
-        acc = descriptor_loop(acc, dp, a, pid_m * BLOCK_M, pid_k * BLOCK_K, C, BLOCK_C, False, PRECISION)
+        acc = descriptor_loop(acc, dp, a, first, col, C, BLOCK_C, False, PRECISION)
     else:
         acc = rank_loop(
             acc, dp_rows, mask_m, stride_dpc, a_ptr + cols * stride_ak, mask_k, stride_ac, C, BLOCK_C, DTYPE, PRECISION
         )
     if HAS_DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, p_drop, BLOCK_K)
+        keep = dropout_keep(tl.load(seed_ptr), offs_m, col, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
     # [BLOCK_M, E] [E, BLOCK_K]
     acc = rank_loop(
@@ -96,21 +61,17 @@ def _dx_soft_kernel(
         stride_oe, E, BLOCK_E, DTYPE, PRECISION,
     )  # fmt: skip
     # [BLOCK_M, N] [N, BLOCK_K]
-    if HAS_BASE and DESCRIPTORS:
-        acc = descriptor_loop(acc, dy, w, pid_m * BLOCK_M, pid_k * BLOCK_K, N, BLOCK_N, False, PRECISION)
-    elif HAS_BASE:
-        acc = gemm_loop(
-            acc, dy + rows * stride_dym, stride_dyn, w + cols * stride_wk, mask_k, stride_wn, N,
-            EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
+    if HAS_BASE:
+        acc = add_base(
+            acc, dy, w, first, col, rows, cols, mask_k, stride_dym, stride_dyn, stride_wn, stride_wk, N,
+            False, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
         )  # fmt: skip
-    if DESCRIPTORS:
-        store_tile(dx, pid_m * BLOCK_M, pid_k * BLOCK_K, acc, BLOCK_M, BLOCK_K, PARTS)
-    else:
-        dx_ptrs = dx + rows[:, None] * stride_dxm + cols[None, :]
-        tl.store(dx_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_k[None, :])
+    store_result(
+        dx, acc, first, col, rows, cols, mask_m, mask_k, stride_dxm, DESCRIPTORS, BLOCK_M, BLOCK_K, PARTS, DTYPE
+    )
 
 
-def linear_dx_soft(
+def dx_soft(
     dy: Tensor | None,
     w: Tensor | None,
     dp: Tensor,
@@ -151,12 +112,11 @@ def linear_dx_soft(
     launch(
         _dx_soft_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
         base.left, base.right, *low_rank, dp, a_cat, router, base.out,
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
+        *seed_and_p(dropout),
         m, n, k, e * r, e, *base.strides, *dp.stride(), *a_cat.stride(), *router.stride(), dx.stride(0),
         HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, LOW_DESCRIPTORS=low, **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n,
         BLOCK_C=block_c, BLOCK_E=rank_step(e, dtype), GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(dtype), **common(tile, dtype),
     )  # fmt: skip
     return dx

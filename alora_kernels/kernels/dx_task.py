@@ -16,64 +16,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import Dropout, acc_dtype
+from alora_kernels.records import Dropout
 from alora_kernels.routing import RowGroups
 
-from .descriptors import descriptor_loop, store_tile
-from .dropout import dropout_keep, dropout_scale
-from .gemm import gemm_loop, operands, rank_loop, tile_of
+from .dropout import dropout_keep, dropout_scale, seed_and_p
+from .gemm import add_base, operands, rank_loop, store_result, tile_of
 from .launch import launch
-from .numerics import dot_precision, rank_step, tl_dtype
-from .task_walk import next_task
+from .numerics import common, rank_step, tl_dtype
+from .shrink_task import next_task
 from .tiles import GROUP_M
 
 
 @triton.jit
 def _dx_task_kernel(
-    dy,
-    w,
-    dh_ptr,
-    a_ptr,
-    dx,
-    ids_ptr,
-    order_ptr,
-    seed_ptr,
-    p_drop,
-    M,
-    N,
-    K,
-    R,
-    E,
-    stride_dym,
-    stride_dyn,
-    stride_wn,
-    stride_wk,
-    stride_dhm,
-    stride_dhr,
-    stride_ae,
-    stride_ar,
-    stride_ak,
+    dy, w, dh_ptr, a_ptr, dx, ids_ptr, order_ptr, seed_ptr, p_drop,
+    M, N, K, R, E,
+    stride_dym, stride_dyn, stride_wn, stride_wk, stride_dhm, stride_dhr, stride_ae, stride_ar, stride_ak,
     stride_dxm,
-    HAS_BASE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN_COLS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     # dy, w and dx are descriptors or pointers
     # BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
     pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
-    pos_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    first, col = pid_m * BLOCK_M, pid_k * BLOCK_K
+    pos_m, offs_k = first + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_K)
     mask_m, mask_k = pos_m < M, offs_k < K
     if DESCRIPTORS:
         row = tl.where(mask_m, pos_m, 0)
@@ -92,24 +61,20 @@ def _dx_task_kernel(
         )  # fmt: skip
         task = next_task(ids, task, E)
     if HAS_DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), row, pid_k * BLOCK_K, p_drop, BLOCK_K)
+        keep = dropout_keep(tl.load(seed_ptr), row, col, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
     # [BLOCK_M, N] [N, BLOCK_K]
-    if HAS_BASE and DESCRIPTORS:
-        acc = descriptor_loop(acc, dy, w, pid_m * BLOCK_M, pid_k * BLOCK_K, N, BLOCK_N, False, PRECISION)
-    elif HAS_BASE:
-        acc = gemm_loop(
-            acc, dy + rows * stride_dym, stride_dyn, w + cols * stride_wk, mask_k, stride_wn, N,
-            EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
+    if HAS_BASE:
+        acc = add_base(
+            acc, dy, w, first, col, rows, cols, mask_k, stride_dym, stride_dyn, stride_wn, stride_wk, N,
+            False, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
         )  # fmt: skip
-    if DESCRIPTORS:
-        store_tile(dx, pid_m * BLOCK_M, pid_k * BLOCK_K, acc, BLOCK_M, BLOCK_K, PARTS)
-    else:
-        dx_ptrs = dx + rows[:, None] * stride_dxm + cols[None, :]
-        tl.store(dx_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_k[None, :])
+    store_result(
+        dx, acc, first, col, rows, cols, mask_m, mask_k, stride_dxm, DESCRIPTORS, BLOCK_M, BLOCK_K, PARTS, DTYPE
+    )
 
 
-def linear_dx_task(
+def dx_task(
     dy: Tensor | None,
     w: Tensor | None,
     dh: Tensor,
@@ -144,11 +109,10 @@ def linear_dx_task(
     launch(
         _dx_task_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
         base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p),
+        *seed_and_p(dropout),
         m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
         HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=step, GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(dtype), PRECISION=dot_precision(dtype), ACC=tl_dtype(acc_dtype(dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(dtype), **common(tile, dtype),
     )  # fmt: skip
     return dx

@@ -15,54 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import acc_dtype
-
-from .descriptors import descriptor_loop, store_tile
-from .gemm import gemm_loop, operands, rank_loop, tile_of
+from .gemm import add_base, operands, rank_loop, store_result, tile_of
 from .launch import launch
-from .numerics import dot_precision, rank_step, tl_dtype
+from .numerics import common, rank_step, tl_dtype
 from .tiles import GROUP_M
 
 
 @triton.jit
 def _expand_kernel(
-    x,
-    w,
-    bias_ptr,
-    h_ptr,
-    b_ptr,
-    y,
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_hm,
-    stride_hr,
-    stride_bn,
-    stride_br,
-    stride_ym,
-    HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN_COLS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    x, w, bias_ptr, h_ptr, b_ptr, y,
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_hm, stride_hr, stride_bn, stride_br, stride_ym,
+    HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr, EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     # x, w and y are descriptors or pointers
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     rows = tl.where(mask_m, offs_m, 0).to(tl.int64)
     cols = offs_n.to(tl.int64)
@@ -74,24 +45,17 @@ def _expand_kernel(
         BLOCK_R, DTYPE, PRECISION,
     )  # fmt: skip
     # [BLOCK_M, K] [K, BLOCK_N]
-    if DESCRIPTORS:
-        acc = descriptor_loop(acc, x, w, pid_m * BLOCK_M, pid_n * BLOCK_N, K, BLOCK_K, True, PRECISION)
-    else:
-        acc = gemm_loop(
-            acc, x + rows * stride_xm, stride_xk, w + cols * stride_wn, mask_n, stride_wk, K,
-            EVEN_COLS, EVEN_DEPTH, BLOCK_K, PRECISION,
-        )  # fmt: skip
+    acc = add_base(
+        acc, x, w, row, col, rows, cols, mask_n, stride_xm, stride_xk, stride_wk, stride_wn, K,
+        True, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_K, PRECISION,
+    )  # fmt: skip
     if HAS_BIAS:
         # [BLOCK_N]
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if DESCRIPTORS:
-        store_tile(y, pid_m * BLOCK_M, pid_n * BLOCK_N, acc, BLOCK_M, BLOCK_N, PARTS)
-    else:
-        y_ptrs = y + rows[:, None] * stride_ym + cols[None, :]
-        tl.store(y_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_n[None, :])
+    store_result(y, acc, row, col, rows, cols, mask_m, mask_n, stride_ym, DESCRIPTORS, BLOCK_M, BLOCK_N, PARTS, DTYPE)
 
 
-def linear_expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
+def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
     """The frozen linear layer plus the expanded low-rank part, in one launch.
 
     Formula: `y = x w^T + bias + h b^T`.
@@ -118,8 +82,7 @@ def linear_expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tenso
         BLOCK_M=base.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # b comes row by row, R long: next to 256 columns of it 32 ranks at a time spill, 16 do not
         BLOCK_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return y
 
@@ -136,4 +99,4 @@ def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
     Returns:
         y `[M, N]`.
     """
-    return linear_expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))
+    return expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))

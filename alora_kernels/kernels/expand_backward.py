@@ -18,36 +18,20 @@ from torch import Tensor
 
 from alora_kernels.records import acc_dtype
 
+from .da import sum_partials
 from .launch import launch
-from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, splits_for, tl_dtype
-from .partial_sums import sum_planes
+from .numerics import common, kernel_scaling, power_of_two, rank_block, splits_for
 from .tiles import MIN_PROGRAMS, tile_for
 
 
 @triton.jit
 def _expand_backward_kernel(
-    dy_ptr,
-    b_ptr,
-    h_ptr,
-    dh_ptr,
-    db_ptr,
-    scaling,
-    M,
-    N,
-    R,
+    dy_ptr, b_ptr, h_ptr, dh_ptr, db_ptr, scaling,
+    M, N, R,
     rows_per_chunk,
-    stride_dym,
-    stride_dyn,
-    stride_bn,
-    stride_br,
-    stride_hm,
-    stride_hr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    stride_dym, stride_dyn, stride_bn, stride_br, stride_hm, stride_hr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -110,7 +94,7 @@ def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tupl
         dy, b, h, dh_planes, db_planes, inside, m, n, r, blocks_per_chunk * block_m,
         *dy.stride(), *b.stride(), *h.stride(),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
-        PRECISION=dot_precision(dy.dtype), ACC=tl_dtype(acc), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **common(tile, dy.dtype),
     )  # fmt: skip
-    dh, db = sum_planes(dh_planes, db_planes, acc, b.dtype)
+    dh, db = sum_partials(dh_planes, db_planes, acc, b.dtype)
     return (dh if outside == 1.0 else dh.mul_(outside)), db

@@ -2,7 +2,7 @@
 
 In:   dh [M, R] and the p [M, E*R + E] saved by forward: skinny products next to logits.
 Out:  dp [M, E*R + E], the gradient of p.
-Who:  the backward op with a router, between `expand_backward` and `linear_dx_soft` / `soft_da`.
+Who:  the backward op with a router, between `expand_backward` and `dx_soft` / `da_soft`.
 
 Element-wise over rows. The gate is recomputed from the logits, which is cheaper than storing it. Two short
 walks over the rank: the first makes dgate (every expert of a row at once), the second writes dp.
@@ -27,21 +27,11 @@ _ELEMENTS = 4096  # of one [rows, experts, ranks] tile: 32 registers a thread in
 
 @triton.jit
 def _gate_backward_kernel(
-    dh_ptr,
-    p_ptr,
-    dp_ptr,
-    M,
-    R,
-    E,
-    stride_dhm,
-    stride_dhr,
-    stride_pm,
-    stride_dpm,
-    BLOCK_M: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    dh_ptr, p_ptr, dp_ptr,
+    M, R, E,
+    stride_dhm, stride_dhr, stride_pm, stride_dpm,
+    BLOCK_M: tl.constexpr, E_PAD: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_e = tl.arange(0, E_PAD)
     mask_m, mask_e = offs_m < M, offs_e < E
@@ -85,7 +75,7 @@ def gate_backward(dh: Tensor, p: Tensor, num_experts: int, *, dtype: torch.dtype
 
     Args:
         dh: gradient of the unscaled mixture `[M, R]`, accumulator dtype.
-        p: unscaled products and logits `[M, E*R + E]`, as `soft_shrink` returned them.
+        p: unscaled products and logits `[M, E*R + E]`, as `shrink_soft` returned them.
         num_experts: E.
         dtype: of the result; the dtype of x, since products with x come next.
 

@@ -2,25 +2,45 @@
 
 In:   the two operands of the base product, through pointers or descriptors; the operands of the low-rank one.
 Out:  on the host `Operands`, what a launcher passes on; in a kernel the accumulator with the products added.
-Who:  `linear_expand` and the one-pass kernels (loop over K, then over R), the two dx kernels (over R, then over N).
+Who:  `expand` and the one-pass kernels (loop over K, then over R), the two dx kernels (over R, then over N).
 
 `out = left @ right + low rank` is one idea in two orientations: only strides differ. Through pointers, rows are not
 masked (the caller clamps their numbers), columns and the contraction are, unless the tile divides them. Descriptors
-need no masks at all.
+need no masks and no address arithmetic: what lies outside the matrix is read as zero and never written. Chips without
+a copy engine use pointers, because Triton turns a descriptor into masked loads there that are not pipelined (the
+compiler spills 640 bytes a thread on sm_80).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .descriptors import describable, describe
 from .numerics import power_of_two
-from .tiles import Tile, shape_class, tile_for
+from .tiles import Tile, has_copy_engine, shape_class, tile_for
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether every matrix can be reached through a descriptor on its device."""
+    return has_copy_engine(matrices[0].device) and all(
+        t.dim() == 2
+        and t.stride(1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) >= t.shape[1]
+        and (t.device.type == "meta" or t.data_ptr() % 16 == 0)
+        for t in matrices
+    )
+
+
+def describe(matrix: Tensor, tile: Sequence[int]) -> TensorDescriptor:
+    """A descriptor of the matrix in tiles of this shape."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(tile))
 
 
 class Operands(NamedTuple):
@@ -120,18 +140,9 @@ def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def gemm_loop(
-    acc,
-    in_rows,
-    stride_ik,
-    w_cols,
-    mask_n,
-    stride_wk,
-    K,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, in_rows, stride_ik, w_cols, mask_n, stride_wk, K,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] += in [BLOCK_M, K] w [K, BLOCK_N], through pointers."""
     offs_k = tl.arange(0, BLOCK_K)
     in_ptrs = in_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_ik
@@ -155,18 +166,9 @@ def gemm_loop(
 
 @triton.jit
 def rank_loop(
-    acc,
-    in_rows,
-    mask_m,
-    stride_ir,
-    w_cols,
-    mask_n,
-    stride_wr,
-    R,
-    BLOCK_R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, in_rows, mask_m, stride_ir, w_cols, mask_n, stride_wr, R,
+    BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] += in [BLOCK_M, R] w [R, BLOCK_N], both rounded to DTYPE; masked rows add zero."""
     # One stage: the loop turns once to four times; pipelined, float32 adapters next to 128x256 spill 96 bytes.
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -179,3 +181,83 @@ def rank_loop(
         right = tl.load(w_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def descriptor_loop(
+    acc, left, right, row, col, LENGTH,
+    BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] += left [rows, LENGTH] right, right [LENGTH, cols] or, TRANSPOSED, [cols, LENGTH]."""
+    for k in range(0, LENGTH, BLOCK):
+        # [BLOCK_M, BLOCK]
+        l_tile = left.load([row, k])
+        if TRANSPOSED:
+            r_tile = right.load([col, k]).T
+        else:
+            r_tile = right.load([k, col])
+        acc = tl.dot(l_tile, r_tile.to(l_tile.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def store_tile(y, row, col, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Store acc [BLOCK_M, BLOCK_N] through a descriptor of tiles [BLOCK_M, BLOCK_N / PARTS].
+
+    In two parts it needs half the shared memory, which buys a stage of the pipeline.
+    """
+    if PARTS == 2:
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        y.store([row, col], left.to(y.dtype))
+        y.store([row, col + BLOCK_N // 2], right.to(y.dtype))
+    else:
+        y.store([row, col], acc.to(y.dtype))
+
+
+@triton.jit
+def add_base(
+    acc, left, right, row, col, rows, cols, mask_c, stride_lm, stride_ll, stride_rl, stride_rc, LENGTH,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [rows, cols] += left [M, LENGTH] right [LENGTH, C], as `operands` prepared them."""
+    if DESCRIPTORS:
+        acc = descriptor_loop(acc, left, right, row, col, LENGTH, BLOCK, TRANSPOSED, PRECISION)
+    else:
+        acc = gemm_loop(
+            acc, left + rows * stride_lm, stride_ll, right + cols * stride_rc, mask_c, stride_rl, LENGTH,
+            EVEN_COLS, EVEN_DEPTH, BLOCK, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def store_result(
+    out, acc, row, col, rows, cols, mask_m, mask_c, stride_om,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """out = acc, through the descriptor or the pointers that `operands` prepared."""
+    if DESCRIPTORS:
+        store_tile(out, row, col, acc, BLOCK_M, BLOCK_C, PARTS)
+    else:
+        out_ptrs = out + rows[:, None] * stride_om + cols[None, :]
+        tl.store(out_ptrs, acc.to(DTYPE), mask=mask_m[:, None] & mask_c[None, :])
+
+
+@triton.jit
+def finish_tile(
+    y, acc, row, col, h_rows, mask_m, b_ptr, bias_ptr, offs_n, mask_n, stride_bn, stride_br, R,
+    HAS_BIAS: tl.constexpr, STEP_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = acc + h b^T + bias through a descriptor: the end of a one-pass tile, when h is there."""
+    # [BLOCK_M, R] [R, BLOCK_N]
+    acc = rank_loop(
+        acc, h_rows, mask_m, 1, b_ptr + offs_n.to(tl.int64) * stride_bn, mask_n, stride_br, R, STEP_R, DTYPE, PRECISION
+    )
+    if HAS_BIAS:
+        # [BLOCK_N]
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+    store_tile(y, row, col, acc, BLOCK_M, BLOCK_N, PARTS)

@@ -59,7 +59,7 @@ def recording(chip: str) -> Iterator[list[Launch]]:
 
     Example:
         >>> with recording("sm_90") as launches:
-        ...     linear_expand(x.to("meta"), w.to("meta"), None, h.to("meta"), b.to("meta"))
+        ...     expand(x.to("meta"), w.to("meta"), None, h.to("meta"), b.to("meta"))
     """
     token = _recording.set(Recording(chip, []))
     try:

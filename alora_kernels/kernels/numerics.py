@@ -10,11 +10,15 @@ float64 when x is float64), and each result is rounded once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import MAX_RANK_BLOCK
+from alora_kernels.records import acc_dtype
+
+from .tiles import MAX_RANK_BLOCK, Tile
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -31,6 +35,12 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+def common(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel with products in `dtype` is launched with besides its blocks."""
+    sums = {"PRECISION": dot_precision(dtype), "ACC": tl_dtype(acc_dtype(dtype))}
+    return {**sums, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def kernel_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:

@@ -5,7 +5,7 @@ Out:  y [M, N], the scaled h [M, R] and p [M, E*R + E] (kept for backward).
 Who:  the forward op under the plan "one_pass", on chips with a copy engine.
 
 The skinny products of all experts are too wide to ride along with a tile, so some pieces of work are nothing but
-`soft_shrink` for BLOCK_P rows. They come a group of row blocks ahead of the tiles of the GEMM, each raises the flag of
+`shrink_soft` for BLOCK_P rows. They come a group of row blocks ahead of the tiles of the GEMM, each raises the flag of
 its row block, and every tile waits for its flag only before its last step, h b^T.
 """
 
@@ -18,63 +18,28 @@ from torch import Tensor
 
 from alora_kernels.records import Dropout, acc_dtype
 
-from .descriptors import describable, describe, descriptor_loop, store_tile
-from .gemm import rank_loop
+from .dropout import seed_and_p
+from .gemm import describable, describe, descriptor_loop, finish_tile
 from .launch import launch
-from .numerics import dot_precision, power_of_two, rank_block, rank_step, tl_dtype
-from .shrink_soft import soft_shrink_rows
-from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
+from .numerics import common, power_of_two, rank_block, rank_step, tl_dtype
+from .shrink_soft import shrink_soft_kernel
+from .sync import HEADER, ahead_of, clean_up, counters, publish, take_ticket, tickets_of, wait_for
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
-from .workspace import counters
 
 MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile
 
 
 @triton.jit
 def _one_pass_soft_kernel(
-    x,
-    w,
-    y,
-    x_ptr,
-    a_ptr,
-    router_ptr,
-    bias_ptr,
-    b_ptr,
-    h_ptr,
-    p_ptr,
-    counters_ptr,
-    seed_ptr,
-    p_drop,
-    scaling,
-    M,
-    N,
-    K,
-    R,
-    E,
+    x, w, y, x_ptr, a_ptr, router_ptr, bias_ptr, b_ptr, h_ptr, p_ptr, counters_ptr, seed_ptr, p_drop, scaling,
+    M, N, K, R, E,
     tickets,
-    stride_xm,
-    stride_ac,
-    stride_ak,
-    stride_oe,
-    stride_ok,
-    stride_bn,
-    stride_br,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr,
-    E_PAD: tl.constexpr,
-    STEP_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    stride_xm, stride_ac, stride_ak, stride_oe, stride_ok, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
+    STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     SHARE: tl.constexpr = BLOCK_M // BLOCK_P  # pieces of p per row block
     ticket = take_ticket(counters_ptr)
     while ticket < tickets:
@@ -82,8 +47,8 @@ def _one_pass_soft_kernel(
         if produces:
             piece = group * (GROUP_M * SHARE) + index
             if piece * BLOCK_P < M:
-                soft_shrink_rows(
-                    piece, 0, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling, M, K, R, E,
+                shrink_soft_kernel(
+                    piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling, M, K, R, E,
                     stride_xm, 1, stride_ac, stride_ak, stride_oe, stride_ok, R, E * R + E,
                     HAS_DROPOUT, True, CHUNK, E_PAD, BLOCK_P, BLOCK_K, BLOCK_R, PRECISION, ACC,
                 )  # fmt: skip
@@ -93,25 +58,19 @@ def _one_pass_soft_kernel(
             row, col = pid_m * BLOCK_M, (index // GROUP_M) * BLOCK_N
             if row < M:
                 offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-                mask_n = offs_n < N
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
                 acc = descriptor_loop(acc, x, w, row, col, K, BLOCK_K, True, PRECISION)
                 wait_for(counters_ptr, pid_m, tl.minimum(SHARE, tl.cdiv(M - row, BLOCK_P)))
-                # [BLOCK_M, R] [R, BLOCK_N]
-                acc = rank_loop(
-                    acc, h_ptr + offs_m.to(tl.int64) * R, offs_m < M, 1, b_ptr + offs_n.to(tl.int64) * stride_bn,
-                    mask_n, stride_br, R, STEP_R, DTYPE, PRECISION,
+                finish_tile(
+                    y, acc, row, col, h_ptr + offs_m.to(tl.int64) * R, offs_m < M, b_ptr, bias_ptr, offs_n, offs_n < N,
+                    stride_bn, stride_br, R, HAS_BIAS, STEP_R, BLOCK_M, BLOCK_N, PARTS, DTYPE, PRECISION, ACC,
                 )  # fmt: skip
-                if HAS_BIAS:
-                    # [BLOCK_N]
-                    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-                store_tile(y, row, col, acc, BLOCK_M, BLOCK_N, PARTS)
         ticket = take_ticket(counters_ptr)
     clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
 
 
 def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
-    """Whether `linear_one_pass_soft` can run: descriptors reach x, w and y, all experts fit in one pass over x."""
+    """Whether `one_pass_soft` can run: descriptors reach x, w and y, all experts fit in one pass over x."""
     (e, r, _), n = a.shape, w.shape[0]
     columns = triton.next_power_of_2(e) * rank_block(r, x.dtype)
     fits = r <= rank_block(MAX_RANK_BLOCK, x.dtype) and columns <= MAX_COLUMNS and n * x.element_size() % 16 == 0
@@ -120,7 +79,7 @@ def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
     return fits and exact and describable(x, w)
 
 
-def linear_one_pass_soft(
+def one_pass_soft(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -156,8 +115,8 @@ def linear_one_pass_soft(
     block_r, experts, a_cat = rank_block(r, x.dtype), triton.next_power_of_2(e), a.reshape(e * r, k)
     # 16 columns of p beside 256 of y spill 40 bytes, 128 columns do not
     narrow = dropout is not None or a.dtype != x.dtype or experts * block_r <= 16
-    idea = "one_pass_soft_narrow" if narrow else "one_pass_soft"
-    tile = tile_for(idea, x.device, x.dtype, shape_class(m, k, n))
+    kernel = "one_pass_soft_narrow" if narrow else "one_pass_soft"
+    tile = tile_for(kernel, x.device, x.dtype, shape_class(m, k, n))
     block_p = power_of_two(tile.block_m // 2, 16, 64)
     blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     share = tile.block_m // block_p
@@ -167,13 +126,12 @@ def linear_one_pass_soft(
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
         describe(y, (tile.block_m, tile.block_n // tile.parts)),
         x, a_cat, router, None if bias is None else bias.contiguous(), b, h, p, counters(x.device, HEADER + blocks_m),
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), scaling,
+        *seed_and_p(dropout), scaling,
         m, n, k, r, e, tickets, x.stride(0), *a_cat.stride(), *router.stride(), *b.stride(),
         HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_P=block_p, BLOCK_R=block_r,
         CHUNK=experts, E_PAD=max(16, experts), STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32),
         GROUP_M=GROUP_M, PARTS=tile.parts,
-        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return y, h, p

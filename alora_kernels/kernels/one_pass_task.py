@@ -17,41 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import Dropout, acc_dtype
+from alora_kernels.records import Dropout
 
-from .descriptors import describable, describe, descriptor_loop, store_tile
-from .dropout import dropout_keep, dropout_scale
-from .gemm import rank_loop
+from .dropout import dropout_keep, dropout_scale, seed_and_p
+from .gemm import describable, describe, descriptor_loop, finish_tile
 from .launch import launch
-from .numerics import dot_precision, rank_block, rank_step, tl_dtype
-from .sync import HEADER, ahead_of, clean_up, publish, take_ticket, tickets_of, wait_for
-from .task_walk import next_task
+from .numerics import common, rank_block, rank_step, tl_dtype
+from .shrink_task import next_task
+from .sync import HEADER, ahead_of, clean_up, counters, publish, take_ticket, tickets_of, wait_for
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
-from .workspace import counters
 
 
 @triton.jit
 def _leader_loop(
-    acc,
-    x,
-    w,
-    a,
-    row,
-    col,
-    task,
-    rows,
-    seed_ptr,
-    p_drop,
-    K,
-    R,
-    WITH_BASE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    acc, x, w, a, row, col, task, rows, seed_ptr, p_drop, K, R,
+    WITH_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """One pass over the rows of x: h [BLOCK_M, BLOCK_R] of one task and, WITH_BASE, acc += x w^T."""
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
     if HAS_DROPOUT:
@@ -71,39 +53,14 @@ def _leader_loop(
 
 @triton.jit
 def _one_pass_task_kernel(
-    x,
-    w,
-    a,
-    y,
-    bias_ptr,
-    b_ptr,
-    h_ptr,
-    ids_ptr,
-    counters_ptr,
-    seed_ptr,
-    p_drop,
-    scaling,
-    M,
-    N,
-    K,
-    R,
-    E,
+    x, w, a, y, bias_ptr, b_ptr, h_ptr, ids_ptr, counters_ptr, seed_ptr, p_drop, scaling,
+    M, N, K, R, E,
     tickets,
-    stride_bn,
-    stride_br,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    STEP_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     num_n = tl.cdiv(N, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     ticket = take_ticket(counters_ptr)
@@ -141,21 +98,16 @@ def _one_pass_task_kernel(
             else:
                 acc = descriptor_loop(acc, x, w, row, col, K, BLOCK_K, True, PRECISION)
             wait_for(counters_ptr, pid_m, 1)
-            # [BLOCK_M, R] [R, BLOCK_N]
-            acc = rank_loop(
-                acc, h_rows, mask_m, 1, b_ptr + offs_n.to(tl.int64) * stride_bn, mask_n, stride_br, R,
-                STEP_R, DTYPE, PRECISION,
+            finish_tile(
+                y, acc, row, col, h_rows, mask_m, b_ptr, bias_ptr, offs_n, mask_n, stride_bn, stride_br, R,
+                HAS_BIAS, STEP_R, BLOCK_M, BLOCK_N, PARTS, DTYPE, PRECISION, ACC,
             )  # fmt: skip
-            if HAS_BIAS:
-                # [BLOCK_N]
-                acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-            store_tile(y, row, col, acc, BLOCK_M, BLOCK_N, PARTS)
         ticket = take_ticket(counters_ptr)
     clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
 
 
 def takes_one_pass_task(x: Tensor, w: Tensor, a: Tensor, dropout: Dropout | None = None) -> bool:
-    """Whether `linear_one_pass_task` can run: descriptors reach x, w, a and y, and a rank fits beside a tile."""
+    """Whether `one_pass_task` can run: descriptors reach x, w, a and y, and a rank fits beside a tile."""
     k, n = x.shape[1], w.shape[0]
     most = rank_block(MAX_RANK_BLOCK, x.dtype) if dropout is None else 32  # 64 ranks beside a mask spill 88 bytes
     fits = a.shape[1] <= most and n * x.element_size() % 16 == 0
@@ -164,7 +116,7 @@ def takes_one_pass_task(x: Tensor, w: Tensor, a: Tensor, dropout: Dropout | None
     return fits and exact and a.is_contiguous() and describable(x, w, a.view(-1, k))
 
 
-def linear_one_pass_task(
+def one_pass_task(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -199,8 +151,8 @@ def linear_one_pass_task(
         return y, h
     block_r = rank_block(r, x.dtype)
     narrow = dropout is not None or a.dtype != x.dtype
-    idea = "one_pass_task_narrow" if narrow else "one_pass_task"
-    tile = tile_for(idea, x.device, x.dtype, shape_class(m, k, n))
+    kernel = "one_pass_task_narrow" if narrow else "one_pass_task"
+    tile = tile_for(kernel, x.device, x.dtype, shape_class(m, k, n))
     blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M, GROUP_M * (blocks_n - 1))
     launch(
@@ -208,12 +160,11 @@ def linear_one_pass_task(
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
         describe(a.view(e * r, k), (block_r, tile.block_k)), describe(y, (tile.block_m, tile.block_n // tile.parts)),
         None if bias is None else bias.contiguous(), b, h, ids, counters(x.device, HEADER + blocks_m),
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), scaling,
+        *seed_and_p(dropout), scaling,
         m, n, k, r, e, tickets, *b.stride(),
         HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
         STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M, PARTS=tile.parts,
-        DTYPE=tl_dtype(x.dtype), PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return y, h

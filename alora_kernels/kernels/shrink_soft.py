@@ -17,33 +17,18 @@ from torch import Tensor
 
 from alora_kernels.records import Dropout, acc_dtype
 
-from .dropout import dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
-from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
+from .numerics import common, kernel_scaling, power_of_two, rank_block
 from .tiles import MAX_GATE, tile_for
 
 
 @triton.jit
 def _soft_products(
-    x_rows,
-    stride_xk,
-    a_rows,
-    mask_a,
-    stride_ak,
-    router_rows,
-    mask_e,
-    stride_ok,
-    K,
-    rows,
-    seed_ptr,
-    p_drop,
-    BLOCK_K: tl.constexpr,
-    WITH_A: tl.constexpr,
-    WITH_ROUTER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    x_rows, stride_xk, a_rows, mask_a, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
+    BLOCK_K: tl.constexpr, WITH_A: tl.constexpr, WITH_ROUTER: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """One pass over x: products dropout(x) a^T [BLOCK_M, W] and logits x router^T [BLOCK_M, E_PAD]."""
     products = tl.zeros((x_rows.shape[0], a_rows.shape[0]), dtype=ACC)
     logits = tl.zeros((x_rows.shape[0], router_rows.shape[0]), dtype=ACC)
@@ -83,40 +68,18 @@ def softmax_rows(logits, mask_e):
 
 
 @triton.jit
-def soft_shrink_rows(
-    pid_m,
-    pid_r,
-    x_ptr,
-    a_ptr,
-    router_ptr,
-    h_ptr,
-    p_ptr,
-    seed_ptr,
-    p_drop,
-    scaling,
-    M,
-    K,
-    R,
-    E,
-    stride_xm,
-    stride_xk,
-    stride_ac,
-    stride_ak,
-    stride_oe,
-    stride_ok,
-    stride_hm,
-    stride_pm,
-    HAS_DROPOUT: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """p and h of one block of rows and one block of ranks."""
+def shrink_soft_kernel(
+    piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
+    M, K, R, E,
+    stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
+    HAS_DROPOUT: tl.constexpr, ONE_PASS: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """p and h of one block of rows and one block of ranks; inside another kernel of row block `piece` and all ranks."""
+    if piece is None:
+        pid_m, pid_r = tl.program_id(0), tl.program_id(1)
+    else:
+        pid_m, pid_r = piece, 0
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < M
     x_rows = x_ptr + tl.where(mask_m, rows, 0).to(tl.int64) * stride_xm
@@ -163,46 +126,7 @@ def soft_shrink_rows(
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & (out_r < R)[None, :])
 
 
-@triton.jit
-def _soft_shrink_kernel(
-    x_ptr,
-    a_ptr,
-    router_ptr,
-    h_ptr,
-    p_ptr,
-    seed_ptr,
-    p_drop,
-    scaling,
-    M,
-    K,
-    R,
-    E,
-    stride_xm,
-    stride_xk,
-    stride_ac,
-    stride_ak,
-    stride_oe,
-    stride_ok,
-    stride_hm,
-    stride_pm,
-    HAS_DROPOUT: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    soft_shrink_rows(
-        tl.program_id(0), tl.program_id(1), x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
-        M, K, R, E, stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
-        HAS_DROPOUT, ONE_PASS, CHUNK, E_PAD, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
-    )  # fmt: skip
-
-
-def soft_shrink(
+def shrink_soft(
     x: Tensor, a: Tensor, router: Tensor, *, scaling: float, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
     """All skinny products, the softmax gate and the mixture, in one launch.
@@ -225,22 +149,21 @@ def soft_shrink(
     (m, k), (e, r, _) = x.shape, a.shape
     if e > MAX_GATE:
         raise ValueError(f"soft routing supports up to {MAX_GATE} experts, lora_A has {e}")
-    idea = "soft_shrink_narrow" if dropout is not None or k % 16 else "soft_shrink"
+    kernel = "shrink_soft_narrow" if dropout is not None or k % 16 else "shrink_soft"
     h = torch.empty(m, r, dtype=x.dtype, device=x.device)
     p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
-    tile, block_r, experts = tile_for(idea, x.device, x.dtype), rank_block(r, x.dtype), triton.next_power_of_2(e)
+    tile, block_r, experts = tile_for(kernel, x.device, x.dtype), rank_block(r, x.dtype), triton.next_power_of_2(e)
     chunk = min(experts, max(tile.block_n // block_r, 1))
     block_m = power_of_two(m, 16, tile.block_m if experts <= 64 else 16)  # wide logits: fewer rows, same registers
     inside, outside = kernel_scaling(scaling, x.dtype)
     a_cat = a.reshape(e * r, k)
     launch(
-        _soft_shrink_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
-        x, a_cat, router, h, p,
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), inside,
+        shrink_soft_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
+        None, x, a_cat, router, h, p,
+        *seed_and_p(dropout), inside,
         m, k, r, e, *x.stride(), *a_cat.stride(), *router.stride(), h.stride(0), p.stride(0),
         HAS_DROPOUT=dropout is not None, ONE_PASS=chunk == experts, CHUNK=chunk, E_PAD=max(16, experts),
         BLOCK_M=block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **common(tile, x.dtype),
     )  # fmt: skip
     return (h if outside == 1.0 else h.mul_(outside)), p

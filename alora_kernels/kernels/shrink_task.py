@@ -16,44 +16,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import Dropout, acc_dtype
+from alora_kernels.records import Dropout
 from alora_kernels.routing import RowGroups
 
-from .dropout import dropout_keep, dropout_scale
+from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
-from .numerics import dot_precision, kernel_scaling, power_of_two, rank_block, tl_dtype
-from .task_walk import next_task
+from .numerics import common, kernel_scaling, power_of_two, rank_block
 from .tiles import tile_for
 
 
 @triton.jit
-def _task_shrink_kernel(
-    x_ptr,
-    a_ptr,
-    h_ptr,
-    ids_ptr,
-    order_ptr,
-    seed_ptr,
-    p_drop,
-    scaling,
-    M,
-    K,
-    R,
-    E,
-    stride_xm,
-    stride_xk,
-    stride_ae,
-    stride_ar,
-    stride_ak,
-    stride_hm,
-    HAS_DROPOUT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def next_task(ids, previous, E):
+    """The smallest id above `previous` among a block's ids [BLOCK_M], in any order, or E if there is none.
+
+    A block of 64 or 128 rows meets one task, seldom two or three. Each step jumps to the next task that is present, so
+    absent tasks cost nothing however many there are. Rows of no task have ids that no step returns: -1, or E and above.
+
+        task = next_task(ids, -1, E)
+        while task < E:
+            ...                                # rows with ids == task
+            task = next_task(ids, task, E)
+    """
+    return tl.min(tl.where((ids > previous) & (ids < E), ids, E), axis=0)
+
+
+@triton.jit
+def _shrink_task_kernel(
+    x_ptr, a_ptr, h_ptr, ids_ptr, order_ptr, seed_ptr, p_drop, scaling,
+    M, K, R, E,
+    stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_hm,
+    HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     pos_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
@@ -96,7 +90,7 @@ def _task_shrink_kernel(
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, dropout: Dropout | None = None) -> Tensor:
+def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, dropout: Dropout | None = None) -> Tensor:
     """Each row through the matrix A of its task.
 
     Formula: `h_m = s A_{t(m)} dropout(x_m)`, and 0 where row m has no task.
@@ -112,20 +106,19 @@ def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
         h `[M, R]` in x's dtype: s is applied in the accumulator, the rounding comes last.
     """
     (m, k), (e, r, _) = x.shape, a.shape
-    idea = "task_shrink_narrow" if dropout is not None or k % 16 else "task_shrink"
+    kernel = "shrink_task_narrow" if dropout is not None or k % 16 else "shrink_task"
     h = torch.empty(m, r, dtype=x.dtype, device=x.device)
-    tile, block_r = tile_for(idea, x.device, x.dtype), rank_block(r, x.dtype)
+    tile, block_r = tile_for(kernel, x.device, x.dtype), rank_block(r, x.dtype)
     # a block should meet one task, not many: with few rows a task, few rows a block
     block_m = power_of_two(min(m, m // e), 16, tile.block_m)
     inside, outside = kernel_scaling(scaling, x.dtype)
     launch(
-        _task_shrink_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
+        _shrink_task_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
         x, a, h, groups.ids, groups.order,
-        None if dropout is None else dropout.seed, 0.0 if dropout is None else float(dropout.p), inside,
+        *seed_and_p(dropout), inside,
         m, k, r, e, *x.stride(), *a.stride(), h.stride(0),
         HAS_DROPOUT=dropout is not None, EVEN_K=k % tile.block_k == 0,
         BLOCK_M=block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        PRECISION=dot_precision(x.dtype), ACC=tl_dtype(acc_dtype(x.dtype)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **common(tile, x.dtype),
     )  # fmt: skip
     return h if outside == 1.0 else h.mul_(outside)

@@ -1,6 +1,6 @@
 """Order inside one launch: tickets hand out the work, flags say what is ready, the last program cleans up.
 
-In:   a block of int32 counters that are zero when the launch begins (`workspace.counters`):
+In:   a block of int32 counters that are zero when the launch begins (`counters` hands it to the launcher):
       [tickets taken, programs done, flag 0, flag 1, ...].
 Out:  the same block, zero again when the launch ends, so a CUDA graph can replay it.
 Who:  the one-pass kernels, whose tiles wait for an h that other programs of the same launch compute.
@@ -8,16 +8,30 @@ Who:  the one-pass kernels, whose tiles wait for an h that other programs of the
 Why no program can wait forever: work is numbered, whoever computes h has a smaller number than whoever waits for
 it, and a program takes the next number only when it runs. So all work with smaller numbers is finished or running,
 and the programs that compute h wait for nobody. This holds for any grid, co-resident or not.
+
+Launches of one stream follow each other, so each stream has one block that all its launches share. A launch that is
+being captured into a CUDA graph gets counters of its own, because the graph may be replayed on another stream: cut
+from an arena that was zeroed before, or, when none is left, zeroed by a node of the graph.
 """
 
 from __future__ import annotations
 
+from threading import Lock
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 HEADER = 2  # counters before the first flag
 TICKETS, DONE = tl.constexpr(0), tl.constexpr(1)
 FLAGS = tl.constexpr(HEADER)
+ARENA = 1 << 20  # counters per device for captured launches: 4 MiB, some thousand launches
+LEAST = 4096  # counters of a stream's block: enough for M = 500,000 in blocks of 128 rows
+
+_lock = Lock()
+_blocks: dict[tuple[torch.device, int], Tensor] = {}
+_arenas: dict[torch.device, Tensor] = {}  # what is left of each
 
 
 @triton.jit
@@ -74,3 +88,29 @@ def ahead_of(ticket, AHEAD, REST):
 def tickets_of(groups: int, ahead: int, rest: int) -> int:
     """How many tickets `ahead_of` numbers; the AHEAD pieces after the last group are empty."""
     return ahead + groups * (ahead + rest)
+
+
+def counters(device: torch.device, size: int) -> Tensor:
+    """`size` int32 zeros that a kernel may use and must leave zero (`clean_up`)."""
+    if device.type == "meta":
+        return torch.empty(size, dtype=torch.int32, device=device)
+    with _lock:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _captured(device, size)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if device.type == "cuda" and device not in _arenas:
+            _arenas[device] = torch.zeros(ARENA, dtype=torch.int32, device=device)
+        block = _blocks.get((device, stream))
+        if block is None or block.numel() < size:
+            block = torch.zeros(max(size, LEAST), dtype=torch.int32, device=device)
+            _blocks[device, stream] = block
+        return block[:size]
+
+
+def _captured(device: torch.device, size: int) -> Tensor:
+    arena = _arenas.get(device)
+    aligned = -(-size // 4) * 4  # blocks begin at 16 bytes, as Triton assumes of fresh tensors
+    if arena is None or arena.numel() < aligned:
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    _arenas[device] = arena[aligned:]
+    return arena[:size]

@@ -1,11 +1,11 @@
-"""Tile sizes: frozen data, one row per (kernel idea, chip or kind of chip, bytes per element).
+"""Tile sizes: frozen data, one row per (kernel, chip or kind of chip, bytes per element).
 
-In:   the idea a launcher implements, the device and dtype of its tensors.
+In:   the kernel that is launched, the device and dtype of its tensors.
 Out:  a `Tile`: how many rows, columns and K-steps one program takes, its warps and pipeline stages.
 Who:  every launcher, and nobody else.
 
 The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of
-shared memory per program (consumer cards, gfx942) and unknown ones share the rows called "small"; the
+shared memory per program (consumer cards, gfx942) and unknown ones share the rows called "other"; the
 interpreter has its own, so that tests at small sizes go round every loop more than once. What `bench tune` measured
 on a chip (`tuned.py`) comes before the table.
 """
@@ -55,110 +55,117 @@ LONG_ROWS = 2048  # from here on every tile size fills the chip
 MAX_GATE = 1024  # experts of the soft routing: logits of one row are kept in registers
 
 _CHIP_CLASS = MappingProxyType(
-    {"sm_80": "big", "sm_87": "big", "sm_90": "huge", "sm_100": "huge", "sm_103": "huge", "interpreter": "interpreter"}
+    {
+        "sm_80": "ampere",
+        "sm_87": "ampere",
+        "sm_90": "hopper_plus",
+        "sm_100": "hopper_plus",
+        "sm_103": "hopper_plus",
+        "interpreter": "interpreter",
+    }
 )
 
-# Why these numbers: shared memory is 232,448 bytes on "huge" chips, 166,912 on "big" ones and 65,536 (gfx942) or
-# ~101,000 (consumer cards) on "small" ones. `bench static` prints what each row really takes, and checks no spills.
+# Why these numbers: shared memory is 232,448 bytes on "hopper_plus" chips, 166,912 on "ampere" ones and 65,536 (gfx942)
+# or ~101,000 (consumer cards) on "other" ones. `bench static` prints what each row takes, and checks no spills.
 _TABLE = MappingProxyType(
     {
         # y = x w^T + low rank: the big GEMM.
-        ("gemm", "huge", 2): Tile(128, 256, 64, 8, 3),
-        ("gemm", "big", 2): Tile(128, 128, 64, 8, 3),
-        ("gemm", "small", 2): Tile(128, 128, 32, 8, 2),
-        ("gemm", "huge", 4): Tile(64, 128, 16, 8, 3),
-        ("gemm", "big", 4): Tile(64, 64, 16, 8, 3),
-        ("gemm", "small", 4): Tile(64, 64, 16, 8, 2),
+        ("gemm", "hopper_plus", 2): Tile(128, 256, 64, 8, 3),
+        ("gemm", "ampere", 2): Tile(128, 128, 64, 8, 3),
+        ("gemm", "other", 2): Tile(128, 128, 32, 8, 2),
+        ("gemm", "hopper_plus", 4): Tile(64, 128, 16, 8, 3),
+        ("gemm", "ampere", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm", "other", 4): Tile(64, 64, 16, 8, 2),
         # The same with at most 64 rows (decoding): bound by reading w, so many narrow programs.
-        ("gemm_small", "huge", 2): Tile(64, 64, 64, 4, 4),
-        ("gemm_small", "big", 2): Tile(64, 32, 128, 4, 3),
-        ("gemm_small", "small", 2): Tile(64, 32, 64, 4, 2),
-        ("gemm_small", "huge", 4): Tile(64, 32, 32, 4, 3),
-        ("gemm_small", "big", 4): Tile(64, 32, 32, 4, 3),
-        ("gemm_small", "small", 4): Tile(64, 32, 32, 4, 2),
+        ("gemm_small", "hopper_plus", 2): Tile(64, 64, 64, 4, 4),
+        ("gemm_small", "ampere", 2): Tile(64, 32, 128, 4, 3),
+        ("gemm_small", "other", 2): Tile(64, 32, 64, 4, 2),
+        ("gemm_small", "hopper_plus", 4): Tile(64, 32, 32, 4, 3),
+        ("gemm_small", "ampere", 4): Tile(64, 32, 32, 4, 3),
+        ("gemm_small", "other", 4): Tile(64, 32, 32, 4, 2),
         # The same with dropout or masks at the edges: philox state or masks live next to the accumulator.
-        ("gemm_narrow", "huge", 2): Tile(128, 128, 64, 8, 3),
-        ("gemm_narrow", "big", 2): Tile(128, 64, 32, 8, 4),
-        ("gemm_narrow", "small", 2): Tile(64, 64, 32, 8, 2),
-        ("gemm_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
-        ("gemm_narrow", "big", 4): Tile(64, 64, 16, 8, 3),
-        ("gemm_narrow", "small", 4): Tile(64, 64, 16, 8, 2),
+        ("gemm_narrow", "hopper_plus", 2): Tile(128, 128, 64, 8, 3),
+        ("gemm_narrow", "ampere", 2): Tile(128, 64, 32, 8, 4),
+        ("gemm_narrow", "other", 2): Tile(64, 64, 32, 8, 2),
+        ("gemm_narrow", "hopper_plus", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm_narrow", "ampere", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm_narrow", "other", 4): Tile(64, 64, 16, 8, 2),
         # The same with K or N that are no multiples of 16.
-        ("gemm_ragged", "huge", 2): Tile(64, 64, 32, 8, 3),
-        ("gemm_ragged", "big", 2): Tile(64, 64, 32, 8, 3),
-        ("gemm_ragged", "small", 2): Tile(64, 64, 32, 8, 2),
-        ("gemm_ragged", "huge", 4): Tile(64, 64, 16, 8, 3),
-        ("gemm_ragged", "big", 4): Tile(64, 64, 16, 8, 3),
-        ("gemm_ragged", "small", 4): Tile(64, 64, 16, 8, 2),
+        ("gemm_ragged", "hopper_plus", 2): Tile(64, 64, 32, 8, 3),
+        ("gemm_ragged", "ampere", 2): Tile(64, 64, 32, 8, 3),
+        ("gemm_ragged", "other", 2): Tile(64, 64, 32, 8, 2),
+        ("gemm_ragged", "hopper_plus", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm_ragged", "ampere", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm_ragged", "other", 4): Tile(64, 64, 16, 8, 2),
         # The same through tensor descriptors, on chips with a copy engine. 128x256x64 takes 229,408 of 232,448 bytes
         # with four stages and a store in two parts.
-        ("gemm_descriptor", "huge", 2): Tile(128, 256, 64, 8, 4, 2),
-        ("gemm_descriptor", "huge", 4): Tile(64, 128, 16, 8, 3),
-        ("gemm_descriptor_narrow", "huge", 2): Tile(128, 128, 64, 8, 4),
-        ("gemm_descriptor_narrow", "huge", 4): Tile(64, 64, 16, 8, 3),
+        ("gemm_descriptor", "hopper_plus", 2): Tile(128, 256, 64, 8, 4, 2),
+        ("gemm_descriptor", "hopper_plus", 4): Tile(64, 128, 16, 8, 3),
+        ("gemm_descriptor_narrow", "hopper_plus", 2): Tile(128, 128, 64, 8, 4),
+        ("gemm_descriptor_narrow", "hopper_plus", 4): Tile(64, 64, 16, 8, 3),
         # The whole layer in one launch, 16 bits only: in float32 the low-rank part is no cost worth a flag. A leader's
         # h beside the tile leaves room for three stages. "narrow" is for dropout and for adapters of another dtype than
         # x, which pass through registers.
-        ("one_pass_task", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
-        ("one_pass_task_narrow", "huge", 2): Tile(128, 128, 32, 8, 4),
-        ("one_pass_soft", "huge", 2): Tile(128, 256, 64, 8, 3, 2),
+        ("one_pass_task", "hopper_plus", 2): Tile(128, 256, 64, 8, 3, 2),
+        ("one_pass_task_narrow", "hopper_plus", 2): Tile(128, 128, 32, 8, 4),
+        ("one_pass_soft", "hopper_plus", 2): Tile(128, 256, 64, 8, 3, 2),
         ("one_pass_soft", "sm_100", 2): Tile(128, 128, 64, 8, 3),  # 256 columns beside p spill 40 bytes there
-        ("one_pass_soft_narrow", "huge", 2): Tile(128, 128, 32, 8, 4),
+        ("one_pass_soft_narrow", "hopper_plus", 2): Tile(128, 128, 32, 8, 4),
         # The whole layer for at most 64 rows: narrow tiles, or too few programs read w; three stages take 74 KB, so
         # that three programs share a processor and rows of A stream beside w.
-        ("decode", "huge", 2): Tile(64, 32, 128, 4, 3),
-        ("decode", "big", 2): Tile(64, 32, 128, 4, 3),
-        ("decode", "small", 2): Tile(64, 32, 64, 4, 2),
-        ("decode", "huge", 4): Tile(64, 32, 32, 4, 3),
-        ("decode", "big", 4): Tile(64, 32, 32, 4, 3),
-        ("decode", "small", 4): Tile(64, 32, 32, 4, 2),
+        ("decode", "hopper_plus", 2): Tile(64, 32, 128, 4, 3),
+        ("decode", "ampere", 2): Tile(64, 32, 128, 4, 3),
+        ("decode", "other", 2): Tile(64, 32, 64, 4, 2),
+        ("decode", "hopper_plus", 4): Tile(64, 32, 32, 4, 3),
+        ("decode", "ampere", 4): Tile(64, 32, 32, 4, 3),
+        ("decode", "other", 4): Tile(64, 32, 32, 4, 2),
         # h = s A_t x: reads x once; few rows per program, or the grid does not fill the chip. Here and below
         # "narrow" is for dropout or K that is no multiple of 16.
-        ("task_shrink", "huge", 2): Tile(64, 64, 64, 4, 4),
-        ("task_shrink", "big", 2): Tile(64, 64, 64, 4, 3),
-        ("task_shrink", "small", 2): Tile(64, 64, 64, 4, 2),
-        ("task_shrink", "huge", 4): Tile(64, 64, 32, 4, 3),
-        ("task_shrink", "big", 4): Tile(64, 64, 32, 4, 3),
-        ("task_shrink", "small", 4): Tile(64, 64, 32, 4, 2),
-        ("task_shrink_narrow", "huge", 2): Tile(64, 64, 32, 4, 4),
-        ("task_shrink_narrow", "big", 2): Tile(64, 64, 32, 4, 4),
-        ("task_shrink_narrow", "small", 2): Tile(64, 64, 32, 4, 2),
-        ("task_shrink_narrow", "huge", 4): Tile(64, 64, 16, 4, 3),
-        ("task_shrink_narrow", "big", 4): Tile(64, 64, 16, 8, 3),
-        ("task_shrink_narrow", "small", 4): Tile(64, 64, 16, 4, 2),
+        ("shrink_task", "hopper_plus", 2): Tile(64, 64, 64, 4, 4),
+        ("shrink_task", "ampere", 2): Tile(64, 64, 64, 4, 3),
+        ("shrink_task", "other", 2): Tile(64, 64, 64, 4, 2),
+        ("shrink_task", "hopper_plus", 4): Tile(64, 64, 32, 4, 3),
+        ("shrink_task", "ampere", 4): Tile(64, 64, 32, 4, 3),
+        ("shrink_task", "other", 4): Tile(64, 64, 32, 4, 2),
+        ("shrink_task_narrow", "hopper_plus", 2): Tile(64, 64, 32, 4, 4),
+        ("shrink_task_narrow", "ampere", 2): Tile(64, 64, 32, 4, 4),
+        ("shrink_task_narrow", "other", 2): Tile(64, 64, 32, 4, 2),
+        ("shrink_task_narrow", "hopper_plus", 4): Tile(64, 64, 16, 4, 3),
+        ("shrink_task_narrow", "ampere", 4): Tile(64, 64, 16, 8, 3),
+        ("shrink_task_narrow", "other", 4): Tile(64, 64, 16, 4, 2),
         # The same for all experts at once; block_n is how many columns of p one pass over x makes.
-        ("soft_shrink", "huge", 2): Tile(64, 128, 64, 8, 3),
-        ("soft_shrink", "big", 2): Tile(64, 128, 64, 8, 3),
-        ("soft_shrink", "small", 2): Tile(64, 128, 32, 8, 2),
-        ("soft_shrink", "huge", 4): Tile(32, 64, 16, 8, 4),
-        ("soft_shrink", "big", 4): Tile(32, 64, 32, 8, 3),
-        ("soft_shrink", "small", 4): Tile(32, 64, 16, 8, 2),
-        ("soft_shrink_narrow", "huge", 2): Tile(64, 128, 32, 8, 3),
-        ("soft_shrink_narrow", "big", 2): Tile(32, 128, 32, 8, 3),
-        ("soft_shrink_narrow", "small", 2): Tile(64, 128, 32, 8, 2),
-        ("soft_shrink_narrow", "huge", 4): Tile(32, 64, 16, 8, 3),
-        ("soft_shrink_narrow", "big", 4): Tile(32, 64, 16, 8, 3),
-        ("soft_shrink_narrow", "small", 4): Tile(32, 64, 16, 8, 2),
+        ("shrink_soft", "hopper_plus", 2): Tile(64, 128, 64, 8, 3),
+        ("shrink_soft", "ampere", 2): Tile(64, 128, 64, 8, 3),
+        ("shrink_soft", "other", 2): Tile(64, 128, 32, 8, 2),
+        ("shrink_soft", "hopper_plus", 4): Tile(32, 64, 16, 8, 4),
+        ("shrink_soft", "ampere", 4): Tile(32, 64, 32, 8, 3),
+        ("shrink_soft", "other", 4): Tile(32, 64, 16, 8, 2),
+        ("shrink_soft_narrow", "hopper_plus", 2): Tile(64, 128, 32, 8, 3),
+        ("shrink_soft_narrow", "ampere", 2): Tile(32, 128, 32, 8, 3),
+        ("shrink_soft_narrow", "other", 2): Tile(64, 128, 32, 8, 2),
+        ("shrink_soft_narrow", "hopper_plus", 4): Tile(32, 64, 16, 8, 3),
+        ("shrink_soft_narrow", "ampere", 4): Tile(32, 64, 16, 8, 3),
+        ("shrink_soft_narrow", "other", 4): Tile(32, 64, 16, 8, 2),
         # dh and db in one pass over dy; block_n columns of dy stay with the program.
-        ("expand_backward", "huge", 2): Tile(64, 256, 0, 8, 3),
-        ("expand_backward", "big", 2): Tile(64, 128, 0, 8, 3),
-        ("expand_backward", "small", 2): Tile(64, 128, 0, 4, 2),
-        ("expand_backward", "huge", 4): Tile(32, 64, 0, 8, 3),
-        ("expand_backward", "big", 4): Tile(32, 64, 0, 8, 3),
-        ("expand_backward", "small", 4): Tile(32, 64, 0, 4, 2),
+        ("expand_backward", "hopper_plus", 2): Tile(64, 256, 0, 8, 3),
+        ("expand_backward", "ampere", 2): Tile(64, 128, 0, 8, 3),
+        ("expand_backward", "other", 2): Tile(64, 128, 0, 4, 2),
+        ("expand_backward", "hopper_plus", 4): Tile(32, 64, 0, 8, 3),
+        ("expand_backward", "ampere", 4): Tile(32, 64, 0, 8, 3),
+        ("expand_backward", "other", 4): Tile(32, 64, 0, 4, 2),
         # da = dh^T x: block_n columns of x, block_m columns of dh at most, block_k rows per step.
-        ("wgrad", "huge", 2): Tile(128, 64, 64, 8, 3),
-        ("wgrad", "big", 2): Tile(128, 64, 64, 8, 3),
-        ("wgrad", "small", 2): Tile(128, 64, 32, 4, 2),
-        ("wgrad", "huge", 4): Tile(64, 64, 32, 4, 3),
-        ("wgrad", "big", 4): Tile(64, 64, 32, 4, 3),
-        ("wgrad", "small", 4): Tile(64, 64, 32, 4, 2),
+        ("da", "hopper_plus", 2): Tile(128, 64, 64, 8, 3),
+        ("da", "ampere", 2): Tile(128, 64, 64, 8, 3),
+        ("da", "other", 2): Tile(128, 64, 32, 4, 2),
+        ("da", "hopper_plus", 4): Tile(64, 64, 32, 4, 3),
+        ("da", "ampere", 4): Tile(64, 64, 32, 4, 3),
+        ("da", "other", 4): Tile(64, 64, 32, 4, 2),
     }
 )
 _DOUBLE = Tile(32, 32, 16, 4, 2)  # float64 exists for gradient checks; speed does not matter
 _INTERPRETER = MappingProxyType(  # small, so that tests at small sizes go round every loop more than once
     {
-        "wgrad": Tile(32, 32, 16, 4, 1),
+        "da": Tile(32, 32, 16, 4, 1),
         "gemm_descriptor": Tile(16, 32, 16, 4, 1, 2),
         "one_pass_task": Tile(16, 32, 16, 4, 1, 2),
         "one_pass_soft": Tile(32, 32, 16, 4, 1, 2),
@@ -183,13 +190,13 @@ def chip_of(device: torch.device) -> str:
 
 
 def chip_class(chip: str) -> str:
-    """Which rows of the table a chip takes: "huge", "big", "small" (also unknown ones) or "interpreter"."""
-    return _CHIP_CLASS.get(chip, "small")
+    """Which rows of the table a chip takes: "hopper_plus", "ampere", "other" (also unknown ones) or "interpreter"."""
+    return _CHIP_CLASS.get(chip, "other")
 
 
 def has_copy_engine(device: torch.device) -> bool:
     """Whether kernels reach matrices through tensor descriptors there: chips with TMA, and the interpreter."""
-    return chip_class(chip_of(device)) in ("huge", "interpreter")
+    return chip_class(chip_of(device)) in ("hopper_plus", "interpreter")
 
 
 @cache
@@ -200,7 +207,7 @@ def _device_processors(device: torch.device) -> int:
 def persistent_programs(device: torch.device, tile: Tile) -> int:
     """How many persistent programs to launch: one per multiprocessor, two of tiles half as large, and so on.
 
-    Tickets (`flags.py`) make any number right; this one fills the chip. 132 processors where it is only recorded.
+    Tickets (`sync.py`) make any number right; this one fills the chip. 132 processors where it is only recorded.
     """
     processors = _device_processors(device) if device.type == "cuda" else 132
     return processors * max(1, 128 * 256 // (tile.block_m * tile.block_n))
@@ -212,30 +219,30 @@ def shape_class(rows: int, depth: int, cols: int) -> str:
     return f"{amount} {'wide' if cols >= 2 * depth else 'tall' if depth >= 2 * cols else 'square'}"
 
 
-_trying: ContextVar[Mapping[str, Tile]] = ContextVar("alora_kernels_tiles", default=MappingProxyType({}))
+_overridden: ContextVar[Mapping[str, Tile]] = ContextVar("alora_kernels_tiles", default=MappingProxyType({}))
 
 
 @contextmanager
-def trying(tiles: Mapping[str, Tile]) -> Iterator[None]:
-    """Use these tiles for these ideas inside the block: how `bench tune` measures a tile that is in no table."""
-    token = _trying.set(tiles)
+def override_tiles(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Use these tiles for these kernels inside the block: how `bench tune` measures a tile that is in no table."""
+    token = _overridden.set(tiles)
     try:
         yield
     finally:
-        _trying.reset(token)
+        _overridden.reset(token)
 
 
-def has_tile(idea: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an idea is implemented for a chip and an element type."""
+def has_tile(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel exists for a chip and an element type."""
     kind = chip_class(chip_of(device))
-    return kind == "interpreter" or (idea, kind, dtype.itemsize) in _TABLE
+    return kind == "interpreter" or (kernel, kind, dtype.itemsize) in _TABLE
 
 
-def tile_for(idea: str, device: torch.device, dtype: torch.dtype, shapes: str = "") -> Tile:
-    """The tile for a kernel idea: one being tried, a measured one, or that of the table.
+def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str = "") -> Tile:
+    """The tile for a kernel: one that overrides, a measured one, or that of the table.
 
     Args:
-        idea: first column of the table, e.g. `"gemm"`.
+        kernel: first column of the table, e.g. `"gemm"`.
         device: where the tensors are.
         dtype: element type of x or dy.
         shapes: class of shapes, for tiles that were measured per class.
@@ -245,12 +252,12 @@ def tile_for(idea: str, device: torch.device, dtype: torch.dtype, shapes: str = 
     """
     chip = chip_of(device)
     kind, bytes_each = chip_class(chip), dtype.itemsize
-    if idea in _trying.get():
-        return _trying.get()[idea]
-    if (idea, chip, bytes_each, shapes) in TILES:
-        return Tile(*TILES[idea, chip, bytes_each, shapes])
+    if kernel in _overridden.get():
+        return _overridden.get()[kernel]
+    if (kernel, chip, bytes_each, shapes) in TILES:
+        return Tile(*TILES[kernel, chip, bytes_each, shapes])
     if kind == "interpreter":
-        return _INTERPRETER.get(idea, Tile(16, 32, 16, 4, 1))
+        return _INTERPRETER.get(kernel, Tile(16, 32, 16, 4, 1))
     if bytes_each == 8:
         return _DOUBLE
-    return _TABLE.get((idea, chip, bytes_each)) or _TABLE[idea, kind, bytes_each]
+    return _TABLE.get((kernel, chip, bytes_each)) or _TABLE[kernel, kind, bytes_each]

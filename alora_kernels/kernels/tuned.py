@@ -10,5 +10,5 @@ from typing import Any
 MEASURED: str = ""  # device, versions, commit and date of the measurement
 # (chip, routing, bytes per element, class of shapes) -> (forward, dx, overlap)
 PLANS: dict[tuple[str, str, int, str], tuple[str, str, bool]] = {}
-# (idea, chip, bytes per element, class of shapes) -> fields of a Tile
+# (kernel, chip, bytes per element, class of shapes) -> fields of a Tile
 TILES: dict[tuple[str, str, int, str], tuple[Any, ...]] = {}

@@ -149,7 +149,7 @@ def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int)
         return Plan(*measured), f"measured: {tuned.MEASURED}"
     if chip_class(chip) == "interpreter":
         return PLANS["two_launch"], "the interpreter is there to test our kernels"
-    if chip_class(chip) == "small":
+    if chip_class(chip) == "other":
         return PLANS["base_first"], f"no measurement on {chip}, and our GEMM was not written for it"
     if k % 16 or n % 16:
         return PLANS["base_first"], "K or N is no multiple of 16: the vendor's GEMM copes better"

@@ -1,7 +1,7 @@
 """What `bench tune` tries: tiles per kernel idea, and a small piece of work that shows how good a tile is.
 
-A tile is tried by the launcher that uses it (`config.trying`), so what is tuned is what runs. The first candidate of an
-idea is the one in use: a tile must beat it.
+A tile is tried by the launcher that uses it (`tiles.override_tiles`), so what is tuned is what runs. The first
+candidate of an idea is the one in use: a tile must beat it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "gemm_descriptor": _GEMM,
     "one_pass_task": _ONE_PASS,
     "one_pass_soft": _ONE_PASS,
-    "task_shrink": (
+    "shrink_task": (
         Tile(64, 64, 64, 4, 4),
         Tile(64, 64, 128, 4, 4),
         Tile(64, 64, 128, 4, 3),
@@ -58,7 +58,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 64, 256, 4, 3),
         Tile(128, 64, 64, 8, 4),
     ),
-    "soft_shrink": (
+    "shrink_soft": (
         Tile(64, 128, 64, 8, 3),
         Tile(64, 128, 64, 8, 4),
         Tile(64, 128, 128, 8, 3),
@@ -72,7 +72,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(64, 128, 0, 8, 4),
         Tile(32, 256, 0, 8, 3),
     ),
-    "wgrad": (
+    "da": (
         Tile(128, 64, 64, 8, 3),
         Tile(128, 128, 64, 8, 3),
         Tile(128, 64, 128, 8, 3),
@@ -90,7 +90,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     ),
 }
 # Launchers look these up without a class of shapes: tuned once, on the first class.
-CLASSLESS = ("task_shrink", "soft_shrink", "expand_backward", "wgrad", "decode")
+CLASSLESS = ("shrink_task", "shrink_soft", "expand_backward", "da", "decode")
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,16 @@ def trial(idea: str, shapes: str, device: str) -> Trial:
 
     trials = {
         "gemm_descriptor": Trial(lambda: (ak.plain_gemm(x, w),), lambda c: (c(x) @ c(w).T,)),
-        "one_pass_task": Trial(lambda: ak.linear_one_pass_task(x, w, None, a, b, groups.ids, scaling=S), task_y),
-        "one_pass_soft": Trial(lambda: ak.linear_one_pass_soft(x, w, None, a, b, router, scaling=S), soft_y),
-        "decode": Trial(lambda: ak.linear_decode(x, w, None, a, b, groups.ids, scaling=S), task_y),
-        "task_shrink": Trial(lambda: (ak.task_shrink(x, a, groups, scaling=S),), lambda c: (mixture(c),)),
-        "soft_shrink": Trial(lambda: ak.soft_shrink(x, a, router, scaling=S), soft),
+        "one_pass_task": Trial(lambda: ak.one_pass_task(x, w, None, a, b, groups.ids, scaling=S), task_y),
+        "one_pass_soft": Trial(lambda: ak.one_pass_soft(x, w, None, a, b, router, scaling=S), soft_y),
+        "decode": Trial(lambda: ak.decode(x, w, None, a, b, groups.ids, scaling=S), task_y),
+        "shrink_task": Trial(lambda: (ak.shrink_task(x, a, groups, scaling=S),), lambda c: (mixture(c),)),
+        "shrink_soft": Trial(lambda: ak.shrink_soft(x, a, router, scaling=S), soft),
         "expand_backward": Trial(
             lambda: ak.expand_backward(dy, b, h, scaling=S), lambda c: (S * (c(dy) @ c(b)), c(dy).T @ c(h))
         ),
-        "wgrad": Trial(
-            lambda: (ak.task_da(h.float(), x, groups, experts, dtype=torch.bfloat16),),
+        "da": Trial(
+            lambda: (ak.da_task(h.float(), x, groups, experts, dtype=torch.bfloat16),),
             lambda c: (torch.einsum("me,mr,mk->erk", onehot.to(c(x).dtype), c(h), c(x)),),
         ),
     }

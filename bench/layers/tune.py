@@ -25,7 +25,7 @@ from torch import Tensor
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles as config
 from alora_kernels.kernels import tuned
-from alora_kernels.kernels.tiles import Tile, trying
+from alora_kernels.kernels.tiles import Tile, override_tiles
 from alora_kernels.ops.dispatch import PLANS, Plan
 
 from ..report.rows import BOTH, FORWARD, GRAPH, origin
@@ -64,7 +64,7 @@ def try_tiles(idea: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, st
     for name, tile in by_name.items():
 
         def run(tile: Tile = tile) -> tuple[Tensor, ...]:
-            with trying({idea: tile}):
+            with override_tiles({idea: tile}):
                 return trial.run()
 
         try:
@@ -176,7 +176,7 @@ def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
     named: list[tuple[str, str, aot.Job]] = []
     for idea, tiles in candidates.TILES.items():
         for tile in tiles:
-            with ak.recording(chip) as launches, trying({idea: tile}):
+            with ak.recording(chip) as launches, override_tiles({idea: tile}):
                 candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
             named.append((idea, str(astuple(tile)), aot.to_job(chip, launches[0])))
     rows = aot.compile_all([job for _, _, job in named], workers)

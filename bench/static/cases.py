@@ -90,12 +90,12 @@ def run_one_pass(
     """The one-pass kernels that take this layer on the recorded chip."""
     if case.routing == "soft":
         if ak.takes_one_pass_soft(x, w, a):
-            ak.linear_one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
+            ak.one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
         return
     if ak.takes_one_pass_task(x, w, a, drop):
-        ak.linear_one_pass_task(x, w, bias, a, b, ids, scaling=2.0, dropout=drop)
+        ak.one_pass_task(x, w, bias, a, b, ids, scaling=2.0, dropout=drop)
     if drop is None and ak.takes_decode(x, a):
-        ak.linear_decode(x, w, bias, a, b, ids, scaling=2.0)
+        ak.decode(x, w, bias, a, b, ids, scaling=2.0)
 
 
 def run_case(case: Case) -> None:
@@ -114,19 +114,19 @@ def run_case(case: Case) -> None:
     ids, offsets = empty(case.m, dtype=torch.int32), empty(case.e + 1, dtype=torch.int32)
     groups = RowGroups(ids, ids, offsets)
     if case.routing == "task":
-        h = ak.task_shrink(x, a, groups, scaling=2.0, dropout=drop)
+        h = ak.shrink_task(x, a, groups, scaling=2.0, dropout=drop)
     else:
-        h, p = ak.soft_shrink(x, a, router, scaling=2.0, dropout=drop)
+        h, p = ak.shrink_soft(x, a, router, scaling=2.0, dropout=drop)
     if case.base:
-        ak.linear_expand(x, w, bias, h, b)
+        ak.expand(x, w, bias, h, b)
         run_one_pass(case, x, w, bias, a, b, router, ids, drop)
     dh, _ = ak.expand_backward(dy, b, h, scaling=2.0)
     if case.routing == "task":
-        ak.linear_dx_task(base_dy, base_w, dh, a, groups, dtype=case.dtype, dropout=drop)
-        ak.task_da(dh, x, groups, case.e, dropout=drop, dtype=adapter)
+        ak.dx_task(base_dy, base_w, dh, a, groups, dtype=case.dtype, dropout=drop)
+        ak.da_task(dh, x, groups, case.e, dropout=drop, dtype=adapter)
     else:
         dp = ak.gate_backward(dh, p, case.e, dtype=case.dtype)
-        ak.linear_dx_soft(base_dy, base_w, dp, a, router, dtype=case.dtype, dropout=drop)
-        ak.soft_da(dp, x, case.e, dropout=drop, dtype=adapter)
+        ak.dx_soft(base_dy, base_w, dp, a, router, dtype=case.dtype, dropout=drop)
+        ak.da_soft(dp, x, case.e, dropout=drop, dtype=adapter)
     if drop is not None:
         ak.dropout_mask(case.m, case.k, drop, dtype=torch.float32)

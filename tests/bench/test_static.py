@@ -101,8 +101,8 @@ def test_launches_of_the_plans() -> None:
     found = {p.plan: p for p in predict(LAYERS[0], FORWARD, Rates())}
     names = {plan: [(step.name, step.ours) for step in p.steps] for plan, p in found.items()}
     assert names["one_pass"] == [("one_pass_task", True)]
-    assert names["two_launch"] == [("task_shrink", True), ("expand", True)]
-    assert names["base_first"] == [("task_shrink", True), ("torch.mm", False), ("torch.addmm_", False)]
+    assert names["two_launch"] == [("shrink_task", True), ("expand", True)]
+    assert names["base_first"] == [("shrink_task", True), ("torch.mm", False), ("torch.addmm_", False)]
     assert found["base_first"].moved > found["two_launch"].moved > found["one_pass"].moved
     # y = x w^T is written and read again: at least twice the output's bytes more
     y = 2 * LAYERS[0].m * LAYERS[0].n
@@ -182,7 +182,7 @@ def test_csv_has_the_worst_of_each_kernel(tmp_path: Path) -> None:
     rows = [
         row(registers=100, shared=8, shared_limit=99, programs=3, limit="registers", tensor={"HGMMA": 2}),
         row(registers=255, shared=5, shared_limit=99, programs=1, limit="shared memory", tensor={"HGMMA": 3}),
-        row(kernel="wgrad", spilled=8, programs=2, limit="warps", tensor={"v_mfma_f32_a": 1, "v_mfma_f32_b": 2}),
+        row(kernel="da", spilled=8, programs=2, limit="warps", tensor={"v_mfma_f32_a": 1, "v_mfma_f32_b": 2}),
     ]
     file = tmp_path / "new" / "compiled.csv"
     command.write_csv(file, rows)

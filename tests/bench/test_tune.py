@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="tiles are Triton's")
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels.tiles import Tile, trying
+from alora_kernels.kernels.tiles import Tile, override_tiles
 from alora_kernels.ops.dispatch import PLANS, Plan
 from bench.__main__ import app
 from bench.layers import candidates, tune
@@ -48,18 +48,18 @@ def test_the_table_is_python_and_says_where_it_is_from() -> None:
 def test_a_candidate_is_what_runs(idea: str) -> None:
     for shapes in candidates.classes(idea):
         for tile in candidates.TILES[idea]:
-            with ak.recording("sm_90") as launches, trying({idea: tile}):
+            with ak.recording("sm_90") as launches, override_tiles({idea: tile}):
                 candidates.trial(idea, shapes, "meta").run()
             meta = launches[0].meta  # sums over planes may follow
             assert (meta["num_warps"], meta["num_stages"]) == (tile.num_warps, tile.num_stages)
-            assert [launch.kernel.__name__ for launch in launches[1:]] in ([], ["_sum_planes_kernel"])
+            assert [launch.kernel.__name__ for launch in launches[1:]] in ([], ["_sum_partials_kernel"])
 
 
 def test_the_first_candidate_is_the_one_in_use() -> None:
     for idea, tiles in candidates.TILES.items():
         with ak.recording("sm_90") as usual:
             candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-        with ak.recording("sm_90") as first, trying({idea: tiles[0]}):
+        with ak.recording("sm_90") as first, override_tiles({idea: tiles[0]}):
             candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
         assert usual[0].meta == first[0].meta, idea
         assert len(set(tiles)) == len(tiles)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SOURCES = sorted((ROOT / "alora_kernels/kernels").glob("*.py"))
-KERNELS = {name for file in SOURCES for name in re.findall(r"^def _(\w+)_kernel\(", file.read_text(), re.MULTILINE)}
+KERNELS = {name for file in SOURCES for name in re.findall(r"^def _?(\w+)_kernel\(", file.read_text(), re.MULTILINE)}
 ONLY_WITH_A_COPY_ENGINE = {"one_pass_soft", "one_pass_task"}  # Hopper and later
 GEMMS = ("expand", "dx_soft", "dx_task", "one_pass_soft", "one_pass_task")
 

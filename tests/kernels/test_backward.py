@@ -8,12 +8,12 @@ from torch import Tensor
 
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import (
+    da_soft,
+    da_task,
+    dx_soft,
+    dx_task,
     expand_backward,
     gate_backward,
-    linear_dx_soft,
-    linear_dx_task,
-    soft_da,
-    task_da,
 )
 from alora_kernels.routing import RowGroups
 
@@ -56,10 +56,10 @@ def test_gate_backward(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_linear_dx_task(case: Case, dtype: torch.dtype, base: bool) -> None:
+def test_dx_task(case: Case, dtype: torch.dtype, base: bool) -> None:
     t = Layer(case, dtype)
     dy, w = (t.dy, t.w) if base else (None, None)
-    dx = linear_dx_task(dy, w, t.dh, t.a, t.groups, dtype=dtype, dropout=t.drop)
+    dx = dx_task(dy, w, t.dh, t.a, t.groups, dtype=dtype, dropout=t.drop)
 
     def reference(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
         low = t.dropped(torch.einsum("me,mr,erk->mk", t.onehot(dh.dtype), dh, a))
@@ -71,10 +71,10 @@ def test_linear_dx_task(case: Case, dtype: torch.dtype, base: bool) -> None:
 
 @pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_linear_dx_soft(case: Case, dtype: torch.dtype, base: bool) -> None:
+def test_dx_soft(case: Case, dtype: torch.dtype, base: bool) -> None:
     t = Layer(case, dtype)
     dy, w = (t.dy, t.w) if base else (None, None)
-    dx = linear_dx_soft(dy, w, t.dp, t.a, t.router, dtype=dtype, dropout=t.drop)
+    dx = dx_soft(dy, w, t.dp, t.a, t.router, dtype=dtype, dropout=t.drop)
 
     def reference(dy: Tensor, w: Tensor, dp: Tensor, a: Tensor, router: Tensor) -> Tensor:
         low = t.dropped(dp[:, : -case.e] @ a.flatten(0, 1)) + dp[:, -case.e :] @ router
@@ -84,16 +84,16 @@ def test_linear_dx_soft(case: Case, dtype: torch.dtype, base: bool) -> None:
     assert_close(dx, reference, dtype, t.dy, t.w, t.dp, t.a, t.router)
 
 
-def test_linear_dx_wants_both_dy_and_w_or_neither() -> None:
+def test_dx_wants_both_dy_and_w_or_neither() -> None:
     t = Layer(Case(), torch.float32)
     with pytest.raises(ValueError, match="both dy and w"):
-        linear_dx_task(t.dy, None, t.dh, t.a, t.groups, dtype=torch.float32)
+        dx_task(t.dy, None, t.dh, t.a, t.groups, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_task_da(case: Case, dtype: torch.dtype) -> None:
+def test_da_task(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
-    da = task_da(t.dh, t.x, t.groups, case.e, dropout=t.drop, dtype=t.a.dtype)
+    da = da_task(t.dh, t.x, t.groups, case.e, dropout=t.drop, dtype=t.a.dtype)
 
     def reference(dh: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("me,mr,mk->erk", t.onehot(x.dtype), dh, t.dropped(x))
@@ -105,9 +105,9 @@ def test_task_da(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_soft_da(case: Case, dtype: torch.dtype) -> None:
+def test_da_soft(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
-    da, drouter = soft_da(t.dp, t.x, case.e, dropout=t.drop, dtype=t.a.dtype)
+    da, drouter = da_soft(t.dp, t.x, case.e, dropout=t.drop, dtype=t.a.dtype)
     shape = (case.e, case.r, case.k)
     assert da.dtype == drouter.dtype == t.a.dtype
     assert_close(da, lambda dp, x: (dp[:, : -case.e].T @ t.dropped(x)).view(shape), dtype, t.dp, t.x)
@@ -115,21 +115,21 @@ def test_soft_da(case: Case, dtype: torch.dtype) -> None:
     assert da.untyped_storage().data_ptr() != drouter.untyped_storage().data_ptr()
 
 
-def test_sum_planes() -> None:
+def test_sum_partials() -> None:
     first, second = torch.randn(5, 3, 700, device=DEVICE), torch.randn(2, 1100, 2, device=DEVICE)
-    one, two = ak.sum_planes(first, second, torch.float32, torch.float16)
+    one, two = ak.sum_partials(first, second, torch.float32, torch.float16)
     assert (one.dtype, two.dtype) == (torch.float32, torch.float16)
     torch.testing.assert_close(one, first.sum(0))
     torch.testing.assert_close(two, second.sum(0).half())
     parts = torch.randn(3, 8, 5, device=DEVICE)
-    one, two = ak.sum_planes(parts[:, :5], parts[:, 5:], torch.float32, torch.float32)
+    one, two = ak.sum_partials(parts[:, :5], parts[:, 5:], torch.float32, torch.float32)
     torch.testing.assert_close(torch.cat([one, two]), parts.sum(0))
 
 
-def test_sum_planes_of_one_plane_launches_nothing() -> None:
+def test_sum_partials_of_one_plane_launches_nothing() -> None:
     plane = torch.randn(1, 4, 4, dtype=torch.bfloat16, device="meta")
     with ak.recording("sm_90") as launches:
-        one, two = ak.sum_planes(plane, plane[:, :0], torch.bfloat16, torch.bfloat16)
+        one, two = ak.sum_partials(plane, plane[:, :0], torch.bfloat16, torch.bfloat16)
     assert launches == [] and (one.shape, two.numel()) == ((4, 4), 0)
 
 
@@ -145,10 +145,10 @@ def test_launches_of_a_backward(routing: str, most: int) -> None:
     with ak.recording("sm_90") as launches:
         dh, _ = ak.expand_backward(dy, b, h, scaling=1.0)
         if routing == "task":
-            ak.linear_dx_task(dy, w, dh, a, groups, dtype=x.dtype)
-            ak.task_da(dh, x, groups, e, dtype=x.dtype)
+            ak.dx_task(dy, w, dh, a, groups, dtype=x.dtype)
+            ak.da_task(dh, x, groups, e, dtype=x.dtype)
         else:
             dp = ak.gate_backward(dh, meta(m, e * r + e, dtype=torch.float32), e, dtype=x.dtype)
-            ak.linear_dx_soft(dy, w, dp, a, meta(e, k), dtype=x.dtype)
-            ak.soft_da(dp, x, e, dtype=x.dtype)
+            ak.dx_soft(dy, w, dp, a, meta(e, k), dtype=x.dtype)
+            ak.da_soft(dp, x, e, dtype=x.dtype)
     assert len(launches) <= most

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alora_kernels.kernels import Dropout, dropout_mask, linear_dx_task, shrink_task, soft_da, task_da
+from alora_kernels.kernels import Dropout, da_soft, da_task, dropout_mask, dx_task, shrink_task
 from alora_kernels.routing import group_rows
 
 from .cases import DEVICE
@@ -55,11 +55,11 @@ def test_every_kernel_draws_the_same_mask() -> None:
     routed = mask * (ids >= 0)[:, None]
     ones, eyes = torch.ones(m, k, device=DEVICE), torch.stack([one, one])
     assert torch.equal(shrink_task(ones, eyes, groups, scaling=1.0, dropout=drop), routed)
-    dx = linear_dx_task(None, None, ones, eyes, groups, dtype=torch.float32, dropout=drop)
+    dx = dx_task(None, None, ones, eyes, groups, dtype=torch.float32, dropout=drop)
     assert torch.equal(dx, routed)
     # row m of d is the unit vector m, so d^T x is x row by row
-    assert torch.equal(task_da(one, ones, groups, 2, dropout=drop, dtype=torch.float32).sum(0), routed)
+    assert torch.equal(da_task(one, ones, groups, 2, dropout=drop, dtype=torch.float32).sum(0), routed)
     dp = torch.cat([one, torch.ones(m, 1, device=DEVICE)], 1)
-    da, drouter = soft_da(dp, ones, 1, dropout=drop, dtype=torch.float32)
+    da, drouter = da_soft(dp, ones, 1, dropout=drop, dtype=torch.float32)
     assert torch.equal(da[0], mask)
     assert torch.equal(drouter, torch.full_like(drouter, m))

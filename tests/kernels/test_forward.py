@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alora_kernels.kernels import linear_expand, shrink_soft, shrink_task
+from alora_kernels.kernels import expand, shrink_soft, shrink_task
 
 from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
 
@@ -20,7 +20,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_task_shrink(case: Case, dtype: torch.dtype) -> None:
+def test_shrink_task(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
     h = shrink_task(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
 
@@ -34,7 +34,7 @@ def test_task_shrink(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_soft_shrink(case: Case, dtype: torch.dtype) -> None:
+def test_shrink_soft(case: Case, dtype: torch.dtype) -> None:
     t = Layer(case, dtype)
     h, p = shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
 
@@ -54,9 +54,9 @@ def test_soft_shrink(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.p == 0 or c.fp32_adapters], ids=str)
-def test_linear_expand(case: Case, dtype: torch.dtype, has_bias: bool) -> None:
+def test_expand(case: Case, dtype: torch.dtype, has_bias: bool) -> None:
     t = Layer(case, dtype)
-    y = linear_expand(t.x, t.w, t.bias if has_bias else None, t.h, t.b)
+    y = expand(t.x, t.w, t.bias if has_bias else None, t.h, t.b)
 
     def reference(x: Tensor, w: Tensor, bias: Tensor, h: Tensor, b: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, w, bias if has_bias else None) + h @ b.T
@@ -65,10 +65,10 @@ def test_linear_expand(case: Case, dtype: torch.dtype, has_bias: bool) -> None:
     assert_close(y, reference, dtype, t.x, t.w, t.bias, t.h, t.b)
 
 
-def test_linear_expand_takes_a_transposed_weight() -> None:
+def test_expand_takes_a_transposed_weight() -> None:
     t = Layer(Case(k=33, n=35), torch.float32)
     transposed = t.w.t().contiguous().t()
-    assert torch.equal(linear_expand(t.x, transposed, None, t.h, t.b), linear_expand(t.x, t.w, None, t.h, t.b))
+    assert torch.equal(expand(t.x, transposed, None, t.h, t.b), expand(t.x, t.w, None, t.h, t.b))
 
 
 def test_a_task_with_nan_leaves_the_others_alone() -> None:
@@ -80,7 +80,7 @@ def test_a_task_with_nan_leaves_the_others_alone() -> None:
     assert torch.equal(h[t.ids != 1], clean[t.ids != 1])
 
 
-def test_soft_shrink_large_logits() -> None:
+def test_shrink_soft_large_logits() -> None:
     t = Layer(Case(), torch.float32)
     h, p = shrink_soft(t.x, t.a, t.router * 1e4, scaling=S)
     best = p[:, -3:].argmax(1)
@@ -89,7 +89,7 @@ def test_soft_shrink_large_logits() -> None:
     torch.testing.assert_close(h, S * picked)
 
 
-def test_soft_shrink_refuses_too_many_experts() -> None:
+def test_shrink_soft_refuses_too_many_experts() -> None:
     x, a = torch.zeros(2, 4), torch.zeros(1025, 1, 4)
     with pytest.raises(ValueError, match="1025"):
         shrink_soft(x, a, torch.zeros(1025, 4), scaling=1.0)

@@ -26,12 +26,12 @@ def test_meta_tensors_are_recorded_not_run() -> None:
     ids = torch.empty(512, dtype=torch.int32, device=META)
     groups = RowGroups(ids, ids, torch.empty(9, dtype=torch.int32, device=META))
     with ak.recording("sm_90") as launches:
-        h = ak.task_shrink(t["x"], t["a"], groups, scaling=1.0)
-        y = ak.linear_expand(t["x"], t["w"], None, h, t["b"])
+        h = ak.shrink_task(t["x"], t["a"], groups, scaling=1.0)
+        y = ak.expand(t["x"], t["w"], None, h, t["b"])
     assert (h.shape, y.shape) == ((512, 16), (512, 384))
     assert len(launches) == 2
     assert launches[1].meta["BLOCK_N"] in (128, 256)
-    ak.linear_expand(t["x"], t["w"], None, h, t["b"])
+    ak.expand(t["x"], t["w"], None, h, t["b"])
     assert len(launches) == 2
 
 
@@ -39,7 +39,7 @@ def test_soft_routing_takes_one_launch_whatever_the_experts() -> None:
     for e in (1, 8, 64):
         t = meta_layer(e)
         with ak.recording("sm_80") as launches:
-            ak.soft_shrink(t["x"], t["a"], t["router"], scaling=1.0)
+            ak.shrink_soft(t["x"], t["a"], t["router"], scaling=1.0)
         assert len(launches) == 1
 
 
@@ -65,21 +65,21 @@ def test_repeats_are_bit_identical(case: Case) -> None:
     t = Layer(case, torch.float32)
 
     def run() -> list[torch.Tensor]:
-        h, p = ak.soft_shrink(t.x, t.a, t.router, scaling=0.3, dropout=t.drop)
+        h, p = ak.shrink_soft(t.x, t.a, t.router, scaling=0.3, dropout=t.drop)
         dh, db = ak.expand_backward(t.dy, t.b, h, scaling=0.3)
         dp = ak.gate_backward(dh, p, case.e, dtype=torch.float32)
         return [
             h,
             p,
-            ak.task_shrink(t.x, t.a, t.groups, scaling=0.3, dropout=t.drop),
-            ak.linear_expand(t.x, t.w, t.bias, h, t.b),
+            ak.shrink_task(t.x, t.a, t.groups, scaling=0.3, dropout=t.drop),
+            ak.expand(t.x, t.w, t.bias, h, t.b),
             dh,
             db,
             dp,
-            ak.linear_dx_task(t.dy, t.w, dh, t.a, t.groups, dtype=torch.float32, dropout=t.drop),
-            ak.linear_dx_soft(t.dy, t.w, dp, t.a, t.router, dtype=torch.float32, dropout=t.drop),
-            ak.task_da(dh, t.x, t.groups, case.e, dropout=t.drop, dtype=torch.float32),
-            *ak.soft_da(dp, t.x, case.e, dropout=t.drop, dtype=torch.float32),
+            ak.dx_task(t.dy, t.w, dh, t.a, t.groups, dtype=torch.float32, dropout=t.drop),
+            ak.dx_soft(t.dy, t.w, dp, t.a, t.router, dtype=torch.float32, dropout=t.drop),
+            ak.da_task(dh, t.x, t.groups, case.e, dropout=t.drop, dtype=torch.float32),
+            *ak.da_soft(dp, t.x, case.e, dropout=t.drop, dtype=torch.float32),
         ]
 
     for one, other in zip(run(), run(), strict=True):
@@ -88,7 +88,7 @@ def test_repeats_are_bit_identical(case: Case) -> None:
 
 def test_many_absent_tasks() -> None:
     t = Layer(Case(m=20, e=40, r=2, ids="equal"), torch.float32)
-    h = ak.task_shrink(t.x, t.a, t.groups, scaling=1.0)
+    h = ak.shrink_task(t.x, t.a, t.groups, scaling=1.0)
     torch.testing.assert_close(h, t.x @ t.a[-1].T)
-    da = ak.task_da(t.dh, t.x, t.groups, 40, dtype=torch.float32)
+    da = ak.da_task(t.dh, t.x, t.groups, 40, dtype=torch.float32)
     assert not da[:-1].any()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import sync, workspace
-from alora_kernels.kernels.tiles import GROUP_M, Tile, trying
+from alora_kernels.kernels import sync
+from alora_kernels.kernels.tiles import GROUP_M, Tile, override_tiles
 
 from .cases import DEVICE, Case, Layer, assert_close, skip_unmodelled
 
@@ -39,7 +39,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def clean() -> bool:
     """Whether every counter that kernels share is zero again."""
-    return not any(block.any() for block in workspace._blocks.values())
+    return not any(block.any() for block in sync._blocks.values())
 
 
 def require(taken: bool) -> None:
@@ -74,7 +74,7 @@ def test_task(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     t = Layer(case, dtype)
     require(ak.takes_one_pass_task(t.x, t.w, t.a, t.drop))
     poisoned(monkeypatch)
-    y, h = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    y, h = ak.one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
     mixture = task_layer(t)
     assert_close(h, mixture, dtype, t.x, t.a)
 
@@ -93,7 +93,7 @@ def test_soft(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         return
     require(ak.takes_one_pass_soft(t.x, t.w, t.a))
     poisoned(monkeypatch)
-    y, h, p = ak.linear_one_pass_soft(t.x, t.w, t.bias, t.a, t.b, t.router, scaling=S, dropout=t.drop)
+    y, h, p = ak.one_pass_soft(t.x, t.w, t.bias, t.a, t.b, t.router, scaling=S, dropout=t.drop)
 
     def products(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
         return torch.cat([t.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
@@ -106,7 +106,7 @@ def test_soft(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
     assert_close(p, products, dtype, t.x, t.a, t.router)
     assert_close(y, layer, dtype, t.x, t.w, t.a, t.b, t.router)
-    two_h, _ = ak.soft_shrink(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+    two_h, _ = ak.shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
     torch.testing.assert_close(h, two_h, rtol=1e-2, atol=1e-3)
     assert clean()
 
@@ -118,7 +118,7 @@ def test_decode(m: int, adapters: str, dtype: torch.dtype, monkeypatch: pytest.M
     t = Layer(case, dtype)
     poisoned(monkeypatch)
     assert ak.takes_decode(t.x, t.a)
-    y, h = ak.linear_decode(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    y, h = ak.decode(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
     mixture = task_layer(t)
     assert_close(h, mixture, dtype, t.x, t.a)
 
@@ -136,8 +136,8 @@ def test_a_task_with_nan_leaves_the_others_alone(m: int) -> None:
 
     def run() -> tuple[Tensor, Tensor]:
         if m <= 64:
-            return ak.linear_decode(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
-        return ak.linear_one_pass_task(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
+            return ak.decode(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
+        return ak.one_pass_task(t.x, t.w, None, t.a, t.b, t.groups.ids, scaling=S)
 
     clean_y, _ = run()
     t.a[1] = torch.nan
@@ -149,8 +149,8 @@ def test_a_task_with_nan_leaves_the_others_alone(m: int) -> None:
 def test_repeats_are_bit_identical() -> None:
     t = Layer(Case(m=70, k=48, n=64, r=8, e=3, p=0.25), EXACT)
     require(ak.takes_one_pass_task(t.x, t.w, t.a, t.drop))
-    one = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
-    two = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    one = ak.one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
+    two = ak.one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S, dropout=t.drop)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -174,16 +174,16 @@ def test_one_launch(chip: str) -> None:
     x, w, a, b = meta(8192, 4096), meta(4096, 4096), meta(8, 16, 4096), meta(4096, 16)
     ids, router = meta(8192, dtype=torch.int32), meta(8, 4096)
     with ak.recording(chip) as launches:
-        ak.linear_one_pass_task(x, w, None, a, b, ids, scaling=1.0)
-        ak.linear_one_pass_soft(x, w, None, a, b, router, scaling=1.0)
-        ak.linear_decode(x[:64], w, None, a, b, ids[:64], scaling=1.0)
+        ak.one_pass_task(x, w, None, a, b, ids, scaling=1.0)
+        ak.one_pass_soft(x, w, None, a, b, router, scaling=1.0)
+        ak.decode(x[:64], w, None, a, b, ids[:64], scaling=1.0)
     assert len(launches) == 3
     # persistent: one program per multiprocessor, two of the smaller tiles that soft routing takes on sm_100
     assert [launch.grid for launch in launches[:2]] == [(132,), (132 if chip == "sm_90" else 264,)]
 
 
 def ahead_of(ticket: int, ahead: int, rest: int) -> tuple[int, int, bool]:
-    """`flags.ahead_of` as plain arithmetic."""
+    """`sync.ahead_of` as plain arithmetic."""
     if ticket < ahead:
         return 0, ticket, True
     group, inside = divmod(ticket - ahead, ahead + rest)
@@ -222,16 +222,16 @@ def test_the_kernel_numbers_work_the_same_way(ahead: int, rest: int) -> None:
 def test_a_tile_can_be_tried() -> None:
     t = Layer(Case(m=70, k=64, n=64, r=4, e=3), EXACT)
     require(ak.takes_one_pass_task(t.x, t.w, t.a))
-    usual, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
-    with trying({"one_pass_task": Tile(64, 64, 32, 4, 1)}):
-        tried, _ = ak.linear_one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    usual, _ = ak.one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    with override_tiles({"one_pass_task": Tile(64, 64, 32, 4, 1)}):
+        tried, _ = ak.one_pass_task(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
     torch.testing.assert_close(tried, usual, rtol=1e-3, atol=1e-2)
 
 
 def test_counters_grow_and_stay_zero() -> None:
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
-    small, large = workspace.counters(device, 10), workspace.counters(device, workspace.LEAST + 1)
-    assert (small.numel(), large.numel()) == (10, workspace.LEAST + 1)
+    small, large = sync.counters(device, 10), sync.counters(device, sync.LEAST + 1)
+    assert (small.numel(), large.numel()) == (10, sync.LEAST + 1)
     assert not small.any() and not large.any()
     assert GROUP_M == 8  # the cases above count on it
 
@@ -239,8 +239,8 @@ def test_counters_grow_and_stay_zero() -> None:
 @pytest.mark.gpu
 def test_counters_of_captured_launches_are_their_own() -> None:
     device = torch.device("cuda", 0)
-    workspace.counters(device, 16)
+    sync.counters(device, 16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        one, two = workspace.counters(device, 16), workspace.counters(device, 16)
-    assert len({one.data_ptr(), two.data_ptr(), workspace.counters(device, 16).data_ptr()}) == 3
+        one, two = sync.counters(device, 16), sync.counters(device, 16)
+    assert len({one.data_ptr(), two.data_ptr(), sync.counters(device, 16).data_ptr()}) == 3

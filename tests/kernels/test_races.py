@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import workspace
+from alora_kernels.kernels import sync
 from alora_kernels.routing import group_rows
 
 pytestmark = pytest.mark.gpu
@@ -46,21 +46,21 @@ class Layer:
         self.ids.copy_(torch.randint(-1, self.e, self.ids.shape, device="cuda").sort().values)
 
     def one_task(self) -> Outputs:
-        return ak.linear_one_pass_task(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
+        return ak.one_pass_task(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
 
     def one_soft(self) -> Outputs:
-        return ak.linear_one_pass_soft(self.x, self.w, None, self.a, self.b, self.router, scaling=S)
+        return ak.one_pass_soft(self.x, self.w, None, self.a, self.b, self.router, scaling=S)
 
     def decode(self) -> Outputs:
-        return ak.linear_decode(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
+        return ak.decode(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
 
     def two_task(self) -> Outputs:
-        h = ak.task_shrink(self.x, self.a, group_rows(self.ids, self.e), scaling=S)
-        return ak.linear_expand(self.x, self.w, None, h, self.b), h
+        h = ak.shrink_task(self.x, self.a, group_rows(self.ids, self.e), scaling=S)
+        return ak.expand(self.x, self.w, None, h, self.b), h
 
     def two_soft(self) -> Outputs:
-        h, p = ak.soft_shrink(self.x, self.a, self.router, scaling=S)
-        return ak.linear_expand(self.x, self.w, None, h, self.b), h, p
+        h, p = ak.shrink_soft(self.x, self.a, self.router, scaling=S)
+        return ak.expand(self.x, self.w, None, h, self.b), h, p
 
 
 def poison(*shapes: torch.Size) -> None:
@@ -98,7 +98,7 @@ def test_one_pass_repeats(name: str) -> None:
         agree(got, expected)
         if turn % 20 == 0:
             assert all(torch.equal(a, b) for a, b in zip(got, one_pass(layer), strict=True)), turn
-    assert not any(block.any() for block in workspace._blocks.values())
+    assert not any(block.any() for block in sync._blocks.values())
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
 from alora_kernels.ops import dispatch as backends
 from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, explain, explain_plan
-from alora_kernels.ops.triton.side_stream import beside
+from alora_kernels.ops.triton.side_stream import side_stream
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
 
 SHAPES = [(2, 35, 32, 48, 4, 3), (3, 7, 32, 64, 4, 2)]  # 70 rows and 21: the one-pass kernels and the decode kernel
@@ -74,8 +74,8 @@ def test_plans_launch_what_they_say() -> None:
     assert launches("one_pass") == ["_one_pass_task_kernel"]
     assert launches("one_pass", "soft") == ["_one_pass_soft_kernel"]
     assert launches("one_pass", m=64) == ["_decode_kernel"]
-    assert launches("two_launch") == ["_task_shrink_kernel", "_expand_kernel"]
-    assert launches("base_first") == launches("low_rank_first") == ["_task_shrink_kernel"]
+    assert launches("two_launch") == ["_shrink_task_kernel", "_expand_kernel"]
+    assert launches("base_first") == launches("low_rank_first") == ["_shrink_task_kernel"]
 
 
 def test_the_rule() -> None:
@@ -134,21 +134,21 @@ def test_one_pass_says_what_it_needs() -> None:
         wide.step(alora_linear, backend="triton:one_pass")
 
 
-def test_beside_is_nothing_without_cuda() -> None:
+def test_the_side_stream_is_nothing_without_cuda() -> None:
     x = torch.ones(3)
-    with beside(x, wanted=True) as side:
+    with side_stream(x, wanted=True) as join:
         y = x + 1
-    side.join(y, None)
+    join(y, None)
     assert torch.equal(y, torch.full((3,), 2.0))
 
 
 @pytest.mark.gpu
-def test_beside_orders_both_streams() -> None:
+def test_the_side_stream_is_joined() -> None:
     x = torch.randn(4096, 4096, device="cuda")
     for _ in range(50):
-        with beside(x, wanted=True) as side:
+        with side_stream(x, wanted=True) as join:
             small = (x[:64] * 2).sum(1)
         large = x @ x
-        side.join(small)
+        join(small)
         torch.testing.assert_close(small, (x[:64] * 2).sum(1))
         x = x + large * 0

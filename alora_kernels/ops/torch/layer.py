@@ -70,7 +70,7 @@ def drop(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
     return x * mask, mask
 
 
-def task_shrink(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
+def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
     """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
     layout = layout_of(groups)
     if isinstance(layout, Whole):
@@ -94,7 +94,7 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
     x = x.to(wider(x, adapter.a, adapter.router))
     dropped, _ = drop(x, adapter.dropout)
     if adapter.router is None:
-        h = task_shrink(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
+        h = shrink_task(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
     p = soft.products(x, dropped, adapter)
     return Saved(soft.mixture(p, adapter).to(x.dtype), p)

@@ -14,7 +14,7 @@ from ... import kernels
 from ...records import acc_dtype
 from ..dispatch import PLANS, BackendError, Plan, explain_plan
 from ..types import Adapter, Grads, Needs, Saved
-from .side_stream import beside
+from .side_stream import side_stream
 
 ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
 
@@ -28,9 +28,9 @@ def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
     if adapter.router is None:
-        h = kernels.task_shrink(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=adapter.dropout)
+        h = kernels.shrink_task(x, adapter.a, adapter.task_groups, scaling=adapter.scaling, dropout=adapter.dropout)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
-    return Saved(*kernels.soft_shrink(x, adapter.a, adapter.router, scaling=adapter.scaling, dropout=adapter.dropout))
+    return Saved(*kernels.shrink_soft(x, adapter.a, adapter.router, scaling=adapter.scaling, dropout=adapter.dropout))
 
 
 def _one_pass(
@@ -45,14 +45,14 @@ def _one_pass(
     if adapter.router is None:
         ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x.dtype))
         if dropout is None and kernels.takes_decode(x, a):
-            y, h = kernels.linear_decode(x, w, bias, a, b, ids, scaling=scaling)
+            y, h = kernels.decode(x, w, bias, a, b, ids, scaling=scaling)
             return y, Saved(h, empty)
         crowded = x.shape[0] < ROWS_PER_TASK * a.shape[0] and not forced
         if kernels.takes_one_pass_task(x, w, a, dropout) and not crowded:
-            y, h = kernels.linear_one_pass_task(x, w, bias, a, b, ids, scaling=scaling, dropout=dropout)
+            y, h = kernels.one_pass_task(x, w, bias, a, b, ids, scaling=scaling, dropout=dropout)
             return y, Saved(h, empty)
     elif kernels.takes_one_pass_soft(x, w, a):
-        y, h, p = kernels.linear_one_pass_soft(x, w, bias, a, b, adapter.router, scaling=scaling, dropout=dropout)
+        y, h, p = kernels.one_pass_soft(x, w, bias, a, b, adapter.router, scaling=scaling, dropout=dropout)
         return y, Saved(h, p)
     if forced:
         raise BackendError(
@@ -74,15 +74,15 @@ def linear(
         if done is not None:
             return done
     if chosen.forward == "base_first":
-        with beside(x, chosen.overlap) as side:
+        with side_stream(x, chosen.overlap) as join:
             saved = shrink(x, adapter)
         y = F.linear(x, w, bias)
-        side.join(*saved)
+        join(*saved)
         return y.addmm_(saved.h, b.to(x.dtype).t()), saved
     saved = shrink(x, adapter)
     if chosen.forward == "low_rank_first":
         return F.linear(saved.h, b.to(x.dtype), bias).addmm_(x, w.t()), saved
-    return kernels.linear_expand(x, w, bias, saved.h, b), saved
+    return kernels.expand(x, w, bias, saved.h, b), saved
 
 
 def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None, like: Tensor, fused: bool) -> Tensor:
@@ -90,9 +90,9 @@ def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None
     dropout, base = adapter.dropout, (dy, w) if fused else (None, None)
     if adapter.router is None:
         groups = adapter.task_groups
-        dx = kernels.linear_dx_task(*base, dp, adapter.a, groups, dtype=like.dtype, dropout=dropout)
+        dx = kernels.dx_task(*base, dp, adapter.a, groups, dtype=like.dtype, dropout=dropout)
     else:
-        dx = kernels.linear_dx_soft(*base, dp, adapter.a, adapter.router, dtype=like.dtype, dropout=dropout)
+        dx = kernels.dx_soft(*base, dp, adapter.a, adapter.router, dtype=like.dtype, dropout=dropout)
     return dx if fused or dy is None or w is None else dx.addmm_(dy, w)
 
 
@@ -100,8 +100,8 @@ def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor 
     """Gradients of the matrices A and of the router."""
     a, dropout = adapter.a, adapter.dropout
     if adapter.router is None:
-        return kernels.task_da(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
-    return kernels.soft_da(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
+        return kernels.da_task(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
+    return kernels.da_soft(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
 
 
 def _routed_backward(
@@ -118,12 +118,12 @@ def _routed_backward(
     dx = da = drouter = None
     dp = dh if adapter.router is None else kernels.gate_backward(dh, saved.p, adapter.a.shape[0], dtype=x.dtype)
     wants_da = needs.a or needs.router
-    with beside(x, plan.overlap and wants_da and needs.x) as side:
+    with side_stream(x, plan.overlap and wants_da and needs.x) as join:
         if wants_da:
             da, drouter = _routed_da(dp, x, adapter)
     if needs.x:
         dx = _routed_dx(dp, adapter, dy, w, x, plan.dx == "fused")
-    side.join(da, drouter)
+    join(da, drouter)
     return Grads(dx, da, drouter).cast_adapter(adapter)
 
 
