@@ -4,7 +4,16 @@ In:   two-dimensional tensors on one device, ids already grouped (`alora_kernels
 Out:  the pieces of forward and backward that `alora_kernels.ops` puts together.
 Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they come.
 
-See README.md in this folder for the derivations and for what each launch reads and writes.
+The arguments of all launchers, any strides unless a `takes_` function says otherwise:
+
+    x [M, K], w [N, K] in x's dtype, bias [N] or None, dy [M, N]   activations, the frozen layer, the gradient of y
+    a [E, R, K], b [N, R], router [E, K]                           the adapter, in x's dtype or float32
+    h [M, R] in x's dtype, p [M, E*R + E] in the accumulator's     the scaled h; unscaled products beside logits
+    dh [M, R] in the accumulator dtype, dp [M, E*R + E]            gradients of the unscaled h and of p
+    ids [M] int32, groups, num_experts (num_tasks)                 task of each row, rows by task, E
+    scaling, dropout                                               s; of x on the low-rank path, or None
+
+README.md in this folder has the derivations, and what each launch reads and writes.
 """
 
 from alora_kernels.records import Dropout

@@ -171,15 +171,8 @@ def da_task(
 ) -> Tensor:
     """Gradient of the matrices A under task routing.
 
-    Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`.
-
-    Args:
-        dh: gradient of the unscaled h `[M, R]`, accumulator dtype; rounded to x's dtype for the product.
-        x: activations `[M, K]`, any strides.
-        groups: rows grouped by task.
-        num_tasks: E.
-        dropout: the same that forward used.
-        dtype: of the result, the dtype of a.
+    Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`. dh is rounded to x's dtype for the product;
+    `dtype` is that of a.
 
     Returns:
         da `[E, R, K]`; zeros for tasks without rows.
@@ -193,14 +186,7 @@ def da_soft(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the matrices A and of the router under soft routing.
 
-    Formula: `da_cat = dp[:, :E*R]^T dropout(x)`, `drouter = dp[:, E*R:]^T x`.
-
-    Args:
-        dp: gradient of the products and logits `[M, E*R + E]`, as `gate_backward` returned it.
-        x: activations `[M, K]`, any strides.
-        num_experts: E.
-        dropout: the same that forward used.
-        dtype: of the results, the dtype of a.
+    Formula: `da_cat = dp[:, :E*R]^T dropout(x)`, `drouter = dp[:, E*R:]^T x`. `dtype` is that of a.
 
     Returns:
         da `[E, R, K]` and drouter `[E, K]`. Without dropout one launch makes both.

@@ -112,16 +112,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """The whole layer for at most 64 rows of any tasks, in one launch.
 
-    Formula: `h_m = s A_{t(m)} x_m`, `y = x w^T + bias + h b^T`.
-
-    Args:
-        x: activations `[M, K]`, any strides.
-        w: frozen weight `[N, K]` in x's dtype, any strides.
-        bias: `[N]`, or None.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        b: shared B `[N, R]`, x's dtype or float32.
-        ids: task of each row `[M]`, int32; rows with an id that names no task get the base alone.
-        scaling: s.
+    Formula: `h_m = s A_{t(m)} x_m`, `y = x w^T + bias + h b^T`. Rows with an id that names no task get the base alone.
 
     Returns:
         y `[M, N]` and h `[M, R]`, both in x's dtype.

@@ -83,16 +83,8 @@ def dx_soft(
 ) -> Tensor:
     """Gradient of x under soft routing, in one launch.
 
-    Formula: `dx = dy w + keep (dp[:, :E*R] a_cat) / (1 - p) + dp[:, E*R:] router`.
-
-    Args:
-        dy: gradient of y `[M, N]`, any strides; None together with w.
-        w: frozen weight `[N, K]`, any strides; None leaves the base part out.
-        dp: gradient of the products and logits `[M, E*R + E]`, as `gate_backward` returned it.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        router: router weight `[E, K]`.
-        dtype: of x and dx.
-        dropout: the same that forward used.
+    Formula: `dx = dy w + keep (dp[:, :E*R] a_cat) / (1 - p) + dp[:, E*R:] router`. Without dy and w the low-rank part
+    alone; `dtype` is that of x.
 
     Returns:
         dx `[M, K]` in `dtype`.

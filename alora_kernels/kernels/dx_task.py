@@ -86,16 +86,8 @@ def dx_task(
 ) -> Tensor:
     """Gradient of x under task routing, in one launch.
 
-    Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`.
-
-    Args:
-        dy: gradient of y `[M, N]`, any strides; None together with w.
-        w: frozen weight `[N, K]`, any strides; None leaves the base part out.
-        dh: gradient of the unscaled h `[M, R]`, accumulator dtype.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        groups: rows grouped by task.
-        dtype: of x and dx.
-        dropout: the same that forward used.
+    Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`. Without dy and w the
+    low-rank part alone; `dtype` is that of x.
 
     Returns:
         dx `[M, K]` in `dtype`.

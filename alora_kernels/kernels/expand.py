@@ -60,13 +60,6 @@ def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> T
 
     Formula: `y = x w^T + bias + h b^T`.
 
-    Args:
-        x: activations `[M, K]`, any strides.
-        w: frozen weight `[N, K]` in x's dtype, any strides.
-        bias: `[N]`, or None.
-        h: scaled low-rank activations `[M, R]`.
-        b: shared B `[N, R]`, x's dtype or float32.
-
     Returns:
         y `[M, N]` in x's dtype.
     """
@@ -91,10 +84,6 @@ def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
     """The base product alone, by the same kernel: what its speed over cuBLAS's is measured with.
 
     Formula: `y = x w^T`.
-
-    Args:
-        x: activations `[M, K]`.
-        w: weight `[N, K]`.
 
     Returns:
         y `[M, N]`.

@@ -67,13 +67,7 @@ def _expand_backward_kernel(
 def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
     """Gradients of `h b^T` with respect to h (before scaling) and b.
 
-    Formula: `dh = s dy b`, `db = dy^T h` (h carries s already).
-
-    Args:
-        dy: gradient of y `[M, N]`, any strides.
-        b: shared B `[N, R]`, dy's dtype or float32.
-        h: scaled low-rank activations `[M, R]`.
-        scaling: s.
+    Formula: `dh = s dy b`, `db = dy^T h` (h carries s already). h carries s already.
 
     Returns:
         dh `[M, R]` in the accumulator dtype and db `[N, R]` in b's dtype.

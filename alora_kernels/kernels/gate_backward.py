@@ -72,12 +72,7 @@ def gate_backward(dh: Tensor, p: Tensor, num_experts: int, *, dtype: torch.dtype
     """From the gradient of the mixture to that of the skinny products and the logits.
 
     Formula: `dgate_e = <dh, p_e>`, `dlogits = gate (dgate - sum_e gate_e dgate_e)`, `dp = [gate_e dh | dlogits]`.
-
-    Args:
-        dh: gradient of the unscaled mixture `[M, R]`, accumulator dtype.
-        p: unscaled products and logits `[M, E*R + E]`, as `shrink_soft` returned them.
-        num_experts: E.
-        dtype: of the result; the dtype of x, since products with x come next.
+    `dtype` is that of x, since products with x come next.
 
     Returns:
         dp `[M, E*R + E]`.

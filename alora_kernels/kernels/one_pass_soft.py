@@ -93,16 +93,7 @@ def one_pass_soft(
     """The whole layer under soft routing, in one launch.
 
     Formula: `p = [dropout(x) a_cat^T | x router^T]`, `h = s sum_e softmax(logits)_e p_e`, `y = x w^T + bias + h b^T`.
-
-    Args:
-        x: activations `[M, K]`.
-        w: frozen weight `[N, K]` in x's dtype.
-        bias: `[N]`, or None.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        b: shared B `[N, R]`, x's dtype or float32.
-        router: router weight `[E, K]`; it sees x before dropout.
-        scaling: s.
-        dropout: of x on the low-rank path, or None.
+    The router sees x before dropout.
 
     Returns:
         y `[M, N]` and h `[M, R]` in x's dtype, the unscaled p `[M, E*R + E]` in the accumulator dtype.

@@ -129,17 +129,8 @@ def one_pass_task(
 ) -> tuple[Tensor, Tensor]:
     """The whole layer under task routing, in one launch.
 
-    Formula: `h_m = s A_{t(m)} dropout(x_m)`, `y = x w^T + bias + h b^T`.
-
-    Args:
-        x: activations `[M, K]`.
-        w: frozen weight `[N, K]` in x's dtype.
-        bias: `[N]`, or None.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        b: shared B `[N, R]`, x's dtype or float32.
-        ids: task of each row `[M]`, int32; rows with an id that names no task get the base alone.
-        scaling: s.
-        dropout: of x on the low-rank path, or None.
+    Formula: `h_m = s A_{t(m)} dropout(x_m)`, `y = x w^T + bias + h b^T`. Rows with an id that names no task get the
+    base alone.
 
     Returns:
         y `[M, N]` and h `[M, R]`, both in x's dtype.

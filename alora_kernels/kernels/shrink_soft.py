@@ -131,14 +131,8 @@ def shrink_soft(
 ) -> tuple[Tensor, Tensor]:
     """All skinny products, the softmax gate and the mixture, in one launch.
 
-    Formula: `p = [dropout(x) a_cat^T | x router^T]`, `gate = softmax(p[:, E*R:])`, `h = s sum_e gate_e p_e`.
-
-    Args:
-        x: activations `[M, K]`, any strides.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        router: router weight `[E, K]`; it sees x before dropout.
-        scaling: s.
-        dropout: of x, or None.
+    Formula: `p = [dropout(x) a_cat^T | x router^T]`, `gate = softmax(p[:, E*R:])`, `h = s sum_e gate_e p_e`. The router
+    sees x before dropout.
 
     Returns:
         h `[M, R]` in x's dtype and the unscaled p `[M, E*R + E]` in the accumulator dtype.

@@ -95,13 +95,6 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
 
     Formula: `h_m = s A_{t(m)} dropout(x_m)`, and 0 where row m has no task.
 
-    Args:
-        x: activations `[M, K]`, any strides.
-        a: the matrices A `[E, R, K]`, x's dtype or float32.
-        groups: rows grouped by task.
-        scaling: s.
-        dropout: of x, or None.
-
     Returns:
         h `[M, R]` in x's dtype: s is applied in the accumulator, the rounding comes last.
     """
