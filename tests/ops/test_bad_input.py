@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from alora_kernels import alora_linear
+from alora_kernels.ops import trusted_linear
 
 M, K, N, R, E = 4, 6, 5, 2, 3
 
 
-def call(**changes):
+def call(layer=alora_linear, **changes):
     given = {
         "x": torch.randn(M, K),
         "weight": torch.randn(N, K),
@@ -21,7 +22,7 @@ def call(**changes):
         "task_ids": torch.zeros(M, dtype=torch.long),
     }
     given.update(changes)
-    return alora_linear(**given)
+    return layer(**given)
 
 
 CASES = {
@@ -57,6 +58,21 @@ def test_bad_input(name):
     changes, error, message = CASES[name]
     with pytest.raises(error, match=re.escape(message)):
         call(**changes)
+
+
+OF_A_CALL = [
+    *("x of another K", "integer x", "fp8 x", "scalar x", "weight of another dtype", "A elsewhere", "both routings"),
+    *("no routing", "id too large", "id too small", "float ids", "bool ids", "ids as a list", "wrong number of ids"),
+    "ids elsewhere",
+]
+
+
+@pytest.mark.parametrize("name", OF_A_CALL)
+def test_a_layer_that_knows_its_tensors_still_judges_what_comes_with_a_call(name):
+    changes, error, message = CASES[name]
+    facts = {"bias": None, "router": None, "scaling": 1.0, "dropout_p": 0.0, "training": False}
+    with pytest.raises(error, match=re.escape(message)):
+        call(trusted_linear, **{**facts, **changes})
 
 
 def test_the_good_call_is_good():

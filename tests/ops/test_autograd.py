@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, compile, autocast, double backward, devices."""
+"""The ops as torch sees them: opcheck, compile, autocast, double backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alora_kernels import Routing, alora_linear, reference
 from alora_kernels.ops import autograd
-from alora_kernels.ops.dispatch import PLANS, Plan, choose, explain
+from alora_kernels.ops.dispatch import PLANS, Plan
 from alora_kernels.ops.torch import layer as torch_backend
 from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import group_rows
@@ -149,29 +149,3 @@ def test_autocast_casts_the_base_and_keeps_adapter_gradients_wide():
     assert all(leaf.grad.dtype == torch.float32 for leaf in p.leaves.values())
     truth = p.to(torch.float64).step(reference.alora_linear)["y"]
     assert (y.double() - truth).abs().max() < 0.1
-
-
-def test_backend_choice(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.delenv("ALORA_BACKEND", raising=False)
-    assert explain(cpu).name == "torch"
-    assert explain(cpu, "torch").reason == "asked for by the caller"
-    monkeypatch.setenv("ALORA_BACKEND", "torch")
-    assert "ALORA_BACKEND is set" in explain(torch.device("cuda")).reason
-    monkeypatch.setenv("ALORA_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="unknown backend 'cuda'.*triton, torch"):
-        explain(cpu)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        explain(cpu, "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(TypeError, match="does not model bfloat16"):
-        choose(torch.zeros(1, dtype=torch.bfloat16), "triton")
-
-
-def test_without_triton_the_torch_backend_serves(monkeypatch):
-    monkeypatch.delenv("ALORA_BACKEND", raising=False)
-    monkeypatch.setattr("alora_kernels.ops.dispatch.triton_installed", lambda: False)
-    assert explain(torch.device("cuda")) == ("torch", "triton is not installed: pip install triton (Linux)")
-    with pytest.raises(RuntimeError, match="pip install triton"):
-        explain(torch.device("cuda"), "triton")

@@ -1,4 +1,4 @@
-"""Every plan computes the same layer, values and gradients; the rule that chooses; errors of forced plans."""
+"""Which backend and plan are taken, and that every plan computes the same layer, values and gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
-from alora_kernels.ops import dispatch as backends
-from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, explain, explain_plan
+from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, choose, explain, explain_plan, interpreting
+from alora_kernels.ops.triton import layer
 from alora_kernels.ops.triton.side_stream import side_stream
+from alora_kernels.ops.types import Adapter
+from alora_kernels.routing import RowGroups
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
 
 SHAPES = [(2, 35, 32, 48, 4, 3), (3, 7, 32, 64, 4, 2)]  # 70 rows and 21: the one-pass kernels and the decode kernel
@@ -51,11 +53,34 @@ def test_a_forced_plan_with_dropout_repeats_its_mask(plan: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
+def test_backend_choice(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("ALORA_BACKEND", raising=False)
+    assert explain(cpu).name == "torch"
+    assert explain(cpu, "torch").reason == "asked for by the caller"
+    monkeypatch.setenv("ALORA_BACKEND", "torch")
+    assert "ALORA_BACKEND is set" in explain(torch.device("cuda")).reason
+    monkeypatch.setenv("ALORA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'.*triton, torch"):
+        explain(cpu)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        explain(cpu, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TypeError, match="does not model bfloat16"):
+        choose(torch.zeros(1, dtype=torch.bfloat16), "triton")
+
+
+def test_without_triton_the_torch_backend_serves(monkeypatch):
+    monkeypatch.delenv("ALORA_BACKEND", raising=False)
+    monkeypatch.setattr("alora_kernels.ops.dispatch.triton_installed", lambda: False)
+    assert explain(torch.device("cuda")) == ("torch", "triton is not installed: pip install triton (Linux)")
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        explain(torch.device("cuda"), "triton")
+
+
+def launches(plan: str | None, routing: str = "task", m: int = 8192) -> list[str]:
     """Kernels of one forward on sm_90 under a plan."""
-    from alora_kernels.ops.triton import layer
-    from alora_kernels.ops.types import Adapter
-    from alora_kernels.routing import RowGroups
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -66,7 +91,7 @@ def launches(plan: str, routing: str = "task", m: int = 8192) -> list[str]:
         meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
     )
     with ak.recording("sm_90") as seen:
-        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), PLANS.get(plan))
+        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan and PLANS[plan])
     return [launch.kernel.__name__ for launch in seen]
 
 
@@ -92,7 +117,7 @@ def test_a_measurement_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, reason = explain_plan("sm_90", "task", 2, 8192, 4096, 4096)
     assert plan == Plan("one_pass", "fused", True) and "somewhere" in reason
     assert explain_plan("sm_90", "soft", 2, 8192, 4096, 4096)[0] == PLANS["two_launch"]
-    assert launches(None) == ["_one_pass_task_kernel"]  # type: ignore[arg-type]
+    assert launches(None) == ["_one_pass_task_kernel"]
 
 
 def test_tables_name_real_plans_and_tiles() -> None:
@@ -121,7 +146,7 @@ def test_unknown_plans_list_the_known_ones() -> None:
     for wish in ("triton:fast", "torch:one_pass", "triton:"):
         with pytest.raises(ValueError, match="triton:one_pass, triton:two_launch"):
             explain(device, wish)
-    assert explain(device, "triton:base_first").name == "triton:base_first" or not backends.interpreting()
+    assert explain(device, "triton:base_first").name == "triton:base_first" or not interpreting()
 
 
 def test_one_pass_says_what_it_needs() -> None:
