@@ -37,40 +37,16 @@ if TYPE_CHECKING:
     from .share_specs import METHODS, ShareSpec, share_spec
 
 _WHERE = {
-    "METHODS": "share_specs",
-    "ConfigError": "config",
-    "FedConfig": "config",
-    "Limits": "config",
-    "Outcome": "log",
-    "Participant": "client",
-    "ShareSpec": "share_specs",
-    "Template": "server",
-    "adapt": "model",
-    "fingerprint": "model",
-    "fit": "client",
-    "load_config": "config",
-    "run": "local",
-    "share_spec": "share_specs",
-    "shuffled": "client",
-}
+    "METHODS": "share_specs", "ShareSpec": "share_specs", "share_spec": "share_specs",
+    "ConfigError": "config", "FedConfig": "config", "Limits": "config", "load_config": "config",
+    "Participant": "client", "fit": "client", "shuffled": "client",
+    "Outcome": "log", "Template": "server", "adapt": "model", "fingerprint": "model", "run": "local",
+}  # fmt: skip
 
 __all__ = [
-    "METHODS",
-    "ConfigError",
-    "FedConfig",
-    "Limits",
-    "Outcome",
-    "Participant",
-    "ShareSpec",
-    "Template",
-    "adapt",
-    "fingerprint",
-    "fit",
-    "load_config",
-    "run",
-    "share_spec",
-    "shuffled",
-]
+    "METHODS", "ConfigError", "FedConfig", "Limits", "Outcome", "Participant", "ShareSpec", "Template", "adapt",
+    "fingerprint", "fit", "load_config", "run", "share_spec", "shuffled",
+]  # fmt: skip
 
 __getattr__ = names_later(
     __name__,

@@ -1,17 +1,16 @@
 """What survives a kill: a client's private half, and the server's arrays, strategy and random generators.
 
 `PrivateStore` is the client's: it loads before it trains and commits before it replies. `save`, `load` and `restore`
-are the server's: it saves after every round, before it sends the next one. `FromRound` lets a strategy go on.
+are the server's, after every round and before the next; `FromRound` lets a strategy go on. Files have mode 600.
 
 A server that was killed in round 7 asks for round 7 again, and a client that had committed 7 must begin from 6 again:
-hence `load(before=7)`, and hence at least two rounds are kept. A commit of round n also drops the rounds after n: they
-belong to a course of events the server has left. Keep more than two if the server writes its checkpoint less often
-than every round.
+hence `load(before=7)`, and at least two rounds are kept, more if the server writes its checkpoint less often. A commit
+of round n also drops the rounds after n: they belong to a course of events the server has left.
 
 What a strategy remembers is found, not listed: the attributes of its object and of the strategies it wraps. Those named
 like a constructor parameter are settings: they are compared, not restored. The rest is state, as JSON and tensors,
-never pickled. Flower samples nodes with `random` and draws the noise of differential privacy with NumPy's generator, so
-both are saved; with their state in it the file is as secret as the arrays without noise. All files have mode 600.
+never pickled. Flower samples nodes with `random` and draws the noise of differential privacy with NumPy's generator:
+both are saved, and with their state in it the file is as secret as the arrays without noise.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
@@ -77,8 +75,7 @@ class PrivateStore:
         """Put the private half on the disk, for good, before anyone is told that the round is done.
 
         Args:
-            run: token of the run.
-            client: the participant's name.
+            run, client: token of the run, the participant's name.
             round: the round that was trained.
             arrays: of any dtype and shape; empty for a method without private parts.
             spec_hash: digest of the wire spec.
@@ -194,11 +191,8 @@ class Checkpoint:
     Attributes:
         round: the last finished round.
         arrays: the shared arrays, in the order they had.
-        spec_hash: digest of the wire spec.
-        run: token of the run.
-        strategy: one entry for the strategy and each it wraps, for `restore`.
-        python: state of `random`, for `restore`.
-        numpy: state of NumPy's global generator, for `restore`.
+        spec_hash, run: digest of the wire spec, token of the run.
+        strategy, python, numpy: for `restore`: one entry for the strategy and each it wraps; the generators' states.
     """
 
     round: int
@@ -223,9 +217,7 @@ def save(
 
     Args:
         folder: of the run.
-        round: the round that has finished, counted from the start of the run.
-        arrays: the shared arrays after it.
-        spec_hash, run: as in `Checkpoint`.
+        round, arrays, spec_hash, run: as in `Checkpoint`.
         strategy: as built, or in `FromRound`.
 
     Returns:
@@ -443,27 +435,21 @@ class FromRound(Strategy):
         self.strategy = strategy
         self.done = done
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, *rest: Any) -> Iterable[Message]:
         """Of the true round."""
-        return self.strategy.configure_train(self.done + server_round, arrays, config, grid)
+        return self.strategy.configure_train(self.done + server_round, *rest)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, *rest: Any) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Of the true round."""
-        return self.strategy.aggregate_train(self.done + server_round, replies)
+        return self.strategy.aggregate_train(self.done + server_round, *rest)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, *rest: Any) -> Iterable[Message]:
         """Of the true round."""
-        return self.strategy.configure_evaluate(self.done + server_round, arrays, config, grid)
+        return self.strategy.configure_evaluate(self.done + server_round, *rest)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(self, server_round: int, *rest: Any) -> MetricRecord | None:
         """Of the true round."""
-        return self.strategy.aggregate_evaluate(self.done + server_round, replies)
+        return self.strategy.aggregate_evaluate(self.done + server_round, *rest)
 
     def summary(self) -> None:
         """The strategy's own."""

@@ -5,10 +5,8 @@ a client that clips; epsilon so far, for the server's ledger.
 
 Metrics come inside the train reply, because on real machines every message costs a fresh process: no evaluate messages.
 A robust strategy that could not do its work with the quorum is refused: Flower's trimmed mean of 4 replies trims nobody
-at its default beta of 0.2, and its Bulyan skips every round it has too few replies for.
-
-The noise is measured out for a mean of equally weighted replies and covers the arrays, not the metrics that clients
-report. It is drawn from NumPy's global generator: who knows its seed, or its state in a checkpoint, can take the noise
+at its default beta of 0.2. Noise is measured out for a mean of equally weighted replies and covers the arrays, not the
+metrics. It is drawn from NumPy's global generator: who knows its seed, or its state in a checkpoint, can take the noise
 off again, so never seed it with anything a client knows.
 """
 
@@ -25,10 +23,9 @@ from typing import Any, get_args, get_type_hints
 
 import flwr.serverapp.strategy as flower
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, SamplingMethod
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
@@ -43,11 +40,9 @@ class _KeepsDtype(flower.FedAvg):
 
     dtypes: Mapping[str, str] | None = None
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, *rest: Any) -> Iterable[Message]:
         self.dtypes = {key: array.dtype for key, array in arrays.items()}
-        return super().configure_train(server_round, arrays, config, grid)
+        return super().configure_train(server_round, arrays, *rest)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -212,16 +207,14 @@ def quiet_flower(level: int) -> Iterator[None]:
 class _NoScalars(Strategy):
     """Flower 1.41 clips in place, which does nothing to a number of shape []: it would go out at full size."""
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, *rest: Any) -> Iterable[Message]:
         for key, array in arrays.items():
             if not array.shape:
                 raise ValueError(
                     f"{key} has shape [], which Flower's clipping leaves as it is; give it shape [1] or keep it "
                     "private when dp is on"
                 )
-        return super().configure_train(server_round, arrays, config, grid)  # type: ignore[safe-super]
+        return super().configure_train(server_round, arrays, *rest)  # type: ignore[safe-super]
 
 
 class ServerSideClipping(_NoScalars, flower.DifferentialPrivacyServerSideFixedClipping):
