@@ -13,8 +13,24 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from alora_kernels.federated import wire
+from alora_kernels.federated.config import DpSettings
+from alora_kernels.federated.strategies import build_strategy
 
+LOSS = {"train_loss_key": "before-loss", "client_learning_rate": 0.1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fedavgm": {"server_momentum": 0.9, "server_learning_rate": 0.5},
+    "multikrum": {"num_nodes_to_select": 2},
+    "qfedavg": LOSS,
+}
 Client = Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]  # (node, round, sent) -> reply
+
+
+def build(
+    name: str = "fedavg", dp: DpSettings | None = None, nodes: int = 5, population: int | None = None, **options: Any
+) -> Any:
+    """A strategy by name that waits for so many nodes."""
+    options = {**OPTIONS.get(name, {}), **options}
+    return build_strategy(name, options, quorum=nodes, dp=dp, population=population or nodes)
 
 
 def grid_of(nodes: int) -> Any:

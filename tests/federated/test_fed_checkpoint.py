@@ -12,6 +12,7 @@ from typing import Any
 import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
+import strategyfakes
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from strategyfakes import arrays_of, grid_of, play, record_of, wandering
@@ -20,13 +21,8 @@ from alora_kernels import files
 from alora_kernels.federated import state, wire
 from alora_kernels.federated.config import DpSettings
 from alora_kernels.federated.state import CheckpointError, FromRound
-from alora_kernels.federated.strategies import STRATEGIES, build_strategy, privacy_spent
+from alora_kernels.federated.strategies import STRATEGIES, privacy_spent
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fedavgm": {"server_momentum": 0.9, "server_learning_rate": 0.5},
-    "multikrum": {"num_nodes_to_select": 2},
-    "qfedavg": {"train_loss_key": "before-loss", "client_learning_rate": 0.1},
-}
 START = record_of(b=np.ones((2, 3)), a=np.zeros(4))
 SETTINGS: dict[str, DpSettings | None] = {
     "no dp": None,
@@ -37,8 +33,7 @@ SETTINGS: dict[str, DpSettings | None] = {
 
 def build(name: str = "fedavg", dp: DpSettings | None = None, **options: Any) -> Any:
     """Five of eight nodes are sampled, so that Python's generator matters."""
-    options = {"fraction_train": 5 / 8, **OPTIONS.get(name, {}), **options}
-    return build_strategy(name, options, quorum=5, dp=dp, population=8)
+    return strategyfakes.build(name, dp, population=8, **{"fraction_train": 5 / 8, **options})
 
 
 def adaptive(cls: Any, inner: Any) -> Any:
@@ -215,8 +210,8 @@ def test_other_privacy_settings(tmp_path: Path, now: DpSettings, words: str) -> 
 
 
 def test_a_run_may_go_on_with_a_smaller_quorum(tmp_path: Path) -> None:
-    save(tmp_path, build_strategy("fedadam", {}, quorum=5, dp=None, population=8))
-    smaller: Any = build_strategy("fedadam", {"fraction_train": 0.5}, quorum=3, dp=None, population=8)
+    save(tmp_path, strategyfakes.build("fedadam", population=8))
+    smaller = strategyfakes.build("fedadam", nodes=3, population=8, fraction_train=0.5)
     state.restore(state.load(tmp_path), smaller)
     assert (smaller.min_train_nodes, smaller.min_available_nodes, smaller.fraction_train) == (3, 3, 0.5)
 

@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp.exception import PrivacyBudgetExhausted
-from strategyfakes import answer, arrays_of, grid_of, play, record_of, wandering
+from strategyfakes import answer, arrays_of, build, grid_of, play, record_of, wandering
 
 from alora_kernels.federated import FedConfig, wire
 from alora_kernels.federated.config import DpSettings
 from alora_kernels.federated.state import FromRound
-from alora_kernels.federated.strategies import STRATEGIES, build_strategy, clip, privacy_spent
+from alora_kernels.federated.strategies import STRATEGIES, clip, privacy_spent
 
 START = record_of(w=[0.5, 0.5])
-OPTIONS: dict[str, dict[str, Any]] = {"qfedavg": {"train_loss_key": "before-loss", "client_learning_rate": 0.1}}
-
-
-def build(name: str = "fedavg", dp: DpSettings | None = None, nodes: int = 5) -> Any:
-    return build_strategy(name, OPTIONS.get(name, {}), quorum=nodes, dp=dp, population=nodes)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +115,7 @@ def test_as_many_are_sampled_as_the_noise_is_measured_out_for(
 ) -> None:
     for accounting in (True, False):
         dp = DpSettings(1.0, 1.0, accounting=accounting)
-        options = {"fraction_train": fraction}
-        strategy: Any = build_strategy("fedavg", options, quorum=quorum, dp=dp, population=population)
+        strategy = build(dp=dp, nodes=quorum, population=population, fraction_train=fraction)
         assert strategy.num_sampled_clients == wanted
         messages = list(strategy.configure_train(1, START, ConfigRecord(), grid_of(population)))
         assert len(messages) == wanted

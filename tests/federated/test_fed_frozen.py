@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import toy
 from torch import nn
 
-from alora_kernels.federated import Limits, Participant, run
+from alora_kernels.federated import Limits, Participant
 from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.model import matrices
 
-LR = 0.02
-
 
 def go(folder: Path, method: str, change: Any = None, **changes: object) -> tuple[Outcome, dict[str, Participant]]:
-    config, made = toy.config(folder, method, **changes), {}
+    """A run with its participants, all of them changed."""
+    made: dict[str, Participant] = {}
 
-    def make(name: str) -> Participant:
-        made[name] = toy.participant(config, name, lr=LR)
-        if change is not None:
-            made[name] = change(made[name])
-        return made[name]
+    def make(p: Participant) -> Participant:
+        made[p.name] = p if change is None else change(p)
+        return made[p.name]
 
-    return run(config, make), made
+    return toy.go(toy.config(folder, method, **changes), dict.fromkeys(toy.NAMES, make)), made
 
 
 def looks_at_the_base(p: Participant) -> Participant:
@@ -47,8 +44,7 @@ def test_an_evaluation_without_the_adapter_changes_nothing(method: str, tmp_path
     plain, first = go(tmp_path / "plain", method)
     looked, second = go(tmp_path / "looked", method, looks_at_the_base)
     assert looked.status == "finished" and looked.rejections == []
-    for key, values in plain.arrays.items():
-        np.testing.assert_array_equal(looked.arrays[key], values, err_msg=key)
+    toy.same(looked.arrays, plain.arrays)
     assert looked.final == plain.final
     spec = toy.config(tmp_path, method).spec
     for name in toy.NAMES:
@@ -73,7 +69,7 @@ def test_frozen_values_come_back_before_every_round(tmp_path: Path) -> None:
     asked: dict[str, bool] = {}
     plain, _ = go(tmp_path / "plain", "ffa-lora")
     found, _ = go(tmp_path / "spoilt", "ffa-lora", spoils)
-    np.testing.assert_array_equal(found.arrays["proj.B"], plain.arrays["proj.B"])
+    toy.same(found.arrays, plain.arrays)
 
 
 @pytest.mark.parametrize("method", ["ffa-lora", "fed-alora-het"])
@@ -90,12 +86,7 @@ def test_training_that_moves_a_frozen_part_is_refused_by_name(method: str, tmp_p
 
     outcome, _ = go(tmp_path / "out", method, drifts, rounds=1)
     (refused,) = outcome.rejections
-    reason = refused["reason"]
-    assert (
-        reason.startswith("client bob: local training changed proj.")
-        and method in reason
-        and "disable_adapter" in reason
-    )
+    assert re.match(rf"client bob: local training changed proj\..*{method}.*disable_adapter", refused["reason"])
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -113,8 +104,7 @@ def test_a_run_in_which_nobody_trained_is_not_finished(rounds: int, tmp_path: Pa
     assert (outcome.status, outcome.rounds) == ("stopped", 0)
     assert "without a quorum" in str(outcome.reason) and "node 1: ValueError" in str(outcome.reason)
     assert not (tmp_path / "out" / "final.safetensors").exists()
-    config = toy.config(tmp_path / "out", rounds=rounds, guard=limits)
-    resumed = run(config, lambda name: toy.participant(config, name, lr=LR), resume=True)
+    resumed = toy.go(toy.config(tmp_path / "out", rounds=rounds, guard=limits), resume=True)
     whole, _ = go(tmp_path / "whole", "fed-alora", rounds=rounds, guard=limits)
     assert resumed.status == "finished"
-    np.testing.assert_array_equal(resumed.arrays["proj.B"], whole.arrays["proj.B"])
+    toy.same(resumed.arrays, whole.arrays)

@@ -10,25 +10,20 @@ import pytest
 import torch
 import toy
 
-from alora_kernels.federated import METHODS, FedConfig, adapt, run, share_spec
+from alora_kernels.federated import METHODS, FedConfig, adapt, share_spec
 from alora_kernels.federated.log import Outcome
 from alora_kernels.federated.model import layer_shapes, matrices
 from alora_kernels.federated.share_specs import LayerShape
 from alora_kernels.federated.state import CLIENTS
 from alora_kernels.files import read as read_arrays
 
-ROUNDS, STEPS = 3, 2
+ROUNDS = 3
 RANKS = {"ann": 1, "bob": 2, "cyd": 4}
-GENTLE = 0.02  # a step at which no method diverges in six steps
 
 
 def config_for(folder: Path, method: str, **changes: object) -> FedConfig:
     ranks = [{"name": name, "rank": rank} for name, rank in RANKS.items()]
     return toy.config(folder, method, **({"clients": ranks} if method == "fed-alora-het" else {}) | changes)
-
-
-def run_toy(config: FedConfig, **options: object) -> Outcome:
-    return run(config, lambda name: toy.participant(config, name, steps=STEPS, lr=GENTLE), **options)
 
 
 def models(config: FedConfig) -> dict[str, reference.Lora]:
@@ -45,11 +40,11 @@ def models(config: FedConfig) -> dict[str, reference.Lora]:
 @pytest.mark.parametrize("method", METHODS)
 def test_several_rounds_equal_the_numpy_reference(method, tmp_path):
     config = config_for(tmp_path / "out", method)
-    outcome = run_toy(config)
+    outcome = toy.go(config)
     assert (outcome.status, outcome.rounds, outcome.rejections) == ("finished", ROUNDS, [])
     expected = models(config)
     data = {name: toy.data_of(name) for name in toy.NAMES}
-    shared = reference.federated(expected, data, ROUNDS, STEPS, GENTLE)
+    shared = reference.federated(expected, data, ROUNDS, 2, toy.LR)
 
     assert {key.rpartition(".")[2] for key in outcome.arrays} == set(shared)
     for key, values in outcome.arrays.items():
@@ -69,7 +64,7 @@ def test_several_rounds_equal_the_numpy_reference(method, tmp_path):
 
 def test_methods_differ(tmp_path):
     """The comparison above could not tell methods apart if they all gave the same."""
-    scores = {m: run_toy(config_for(tmp_path / m, m)).final["ann"]["score"] for m in METHODS}
+    scores = {m: toy.go(config_for(tmp_path / m, m)).final["ann"]["score"] for m in METHODS}
     assert len({round(score, 9) for score in scores.values()}) == len(METHODS)
 
 
@@ -81,7 +76,7 @@ def shared_sent_back(config: FedConfig) -> tuple[Outcome, list[dict[str, np.ndar
         if message.metadata.reply_to_message_id and message.metadata.message_type == "train":
             seen.append({key: array.numpy() for key, array in message.content["arrays"].items()})
 
-    return run_toy(config, on_message=tap), seen
+    return toy.go(config, on_message=tap), seen
 
 
 def test_ffa_mean_of_b_is_the_mean_of_the_updates(tmp_path):
@@ -137,7 +132,7 @@ def test_a_step_of_unequal_ranks_equals_autograd_on_the_formula():
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_on_the_wire_are_the_formula(method, tmp_path):
     config = config_for(tmp_path / "out", method)
-    outcome = run_toy(config)
+    outcome = toy.go(config)
     layers = layer_shapes(adapt(toy.Net(), config.spec, rank=2, d_m=3), config.spec)
     assert layers == [LayerShape(toy.K, toy.N)]
     for event in outcome.events:
@@ -161,11 +156,11 @@ def test_formulas_give_the_papers_figures():
 
 @pytest.mark.parametrize("method", ["fed-alora", "fedsa-lora", "fed-alora-het"])
 def test_private_parts_survive_rounds_unless_asked_otherwise(method, tmp_path):
-    kept = run_toy(config_for(tmp_path / "kept", method, rounds=4))
-    reset = run_toy(config_for(tmp_path / "reset", method, rounds=4, reset_private=True))
+    kept = toy.go(config_for(tmp_path / "kept", method, rounds=4))
+    reset = toy.go(config_for(tmp_path / "reset", method, rounds=4, reset_private=True))
     assert {n: m["score"] for n, m in kept.final.items()} != {n: m["score"] for n, m in reset.final.items()}
-    one = run_toy(config_for(tmp_path / "one", method, rounds=1))
-    one_reset = run_toy(config_for(tmp_path / "one_reset", method, rounds=1, reset_private=True))
+    one = toy.go(config_for(tmp_path / "one", method, rounds=1))
+    one_reset = toy.go(config_for(tmp_path / "one_reset", method, rounds=1, reset_private=True))
     assert all(np.array_equal(one.arrays[key], one_reset.arrays[key]) for key in one.arrays)  # nothing to forget yet
 
 
@@ -174,7 +169,7 @@ def test_a_client_ends_with_an_adapter_that_peft_loads(method, tmp_path):
     from peft import PeftModel
 
     config = config_for(tmp_path / "out", method, rounds=2)
-    outcome = run_toy(config)
+    outcome = toy.go(config)
     for name in toy.NAMES:
         [folder] = (tmp_path / "out" / CLIENTS).glob(f"*/{name}/adapter")
         model = PeftModel.from_pretrained(toy.Net(), str(folder))

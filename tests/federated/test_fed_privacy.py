@@ -14,7 +14,7 @@ import toy
 from flwr.app import Context, Message
 from torch import nn
 
-from alora_kernels.federated import METHODS, Template, run
+from alora_kernels.federated import METHODS, Template
 from alora_kernels.federated.client import Client, client_app
 from alora_kernels.federated.config import DpSettings, StrategyConfig
 from alora_kernels.federated.local import InProcessGrid, clients_of
@@ -23,14 +23,12 @@ from alora_kernels.federated.server import serve
 from alora_kernels.federated.state import CLIENTS
 from alora_kernels.files import read as read_arrays
 
-LR = 0.02
-
 
 def watched(folder: Path, **changes: object) -> tuple[Outcome, list[Message]]:
     """A run, and every message of it as read from the bytes that crossed."""
     config = toy.config(folder, **changes)
     seen: list[Message] = []
-    return run(config, lambda n: toy.participant(config, n, lr=LR, head=True), on_message=seen.append), seen
+    return toy.go(config, head=True, on_message=seen.append), seen
 
 
 def numbers_in(message: Message) -> list[np.ndarray]:
@@ -92,8 +90,7 @@ def test_clients_in_one_process_do_not_leak_into_each_other(tmp_path):
     for name in toy.NAMES:
         [file] = (tmp_path / "together" / CLIENTS).glob(f"*/{name}/round-000001.safetensors")
         own[name] = read_arrays(file)[0]["proj.B"].numpy()
-        config = toy.config(tmp_path / name, method="fedsa-lora", rounds=1, clients=[name], guard={"quorum": 1})
-        run(config, lambda n, config=config: toy.participant(config, n, lr=LR, head=True))
+        watched(tmp_path / name, method="fedsa-lora", rounds=1, clients=[name], guard={"quorum": 1})
         [file] = (tmp_path / name / CLIENTS).glob(f"*/{name}/round-000001.safetensors")
         np.testing.assert_array_equal(own[name], read_arrays(file)[0]["proj.B"].numpy())
     assert not np.allclose(own["ann"], own["bob"]) and not np.allclose(own["bob"], own["cyd"])
@@ -157,11 +154,7 @@ def test_an_unchanged_client_counts_with_an_update_of_zero(side, step, tmp_path)
                 if p.requires_grad and "_B" in name:
                     p.add_(step)
 
-        def make(name: str):
-            p = toy.participant(config, name, lr=LR)
-            return replace(p, train=nudge) if name in lazy else p
-
-        return run(config, make)
+        return toy.go(config, dict.fromkeys(lazy, lambda p: replace(p, train=nudge)))
 
     plain, private = (go(tmp_path / str(i), dp, ("bob",)) for i, dp in enumerate((None, dp)))
     assert private.status == "finished" and private.rejections == []
@@ -174,12 +167,7 @@ def test_an_unchanged_client_counts_with_an_update_of_zero(side, step, tmp_path)
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_a_division_by_zero_in_training_is_the_client_s(side, tmp_path):
     config = toy.config(tmp_path / "out", dp=DpSettings(**DP, side=side, accounting=False), rounds=1)
-
-    def make(name: str):
-        p = toy.participant(config, name, lr=LR)
-        return replace(p, train=lambda _: 1 / 0) if name == "bob" else p
-
-    outcome = run(config, make)
+    outcome = toy.go(config, {"bob": lambda p: replace(p, train=lambda _: 1 / 0)})
     assert {e["reason"] for e in outcome.rejections} == {"ZeroDivisionError, see the client's log"}
 
 
@@ -201,7 +189,7 @@ def test_accounting_of_other_strategies_is_refused(tmp_path):
         tmp_path / "out", dp=DpSettings(**DP), weights="equal", strategy=StrategyConfig(name="fedmedian")
     )  # fmt: skip
     with pytest.raises(ValueError, match="account"):
-        run(config, lambda n: toy.participant(config, n))
+        toy.go(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -234,8 +222,8 @@ def test_a_run_in_one_process_opens_no_socket(tmp_path, monkeypatch):
 def test_a_client_shares_what_its_own_configuration_says(servers, tmp_path):
     """The server asks for more than ann agreed to; ann refuses, and nothing of hers goes out."""
     wide, own = toy.config(tmp_path / "out", **servers), toy.config(tmp_path / "ann")
-    others = clients_of(wide, lambda n: toy.participant(wide, n, lr=LR, head=True))
-    ann = clients_of(own, lambda n: toy.participant(own, n, lr=LR, head=True), tmp_path / "ann")
+    others = clients_of(wide, lambda n: toy.participant(wide, n, head=True))
+    ann = clients_of(own, lambda n: toy.participant(own, n, head=True), tmp_path / "ann")
     seen: list[Message] = []
 
     def client_of(context: Context) -> Client:

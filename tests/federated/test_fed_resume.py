@@ -11,12 +11,11 @@ import pytest
 import toy
 
 from alora_kernels import files
-from alora_kernels.federated import FedConfig, run, state
+from alora_kernels.federated import FedConfig, state
 from alora_kernels.federated.config import DpSettings, StrategyConfig
 from alora_kernels.federated.log import Outcome, read
 from alora_kernels.federated.server import LEDGER
 
-LR = 0.02
 ROUNDS = 4
 DP = DpSettings(noise_multiplier=0.5, clipping_norm=0.5, delta=1e-3)
 VARIANTS: dict[str, dict] = {
@@ -38,11 +37,6 @@ def config_for(folder: Path, variant: str, **changes: object) -> FedConfig:
     return toy.config(folder, **{"rounds": ROUNDS, **VARIANTS[variant], **changes})
 
 
-def go(config: FedConfig, *, resume: bool = False, on_message: Callable | None = None, **toys: object) -> Outcome:
-    """A run whose every process is fresh: nothing is left of an earlier one but its files."""
-    return run(config, lambda n: toy.participant(config, n, lr=LR, **toys), resume=resume, on_message=on_message)
-
-
 def killer(after: int) -> Callable:
     """A tap that kills the process at the n-th message."""
     count = 0
@@ -57,9 +51,8 @@ def killer(after: int) -> Callable:
 
 
 def same(a: Outcome, b: Outcome) -> None:
-    assert a.arrays.keys() == b.arrays.keys() and a.final == b.final
-    for key in a.arrays:
-        np.testing.assert_array_equal(a.arrays[key], b.arrays[key], err_msg=key)
+    toy.same(a.arrays, b.arrays)
+    assert a.final == b.final
 
 
 def story(outcome: Outcome) -> list[dict]:
@@ -76,34 +69,34 @@ def test_a_killed_server_resumes_to_the_same_arrays(variant, after, tmp_path, mo
     np.random.seed(5)  # a run with noise takes new entropy; here the two runs must be comparable
     monkeypatch.setattr(np.random, "seed", lambda *_: None)
     state = np.random.get_state()
-    whole = go(config_for(tmp_path / "whole", variant))
+    whole = toy.go(config_for(tmp_path / "whole", variant))
     assert whole.status == "finished"
     np.random.set_state(state)
     config = config_for(tmp_path / "cut", variant)
     with pytest.raises(KilledError):
-        go(config, on_message=killer(after))
+        toy.go(config, on_message=killer(after))
     np.random.random(17)  # a new process has another state
-    resumed = go(config, resume=True)
+    resumed = toy.go(config, resume=True)
     same(whole, resumed)
     assert story(whole) == story(resumed)
 
 
 def test_more_rounds_later_are_the_same_as_more_rounds_at_once(tmp_path):
-    whole = go(config_for(tmp_path / "whole", "fedavg"))
-    go(config_for(tmp_path / "cut", "fedavg", rounds=2))
-    same(whole, go(config_for(tmp_path / "cut", "fedavg"), resume=True))
+    whole = toy.go(config_for(tmp_path / "whole", "fedavg"))
+    toy.go(config_for(tmp_path / "cut", "fedavg", rounds=2))
+    same(whole, toy.go(config_for(tmp_path / "cut", "fedavg"), resume=True))
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
     config = config_for(tmp_path / "out", "fedavg")
-    same(go(config), go(config, resume=True))
+    same(toy.go(config), toy.go(config, resume=True))
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
     config = config_for(tmp_path / "out", "fedavg")
-    before = go(config)
+    before = toy.go(config)
     with pytest.raises(FileExistsError, match="--resume, replace it with --overwrite, or choose another output"):
-        go(config)
+        toy.go(config)
     assert read(config.output / LEDGER) == before.events
 
 
@@ -112,30 +105,30 @@ def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
     config = config_for(tmp_path / "out", "fedavg")
     with monkeypatch.context() as patch:
         full_disk(patch, "server.safetensors", after=1)
-        assert go(config).status == "stopped"
+        assert toy.go(config).status == "stopped"
     assert (config.output / LEDGER).exists() and not (config.output / state.CHECKPOINT).exists()
-    same(go(config), go(config_for(tmp_path / "whole", "fedavg")))
+    same(toy.go(config), toy.go(config_for(tmp_path / "whole", "fedavg")))
 
 
 def test_a_ledger_with_rounds_and_no_checkpoint_is_not_touched(tmp_path):
     config = config_for(tmp_path / "out", "fedavg", rounds=1)
-    events = go(config).events
+    events = toy.go(config).events
     (config.output / state.CHECKPOINT).unlink()
     with pytest.raises(FileExistsError, match="resume"):
-        go(config)
+        toy.go(config)
     assert read(config.output / LEDGER) == events
 
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(state.CheckpointError):
-        go(config_for(tmp_path / "out", "fedavg"), resume=True)
+        toy.go(config_for(tmp_path / "out", "fedavg"), resume=True)
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"method": "ffa-lora"}, {"seed": 1}])
 def test_resuming_with_another_configuration_is_refused(change, tmp_path):
-    go(config_for(tmp_path / "out", "fedavg", rounds=1))
+    toy.go(config_for(tmp_path / "out", "fedavg", rounds=1))
     with pytest.raises(state.CheckpointError, match="same configuration"):
-        go(config_for(tmp_path / "out", "fedavg", **change), resume=True)
+        toy.go(config_for(tmp_path / "out", "fedavg", **change), resume=True)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, what: str, after: int) -> None:
@@ -157,26 +150,26 @@ def test_a_client_with_a_full_disk_is_left_out_and_takes_part_again(tmp_path, mo
     config = config_for(tmp_path / "out", "fedavg")
     with monkeypatch.context() as patch:
         full_disk(patch, "/bob/round-", after=2)
-        outcome = go(config)
+        outcome = toy.go(config)
     assert outcome.status == "finished"
     refused = [(e["round"], e["client"]) for e in outcome.rejections]
     assert refused == [(n, "bob") for n in (2, 3, 4)]
     assert all(e["reason"] == "StoreError: No space left on device" for e in outcome.rejections)
     kept = sorted(p.name for p in (tmp_path / "out" / "clients").glob("*/bob/round-*"))
     assert kept == ["round-000001.safetensors"]
-    more = go(config_for(tmp_path / "out", "fedavg", rounds=ROUNDS + 1), resume=True)
+    more = toy.go(config_for(tmp_path / "out", "fedavg", rounds=ROUNDS + 1), resume=True)
     assert [e["round"] for e in more.rejections] == [2, 3, 4]  # with room again, round 5 counts
 
 
 def test_a_server_with_a_full_disk_stops_and_resumes_to_the_same_arrays(tmp_path, monkeypatch):
-    whole = go(config_for(tmp_path / "whole", "fedavg"))
+    whole = toy.go(config_for(tmp_path / "whole", "fedavg"))
     config = config_for(tmp_path / "out", "fedavg")
     with monkeypatch.context() as patch:
         full_disk(patch, "server.safetensors", after=4)  # the first is round 0
-        stopped = go(config)
+        stopped = toy.go(config)
     assert (stopped.status, stopped.rounds) == ("stopped", 2)
     assert "No space left on device" in str(stopped.reason)
-    same(whole, go(config, resume=True))
+    same(whole, toy.go(config, resume=True))
 
 
 def test_an_interrupt_leaves_a_ledger_that_says_so(tmp_path):
@@ -187,19 +180,19 @@ def test_an_interrupt_leaves_a_ledger_that_says_so(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go(config, on_message=tap)
+        toy.go(config, on_message=tap)
     assert read(config.output / LEDGER)[-1]["reason"] == "interrupted"
-    assert go(config, resume=True).status == "finished"
+    assert toy.go(config, resume=True).status == "finished"
 
 
 def test_a_client_ahead_of_an_old_checkpoint_says_so(tmp_path):
     """A server restored from a backup asks for rounds that the client no longer keeps."""
     config = config_for(tmp_path / "out", "fedavg", rounds=1)
-    go(config)
+    toy.go(config)
     backup = (config.output / state.CHECKPOINT).read_bytes()
-    go(config_for(tmp_path / "out", "fedavg", rounds=4), resume=True)
+    toy.go(config_for(tmp_path / "out", "fedavg", rounds=4), resume=True)
     (config.output / state.CHECKPOINT).write_bytes(backup)
-    outcome = go(config_for(tmp_path / "out", "fedavg", rounds=2), resume=True)
+    outcome = toy.go(config_for(tmp_path / "out", "fedavg", rounds=2), resume=True)
     assert [e["round"] for e in outcome.rejections] == [2, 2, 2]
     assert all("older" in e["reason"] for e in outcome.rejections)
     assert len(list((tmp_path / "out" / "clients").glob("*/*/round-*"))) == 6  # and nothing was deleted

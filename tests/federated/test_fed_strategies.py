@@ -9,30 +9,18 @@ import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message
-from strategyfakes import answer, arrays_of, constant, grid_of, play, record_of, wandering
+from strategyfakes import LOSS, answer, arrays_of, build, constant, grid_of, play, record_of, wandering
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.config import DpSettings, refuse_secagg
 from alora_kernels.federated.state import FromRound
 from alora_kernels.federated.strategies import STRATEGIES, build_strategy
 
-LOSS = {"train_loss_key": "before-loss", "client_learning_rate": 0.1}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fedavgm": {"server_momentum": 0.9, "server_learning_rate": 0.5},
-    "multikrum": {"num_nodes_to_select": 2},
-    "qfedavg": LOSS,
-}
 VALUES = {
     node: np.array(v, np.float32)
     for node, v in {1: [0.0, 1.0], 2: [1.0, 3.0], 3: [2.0, 2.0], 4: [4.0, 8.0], 5: [100.0, -50.0]}.items()
 }
 ALL = np.stack(list(VALUES.values()))
 START = record_of(w=[0.5, 0.5])
-
-
-def build(name: str = "fedavg", dp: DpSettings | None = None, nodes: int = 5, **options: Any) -> Any:
-    options = {**OPTIONS.get(name, {}), **options}
-    return build_strategy(name, options, quorum=nodes, dp=dp, population=nodes)
 
 
 def after_one(strategy: Any, **how: Any) -> np.ndarray:
@@ -128,7 +116,7 @@ def test_messages_carry_our_names_and_there_is_no_evaluation(caplog: pytest.LogC
 
 
 def test_fraction_train_samples_that_many_but_never_less_than_the_quorum() -> None:
-    strategy = build_strategy("fedavg", {"fraction_train": 0.5}, quorum=2, dp=None, population=10)
+    strategy = build(nodes=2, population=10, fraction_train=0.5)
     assert len(list(strategy.configure_train(1, START, ConfigRecord(), grid_of(10)))) == 5
     assert len(list(strategy.configure_train(1, START, ConfigRecord(), grid_of(3)))) == 2
 
@@ -138,7 +126,7 @@ def test_fraction_train_samples_that_many_but_never_less_than_the_quorum() -> No
     [
         ("fedsgd", {}, ValueError, "unknown strategy 'fedsgd'; known are fedavg, fedavgm"),
         ("fedprox", {}, ValueError, "proximal term belongs into the clients' loss"),
-        ("secagg+", {}, ValueError, "secure aggregation is not offered"),
+        ("secagg+", {}, ValueError, "secure aggregation is not offered.*legacy workflow.*cannot check them"),
         ("fedadam", {"beta1": 0.9}, ValueError, "no option 'beta1'; it has fraction_train, train_metrics_aggr_fn, eta"),
         ("fedavg", {"fraction_evaluate": 1.0}, ValueError, "inside the train replies"),
         ("fedavg", {"evaluate_metrics_aggr_fn": print}, ValueError, "inside the train replies"),
@@ -172,27 +160,21 @@ def test_what_cannot_work_is_refused_with_the_reason(
 
 
 def test_whole_numbers_do_for_floats_and_none_for_functions() -> None:
-    strategy = build_strategy("fedadam", {"eta": 1, "train_metrics_aggr_fn": None}, quorum=2, dp=None, population=2)
-    assert strategy.eta == 1  # type: ignore[attr-defined]
+    assert build("fedadam", nodes=2, eta=1, train_metrics_aggr_fn=None).eta == 1
 
 
 @pytest.mark.parametrize(("quorum", "population"), [(0, 3), (4, 3)])
 def test_quorum_within_the_population(quorum: int, population: int) -> None:
     with pytest.raises(ValueError, match="quorum must be between 1 and population=3"):
-        build_strategy("fedavg", {}, quorum=quorum, dp=None, population=population)
+        build(nodes=quorum, population=population)
 
 
 def test_the_smallest_quorum_that_trims_really_trims() -> None:
     for beta in (0.07, 0.1, 0.2, 0.3, 1 / 3, 1 / 49, 0.49):
         smallest = next(n for n in range(2, 100) if int(beta * n) >= 1)
-        build_strategy("fedtrimmedavg", {"beta": beta}, quorum=smallest, dp=None, population=100)
+        build("fedtrimmedavg", nodes=smallest, population=100, beta=beta)
         with pytest.raises(ValueError, match=f"needs quorum >= {smallest} "):
-            build_strategy("fedtrimmedavg", {"beta": beta}, quorum=smallest - 1, dp=None, population=100)
-
-
-def test_secure_aggregation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"legacy workflow.*cannot check them"):
-        refuse_secagg()
+            build("fedtrimmedavg", nodes=smallest - 1, population=100, beta=beta)
 
 
 def test_two_and_two_rounds_of_fedadam_are_four() -> None:

@@ -5,17 +5,20 @@ Every client has its own rows and its own target matrix. With the frozen weight 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from alora_kernels.federated import FedConfig, Limits, Participant, Template, adapt, fingerprint
+from alora_kernels.federated import FedConfig, Limits, Outcome, Participant, Template, adapt, fingerprint, run
 
 K, N, ROWS = 4, 3, 8
-LR = 0.1
+LR = 0.02  # a step at which no method diverges in six steps
 NAMES = ("ann", "bob", "cyd")
+Change = Callable[[Participant], Participant]
 
 
 class Net(nn.Module):
@@ -50,26 +53,18 @@ def loss_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Te
     return 0.5 * (model(x) - target).square().sum(1).mean()
 
 
-def participant(config: FedConfig, name: str, *, steps: int = 2, head: bool = False, lr: float = LR) -> Participant:
-    """One client: `steps` full-batch SGD steps a round; its metric is the negative loss."""
+def participant(config: FedConfig, name: str, *, head: bool = False) -> Participant:
+    """One client: two full-batch SGD steps a round; its metric is the negative loss."""
     x, target = (torch.from_numpy(a) for a in data_of(name))
     heads = ("head",) if head else ()
     base = Net(head)
     mark = fingerprint(base, heads=heads)
-    model = adapt(
-        base,
-        config.spec,
-        rank=config.rank_of(name),
-        lora_alpha=config.lora_alpha,
-        d_m=config.d_m,
-        heads=heads,
-        seed=config.seed,
-        client=name,
-    )
+    sizes = {"rank": config.rank_of(name), "lora_alpha": config.lora_alpha, "d_m": config.d_m}
+    model = adapt(base, config.spec, **sizes, heads=heads, seed=config.seed, client=name)
 
     def train(model: nn.Module) -> None:
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-        for _ in range(steps):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+        for _ in range(2):
             optimizer.zero_grad()
             loss_of(model, x, target).backward()
             optimizer.step()
@@ -101,3 +96,20 @@ def config(folder: Path, method: str = "fed-alora", **changes: object) -> FedCon
         "output": folder,
     }
     return FedConfig.model_validate(values | changes)
+
+
+def go(config: FedConfig, spoil: Mapping[str, Change] | None = None, *, head: bool = False, **how: Any) -> Outcome:
+    """A run in which every client is fresh and the named ones are changed; more goes to `run`."""
+
+    def make(name: str) -> Participant:
+        made = participant(config, name, head=head)
+        return spoil[name](made) if spoil and name in spoil else made
+
+    return run(config, make, **how)
+
+
+def same(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> None:
+    """Equal keys and equal bits."""
+    assert left.keys() == right.keys()
+    for key, values in left.items():
+        np.testing.assert_array_equal(values, right[key], err_msg=key)
