@@ -9,7 +9,6 @@ with the callback gives bit for bit the weights of training without it.
 from __future__ import annotations
 
 import csv
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import files
-from .gradients import COLUMNS, Conflicts, Loss, NotFiniteError, task_conflicts, two_tasks
+from .gradients import COLUMNS, Conflicts, Loss, Measured, NotFiniteError, task_conflicts, two_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +71,8 @@ class ConflictCallback(TrainerCallback):
                 raise ValueError(f"{self.path} holds an earlier run's rows: delete it or give another path")
             kept = self._rows_until(state.global_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(self.path) as draft:
-            draft.write_text(_lines([list(COLUMNS), *kept]), newline="")
+        with files.replacing(self.path) as draft, draft.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, if it is time."""
@@ -84,24 +83,16 @@ class ConflictCallback(TrainerCallback):
         except NotFiniteError as error:  # a measurement must not end a training, which may have its own remedy
             logger.warning("step %d: conflicts not measured, %s", state.global_step, error)
             return
-        rows = [
-            [state.global_step, r.module, r.parameter, r.sharing, repr(r.norm), r.conflicts, r.pairs]
-            for r in self.latest
-        ]
+        step = state.global_step
         with self.path.open("a", newline="") as file:
-            file.write(_lines(rows))
+            csv.writer(file, lineterminator="\n").writerows(
+                Measured(step, r.module, r.parameter, r.sharing, r.norm, r.conflicts, r.pairs) for r in self.latest
+            )
 
     def _rows_until(self, step: int) -> list[list[str]]:
         with self.path.open(newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         if tuple(header) != COLUMNS:
             raise ValueError(f"{self.path} is not a file of conflicts: its columns are {header}, not {list(COLUMNS)}")
-        return [
-            row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step
-        ]  # a killed run's last row is cut
-
-
-def _lines(rows: Sequence[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
+        # a killed run's last row is cut
+        return [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step]

@@ -96,6 +96,14 @@ def _drawn(plan: _Plan, theme: Theme) -> bytes:
         return plotting.png(figure)
 
 
+def _grid(figure: Any, count: int, columns: int) -> list[Any]:
+    """Axes in rows of so many columns; what is left of the last row is empty."""
+    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flatten())
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return axes[:count]
+
+
 def _heat_maps(analysis: Analysis) -> Iterator[_Plan]:
     """The mean over modules, then the layers."""
     rows, keys = analysis.similarity, measures(analysis.similarity)
@@ -126,8 +134,7 @@ def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, fl
     short = [clipped(label, WIDE) for label in labels]
 
     def paint(figure: Any, theme: Theme) -> None:
-        cells = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, (key, table) in zip(cells, tables.items()):
+        for axes, (key, table) in zip(_grid(figure, len(tables), columns), tables.items()):
             image = _cells(axes, table, _limits([table], key, FLOOR), theme)
             axes.set_title(named(*key), fontsize=10)
             axes.spines[:].set_visible(False)
@@ -137,8 +144,6 @@ def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, fl
             _scale(figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02), chances[key])
             if n <= NUMBERED:
                 _numbers(axes, table, image, _Cells(), 9 if n <= 5 else 7.5 if n <= 8 else 6, 3 if n <= 8 else 2)
-        for axes in cells[len(tables) :]:
-            axes.set_axis_off()
 
     size = (columns * (side + 1.5), lines * (side + 0.7))
     return _Plan("similarity", "How alike, over all modules", caption, f"Heat maps of pairs. {said}.", size, paint)
@@ -358,12 +363,9 @@ def _lines_plan(
     def paint(figure: Any, theme: Theme) -> None:
         from matplotlib.lines import Line2D
 
-        cells = figure.subplots(lines, columns, squeeze=False).flatten()
         styles = _styles(looks, theme)
-        for axes, panel in zip(cells, panels):
+        for axes, panel in zip(_grid(figure, len(panels), columns), panels):
             _draw(axes, panel, styles, theme)
-        for axes in cells[len(panels) :]:
-            axes.set_axis_off()
         handles = [Line2D([], [], linewidth=1.8, label=clipped(name, LONG), **style) for name, style in styles.items()]
         if any(panel.levels for panel in panels):
             handles.append(Line2D([], [], color=theme["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="chance"))

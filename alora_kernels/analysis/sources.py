@@ -118,19 +118,16 @@ def units(path: str | Path) -> list[Unit]:
         raise refused(folder, f"no such folder: give {SOUGHT}")
     if not folder.is_dir():
         raise refused(folder, "is a file: give the folder that holds it")
-    if (folder / CONFIG).is_file():
-        return _adapter(folder, _words(folder))
-    if folder.parent.parent.name == "clients":
+    if folder.parent.parent.name == "clients" and not (folder / CONFIG).is_file():
         found = _client(folder)
         if found[0].why:
             raise refused(folder, found[0].why)
         return found
-    if (folder / STATE).is_file():
-        return _stacked(folder, _words(folder))
-    if (folder / "adapter" / CONFIG).is_file():  # the output folder of `alora train`
-        return _adapter(folder / "adapter", _words(folder))
-    if (folder / "adapter" / STATE).is_file():
-        return _stacked(folder / "adapter", _words(folder))
+    for place in (folder, folder / "adapter"):  # the second: the output folder of `alora train`
+        if (place / CONFIG).is_file():
+            return _adapter(place, _words(folder))
+        if (place / STATE).is_file():
+            return _stacked(place, _words(folder))
     clients = sorted((p for p in folder.glob("clients/*/*") if p.is_dir()), key=lambda p: (p.name, p))
     found = [unit for client in clients for unit in _client(client)]
     if any(unit.shapes for unit in found):

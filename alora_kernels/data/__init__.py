@@ -2,7 +2,7 @@
 
 In:   names: of a built-in task, a file, a hub data set; of a built-in model, a folder, a hub model.
 Out:  prompts with one-word answers, as text and as token ids; a model and its tokenizer.
-Who:  the CLI, examples, benchmarks and tests.
+Who:  recipes, examples, benchmarks and tests.
 
 Importing this package imports neither transformers nor datasets.
 """

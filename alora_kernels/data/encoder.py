@@ -2,7 +2,7 @@
 
 In:   "minilm", "tiny-random-encoder", a local folder or a hub id; how many classes.
 Out:  an `EncoderClassifier` on the CPU in eval mode, all of it frozen but the head, and its tokenizer.
-Who:  the federated participants and the tests; integrations put adapters on the encoder's linear layers.
+Who:  the federated participants and the tests; the tuner puts adapters on the encoder's linear layers.
 
 The pooler that BERT-like encoders carry is dropped: mean pooling does not read it, and "all linear layers" would put an
 adapter on it that never gets a gradient.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .models import byte_tokenizer, unreachable
+from .models import byte_tokenizer, random_model, unreachable
 from .packages import package_file
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def _tiny(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         max_position_embeddings=512,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertModel(config)
-    return model.to(dtype), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` and loses self
+    return random_model(BertModel, config, dtype), tokenizer
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -134,7 +134,7 @@ def _base_of(config: Path) -> Any:
 
 
 def tiny_random(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Two layers of 64 features, random but always the same; torch's global random state is left alone.
+    """Two layers of 64 features, random but always the same.
 
     The tokenizer is SmolLM2's where its package is installed, else one built in memory.
     """
@@ -157,10 +157,14 @@ def tiny_random(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenize
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    return random_model(LlamaForCausalLM, config, dtype), tokenizer
+
+
+def random_model(cls: type[Any], config: Any, dtype: torch.dtype) -> Any:
+    """A model of random numbers, always the same; torch's global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    return model.to(dtype), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` and loses self
+        return cls(config).to(dtype)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
