@@ -18,9 +18,7 @@ from safetensors.torch import load_file, save_file
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.tuner.layer import ALoRALayer
-from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from tests.support.adapters import CONFIG, MLP, WEIGHTS, Mlp, alora_folder, change_config, change_weights, lora_folder
 
 
 @pytest.fixture
@@ -204,16 +202,21 @@ REFUSED = [
     (edit(routing="dense"), "routing must be task or soft"),
     (edit(routing="soft"), "weighs its experts for each token anew: it has no tasks.*no fixed LoRA.*generate"),
     (edit(modules_to_save=["head"]), r"modules_to_save=\['head'\] \(modules trained in full\), which is more than A"),
-    (edit(bias="all"), "holds biases"),
-    (edit(use_dora=True), "holds use_dora=True"),
-    (edit(trainable_token_indices=[1]), "holds trainable_token_indices"),
-    (edit(alora_invocation_tokens=[1]), "holds alora_invocation_tokens"),
+    (edit(bias="all"), r"holds biases \(bias='all'\)"),
+    (edit(lora_bias=True), "bias on B"),
+    (edit(layer_replication=[[0, 1]]), "layer_replication"),
+    (edit(use_dora=True), r"holds use_dora=True \(DoRA.*more than A and B.*train without it"),
+    (edit(trainable_token_indices=[1]), "holds trainable_token_indices.*token embeddings"),
+    (edit(alora_invocation_tokens=[1]), "holds alora_invocation_tokens.*Activated LoRA"),
     (edit(a_setting_of_tomorrow=7), "holds a_setting_of_tomorrow=7"),
     (edit(**{"\x1b[2J\ud800": "\x07"}), r"holds \?\[2J\?=\?, which"),
-    (edit(init_lora_weights="pissa_niter_4"), "starts from a base that it changed"),
+    (
+        edit(init_lora_weights="pissa_niter_4"),
+        "starts from a base that it changed.*path_initial_model_for_weight_conversion",
+    ),
     (edit(r=0), "r must be a whole number"),
     (edit(r=True), "r must be a whole number"),
-    (edit(r=8), "rank 4 but adapter_config.json says 8"),
+    (edit(r=8), "down has rank 4 but adapter_config.json says 8.*do not belong together"),
     (edit(lora_alpha=float("nan")), "lora_alpha must be a finite number"),
     (edit(lora_alpha="8"), "lora_alpha must be a finite number"),
     (edit(lora_alpha=10**400), "lora_alpha must be a finite number"),
@@ -239,7 +242,8 @@ REFUSED = [
     (weights(lambda t: t.pop(UP + "asymlora_A.weight")), "up has no A"),
     (weights(lambda t: t.pop(UP + "asymlora_B.weight")), "up has no B"),
     (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 3, 8)})), "must be"),
-    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 8)})), "must be"),
+    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 8)})), "must be.*without convolutions"),
+    (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 4, 8, 1, 1)})), "without convolutions"),
     (weights(lambda t: t.update({UP + "asymlora_B.weight": torch.ones(())})), "must be"),
     (weights(lambda t: t.update({UP + "asymlora_A.weight": torch.ones(2, 4, 0)})), "must be"),
     (
@@ -248,6 +252,7 @@ REFUSED = [
     ),
     (weights(lambda t: t.update({UP + "asymlora_router.weight": torch.ones(2, 8)})), "router.weight', no A or B"),
     (weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2, 8)})), "holds 'base_model.model.head"),
+    (weights(lambda t: t.update({UP + "weight": torch.ones(1)})), "up.weight', no A or B"),
     (weights(lambda t: t.update({UP + "lora_magnitude_vector": torch.ones(16)})), "holds '.*magnitude"),
     (weights(lambda t: t.update({"base_model.model.\x1b[2J.asymlora_A.weight": torch.ones(2)})), r"holds '.*\\x1b\[2J"),
     (weights(lambda t: t.update({f"{UP}{'x' * 254}.asymlora_A.weight": torch.ones(2)})), "holds '.*x', no A or B"),

@@ -175,31 +175,6 @@ def test_modules_that_some_do_not_have(tmp_path):
     assert "import alora_kernels" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"use_dora": True}, r"use_dora=True \(DoRA.*more than A and B.*train without it"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"lora_bias": True}, "bias on B"),
-        ({"modules_to_save": ["head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1]}, "token embeddings"),
-        ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"a_setting_of_tomorrow": 7}, "a_setting_of_tomorrow=7"),
-        ({"init_lora_weights": "pissa_niter_4"}, r"base that it changed.*path_initial_model_for_weight_conversion"),
-        ({"peft_type": "ASYMLORA"}, "is an ALoRA adapter, not a stock LoRA.*alora export"),
-        ({"peft_type": "IA3"}, "is a 'IA3' adapter"),
-        ({"r": 5}, r"down has rank 4 but adapter_config.json says 5"),
-    ],
-)
-def test_more_than_plain_lora_is_refused(tmp_path, change, match):
-    folder = lora(tmp_path / "one")
-    change_config(folder, **change)
-    with pytest.raises(ValueError, match=match):
-        import_lora([folder], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_peft_itself_saves_as_more_is_refused(tmp_path):
     model = get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False))
     model.save_pretrained(tmp_path / "head")
@@ -213,34 +188,23 @@ def test_what_peft_itself_saves_as_more_is_refused(tmp_path):
         read_adapter(tmp_path / "dora")
 
 
-def test_damaged_files_are_refused(tmp_path):
-    def refused(match: str) -> None:
-        with pytest.raises(ValueError, match=match):
-            import_lora([tmp_path / "one"], tmp_path / "out")
+def test_what_the_reader_refuses_or_changes_nothing_writes_nothing(tmp_path):
+    """All that the reader refuses is in `test_adapter_folder`."""
 
-    refused("one: no such folder")
+    def refused(match: str, *folders: Path) -> None:
+        with pytest.raises(ValueError, match=match):
+            import_lora(folders, tmp_path / "out")
+
+    refused("one: no such folder", tmp_path / "one")
     folder = lora(tmp_path / "one")
+    refused("one of its subfolders: one", tmp_path)
     good = load_file(folder / WEIGHTS)
-    for key, tensors in {
-        "not finite": {**good, UP.format("A"): good[UP.format("A")] * float("inf")},
-        "up has no A": {k: v for k, v in good.items() if k != UP.format("A")},
-        "without convolutions": {**good, UP.format("A"): good[UP.format("A")][..., None, None]},
-        "no A or B of a linear layer": {**good, "base_model.model.up.lora_magnitude_vector": torch.ones(3)},
-        "holds no tensor": {},
-        "changes nothing": {k: v * (".lora_A." in k) for k, v in good.items()},
-    }.items():
-        save_file(tensors, folder / WEIGHTS)
-        refused(key)
-    (folder / WEIGHTS).write_bytes(b"\0" * 7)
-    refused("adapter_model.safetensors does not read.*damaged")
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    refused("pickle, which could run code")
-    (folder / CONFIG).write_text("[]")
-    refused("pickle, which could run code")
-    folder.joinpath("adapter_model.bin").rename(folder / WEIGHTS)
-    refused("adapter_config.json holds a list")
-    with pytest.raises(ValueError, match="one of its subfolders: one"):
-        import_lora([tmp_path], tmp_path / "out")
+    save_file({k: v * (".lora_A." in k) for k, v in good.items()}, folder / WEIGHTS)
+    refused("changes nothing", folder)
+    change_config(folder, peft_type="ASYMLORA")
+    refused("is an ALoRA adapter, not a stock LoRA.*alora export", folder)
+    change_config(folder, peft_type="LORA", use_dora=True)
+    refused("use_dora=True", folder)
     assert not (tmp_path / "out").exists()
 
 
