@@ -191,6 +191,7 @@ REFUSED = [
     (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
     (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
     (pickled_only, "a pickle, which could run code"),
+    (lambda f: (pickled_only(f), config_bytes(b"[]")(f)), "a pickle, which could run code"),
     (config_bytes(b"{"), "does not read"),
     (config_bytes(b"[]"), "holds a list"),
     (config_bytes(b"\xff\xfe"), "does not read"),
