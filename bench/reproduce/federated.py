@@ -20,8 +20,7 @@ ALONE = "local"
 RUNS = Path("runs/reproduce-federated")
 ROWS = ("majority", "untuned")
 LEARNING_RATE = 2e-3
-# VeRA trains two vectors per layer: more entries and larger steps
-OWN: dict[str, Any] = {"fedsa-vera": {"rank": 256, "learning_rate": 2e-2}}
+OWN: dict[str, Any] = {"fedsa-vera": {"rank": 256}}  # VeRA trains two vectors per layer: more entries
 RANKS = (16, 8, 8, 4)  # of the clients, in turn, where a method lets them differ
 SIZES = ("rounds", "local_steps", "batch_size", "train_size", "test_size", "max_length")
 
