@@ -104,7 +104,6 @@ class LayerCandidate:
         self._case, self._problem, self._provider = case, problem, provider
 
     def reason(self, direction: str, mode: str) -> str | None:
-        """Why it takes no part, or None."""
         if direction == BOTH and not self._provider.trains:
             return "it has no backward"
         if mode == GRAPH and self._provider.uncapturable:

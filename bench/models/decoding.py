@@ -37,7 +37,6 @@ class Decoding(Pair):
     stock_name = STOCK
 
     def reason(self, name: str, mode: str) -> str | None:
-        """Stock PEFT sorts the names on the host, which no graph can hold."""
         return PROVIDERS[STOCK].uncapturable if mode == GRAPH and name == STOCK else None
 
     def step_of(self, name: str) -> Step:
@@ -66,7 +65,6 @@ class Decoding(Pair):
         return {"logits": torch.stack(found)}
 
     def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The logits."""
         return {"logits": outputs[0]}
 
     @cached_property

@@ -7,6 +7,7 @@ float64; what is allowed is twice the error of stock PEFT in the same dtype, ove
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -75,7 +76,7 @@ def eight_billion(layers: int, device: str = "cuda", dtype: torch.dtype = torch.
     )
 
 
-class Pair:
+class Pair(ABC):
     """The two adapted models and the base as it is, each built when first needed, and a batch.
 
     What every call would do alike, such as switching modes, is done here once: it would be timed, and would cost stock
@@ -88,22 +89,18 @@ class Pair:
     def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
         self._base, self.setting = base, setting
 
-    def reason(self, name: str, mode: str) -> str | None:
-        """Why a model takes no part in a mode, or None."""
-        raise NotImplementedError
+    @abstractmethod
+    def reason(self, name: str, mode: str) -> str | None: ...  # why a model takes no part in a mode
 
-    def step_of(self, name: str) -> Step:
-        """A step of a model, ready to be timed: what it computes comes first in what it returns."""
-        raise NotImplementedError
+    @abstractmethod
+    def step_of(self, name: str) -> Step: ...  # ready to be timed; what it computes comes first in what it returns
 
-    def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """All that is judged after a step, by the names of the truth."""
-        raise NotImplementedError
+    @abstractmethod
+    def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]: ...  # what is judged, by name
 
-    @cached_property
-    def truth(self) -> dict[str, Tensor]:
-        """The same of stock PEFT in float64."""
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def truth(self) -> dict[str, Tensor]: ...  # the same of stock PEFT in float64
 
     @cached_property
     def allowed(self) -> float:
@@ -211,11 +208,9 @@ class ModelCandidate:
         self.computes = "frozen" if name == FROZEN else "task"
 
     def reason(self, direction: str, mode: str) -> str | None:
-        """Why it takes no part, or None."""
         return self._models.reason(self.name, mode)
 
     def prepare(self, direction: str, mode: str) -> Ready:
-        """Take a step, judge what came of it."""
         step = self._models.step_of(self.name)
         peak = timing.peak_mb(step, self._models.setting.device)
         if mode == GRAPH:

@@ -74,11 +74,10 @@ class Training(Pair):
     stock_name = STOCK
 
     def reason(self, name: str, mode: str) -> str | None:
-        """In a graph none takes part: a step of a whole model is long, and its optimiser would not be in the graph."""
+        # a step of a whole model is long, and its optimiser would not be in the graph
         return "a training step is measured in eager mode" if mode == GRAPH else None
 
     def step_of(self, name: str) -> Step:
-        """The loss, summed over the answers' tokens."""
         return partial(self.step, name)
 
     def step(self, name: str) -> tuple[Tensor]:
@@ -95,7 +94,6 @@ class Training(Pair):
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
-        """Of stock PEFT in float64."""
         model = self.double()
         return self._of_stock(model, self._task_by_task(model))
 

@@ -78,14 +78,11 @@ class Provider(Protocol):
 
     name: str
 
-    def missing(self, load: Load) -> str | None:
-        """Why it takes no part under this load, or None."""
+    def missing(self, load: Load) -> str | None: ...  # why it takes no part under this load
 
-    def adapter_bytes(self, load: Load) -> int:
-        """What the weights of all tasks take."""
+    def adapter_bytes(self, load: Load) -> int: ...  # what the weights of all tasks take
 
-    def opened(self, load: Load) -> AbstractContextManager[Serve]:
-        """A server for this load, stopped at the end of the block."""
+    def opened(self, load: Load) -> AbstractContextManager[Serve]: ...  # a server, stopped at the end of the block
 
 
 class Ours:
@@ -95,19 +92,14 @@ class Ours:
         self._stage, self._base, self.name = stage, base, BASE if base else OURS
 
     def missing(self, load: Load) -> str | None:
-        """It always runs."""
         return None
 
     def adapter_bytes(self, load: Load) -> int:
-        """An A for each task and one B; nothing where the base answers alone."""
-        if self._base:
-            return 0
         adapters = self._stage.adapters
-        return load.tasks * adapters.a_bytes + adapters.b_bytes
+        return 0 if self._base else load.tasks * adapters.a_bytes + adapters.b_bytes
 
     @contextmanager
     def opened(self, load: Load) -> Iterator[Serve]:
-        """A running engine."""
         model, store = self._stage.store(load.tasks)
         with Engine(model, self._stage.tokenizer, store, _engine_config(load)) as engine:
             yield partial(self._serve, engine, load.concurrency)
@@ -152,7 +144,6 @@ class Stock:
         return None
 
     def adapter_bytes(self, load: Load) -> int:
-        """A and B for each task."""
         return load.tasks * self._stage.adapters.lora_bytes
 
 
@@ -226,7 +217,6 @@ class Mixed(Stock):
 
     @contextmanager
     def opened(self, load: Load) -> Iterator[Serve]:
-        """Nothing runs between waves."""
         yield partial(self._serve, self._stage.lora(self.name, load.tasks), load.concurrency)
 
     def _serve(self, model: Any, concurrency: int, requests: Sequence[Request], new_tokens: int) -> list[Outcome]:

@@ -14,10 +14,22 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="bench static compiles Triton kernels; only Linux has triton")
 
-from bench.static import command
+from bench import plot
+from bench.static import command, predicted
 from bench.static.aot import Row
 from bench.static.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
-from bench.static.roofline import BACKWARD, FORWARD, LAYERS, Layer, Rates, Step, predict, predict_all, size_of
+from bench.static.roofline import (
+    BACKWARD,
+    FORWARD,
+    LAYERS,
+    Layer,
+    Prediction,
+    Rates,
+    Step,
+    predict,
+    predict_all,
+    size_of,
+)
 
 app = typer.Typer()
 app.command()(command.main)
@@ -198,3 +210,25 @@ def test_figure_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "roofline.png"
     invoke("--roofline-only", "--figure", str(file))
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
+
+
+def two_layers() -> list[Prediction]:
+    return list(predict_all(Rates(), [Layer("task", 8192, 4096, 4096), Layer("task", 64, 4096, 4096)]))
+
+
+def test_the_first_line_says_predicted_and_every_plan_has_a_ratio() -> None:
+    first, _, head, _, *lines = predicted.block(two_layers(), Rates(tflops=700), "figure.png").splitlines()
+    assert first.startswith("PREDICTED, not measured") and "700 TFLOP/s" in first
+    assert all(f"`{plan}`" in head for plan in predicted.COLORS)
+    table = [line for line in lines if line.startswith("| task")]
+    assert len(table) == 3  # forward and backward, and decoding
+    for line in table:
+        assert all(1.0 <= float(cell) < 2.0 for cell in line.strip("|").split("|")[3:])
+
+
+def test_plot_writes_them_between_their_markers(tmp_path: Path) -> None:
+    text = "a\n<!-- bench-static:begin -->\nold\n<!-- bench-static:end -->\nb\n"
+    new = plot.rewritten(text, {}, tmp_path)
+    assert "PREDICTED, not measured" in new and "old" not in new
+    assert new.startswith("a\n") and new.endswith("b\n")
+    assert plot.rewritten("no markers", {}, tmp_path) == "no markers"
