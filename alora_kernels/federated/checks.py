@@ -57,19 +57,15 @@ class Checks:
     max_examples: int
 
     def answer(self, kind: Kind, content: RecordDict, nonce: str, sent: wire.NDArrays) -> Answer:
-        """The arrays and metrics of a reply.
+        """The checked arrays and metrics of a reply's records.
 
         Args:
             kind: what was asked for.
             content: the reply's records.
-            nonce: the one the message went out with.
-            sent: the arrays the client got.
-
-        Returns:
-            Arrays and metrics, both checked.
+            nonce, sent: what the message went out with.
 
         Raises:
-            RefusedError: with the reason.
+            RefusedError, WireError: with the reason.
         """
         expected: dict[str, type] = {wire.METRICS: MetricRecord, wire.REPLY: ConfigRecord}
         if kind == "train":

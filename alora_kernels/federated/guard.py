@@ -133,7 +133,8 @@ class GuardedGrid(Grid):
         if current is None:
             return []
         limit = self._limits.deadline if timeout is None else min(timeout, self._limits.deadline)
-        replies = self._grid.send_and_receive(current.outgoing, timeout=limit)
+        outgoing = [cast(Message, sent.message) for sent in current.sent.values()]
+        replies = self._grid.send_and_receive(outgoing, timeout=limit)
         current.receive(replies, self._checks, self._clients, limit)
         void = current.kind == "train" and len(current.accepted) < self._limits.quorum
         for event in current.events(void=void, seconds=self._clock() - begin):
@@ -169,26 +170,19 @@ class GuardedGrid(Grid):
 
 @dataclass
 class _Sent:
-    """One message and what came of it; a reply nobody waits for gets one of its own, without a message.
+    """One message and what came of it; a reply nobody waits for gets one of its own, without a message."""
 
-    Attributes:
-        node: whom it went to, or who replied.
-        nonce, arrays, bytes_down: of the message as it went out.
-        client, seconds, bytes_up: of the reply as it came back, unchecked but for their types.
-        answer, reason: the checked content, or why there is none.
-    """
-
-    node: int
+    node: int  # whom it went to, or who replied
     message: Message | None = None
     nonce: str = ""
     arrays: wire.NDArrays = field(default_factory=dict)
     bytes_down: int = 0
-    reply: Message | None = None
+    reply: Message | None = None  # the next three as it says, unchecked but for their types
     client: str | None = None
     seconds: float | None = None
     bytes_up: int = 0
-    answer: Answer | None = None
-    reason: str | None = None
+    answer: Answer | None = None  # the checked content
+    reason: str | None = None  # why there is none
 
     @property
     def message_id(self) -> str | None:
@@ -218,11 +212,6 @@ class _Round:
     extra: list[_Sent] = field(default_factory=list)
 
     @property
-    def outgoing(self) -> list[Message]:
-        """The messages to send."""
-        return [cast(Message, sent.message) for sent in self.sent.values()]
-
-    @property
     def entries(self) -> list[_Sent]:
         """All of them."""
         return [*self.sent.values(), *self.extra]
@@ -233,14 +222,7 @@ class _Round:
         return sorted((sent for sent in self.sent.values() if sent.answer), key=lambda sent: sent.client or "")
 
     def receive(self, replies: Iterable[Message], checks: Checks, names: dict[int, str], limit: float) -> None:
-        """Check the replies of a round, by node id.
-
-        Args:
-            replies: whatever came.
-            checks: what they are held to.
-            names: node -> client name of earlier rounds; learns from this one.
-            limit: seconds they had, for the reason of those who did not reply.
-        """
+        """Hold whatever came to the checks, by node id; `names`, node -> client of earlier rounds, learns from it."""
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             entry, reason = self._place(reply)
             entry.came(reply)
@@ -298,15 +280,10 @@ class _Round:
         return messages
 
     def events(self, *, void: bool, seconds: float) -> list[dict[str, Any]]:
-        """One event per message sent, one per reply that belongs to none, one for the round.
+        """One event per message sent, one per reply that belongs to none, one for the round, ready for JSON.
 
-        Args:
-            void: whether the round has no effect.
-            seconds: how long it took.
-
-        Returns:
-            Dictionaries ready for JSON. `rejected` counts client events that are not accepted, so a second reply of an
-            accepted node counts as well; bytes include what was refused.
+        `rejected` counts client events that are not accepted, so a second reply of an accepted node counts as well;
+        bytes include what was refused.
         """
         accepted = len(self.accepted)
         return [

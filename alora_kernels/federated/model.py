@@ -218,10 +218,7 @@ def to_share(model: nn.Module, spec: ShareSpec, *, factors: bool = False) -> dic
     Args:
         model: the trained model.
         spec: its method.
-        factors: whether factors may be sent (not if something on the way compares keys with those sent down).
-
-    Returns:
-        key -> values; factors under `<key>.left` and `<key>.right`.
+        factors: whether they may be sent, as `<key>.left` and `<key>.right`; not if something on the way compares keys.
     """
     shared = values(model, spec, "shared")
     for path, layer in model.named_modules():

@@ -127,15 +127,7 @@ def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArra
 
 
 def check_keys(got: set[str], agreed: set[str], what: str = "keys") -> None:
-    """Refuse a record whose keys are not those agreed on.
-
-    Args:
-        got, agreed: the keys.
-        what: what to call them.
-
-    Raises:
-        WireError: names up to three keys on each side.
-    """
+    """Refuse a record whose keys are not those agreed on; the WireError names up to three on each side."""
     if got != agreed:
         extra, missing = sorted(got - agreed)[:3], sorted(agreed - got)[:3]
         raise WireError(f"{what} differ: unexpected {extra or 'none'}, missing {missing or 'none'}")
@@ -154,16 +146,10 @@ def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
 def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> Agreed:
     """The arrays of a reply, factors multiplied out.
 
-    Formula: `value = sent + left right` for an array given as two factors.
-
-    Args:
-        record: the reply's arrays.
-        spec: what was agreed.
-        sent: the arrays the client got.
+    Formula: `value = sent + left right` for an array given as two factors, `sent` being what the client got.
 
     Returns:
-        One array for each key of the spec, of the agreed dtype and shape; those that came whole are handed on as they
-        came.
+        One array for each key of the spec, of the agreed dtype and shape; those that came whole as they came.
 
     Raises:
         WireError: keys, dtypes, shapes or ranks that do not fit.
