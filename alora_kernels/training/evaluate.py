@@ -186,13 +186,7 @@ def whole_words(words: Sequence[Sequence[int] | int], eos_token_id: int | None) 
 
 
 class Question:
-    """One row and what is known of its task's words.
-
-    Args:
-        row: encoded; the answer begins at the first label that follows a token.
-        words: of its task, from `whole_words`.
-        eos_token_id: ends every answer, where the rows have it.
-        per_token: compare means over a word's tokens instead of sums.
+    """One row and what is known of its task's words; arguments as `choice_accuracy`, words from `whole_words`.
 
     Attributes:
         context: tokens of a word after the prompt, to be judged next.

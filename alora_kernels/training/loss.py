@@ -269,14 +269,7 @@ def _tolerance(loss: Tensor) -> float:
 
 
 class TaskSums:
-    """Sums over rows by task; rows without a label and rows of the base alone are in none of them.
-
-    Args:
-        names: of the tasks, in the order of their ids.
-
-    Attributes:
-        rows: rows seen.
-    """
+    """Sums over rows by task; rows without a label and rows of the base alone are in none of them."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.rows = tuple(names), 0

@@ -164,9 +164,6 @@ def task_column(name: str, dataset: Any, *, read_rows: bool = False) -> list[Any
         name: the argument's name, for errors.
         dataset: anything a DataLoader takes: datasets.Dataset, lists of mappings, torch datasets, streams.
         read_rows: read them nevertheless where there is random access.
-
-    Raises:
-        ValueError: no `task`, or rows that are no mappings.
     """
     if isinstance(dataset, ConcatDataset):
         parts = [task_column(name, part, read_rows=read_rows) for part in dataset.datasets]
