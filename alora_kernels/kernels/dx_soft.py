@@ -18,7 +18,7 @@ from torch import Tensor
 from alora_kernels.records import Dropout
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
-from .gemm import add_base, describable, describe, descriptor_loop, operands, rank_loop, store_result, tile_of
+from .gemm import describable, describe, descriptor_loop, finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import common, power_of_two, rank_step, tl_dtype
 from .tiles import GROUP_M
@@ -60,15 +60,11 @@ def _dx_soft_kernel(
         acc, dp_rows + tl.cast(C, tl.int64) * stride_dpc, mask_m, stride_dpc, router_ptr + cols * stride_ok, mask_k,
         stride_oe, E, BLOCK_E, DTYPE, PRECISION,
     )  # fmt: skip
-    # [BLOCK_M, N] [N, BLOCK_K]
-    if HAS_BASE:
-        acc = add_base(
-            acc, dy, w, first, col, rows, cols, mask_k, stride_dym, stride_dyn, stride_wn, stride_wk, N,
-            False, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    store_result(
-        dx, acc, first, col, rows, cols, mask_m, mask_k, stride_dxm, DESCRIPTORS, BLOCK_M, BLOCK_K, PARTS, DTYPE
-    )
+    finish_gemm(
+        dx, acc, dy, w, None, first, col, rows, offs_k, mask_m, mask_k,
+        stride_dym, stride_dyn, stride_wn, stride_wk, stride_dxm, N,
+        HAS_BASE, False, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_K, BLOCK_N, DTYPE, PRECISION, ACC,
+    )  # fmt: skip
 
 
 def dx_soft(

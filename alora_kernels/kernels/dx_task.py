@@ -20,7 +20,7 @@ from alora_kernels.records import Dropout
 from alora_kernels.routing import RowGroups
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
-from .gemm import add_base, operands, rank_loop, store_result, tile_of
+from .gemm import finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import common, rank_step, tl_dtype
 from .shrink_task import next_task
@@ -63,15 +63,11 @@ def _dx_task_kernel(
     if HAS_DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), row, col, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
-    # [BLOCK_M, N] [N, BLOCK_K]
-    if HAS_BASE:
-        acc = add_base(
-            acc, dy, w, first, col, rows, cols, mask_k, stride_dym, stride_dyn, stride_wn, stride_wk, N,
-            False, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    store_result(
-        dx, acc, first, col, rows, cols, mask_m, mask_k, stride_dxm, DESCRIPTORS, BLOCK_M, BLOCK_K, PARTS, DTYPE
-    )
+    finish_gemm(
+        dx, acc, dy, w, None, first, col, rows, offs_k, mask_m, mask_k,
+        stride_dym, stride_dyn, stride_wn, stride_wk, stride_dxm, N,
+        HAS_BASE, False, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_K, BLOCK_N, DTYPE, PRECISION, ACC,
+    )  # fmt: skip
 
 
 def dx_task(

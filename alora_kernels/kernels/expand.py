@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import add_base, operands, rank_loop, store_result, tile_of
+from .gemm import finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import common, rank_step, tl_dtype
 from .tiles import GROUP_M
@@ -26,7 +26,7 @@ def _expand_kernel(
     x, w, bias_ptr, h_ptr, b_ptr, y,
     M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_hm, stride_hr, stride_bn, stride_br, stride_ym,
-    HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr, EVEN_COLS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr, EVEN_COLS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -44,15 +44,11 @@ def _expand_kernel(
         acc, h_ptr + rows * stride_hm, mask_m, stride_hr, b_ptr + cols * stride_bn, mask_n, stride_br, R,
         BLOCK_R, DTYPE, PRECISION,
     )  # fmt: skip
-    # [BLOCK_M, K] [K, BLOCK_N]
-    acc = add_base(
-        acc, x, w, row, col, rows, cols, mask_n, stride_xm, stride_xk, stride_wk, stride_wn, K,
-        True, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_K, PRECISION,
+    finish_gemm(
+        y, acc, x, w, bias_ptr, row, col, rows, offs_n, mask_m, mask_n,
+        stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, K,
+        True, True, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION, ACC,
     )  # fmt: skip
-    if HAS_BIAS:
-        # [BLOCK_N]
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-    store_result(y, acc, row, col, rows, cols, mask_m, mask_n, stride_ym, DESCRIPTORS, BLOCK_M, BLOCK_N, PARTS, DTYPE)
 
 
 def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +67,7 @@ def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> T
         _expand_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(n, tile.block_n),),
         base.left, base.right, None if bias is None else bias.contiguous(), h, b, base.out, m, n, k, r,
         *base.strides, *h.stride(), *b.stride(), y.stride(0),
-        HAS_BIAS=bias is not None, **base.flags,
+        **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # b comes row by row, R long: next to 256 columns of it 32 ranks at a time spill, 16 do not
         BLOCK_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M,

@@ -216,29 +216,26 @@ def store_tile(y, row, col, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, P
 
 
 @triton.jit
-def add_base(
-    acc, left, right, row, col, rows, cols, mask_c, stride_lm, stride_ll, stride_rl, stride_rc, LENGTH,
-    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+def finish_gemm(
+    out, acc, left, right, bias_ptr, row, col, rows, offs_c, mask_m, mask_c,
+    stride_lm, stride_ll, stride_rl, stride_rc, stride_om, LENGTH,
+    HAS_BASE: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, cols] += left [M, LENGTH] right [LENGTH, C], as `operands` prepared them."""
-    if DESCRIPTORS:
-        acc = descriptor_loop(acc, left, right, row, col, LENGTH, BLOCK, TRANSPOSED, PRECISION)
-    else:
+    """out [rows, offs_c] = acc + left [M, LENGTH] right [LENGTH, C] + bias, as `operands` prepared the matrices."""
+    cols = offs_c.to(tl.int64)
+    # [BLOCK_M, LENGTH] [LENGTH, BLOCK_C]
+    if HAS_BASE and DESCRIPTORS:
+        acc = descriptor_loop(acc, left, right, row, col, LENGTH, BLOCK_L, TRANSPOSED, PRECISION)
+    elif HAS_BASE:
         acc = gemm_loop(
             acc, left + rows * stride_lm, stride_ll, right + cols * stride_rc, mask_c, stride_rl, LENGTH,
-            EVEN_COLS, EVEN_DEPTH, BLOCK, PRECISION,
+            EVEN_COLS, EVEN_DEPTH, BLOCK_L, PRECISION,
         )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def store_result(
-    out, acc, row, col, rows, cols, mask_m, mask_c, stride_om,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """out = acc, through the descriptor or the pointers that `operands` prepared."""
+    if bias_ptr is not None:
+        # [BLOCK_C]
+        acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
     if DESCRIPTORS:
         store_tile(out, row, col, acc, BLOCK_M, BLOCK_C, PARTS)
     else:

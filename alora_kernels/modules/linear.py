@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import trusted_linear
+from ..ops import trusted_alora
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
 from .adapter import delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
@@ -189,11 +189,11 @@ class FusedALoRALinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         if self.router is not None and task_ids is not None:
             raise ValueError("this layer routes by its learned router (num_experts): it takes no task_ids")
-        return trusted_linear(
+        return trusted_alora(
             x,
-            self.weight,
             self.lora_A,
             self.lora_B,
+            weight=self.weight,
             bias=self.bias,
             router=self.router,
             task_ids=None if self.router is not None else self._routing(task_ids, x.device),

@@ -1,5 +1,5 @@
 """Custom ops: checks, backend choice and autograd around the kernels."""
 
-from .functional import alora_delta, alora_linear, trusted_delta, trusted_linear
+from .functional import alora_delta, alora_linear, trusted_alora
 
-__all__ = ["alora_delta", "alora_linear", "trusted_delta", "trusted_linear"]
+__all__ = ["alora_delta", "alora_linear", "trusted_alora"]

@@ -2,8 +2,8 @@
 
 In:   tensors of any leading shape, ids as a tensor or as the batch's `Routing`.
 Out:  `alora_linear` gives the layer's output; `alora_delta` adds the low-rank part to a base output.
-Who:  users. `trusted_linear` and `trusted_delta` are for layers that proved their own tensors when they were built:
-      `FusedALoRALinear` and those of the PEFT tuner.
+Who:  users. `trusted_alora` is for layers that proved their own tensors when they were built: `FusedALoRALinear` and
+      those of the PEFT tuner.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from .torch.products import no_autocast
 from .types import Adapter, wider
 
 
-def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """x and the frozen tensors in autocast's dtype, where autocast is on; adapters keep their own."""
     if not torch.is_autocast_enabled(x.device.type):
-        return (x, *frozen)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, *frozen))
+        return x, weight, bias
+    return _cast(x), _cast(weight), None if bias is None else _cast(bias)
+
+
+def _cast(t: Tensor) -> Tensor:
+    return t.to(torch.get_autocast_dtype(t.device.type)) if t.dtype == torch.float32 else t
 
 
 def _adapter(
@@ -102,33 +105,10 @@ def alora_linear(
 
     Source: Ban & Ji 2025, ALoRA; `alora_kernels.reference.alora_linear` is the specification.
     """
-    x_cast, w, bias = autocast(x, weight, bias)
-    assert x_cast is not None and w is not None
-    checks.check_linear(x_cast, w, lora_A, lora_B, bias, router)
-    adapter = _adapter(x_cast, lora_A, router, task_ids, scaling, dropout_p, training)
-    return _linear(x_cast, w, bias, lora_B, adapter, backend)
-
-
-def trusted_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    bias: Tensor | None,
-    router: Tensor | None,
-    task_ids: Tensor | Routing | None,
-    scaling: float,
-    dropout_p: float,
-    training: bool,
-) -> Tensor:
-    """`alora_linear` of tensors that are known to fit each other: only what varies from call to call is proven."""
-    x_cast, w, bias = autocast(x, weight, bias)
-    assert x_cast is not None and w is not None
-    if not checks.suits(x_cast, lora_A, lora_B, weight=w):
-        checks.check_linear(x_cast, w, lora_A, lora_B, bias, router)
-    adapter = _adapter(x_cast, lora_A, router, task_ids, scaling, dropout_p, training)
-    return _linear(x_cast, w, bias, lora_B, adapter, None)
+    x, weight, bias = autocast(x, weight, bias)
+    checks.check_linear(x, weight, lora_A, lora_B, bias, router)
+    adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
+    return _linear(x, weight, bias, lora_B, adapter, backend)
 
 
 def alora_delta(
@@ -175,30 +155,38 @@ def alora_delta(
     return _delta(x, lora_B, base, adapter, backend)
 
 
-def trusted_delta(
+def trusted_alora(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
-    base: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
     router: Tensor | None,
     task_ids: Tensor | Routing | None,
     scaling: float,
     dropout_p: float,
     training: bool,
 ) -> Tensor:
-    """`alora_delta` of an adapter whose tensors are known to fit each other; see `trusted_linear`."""
-    if not checks.suits(x, lora_A, lora_B, base=base):
-        checks.check_delta(x, lora_A, lora_B, router, base)
+    """`alora_linear`, or without a weight `alora_delta`, of tensors that are known to fit each other.
+
+    Only what varies from call to call is proven: x, the base's output, the ids.
+    """
+    if weight is None:
+        if not checks.suits(x, lora_A, lora_B, base=base):
+            checks.check_delta(x, lora_A, lora_B, router, base)
+        return _delta(x, lora_B, base, _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training), None)
+    x, weight, bias = autocast(x, weight, bias)
+    if not checks.suits(x, lora_A, lora_B, weight=weight):
+        checks.check_linear(x, weight, lora_A, lora_B, bias, router)
     adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
-    return _delta(x, lora_B, base, adapter, None)
+    return _linear(x, weight, bias, lora_B, adapter, None)
 
 
 def _delta(x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None) -> Tensor:
     """base + h b^T, written into base where that may be."""
-    (x_cast,) = autocast(x)
-    assert x_cast is not None
-    rows = x_cast.reshape(-1, x.shape[-1])
+    rows = (_cast(x) if torch.is_autocast_enabled(x.device.type) else x).reshape(-1, x.shape[-1])
     key = choose(rows, backend)
     h = autograd.shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides

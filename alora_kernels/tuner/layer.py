@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modules.adapter import delta_weight, reset_adapter_
-from ..ops import trusted_delta, trusted_linear
+from ..ops import trusted_alora
 from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
 from .base_layer import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
@@ -332,7 +332,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             return call_base(self.base_layer, x, *args, **kwargs)
         if takes_fused_op(self.base_layer) and not args and not kwargs:
             base, first = cast(nn.Linear, self.base_layer), active.pop(0)
-            out = trusted_linear(x, base.weight, bias=base.bias, **self._adapter(first, x, state))
+            out = trusted_alora(x, weight=base.weight, bias=base.bias, **self._adapter(first, x, state))
         else:
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
@@ -340,7 +340,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             elif not output_is_fresh(self.base_layer):
                 out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
-            out = trusted_delta(x, base=out, **self._adapter(name, x, state))
+            out = trusted_alora(x, base=out, **self._adapter(name, x, state))
         return out
 
     def _state(self) -> LayerState:

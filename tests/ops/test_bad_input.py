@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alora_kernels import alora_linear
-from alora_kernels.ops import trusted_linear
+from alora_kernels.ops import trusted_alora
 
 M, K, N, R, E = 4, 6, 5, 2, 3
 
@@ -72,7 +72,7 @@ def test_a_layer_that_knows_its_tensors_still_judges_what_comes_with_a_call(name
     changes, error, message = CASES[name]
     facts = {"bias": None, "router": None, "scaling": 1.0, "dropout_p": 0.0, "training": False}
     with pytest.raises(error, match=re.escape(message)):
-        call(trusted_linear, **{**facts, **changes})
+        call(trusted_alora, **{**facts, **changes})
 
 
 def test_the_good_call_is_good():
