@@ -8,6 +8,8 @@ Who:  users. `trusted_alora` is for layers that proved their own tensors when th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,12 @@ from .torch.products import no_autocast
 from .types import Adapter, wider
 
 
-def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     """x and the frozen tensors in autocast's dtype, where autocast is on; adapters keep their own."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
-    return _cast(x), _cast(weight), None if bias is None else _cast(bias)
-
-
-def _cast(t: Tensor) -> Tensor:
-    return t.to(torch.get_autocast_dtype(t.device.type)) if t.dtype == torch.float32 else t
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
 
 
 def _adapter(
@@ -186,7 +185,7 @@ def trusted_alora(
 
 def _delta(x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None) -> Tensor:
     """base + h b^T, written into base where that may be."""
-    rows = (_cast(x) if torch.is_autocast_enabled(x.device.type) else x).reshape(-1, x.shape[-1])
+    rows = autocast(x, None, None)[0].reshape(-1, x.shape[-1])
     key = choose(rows, backend)
     h = autograd.shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides
