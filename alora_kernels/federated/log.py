@@ -34,14 +34,7 @@ class Ledger:
     "metrics" for an evaluation. The baseline is "before" of the first training round, the untuned model. Without a
     "run" event, which names the metric, there are no scores.
 
-    Args:
-        path: the file; its folder is made.
-        resume_from: None for a new file; k to keep what an earlier process wrote up to round k and drop the rest.
-
-    Raises:
-        FileExistsError: the file is there and resume_from is None.
-        FileNotFoundError: it is not there and resume_from is a round.
-        ValueError: resume_from is negative or beyond the file's last round, or the file is damaged.
+    A new file must not be there yet; `resume_from=k` keeps what an earlier process wrote up to round k, no more.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None) -> None:
@@ -60,12 +53,7 @@ class Ledger:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: Event) -> None:
-        """Append one event, JSON values and NumPy scalars under "event" and other names, as a line with the time.
-
-        Raises:
-            ValueError: the event has no name under "event".
-            OSError: the line could not be written, for instance because the disk is full; the file is as before.
-        """
+        """Append one event of JSON values and NumPy scalars, with the time; an OSError leaves the file as it was."""
         if not isinstance(event.get("event"), str):
             raise ValueError(f"an event needs its name under 'event', got {sorted(map(str, event))}")
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
@@ -204,18 +192,9 @@ def measured(clients: Iterable[Event], field_name: str, metric: str) -> dict[str
 def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: bool = True) -> float | None:
     """Mean relative change against a baseline, in percent. NEGATIVE IS BETTER.
 
-    Formula: `100/K sum_k (-1)^h (M_k - M0_k) / M0_k`, h = 1 if higher is better, else 0 (Ban & Ji 2025, Fed-ALoRA).
-
-    Args:
-        values: client -> metric M.
-        baseline: client -> metric M0; it may have more clients.
-        higher_is_better: as with accuracy; False as with a loss.
-
-    Returns:
-        Percent, or None where a relative change means nothing: M0 is not above zero, or a number is not finite.
-
-    Raises:
-        ValueError: no values, or a client without a baseline.
+    Formula: `100/K sum_k (-1)^h (M_k - M0_k) / M0_k`, h = 1 if higher is better, else 0 (Ban & Ji 2025, Fed-ALoRA), for
+    client k's metric M and its baseline M0, which may have more clients. None where a relative change means nothing:
+    M0 is not above zero, or a number is not finite.
     """
     if not values:
         raise ValueError("values is empty: delta_m needs at least one client")
@@ -229,11 +208,9 @@ def delta_m(values: Mapping[str, float], baseline: Mapping[str, float], higher_i
 
 
 def scores(values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: bool = True) -> dict[str, Any]:
-    """Scores of several clients, as a "round" event holds them; arguments as `delta_m`.
+    """Scores of several clients, as a "round" event holds them; None where there is nothing to say.
 
-    Returns:
-        "mean", "worst", "worst_client", "delta_m" over the clients with a baseline (who joined later has none), and
-        their number "delta_m_clients"; None where there is nothing to say.
+    "delta_m" is over the "delta_m_clients" clients with a baseline: who joined later has none.
     """
     if not values:
         return dict.fromkeys(("mean", "worst", "worst_client", "delta_m")) | {"delta_m_clients": 0}

@@ -35,19 +35,7 @@ class Curve(NamedTuple):
 
 
 def plot(events_by_run: Mapping[str, Sequence[Event]], path: str | os.PathLike[str]) -> Path:
-    """Draw one run, or compare several.
-
-    Args:
-        events_by_run: name -> events, `log.read`; names are the titles.
-        path: of the PNG file.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: no run.
-    """
+    """Draw one run, or compare several, as the PNG file `path`; the runs' names are the titles."""
     if not events_by_run:
         raise ValueError("events_by_run is empty: give at least one run")
     plotting.check_matplotlib("the figures need matplotlib: pip install 'alora-kernels[federated]'")

@@ -40,16 +40,10 @@ class _Row(NamedTuple):
 
 
 def table(events: Sequence[Event], *, now: datetime | None = None) -> RenderableType:
-    """The run so far.
+    """The run so far, its time counted until `now` or else the last event.
 
-    Args:
-        events: a ledger's, `log.read`.
-        now: to count the time until; None for the last event.
-
-    Returns:
-        A header (method, round, time, bytes, epsilon), a row per client with the metric before and after its last
-        local training, bytes so far, state and trend, the clients' mean, worst and delta-m, and why replies of the
-        last round were rejected.
+    A header (method, round, time, bytes, epsilon), a row per client with the metric before and after its last local
+    training, the clients' mean, worst and delta-m, and why replies of the last round were rejected.
     """
     if not run_of(events):
         return Text("waiting for the run to begin")
@@ -64,11 +58,7 @@ def table(events: Sequence[Event], *, now: datetime | None = None) -> Renderable
 
 
 def summary(events: Sequence[Event]) -> RenderableType:
-    """The finished run: untuned against final metric of each client, bytes in all, and rejections.
-
-    Args:
-        events: a ledger's, `log.read`.
-    """
+    """The finished run, from `log.read`: untuned against final metric of each client, bytes in all, and rejections."""
     if not run_of(events):
         return Text("the ledger holds no run")
     found, rows = tracks(events), []
@@ -89,20 +79,10 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     since: datetime | None = None,
 ) -> list[dict[str, Any]]:
-    """Show a ledger while it grows.
+    """Show a ledger, which may not be there yet, while it grows; returns the events at the end.
 
-    Args:
-        path: the file; it may not be there yet.
-        until: stop when this is true; None for the ledger's "end" event.
-        console: where to; standard output by default.
-        sleep: waits between two looks at the file.
-        since: nothing is shown until a run begins after this moment, nor lines of rounds before it.
-
-    Returns:
-        The events at the end.
-
-    Raises:
-        ValueError: the file is damaged.
+    It stops when `until` is true, or at the ledger's "end" event if that is None. Nothing is shown until a run begins
+    after `since`, nor lines of rounds before it.
     """
     console = console or Console()
     events: list[dict[str, Any]] = []
@@ -170,7 +150,7 @@ def _page(
     scores: Sequence[tuple[Event, Event]],
     notes: Sequence[str],
 ) -> RenderableType:
-    """Header, clients, the scores of all of them, notes; `names` are those of the columns that differ."""
+    """Header, clients, their scores, notes; `names` are those of the columns that differ."""
     old, new, last = names
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=True, header_style="bold")
     grid.add_column("client", no_wrap=True, overflow="ellipsis", max_width=NAME)

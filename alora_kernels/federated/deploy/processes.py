@@ -41,11 +41,7 @@ def free_port() -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port on which somebody listens.
-
-    Raises:
-        FlowerError: names host and port.
-    """
+    """A FlowerError for a port on which somebody listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's wait is no reason to refuse
@@ -63,17 +59,7 @@ def last_lines(log: Path, lines: int = LAST) -> str:
 
 
 class Process:
-    """One child process that writes to a log file.
-
-    Args:
-        name: for messages.
-        command: program and arguments.
-        env: its whole environment.
-        log: file that gets its output and errors, appended.
-
-    Raises:
-        FlowerError: it does not start.
-    """
+    """One child process; `env` is its whole environment, its output and errors are appended to `log`."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name, self.log = name, log
@@ -107,8 +93,7 @@ class Process:
     def looks(self, seconds: float | None) -> Iterator[int | None]:
         """Its exit code every PROBE seconds: None while it runs, then once the number; for `seconds` at most.
 
-        Raises:
-            FlowerError: it ended, and the caller still wants another look.
+        A look after the end is a FlowerError.
         """
         begin = time.monotonic()
         while seconds is None or time.monotonic() - begin <= seconds:
@@ -177,16 +162,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: float = 60.0) -> None:
-    """Wait until a daemon answers.
+    """Wait until a daemon answers at its health address; a FlowerError quotes the log of one that does not.
 
-    Args:
-        process: the daemon.
-        url: its health address, http or https.
-        ca: certificate that signed the server's, for https; nobody else is trusted.
-        seconds: how long to wait.
-
-    Raises:
-        FlowerError: it ended, or did not answer in time; quotes the log.
+    For https only the authority `ca` is trusted.
     """
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     reason = "no answer"
@@ -206,11 +184,7 @@ def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: fl
 
 
 def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
-    """Pass on a process's log line by line until it ends.
-
-    Raises:
-        FlowerError: still running after `seconds`.
-    """
+    """Pass on a process's log line by line until it ends; returns its exit code, or raises a FlowerError after `seconds`."""
     with process.open_log() as log:
         for code in process.looks(seconds):
             for line in _whole_lines(log):
