@@ -1,9 +1,7 @@
 """Files that are whole or absent, whatever kills the process or fills the disk.
 
-In:   named arrays and string metadata.
-Out:  a safetensors file; the arrays back, bit for bit, after their checksum was compared.
-Who:  the federated client's store and the server's checkpoint; the task store of serving. `replacing` is for files of
-      other kinds: the ledger, tables and the page of an analysis.
+`write` and `read` are for arrays: the federated client's state, the server's checkpoint, serving's tasks on disk.
+`replacing` is for files of other kinds, `written_whole` for an adapter folder.
 
 A file of arrays is written under a name of its own in the same folder, flushed to the disk, renamed over the final
 name, and the folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but
@@ -38,11 +36,7 @@ class DamagedFileError(ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end of the block; after an error nothing has changed.
-
-    Args:
-        path: in a folder that exists.
-    """
+    """A draft to write, which takes the place of `path` at the end of the block; after an error nothing has changed."""
     draft = path.with_name(f".{path.name}.tmp")
     try:
         yield draft
@@ -57,9 +51,6 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[str]:
 
     Files are renamed one by one, weights before config. If the block raises, the files in `folder` are untouched.
     The temporary folder lies inside `folder`: only within one file system is a rename atomic.
-
-    Yields:
-        The path to write to.
     """
     final = Path(folder).resolve()
     if final.is_file():
@@ -86,11 +77,7 @@ def _rank(path: Path) -> tuple[int, str]:
 
 
 def own_copy(key: str, value: NDArray | Tensor) -> Tensor:
-    """A contiguous tensor on the CPU that shares memory with nothing.
-
-    Raises:
-        TypeError: an array of a dtype that has no tensor.
-    """
+    """A contiguous tensor on the CPU that shares memory with nothing; a TypeError for a dtype that torch has not."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     array = np.array(value, order="C")  # np.ascontiguousarray would make [] to [1]
@@ -101,17 +88,7 @@ def own_copy(key: str, value: NDArray | Tensor) -> Tensor:
 
 
 def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the file, replacing what was there, or leave everything as it was.
-
-    Args:
-        path: in a folder that exists or can be made.
-        arrays: of any dtype and shape; none at all is fine.
-        metadata: read back by `read`.
-
-    Raises:
-        OSError: the disk's own, with the temporary file removed.
-        TypeError: see `own_copy`.
-    """
+    """Write the file, replacing what was there, or leave everything as it was; its folder is made."""
     tensors = {key: own_copy(key, value) for key, value in arrays.items()}
     data = to_bytes(tensors, {**metadata, CHECKSUM: _checksum(tensors, metadata)})
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -130,12 +107,7 @@ def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Arrays and metadata of a file that `write` made.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedFileError: cut short, changed, or without our checksum.
-    """
+    """Arrays and metadata of a file that `write` made; a DamagedFileError if it is cut short, changed, or another's."""
     if not path.exists():
         raise FileNotFoundError(path)
     try:

@@ -1,8 +1,6 @@
 """One look for all figures: palette, themes, panels, PNG. matplotlib's global state and its windows are never touched.
 
-In:   sizes in inches, and painters that draw on axes.
-Out:  PNG, as a file or as bytes.
-Who:  the figures of analyses, federations, studies and benchmarks. matplotlib is imported when the first is drawn.
+For analyses, federations, studies and benchmarks. matplotlib is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -26,11 +24,7 @@ DARK = {"paper": "#1b1e26", "ink": "#e8eaf0", "soft": "#a7afbe", "line": "#32374
 
 
 def check_matplotlib(remedy: str = "the figures need matplotlib: pip install matplotlib") -> None:
-    """Raise if there is none.
-
-    Raises:
-        ImportError: with `remedy` as its text.
-    """
+    """Raise an ImportError with `remedy` as its text if there is none."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -38,11 +32,7 @@ def check_matplotlib(remedy: str = "the figures need matplotlib: pip install mat
 
 
 def figure(width: float, height: float, *, dpi: int = DPI, layout: str | None = "constrained") -> Figure:
-    """An empty figure of `width` times `height` inches.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """An empty figure of `width` times `height` inches."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,8 +1,6 @@
-"""Running a part of a model again, in the backward pass, with the routing of its forward.
+"""Activation checkpoints: running a part of a model again, in the backward pass, with the routing of its forward.
 
-In:   a function that an activation checkpoint runs twice.
-Out:  the same function, bound to the routing of now; layers that read the same state both times.
-Who:  users, by `keep_routing`; the PEFT tuner wraps transformers' checkpoints; routed layers ask `replayed_state`.
+Users wrap what they checkpoint in `keep_routing`, the tuner does it for transformers; layers ask `replayed_state`.
 
 The recomputation runs long after the forward: `adapter_names` is gone, `route` blocks are left, `set_task`
 and `set_adapter` may have changed. So each checkpointed segment is run, both times, in a copy of the
@@ -49,13 +47,7 @@ def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
 def replayed_state(layer: nn.Module, read: Callable[[], Any], routed: bool) -> Any:
     """What the layer reads from the model (active adapters, fixed tasks): as in the segment's first run.
 
-    Args:
-        layer: who asks.
-        read: reads the present state.
-        routed: whether the outcome depends on task ids.
-
-    Raises:
-        RuntimeError: a task-routed layer is recomputed in the backward pass without `keep_routing`.
+    A RuntimeError if a layer that is `routed` by task ids is recomputed in the backward pass without `keep_routing`.
     """
     if torch.compiler.is_compiling():
         return read()

@@ -1,14 +1,13 @@
 """Which rows belong to which task: built once per batch, shared by every layer.
 
-In:   task ids as the user has them (one per batch row, or one per token; -1 = base model only).
-Out:  `RowGroups`, the same ids as kernels want them: for each task the list of its rows.
-Who:  `ops` turn ids into groups; modules and integrations read the ids of the running batch from the
-      routing context, `with route(ids): model(x)`.
+From task ids as the user has them (one per batch row or per token, -1 for the base model alone) to `RowGroups`, as
+kernels want them: for each task the list of its rows. Layers read the ids of the running batch from the routing
+context, `with route(ids): model(x)`.
 
-A `Routing` remembers the groups it built, so a model of 200 layers sorts its ids once. A module never
-changes the ids: beams and packed rows are expanded here (`expand_ids`), nowhere else. Which dimension of a layer's
-input is the batch cannot be read from its shape: a layer that knows says so (`Layout`); for all others only the first
-dimension counts, and what does not fit is refused.
+A `Routing` remembers the groups it built, so a model of 200 layers sorts its ids once. A layer never changes the ids:
+beams and packed rows are expanded here (`expand_ids`), nowhere else. Which dimension of a layer's input is the batch
+cannot be read from its shape: a layer that knows says so (`Layout`); for all others only the first dimension counts,
+and what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -42,14 +41,9 @@ class RowGroups(NamedTuple):
 
 
 def group_rows(ids: Tensor, num_tasks: int) -> RowGroups:
-    """Group rows by task with one stable sort.
+    """Group rows by task with one stable sort, on the ids' device and without a transfer to the host.
 
-    Args:
-        ids: task of each row `[M]`, any integer dtype, values -1 .. num_tasks - 1.
-        num_tasks: E.
-
-    Returns:
-        The groups, on the ids' device, without a transfer to the host.
+    `ids` is the task of each row `[M]`, of any integer dtype, -1 .. num_tasks - 1.
     """
     ids = ids.to(torch.int32)
     by_task, order = torch.sort(ids, stable=True)
@@ -59,14 +53,10 @@ def group_rows(ids: Tensor, num_tasks: int) -> RowGroups:
 
 
 def check_ids(task_ids: Tensor, num_tasks: int) -> None:
-    """Raise unless every id names a task or is -1.
+    """Raise a TypeError unless ids are integers, a ValueError unless each names a task or is -1.
 
     Reads the smallest and largest id back to the host, so it is skipped while a graph is being traced or
     captured; a row whose id names no task then gets the base output alone.
-
-    Raises:
-        TypeError: the ids are not integers.
-        ValueError: an id is below -1 or not below num_tasks.
     """
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise TypeError(f"task_ids must be integers, got {task_ids.dtype}; use task_ids.long()")
@@ -179,11 +169,7 @@ class Routing:
 
 
 class ConstantRouting(Routing):
-    """One task for every row: its groups need no sort, which a compiled graph would hold once per layer.
-
-    Args:
-        task: the task; -1 means the base alone.
-    """
+    """One task for every row: its groups need no sort, which a compiled graph would hold once per layer."""
 
     def __init__(self, task: int) -> None:
         super().__init__(torch.tensor([task]))

@@ -1,8 +1,7 @@
 """Settings files: YAML read as people mean it, and every mistake in it said at once.
 
-In:   a YAML file; a pydantic model and what it refused.
-Out:  a mapping; YAML text that reads back the same; one line per mistake with the key's path, the value and the remedy.
-Who:  recipes of `alora train`, configurations of federated runs.
+For the recipes of `alora train` and the configurations of federated runs, which are pydantic models: a mistake is one
+line with the key's path, the value and the remedy.
 
 PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false, `12:30` is 750, and the second of two equal keys
 wins without a word. Here scalars follow YAML 1.2, and a key that is given twice is refused.
@@ -77,10 +76,7 @@ _Dumper.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a YAML text holds.
-
-    Args:
-        text: bytes may be UTF-8 or UTF-16, with or without a byte order mark.
+    """What a YAML text holds; bytes may be UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises:
         ValueError: not YAML, or a key given twice in one mapping; the message names line and column.
@@ -103,9 +99,7 @@ def write_yaml(values: Any) -> str:
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per mistake: the key's path, what is wrong with the value, and what the setting is for.
 
-    Args:
-        error: what pydantic says.
-        model: what it was asked to make. Tags of its unions begin with "as ", so that they are not taken for keys.
+    Tags of the model's unions begin with "as ", so that they are not taken for keys.
     """
     found = error.errors(include_url=False)
     within = {each["loc"][:i] for each in found for i in range(len(each["loc"]))}
@@ -161,15 +155,7 @@ def _records(annotation: Any) -> Iterator[Any]:
 
 
 def read_mapping(path: Path, example: str) -> dict[str, Any]:
-    """The mapping that a settings file holds.
-
-    Args:
-        path: of the file.
-        example: a line that would do, for the message.
-
-    Raises:
-        ValueError: it cannot be read, or is no YAML mapping with names for keys.
-    """
+    """The mapping of a settings file, with names for keys; a ValueError shows `example`, a line that would do."""
     try:
         values = read_yaml(path.read_bytes())
     except OSError as error:

@@ -10,12 +10,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """A stranger's text on one line: nothing in it moves a cursor or starts a line, and it ends.
-
-    Args:
-        text: anything.
-        longest: characters at most, the ellipsis included; None for all.
-    """
+    """A stranger's text on one line, of `longest` characters at most: nothing in it moves a cursor or starts a line."""
     shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
 
