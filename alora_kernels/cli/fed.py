@@ -206,7 +206,7 @@ def _table(settings: FedConfig) -> Iterator[None]:
 
 
 def _report(folder: Path) -> None:
-    """What came of a run: the table, and the plot beside its ledger."""
+    """The table of a run, and the plot beside its ledger."""
     from ..federated import plot, view
     from ..federated.log import read
     from ..federated.server import LEDGER, PLOT

@@ -36,7 +36,7 @@ EVAL_BATCH = 64
 
 @dataclass(frozen=True)
 class _Base:
-    """A model as it was read, its tokenizer, its fingerprint; nobody trains it, participants copy it."""
+    """A model as it was read; nobody trains it, participants copy it."""
 
     model: nn.Module
     tokenizer: Any
@@ -44,16 +44,10 @@ class _Base:
 
 
 def participant(config: FedConfig, client_name: str, *, data_file: str | Path | None = None) -> Participant:
-    """One client of a run, with its data.
+    """One client of a run, with its data; its metrics are `accuracy` and `loss` on its test rows.
 
-    Args:
-        config: the run.
-        client_name: one of its clients.
-        data_file: the client's own `.jsonl` file with `prompt` and `answer`, instead of the task the configuration
-            names; if that task is a built-in one, answers must be among its label words.
-
-    Returns:
-        A participant whose metrics are `accuracy` and `loss` on its test rows.
+    `data_file` is the client's own `.jsonl` file with `prompt` and `answer`, instead of the task the configuration
+    names; if that task is a built-in one, answers must be among its label words.
 
     Raises:
         ConfigError: the configuration has no such client, no data for it, an unclear kind of model, other metrics, or
@@ -79,12 +73,7 @@ def participant(config: FedConfig, client_name: str, *, data_file: str | Path | 
 
 
 def template(config: FedConfig) -> nn.Module:
-    """The adapted model as a server needs it: shapes and initial values, no data.
-
-    Raises:
-        ConfigError: as `participant`; or a shared head over tasks whose label words only their clients know.
-        MissingPackageError, OSError: the model cannot be read.
-    """
+    """The adapted model as a server needs it: shapes and initial values, no data; errors as `participant`."""
     _check(config)
     shared = _shared_labels(config)
     if config.head == "shared" and kind_of(config) == "encoder" and shared is None:
@@ -101,11 +90,7 @@ def base_fingerprint(config: FedConfig) -> str:
 
 
 def kind_of(config: FedConfig) -> str:
-    """ "encoder" or "causal": as configured, or by the model's name.
-
-    Raises:
-        ConfigError: neither says which.
-    """
+    """ "encoder" or "causal": as configured, or by the model's name; a ConfigError if neither says which."""
     if config.kind is not None:
         return config.kind
     if config.model not in KINDS:
@@ -230,11 +215,7 @@ def task_rows(
     test_size: int,
     max_length: int,
 ) -> Rows:
-    """Rows of a task (or of the file that takes its place), read and tokenised once per process.
-
-    Raises:
-        ValueError: fewer than two different answers, answers that are not label words, or as in `data.load_task`.
-    """
+    """Rows of a task (or of the file that takes its place), read and tokenised once per process."""
     name = str(task if data_file is None else data_file)
     source = (task or name) if data_file is None else data.TaskSpec("own", name, task_column=None)
     splits = data.load_task(source, seed=seed, train_size=train_size, test_size=test_size)

@@ -39,8 +39,7 @@ class Result:
     Attributes:
         method: name of the method, or "majority" or "untuned".
         accuracy: client -> accuracy on its test rows at the end.
-        bytes_round: arrays up and down, per client and round, on average.
-        bytes_total: arrays up and down, all clients and rounds.
+        bytes_round: arrays up and down, per client and round, on average; bytes_total of all clients and rounds.
         rejected: replies that the guard refused.
     """
 
@@ -105,11 +104,7 @@ def baselines(config: FedConfig) -> list[Result]:
 
 
 def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message: None) -> Result:
-    """Run a configuration in this process, or read the run that its folder holds.
-
-    Args:
-        config: the run; `output` is a folder of its own.
-        on_message: sees every message of a run, for a progress bar.
+    """Run a configuration in this process, or read the run that its folder holds; `on_message` sees every message.
 
     Raises:
         ValueError: the folder holds a run of another configuration.
@@ -141,11 +136,7 @@ def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """One row per method, in the order of first appearance.
-
-    Raises:
-        ValueError: no results.
-    """
+    """One row per method, in the order of first appearance."""
     if not results:
         raise ValueError("results is empty: run at least one method")
     alone = {r.seed: r.accuracy for r in results if r.method == ALONE}
@@ -217,9 +208,6 @@ def plot(results: Sequence[Result], path: Path) -> Path:
 
     Left, a line per method: a dot per client (mean over seeds), a bar at the mean over clients with the range over
     seeds. Right, bytes per client and round.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     plotting.check_matplotlib("the picture needs matplotlib: pip install 'alora-kernels[federated]'")
     rows = rows_of(results)
