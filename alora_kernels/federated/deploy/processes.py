@@ -184,7 +184,7 @@ def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: fl
 
 
 def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
-    """Pass on a process's log line by line until it ends; returns its exit code, or raises a FlowerError after `seconds`."""
+    """Pass on a process's log line by line until it ends with this exit code; a FlowerError after `seconds`."""
     with process.open_log() as log:
         for code in process.looks(seconds):
             for line in _whole_lines(log):
