@@ -58,7 +58,6 @@ def _own(tensor: Tensor) -> nn.Parameter:
 
 
 def lora(problem: Problem) -> Layer:
-    """One LoRA for all rows."""
     layer = _adapt(problem, _lora_config(problem), ["one"])
     layer.lora_A["one"].weight, layer.lora_B["one"].weight = _own(problem.tensor("a1")), _own(problem.tensor("b"))
     x = problem.tensor("x")

@@ -164,7 +164,6 @@ def render(measured: str, plans: Plans, tiles: Tiles) -> str:
 
 
 def show(title: str, said: Mapping[Any, str], best: Any) -> None:
-    """A table of what was tried."""
     table = Table("candidate", "measured", title=title, title_justify="left")
     for name, words in said.items():
         table.add_row(str(name), words, style="bold green" if name == best else None)
@@ -184,7 +183,6 @@ def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
 
 
 def print_check(chip: str, workers: int) -> None:
-    """The table of `--check`."""
     table = Table("idea", "tile", "registers", "spilled", "shared", "programs per processor", "verdict")
     for idea, tile, row in check_candidates(chip, workers):
         verdict = row.error or ("spills" if row.spilled else "does not fit" if row.programs < 1 else "ok")

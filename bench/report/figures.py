@@ -42,7 +42,9 @@ def legend(made: Any, shown: Mapping[str, str], **options: Any) -> None:
     """A line of coloured labels above a figure."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=color, label=label) for label, color in shown.items()]
+    handles = [
+        Patch(facecolor=color, edgecolor=DARK_GREY, linewidth=0.5, label=label) for label, color in shown.items()
+    ]
     made.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9, **options)
 
 

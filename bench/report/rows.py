@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -101,16 +101,7 @@ class Row:
         return " ".join(f"{letter.upper()}={getattr(self, letter)}" for letter in "mknre") + f" {self.dtype}"
 
 
-class Dated(Protocol):
-    """Any record that says when its run began."""
-
-    @property
-    def date(self) -> str:
-        """ISO."""
-
-
-RowT = TypeVar("RowT")
-DatedT = TypeVar("DatedT", bound=Dated)
+RowT = TypeVar("RowT", bound=Any)  # any record with the `date` of its run
 
 
 def grouped(rows: Iterable[RowT], key: Callable[[RowT], Hashable]) -> list[list[RowT]]:
@@ -122,10 +113,10 @@ def grouped(rows: Iterable[RowT], key: Callable[[RowT], Hashable]) -> list[list[
 
 
 def newest(
-    rows: Iterable[DatedT], key: Callable[[DatedT], Hashable], counts: Callable[[DatedT], bool] = lambda row: True
-) -> list[DatedT]:
+    rows: Iterable[RowT], key: Callable[[RowT], Hashable], counts: Callable[[RowT], bool] = lambda row: True
+) -> list[RowT]:
     """For every key the rows of its newest run, of those with a row that counts."""
-    chosen: list[DatedT] = []
+    chosen: list[RowT] = []
     for same in grouped(rows, key):
         last = max((row.date for row in same if counts(row)), default=None)
         chosen += [row for row in same if row.date == last]

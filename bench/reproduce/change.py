@@ -26,7 +26,6 @@ START, EARLY, W0, KEPT = "start", "early", "W0", "W0, A as at its start"
 
 
 def cases(config: Config) -> list[str]:
-    """A unit of work per task."""
     return list(config.names)
 
 

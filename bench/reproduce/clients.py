@@ -30,7 +30,6 @@ VECTOR = {"d": "A", "b": "B"}
 
 
 def cases(config: Config) -> list[str]:
-    """A unit of work per variant and alpha."""
     return [f"{variant}, alpha {alpha:g}" for variant in config.variants for alpha in config.alphas]
 
 
@@ -149,7 +148,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per variant and alpha."""
     lines = []
     for case in _known(rows):
         cells = [spread(_of(rows, case, p, m)) for p, m in (("A", BETWEEN), ("B", BETWEEN), ("A", OWN))]

@@ -123,13 +123,11 @@ def block(config: Config, rows: Sequence[Number], source: str) -> str:
 
 
 def _origin(row: Number) -> str:
-    """Where a row comes from, in one line."""
     versions = f"torch {row.torch}, transformers {row.transformers}, peft {row.peft}"
     return f"{row.device}, {versions}, commit {row.commit}, {row.date[:10]}"
 
 
 def setting(config: Config) -> str:
-    """The settings in one line."""
     parts = [config.model, f"tasks {', '.join(config.names)}"]
     if config.budget != "rank":
         parts.append("ranks by parameters")

@@ -26,7 +26,6 @@ SIZES = ("rounds", "local_steps", "batch_size", "train_size", "test_size", "max_
 
 
 def cases(config: Config) -> list[str]:
-    """A unit of work per method."""
     return list(config.methods)
 
 
@@ -70,7 +69,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per method."""
     lines = [[name, percents(rows, measure=name)] for name in ROWS]
     for case in dict.fromkeys(row.case for row in rows):
         average, worst = (percents(rows, case=case, measure=m) for m in ("average", "worst"))

@@ -26,7 +26,6 @@ SOURCE = "ALoRA, its tables"
 
 
 def cases(config: Config) -> list[str]:
-    """A unit of work per method."""
     return list(config.methods)
 
 

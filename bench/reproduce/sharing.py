@@ -32,7 +32,6 @@ LABELS = {
 
 
 def cases(config: Config) -> list[str]:
-    """A unit of work per method."""
     return list(config.methods)
 
 
@@ -113,7 +112,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per method."""
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         norms = [spread(_mean(rows, case, part, "norm"), ".4f") for part in "AB"]

@@ -24,7 +24,6 @@ SOURCE = "ALoRA, Fig. 1"
 
 
 def cases(config: Config) -> list[str]:
-    """One unit of work per seed."""
     return ["lora"]
 
 

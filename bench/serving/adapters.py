@@ -67,12 +67,10 @@ class Adapters:
 
     @cached_property
     def a_bytes(self) -> int:
-        """One task's A, all layers."""
         return sum(a[0].nbytes for a in self.a.values())
 
     @cached_property
     def b_bytes(self) -> int:
-        """B, all layers."""
         return sum(b.nbytes for b in self.b.values())
 
     def write(self, folder: Path, tasks: int) -> Path:

@@ -43,7 +43,6 @@ class Load:
     new_tokens: int = 24
 
     def warm(self) -> Load:
-        """The wave before those that count."""
         return replace(self, requests=self.concurrency)
 
 

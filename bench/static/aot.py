@@ -101,7 +101,6 @@ def to_job(chip: str, launch: ak.Launch) -> Job:
 
 
 def _recorded(chip: str) -> list[ak.Launch]:
-    """All launches of all cases on a chip."""
     with ak.recording(chip) as launches:
         for case in CASES:
             torch.set_float32_matmul_precision(case.precision)

@@ -58,7 +58,6 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        """Its sizes in a few characters."""
         return f"{self.m} x {self.k} -> {self.n}"
 
 
@@ -116,12 +115,10 @@ class Prediction:
 
     @property
     def moved(self) -> int:
-        """Bytes of all launches."""
         return sum(step.moved for step in self.steps)
 
     @property
     def ratio(self) -> float:
-        """Predicted time over the frozen layer's."""
         return self.microseconds / self.frozen
 
 
@@ -245,11 +242,9 @@ class _Tensors:
         return triton_backend.linear_backward(*given, PLANS[plan] if plan else None)
 
     def frozen(self, direction: str) -> Tensor:
-        """The layer without an adapter."""
         return F.linear(self.x, self.w) if direction == FORWARD else self.dy @ self.w
 
     def inputs(self, direction: str) -> list[Tensor]:
-        """What a pass must read."""
         given = [self.x, self.w, self.b, *_tensors(self.adapter)]
         return given if direction == FORWARD else [*given, self.dy, *_tensors(self.saved)]
 
