@@ -1,12 +1,9 @@
-"""An engine without a model: it keeps the engine's contract, and answers with words at a pace and with faults as told.
+"""The engine without a model: a loop of its own answers with words, at a pace and with faults as told.
 
-In:   names of tasks; how long an answer is; how long a step takes; a gate that holds every step.
-Out:  `FakeEngine`; `httpserver.running` puts a real HTTP server around it.
-Who:  tests of the HTTP server; anything that needs a server whose answers are known and whose speed is not the point.
-
-The answer to a prompt on task "movie" is "movie0 movie1 movie2 ...", one word a token; with `echo` the first word is
-"movie read: " and the prompt. A prompt with the word "boom" fails after its first token. `hold()` stops all answers
-where they are and `go()` lets them go on; `allowed` stops each at so many words. A test may change all while it runs.
+Requests are checked, queued, cancelled and drained by the real `Engine` and `RequestTable`. The answer to a prompt on
+task "movie" is "movie0 movie1 movie2 ...", one word a token; with `echo` the first word is "movie read: " and the
+prompt. A prompt with the word "boom" fails after its first token. `hold()` stops all answers where they are and `go()`
+lets them go on; `allowed` stops each at so many words. A test may change all while it runs.
 """
 
 from __future__ import annotations
@@ -14,23 +11,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from alora_kernels.adapters.cards import TaskCard
-from alora_kernels.serving import EngineConfig, Stats, TaskInfo
-from alora_kernels.serving.errors import (
-    AdapterRefusedError,
-    NotServingError,
-    QueueFullError,
-    RequestError,
-    UnknownTaskError,
-)
+from alora_kernels.serving import Engine, EngineConfig, Stats, TaskInfo
+from alora_kernels.serving.errors import AdapterRefusedError, UnknownTaskError
 from alora_kernels.serving.metrics import Metrics
-from alora_kernels.serving.request import Completion, Generation, Piece, Sampling
+from alora_kernels.serving.request import Generation, Sampling
+from alora_kernels.serving.request_table import RequestTable, Run
 
 VOCABULARY = 1000
 BOOM = "boom"
@@ -43,10 +34,25 @@ CARDS = {
 
 
 class FakeTokenizer:
-    """One id per word. With a template, a chat becomes `<role> text ... <assistant>`."""
+    """An id per word of a prompt, ids above for words of answers. A chat becomes `<role> text ... <assistant>`."""
 
     def __init__(self, chat_template: str | None = None) -> None:
         self.chat_template = chat_template
+        self.texts: dict[tuple[int, ...], str] = {}  # of prompts, by their ids
+        self.words: list[str] = []  # of answers
+        self.backend_tokenizer = SimpleNamespace(decode=self.decode)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [sum(word.encode()) % VOCABULARY for word in text.split()]
+        self.texts[tuple(ids)] = text
+        return {"input_ids": ids}
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(self.words[id - VOCABULARY] if id >= VOCABULARY else "word " for id in ids)
+
+    def token(self, word: str) -> int:
+        self.words.append(word)
+        return VOCABULARY + len(self.words) - 1
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
@@ -77,6 +83,9 @@ class FakeStore:
     def tasks(self) -> list[TaskInfo]:
         return list(self._tasks.values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tasks
+
     def names(self) -> list[str]:
         return list(self._tasks)
 
@@ -103,19 +112,26 @@ class FakeStore:
         self.closed = True
 
 
-@dataclass
-class _Run:
-    generation: Generation
-    prompt: list[int]
-    sampling: Sampling
-    said: str
-    fails: bool
-    words: int
-    told: list[str] = field(default_factory=list)
-    submitted: float = field(default_factory=time.perf_counter)
+class NotingTable(RequestTable):
+    """Remembers what was taken, and the tasks of requests that were cancelled while they ran or waited."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.taken: dict[str, Run] = {}
+        self.cancelled: set[str] = set()
+
+    def enqueue(self, run: Run) -> None:
+        super().enqueue(run)
+        self.taken[run.generation.id] = run
+
+    def cancel(self, id: str) -> None:
+        with self.changed:
+            if not self.taken[id].ended:
+                self.cancelled.add(self.taken[id].generation.task or "base")
+            super().cancel(id)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """See the module.
 
     Args:
@@ -128,6 +144,8 @@ class FakeEngine:
 
     Attributes:
         faults: task -> what its submission raises, or "boom": it fails after its first token.
+        submitted: prompt, task and settings of everything that was taken.
+        refuse_next: submit raises these first, one each.
     """
 
     def __init__(
@@ -142,46 +160,31 @@ class FakeEngine:
     ) -> None:
         self.config = config or EngineConfig(max_batch=32, max_waiting=64, max_context=64)
         self.store, self.tokenizer, self.metrics = FakeStore(tasks), FakeTokenizer(chat_template), Metrics()
+        self._vocabulary, self._tokenizing, self._admission = VOCABULARY, threading.Lock(), None
+        self._table = NotingTable(self.config.max_waiting, self.config.max_batch, [], None, self.metrics)
         self.words, self.delay, self.echo, self.allowed = words, delay, echo, 10**9
         self.faults: dict[str, Exception | str] = {}
+        self.submitted: list[tuple[Any, str | None, Sampling]] = []
+        self.refuse_next: list[Exception] = []
         self.stats_asked = 0
-        self.state = "new"
-        self.submitted: list[tuple[Any, str | None, Sampling]] = []  # everything that was taken
-        self.cancelled: set[str] = set()  # tasks of requests that were cancelled while they ran or waited
-        self.refuse_next: list[Exception] = []  # submit raises these first, one each
-        self._lock = threading.Condition()
         self._gate = threading.Event()
         self._gate.set()
-        self._runs: dict[str, _Run] = {}  # in order of arrival: the first max_batch run, the others wait
-        self._finished = self._generated = 0
-        self._started = time.perf_counter()
+
+    @property
+    def cancelled(self) -> set[str]:
+        """Tasks of requests that were cancelled while they ran or waited."""
+        return self._table.cancelled
 
     def start(self) -> FakeEngine:
-        self.state = "ready"
+        self._table.state, self._started = "ready", time.perf_counter()
         threading.Thread(target=self._loop, daemon=True).start()
         return self
 
-    def __enter__(self) -> FakeEngine:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def close(self) -> None:
-        if self.state == "ready":
-            self.state = "draining"
-
-    def drain(self, timeout: float | None = None) -> bool:
-        self.close()
-        with self._lock:
-            return self._lock.wait_for(lambda: not self._runs, timeout)
-
     def stop(self) -> None:
-        with self._lock:
-            self.state = "stopped"
-            for run in list(self._runs.values()):
-                self._end(run, "error", "the engine was stopped")
-            self._lock.notify_all()
+        with self._table.changed:
+            self._table.state = "stopped"
+            self._table.end_all("cancelled", "the engine was stopped", waiting=True)
+            self._table.release_all()
 
     def hold(self) -> None:
         """No answer gets another word."""
@@ -191,111 +194,51 @@ class FakeEngine:
         """All go on."""
         self._gate.set()
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return [sum(word.encode()) % VOCABULARY for word in text.split()]
-
     def submit(self, prompt: Any, task: str | None = None, sampling: Sampling | None = None) -> Generation:
-        sampling = sampling or Sampling()
-        if self.refuse_next:
-            raise self.refuse_next.pop(0)
-        fault = self.faults.get(task or "")
+        fault = self.refuse_next.pop(0) if self.refuse_next else self.faults.get(task or "")
         if isinstance(fault, Exception):
             raise fault
-        if task is not None and task not in self.store.names():
-            raise UnknownTaskError(task, self.store.names())
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        context = self.config.max_context or 0
-        if not ids:
-            raise RequestError("the prompt is empty: give at least one token", "prompt")
-        if len(ids) >= context:
-            raise RequestError(f"the prompt has {len(ids)} tokens, the context {context}: shorten it", "prompt")
-        if any(not 0 <= one < VOCABULARY for one in ids):
-            raise RequestError(f"token id {max(ids)} is not in the vocabulary", "prompt")
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, context - len(ids)))
-        fails = fault == BOOM or self.encode(BOOM)[0] in ids
-        generation = Generation(uuid.uuid4().hex, task, len(ids), self._cancel)
-        with self._lock:
-            if self.state != "ready":
-                raise NotServingError(f"the engine is {self.state}: it takes no new requests")
-            waiting = len(self._runs) - self.config.max_batch
-            if waiting >= self.config.max_waiting:
-                raise QueueFullError(waiting, 2.5)
-            self.submitted.append((prompt, task, sampling))
-            self._runs[generation.id] = _Run(generation, ids, sampling, str(prompt), fails, self.words)
-            self._lock.notify_all()
+        generation = super().submit(prompt, task, sampling)
+        self.submitted.append((prompt, task, self._table.taken[generation.id].sampling))
         return generation
 
     def stats(self) -> Stats:
         self.stats_asked += 1
-        running = min(len(self._runs), self.config.max_batch)
-        return Stats(
-            state=self.state,  # type: ignore[arg-type]
-            running=running,
-            waiting=len(self._runs) - running,
-            max_batch=self.config.max_batch,
-            max_waiting=self.config.max_waiting,
-            batch_rows=running,
-            batch_requests=running,
-            tokens_per_second=0.0,
-            requests_finished=self._finished,
-            tokens_generated=self._generated,
-            tasks_resident=len(self.store.names()),
-            tasks_known=len(self.store.names()),
-            uptime=time.perf_counter() - self._started,
-            cache_used=running / self.config.max_batch,
-        )
+        return super().stats()
 
     def idle(self, timeout: float = 60.0) -> bool:
         """Whether nothing runs, or will soon."""
-        with self._lock:
-            return self._lock.wait_for(lambda: not self._runs, timeout)
-
-    def _cancel(self, id: str) -> None:
-        with self._lock:
-            if id in self._runs:
-                self.cancelled.add(self._runs[id].generation.task or "base")
-                self._end(self._runs[id], "cancelled")
+        table = self._table
+        with table.changed:
+            return table.changed.wait_for(lambda: not table.running and not table.waiting, timeout)
 
     def _loop(self) -> None:
+        table = self._table
         while self.state != "stopped":
             self._gate.wait(0.05)
             time.sleep(self.delay)
-            with self._lock:
-                self._lock.wait_for(lambda: bool(self._runs) or self.state == "stopped", 0.5)
-                if self._gate.is_set():
-                    for run in list(self._runs.values())[: self.config.max_batch]:
-                        if len(run.told) < self.allowed:
-                            self._step(run)
+            with table.changed:
+                table.changed.wait_for(lambda: table.waiting or table.running or self.state == "stopped", 0.5)
+                while table.waiting and len(table.running) < table.max_batch:
+                    run = table.waiting.popleft()
+                    run.started = time.perf_counter()
+                    table.running[run.generation.id] = run
+                runs = [run for run in table.running.values() if self._gate.is_set() and not run.ended]
+                for run in runs:
+                    if len(run.tokens) < self.allowed:
+                        self._step(run)
+                table.stepped({id for id, run in table.running.items() if not run.ended}, len(runs), len(runs))
 
-    def _step(self, run: _Run) -> None:
-        if run.fails and run.told:
-            return self._end(run, "error", "boom, as asked")
-        if not run.words:
-            return self._end(run, "stop")
-        task = run.generation.task or "base"
-        word = f"{task} read: {run.said} " if self.echo and not run.told else f"{task}{len(run.told)} "
-        run.told.append(word)
-        self._generated += 1
-        full = len(run.told) >= run.sampling.max_tokens
-        if full or (len(run.told) >= run.words and not run.sampling.ignore_eos):
-            return self._end(run, "length" if full else "stop", text=word)
-        run.generation.push(Piece(word, len(run.told)))
-        return None
-
-    def _end(self, run: _Run, reason: Any, error: str | None = None, text: str = "") -> None:
-        if self._runs.pop(run.generation.id, None) is None:
-            return
-        self._finished += 1
-        completion = Completion(
-            run.generation.id,
-            run.generation.task,
-            "".join(run.told),
-            tuple(range(len(run.told))),
-            reason,
-            len(run.prompt),
-            error,
-            seconds=time.perf_counter() - run.submitted,
-        )
-        self.metrics.ended(completion)
-        run.generation.push(Piece(text, len(run.told), reason), completion)
-        self._lock.notify_all()
+    def _step(self, run: Run) -> None:
+        task, count = run.generation.task or "base", len(run.tokens)
+        boom = self.faults.get(task) == BOOM or self.encode(BOOM)[0] in run.prompt
+        if boom and count:
+            return self._table.output(run.generation.id, run.tokens, False, "boom, as asked")
+        said = self.tokenizer.texts.get(tuple(run.prompt), "")
+        word = f"{task} read: {said} " if self.echo and not count else f"{task}{count} "
+        full = count + 1 >= run.sampling.max_tokens and self.words
+        over = count + 1 >= self.words and not run.sampling.ignore_eos and not full
+        token = self.tokenizer.token(word if self.words else "")
+        if over:
+            self._table.eos.append(token)
+        return self._table.output(run.generation.id, [*run.tokens, token], bool(full or over), None)

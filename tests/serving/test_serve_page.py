@@ -112,10 +112,10 @@ class TestOnTheServer(PageContract):
 
     @pytest.mark.parametrize(("given", "said"), [("draining", "finishes what runs"), ("dreaming", '"dreaming"')])
     def test_a_state_other_than_ready(self, page: Any, engine: FakeEngine, given: str, said: str) -> None:
-        engine.state = given
+        engine._table.state = given
         page.locator("#banner").filter(has_text=said).wait_for()
         assert page.locator("#state").inner_text() == given
-        engine.state = "ready"
+        engine._table.state = "ready"
         page.locator("#banner").wait_for(state="hidden")
 
     def test_a_key_is_asked_for(self, context: Any, engine: FakeEngine) -> None:
