@@ -82,14 +82,9 @@ def serve(
     options = EngineOptions(model, tuple(adapter), sizes, resident, host_tasks, device, dtype)
     from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
     keys = tuple(api_key or from_environment)
-    loopback = is_loopback(host)
+    open_to_others = not is_loopback(host)
     try:
-        if not loopback and not keys and not allow_anonymous:
-            raise ValueError(
-                f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
-                " --allow-anonymous to let everybody in"
-            )
-        _check(options)
+        _check(options, host, open_to_others and not keys and not allow_anonymous)
         config = ServerConfig(
             base_model_id=served_name or model,
             host=host,
@@ -98,7 +93,7 @@ def serve(
             max_body_bytes=int(max_body_mb * (1 << 20)),
             rate_limit=rate_limit,
             adapter_roots=tuple(adapter_root or ()),
-            allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if loopback and not keys else None,
+            allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if not open_to_others and not keys else None,
             drain_timeout=drain_timeout,
         )
         code = _run(options, config)
@@ -107,8 +102,13 @@ def serve(
     raise typer.Exit(code)
 
 
-def _check(options: EngineOptions) -> None:
+def _check(options: EngineOptions, host: str, unguarded: bool) -> None:
     """Refuse before anything is loaded; the errors name the option."""
+    if unguarded:
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
+            " --allow-anonymous to let everybody in"
+        )
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     for folder in options.adapters:
