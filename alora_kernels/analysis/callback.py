@@ -1,9 +1,8 @@
 """Gradient conflicts while a model trains, from fixed probe batches to a CSV with a row per matrix every n steps.
 
-For users of transformers' Trainer or of ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`. The
-batches are given, not taken from training: the same ones at every step, so that a curve shows the model changing and
-not the data, and chosen by whoever reads it (`gradients.probe_batches`; held-out rows are the cleaner choice). Training
-with the callback gives bit for bit the weights of training without it.
+For transformers' Trainer and ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`. The batches are
+given (`gradients.probe_batches`, best of held-out rows) and the same at every step, so that a curve shows the model
+changing and not the data. Training with the callback gives bit for bit the weights of training without it.
 """
 
 from __future__ import annotations

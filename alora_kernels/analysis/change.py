@@ -1,8 +1,4 @@
-"""What training did to a weight: how far its columns moved, and which singular values its update s B A has.
-
-In:   a matrix before and after; a base weight and the factors A [R, K] and B [N, R] of its update; or any matrix.
-Out:  a `Change`: mean change of the columns' lengths and directions; a `Spectrum`: singular values, ranks, norm.
-Who:  `comparison` and users; A or B against their start, W0 against W0 + s B A.
+"""What training did to a weight: how far its columns moved (`Change`), which singular values s B A has (`Spectrum`).
 
 Columns run along dim 0, as in the paper: column c of W [N, K] is what input c does to all outputs. Work goes through
 the matrix in blocks of columns, so neither a float64 copy nor the merged weight of a large layer is ever whole. Nor is
@@ -159,9 +155,7 @@ def update_spectrum(a: Tensor, b: Tensor, scaling: float = 1.0) -> Spectrum:
     """The spectrum of s B A.
 
     Args:
-        a: `[R, K]`, one task's.
-        b: `[N, R]`.
-        scaling: s.
+        a, b, scaling: as for `merged_change`.
 
     Raises:
         TypeError, ValueError: not finite floating matrices, or of different ranks.

@@ -1,12 +1,8 @@
-"""Compare adapters, tasks or clients with each other, with their start and with the base: one `Analysis`.
+"""Compare adapters, tasks or clients with each other, with their start and with the base.
 
-In:   `Unit`s; the start they were trained from and the base model, if known.
-Out:  an `Analysis`: rows of similarity, change and size; a reason for everything that was left out.
-Who:  users in Python, `alora analyze`.
-
-Works module by module: in memory are the matrices of one module of all units, and the rows. The formulas are those of
-`similarity` and `change`; here each basis is computed once instead of once per pair (16 tasks: 16 decompositions, not
-240).
+`Unit`s become one `Analysis`: rows of similarity, change and size, and a reason for everything that was left out. Works
+module by module: in memory are the matrices of one module of all units, and the rows. The formulas are those of
+`similarity` and `change`, but each basis is computed once, not once per pair (16 tasks: 16 decompositions, not 240).
 """
 
 from __future__ import annotations
@@ -172,7 +168,7 @@ def _side(unit: Unit, label: str, start: Unit | None, module: str) -> _Side:
 
 @dataclass
 class _Module:
-    """One module of all units that have it; what is measured goes into the study, the reasons of the rest to `left`."""
+    """One module of all units that have it; what is measured goes into `study`, the reasons of the rest into `left`."""
 
     study: Analysis
     left: dict[tuple[str, str, str, str, str], list[str]]

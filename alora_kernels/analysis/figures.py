@@ -1,8 +1,6 @@
-"""Figures of an analysis: heat maps of pairs, curves over the layers, gradient conflicts over the steps.
+"""Figures of an `Analysis`: heat maps of pairs, curves over the layers, gradient conflicts over the steps.
 
-In:   an `Analysis`.
-Out:  `Picture`s: name, title, caption, what they show in words, and PNG on light and on dark paper.
-Who:  `report`, which writes them as files and puts them into the page. matplotlib is imported when the first is drawn.
+`report` writes the `Picture`s as files and puts them into its page. matplotlib is imported when the first is drawn.
 
 Colours of heat maps begin at zero. Over all modules they reach 0.1 at least, so that what is near nothing looks like
 nothing; layer by layer they end at the largest value, so that layers can be told apart. The level of chance, where it
@@ -69,20 +67,12 @@ class _Plan:
 
 
 def check_matplotlib() -> None:
-    """Raise if there is none.
-
-    Raises:
-        ImportError: naming the remedy.
-    """
+    """Raise ImportError, naming the remedy, if it is missing."""
     plotting.check_matplotlib(REMEDY)
 
 
 def pictures(analysis: Analysis) -> Iterator[Picture]:
-    """All figures that the analysis has numbers for.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """All figures that the analysis has numbers for. Raises as `check_matplotlib`."""
     check_matplotlib()
     for plan in (*_heat_maps(analysis), *_curves(analysis), *_conflicts(analysis)):
         light, dark = (_drawn(plan, theme) for theme in (plotting.LIGHT, plotting.DARK))

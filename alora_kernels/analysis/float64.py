@@ -13,12 +13,7 @@ from torch import Tensor
 
 
 def checked(name: str, matrix: Tensor) -> Tensor:
-    """The matrix itself, without its graph.
-
-    Raises:
-        TypeError: not a tensor, or not of a floating dtype.
-        ValueError: not two-dimensional, or empty.
-    """
+    """The matrix without its graph. Raises TypeError if it is no floating tensor, ValueError if not 2-D, or empty."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         found = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(f"{name} must be a tensor of a floating dtype, got {found}")

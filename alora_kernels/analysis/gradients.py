@@ -1,8 +1,7 @@
-"""Do tasks pull an adapter's matrices in opposite directions?
+"""Do tasks pull an adapter's matrices in opposite directions? A `Conflicts` per matrix says.
 
-In:   one batch per task, a model and its loss; gradients that somebody already has; the callback's CSV files.
-Out:  a `Conflicts` per matrix: gradient norm of each task, cosine of each pair, how many pairs conflict.
-Who:  users at any point of a training; `callback.ConflictCallback` every n steps; reports read the files again.
+For users at any point of a training and, every n steps, for `callback.ConflictCallback`, whose CSV files are read here
+again for reports.
 
 Two tasks conflict in a matrix where the cosine of their gradients is negative: a step for one undoes the other. Only
 what tasks share can conflict: under task routing A [E, R, K] is one slice per task, so those gradients never meet and

@@ -1,9 +1,4 @@
-"""What things are called, one name everywhere: modules by layer and kind, units by what tells them apart, measures.
-
-In:   full module names; paths of units; (part, measure) of a row.
-Out:  a `Place` per module, a distinct label per unit, words per measure.
-Who:  `comparison` for its rows; tables, figures and reports.
-"""
+"""What things are called, in rows, tables, figures and reports alike: modules by layer and kind, units, measures."""
 
 from __future__ import annotations
 
@@ -67,14 +62,10 @@ def _shortest_ends(tails: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def distinct(paths: Sequence[Sequence[str]]) -> list[str]:
-    """A short label for each path, no two alike.
+    """A short label for each path, no two alike; a path's words go from special to general: task, folder, parent, ...
 
-    Args:
-        paths: words from the most special to the most general: task, folder, parent, ...
-
-    Returns:
-        The first word where it is enough; else `word/first` with the nearest word that tells those of one first word
-        apart; else as many words as it takes, or a number.
+    The first word where it is enough; else `word/first` with the nearest word that tells those of one first word apart;
+    else as many words as it takes, or a number.
     """
     labels = [path[0] for path in paths]
     for label in {label for label in labels if labels.count(label) > 1}:

@@ -1,8 +1,6 @@
-"""One page that shows an analysis: what was compared, how to read it, tables, figures, what is missing and why.
+"""One page that shows an `Analysis`: what was compared, how to read it, tables, figures, what is missing and why.
 
-In:   an `Analysis`.
-Out:  `report.html`, complete in itself, and the figures as PNG beside it; the columns and reasons of any short table.
-Who:  users in Python, `alora analyze`, which prints the same columns.
+Writes `report.html`, complete in itself, and the figures as PNG beside it. `alora analyze` prints the same columns.
 
 Names of tasks, folders and modules come from strangers: the template escapes every text, and the page's own policy
 would run nothing even if it did not.

@@ -1,8 +1,4 @@
-"""How alike two matrices are: as vectors, and as the subspaces their rows span.
-
-In:   pairs of matrices A_i, A_j [R, K]; B passed as B^T.
-Out:  one number per pair, in float64; the level that chance alone reaches.
-Who:  `comparison`, and users comparing the tasks of an adapter.
+"""How alike two matrices A_i, A_j [R, K] (or B^T) are: as vectors, and as the subspaces their rows span; in float64.
 
 The two answer different questions. B A = (B Q^T)(Q A) for every rotation Q of the rank, so the cosine depends on a
 basis that training picked by accident (the common initialisation), while the overlap does not. Neither is small by
@@ -32,7 +28,7 @@ def cosine(p: Tensor, q: Tensor) -> float:
         p, q: of the same shape.
 
     Returns:
-        In [-1, 1]; nan if either is all zeros, which has no direction (B before its first step).
+        In [-1, 1]; nan if either is all zeros (B before its first step).
 
     Raises:
         IncomparableError: different shapes.

@@ -1,9 +1,5 @@
 """Folders become `Unit`s: the adapters, tasks or clients that are compared with each other.
 
-In:   paths: a folder with an ALoRA, LoRA, VeRA, LoRA-per-task or HydraLoRA adapter; a federated run, one client of it.
-Out:  `Unit`s: their matrices by part, one module at a time.
-Who:  users in Python, `alora analyze`.
-
 ALoRA and LoRA go through `read_adapter`, which distrusts folders of strangers; the other formats are read here in the
 same spirit: JSON and safetensors only, every number looked at once. Afterwards a file stays open and one module's
 matrices are read when asked for, so 16 tasks of a large model never have to be in memory together.
@@ -176,13 +172,10 @@ class _Weights:
         shared: str = "",
         scaling: Callable[[str, int], float] | None = None,
     ) -> Unit:
-        """The unit whose parts are these tensors.
+        """The unit whose parts are the tensors `found`; `base` is whatever the folder says of it.
 
-        Args:
-            found: the tensors.
-            names, kind, base, shared: of the unit; whatever the folder says of its base.
-            row: the unit's slice of the parts that are `stacked`.
-            scaling: (module, rank) -> s of B A; None where the parts are no update.
+        `row` is the unit's slice of the parts that are `stacked`; `scaling` gives s of B A for (module, rank), and is
+        None where the parts are no update.
         """
         rows = dict.fromkeys(stacked.split(), row)
 
@@ -203,19 +196,10 @@ class _Weights:
 def _matched(
     folder: Path, name: str, pattern: re.Pattern[str], dimensions: Mapping[str, tuple[int, ...]], checksum: bool = False
 ) -> tuple[_Weights, Found, dict[str, str]]:
-    """The tensors whose names match, by module and part; others (heads, frozen projections) are left alone.
+    """The file, its tensors whose names match `pattern` (module, part), and with `checksum` its metadata.
 
-    Args:
-        folder, name: the file.
-        pattern: its groups are the module and the part.
-        dimensions: part -> how many it may have.
-        checksum: whether `files.write` made the file.
-
-    Returns:
-        The file, what it has, its metadata (with `checksum`).
-
-    Raises:
-        AdapterFolderError: does not read, nothing matches, wrong dimensions, NaN or infinity.
+    Other tensors (heads, frozen projections) are left alone. `dimensions`: part -> how many it may have. `checksum`:
+    `files.write` made the file. Raises AdapterFolderError: damaged, nothing matches, wrong dimensions, NaN or infinity.
     """
     path, found, bad = folder / name, Found(), list[str]()
     try:

@@ -1,8 +1,4 @@
-"""What an analysis found, row by row: as CSV files and as means over modules, units and layers.
-
-In:   `Row`s from `comparison`: one number of one module each.
-Out:  `Analysis` and its files; `Mean`s with their spread.
-Who:  figures, reports and the command line.
+"""What an analysis found: `Row`s of `comparison`, one number of one module each, as CSV files and as means.
 
 A number that does not exist (the direction of a zero matrix) is NaN in a row, blank in a file, and in no mean.
 """
@@ -156,7 +152,7 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Iterable[float | None]) -> Mean:
-    """Mean, standard deviation, extremes; all NaN of nothing."""
+    """All NaN where no value is known."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
         return Mean()
