@@ -1,11 +1,7 @@
 """Adapter folders of every method: PEFT's own where PEFT holds the method, else a state dict and a small JSON file.
 
-In:   an adapted model and its `Method`; later the folder and a base model.
-Out:  a folder, written whole; the adapted model again, names and shapes checked before a number is copied.
-Who:  `alora train` and `alora eval`.
-
-`method.json` lies beside the weights of every method and says which one it is, so that the next run may save another
-method to the same folder; what the last one left is then removed.
+`alora train` saves, `alora eval` loads. `method.json` lies beside the weights of every method and says which one it is,
+so that the next run may save another method to the same folder; what the last one left is then removed.
 """
 
 from __future__ import annotations
@@ -30,13 +26,9 @@ from .methods import adapt, take_out, trained
 
 
 def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, Any] | None = None) -> None:
-    """Save what trains.
+    """Save what trains of a model that `adapt` returned; an adapter in the folder is replaced.
 
-    Args:
-        model: what `adapt` returned.
-        folder: made if needed; an adapter that is there is replaced.
-        method: what it was adapted with.
-        record: further facts for `method.json`, such as how the rank was chosen.
+    `record` holds further facts for `method.json`, such as how the rank was chosen.
     """
     kept: tuple[str, ...]
     if method.in_peft:
@@ -55,18 +47,10 @@ def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, A
 
 
 def load_method(model: nn.Module, folder: Path) -> Any:
-    """Put a saved method's adapters into a base model.
+    """Put the adapters of a folder by `save_method`, or of any PEFT adapter, into their base; gives what `adapt` does.
 
-    Args:
-        model: the base it was trained on.
-        folder: written by `save_method`, or any PEFT adapter.
-
-    Returns:
-        As `adapt`.
-
-    Raises:
-        ValueError: no adapter there, a file that does not read, or weights that do not fit the base; the message names
-            the remedy.
+    Names and shapes are checked before a number is copied. Raises ValueError, naming the remedy, if there is no adapter
+    or it does not read or fit; the model then has its `nn.Linear` back.
     """
     method = read_method(folder)
     if method is None or method.in_peft:
@@ -95,11 +79,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, nn.Parameter]) -> None:
-    """Raise unless the file has every parameter the model trains, in its shape, and no other.
-
-    Raises:
-        ValueError: naming one of each kind.
-    """
+    """Raise ValueError unless the file has every parameter the model trains, in its shape, and no other."""
     remedy = "load it on the base it was trained on"
     for name, parameter in own.items():
         if name not in tensors:

@@ -1,7 +1,7 @@
-"""The formulas ALoRA is measured against, in plain torch: the reference's values, as other code gets them.
+"""The formulas ALoRA is measured against, in plain torch, for bench, the demo's table and the tests.
 
-Bench, the demo's table and the tests use them. Each is written as well as its idea allows: no handicap, no trick that
-the original does not use. Arguments are those of `reference.alora_linear`; `routing` is its router or its task_ids.
+Each gives the reference's values and is written as well as its idea allows: no handicap, no trick that the original
+does not use. Arguments are those of `reference.alora_linear`; `routing` is its router or its task_ids.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Layers ALoRA is compared with: HydraLoRA, a LoRA per task, and one A shared by all tasks; plain torch under autograd.
 
-In:   activations; for the layers with tasks the ids of the batch, from `with alora_kernels.route(ids): ...`.
-Out:  the base layer's output plus each row's low-rank part; rows of id -1 get the base alone.
-Who:  `baselines.methods` and the experiments in bench, which put them in the place of `nn.Linear`; users, by hand.
+`baselines.methods` and bench put them in the place of `nn.Linear`. The layers with tasks take the ids of the batch from
+`with alora_kernels.route(ids): ...`; rows of id -1 get the base alone.
 """
 
 from __future__ import annotations
@@ -25,19 +24,9 @@ class HydraLinear(AdaptedLinear):
 
     Formula: `y = x W0^T + bias + s sum_e g_e(x) B_e A dropout(x)`, g = softmax(x router^T).
 
-    Args:
-        linear: the layer to replace.
-        r: rank R.
-        num_experts: E, the number of B.
-        options: lora_alpha, use_rslora, lora_dropout, see `AdaptedLinear`.
-
-    Attributes:
-        lora_A: `[R, K]`, Kaiming-uniform.
-        lora_B: `[E, N, R]`, zero: what tells the B apart from the first step on is their gates.
-        router: `[E, K]`, Kaiming-uniform, as ALoRA's; it sees x before dropout.
-
-    Raises:
-        ValueError: num_experts < 1.
+    `lora_A` `[R, K]` and `router` `[E, K]` begin Kaiming-uniform, `lora_B` `[E, N, R]` at zero: what tells the B apart
+    from the first step on is their gates. The router sees x before dropout, as ALoRA's. `options` are those of
+    `AdaptedLinear`: lora_alpha, use_rslora, lora_dropout.
 
     Source: Tian et al. 2024, HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning.
     """
@@ -66,13 +55,7 @@ class HydraLinear(AdaptedLinear):
 def mixed(y: Tensor, h: Tensor, gate: Tensor, b: Tensor) -> Tensor:
     """y plus a mixture of several B over one h: one product with all B side by side, not E outputs of full width.
 
-    Formula: `y_m + sum_e gate_me B_e h_m`.
-
-    Args:
-        y: `[M, N]`.
-        h: `[M, R]`.
-        gate: `[M, E]`, in h's dtype.
-        b: `[E, N, R]`, likewise.
+    Formula: `y_m + sum_e gate_me B_e h_m`, y `[M, N]`, h `[M, R]`, and in h's dtype gate `[M, E]`, b `[E, N, R]`.
     """
     # [M, E, 1] [M, 1, R]
     wide = (gate.unsqueeze(2) * h.unsqueeze(1)).flatten(1)
@@ -88,11 +71,7 @@ class _TaskLinear(AdaptedLinear):
         self.tasks = task_names(tasks)
 
     def _groups(self, leading: torch.Size, device: torch.device) -> RowGroups:
-        """The rows by task, from the routing context; of a single task all rows.
-
-        Raises:
-            ValueError: several tasks, and nobody says which.
-        """
+        """The rows by task, from the routing context; without one all rows are of the single task, if it is one."""
         routing: Routing | None = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
         if routing is not None:
             return routing.at(self, self.rows).groups(leading, len(self.tasks), device)
@@ -111,14 +90,8 @@ class _TaskLinear(AdaptedLinear):
 class SharedALinear(_TaskLinear):
     """A frozen linear layer with one A for all tasks and one B per task: task-routed ALoRA mirrored.
 
-    Formula: `y_m = x_m W0^T + bias + s B_t A dropout(x_m)`, t the task of row m.
-
-    Args:
-        linear, r, tasks, options: as for `PerTaskLinear`.
-
-    Attributes:
-        lora_A: `[R, K]`, Kaiming-uniform.
-        lora_B: `[E, N, R]`, zero.
+    Formula: `y_m = x_m W0^T + bias + s B_t A dropout(x_m)`, t the task of row m. Arguments as for `PerTaskLinear`;
+    `lora_A` `[R, K]` begins Kaiming-uniform, `lora_B` `[E, N, R]` at zero.
     """
 
     def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
@@ -141,19 +114,8 @@ class PerTaskLinear(_TaskLinear):
     together, in the row layouts of the torch backend: nothing is computed for tasks that are not in the batch, and
     short groups of rows go through one batched product.
 
-    Args:
-        linear: the layer to replace.
-        r: rank R.
-        tasks: a count or a list of names; the ids of a batch pick the LoRA.
-        options: lora_alpha, use_rslora, lora_dropout, see `AdaptedLinear`.
-
-    Attributes:
-        lora_A: `[E, R, K]`, Kaiming-uniform, each A its own draw.
-        lora_B: `[E, N, R]`, zero.
-        tasks: task names.
-
-    Raises:
-        ValueError: no task, or repeated names.
+    `tasks` is a count or different names; the ids of a batch pick the LoRA. `lora_A` `[E, R, K]` begins
+    Kaiming-uniform, each A its own draw, `lora_B` `[E, N, R]` at zero. `options` as for `HydraLinear`.
 
     Source: Hu et al. 2022, LoRA, once for each task.
     """

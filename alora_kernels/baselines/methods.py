@@ -1,8 +1,6 @@
 """ALoRA and what it is compared with, each put into a model by one call: `adapt(model, Method("lora", ...))`.
 
-In:   a base model and a `Method`: its name, rank, tasks, target modules.
-Out:  the model with that method's adapters, all else frozen, ready for `ALoRATrainer`; ranks of equal cost.
-Who:  `alora train`, by the recipe's key `method`; `baselines.files` saves and loads what comes out.
+For `alora train` (the recipe's key `method`), which trains the result by `ALoRATrainer`; and ranks of equal cost.
 
 ALoRA and LoRA are PEFT models. HydraLoRA and a LoRA per task stay the base's own class with some `nn.Linear` replaced:
 the targets are found by PEFT's own matching, so the same `target_modules` means the same layers for every method.
@@ -34,21 +32,11 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def adapt(model: Any, method: Method) -> Any:
-    """Put a method's adapters into a model and freeze everything else; the model begins as its base.
+    """Put a method's adapters into a model, in place, and freeze everything else; the model begins as its base.
 
-    Args:
-        model: the base, changed in place.
-        method: which adapters.
-
-    Returns:
-        A `PeftModel` for alora, alora-soft and lora. For the others the same model with layers replaced; its own
-        `save_pretrained` then writes what trains and nothing else, as a checkpoint of PEFT does.
-
-    Raises:
-        ValueError: no module matches, or one of them cannot be adapted; the model is as it was.
-
-    Example:
-        >>> model = adapt(base, Method("hydralora", tasks=("math", "code"), r=8, num_experts=3))
+    Gives a `PeftModel` for alora, alora-soft and lora; for the others the same model with layers replaced, whose own
+    `save_pretrained` then writes what trains and nothing else, as a checkpoint of PEFT does. Raises ValueError if no
+    module matches or one cannot be adapted; the model is then as it was.
     """
     if any(isinstance(m, AdaptedLinear | BaseTunerLayer) for m in model.modules()):
         raise ValueError("the model has adapters already: load the base anew")
@@ -144,11 +132,7 @@ def _heads(model: nn.Module, method: Method) -> list[nn.Module]:
 
 
 def target_shapes(model: nn.Module, method: Method) -> list[tuple[int, int]]:
-    """(in_features, out_features) of every layer the method would adapt, in the model's order.
-
-    Raises:
-        ValueError: no module matches.
-    """
+    """(in_features, out_features) of every layer the method would adapt, in the model's order."""
     return [features(base_of(module)) for module in _targets(model, method, probe(model)).values()]
 
 
@@ -190,14 +174,7 @@ def base_alone(model: Any) -> Iterator[None]:
 
 
 def as_large_as_alora(method: Method, shapes: Shapes) -> Method:
-    """The same method with the rank with which it trains about as many parameters as ALoRA of this one; s stays.
-
-    Args:
-        shapes: `target_shapes`.
-
-    Raises:
-        ValueError: the method at rank 1 already has more.
-    """
+    """The same method and s, at the rank with which it trains about as many parameters as ALoRA of the present rank."""
     r = rank_for(method.name, method.r, shapes, tasks=len(method.tasks), num_experts=method.num_experts)
     grown = r / method.r
     return replace(method, r=r, lora_alpha=method.alpha * (math.sqrt(grown) if method.use_rslora else grown))
@@ -210,15 +187,7 @@ def parameters_of(method: str, r: int, shapes: Iterable[tuple[int, int]], *, tas
         alora `T r K + N r`; alora-soft `E r K + N r + E K`; lora `r K + N r`; lora-per-task `T (r K + N r)`;
         hydralora `r K + E N r + E K`.
 
-    Args:
-        method: a key of `METHODS`.
-        r: rank.
-        shapes: (K, N) of each adapted layer.
-        tasks: T.
-        num_experts: E.
-
-    Raises:
-        ValueError: an unknown method.
+    `method` is a key of `METHODS`, `shapes` holds (K, N) of each adapted layer.
     """
     check_method(method)
     copies_of_a = {"alora": tasks, "lora-per-task": tasks, "alora-soft": num_experts}.get(method, 1)
@@ -228,21 +197,10 @@ def parameters_of(method: str, r: int, shapes: Iterable[tuple[int, int]], *, tas
 
 
 def rank_for(method: str, r: int, shapes: Shapes, *, tasks: int, num_experts: int) -> int:
-    """The rank with which a method trains as many parameters as task-routed ALoRA of rank r, to the nearest.
+    """The rank >= 1 with which a method trains as many parameters as task-routed ALoRA of rank r, to the nearest.
 
-    Args:
-        method: a key of `METHODS`.
-        r: ALoRA's rank.
-        shapes: (K, N) of each adapted layer.
-        tasks: T.
-        num_experts: E.
-
-    Returns:
-        A rank >= 1; of two that are equally near the smaller.
-
-    Raises:
-        ValueError: no layer, an unknown method, or none but rank 0 is near; the message names the smallest r that will
-            do.
+    Of two that are equally near the smaller. Other arguments as for `parameters_of`. Raises ValueError if there is no
+    layer, or none but rank 0 is near: the message names the smallest r that will do.
     """
     if not shapes:
         raise ValueError("budget: no layer is adapted, so there is nothing to count: check target_modules")
