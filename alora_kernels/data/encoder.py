@@ -1,11 +1,7 @@
 """Text encoders with a linear head: MiniLM, a tiny random one for tests, or any encoder of transformers.
 
-In:   "minilm", "tiny-random-encoder", a local folder or a hub id; how many classes.
-Out:  an `EncoderClassifier` on the CPU in eval mode, all of it frozen but the head, and its tokenizer.
-Who:  the federated participants and the tests; the tuner puts adapters on the encoder's linear layers.
-
-The pooler that BERT-like encoders carry is dropped: mean pooling does not read it, and "all linear layers" would put an
-adapter on it that never gets a gradient.
+For the federated participants and the tests; the tuner puts adapters on the encoder's linear layers. So the pooler of
+BERT-like encoders is dropped: mean pooling does not read it, and its adapter would never get a gradient.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""From prompt and answer to token ids with a loss on the answer alone.
-
-In:   a data set with columns `prompt`, `answer`, `task` (from `loading`) and a tokenizer.
-Out:  a data set with `input_ids`, `attention_mask`, `labels`, `task`, unpadded; `Lost` counts what was lost.
-Who:  recipes and examples, on the way to the trainer; `word_tokens` for whoever scores answers.
+"""From prompt and answer (of `loading`) to unpadded token ids with a loss on the answer alone, for the trainer.
 
 The ids begin exactly as the tokenizer encodes the prompt alone, so that the model sees the same prompt when it
-generates; the answer's ids, and eos where the tokenizer has one, come after.
+generates; the answer's ids, and eos where the tokenizer has one, come after. `Lost` counts what rows lose on the way.
 """
 
 from __future__ import annotations
@@ -77,8 +73,8 @@ def encode(
 ) -> Dataset:
     """Tokenise `prompt + " " + answer + eos`; labels are -100 except on answer and eos.
 
-    A row that is too long loses the middle of its prompt, where a text is longest: its first words say what is
-    asked, its last ones are the cue for the answer. The answer is never cut.
+    A row that is too long loses the middle of its prompt: its first words say what is asked, its last ones are the cue
+    for the answer, which is never cut.
 
     Args:
         dataset: string columns `prompt`, `answer` and `task`.

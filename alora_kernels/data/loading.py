@@ -1,9 +1,6 @@
-"""From a task's name to train and test splits of prompt, answer and task.
+"""From a task's name to train and test splits of prompt, answer and task, which `encoding` takes.
 
-In:   names of built-in tasks, paths of JSON files, hub ids, or `TaskSpec`s; a seed and sizes.
-Out:  a `datasets.DatasetDict` with splits `train` and `test` and string columns `prompt`, `answer`, `task`; the score
-      of guessing on it, and how its tasks were asked.
-Who:  recipes, examples, benchmarks and tests; `encoding` takes what comes out.
+Also the score of guessing on them, and how their tasks were asked. For recipes, examples, benchmarks and tests.
 
 All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
 test rows first and the train rows next. So test and train of a task share no prompt, and the test rows do not change
@@ -79,11 +76,8 @@ def load_tasks(
     """Several tasks mixed: each as `load_task` gives it, rows shuffled together by the seed.
 
     Args:
-        names: as in `load_task`, each task once.
-        seed: as in `load_task`.
-        train_size: per source.
-        test_size: per source.
-        lost: as in `load_task`.
+        names, seed, lost: as in `load_task`, each task once.
+        train_size, test_size: per source.
 
     Raises:
         ValueError: no task, or a task given twice; else as in `load_task`.
@@ -100,11 +94,7 @@ def load_tasks(
 
 
 def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
-    """What a name means: a built-in task, a file or folder, or a hub id.
-
-    Raises:
-        ValueError: none of them; the message lists the built-in tasks and the closest.
-    """
+    """What a name means: a built-in task, a file or folder, or a hub id. Raises ValueError if none of them."""
     if not isinstance(source, str):
         return source
     if source in TASKS:

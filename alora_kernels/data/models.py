@@ -1,8 +1,6 @@
 """Models by name: the demo's SmolLM2, a tiny random one for tests, or any causal model of transformers.
 
-In:   "smollm2-135m", "tiny-random", a local folder or a hub id.
-Out:  the model on the CPU, in eval mode, and its tokenizer with a padding token; or an error that says what is missing.
-Who:  the command line, examples, benchmarks and tests; the tuner puts adapters into what comes back.
+For the command line, examples, benchmarks and tests; the tuner puts adapters into what comes back.
 
 Which side to pad on is left to the caller: `TaskCollator` decides for training, generation needs the left.
 """
@@ -96,11 +94,7 @@ def unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise unless the folder holds a config, weights and a tokenizer.
-
-    Raises:
-        OSError: one of them is missing, or it is a file, or an adapter's folder.
-    """
+    """Raise OSError unless the folder holds a config, weights and a tokenizer: if it is a file or an adapter's, too."""
     if folder.is_file():
         raise OSError(f"{folder} is a file: give the folder that holds the model")
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
@@ -134,10 +128,7 @@ def _base_of(config: Path) -> Any:
 
 
 def tiny_random(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Two layers of 64 features, random but always the same.
-
-    The tokenizer is SmolLM2's where its package is installed, else one built in memory.
-    """
+    """Two layers of 64 features, random but always the same; SmolLM2's tokenizer where installed, else one of bytes."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer: PreTrainedTokenizerBase

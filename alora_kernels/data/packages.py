@@ -29,15 +29,7 @@ def is_installed(module: str) -> bool:
 
 
 def package_file(module: str, relative: str) -> Path:
-    """Path of one file or folder inside a data package.
-
-    Args:
-        module: import name, a key of `PINS`.
-        relative: path under the package, with forward slashes.
-
-    Raises:
-        MissingPackageError: the package is not installed, or this version of it lacks the file.
-    """
+    """Path of a file or folder in a data package, a key of `PINS`. Raises MissingPackageError if either is missing."""
     spec = importlib.util.find_spec(module)
     name, version = PINS[module]
     if spec is None or not spec.submodule_search_locations:

@@ -1,10 +1,7 @@
-"""Where rows of a user's own task come from: a JSON file or a data set on the Hugging Face hub.
+"""Where rows of a user's own task come from: a JSON file or a data set on the Hugging Face hub, named by a `TaskSpec`.
 
-In:   a `TaskSpec`: a path or hub id, and which columns make up the prompt and the answer.
-Out:  the raw rows, random access by index, with the columns checked; of a file each knows its line or item.
-Who:  `loading`, which turns raw rows of any source into prompt and answer.
-
-A hub data set stays the memory-mapped table `datasets` makes of it; only rows that end up in a split are formatted.
+`loading` turns the raw rows into prompts and answers. A hub data set stays the memory-mapped table `datasets` makes of
+it; only rows that end up in a split are formatted.
 """
 
 from __future__ import annotations
@@ -65,12 +62,9 @@ class TaskSpec:
 
 
 def read_rows(spec: TaskSpec, split: str) -> Rows:
-    """Rows of one split of a source, with the columns its templates need.
+    """Rows of one split of a source, with the columns its templates need, or ValueError.
 
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ConnectionError: the hub data set cannot be loaded.
-        ValueError: not JSON Lines, no rows, or a column is missing.
+    Raises FileNotFoundError or ConnectionError if the file or hub data set is not there.
     """
     if spec.is_file:
         rows: Rows = read_json(Path(spec.source))
@@ -91,11 +85,7 @@ def read_rows(spec: TaskSpec, split: str) -> Rows:
 
 
 def placeholders(*templates: str) -> list[str]:
-    """Column names in templates, each once, in order.
-
-    Raises:
-        ValueError: a template has unbalanced braces or a placeholder without a name.
-    """
+    """Column names in templates, each once, in order. Raises ValueError for unbalanced braces or empty placeholders."""
     found: dict[str, None] = {}
     for template in templates:
         try:
@@ -125,10 +115,7 @@ def place(rows: Rows, source: str, number: int) -> str:
 def read_json(path: Path) -> FileRows:
     """All objects of a JSON Lines file, or of the list in a `.json` file; blank lines are skipped.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another format, not UTF-8, or a line or item is not a JSON object with the first one's keys; names
-            which.
+    Raises ValueError, naming the line or item, unless each is a JSON object with the first one's keys.
     """
     if not path.is_file():
         raise FileNotFoundError(
