@@ -1,12 +1,9 @@
 """Stock PEFT LoRA on the fused op: LoRA is ALoRA with a single matrix A.
 
-In:   a model that holds PEFT's own LoRA layers, however they came in.
-Out:  the same modules and parameters; layers over a plain `nn.Linear` now call `alora_linear`.
-Who:  users, as `alora_kernels.accelerate(model)` and `alora_kernels.restore(model)`.
-
-Only the class of a layer changes, to a subclass with another `forward`: its parameters, state dict, merging and pickles
-stay PEFT's. Every call decides anew whether the op may serve it, so adapters may be added, switched, merged and
-disabled afterwards; whatever the op does not do runs PEFT's forward.
+`accelerate(model)` lets the model's own LoRA layers call `alora_linear`, `restore(model)` undoes it. Only the class of
+a layer changes, to a subclass with another `forward`: its parameters, state dict, merging and pickles stay PEFT's.
+Every call decides anew whether the op may serve it, so adapters may be added, switched, merged and disabled afterwards;
+whatever the op does not do runs PEFT's forward.
 """
 
 from __future__ import annotations

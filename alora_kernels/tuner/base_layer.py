@@ -1,8 +1,6 @@
 """The layer below the adapters: its sizes, how it is called, and what a quantised or hooked one asks for.
 
-In:   a module of the base model.
-Out:  its in and out features, its output, or whether its weight can go into the fused op instead.
-Who:  `ALoRALinear` at every call; `targets` and the baselines before they replace a layer; `accelerate`.
+`ALoRALinear` asks at every call; `targets`, `accelerate` and the baselines ask before they replace a layer.
 """
 
 from __future__ import annotations
@@ -33,11 +31,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear module, quantised or not.
-
-    Raises:
-        ValueError: the module does not say.
-    """
+    """(in_features, out_features) of a linear module, quantised or not; a ValueError if it does not say."""
     if isinstance(module, Conv1D):  # its weight is stored [in, out]
         rows, columns = module.weight.shape
         return rows, columns
@@ -117,11 +111,7 @@ def _unknown() -> None:
 
 
 def call_base(base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`base(x)`.
-
-    Raises:
-        TypeError: the module returns something else than one tensor.
-    """
+    """`base(x)`; a TypeError if the module returns anything but one tensor."""
     out = base(x, *args, **kwargs)
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{type(base).__name__} returns {type(out).__name__}; ALoRA adapts layers that return a tensor")

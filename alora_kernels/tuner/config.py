@@ -1,9 +1,5 @@
 """`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter, and the rules of its folder.
 
-In:   rank, scaling, the tasks (or the number of experts), and which modules to adapt.
-Out:  a PEFT config that `get_peft_model`, `add_adapter` and `inject_adapter_in_model` take.
-Who:  users; `ALoRAModel` reads it when it builds layers.
-
 It is the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of the file format
 live here: weights are safetensors, and the model card names the import that loading needs.
 """
@@ -44,20 +40,12 @@ BIASES = ("none", "all", "asymlora_only")
 
 
 def unwrapped(name: str) -> str:
-    """A module's or tensor's name in the plain model: without what torch.compile, FSDP and checkpointing put in.
-
-    Args:
-        name: e.g. `model._orig_mod.layers.0.q_proj`.
-    """
+    """A name in the plain model, without what torch.compile, FSDP and checkpointing put in: `_orig_mod.fc` is `fc`."""
     return _WRAPPERS.sub("", name)
 
 
 def check_weights_file(folder: str | os.PathLike[str], saving: bool) -> None:
-    """Raise if the folder holds pickled weights that were just written, or no others to load.
-
-    Raises:
-        ValueError: with the remedy.
-    """
+    """Raise a ValueError if the folder holds pickled weights that were just written, or no others to load."""
     pickled, tensors = Path(folder, PICKLE).exists(), Path(folder, WEIGHTS).exists()
     if pickled and saving:
         raise ValueError(
@@ -206,13 +194,9 @@ class ALoRAConfig(PeftConfig):
         return settings
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, whole or not at all.
+        """Write `adapter_config.json`, whole or not at all; arguments as in PEFT.
 
         Called by PEFT right after it wrote the weights, it also adds the import line to the model card.
-
-        Args:
-            save_directory: the adapter's folder.
-            kwargs: as in PEFT.
 
         Raises:
             ValueError: the weights beside it were saved as a pickle (`safe_serialization=False`).
@@ -227,11 +211,7 @@ class ALoRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the config of a saved adapter; see PEFT.
-
-        Raises:
-            ValueError: the folder holds pickled weights only.
-        """
+        """Read the config of a saved adapter, as in PEFT; a ValueError if the folder holds pickled weights only."""
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_weights_file(folder, saving=False)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

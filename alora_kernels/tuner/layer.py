@@ -1,11 +1,8 @@
 """`ALoRALinear`: one adapted linear layer of a PEFT model; the base layer plus any number of ALoRA adapters.
 
-In:   activations; the ids of the batch come from the routing context, the fixed task or the only task.
-Out:  the base output plus the low-rank part of every active adapter; merged, a base weight `W0 + s B A_task`.
-Who:  `ALoRAModel` puts it in the place of a target module; PEFT calls its housekeeping methods.
-
-A plain frozen `nn.Linear` and the first adapter are one fused op. Every other base (Conv1D, quantised, hooked,
-subclassed) is called, and the low-rank part is added to what it returns.
+`ALoRAModel` puts it in the place of a target module; PEFT calls its housekeeping methods. A plain frozen `nn.Linear`
+and the first adapter are one fused op. Every other base (Conv1D, quantised, hooked, subclassed) is called, and the
+low-rank part is added to what it returns.
 """
 
 from __future__ import annotations
@@ -176,14 +173,11 @@ class ALoRALayer(BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold each adapter's set task into the base weight.
-
-        Args:
-            safe_merge: raise, with the weight unchanged, if the sum is not finite.
-            adapter_names: which adapters; None takes the active ones.
+        """Fold each adapter's set task into the base weight, `W0 + s B A_task`; arguments as in PEFT.
 
         Raises:
-            ValueError: see `task_to_merge` and `check_takes_merge`; a sum that is not finite.
+            ValueError: see `task_to_merge` and `check_takes_merge`; with safe_merge also a sum that is not finite, which
+                leaves the weight unchanged.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.asymlora_spec:
@@ -218,11 +212,7 @@ class ALoRALayer(BaseTunerLayer):
         return (weight.to(wide) + delta.to(weight.device)).to(weight.dtype)
 
     def task_to_merge(self, adapter: str) -> int:
-        """The task of the adapter that a merge takes.
-
-        Raises:
-            ValueError: soft routing, no task set, or the base set as the task.
-        """
+        """The task of the adapter that a merge takes; a ValueError for soft routing, no task set, or the base set."""
         spec = self.asymlora_spec[adapter]
         if spec.soft:
             raise ValueError(
@@ -242,11 +232,7 @@ class ALoRALayer(BaseTunerLayer):
         return task
 
     def check_takes_merge(self) -> None:
-        """Raise unless a weight that is put into the base is the weight it computes with.
-
-        Raises:
-            ValueError: names the layer.
-        """
+        """Raise a ValueError, naming the layer, unless a weight put into the base is the one it computes with."""
         backend, base = self.quantization_backend, self.get_base_layer()
         name = f"{self.rows_name or 'a layer'}, a {type(base).__name__},"
         remedy = "merge into a base that is loaded unquantised, or keep the adapter"
@@ -310,11 +296,10 @@ class ALoRALinear(nn.Module, ALoRALayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base output plus that of every active adapter.
+        """y `[..., N]` from x `[..., K]`: the base output plus that of every active adapter.
 
-        Args:
-            x: activations `[..., K]`.
-            args, kwargs: passed to the base layer.
+        args and kwargs go to the base layer. The ids come from the routing context, else from the task that `set_task`
+        fixed, else from the only task.
 
         Raises:
             ValueError: a task-routed adapter with several tasks and no ids, ids that do not fit the batch, or ids

@@ -1,10 +1,8 @@
 """`ALoRAModel`: the tuner that PEFT puts around a base model, and how a saved adapter gets into it.
 
-In:   a base model and an `ALoRAConfig`; calls with `adapter_names`; the tensors of an adapter file.
-Out:  the model with `ALoRALinear` in the place of every target; the file's tensors by their names, and with their rows,
-      in this model, or an error that names both sides before anything is written.
-Who:  stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers'
-      `model.add_adapter`, all through PEFT's tables.
+Stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' `model.add_adapter`
+find it in PEFT's tables. Every target becomes an `ALoRALinear`. A file's tensors are renamed, and their rows put in
+order, to fit this model, or an error names both sides before anything is written.
 """
 
 from __future__ import annotations
@@ -98,11 +96,7 @@ class ALoRAModel(BaseTuner):
         self._replace_module(parent, target_name, new, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; an adapter that has the name already is replaced, also where the new one adapts nothing.
-
-        Raises:
-            ValueError: that adapter is merged.
-        """
+        """As in PEFT; replaces an adapter of that name, also where the new one adapts nothing; a ValueError if it is merged."""
         layers = [m for m in model.modules() if isinstance(m, ALoRALayer)]
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise ValueError(f"adapter {adapter_name!r} is merged into the base: call unmerge_adapter() first")
@@ -180,11 +174,7 @@ class ALoRAModel(BaseTuner):
         return model.generate_batch(*args, **kwargs)
 
     def _active_tasks(self) -> dict[str, list[str]]:
-        """Task names of each active adapter.
-
-        Raises:
-            ValueError: all of them route softly.
-        """
+        """Task names of each active adapter; a ValueError if all of them route softly."""
         configs: dict[str, Any] = {name: self.peft_config[name] for name in self.active_adapters}
         tasks = {name: config.tasks for name, config in configs.items() if config.routing == "task"}
         if not tasks:
@@ -231,11 +221,7 @@ class ALoRAModel(BaseTuner):
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise, before any weight is touched, if some layer could not be merged.
-
-    Raises:
-        ValueError: see `ALoRALayer.merge`; a weight shared by two modules.
-    """
+    """Raise before any weight is touched if some layer cannot be merged, or shares its weight with another module."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
@@ -263,17 +249,11 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
 def fitted(
     model: nn.Module, adapter_name: str, config: ALoRAConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors as this model has them: A's rows in the order of its tasks.
-
-    Args:
-        model: the PEFT model, or a base model with injected layers.
-        adapter_name: the adapter that is loaded.
-        config: the adapter's.
-        tensors: by their names in the model.
+    """The file's tensors, by their names in the model, as this model has them: A's rows in the order of its tasks.
 
     Raises:
         ValueError: no such adapter; other shapes; from a folder: another kind of adapter, other tasks, modules or
-            scalings, or another order of tasks where an optimizer goes on.
+            scalings, or another order of tasks where an optimizer goes on. An adapter made for the file goes then.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, ALoRALayer) and adapter_name in m.asymlora_spec}
     if not layers:

@@ -1,13 +1,10 @@
 """Where the rows of a batch are in what each linear layer is given: found out with a tiny batch, before any changes.
 
-In:   a transformers model that has just been built or loaded; or the first batch of any other.
-Out:  for each module its layout, or why its inputs have none; None for a model that cannot be tried.
-Who:  `ALoRAModel` and the baselines leave modules without a layout alone; layers expand task ids by it.
-
-Two rows of random tokens are run, then again with all tokens of the one or the other row changed: what changed in a
-module's input belongs to that row. A third batch, of three rows, shows which dimension grows with the batch. Nothing
-is learned from shapes alone, so a layer that puts time first is not taken for one whose batch is as large. The runs
-are without gradients, in evaluation mode, and leave the model and torch's generators as they were.
+`ALoRAModel` and the baselines leave modules without a layout alone; layers expand task ids by it. Two rows of random
+tokens are run, then again with all tokens of the one or the other row changed: what changed in a module's input belongs
+to that row. A third batch, of three rows, shows which dimension grows with the batch. Nothing is learned from shapes
+alone, so a layer that puts time first is not taken for one whose batch is as large. The runs are without gradients, in
+evaluation mode, and leave the model and torch's generators as they were.
 """
 
 from __future__ import annotations
@@ -75,19 +72,12 @@ def probe(model: nn.Module) -> dict[str, Finding] | None:
 def probe_call(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, names: Collection[str]
 ) -> dict[str, Finding] | None:
-    """The same from a batch that a model is called with, for one whose inputs nobody can make up.
+    """As `probe`, from a batch that a model is called with, for one whose inputs nobody can make up.
 
-    Two of its rows are run, and again with the one in the place of the other.
-
-    Args:
-        model: the base model.
-        args, kwargs: of the call.
-        rows: B; all tensors of as many rows are taken for the batch, also in dicts, lists and tuples.
-        names: the modules in question: of a large batch not every input can be kept.
-
-    Returns:
-        As `probe`, nothing if the model could not be run; None if this batch cannot tell: it has one row, or an
-        argument that a forward may change, such as a cache.
+    Two of its rows are run, and again with the one in the place of the other. All tensors of `rows` rows are taken for
+    the batch, also in dicts, lists and tuples. Only the modules `names` are watched: of a large batch not every input
+    can be kept. Empty if the model could not be run; None if this batch cannot tell: it has one row, or an argument
+    that a forward may change, such as a cache.
     """
     if rows < 2 or not _plain([*args, *kwargs.values()]):
         return None
@@ -292,7 +282,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nobody asked for this batch, so nobody wants to hear what is odd about it."""
+    """Silence: nobody asked for this batch, so nobody wants to hear what is odd about it."""
     level, caching = transformers_logging.get_verbosity(), torch.is_autocast_cache_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     torch.set_autocast_cache_enabled(False)  # weights cast without gradients must not be found by the next forward
@@ -315,9 +305,7 @@ def probe_inputs(model: Any, rows: int, generator: torch.Generator, images: bool
 
     Text for a vision-language model, because its images do not belong to rows one by one; with `images` its other
     inputs too. Special tokens are left out: models look for them, and an image token without an image is an error.
-
-    Raises:
-        AttributeError: the config lacks what the inputs are made from.
+    An AttributeError says that the config lacks what the inputs are made from.
     """
     names, main = parameters_of(model), model.main_input_name
     shape: tuple[int, ...] = (rows, LENGTH)

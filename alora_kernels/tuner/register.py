@@ -1,10 +1,5 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
-In:   the config and tuner classes.
-Out:  `PeftType.ASYMLORA`; stock `get_peft_model`, `PeftModel.from_pretrained` and `inject_adapter_in_model` that work
-      with `ALoRAConfig`.
-Who:  `alora_kernels.tuner` when it is imported; calling it again changes nothing.
-
 PEFT has no plugin hook: `register_peft_method` refuses a name that its enum lacks. Its "aLoRA" is another method (IBM's
 *Activated* LoRA), so the type is called ASYMLORA, for Asymmetric LoRA. The import changes no function of PEFT. Three of
 them cannot serve ALoRA as they are; `adjust_peft` wraps them when the first ALoRA model of a process is made, and
@@ -33,13 +28,9 @@ NAME = "ASYMLORA"
 
 
 def extend_str_enum(cls: type[enum.Enum], name: str) -> Any:
-    """The member `name` (value = name) of a string enum, added if it is missing.
+    """The member `name` (value = name) of a `class X(str, Enum)`, added if it is missing.
 
     The new member pickles, copies, iterates and compares as those written in the class body (Python 3.11 to 3.13).
-
-    Args:
-        cls: a `class X(str, Enum)`.
-        name: the member's name and value.
     """
     if name in cls.__members__:
         return cls[name]
@@ -59,15 +50,7 @@ def extend_str_enum(cls: type[enum.Enum], name: str) -> Any:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT.
-
-    Args:
-        config_cls: `ALoRAConfig`.
-        model_cls: `ALoRAModel`.
-
-    Raises:
-        RuntimeError: another package registered the same name.
-    """
+    """Register the method with PEFT, once; a RuntimeError if another package registered the same name."""
     member = extend_str_enum(PeftType, NAME)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is config_cls:
@@ -78,17 +61,11 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 class Source(NamedTuple):
-    """What `PeftModel.load_adapter` reads.
-
-    Attributes:
-        folder: path or name on the Hub.
-        download: what PEFT was told about the Hub.
-        new: whether the adapter was made for it.
-    """
+    """What `PeftModel.load_adapter` reads: a path or a name on the Hub, with what PEFT was told about the Hub."""
 
     folder: str
     download: dict[str, Any]
-    new: bool
+    new: bool  # whether the adapter was made for it
 
 
 _source: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)

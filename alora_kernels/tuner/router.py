@@ -1,9 +1,7 @@
 """From what a call says about its rows to the ids that each layer reads.
 
-In:   the `adapter_names` of a forward or `generate` call: task names, or integer ids; or a task for all calls.
-Out:  a `BatchRouting` for the time of the call; ids that fit the batch of every forward inside it, also when a segment
-      of the model is run again by an activation checkpoint; or the task kept on the layers (`set_task`).
-Who:  `ALoRAModel` enters the routing and hooks the base model; trainer and serving install the same hook.
+`ALoRAModel` routes a forward or `generate` call by its `adapter_names` (`BatchRouting`) and hooks the base model
+(`CheckpointGuard`, which the trainer and serving install too); `set_task` keeps a task on the layers for all calls.
 
 Names are resolved per adapter, because adapters that are active together may have different tasks. A row whose task one
 of them does not know gets nothing from that adapter.
@@ -36,11 +34,9 @@ UNCLEAR: dict[Any, Layout | None] = {"shared": "mixed", "several": None, "uncall
 
 
 class BatchRouting(Routing):
-    """The `adapter_names` of one call.
+    """The `adapter_names` of one call: one task name or id per row, or an integer tensor (per row or per token).
 
-    Args:
-        names: one task name or id per row, or an integer tensor (per row or per token).
-        tasks: the task names of each active adapter.
+    `tasks` are the task names of each active adapter.
 
     Raises:
         ValueError: a name that no active adapter knows.
@@ -100,10 +96,7 @@ def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
 
     The tokens are None where the inputs are no text. A vision-language model's images are not its rows, so the names
     decide; of a model that uses none of them, its first tensor is the batch, also inside of a dict, list or tuple.
-
-    Args:
-        names: the parameters of the model's forward, for its positional arguments.
-        args, kwargs: of the call.
+    `names` are the parameters of the model's forward, for its positional arguments.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for key, nested in list(given.items()):
@@ -133,8 +126,7 @@ def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
 class RoutedCheckpoint:
     """A checkpoint function of transformers, `function(segment, *args)`, that keeps the routing of each segment.
 
-    Raises:
-        ValueError: the function is a reentrant checkpoint.
+    A reentrant checkpoint is refused with a ValueError.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

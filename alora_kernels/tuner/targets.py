@@ -1,9 +1,8 @@
 """Which of the modules that `target_modules` matched an adapter can have, and what is said about the others.
 
-In:   a model, a config, and what `probe` found.
-Out:  an error that names a module, or the config with the modules that are left alone in `exclude_modules`, so that a
-      saved adapter has the same ones when it is loaded, and one warning that names them and why.
-Who:  `ALoRAModel` and the baselines, before they touch the model.
+`ALoRAModel` and the baselines ask before they touch the model. Modules that are left alone, by what `probe` found, are
+named in one warning with the reason and written into `exclude_modules`, so that a saved adapter has the same ones when
+it is loaded.
 """
 
 from __future__ import annotations
@@ -48,15 +47,7 @@ def targets_of(model: nn.Module, config: Any) -> list[str]:
 
 
 def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, soft: bool) -> None:
-    """Raise unless the module is a linear layer that adapters can serve.
-
-    Args:
-        module, parent, name: the target, the module that holds it, its name in the model.
-        experts, soft: E of the adapter, and whether it routes by itself.
-
-    Raises:
-        ValueError: naming the module and the remedy.
-    """
+    """Raise a ValueError with the module and the remedy unless it is a linear layer that E adapters can serve."""
     base = base_of(module)
     kind, leave_out = type(base).__name__, f"leave it out of target_modules or add it to exclude_modules: {name!r}"
     if isinstance(base, nn.Embedding):
@@ -115,19 +106,11 @@ def keep_dense(model: nn.Module, dense: bool = True) -> None:
 
 
 def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | None, tasks: int) -> None:
-    """Exclude from the config what its adapter cannot serve, with one warning.
+    """Add to the config's exclude_modules what its adapter cannot serve, with one warning.
 
-    With several tasks that is every module of which the rows are unknown; with one task, or a learned router, rows do
-    not matter.
-
-    Args:
-        model: the base model.
-        config: of PEFT; its exclude_modules grow.
-        findings: of `probe`.
-        tasks: how many the adapter has; 1 for a learned router.
-
-    Raises:
-        ValueError: no module would be left, or one that was named has a weight that is used without calling it.
+    With several `tasks` that is every module of which the rows are unknown; with one, or a learned router (tasks = 1),
+    rows do not matter. A ValueError if no module would be left, or if one that was named has a weight that is used
+    without calling it.
     """
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     targets = targets_of(model, config)
