@@ -1,11 +1,9 @@
 """`adapter_tasks.json`: how each task of an adapter was asked in training, beside the adapter's weights.
 
-In:   a prompt template, label words and a sample prompt per task; later a folder that somebody else may have written.
-Out:  the file; `TaskCard`s by task.
-Who:  `alora train`, `export_lora` and `import_lora` write it; the task store of serving reads it.
-
-A task answers well only the prompts it was trained on, and no weight says which these are. An adapter without the file,
-or, after a warning, with a broken one, is served all the same. Texts are kept to what can be printed and sent as UTF-8.
+A task answers well only the prompts it was trained on, and no weight says which these are. `alora train`, `export_lora`
+and `import_lora` write the file; the task store of serving reads it, and it may come from anybody: an adapter without
+it or, after a warning, with a broken one is served all the same. Texts are kept to what can be printed and sent as
+UTF-8.
 """
 
 from __future__ import annotations
@@ -66,10 +64,7 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
 def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskCard]:
     """Task -> card, of the tasks that have one; nothing, after a warning, of a file that is not as it was written.
 
-    Args:
-        folder: of the adapter.
-        tasks: names in the adapter. The only card is that of the only task whatever it is called, since a stock LoRA
-            is called as its folder is.
+    The only card is that of the only task whatever it is called, since a stock LoRA is called as its folder is.
     """
     path = Path(folder, FILE)
     if not path.exists():

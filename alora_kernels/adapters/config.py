@@ -1,9 +1,5 @@
 """adapter_config.json of a folder that may come from anybody, checked by hand: s B A per task and nothing else.
 
-In:   the folder; or the settings of a model in memory.
-Out:  `AdapterConfig`: kind, tasks, base, rank and scale of each module.
-Who:  `read_adapter`; `export_lora` for a model; the analysis.
-
 Settings that are not known to leave the adapter at A and B are refused, not ignored: an adapter that was trained with
 one of them and used without it answers wrongly and nobody is told. Pattern keys are regular expressions: their length
 and repetitions are limited, for `(a+)+b` would keep a processor busy for years.
@@ -79,30 +75,19 @@ def not_finite(where: Path | str, found: Sequence[str]) -> AdapterFolderError:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's config says, once it is sure that it says no more than s B A.
+    """What an adapter's config says, once it is sure that it says no more than s B A."""
 
-    Attributes:
-        kind: how it was saved.
-        tasks: names of its tasks; a stock LoRA is one task, called like its folder.
-        base, revision: of the base model, if given.
-        r, alpha: rank and numerator of s, of modules without a pattern.
-        rslora: s = alpha / sqrt(r).
-        ranks, alphas: pattern -> another rank, another alpha.
-        task_type: PEFT's, if given.
-        targets: names that select its modules, if a list alone says which.
-    """
-
-    kind: Kind
-    tasks: tuple[str, ...]
+    kind: Kind  # how it was saved
+    tasks: tuple[str, ...]  # a stock LoRA is one task, called like its folder
     base: str | None
-    r: int
-    alpha: float
-    rslora: bool
-    ranks: dict[str, int]
+    r: int  # of modules without a pattern, as is alpha
+    alpha: float  # numerator of s
+    rslora: bool  # s = alpha / sqrt(r)
+    ranks: dict[str, int]  # pattern -> another rank
     alphas: dict[str, float]
     task_type: str | None
     revision: str | None
-    targets: frozenset[str] | None
+    targets: frozenset[str] | None  # names that select its modules, if a list alone says which
 
     def rank(self, module: str) -> int:
         """R of one module."""
@@ -116,9 +101,7 @@ class AdapterConfig:
 def json_of(path: Path, limit: int) -> Any:
     """What a JSON file of at most so many bytes holds.
 
-    Raises:
-        OverflowError: it is longer.
-        OSError, ValueError, RecursionError: it does not read.
+    An OverflowError says that it is longer; an OSError, ValueError or RecursionError that it does not read.
     """
     with path.open("rb") as file:
         data = file.read(limit + 1)
@@ -146,15 +129,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | None = None) -> AdapterConfig:
-    """Check settings as PEFT writes them.
+    """Check settings as PEFT writes them; an `AdapterFolderError` if they are not valid or more than s B A per task.
 
-    Args:
-        where: what the adapter is called in errors; the last part of a folder's path names the task of a stock LoRA.
-        settings: of a `LoraConfig` or an `ALoRAConfig`.
-        only: refuse the other kind.
-
-    Raises:
-        AdapterFolderError: not valid, of another kind, or of an adapter that is more than s B A per task.
+    `where` is what errors call the adapter; the last part of a folder's path names the task of a stock LoRA. `only`
+    refuses the other kind.
     """
     found = settings.get("peft_type")
     if found not in (ALORA, "LORA"):

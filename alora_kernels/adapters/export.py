@@ -1,12 +1,9 @@
 """`export_lora`: each task of an ALoRA adapter as a stock LoRA folder, for servers that know only LoRA.
 
-In:   an adapter folder, or a PEFT model that holds the adapter; the base model is not loaded.
-Out:  `folder/<task>/` with config and weights; a report with the servers' commands.
-Who:  users and `alora export`.
-
-The shared B is written into every folder, so n tasks cost n B on the disk and in the server: the price of leaving.
-vLLM 0.32 takes PEFT's rank and alpha patterns exactly; older ones and SGLang read one rank per adapter. So that all of
-them answer alike, s goes into B, lora_alpha = R, and smaller modules are filled with zeros, which changes no output.
+The base model is not loaded. The shared B is written into every folder, so n tasks cost n B on the disk and in the
+server: the price of leaving. vLLM 0.32 takes PEFT's rank and alpha patterns exactly; older ones and SGLang read one
+rank per adapter. So that all of them answer alike, s goes into B, lora_alpha = R, and smaller modules are filled with
+zeros, which changes no output.
 """
 
 from __future__ import annotations
@@ -127,15 +124,14 @@ class ExportReport:
 
 
 class _Source(NamedTuple):
-    """An adapter, saved or in memory: its config, module -> s, module -> B `[N, R]`, task -> module -> A `[R, K]`;
-    how its tasks are asked, as far as a folder says, and the dtype of a base that is in memory."""
+    """An adapter, saved or in memory."""
 
     config: AdapterConfig
-    scaling: dict[str, float]
-    b: dict[str, Tensor]
-    matrices: Callable[[str], dict[str, Tensor]]
-    cards: dict[str, TaskCard]
-    dtype: str | None = None
+    scaling: dict[str, float]  # module -> s
+    b: dict[str, Tensor]  # module -> B [N, R]
+    matrices: Callable[[str], dict[str, Tensor]]  # task -> module -> A [R, K]
+    cards: dict[str, TaskCard]  # as far as a folder says how its tasks are asked
+    dtype: str | None = None  # of a base that is in memory
 
     def shared(self, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """s B with zeros up to R columns, rounded once."""

@@ -1,9 +1,5 @@
 """`import_lora`: many stock LoRAs as one ALoRA adapter with the best shared B, and how much that loses.
 
-In:   n folders of plain LoRA on one base.
-Out:  one ALoRA folder with n tasks; a report with the error of every module and task.
-Who:  users and `alora import`.
-
 With D_i = s_i B_i A_i, the B of R columns that is closest to all of them in the Frobenius norm is spanned by the R
 leading left singular vectors of [D_1 ... D_n], and A_i' = B^T D_i (Eckart & Young 1936). D is N x nK and never formed:
 with A_i^T = Q_i R_i, the matrix of all G_i = s_i B_i R_i^T (N x sum r) has the same left singular vectors and values.
@@ -47,19 +43,13 @@ Over all tasks and modules the weights' change differs from that of the original
 
 
 class SharedB(NamedTuple):
-    """One module of several adapters over one B.
+    """One module of several adapters over one B."""
 
-    Attributes:
-        b, a: `[N, R]` and `[E, R, K]`.
-        sigma: the singular values of [D_1 ... D_E], falling.
-        norms, lost: ||D_i||_F and ||D_i - B A_i||_F.
-    """
-
-    b: Tensor
-    a: Tensor
-    sigma: Tensor
-    norms: list[float]
-    lost: list[float]
+    b: Tensor  # [N, R]
+    a: Tensor  # [E, R, K]
+    sigma: Tensor  # the singular values of [D_1 ... D_E], falling
+    norms: list[float]  # ||D_i||_F
+    lost: list[float]  # ||D_i - B A_i||_F
 
 
 def shared_b(factors: Sequence[Factors | None], shape: Shape) -> SharedB:
@@ -68,12 +58,8 @@ def shared_b(factors: Sequence[Factors | None], shape: Shape) -> SharedB:
     Formula: U S V^T = [D_1 ... D_E], B = c U_R, A_i = U_R^T D_i / c. B A_i does not depend on c; it is chosen such that
     ||B||_F is the root mean square of the ||A_i||_F, so that training can go on with both at one scale.
 
-    Args:
-        factors: of each adapter; None where one does not have the module, which counts as D_i = 0.
-        shape: N, R and K of the result. Columns beyond the sum of all ranks are zero.
-
-    Returns:
-        float64 matrices and what they lose.
+    An adapter that does not have the module is None and counts as D_i = 0. `shape` is N, R and K of the result; columns
+    beyond the sum of all ranks are zero.
 
     Source: Eckart & Young 1936; the asymmetry of A and B: Ban & Ji 2025, ALoRA.
     """

@@ -1,8 +1,7 @@
 """A method's settings, and `method.json`, which keeps them beside the weights of every method.
 
-In:   a name, rank, tasks, target modules; later the folder of a saved adapter.
-Out:  `Method`. Importing this loads nothing heavy: the command line lists `METHODS`.
-Who:  recipes, `baselines` (which puts methods into models and saves them), `analysis` (which reads their folders).
+Recipes take them, `baselines` puts methods into models and saves them, `analysis` reads their folders. Importing this
+loads nothing heavy: the command line lists `METHODS`.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 
 
 def check_method(method: object) -> None:
-    """Raise unless this is a method's name.
-
-    Raises:
-        ValueError: listing those there are.
-    """
+    """Raise a ValueError unless this is a method's name."""
     if method not in list(METHODS):  # a list: what YAML or JSON gives may have no hash
         raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
 
@@ -50,10 +45,7 @@ class Method:
     Attributes:
         name: a key of `METHODS`.
         tasks: names in the order of their ids; for methods that take ids, otherwise a record.
-        r: rank.
-        lora_alpha: numerator of the scaling s = lora_alpha / r; None is 2 r.
-        lora_dropout: dropout on the input of the low-rank path.
-        use_rslora: s = lora_alpha / sqrt(r).
+        r, lora_alpha, lora_dropout, use_rslora: as in `ALoRAConfig`.
         num_experts: E of alora-soft (A) and hydralora (B).
         target_modules: as in PEFT: names, a regular expression, "all-linear", or None for LoRA's default.
         task_type: as in PEFT; for "SEQ_CLS" and "TOKEN_CLS" the head is trained too.
@@ -120,11 +112,7 @@ class Method:
         }
 
     def peft_config(self) -> LoraConfig | ALoRAConfig:
-        """For a method that PEFT holds.
-
-        Raises:
-            ValueError: for one it does not.
-        """
+        """PEFT's config of a method that PEFT holds; a ValueError for one it does not."""
         from peft import LoraConfig
 
         from ..tuner import ALoRAConfig
@@ -141,8 +129,7 @@ class Method:
 def read_method(folder: Path) -> Method | None:
     """The settings in a folder; None for a PEFT adapter that came from elsewhere.
 
-    Raises:
-        ValueError: no adapter there, or settings that are not ours.
+    A ValueError if no adapter is there, or the settings are not ours.
     """
     from ..tuner.config import CONFIG
 

@@ -1,10 +1,7 @@
 """The one reader of saved adapters: a folder becomes matrices, or is refused with the reason.
 
-In:   the path of an adapter, ALoRA or stock LoRA, that somebody else may have written.
-Out:  `AdapterFile`: config, shapes and scalings, and matrices by task or by module when asked for.
-Who:  the task store of serving, `export_lora`, `import_lora`, the analysis.
-
-Nothing is unpickled or executed. One task's rows of one tensor are looked at at a time: 1000 tasks need no memory.
+The folder, ALoRA or stock LoRA, may come from anybody: nothing is unpickled or executed. One task's rows of one tensor
+are looked at at a time: 1000 tasks need no memory.
 """
 
 from __future__ import annotations
@@ -69,25 +66,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """A saved adapter whose contents were checked. What reads it again refuses a file that changed since.
-
-    Attributes:
-        folder, stamp: where it lies, and which file was checked.
-        config: what it says of itself.
-        shapes, scaling: of each module, by name.
-        dtype: the widest of its tensors.
-        keys: names of the tensors in the file.
-        copies: parameter of the base -> name in the file, of what PEFT copies beside an adapter on the output layer.
-    """
+    """A saved adapter whose contents were checked. What reads it again refuses a file that changed since."""
 
     folder: Path
     config: AdapterConfig
     shapes: dict[str, Shape]
-    scaling: dict[str, float]
-    dtype: torch.dtype
+    scaling: dict[str, float]  # s by module
+    dtype: torch.dtype  # the widest of its tensors
     keys: Keys
-    copies: dict[str, str]
-    stamp: Stamp
+    copies: dict[str, str]  # parameter of the base -> name in the file, of what PEFT copies beside an output layer
+    stamp: Stamp  # which file was checked
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -113,8 +101,7 @@ class AdapterFile:
     def matrices(self, task: str) -> dict[str, Tensor]:
         """A of one task: module -> `[R, K]`; only these rows are read.
 
-        Raises:
-            AdapterFolderError: no such task, or the file is not the one that was checked any more.
+        An `AdapterFolderError` if there is no such task, or the file is not the one that was checked any more.
         """
         if task not in self.tasks:
             listed = ", ".join(map(repr, self.tasks[:20]))
@@ -126,11 +113,7 @@ class AdapterFile:
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
         """Raise unless the weights of the base that the file holds too are those of the base it is used on.
 
-        Args:
-            base: its parameters; names that it lacks and quantised ones are not compared.
-
-        Raises:
-            AdapterFolderError: another weight; and as `matrices`.
+        `base` are its parameters; names that it lacks and quantised ones are not compared. Raises as `matrices`.
         """
         with self._checked() as file:
             for name, key in self.copies.items():

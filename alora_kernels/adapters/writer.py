@@ -1,8 +1,4 @@
-"""Writing adapter folders, whole or not at all; `reader` reads them.
-
-In:   a PEFT model; or matrices by module name, and a config.
-Out:  a folder that always holds a complete adapter, the old one or the new one.
-Who:  users, by `save_adapter`; `export_lora`, `import_lora`, and the baselines.
+"""Writing adapter folders, whole or not at all: a folder always holds a complete adapter, the old one or the new one.
 
 PEFT writes weights straight into their final file, where an interruption destroys the previous adapter. Stock LoRA
 folders name their modules by `target_modules` alone, because servers other than PEFT know no more of its settings.
@@ -79,11 +75,8 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 def write_lora(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, card: str) -> int:
     """Write a stock LoRA folder, whole or not at all; how many bytes its weights have.
 
-    Args:
-        folder: made if needed.
-        matrices: module -> (A `[R, K]`, B `[N, R]`), with the scaling already in B.
-        config: of the same rank, with lora_alpha = R.
-        card: text of README.md.
+    `matrices` are by module (A `[R, K]`, B `[N, R]`) with the scaling already in B, so that `config` has lora_alpha = r
+    = R; `card` is the text of README.md.
     """
     tensors = {}
     for module, (a, b) in matrices.items():

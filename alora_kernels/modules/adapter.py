@@ -1,8 +1,6 @@
 """What every adapter is made of: task names and ids, how A, B and a router start, s, and the layer they stand beside.
 
-In:   tasks as a count or names, what a caller says about the rows of a batch; fresh tensors; an `nn.Linear`.
-Out:  unique names and integer ids (`"__base__"` is -1, the base model alone); tensors filled in place.
-Who:  `FusedALoRALinear`, the PEFT tuner, the trainer, and the baselines, whose layers are `AdaptedLinear`s.
+`FusedALoRALinear`, the PEFT tuner and the trainer use it; the layers of the baselines are `AdaptedLinear`s.
 """
 
 from __future__ import annotations
@@ -41,14 +39,9 @@ def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
 
 
 def task_id(task: Any, tasks: Sequence[str]) -> int:
-    """The id of one task, by name or id; `"__base__"` and -1 give -1.
+    """The id of one task, by name or id, also as a NumPy or torch number; `"__base__"` and -1 give -1.
 
-    Args:
-        task: a name or an integer, also as NumPy or torch give one number of an array.
-        tasks: names in the order of their ids.
-
-    Raises:
-        ValueError: no such task; the valid ones are listed.
+    A ValueError lists the valid ones if there is no such task.
     """
     task = plain_task(task)
     if isinstance(task, str) and (task == BASE or task in tasks):
@@ -66,11 +59,7 @@ def plain_task(task: Any) -> Any:
 
 
 def task_ids_from_names(names: Sequence[Any], tasks: Sequence[str]) -> Tensor:
-    """Ids `[len(names)]` of the tasks named, int64 on the CPU.
-
-    Raises:
-        ValueError: an unknown task; the valid ones are listed.
-    """
+    """Ids `[len(names)]` of the tasks named, int64 on the CPU; an unknown task is a ValueError."""
     return torch.tensor([task_id(name, tasks) for name in names], dtype=torch.long)
 
 
@@ -78,13 +67,9 @@ def task_ids_from_names(names: Sequence[Any], tasks: Sequence[str]) -> Tensor:
 def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None) -> None:
     """Kaiming-uniform A_e and router (a = sqrt 5, as PEFT's LoRA and `nn.Linear`), zero B: it begins as its base.
 
-    Identical A would make experts symmetric: their gradients would be equal and they would never part (and the
-    similarity of A across tasks that Ban & Ji 2025 trace back to a shared initialisation would be built in).
-
-    Args:
-        lora_A: `[E, R, K]`; each A_e is drawn on its own.
-        lora_B: `[N, R]`.
-        router: `[E, K]` or None.
+    lora_A is `[E, R, K]`, lora_B `[N, R]`, router `[E, K]` or None. Each A_e is drawn on its own: identical A would
+    make experts symmetric, with equal gradients, and they would never part (and the similarity of A across tasks that
+    Ban & Ji 2025 trace back to a shared initialisation would be built in).
     """
     for a in lora_A:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -111,10 +96,7 @@ class AdaptedLinear(nn.Module):
 
     Args:
         linear: the layer to replace; only a plain `nn.Linear`.
-        r: rank R >= 1.
-        lora_alpha: numerator of the scaling s; defaults to 2 r.
-        use_rslora: s = lora_alpha / sqrt(r).
-        lora_dropout: dropout on the input of the low-rank path, in training mode.
+        r, lora_alpha, use_rslora, lora_dropout: as in `FusedALoRALinear`.
 
     Attributes:
         weight, bias: the frozen base.

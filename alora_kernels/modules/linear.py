@@ -1,12 +1,7 @@
-"""`FusedALoRALinear`: the drop-in replacement for `nn.Linear`.
+"""`FusedALoRALinear`: the drop-in replacement for `nn.Linear` in training code that nobody prepared.
 
-In:   activations, and for task routing the ids of the batch: given to `forward`, or read from the routing
-      context `with alora_kernels.route(ids): ...`.
-Out:  the base layer's output plus the routed low-rank part, one functional call.
-Who:  training code that nobody prepared: replace a `nn.Linear` by `FusedALoRALinear.from_linear(linear, r)`.
-
-The base weight and bias are frozen parameters named as in `nn.Linear`, so a plain state dict loads into the
-layer with `strict=False`. `merge(task)` folds one task into the weight, for serving a single task.
+The base weight and bias are frozen parameters named as in `nn.Linear`, so a plain state dict loads into the layer with
+`strict=False`. The ids of the batch are given to `forward`, or read from `with alora_kernels.route(ids): ...`.
 """
 
 from __future__ import annotations

@@ -176,8 +176,8 @@ class ALoRALayer(BaseTunerLayer):
         """Fold each adapter's set task into the base weight, `W0 + s B A_task`; arguments as in PEFT.
 
         Raises:
-            ValueError: see `task_to_merge` and `check_takes_merge`; with safe_merge also a sum that is not finite, which
-                leaves the weight unchanged.
+            ValueError: see `task_to_merge` and `check_takes_merge`; with safe_merge also a sum that is not finite; the
+                weight is then unchanged.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.asymlora_spec:

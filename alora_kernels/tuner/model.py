@@ -96,7 +96,7 @@ class ALoRAModel(BaseTuner):
         self._replace_module(parent, target_name, new, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; replaces an adapter of that name, also where the new one adapts nothing; a ValueError if it is merged."""
+        """As in PEFT; an adapter of that name is replaced, if not merged, also where the new one adapts nothing."""
         layers = [m for m in model.modules() if isinstance(m, ALoRALayer)]
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise ValueError(f"adapter {adapter_name!r} is merged into the base: call unmerge_adapter() first")
