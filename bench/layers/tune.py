@@ -156,7 +156,7 @@ def render(measured: str, plans: Plans, tiles: Tiles) -> str:
         )
         + table(
             "TILES",
-            "(idea, chip, bytes per element, class of shapes) -> fields of a Tile",
+            "(kernel, chip, bytes per element, class of shapes) -> fields of a Tile",
             f"{key}Any, ...]]",
             tiles,
         )
