@@ -52,7 +52,7 @@ def recording(chip: str) -> Iterator[list[Launch]]:
     """Record what launchers would launch for meta tensors, as if the device were `chip`.
 
     Args:
-        chip: a chip name of `config`, e.g. `"sm_90"` or `"gfx942"`.
+        chip: a chip name as `tiles.chip_of` gives it, e.g. `"sm_90"` or `"gfx942"`.
 
     Yields:
         The launches, in order; the list grows while the block runs.

@@ -104,6 +104,11 @@ class Layer:
         return t if self.mask is None else (t * self.mask).to(t.dtype)
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor for recordings."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def same_dtype(reference: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """The reference in float64 and, with every input rounded to `dtype`, in `dtype`."""
     return reference(*(t.double() for t in tensors)), reference(*(t.to(dtype) for t in tensors))

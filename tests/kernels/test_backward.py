@@ -17,15 +17,9 @@ from alora_kernels.kernels import (
 )
 from alora_kernels.routing import RowGroups
 
-from .cases import CASES, DEVICE, DTYPES, Case, Layer, assert_close, skip_unmodelled
+from .cases import CASES, DEVICE, Case, Layer, assert_close, meta
 
 S = 0.3
-
-
-@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    skip_unmodelled(request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.p == 0 or c.fp32_adapters], ids=str)
@@ -135,9 +129,6 @@ def test_sum_partials_of_one_plane_launches_nothing() -> None:
 
 @pytest.mark.parametrize(("routing", "most"), [("task", 5), ("soft", 6)])
 def test_launches_of_a_backward(routing: str, most: int) -> None:
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
     m, k, n, r, e = 8192, 4096, 4096, 16, 8
     x, w, a, b, dy, h = meta(m, k), meta(n, k), meta(e, r, k), meta(n, r), meta(m, n), meta(m, r)
     ids = meta(m, dtype=torch.int32)

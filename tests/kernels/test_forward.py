@@ -8,15 +8,9 @@ from torch import Tensor
 
 from alora_kernels.kernels import expand, shrink_soft, shrink_task
 
-from .cases import CASES, DTYPES, Case, Layer, assert_close, skip_unmodelled
+from .cases import CASES, Case, Layer, assert_close
 
 S = 0.3  # a scaling that is no float32 number
-
-
-@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    skip_unmodelled(request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,7 +3,7 @@
 In:   rows grouped by task (`alora_kernels.routing.RowGroups`).
 Out:  `Whole`, one task for all rows; `Slots`, one batched product for all tasks; or a list of the tasks with the rows
       of each, one product per entry.
-Who:  `ops.torch_backend`, in forward and backward.
+Who:  the torch backend, in forward and backward; the baselines with one adapter per task.
 
 A product of a few rows takes 3 us and the calls around it 12, so for small batches a layout saves calls. It is
 chosen by the number of rows of each task, never by what x or A hold, and kept for the batch's other layers: working
