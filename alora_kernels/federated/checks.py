@@ -57,15 +57,9 @@ class Checks:
     max_examples: int
 
     def answer(self, kind: Kind, content: RecordDict, nonce: str, sent: wire.NDArrays) -> Answer:
-        """The checked arrays and metrics of a reply's records.
+        """The checked arrays and metrics of a reply's records, or RefusedError or WireError with the reason.
 
-        Args:
-            kind: what was asked for.
-            content: the reply's records.
-            nonce, sent: what the message went out with.
-
-        Raises:
-            RefusedError, WireError: with the reason.
+        `nonce` and `sent` are what the message went out with.
         """
         expected: dict[str, type] = {wire.METRICS: MetricRecord, wire.REPLY: ConfigRecord}
         if kind == "train":

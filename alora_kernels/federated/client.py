@@ -63,13 +63,7 @@ class Participant:
 
 
 class Client:
-    """One client of a run.
-
-    Args:
-        config: the run.
-        participant: model and data; for this run only, because what its head began with is taken from it.
-        store: where private values are kept between rounds.
-    """
+    """One client of a run; its participant is for this run only, because what its head began with is taken from it."""
 
     def __init__(self, config: FedConfig, participant: Participant, store: PrivateStore) -> None:
         self.config, self.participant, self.store = config, participant, store
@@ -108,11 +102,7 @@ class Client:
         return Message(self._reply(asked, self._judge(round_), time.perf_counter() - started), reply_to=message)
 
     def _open(self, message: Message) -> tuple[Mapping[str, Any], dict[str, NDArray]]:
-        """The settings and arrays of a message, if both sides mean the same run.
-
-        Raises:
-            WireError: another method, base model, scaling, rank or seed than this client's.
-        """
+        """The settings and arrays of a message; WireError for another method, base, scaling, rank or seed than ours."""
         asked = cast(Mapping[str, Any], message.content[wire.CONFIG])
         for key, mine, words in (
             (wire.METHOD, self.config.method, "method"),
@@ -137,8 +127,7 @@ class Client:
     def _train(self, round_: int) -> None:
         """Local training of exactly what the method trains.
 
-        Raises:
-            DriftError: it changed other arrays; the rest was trained beside wrong ones, so nothing is sent.
+        DriftError if it changed other arrays: the rest was trained beside wrong ones, so nothing is sent.
         """
         for name, parameter in self._model.named_parameters():  # PEFT thaws adapters that it enables again
             parameter.requires_grad_(self._trains[name])
@@ -185,12 +174,7 @@ class Client:
 
 
 def client_name(config: FedConfig, context: Context) -> str:
-    """Which client a node is: its own word (`client=...` in the node's configuration), else by its partition number.
-
-    Raises:
-        ConfigError: a name the configuration does not have.
-        ValueError: neither a name nor a partition number that fits.
-    """
+    """Which client a node is: its own word (`client=...` in the node's configuration), else by its partition number."""
     name = context.node_config.get("client")
     if name is not None:
         return config.client(str(name)).name
@@ -203,10 +187,8 @@ def client_name(config: FedConfig, context: Context) -> str:
 def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     """Flower's ClientApp for whatever client a node is.
 
-    An exception stays on the client, in its log: its text may quote a row of data. What the server learns is `_told`.
-
-    Args:
-        client_of: the client of a node; called for every message, so it should remember what it built.
+    `client_of` is called for every message, so it should remember what it built. An exception stays on the client, in
+    its log: its text may quote a row of data. What the server learns is `_told`.
     """
     app = ClientApp()
 

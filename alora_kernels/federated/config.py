@@ -98,11 +98,7 @@ class DpSettings:
 
 
 def refuse_secagg() -> NoReturn:
-    """Say why there is no secure aggregation.
-
-    Raises:
-        ValueError: always.
-    """
+    """Raise the ValueError that says why there is no secure aggregation."""
     raise ValueError(
         "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot "
         "see single updates cannot check them for bad values; dp protects what the server passes on, not from itself"

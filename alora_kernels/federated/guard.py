@@ -37,15 +37,10 @@ class QuorumError(RuntimeError):
 
 
 class GuardedGrid(Grid):
-    """A grid whose replies are checked; everything else goes to the inner grid.
+    """A grid whose replies are checked; everything else goes to the inner grid, which transports.
 
-    Args:
-        grid: the grid that transports.
-        spec: what client and server agreed on.
-        limits: quorum, deadline and caps.
-        run: name of the run, told to the clients.
-        on_event: called with each event, a flat dictionary ready for JSON.
-        clock: seconds that only grow.
+    `run` is the run's name, told to the clients; `on_event` gets each event, a flat dictionary ready for JSON; `clock`
+    gives seconds that only grow.
     """
 
     def __init__(
@@ -97,11 +92,8 @@ class GuardedGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Ids of the connected nodes, sorted.
 
-        Flower's strategies ask once per second, for ever, while there are too few. Between two rounds more calls than
-        a few mean just that, so the wait ends here.
-
-        Raises:
-            QuorumError: asked for longer than the deadline since the last round, or since the last node came.
+        Flower's strategies ask once per second, for ever, while there are too few. So the wait ends here: QuorumError
+        when they have asked for longer than the deadline since the last round, or since the last node came.
         """
         ids, now = sorted(self._grid.get_node_ids()), self._clock()
         if len(ids) > self._most_nodes:
@@ -114,19 +106,11 @@ class GuardedGrid(Grid):
         return ids
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send one round's messages and return the replies that pass.
+        """Send one round's messages, at most one to a node, and return the replies that pass, by client name.
 
-        Args:
-            messages: of one round, at most one to a node, "train" or "evaluate"; records `arrays` and `config`.
-            timeout: seconds; the limits' deadline holds when it is shorter.
-
-        Returns:
-            Accepted replies sorted by client name, so sums do not depend on who was first. Each holds the dense arrays
-            (train) and the metrics. Nothing when a training round has fewer than the quorum: the round is void.
-
-        Raises:
-            QuorumError: this was one void round too many.
-            ValueError: messages that are not a round's.
+        Each holds the dense arrays (train) and the metrics. A training round with fewer than the quorum is void and
+        returns none; one void round too many raises QuorumError. The limits' deadline holds when it is shorter than
+        `timeout`, in seconds.
         """
         begin = self._clock()
         current = _stamp(messages, self._spec, self._name)
@@ -333,11 +317,7 @@ def _error_line(reply: Message) -> str:
 
 
 def _stamp(messages: Iterable[Message], spec: wire.WireSpec, run: str) -> _Round | None:
-    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any.
-
-    Raises:
-        ValueError: messages that are not one round's; the message names the remedy.
-    """
+    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any."""
     messages = sorted(messages, key=lambda message: message.metadata.dst_node_id)
     kinds = {message.metadata.message_type for message in messages}
     if len(kinds) > 1 or not kinds <= {"train", "evaluate"}:

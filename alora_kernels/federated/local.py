@@ -36,23 +36,17 @@ log = logging.getLogger("alora_kernels.federated")
 
 
 class InProcessGrid(Grid):
-    """All clients in this process.
+    """All clients in this process, as nodes 1 to num_nodes; one `client_app` answers for all, told apart by contexts.
+
+    Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there.
 
     Args:
-        client_app: answers the messages; one object for all nodes, as told apart by their contexts.
-        num_nodes: nodes get the ids 1 to num_nodes.
         node_configs: one for each node, added to `{"partition-id": i, "num-partitions": num_nodes}`, i from 0.
         run_config: what every client finds in `context.run_config`.
         on_message: called with a copy of every message, to a client and back, as read from the bytes that travel.
 
     Attributes:
         contexts: node id -> its `Context`; the nodes that are there, so deleting one takes it away.
-
-    Raises:
-        ValueError: no node, or another number of node_configs.
-
-    Note:
-        Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there.
     """
 
     def __init__(
@@ -113,8 +107,7 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Give each message an id and keep its bytes until its reply is pulled.
 
-        Raises:
-            ValueError: a message to a node that is not there; then no message is kept.
+        ValueError for a message to a node that is not there; then no message is kept.
         """
         messages = list(messages)
         for message in messages:
@@ -125,19 +118,12 @@ class InProcessGrid(Grid):
         return [self._post(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the clients of those messages, by node id, and return their replies.
-
-        Ids that are not waiting have no reply: it was pulled before.
-        """
+        """Run the clients of those messages, by node id, and return their replies; none for an id pulled before."""
         waiting = [self._read(self._waiting.pop(name)) for name in message_ids if name in self._waiting]
         return [self._answer(message) for message in sorted(waiting, key=lambda m: m.metadata.dst_node_id)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Run the clients of these messages to their end, whatever the timeout, and return their replies.
-
-        Raises:
-            ValueError: a message to a node that is not there.
-        """
+        """Run the clients of these messages to their end, whatever the timeout, and return their replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def _post(self, message: Message) -> str:
@@ -180,10 +166,7 @@ def clients_of(
 ) -> Callable[[Context], Client]:
     """A function from a node to its client, which builds each client once.
 
-    Args:
-        config: the run.
-        participant_of: makes the participant of a name.
-        folder: of the private halves; a node's own `state-dir` goes first.
+    `folder` is that of the private halves; a node's own `state-dir` goes first.
     """
     built: dict[tuple[str, str], Client] = {}
 
@@ -217,10 +200,13 @@ def run(
         on_message: sees every message as it crosses, in both directions.
 
     Returns:
-        As `server.serve`.
+        The outcome; `status` is "stopped" when too few clients answered, the privacy budget is spent or the disk is
+        full. The checkpoint then holds the last completed round and `resume` goes on from it.
 
     Raises:
-        ValueError, FileExistsError, CheckpointError: as `server.serve`.
+        FileExistsError: the output folder holds a run and resume is False.
+        CheckpointError: nothing to resume, or a checkpoint of another configuration.
+        ValueError, TypeError: an option or a number that does not fit, as `build_strategy` says.
 
     Example:
         >>> config = FedConfig(method="fed-alora", clients=["clinic", "lab"], rounds=5)

@@ -188,11 +188,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(model: nn.Module, spec: ShareSpec, arrays: Mapping[str, NDArray | Tensor]) -> None:
-    """Copy values into the matrices of these keys.
-
-    Raises:
-        ValueError: a key the model does not have, or another shape.
-    """
+    """Copy values into the matrices of these keys; ValueError for a key the model does not have, or another shape."""
     own = matrices(model, spec)
     for key, values in arrays.items():
         if key not in own:
@@ -211,14 +207,10 @@ def restart(model: nn.Module, spec: ShareSpec) -> None:
 
 
 def to_share(model: nn.Module, spec: ShareSpec, *, factors: bool = False) -> dict[str, Tensor]:
-    """What a client returns after local training.
+    """What a client returns after local training: the shared matrices, for unequal ranks `B + B2 B1`.
 
-    Formula: the shared matrices; for unequal ranks `B + B2 B1`, or B2 and B1 themselves where that is fewer floats.
-
-    Args:
-        model: the trained model.
-        spec: its method.
-        factors: whether they may be sent, as `<key>.left` and `<key>.right`; not if something on the way compares keys.
+    With `factors`, B2 and B1 themselves where that is fewer floats, as `<key>.left` and `<key>.right`; not if something
+    on the way compares keys.
     """
     shared = values(model, spec, "shared")
     for path, layer in model.named_modules():
@@ -275,20 +267,12 @@ class HetALoRALinear(nn.Module):
     """A frozen linear layer with a low-rank path of the client's own rank r, whose shared part has one shape for all.
 
     Formula: `y = x W0^T + bias + s (M A x) (B + B2 B1)^T`: the fused op with A := M A and B := B + B2 B1. A client
-    teaches the others B2 B1; the server's mean replaces B, and B2 begins at zero again.
-
-    Args:
-        base_layer: the layer to adapt; its weight and bias are frozen and shared, not copied.
-        r: the client's rank.
-        d_m: rank of the shared space.
-        scaling: s, alpha / r in the paper.
+    teaches the others B2 B1; the server's mean replaces B, and B2 begins at zero again. d_m is the rank of the shared
+    space, s is alpha / r in the paper; weight and bias of the base are frozen and shared, not copied.
 
     Attributes:
         lora_A, lora_M, lora_B1, lora_B2: private, `[r, K]`, `[d_m, r]`, `[r, d_m]` and `[N, r]`.
         lora_B: `[N, d_m]`, a buffer: what all clients have learned so far.
-
-    Raises:
-        TypeError: base_layer is not an `nn.Linear`.
 
     Source: Ban & Ji 2025, Fed-ALoRA with unequal ranks.
     """

@@ -54,22 +54,9 @@ class Template:
 def serve(
     grid: Grid, config: FedConfig, template: Template, *, resume: bool = False, engine: str = "in-process"
 ) -> Outcome:
-    """Run a federated training to its last round, or until it has to stop.
+    """Run a federated training over a grid to its last round, or until it has to stop.
 
-    Args:
-        grid: Flower's way to the nodes.
-        config: the run.
-        template: shapes and first values of what travels.
-        resume: go on from the checkpoint in `config.output`.
-        engine: for the ledger.
-
-    Returns:
-        The outcome; `status` is "stopped" when too few clients answered, the privacy budget is spent or the
-        disk is full. The checkpoint then holds the last completed round and `resume` goes on from it.
-
-    Raises:
-        FileExistsError: the output folder holds a run and resume is False.
-        CheckpointError: nothing to resume, or a checkpoint of another configuration.
+    Arguments, outcome and errors as `local.run`; `engine` is for the ledger.
     """
     with quiet_flower(logging.WARNING), adapters.generators_kept():  # Flower samples and draws noise with them
         return _serve(grid, _Run(config, template, resume), engine)
@@ -103,11 +90,7 @@ def _serve(grid: Grid, run: _Run, engine: str) -> Outcome:
 
 
 def check_fresh(folder: Path) -> None:
-    """Raise unless a new run may begin in this folder.
-
-    Raises:
-        FileExistsError: it holds a run, finished or not; names the ways out.
-    """
+    """Raise FileExistsError, which names the ways out, if the folder holds a run, finished or not."""
     ledger = folder / LEDGER
     begun = ledger.exists() and any(event["event"] not in ("run", "end") for event in read(ledger))
     if begun or (folder / state.CHECKPOINT).exists():

@@ -57,12 +57,7 @@ class CheckpointError(OSError):
 class PrivateStore:
     """The private arrays of clients, one file per round: `<folder>/<run>/<client>/round-000012.safetensors`.
 
-    Args:
-        folder: made when the first round is committed.
-        keep: how many rounds stay on the disk, at least 2.
-
-    Raises:
-        ValueError: keep below 2.
+    `keep` rounds, at least 2, stay on the disk; the folder is made when the first one is committed.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -72,20 +67,10 @@ class PrivateStore:
         self.keep = keep
 
     def commit(self, run: str, client: str, round: int, arrays: Mapping[str, NDArray | Tensor], spec_hash: str) -> Path:
-        """Put the private half on the disk, for good, before anyone is told that the round is done.
+        """Put the private half on the disk, for good, before anyone is told that the round is done; gives the file.
 
-        Args:
-            run, client: token of the run, the participant's name.
-            round: the round that was trained.
-            arrays: of any dtype and shape; empty for a method without private parts.
-            spec_hash: digest of the wire spec.
-
-        Returns:
-            The file.
-
-        Raises:
-            StoreError: the disk's reason; what was committed before is untouched.
-            ValueError: a name that is no file name, or a negative round.
+        `arrays` is empty for a method without private parts. StoreError says the disk's reason; what was committed
+        before is untouched then. ValueError: a name that is no file name, or a negative round.
         """
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
@@ -107,15 +92,10 @@ class PrivateStore:
         return path
 
     def load(self, run: str, client: str, before: int, spec_hash: str) -> tuple[int, dict[str, Tensor]] | None:
-        """The private half to go on from when the server asks for round `before`.
+        """The latest round committed below `before`, which the server asks for, and its arrays.
 
-        Returns:
-            The latest committed round below `before` and its arrays; None if nothing was committed before it: with
-            fewer than `keep` rounds on the disk none was ever dropped.
-
-        Raises:
-            StoreError: only later rounds are there; a damaged file; a file of another spec, run or client.
-            ValueError: a name that is no file name.
+        None if nothing was committed before it: with fewer than `keep` rounds on the disk none was ever dropped.
+        BehindError if only later rounds are there, StoreError for a damaged file or one of another spec, run or client.
         """
         try:
             rounds = self._rounds(run, client)
@@ -213,18 +193,10 @@ def save(
     run: str,
     strategy: Strategy,
 ) -> Path:
-    """Put the server's state on the disk, replacing the checkpoint before.
+    """Put the server's state on the disk, replacing the checkpoint before; gives the file.
 
-    Args:
-        folder: of the run.
-        round, arrays, spec_hash, run: as in `Checkpoint`.
-        strategy: as built, or in `FromRound`.
-
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: the disk's reason (the checkpoint before is untouched), or state that cannot be saved.
+    Arguments as in `Checkpoint`; the strategy as built, or in `FromRound`. CheckpointError: the disk's reason (the
+    checkpoint before is untouched), or state that cannot be saved.
     """
     tensors: dict[str, NDArray] = {}
     state = {
@@ -248,11 +220,7 @@ def save(
 
 
 def load(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder.
-
-    Raises:
-        CheckpointError: none there, a damaged one, or one of another format.
-    """
+    """The checkpoint in a folder; CheckpointError if there is none, a damaged one, or one of another format."""
     path = Path(folder) / CHECKPOINT
     try:
         tensors, metadata = files.read(path)
@@ -282,14 +250,10 @@ def load(folder: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
-    """Give a fresh strategy the memory of the saved one, and set the random generators.
+    """Give a fresh strategy the memory of the saved one, and set the random generators; may be done more than once.
 
-    Args:
-        checkpoint: from `load`; may be restored more than once.
-        strategy: built with the same name and options; inside `FromRound` or not.
-
-    Raises:
-        CheckpointError: another strategy or other settings than saved; nothing has been changed then.
+    The strategy may be inside `FromRound`. CheckpointError if it, or its settings, are others than saved; nothing has
+    been changed then.
     """
     own = list(layers(strategy))
     here, there = [type(layer).__name__ for layer in own], [saved["class"] for saved in checkpoint.strategy]
@@ -424,9 +388,6 @@ class FromRound(Strategy):
     """A strategy that goes on after `done` rounds, so that FedAdam's bias correction and the clients see round done+1.
 
     Flower's `start` still counts from 1, in its log, its result and `evaluate_fn`: add `done` there.
-
-    Raises:
-        ValueError: a negative number of rounds.
     """
 
     def __init__(self, strategy: Strategy, done: int) -> None:

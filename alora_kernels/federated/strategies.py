@@ -93,19 +93,11 @@ _OURS = {
 def build_strategy(
     name: str, options: Mapping[str, Any], *, quorum: int, dp: DpSettings | None, population: int
 ) -> Strategy:
-    """A strategy of Flower's for the shared arrays.
+    """A strategy of `STRATEGIES` for the shared arrays; `options` are its own arguments, `population` all clients.
 
-    Args:
-        name: a key of `STRATEGIES`.
-        options: its own keyword arguments, `fraction_train` among them.
-        quorum: replies a round needs.
-        dp: differential privacy, or None. With it `max(int(population fraction_train), quorum)` clients are sampled, as
-            Flower counts when everybody is connected, and all of them must reply.
-        population: clients that may take part.
-
-    Raises:
-        ValueError: an unknown name or option, an option that is ours to set, numbers that do not fit together.
-        TypeError: an option of another type.
+    With `dp` a round samples `max(int(population fraction_train), quorum)` clients, as Flower counts when everybody is
+    connected, and all of them must reply. ValueError for an unknown name or option, one that is ours to set, or numbers
+    that do not fit together; TypeError for an option of another type.
     """
     if not 1 <= quorum <= population:
         raise ValueError(f"quorum must be between 1 and population={population}, got {quorum}")

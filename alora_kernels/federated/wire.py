@@ -43,7 +43,6 @@ class WireSpec:
     """What client and server must agree on before arrays are averaged.
 
     Attributes:
-        method: name of the share spec.
         arrays: key -> (dtype, shape) of everything that travels.
         base: fingerprint of the frozen model, see `model.fingerprint`.
         scaling: s, because equal arrays must mean equal functions.
@@ -102,12 +101,9 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArray:
-    """One array of a record, as agreed.
+    """One array of a record, as agreed, or WireError.
 
     Size and type are compared before the bytes are decoded, and again after: a declared shape may lie.
-
-    Raises:
-        WireError: another dtype or shape than agreed, or bytes that do not decode.
     """
     if array.dtype != dtype:
         raise WireError(f"{key} has dtype {array.dtype}, agreed is {dtype}")
@@ -134,25 +130,16 @@ def check_keys(got: set[str], agreed: set[str], what: str = "keys") -> None:
 
 
 def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
-    """The arrays of a message to a client.
-
-    Raises:
-        WireError: keys, dtypes or shapes that are not the spec's.
-    """
+    """The arrays of a message to a client; WireError for keys, dtypes or shapes that are not the spec's."""
     check_keys(set(record), set(spec.arrays))
     return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
 
 
 def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> Agreed:
-    """The arrays of a reply, factors multiplied out.
+    """The arrays of a reply, one for each key of the spec; WireError if keys, dtypes, shapes or ranks do not fit.
 
-    Formula: `value = sent + left right` for an array given as two factors, `sent` being what the client got.
-
-    Returns:
-        One array for each key of the spec, of the agreed dtype and shape; those that came whole as they came.
-
-    Raises:
-        WireError: keys, dtypes, shapes or ranks that do not fit.
+    Formula: `value = sent + left right` for an array given as two factors, `sent` being what the client got; those that
+    came whole are handed on as they came.
     """
     factored = {key for key in spec.arrays if key + LEFT in record}
     factors = {key + side for key in factored for side in (LEFT, RIGHT)}
