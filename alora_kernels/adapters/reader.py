@@ -145,14 +145,9 @@ class AdapterFile:
 
 
 def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
-    """Read and check a saved adapter; its module names are those of the base model.
+    """Read and check a saved adapter; its module names are those of the base model. `only` refuses the other kind.
 
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        only: refuse the other kind.
-
-    Raises:
-        AdapterFolderError: there is none, it is damaged, of the other kind, or more than s B A per task.
+    An `AdapterFolderError` if there is none, it is damaged, or more than s B A per task.
     """
     folder = Path(os.path.abspath(folder))
     try:

@@ -22,9 +22,7 @@ BASE = "__base__"
 def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
     """Unique task names; a count n gives "0" .. "n - 1".
 
-    Raises:
-        TypeError: a name is not a string.
-        ValueError: no task, a repeated name, or the reserved "__base__".
+    A TypeError if a name is no string; a ValueError for no task, a repeated name, or the reserved "__base__".
     """
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a list of names or a count, got the string {tasks!r}: use [{tasks!r}]")

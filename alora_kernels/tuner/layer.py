@@ -269,12 +269,9 @@ class ALoRALayer(BaseTunerLayer):
 
 
 class ALoRALinear(nn.Module, ALoRALayer):
-    """A linear layer with ALoRA adapters.
+    """A linear layer with ALoRA adapters, the first of them added by `ALoRALayer.update_layer`.
 
-    Args:
-        base_layer: the module to adapt.
-        adapter_name, r, lora_alpha, config: of the first adapter, as in `ALoRALayer.update_layer`.
-        quantization: what PEFT's quantisation backends need to know about the model.
+    `quantization` is what PEFT's quantisation backends need to know about the model.
     """
 
     def __init__(
