@@ -1,7 +1,7 @@
 """From the queue into the batch: one thread that leases slots, feeds the generation loop, and replaces it if it dies.
 
-Copying a task's rows in may read a file, so it happens here and not in the loop. The order is strict: when the first
-request's task finds no free slot, all wait until a request ends, so no task can be starved by the others.
+Copying a task's rows in may read a file, so it happens here and not in the loop. Requests are taken strictly in order:
+when the first one's task finds no free slot, all wait until a request ends, so no task can be starved by the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEATHS = 5  # in a row, with no request answered in between: the model itsel
 
 
 class Admission:
-    """Admits requests of the table while the engine lives; `make_loop` starts a generation loop."""
+    """Admits requests of the table until the engine stops; `make_loop` starts a generation loop."""
 
     def __init__(self, table: RequestTable, make_loop: Callable[[], TaskBatching]) -> None:
         self._table, self._make_loop = table, make_loop
@@ -46,7 +46,7 @@ class Admission:
                     table.changed.wait(CHECK)  # every slot is at work: one is free when a request ends
 
     def _next(self) -> Run | None:
-        """The first request that waits, as soon as the batch has a place; None now and then, to look around."""
+        """The first request that waits, as soon as the batch has a place; None after `CHECK` seconds without one."""
         table = self._table
 
         def room() -> bool:
@@ -57,7 +57,7 @@ class Admission:
             return table.waiting[0] if room() else None
 
     def _admit(self, run: Run) -> bool:
-        """Put a request into the batch, or end it if its task is gone. False if there is no slot for it now."""
+        """Put a request into the batch, or end it if its task is gone; False if there is no slot for it now."""
         table, task, lease = self._table, run.generation.task, None
         try:
             if task is not None and table.store is not None:

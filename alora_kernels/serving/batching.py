@@ -1,10 +1,10 @@
 """transformers' continuous batching, with a task, settings and random numbers for every request.
 
-What each request is, the loop looks up in the `RequestTable`, and tells it the tokens. Three things are put into
-transformers' manager, each where the batch is already known:
+The loop looks requests up in the `RequestTable` and tells it their tokens. Three things are put into transformers'
+manager, each where the batch is already known:
 - the slots of the batch's tokens are written into one static buffer when its tensors are prepared, so every layer reads
   its row groups from the same ids (and a replayed CUDA graph would read the new ones);
-- tokens are chosen row by row (`sampling.choose`): the manager itself knows one setting for all;
+- tokens are chosen row by row (`sampling.choose`);
 - a step that raises, or whose logits are not finite, is repeated request by request: only the one at fault fails.
 
 KV blocks are never shared between requests: transformers finds equal prefixes by their tokens alone, and the keys and
@@ -73,11 +73,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
     def resolved(self, model: Any) -> EngineConfig:
-        """The same with every size known, for this model.
-
-        Raises:
-            ValueError: see the class.
-        """
+        """The same with every size known, for this model; a ValueError if sizes and model do not go together."""
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
         context = self.max_context or min(limit, LONGEST)
         if context > limit:
@@ -110,7 +106,7 @@ def cache_config(sizes: EngineConfig) -> ContinuousBatchingConfig:
 
 
 class _Outputs(OutputRouter):
-    """Outputs go to the table at once instead of a queue."""
+    """Gives outputs to the table at once instead of a queue."""
 
     def __init__(self, table: RequestTable) -> None:
         super().__init__()
@@ -134,7 +130,7 @@ class Before(NamedTuple):
 
 
 class TaskBatching(ContinuousBatchingManager):
-    """The manager of one generation loop, whose thread tells the table of tokens, failures and turns."""
+    """The manager of one generation loop, whose thread tells the table of tokens, failures and iterations."""
 
     def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, table: RequestTable) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
@@ -194,7 +190,7 @@ class TaskBatching(ContinuousBatchingManager):
         return processor
 
     def _prepare_batch_tensors(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> None:
-        """As transformers does, after noting the batch and writing its slots into the static buffer."""
+        """As transformers does; the batch is kept in `_before`, and its slots are written into the static buffer."""
         self._before = [
             Before(future, list(future.state.tokens_to_process), future.state.position_offset)
             for future in requests_in_batch
@@ -210,7 +206,7 @@ class TaskBatching(ContinuousBatchingManager):
         self._task_ids[:padded].copy_(torch.tensor(slots, dtype=torch.int32))
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
-        """One turn of the loop; then whatever the engine has ended meanwhile is cancelled."""
+        """One iteration; then what the table has ended meanwhile is cancelled."""
         self._before, self._tokens = [], 0
         go_on = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler

@@ -1,8 +1,8 @@
 """The engine: requests for any mix of tasks go in, text comes out, one batch serves them all.
 
 A request is checked here, waits in the `RequestTable`, is given the slot of its task and a place in the batch by
-`Admission`, and is answered by the generation loop (`TaskBatching`), which tells the table its tokens. Since a request
-holds its task's slot until the loop has let go of it, a task can be replaced or unloaded while it answers.
+`Admission`, and is answered by the generation loop (`TaskBatching`), which tells the table its tokens. A task can be
+replaced or unloaded while it answers: a request holds its slot until the loop has dropped the request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .text import TextStream, eos_tokens
 
 @dataclass(frozen=True)
 class Stats:
-    """An engine at one moment."""
+    """The state of an engine at one moment."""
 
     state: State
     running: int
@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def state(self) -> State:
-        """Where in its life the engine is: "new", "ready", "draining", "stopped" or "failed"."""
+        """One of "new", "ready", "draining", "stopped" and "failed"."""
         return self._table.state
 
     def start(self) -> Engine:
@@ -191,7 +191,7 @@ class Engine:
             raise
 
     def _check_prompt(self, ids: list[int]) -> int:
-        """How many tokens an answer may have."""
+        """Refuse a prompt that cannot be answered; how many tokens its answer may have."""
         context = self.config.max_context or 0
         if not ids:
             raise RequestError("the prompt is empty: give at least one token", "prompt")
@@ -247,7 +247,7 @@ class Engine:
                     self._table.changed.wait(CHECK)
 
     def stats(self) -> Stats:
-        """The engine now."""
+        """The engine's state and counts now."""
         table, (resident, known) = self._table, self._task_counts()
         running = table.active()
         rows, requests = table.last_step if running else (0, 0)

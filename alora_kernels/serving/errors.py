@@ -1,7 +1,4 @@
-"""What can go wrong for one request or one adapter, by name, so that every front end can say it in its own words.
-
-Raised by `Engine.submit` and `TaskStore`; the HTTP server turns each into a status, other callers catch `ServingError`.
-"""
+"""Refusals of requests and adapters by name: the HTTP server gives each a status, others catch `ServingError`."""
 
 from __future__ import annotations
 
@@ -30,10 +27,7 @@ class UnknownTaskError(ServingError):
 
 
 class AdapterRefusedError(ServingError):
-    """An adapter folder that does not fit or cannot be trusted; the message says why.
-
-    The store makes it of the `AdapterFolderError` of the reader, which knows nothing of serving.
-    """
+    """An adapter folder that does not fit or cannot be trusted; the message says why."""
 
 
 class QueueFullError(ServingError):

@@ -1,4 +1,4 @@
-"""What an engine counts, in Prometheus' terms: `Engine` counts, the server's `/metrics` shows the registry's text."""
+"""What an engine counts, as Prometheus metrics, which the server shows under `/metrics`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BASE_LABEL = "(base)"  # parentheses are in no task's name
 
 
 class Metrics:
-    """Counters and distributions of one engine, in a registry of its own; `answered` ended without an error."""
+    """Counters and histograms of one engine in a registry of its own; `answered` requests ended without an error."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

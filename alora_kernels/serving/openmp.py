@@ -1,7 +1,4 @@
-"""Two thread pools on one CPU: the OpenMP workers of a thread that is done computing are given back.
-
-`Engine.start` calls it, whose caller loaded the model and from now on only waits, and `TaskStore.load`, after reading
-files; a file of its own because both do. The next parallel product in that thread makes new workers.
+"""Ends the OpenMP workers of a thread that loaded a model or an adapter and is done computing.
 
 Every thread that ever ran a parallel product in torch keeps workers of its own. GNU's OpenMP lets idle workers spin for
 a moment, so that the next product finds them awake; with more workers in the process than cores they sleep at once, and
@@ -27,11 +24,7 @@ def _gnu_libraries() -> tuple[threadpoolctl.LibController, ...]:
 
 
 def release_workers() -> bool:
-    """End the OpenMP workers of the calling thread.
-
-    Returns:
-        Whether there is an OpenMP library that was asked to. Elsewhere nothing happens.
-    """
+    """End the calling thread's workers, until its next parallel product; False if there is no GNU OpenMP."""
     libraries = _gnu_libraries()
     for library in libraries:
         library.dynlib.omp_pause_resource_all(SOFT)

@@ -1,9 +1,9 @@
-"""Where a task's matrices are: in a slot of the model, in host memory, or in a file.
+"""Where a task's matrices are: in a slot of the model, in host memory, or in a file. `TaskStore` locks, not this.
 
-`TaskStore` asks for a record to be in a slot, under its lock; nothing here locks. What has to make room is kept, bit
-for bit; least recently used goes first. A record is in exactly one of slot and host memory, or in neither and then in a
-file. Going to a slot gives up the host's copy, for eviction can read the slot; a file stays as long as its record,
-because the numbers of a record never change: going to the disk a second time writes nothing.
+The least recently used record makes room and keeps its numbers bit for bit. A record is in exactly one of slot and host
+memory, or in neither and then in a file. Going to a slot gives up the host's copy, for eviction can read the slot; a
+file stays as long as its record, because the numbers of a record never change: going to the disk a second time writes
+nothing.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Record:
 
     @property
     def label(self) -> dict[str, str]:
-        """What its file says of it."""
+        """The metadata of its file."""
         return {"task": self.name, "version": str(self.version)}
 
 
 class Placement:
-    """Places for records; `host` and `spill` as in `TaskStore.open`. The private folder is made for the first file."""
+    """Moves records between the three places; `host` and `spill` as in `TaskStore.open`."""
 
     def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
         if host is not None and host < 0:
@@ -73,8 +73,7 @@ class Placement:
     def add(self, record: Record, rows: Rows) -> None:
         """Place a new record: in a free slot, else in host memory. It displaces none from the device.
 
-        Raises:
-            OSError: host memory is full and the disk does not take what would make room.
+        An OSError if host memory is full and the disk does not take what would make room.
         """
         if self._free:
             self._write(record, rows)
@@ -84,13 +83,9 @@ class Placement:
         self._make_room()
 
     def bring(self, record: Record) -> bool:
-        """Have the record in a slot and count it as used now.
+        """Bring a record into a slot, as the one used last; False if running requests use every slot.
 
-        Returns:
-            False if every slot is in use by running requests.
-
-        Raises:
-            AdapterRefusedError: its file is damaged; everything else stays where it is.
+        An AdapterRefusedError if its file is damaged; everything else stays where it is.
         """
         if record.slot is not None:
             self._resident.move_to_end(record)
@@ -109,7 +104,7 @@ class Placement:
         return True
 
     def drop(self, record: Record) -> None:
-        """Forget a record that nothing uses, wherever it is."""
+        """Forget a record that no request uses."""
         if record.slot is not None:
             del self._resident[record]
             self._free.append(record.slot)
@@ -143,7 +138,7 @@ class Placement:
         self._waiting[record] = None
 
     def _make_room(self) -> None:
-        """Move the least recently used records from host memory to the disk until the rest is within the limit."""
+        """Move the least recently used records from host memory to the disk until the rest is within `host`."""
         while self.host is not None and len(self._waiting) > self.host:
             record = next(iter(self._waiting))
             if record.file is None:

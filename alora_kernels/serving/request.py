@@ -1,6 +1,6 @@
-"""One request: how to sample, the pieces of text that come back, what it amounted to, and the caller's end of it.
+"""One request as its caller sees it: `Engine.submit` takes a `Sampling`, checked here, and gives a `Generation`.
 
-`Engine.submit` takes a `Sampling`, checked once here, and gives a `Generation`, into which the engine pushes pieces.
+The engine pushes `Piece`s of text into the generation, and at the end a `Completion`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The table of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
 
-`Engine` and `Admission` write into it, `TaskBatching` tells it tokens and turns; readers get pieces and completions,
-the store its leases. A request that has ended stays among the running until the loop no longer has it, and only then is
-its lease given back: its rows cannot be overwritten while a step may still read them.
+`Engine` and `Admission` write into it, `TaskBatching` tells it of tokens and iterations. A request that has ended stays
+among the running until the loop no longer has it, and only then is its lease given back: its rows cannot be overwritten
+while a step may still read them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Run:
     ended: bool = False
 
     def completion(self, reason: FinishReason, error: str | None, now: float) -> Completion:
-        """What the request amounts to."""
+        """Its result, for one that ends `now`."""
         return Completion(
             self.generation.id,
             self.generation.task,
@@ -80,12 +80,7 @@ class RequestTable:
         self._durations: deque[float] = deque(maxlen=64)
 
     def enqueue(self, run: Run) -> None:
-        """Let a request wait for its turn.
-
-        Raises:
-            NotServingError: the engine takes none now.
-            QueueFullError: too many wait.
-        """
+        """Let a request wait for its turn, or raise: see `Engine.submit`."""
         with self.changed:
             if self.state != "ready":
                 raise NotServingError(f"the engine is {self.state}: it takes no new requests")
@@ -104,7 +99,7 @@ class RequestTable:
                 self.end(run, "cancelled")
 
     def end(self, run: Run, reason: FinishReason, error: str | None = None, text: str = "") -> None:
-        """Hand the last piece to the readers; what the loop still has of the request, it will let go of."""
+        """Hand the last piece to the readers; the loop is told to drop the request (see `stepped`)."""
         with self.changed:
             if run.ended:
                 return
@@ -141,7 +136,7 @@ class RequestTable:
                 self.release(id)
 
     def output(self, id: str, generated: Sequence[int], finished: bool, error: str | None) -> None:
-        """From the generation loop: all tokens of a request so far, whether they are the last, or its failure."""
+        """From the generation loop: all tokens of a request so far, whether it has finished, or its failure."""
         run = self.running.get(id)
         if run is None or run.ended:
             return
@@ -170,9 +165,9 @@ class RequestTable:
             run.generation.push(Piece(text, len(run.tokens)))
 
     def stepped(self, inside: set[str], tokens: int, requests: int) -> Iterable[str]:
-        """From the generation loop: a turn is over; release what it has let go of, name what it must let go of.
+        """From the generation loop, after an iteration: release what it has dropped, name what it must drop.
 
-        `inside` are the requests it has; `tokens` and `requests` are of this turn's batch, 0 if there was none.
+        `inside` are the requests it has; `tokens` and `requests` are of its batch, 0 if there was none.
         """
         if requests:
             self.last_step = (tokens, requests)
@@ -189,7 +184,7 @@ class RequestTable:
             return sum(not run.ended for run in self.running.values())
 
     def tokens_per_second(self) -> float:
-        """Generated, over the last two seconds."""
+        """Generated tokens per second, over the last two."""
         since = time.perf_counter() - WINDOW
         while self._recent and self._recent[0][0] < since:
             self._recent.popleft()

@@ -1,9 +1,8 @@
 """From logits to tokens, each row by the settings and the random numbers of its own request.
 
-Used by `TaskBatching` in the place of transformers' sampler, which knows one setting for the whole batch. A row is
-treated by its own settings alone: what its neighbours ask for changes neither its arithmetic nor its random numbers, so
-a seed gives the same answer in any batch (to the rounding of the logits). A number u in [0, 1) picks the token at which
-the summed probability passes u.
+It replaces transformers' sampler, which knows one setting for the whole batch. What its neighbours ask for changes
+neither a row's arithmetic nor its random numbers, so a seed gives the same answer in any batch (to the rounding of the
+logits). A number u in [0, 1) picks the token at which the summed probability passes u.
 """
 
 from __future__ import annotations
@@ -35,20 +34,12 @@ class NotFiniteError(ArithmeticError):
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One token per row.
+    """Tokens `[n]`, int64, of n rows with logits `[n, V]`, float32.
 
     Formula: softmax(logits / temperature), cut to the top_k most likely, then to the smallest set with probability
     top_p (renormalised after each cut); temperature 0 is argmax.
 
-    Args:
-        logits: `[n, V]`, float32.
-        rows: n of them.
-
-    Returns:
-        Tokens `[n]`, int64.
-
-    Raises:
-        NotFiniteError: the largest logit of a row is NaN or infinite; no random number was drawn.
+    If the largest logit of a row is NaN or infinite, it raises a NotFiniteError and draws no random number.
     """
     tokens = logits.argmax(-1)
     if not torch.isfinite(logits.gather(-1, tokens.unsqueeze(-1))).all():

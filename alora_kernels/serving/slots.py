@@ -1,9 +1,9 @@
 """Resident A's: every adapted layer holds `capacity` of them in one tensor, and one B that all tasks share.
 
-`Placement` writes and reads slots; a slot's number is the id that the engine routes a request's tokens to. A is
-allocated once, `[capacity, R, K]` per layer, so its address stays the same for CUDA graphs and a task comes or goes by
-copying its own rows. Rows of a free slot are stale and nothing may be routed to them. Smaller ranks are padded with
-zero rows, which add nothing; so only the first columns of B have to agree.
+A slot's number is the task id of a request's tokens. A is allocated once, `[capacity, R, K]` per layer, so its address
+stays the same for CUDA graphs and a task comes or goes by copying its own rows. Rows of a free slot are stale and
+nothing may be routed to them. Smaller ranks are padded with zero rows, which add nothing; so only the first columns of
+B have to agree.
 """
 
 from __future__ import annotations
@@ -31,18 +31,8 @@ SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is roundin
 class Slots:
     """Layers for `capacity` tasks inside a model, in eval mode and without gradients; at first no task is in them.
 
-    Args:
-        model: without adapters; changed in place.
-        file: decides the modules, ranks, scales and B.
-        capacity: slots.
-        dtype: of A and B; None takes the file's.
-
-    Attributes:
-        shapes: module -> (N, R, K).
-
-    Raises:
-        ValueError: a model that has adapters already.
-        AdapterFolderError: the file does not fit the model, which is then as it was.
+    The file decides the modules, their `shapes` (N, R, K), scales and B, and the dtype if that is None. If it does not
+    fit the model, an AdapterFolderError says why and the model is as it was.
     """
 
     @torch.inference_mode(False)  # rows are written later, outside of any inference mode the caller may be in
@@ -105,12 +95,9 @@ class Slots:
         return sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize
 
     def fit(self, file: AdapterFile) -> None:
-        """Raise unless every task of the folder can be served from these slots.
+        """Raise an AdapterFolderError unless every task of the folder can be served from these slots.
 
         With s and B fixed, A can be used as it is only where s B is the same.
-
-        Raises:
-            AdapterFolderError: another base, other modules, other shapes, a larger rank, or a B of its own.
         """
         if file.base and self._base and file.base != self._base:
             raise refused(file.folder, f"was trained on {file.base!r} but this store serves {self._base!r}")
@@ -145,11 +132,7 @@ class Slots:
             )
 
     def rows(self, file: AdapterFile, task: str) -> dict[str, Tensor]:
-        """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the slots' dtype.
-
-        Raises:
-            AdapterFolderError: the file changed, or a number is too large for the dtype.
-        """
+        """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the slots' dtype."""
         rows = {}
         for module, a in file.matrices(task).items():
             a = _cast(file, module, a, self.dtype)
@@ -159,14 +142,9 @@ class Slots:
 
     @torch.no_grad()
     def write(self, slot: int, matrices: Mapping[str, Tensor]) -> None:
-        """Copy a task's matrices into a slot; no other slot is touched, and on return the device has them.
+        """Copy a task's matrices, `[r, K]` with r <= R, into a slot, and zeros into the rows above r.
 
-        Args:
-            slot: 0 .. capacity - 1.
-            matrices: module -> `[r, K]` with r at most the slots' rank; the rows above r become zero.
-
-        Raises:
-            ValueError: matrices of other modules or shapes; nothing is written then.
+        All are checked before the first is written; on return the device has them.
         """
         if matrices.keys() != self.shapes.keys():
             raise ValueError(f"matrices are not those of the stack: {_some(matrices, self.shapes)}")

@@ -1,8 +1,8 @@
 """Tasks by name: adapter folders that share one B are loaded and unloaded while requests run.
 
 A request leases a slot whose rows do not change until the lease is released. A load makes a new version with rows of
-its own; requests keep the version they began with, and its rows are freed with the last of them. A refused load changes
-nothing: everything is checked before a name points to it. Folders are read outside the lock, so requests go on.
+its own; requests keep the version they began with, and its rows are freed with the last of them. Everything is checked
+before a name points to it, so a refused load changes nothing. Folders are read outside the lock, so requests go on.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class TaskStore:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the reader and the slots refuse of a folder is refused here, as an error of serving."""
+    """Turn what the reader and the slots refuse of a folder into an error of serving."""
     try:
         yield
     except AdapterFolderError as error:

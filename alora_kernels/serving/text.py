@@ -1,7 +1,7 @@
 """Tokens become text while they arrive: no half characters, no part of a stop text, nothing of the prompt.
 
-The request table feeds the new tokens of a request, once per step, and gets the text that is certain by now; the rest
-is held back. A character can take several tokens, and a stop text can begin in one token and end three tokens later.
+Each step's tokens give the text that is certain by now; the rest is held back. A character can take several tokens, and
+a stop text can begin in one token and end three tokens later.
 What a token says depends on those before it (a space, half a character), so the end of the prompt is decoded with the
 answer, and what it says by itself is taken off. Where the prompt ends inside a character, that character is the
 answer's first if the answer completes it, and the prompt's if not.
@@ -19,15 +19,9 @@ BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not
 
 
 class TextStream:
-    """The text of one answer as it grows.
+    """The text of one answer as it grows, which continues the token ids `prompt`; `stopped` by one of the stop texts.
 
-    Args:
-        tokenizer: a transformers tokenizer with a `tokenizers` backend.
-        prompt: token ids the answer continues.
-        stop: texts that end the answer.
-
-    Attributes:
-        stopped: whether a stop text has come.
+    The tokenizer is a transformers tokenizer with a `tokenizers` backend.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Iterable[str] = ()) -> None:
@@ -67,7 +61,7 @@ class TextStream:
         return prompt
 
     def _text(self, end: int) -> str:
-        """What the first so many tokens say, always going on from what is out.
+        """The text of the first `end` tokens, which always begins with the text that is out.
 
         A run of byte tokens that is not UTF-8 as a whole is all U+FFFD in some decoders, what was a character before
         included: such a run is decoded from the first token that is not out.
@@ -87,7 +81,7 @@ class TextStream:
         return ""
 
     def _take(self, end: int, text: str) -> str:
-        """Count the text of the first so many tokens as out, and forget tokens that the next do not depend on."""
+        """Count the text of the first `end` tokens as out, and forget tokens that the next do not depend on."""
         new = text[max(len(commonprefix([said, text])) for said in self._said) :]  # noqa: RUF071, texts and not paths
         since = self._decode(self._ids[self._done : end])
         if since and not since.startswith(BROKEN):

@@ -1,13 +1,13 @@
-"""The engine over HTTP, as OpenAI's clients speak it: `alora serve`, or mounted elsewhere by `create_app`.
+"""The engine behind OpenAI's HTTP interface: `alora serve`, or mounted elsewhere by `create_app`.
 
-    app, run         putting it together, the playground at /; sockets and signals
-    security         what an operator sets; who is let in: keys, rates, hosts
+    app, run         the application with the playground at /; sockets and signals
+    security         settings of the server; keys, rates, hosts
     errors           every refusal in OpenAI's shape
-    openai           the two ways to ask: bodies, fields, prompts, how replies look
-    answer, stream   how both are answered, whole or piece by piece
-    admin            what can be asked, loading and unloading, health and numbers
+    openai           completions and chats: bodies, fields, prompts, the shape of replies
+    answer, stream   whole replies, or piece by piece
+    admin            models, loading and unloading, health and metrics
 
-Importing this imports no web framework until a name is asked for.
+No web framework is imported before a name is asked for.
 """
 
 from __future__ import annotations

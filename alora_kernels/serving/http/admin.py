@@ -1,9 +1,9 @@
-"""What there is and how it does: /v1/models, /health, /stats, /metrics; and tasks that come and go while others run.
+"""/v1/models, /health, /stats, /metrics; tasks are loaded and unloaded while others run.
 
-The store may be reading a folder under its lock, so it is asked outside the event loop. Nobody may load unless the
+The store may be moving a task's rows under its lock, so it is asked outside the event loop. Nobody may load unless the
 operator named folders (`--adapter-root`). A path is resolved, links included, before it is compared with them, and what
-lies outside is refused in the same words whether it exists or not. What can write below a root can still change a
-folder after that look; the adapter reader trusts nothing there.
+lies outside is refused in the same words whether it exists or not. Whoever can write below a root can still change a
+folder after that check; the adapter reader trusts nothing there.
 """
 
 from __future__ import annotations
@@ -58,14 +58,9 @@ class UnloadAdapter(Named):
 
 
 def inside(path: str, roots: Iterable[Path]) -> Path:
-    """The folder that a path means, if it lies below a root.
+    """The folder that a path means, absolute or relative to one of the resolved roots; the same 403 for all outside.
 
-    Args:
-        path: absolute, or relative to a root; `~` is a name like any other.
-        roots: resolved folders.
-
-    Raises:
-        ApiError: 403, the same for every path that is not inside.
+    `~` is a name like any other.
     """
     refused = ApiError(403, "lora_path must lie below a folder given with --adapter-root", "lora_path", "forbidden")
     if "\0" in path:
@@ -82,7 +77,7 @@ def inside(path: str, roots: Iterable[Path]) -> Path:
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """All of these routes."""
+    """The routes of this file."""
     routes, base = APIRouter(), config.base_model_id
     _add_models(routes, engine, base, int(time.time()))
     _add_numbers(routes, engine, base)
@@ -124,7 +119,7 @@ def _add_models(routes: APIRouter, engine: Engine, base: str, started: int) -> N
 
 
 def _add_numbers(routes: APIRouter, engine: Engine, base: str) -> None:
-    """Whether it lives, what it does now, what it did."""
+    """Health, numbers of the moment, counters."""
 
     @routes.get("/health")
     async def health() -> JSONResponse:

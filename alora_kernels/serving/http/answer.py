@@ -1,7 +1,7 @@
-"""One request becomes several generations that live and die together, and their texts one reply.
+"""One HTTP request becomes several generations, and their texts one reply.
 
 If one is refused, those before it are cancelled; if one fails or the client goes away, all are. Submitting happens in a
-thread: tokenising a megabyte takes a second, and the store may be reading a folder.
+thread: tokenising a megabyte takes a second, and the store may be moving a task's rows.
 """
 
 from __future__ import annotations
@@ -31,12 +31,7 @@ Json = dict[str, Any]
 async def submit(
     engine: Engine, task: str | None, prompts: Sequence[Any], samplings: Sequence[Sampling]
 ) -> list[Generation]:
-    """Submit every prompt with every setting, or nothing: `len(samplings)` generations for each prompt, in order.
-
-    Raises:
-        ServingError: one is refused; those before it are cancelled.
-        ApiError: more than the engine can ever hold.
-    """
+    """Submit every prompt with every setting, or nothing: `len(samplings)` generations for each prompt, in order."""
     wanted, most = len(prompts) * len(samplings), engine.config.max_waiting
     if wanted > most:
         raise ApiError(400, f"{wanted} answers in one request: this server queues at most {most}", code="invalid_value")
@@ -89,7 +84,7 @@ class Reply:
         raise NotImplementedError
 
     def whole(self, completions: Sequence[Completion]) -> Json:
-        """All of it, for completions in the order of the generations."""
+        """The reply at once; completions are in the order of the generations."""
         choices = [{"index": index, **self.choice(completion)} for index, completion in enumerate(completions)]
         usage = self.usage(completion.completion_tokens for completion in completions)
         return {**self._start(self.object), "choices": choices, "usage": usage}
@@ -100,11 +95,11 @@ class Reply:
         return chunk | {"usage": None} if self.with_usage else chunk
 
     def last(self, tokens: Iterable[int]) -> Json:
-        """The event with the numbers, which has no choice."""
+        """The event with the usage, which has no choice."""
         return {**self._start(self.chunk_object), "choices": [], "usage": self.usage(tokens)}
 
     def usage(self, tokens: Iterable[int]) -> dict[str, int]:
-        """Numbers of tokens, given those of each generation; a prompt counts once however many answers it has."""
+        """Token counts from those of each generation; a prompt counts once however many answers it has."""
         prompt, completion = sum(one.prompt_tokens for one in self.generations[:: self.choices]), sum(tokens)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -113,11 +108,7 @@ class Reply:
 
 
 async def answer(reply: Reply, receive: Receive) -> Response:
-    """Wait for the end of all answers, or of the connection.
-
-    Raises:
-        ApiError: a generation failed.
-    """
+    """Wait for the end of all answers, or of the connection; an ApiError if a generation failed."""
     try:
         completions = await _wait_all(reply.generations, receive)
     finally:

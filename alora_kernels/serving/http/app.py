@@ -1,8 +1,8 @@
 """The application: routes, the gate around them, refusals in one shape, and the playground at /.
 
 FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `openai`.
-The playground's files leave under a policy that lets a browser load nothing but them and talk to nobody but this
-server. Only names found when the server starts are routes, so no path of a request ever becomes a path of the disk.
+The playground's policy lets a browser load only its files and talk only to this server. Only file names found when the
+server starts are routes, so no path of a request ever becomes a path of the disk.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
 
 def _pages() -> dict[str, Path]:
-    """Path of a URL -> file."""
+    """URL path -> file."""
     files = sorted(PAGE.iterdir()) if PAGE.is_dir() else []
     named = {f"/{file.name}": file for file in files if file.suffix in KINDS and file.name != "index.html"}
     return {INDEX: PAGE / "index.html", **named}
 
 
 def _playground(files: dict[str, Path]) -> APIRouter:
-    """One route per file; browsers also ask for an icon by its old name, which there is none of."""
+    """One route per file; browsers also ask for /favicon.ico, which there is none of."""
     routes = APIRouter()
 
     def serve(path: str, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Every refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, with its status and headers.
 
-`create_app` installs the handlers; the gate and the streams, which run outside them, build the same body. An exception
-that nobody foresaw becomes a 500 without its text: what it says is for the log, where uvicorn puts it.
+The gate and the streams run outside the handlers and build the same body. An unforeseen exception becomes a 500 without
+its text, which is for the log, where uvicorn puts it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 
 def as_api_error(error: Exception, base: str) -> ApiError:
-    """What any exception means to a client; the base model is known beside the tasks."""
+    """What any exception means to a client; the base is listed among the known models."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownTaskError):
@@ -74,7 +74,7 @@ def as_api_error(error: Exception, base: str) -> ApiError:
 
 
 def install(app: FastAPI, base: str) -> None:
-    """Answer every exception in the shape; routes that do not exist and methods they do not have, too."""
+    """Answer every exception in this shape; also for routes that do not exist and methods they do not have."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):

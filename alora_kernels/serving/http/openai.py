@@ -1,8 +1,8 @@
-"""OpenAI's two ways to ask, /v1/completions and /v1/chat/completions: from the bytes of a POST to an answer.
+"""OpenAI's endpoints /v1/completions and /v1/chat/completions: from the bytes of a POST to an answer.
 
 Fields are OpenAI's, and vLLM's top_k and ignore_eos; `model` names the task or the base; ranges are left to the engine.
-What is taken has its effect. A field that would have one and is not supported is refused unless its value asks for
-nothing (`NEUTRAL`); what only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
+No field is taken without effect: one that is not supported is refused unless its value asks for nothing (`NEUTRAL`);
+one that only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
 
 Python's own JSON reader takes NaN, half surrogates and a nesting that ends in a RecursionError; pydantic's refuses all
 three. Bytes are counted while they come, because a chunked request announces no length. Only `application/json` is
@@ -58,11 +58,7 @@ Model = TypeVar("Model", bound=Fields)
 
 
 async def read(request: Request, model: type[Model], limit: int) -> Model:
-    """Read at most `limit` bytes of a request's body and check its fields; nothing else reads a body.
-
-    Raises:
-        ApiError: 400 (the field is named), 408, 413 or 415.
-    """
+    """Read at most `limit` bytes of a request's body and check its fields; an ApiError 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the body must be JSON with Content-Type: application/json, not {kind[:80]!r}")
@@ -180,11 +176,7 @@ class Asked(Fields):
     stream_options: StreamOptions | None = None
 
     def samplings(self, max_tokens: int) -> list[Sampling]:
-        """Settings of the n choices, with a seed each its own; `max_tokens` where the request names none.
-
-        Raises:
-            RequestError: a setting outside its range.
-        """
+        """Settings of the n choices, with a seed each its own; `max_tokens` where the request names none."""
         return [
             Sampling(
                 max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
@@ -232,7 +224,7 @@ class ChatRequest(Asked):
 
 
 class CompletionReply(Reply):
-    """A text is continued."""
+    """Of /v1/completions."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -241,14 +233,14 @@ class CompletionReply(Reply):
         return {"text": completion.text, "logprobs": None, "finish_reason": completion.finish_reason}
 
     def parts(self, piece: Piece) -> list[Json]:
-        """One choice, unless there is nothing to say."""
+        """One choice, unless the piece is empty and not the last."""
         if not piece.text and not piece.finish_reason:
             return []
         return [{"text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
 
 
 class ChatReply(Reply):
-    """Turns of a chat are answered: the first delta names the role, the last one only the reason of the end."""
+    """Of /v1/chat/completions: the first delta of a stream has the role, the last one only the finish reason."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -262,7 +254,7 @@ class ChatReply(Reply):
         return [_delta({"role": "assistant", "content": ""})]
 
     def parts(self, piece: Piece) -> list[Json]:
-        """The text, if any; then the reason of the end, if it is the end."""
+        """The text, if any; then the finish reason, if any."""
         text = [_delta({"content": piece.text})] if piece.text else []
         return text + ([_delta({}, piece.finish_reason)] if piece.finish_reason else [])
 
@@ -272,13 +264,9 @@ def _delta(delta: Json, finish_reason: str | None = None) -> Json:
 
 
 def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
-    """The prompt of a chat.
+    """The prompt of a chat: without a chat template the contents joined by line ends, as text.
 
-    With a chat template: what the template makes of the turns, as token ids, for the template writes the special
-    tokens itself. Without one: the contents joined by line ends, as text.
-
-    Raises:
-        ApiError: the template refuses these turns; its reason is quoted.
+    With one: token ids, for the template writes the special tokens itself. Its reason to refuse turns is quoted.
     """
     tokenizer = engine.tokenizer
     if not getattr(tokenizer, "chat_template", None):
@@ -298,7 +286,7 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The two routes. A stream's status leaves with its first event: all that can be refused is refused before."""
+    """The two routes. A stream's status is sent with its first event: all that can be refused is refused before."""
     routes = APIRouter()
 
     async def answered(

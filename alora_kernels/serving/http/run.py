@@ -1,8 +1,8 @@
 """Serve until a signal, then let what runs finish.
 
 SIGTERM or SIGINT drains: requests that run or wait are answered, new ones get 503, and /health says "draining", so
-that a balancer turns away; after `drain_timeout` what is left is cut off. A second signal cuts it off at once. uvicorn
-would raise the signal again at the end, which would skip everybody's tidying up; here the process returns instead.
+that a load balancer turns away; after `drain_timeout` what is left is cut off. A second signal cuts it off at once.
+uvicorn would raise the signal again at the end, which would skip all clean-up; here the process returns instead.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, with the engine drained before the listening socket closes; `cut_off`: answers were ended that ran."""
+    """uvicorn, with the engine drained before the listening socket closes; `cut_off`: running answers were ended."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout: float) -> None:
         super().__init__(config)

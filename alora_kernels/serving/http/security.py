@@ -1,4 +1,4 @@
-"""What an operator sets, and the gate that holds everybody to it before anything of a request is read.
+"""Settings of a server, and the gate that enforces them before the body of a request is read.
 
 `create_app` puts the gate around all routes, so a new route is closed until it is named in `open_paths`. The defaults
 suit one person on one machine: loopback, no key, no loading of adapters over HTTP. Keys are compared by digest and all

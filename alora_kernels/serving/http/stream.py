@@ -1,8 +1,8 @@
-"""Server-sent events: every piece of text leaves as soon as it is there, as `data: {...}`, and last `data: [DONE]`.
+"""Server-sent events: every piece of text is sent as soon as it is there, as `data: {...}`, and last `data: [DONE]`.
 
-Each generation is read by a task of its own that writes its events itself, one at a time: a slow client slows its own
-tasks only. Another task watches the connection, since sending to a client that is gone raises nothing; when it closes,
-everything is cancelled. The status is out with the first event, so what fails later is an event with `error`.
+Each generation is read by an asynchronous task that writes its events itself, one at a time: a slow client slows no
+other. Another such task watches the connection, since sending to a client that is gone raises nothing; when it closes,
+everything is cancelled. The status is sent with the first event, so what fails later is an event with `error`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """A reply as a stream; its generations are read at the same time."""
+    """A reply as a stream."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(
@@ -80,7 +80,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": self._closing() + DONE, "more_body": False})
 
     def _note(self, index: int, piece: Piece) -> None:
-        """Count tokens; a piece that ends in failure is an exception."""
+        """Count tokens; raise if the generation failed."""
         self.tokens[index] = piece.tokens
         if piece.finish_reason in FAILED:
             raise failure(self.reply.generations[index].result(timeout=1))
