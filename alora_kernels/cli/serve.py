@@ -1,8 +1,7 @@
 """`alora serve`: a base model and its tasks behind OpenAI's HTTP interface, until SIGTERM or Ctrl-C.
 
-In:   a model, adapter folders, addresses, keys and limits. Keys may come from ALORA_API_KEY, since other users of a
-      machine can read a command line. What can be refused is refused, and the port bound, before the model is loaded.
-Out:  exit code 0 if every answer was finished.
+What can be refused is refused, and the port bound, before the model is loaded. Keys may come from ALORA_API_KEY, since
+other users of a machine can read a command line. The exit code is 0 if every answer was finished.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _show(engine: Engine, config: ServerConfig, port: int) -> None:
-    """Where it is, what can be asked, what it takes."""
+    """The banner: addresses, tasks and their memory, how they were asked, an example."""
     from rich.markup import escape
     from rich.panel import Panel
 

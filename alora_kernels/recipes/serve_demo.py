@@ -46,10 +46,9 @@ class Answer:
 
 
 def adapter_folder(model: str, output: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The demo's trained adapter where there is one for this model, else one with random numbers, made in `output`.
+    """The folder of the demo's trained adapter if there is one for this model, else of a random one made in `output`.
 
-    Returns:
-        The adapter's folder, and what a reader must know about it.
+    Beside it a note of what a reader must know about it.
     """
     if model == RECIPE.model and (TRAINED / "adapter_config.json").exists():
         return TRAINED, f"trained by `make demo` on {', '.join(TASKS)}"
@@ -82,7 +81,7 @@ def _random_adapter(model: str, folder: Path) -> None:
 
 
 def prompts(count: int) -> list[tuple[str | None, str]]:
-    """So many real test prompts with the task each is for: the demo's tasks in turn, and the base every fifth time."""
+    """`count` real test prompts with the task each is for: the demo's tasks in turn, then the base (None)."""
     from ..data import load_task
 
     texts = {task: load_task(task, train_size=0, test_size=count)["test"]["prompt"] for task in TASKS}
