@@ -152,7 +152,7 @@ class Placement:
             if self.spill is not None:
                 self.spill.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder = Path(tempfile.mkdtemp(prefix="alora-tasks-", dir=self.spill))  # mode 700
-            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit at last
+            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, or before
         path = self._folder / f"version-{record.version}.safetensors"
         files.write(path, record.rows, record.label)
         record.file = path

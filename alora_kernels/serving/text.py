@@ -61,7 +61,7 @@ class TextStream:
         return prompt
 
     def _text(self, end: int) -> str:
-        """The text of the first `end` tokens, which always begins with the text that is out.
+        """The text of the first `end` tokens, always going on from what is out.
 
         A run of byte tokens that is not UTF-8 as a whole is all U+FFFD in some decoders, what was a character before
         included: such a run is decoded from the first token that is not out.

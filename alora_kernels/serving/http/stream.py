@@ -67,7 +67,7 @@ class EventStream(Response):
                     async for piece in pieces:
                         self._note(index, piece)
                         await write(index, reply.parts(piece))
-            except Exception as error:  # the status is out: the client is told in the stream
+            except Exception as error:  # the status is sent: the client is told in the stream
                 if not isinstance(error, ApiError):
                     log.exception("a stream failed")
                     error = ApiError(500, "the answer failed: the log of the server says why", code="generation_failed")
