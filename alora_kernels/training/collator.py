@@ -1,8 +1,6 @@
-"""Rows of a tokenised dataset to one mixed-task batch.
+"""From rows of a tokenised dataset, of different lengths, to one padded batch that mixes tasks, and the tasks' ids.
 
-In:   features with `input_ids`, `task` (a name or an id) and whatever else the model takes, of different lengths.
-Out:  padded tensors with one entry per row, and the ids of the tasks.
-Who:  `ALoRATrainer` and every evaluation; usable with any `DataLoader` and with transformers' own Trainer.
+`ALoRATrainer` and every evaluation use it; it works with any `DataLoader` and with transformers' own Trainer.
 
 A row's logits must not depend on its neighbours. Encoders read their first position, so they are padded on the right;
 language models that can be told positions are padded on the left, so that answers end in the last columns and the
@@ -242,13 +240,9 @@ def _per_token(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
 class WithTasks:
     """A collator that knows nothing of tasks, beside a column `task`.
 
-    Args:
-        collator: e.g. one of transformers'; it gets the rows without `task`, unless it asks for it.
-        tasks: names, in the order of the model's ids.
-        rules: a tokenizer that pads where the model cannot bear it is warned of.
-
-    Returns (of a call):
-        The collator's batch and `task_ids`: `[B]`, or `[1, T]` with an id per token where it put all rows in one.
+    It gives the collator's batch and `task_ids`: `[B]`, or `[1, T]` with an id per token where all rows are put in one.
+    The inner collator, one of transformers' say, gets the rows without `task`, unless it asks for it; with `rules`, a
+    tokenizer that pads where the model cannot bear it is warned of.
     """
 
     def __init__(

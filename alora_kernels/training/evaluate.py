@@ -1,8 +1,7 @@
 """How well a model answers, task by task, on mixed batches.
 
-In:   a model, encoded rows (`input_ids`, `labels`, `task`), and the words each task may answer with, if it has words.
-Out:  accuracy per task, or, where answers are texts, the loss per token of the right answer.
-Who:  the demo, `alora train` and `alora eval`; `judging` and `batches` serve any other judge too.
+From a model, encoded rows (`input_ids`, `labels`, `task`) and the words each task may answer with to accuracy per task;
+where answers are texts, to the loss per token of the right one. `judging` and `batches` serve any other judge too.
 
 For words the row is cut before its answer and the whole words compete by their likelihood: the choice a user of a
 classifier sees, and the same question for the untuned base, which rarely says exactly the right word of its own accord.
@@ -166,11 +165,7 @@ def batches(
 
 
 def whole_words(words: Sequence[Sequence[int] | int], eos_token_id: int | None) -> list[Word]:
-    """The words' tokens, each once; with the end of the text where one is the beginning of another.
-
-    Raises:
-        ValueError: no words, a word without tokens, or one that begins another and no token for the end.
-    """
+    """The words' tokens, each once; with the end of the text where one is the beginning of another."""
     found = list(dict.fromkeys(tuple(w) if isinstance(w, Sequence) else (int(w),) for w in words))
     if not found or not all(found):
         raise ValueError("a task has no words to choose from, or a word no tokens: leave them out")
@@ -211,8 +206,7 @@ class Question:
     def learn(self, log_p: Tensor) -> int | None:
         """Take in log-probabilities `[1 + len(context), V]` of what follows the prompt and each token of the context.
 
-        Returns:
-            The number of the most likely word, if it is settled; else `context` is another one.
+        Gives the number of the most likely word if it is settled; else None, and `context` is another one.
         """
         for i, word in enumerate(self.words):
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(word, self.context)))

@@ -1,8 +1,7 @@
 """The loss of a batch, row by row where the model's own loss is a cross entropy of its labels, and its sums by task.
 
-In:   a model and a batch with labels.
-Out:  the model's outputs, its mean loss and what each row scored; of many batches, loss and accuracy of each task.
-Who:  `ALoRATrainer` for its loss and logs, `evaluate` for answers that are texts.
+From a model and a batch with labels to the model's outputs, its mean loss and what each row scored; from many batches
+to loss and accuracy of each task. `ALoRATrainer` logs them, `evaluate` takes the loss of answers that are texts.
 
 Which loss a model has is not guessed: two rows of the first batch are run once with labels, and the value the model
 gives is compared with the cross entropy of its logits, shifted by one token and not. What agrees with neither is left
@@ -48,9 +47,6 @@ class Scored(NamedTuple):
 class ModelLoss:
     """A model's own loss, taken apart by rows where it can be.
 
-    Args:
-        rules: what the model's class says.
-
     Attributes:
         shifts: whether position t is compared with the label of t + 1.
         by_rows: whether the loss is the cross entropy of labels and logits, and a mixture of experts' balancing loss
@@ -87,10 +83,8 @@ class ModelLoss:
     ) -> None:
         """Find out what the model's loss is, from a few rows; nothing is drawn from the generators.
 
-        Args:
-            call: the model, routed for the rows it gets.
-            inputs: a batch with `labels`; one with images or the like is run whole.
-            agree: the largest verdict of all processes, which must run the model equally often.
+        `call` is the model, routed for the rows it gets; a batch with images or the like is run whole. `agree` gives
+        the largest verdict of all processes, which must run the model equally often.
         """
         if self.by_rows is not None:
             return
@@ -154,13 +148,9 @@ class ModelLoss:
     def __call__(
         self, model: Any, inputs: Mapping[str, Any], label_smoothing: float = 0.0, *, all_logits: bool = True
     ) -> Scored:
-        """The loss of a batch.
+        """The loss of a batch that holds what the forward knows, with `labels`; smoothing is for losses by rows.
 
-        Args:
-            model: as it is called, wrapped or not.
-            inputs: what its forward knows, with `labels`.
-            label_smoothing: as in `torch.nn.functional.cross_entropy`; for losses by rows.
-            all_logits: False lets a language model leave out the logits that no label asks for.
+        Without `all_logits` a language model may leave out those that no label asks for.
         """
         known, labels = dict(inputs), self.labels(inputs)
         counts = label_counts(self.counted(inputs))
@@ -187,13 +177,8 @@ class ModelLoss:
 def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`Scored.losses` and `Scored.right` of each row, and between them its number of labels.
 
-    Args:
-        logits: `[B, T, V]`, or `[B, V]` of a classifier of rows.
-        labels: `[B, T]` or `[B]`: what the logits at the same place are asked for, -100 where nothing is.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
-
-    Raises:
-        ValueError: logits and labels are not of the same rows and positions.
+    From logits `[B, T, V]`, or `[B, V]` of a classifier of rows, and labels `[B, T]` or `[B]`: what the logits at the
+    same place are asked for, -100 where nothing is.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a model expects of a batch, read from its class: which columns, where padding goes, what labels are.
 
-In:   a transformers model, wrapped by PEFT or not.
-Out:  `BatchRules`: `TaskCollator` pads by them, `ModelLoss` reads the loss by them; the trainer reads them for both.
+From a transformers model, wrapped by PEFT or not, to the `BatchRules` that `TaskCollator` pads by and `ModelLoss` reads
+the loss by.
 """
 
 from __future__ import annotations

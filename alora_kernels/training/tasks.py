@@ -1,8 +1,7 @@
 """Tasks as a model has them and as a dataset names them: the table of names, the routing of a batch, the order of rows.
 
-In:   a model with ALoRA layers, or those of a method it is compared with; a dataset; the ids of a batch.
-Out:  task names, checked before training; the routing of a batch, by names; a sampler that mixes tasks.
-Who:  `ALoRATrainer`; the sampler is usable with any `DataLoader`.
+`ALoRATrainer` checks the names of model and dataset against each other here before training, and routes each batch.
+The layers are ALoRA's or those of a method it is compared with; the sampler works with any `DataLoader`.
 
 The numbers in a batch count the names of one table, the collator's. Which adapter is active, and in which order it has
 its tasks, may change after the collator was made, so each batch is routed by the names its numbers stand for. No rows
@@ -40,11 +39,7 @@ def task_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def active_tables(layers: Iterable[nn.Module]) -> Tables:
-    """Adapter -> its task names, for each adapter that is active now and picks by ids; `DROP_IN` for drop-in layers.
-
-    Raises:
-        ValueError: drop-in layers with different tasks.
-    """
+    """Adapter -> its task names, for each adapter that is active now and picks by ids; `DROP_IN` for drop-in layers."""
     tables: Tables = {}
     for module in layers:
         if isinstance(module, ALoRALayer):
@@ -90,15 +85,9 @@ def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Routing:
-    """The routing of a batch whose ids count `names`, for every active adapter.
+    """The routing of a batch whose ids, per row or per token, count `names`; -1 is the base alone.
 
-    Args:
-        task_ids: per row or per token; -1 is the base alone.
-        names: what the ids count.
-        tables: of `active_tables`, at least one.
-
-    Raises:
-        ValueError: a row's task is known to no active adapter.
+    `tables` are those of `active_tables`, at least one. ValueError if no active adapter knows a row's task.
     """
     if all(table[: len(names)] == tuple(names) for table in tables.values()):
         return Routing(task_ids)
@@ -160,10 +149,8 @@ def all_per_row(inputs: Mapping[str, Any]) -> bool:
 def task_column(name: str, dataset: Any, *, read_rows: bool = False) -> list[Any] | None:
     """The task of every row, as Python values; None where that takes reading all rows or cannot be known.
 
-    Args:
-        name: the argument's name, for errors.
-        dataset: anything a DataLoader takes: datasets.Dataset, lists of mappings, torch datasets, streams.
-        read_rows: read them nevertheless where there is random access.
+    The dataset is anything a DataLoader takes: datasets.Dataset, lists of mappings, torch datasets, streams. With
+    `read_rows` rows are read nevertheless where there is random access. `name` is the argument's, for errors.
     """
     if isinstance(dataset, ConcatDataset):
         parts = [task_column(name, part, read_rows=read_rows) for part in dataset.datasets]

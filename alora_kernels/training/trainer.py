@@ -1,12 +1,9 @@
 """`ALoRATrainer`: transformers' Trainer for batches that mix tasks.
 
-In:   a model with ALoRA layers (the PEFT tuner or `FusedALoRALinear`) and a dataset with a `task` column.
-Out:  a trained model; the loss of each task in the logs, loss and accuracy of each task in evaluations.
-Who:  the CLI, examples and users, with the arguments of `transformers.Trainer`.
-
-What is added is small: the collator turns names into ids, `compute_loss` sets the routing context around the
-model call, and the model's own loss is taken by rows, where it can be, so that each task's share can be logged.
-Everything else, resume included, is Trainer's own.
+It takes a model with ALoRA layers (the PEFT tuner or `FusedALoRALinear`) and a dataset with a `task` column, and logs
+the loss of each task, in evaluations its accuracy too. What is added is small: the collator turns names into ids,
+`compute_loss` sets the routing context around the model call, and the model's own loss is taken by rows, where it can
+be, so that each task's share can be logged. Everything else, resume included, is Trainer's own.
 """
 
 from __future__ import annotations
@@ -350,15 +347,9 @@ def load_adapters(model: Any, folder: str) -> bool:
     that is called, leaves one adapter active, and cannot read an adapter that `model.add_adapter` made. Here which
     adapters are active and which are trained stays as it was.
 
-    Args:
-        model: a PEFT model, or one with adapters that transformers added; others are left alone.
-        folder: that Trainer saved: the adapter "default" in it, others in folders of their names.
-
-    Returns:
-        Whether the checkpoint is one of adapters; everything else is Trainer's.
-
-    Raises:
-        ValueError: an active adapter is not in the checkpoint, or what is there does not fit it.
+    The folder is one that Trainer saved: the adapter "default" in it, others in folders of their names. False for a
+    model without adapters and for a checkpoint that is not one of adapters: those are Trainer's. ValueError if an
+    active adapter is not in the checkpoint, or what is there does not fit it.
     """
     names = list(getattr(model, "peft_config", None) or ())
     if not names or not Path(folder).is_dir():
