@@ -1,7 +1,7 @@
 """From what a call says about its rows to the ids that each layer reads.
 
 `ALoRAModel` routes a forward or `generate` call by its `adapter_names` (`BatchRouting`) and hooks the base model
-(`CheckpointGuard`, which the trainer and serving install too); `set_task` keeps a task on the layers for all calls.
+(`CheckpointGuard`, which the trainer installs too); `set_task` keeps a task on the layers for all calls.
 
 Names are resolved per adapter, because adapters that are active together may have different tasks. A row whose task one
 of them does not know gets nothing from that adapter.
