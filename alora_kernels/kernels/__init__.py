@@ -1,10 +1,7 @@
 """Triton kernels of the layer, one kernel per file; needs `triton`.
 
-In:   two-dimensional tensors on one device, ids already grouped (`alora_kernels.routing.RowGroups`).
-Out:  the pieces of forward and backward that `alora_kernels.ops` puts together.
-Who:  `alora_kernels.ops`, which checks arguments; launchers take them as they come.
-
-The arguments of all launchers, any strides unless a `takes_` function says otherwise:
+`alora_kernels.ops` checks arguments, groups ids by task (`alora_kernels.routing.RowGroups`) and puts forward and
+backward together. The arguments of all launchers, any strides unless a `takes_` function says otherwise:
 
     x [M, K], w [N, K] in x's dtype, bias [N] or None, dy [M, N]   activations, the frozen layer, the gradient of y
     a [E, R, K], b [N, R], router [E, K]                           the adapter, in x's dtype or float32

@@ -1,12 +1,9 @@
-"""Gradients of the matrices A and of the router: d^T x, per task or over all rows.
+"""Gradients of the matrices A and of the router, the last step of the backward: d^T x, per task or over all rows.
 
-In:   d, the gradient of the skinny products (dh per task, dp for soft routing), x [M, K], dropout.
-Out:  da [E, R, K], and drouter [E, K] for soft routing; absent tasks get zeros.
-Who:  the backward op, last step.
-
-A program owns one task, one block of K and a share of the task's rows, and walks down them. Shares exist
-only to fill the chip when tasks and K blocks are few; their partial sums lie in planes that are summed in
-a fixed order. No atomics, so nothing needs zero-filling and results repeat bit for bit.
+d is the gradient of the skinny products: dh under task routing, dp under soft routing. A program owns one task, one
+block of K and a share of the task's rows, and walks down them. Shares exist only to fill the chip when tasks and K
+blocks are few; their partial sums lie in planes that are summed in a fixed order. No atomics, so nothing needs
+zero-filling and results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -55,18 +52,10 @@ def _sum_partials_kernel(
 def sum_partials(
     first: Tensor, second: Tensor, first_dtype: torch.dtype, second_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two sums over planes of partial sums in one launch, which costs as much as reading some ten megabytes.
+    """`first.sum(0)` and `second.sum(0)` of planes `[S, ...]` and `[S', ...]`, in one launch.
 
-    Formula: `first.sum(0)`, `second.sum(0)`.
-
-    Args:
-        first: planes `[S, ...]`; each plane is contiguous.
-        second: planes `[S', ...]`.
-        first_dtype: of the first result.
-        second_dtype: of the second.
-
-    Returns:
-        Both sums. A single plane that already has the right dtype is returned as it is.
+    A launch costs as much as reading some ten megabytes. Each plane is contiguous; a single one that has the right
+    dtype is returned as it is.
     """
     pairs = ((first, first_dtype), (second, second_dtype))
     done = [planes.shape[0] == 1 and planes.dtype == dtype for planes, dtype in pairs]
@@ -169,13 +158,9 @@ def da_task(
     dropout: Dropout | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the matrices A under task routing.
+    """Gradient of the matrices A under task routing, `[E, R, K]` in `dtype`, that of a; zeros for tasks without rows.
 
-    Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`. dh is rounded to x's dtype for the product;
-    `dtype` is that of a.
-
-    Returns:
-        da `[E, R, K]`; zeros for tasks without rows.
+    Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`. dh is rounded to x's dtype for the product.
     """
     planes = _da(dh, x, groups, num_tasks, dropout, dtype)
     return sum_partials(planes, planes[:, :0], dtype, planes.dtype)[0]
@@ -184,12 +169,9 @@ def da_task(
 def da_soft(
     dp: Tensor, x: Tensor, num_experts: int, *, dropout: Dropout | None = None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the matrices A and of the router under soft routing.
+    """Gradients of the matrices A `[E, R, K]` and of the router `[E, K]` under soft routing, in `dtype`, that of a.
 
-    Formula: `da_cat = dp[:, :E*R]^T dropout(x)`, `drouter = dp[:, E*R:]^T x`. `dtype` is that of a.
-
-    Returns:
-        da `[E, R, K]` and drouter `[E, K]`. Without dropout one launch makes both.
+    Formula: `da_cat = dp[:, :E*R]^T dropout(x)`, `drouter = dp[:, E*R:]^T x`. Without dropout one launch makes both.
     """
     cut = dp.shape[1] - num_experts
     if dropout is None:

@@ -1,8 +1,4 @@
-"""Forward of the whole layer in one launch for few rows of many tasks: decoding.
-
-In:   x [M, K] with M <= 64, w [N, K], bias, the matrices a [E, R, K], b [N, R], task ids, s.
-Out:  y [M, N] and the scaled h [M, R].
-Who:  the forward op under the plan "one_pass", for batches of at most `DECODE_ROWS` rows.
+"""Decoding: forward of the whole layer in one launch for few rows of many tasks, under the plan "one_pass".
 
 Reading w is all the time there is, and next to it the A of every row's task: 64 tasks of rank 16 are a quarter of a
 4096x4096 w. So both streams run at once. The first pieces of work are one row and one slice of K each: a row times the
@@ -110,12 +106,9 @@ def takes_decode(x: Tensor, a: Tensor) -> bool:
 def decode(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The whole layer for at most 64 rows of any tasks, in one launch.
+    """The whole layer for at most 64 rows of any tasks, in one launch: y `[M, N]` and h `[M, R]`, both in x's dtype.
 
     Formula: `h_m = s A_{t(m)} x_m`, `y = x w^T + bias + h b^T`. Rows with an id that names no task get the base alone.
-
-    Returns:
-        y `[M, N]` and h `[M, R]`, both in x's dtype.
     """
     (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
     y, h = torch.empty(m, n, dtype=x.dtype, device=x.device), torch.empty(m, r, dtype=x.dtype, device=x.device)

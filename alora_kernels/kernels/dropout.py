@@ -1,12 +1,8 @@
 """Dropout without a stored mask: entry (m, k) of x is kept or not by a counter-based generator.
 
-In:   a seed on the device, the row and column numbers of a tile.
-Out:  the tile's keep mask; every kernel that needs it calls `dropout_keep`, so forward and backward agree.
-Who:  the shrinks, dx and the weight gradients; `dropout_mask` writes the mask out for tests.
-
-Philox gives four 32-bit numbers per counter (k // 4, m); the lane k % 4 belongs to column k. The counters
-are two 32-bit words, so tensors beyond 2^32 elements do not repeat. The mask depends on the original row
-number only, never on the tile that looks at it.
+Every kernel asks `dropout_keep` for the mask of its tile, so forward and backward agree. Philox gives four 32-bit
+numbers per counter (k // 4, m); the lane k % 4 belongs to column k. The counters are two 32-bit words, so tensors
+beyond 2^32 elements do not repeat. The mask depends on the original row number only, never on the tile.
 """
 
 from __future__ import annotations
@@ -62,19 +58,7 @@ def _dropout_mask_kernel(mask_ptr, seed_ptr, p, M, K, BLOCK_M: tl.constexpr, BLO
 
 
 def dropout_mask(rows: int, cols: int, dropout: Dropout, *, dtype: torch.dtype) -> Tensor:
-    """The mask that kernels apply to x, as a tensor.
-
-    Formula: `mask[m, k] = keep(m, k) / (1 - p)`.
-
-    Args:
-        rows: M.
-        cols: K.
-        dropout: probability and seed.
-        dtype: of the mask.
-
-    Returns:
-        The mask `[rows, cols]`.
-    """
+    """The mask that kernels apply to x, `[rows, cols]`, as a tensor for tests: `mask[m, k] = keep(m, k) / (1 - p)`."""
     mask = torch.empty(rows, cols, dtype=dtype, device=dropout.seed.device)
     grid = (triton.cdiv(rows, 32), triton.cdiv(cols, 64))
     args = (mask, dropout.seed, float(dropout.p), rows, cols)

@@ -1,11 +1,7 @@
 """Gradient of the input, soft routing: the base GEMM backwards, all experts and the router.
 
-In:   dy [M, N], w [N, K], dp [M, E*R + E], the matrices a [E, R, K], the router [E, K], dropout.
-Out:  dx [M, K].
-Who:  the backward op with a router; with `w=None` (4-bit bases) only the low-rank part, which the op adds.
-
-Three products into one accumulator. The experts' comes first, because dropout masks it; the router saw x
-before dropout, so its product and dy w are added after the mask.
+Three products into one accumulator. The experts' comes first, because dropout masks it; the router saw x before
+dropout, so its product and dy w are added after the mask.
 """
 
 from __future__ import annotations
@@ -77,13 +73,10 @@ def dx_soft(
     dtype: torch.dtype,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """Gradient of x under soft routing, in one launch.
+    """Gradient of x under soft routing, in one launch: dx `[M, K]` in `dtype`, that of x.
 
-    Formula: `dx = dy w + keep (dp[:, :E*R] a_cat) / (1 - p) + dp[:, E*R:] router`. Without dy and w the low-rank part
-    alone; `dtype` is that of x.
-
-    Returns:
-        dx `[M, K]` in `dtype`.
+    Formula: `dx = dy w + keep (dp[:, :E*R] a_cat) / (1 - p) + dp[:, E*R:] router`; without dy and w (a 4-bit base) the
+    low-rank part alone.
     """
     m, (e, r, k), n = dp.shape[0], a.shape, 0 if w is None else w.shape[0]
     dx = torch.empty(m, k, dtype=dtype, device=dp.device)

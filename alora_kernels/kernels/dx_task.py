@@ -1,9 +1,5 @@
 """Gradient of the input, task routing: the base GEMM backwards and the low-rank part of each row's task.
 
-In:   dy [M, N], w [N, K], dh [M, R], the matrices a [E, R, K], the rows grouped by task, dropout.
-Out:  dx [M, K].
-Who:  the backward op with task ids; with `w=None` (4-bit bases) only the low-rank part, which the op adds.
-
 Through pointers, programs take consecutive positions of `groups.order`, gather rows of dy and scatter rows of dx.
 Descriptors fetch consecutive rows only; there a program takes the rows as they come, and walks whatever tasks it
 meets. The low-rank part comes first, because dropout masks it and must not touch dy w; the main loop adds on top.
@@ -80,13 +76,10 @@ def dx_task(
     dtype: torch.dtype,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """Gradient of x under task routing, in one launch.
+    """Gradient of x under task routing, in one launch: dx `[M, K]` in `dtype`, that of x.
 
-    Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`. Without dy and w the
-    low-rank part alone; `dtype` is that of x.
-
-    Returns:
-        dx `[M, K]` in `dtype`.
+    Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`; without dy and w (a 4-bit
+    base) the low-rank part alone.
     """
     (m, r), (e, _, k), n = dh.shape, a.shape, 0 if w is None else w.shape[0]
     dx = torch.empty(m, k, dtype=dtype, device=dh.device)

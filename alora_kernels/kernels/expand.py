@@ -1,11 +1,7 @@
-"""Forward of the layer, second half: the base GEMM with the low-rank product as its last K-step.
+"""Forward of the layer, second half, after a shrink: the base GEMM with the low-rank product as its last K-step.
 
-In:   x [M, K], w [N, K], bias [N], the scaled and already routed h [M, R], the shared b [N, R].
-Out:  y [M, N] in x's dtype.
-Who:  the forward op, after a shrink; with 4-bit bases the op adds h b^T to the base's own output instead.
-
-B is shared by all experts, so nothing here knows about routing. y is written once, where separate
-launches would write the base output, read it back and write it again.
+h is routed already and B is shared by all experts, so nothing here knows about routing. y is written once, where
+separate launches would write the base output, read it back and write it again.
 """
 
 from __future__ import annotations
@@ -52,12 +48,9 @@ def _expand_kernel(
 
 
 def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
-    """The frozen linear layer plus the expanded low-rank part, in one launch.
+    """The frozen linear layer plus the expanded low-rank part, in one launch: y `[M, N]` in x's dtype.
 
     Formula: `y = x w^T + bias + h b^T`.
-
-    Returns:
-        y `[M, N]` in x's dtype.
     """
     (m, k), n, r = x.shape, w.shape[0], b.shape[1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -77,11 +70,5 @@ def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> T
 
 
 def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
-    """The base product alone, by the same kernel: what its speed over cuBLAS's is measured with.
-
-    Formula: `y = x w^T`.
-
-    Returns:
-        y `[M, N]`.
-    """
+    """The base product alone, `y = x w^T`, by the same kernel: what its speed over cuBLAS's is measured with."""
     return expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))

@@ -1,12 +1,8 @@
-"""Backward of the expand: dh and db from one pass over dy.
+"""Backward of the expand, first step of the backward: dh and db from one pass over dy.
 
-In:   dy [M, N], the shared b [N, R], the scaled h [M, R] saved by forward, s.
-Out:  dh [M, R] in the accumulator dtype and db [N, R] in b's dtype.
-Who:  the backward op, first step.
-
-dy is the largest tensor of the backward pass, and both results need all of it. A program keeps one block
-of columns of b, walks down a chunk of rows, and writes partial sums: dh of its column block to one plane,
-db of its row chunk to another. The planes are summed in a fixed order, so results repeat bit for bit.
+dy is the largest tensor of the backward pass, and both results need all of it. A program keeps one block of columns of
+b, walks down a chunk of rows, and writes partial sums: dh of its column block to one plane, db of its row chunk to
+another. The planes are summed in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -65,12 +61,9 @@ def _expand_backward_kernel(
 
 
 def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """Gradients of `h b^T` with respect to h (before scaling) and b.
+    """Gradients of `h b^T`: dh `[M, R]` of the unscaled h in the accumulator dtype, db `[N, R]` in b's dtype.
 
-    Formula: `dh = s dy b`, `db = dy^T h` (h carries s already). h carries s already.
-
-    Returns:
-        dh `[M, R]` in the accumulator dtype and db `[N, R]` in b's dtype.
+    Formula: `dh = s dy b`, `db = dy^T h` (h carries s already).
     """
     (m, n), r, acc = dy.shape, b.shape[1], acc_dtype(dy.dtype)
     if m == 0:

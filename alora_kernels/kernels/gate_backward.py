@@ -1,11 +1,7 @@
-"""Backward of the mixture and the softmax gate.
+"""Backward of the mixture and the softmax gate: dp from dh, between `expand_backward` and `dx_soft` / `da_soft`.
 
-In:   dh [M, R] and the p [M, E*R + E] saved by forward: skinny products next to logits.
-Out:  dp [M, E*R + E], the gradient of p.
-Who:  the backward op with a router, between `expand_backward` and `dx_soft` / `da_soft`.
-
-Element-wise over rows. The gate is recomputed from the logits, which is cheaper than storing it. Two short
-walks over the rank: the first makes dgate (every expert of a row at once), the second writes dp.
+Element-wise over rows. The gate is recomputed from the logits, which is cheaper than storing it. Two short walks over
+the rank: the first makes dgate (every expert of a row at once), the second writes dp.
 """
 
 from __future__ import annotations
@@ -69,16 +65,9 @@ def _gate_backward_kernel(
 
 
 def gate_backward(dh: Tensor, p: Tensor, num_experts: int, *, dtype: torch.dtype) -> Tensor:
-    """From the gradient of the mixture to that of the skinny products and the logits.
+    """dp `[M, E*R + E]` in `dtype`, that of x, since products with x come next; a ValueError above 1024 experts.
 
     Formula: `dgate_e = <dh, p_e>`, `dlogits = gate (dgate - sum_e gate_e dgate_e)`, `dp = [gate_e dh | dlogits]`.
-    `dtype` is that of x, since products with x come next.
-
-    Returns:
-        dp `[M, E*R + E]`.
-
-    Raises:
-        ValueError: more than 1024 experts.
     """
     (m, r), experts = dh.shape, triton.next_power_of_2(num_experts)
     if num_experts > MAX_GATE:

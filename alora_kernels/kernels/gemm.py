@@ -1,14 +1,11 @@
 """What every GEMM of this package shares: the tile, the operands, the loops over K (or N) and over the rank.
 
-In:   the two operands of the base product, through pointers or descriptors; the operands of the low-rank one.
-Out:  on the host `Operands`, what a launcher passes on; in a kernel the accumulator with the products added.
-Who:  `expand` and the one-pass kernels (loop over K, then over R), the two dx kernels (over R, then over N).
-
-`out = left @ right + low rank` is one idea in two orientations: only strides differ. Through pointers, rows are not
-masked (the caller clamps their numbers), columns and the contraction are, unless the tile divides them. Descriptors
-need no masks and no address arithmetic: what lies outside the matrix is read as zero and never written. Chips without
-a copy engine use pointers, because Triton turns a descriptor into masked loads there that are not pipelined (the
-compiler spills 640 bytes a thread on sm_80).
+`out = left @ right + low rank` is one kernel in two orientations: only strides differ. `expand` and the one-pass
+kernels loop over K, then over R, the two dx kernels over R, then over N. Through pointers, rows are not masked (the
+caller clamps their numbers), columns and the contraction are, unless the tile divides them. Descriptors need no masks
+and no address arithmetic: what lies outside the matrix is read as zero and never written. Chips without a copy engine
+use pointers, because Triton turns a descriptor into masked loads there that are not pipelined (the compiler spills 640
+bytes a thread on sm_80).
 """
 
 from __future__ import annotations
@@ -44,38 +41,23 @@ def describe(matrix: Tensor, tile: Sequence[int]) -> TensorDescriptor:
 
 
 class Operands(NamedTuple):
-    """The base product `left [M, L] right -> [M, C]` as a kernel takes it.
+    """The base product `left [M, L] right -> [M, C]` as a kernel takes it."""
 
-    Attributes:
-        left, right, out: tensors, or descriptors of them.
-        strides: of left, then of right; zeros without a base product.
-        tile: block_n counts columns of the result, block_k steps of the contraction.
-        block_m: rows of a tile; fewer than the tile's when the batch is small.
-        flags: the kernel's constexprs about the operands.
-    """
-
-    left: Any
+    left: Any  # a tensor, or a descriptor of it, as right and out
     right: Any
     out: Any
-    strides: tuple[int, ...]
-    tile: Tile
-    block_m: int
-    flags: dict[str, bool | int]
+    strides: tuple[int, ...]  # of left, then of right; zeros without a base product
+    tile: Tile  # block_n counts columns of the result, block_k steps of the contraction
+    block_m: int  # rows of a tile; fewer than the tile's when the batch is small
+    flags: dict[str, bool | int]  # the kernel's constexprs about the operands
 
 
 def gemm_tile(
     rows: int, cols: int, depth: int, device: torch.device, dtype: torch.dtype, *, masks: bool, descriptors: bool
 ) -> tuple[Tile, int]:
-    """The tile of the base GEMM, and its rows.
+    """The tile of the base GEMM `[rows, depth] [depth, cols]`, and its rows.
 
-    Args:
-        rows: M.
-        cols: columns of the result.
-        depth: length of the contraction.
-        device: where the tensors are.
-        dtype: element type of the product.
-        masks: the kernel also draws a dropout mask.
-        descriptors: the operands come through descriptors.
+    `masks`: the kernel also draws a dropout mask; `descriptors`: the operands come through descriptors.
     """
     small = tile_for("gemm_small", device, dtype)
     if rows <= small.block_m and not descriptors:
@@ -95,15 +77,8 @@ def gemm_tile(
 def operands(left: Tensor | None, right: Tensor | None, out: Tensor, *, transposed: bool, masks: bool) -> Operands:
     """How to reach the operands of the base product, chosen by chip, size and alignment.
 
-    Args:
-        left: `[M, L]`, or None (with right) for no base product.
-        right: `[L, C]`, or `[C, L]` if transposed.
-        out: `[M, C]`.
-        transposed: forward multiplies by w^T, backward by w.
-        masks: the kernel also draws a dropout mask.
-
-    Raises:
-        ValueError: only one of left and right is None.
+    left is `[M, L]`, out `[M, C]`, right `[L, C]` or, if transposed, `[C, L]`: forward multiplies by w^T, backward by
+    w. Without a base product left and right are both None; one alone is a ValueError. `masks` as in `gemm_tile`.
     """
     if left is None or right is None:
         if (left is None) != (right is None):

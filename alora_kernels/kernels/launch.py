@@ -1,12 +1,8 @@
 """The one door through which every Triton kernel is launched.
 
-In:   a jit kernel, its grid, the run-time arguments in order, the constexprs and warps/stages by name.
-Out:  the kernel ran on the tensors' device; or, on `device="meta"`, it was only written down.
-Who:  every launcher of this package; `bench.static.command` and launch-counting tests read the recordings.
-
-A grid of zero programs is skipped here, so no launcher needs to special-case an empty batch. Tensors on
-the meta device have shapes and strides but no data: running a launcher on them inside `recording(chip)`
-yields exactly the launches a GPU of that kind would get, which ahead-of-time compilation then compiles.
+A grid of zero programs is skipped here, so no launcher needs to special-case an empty batch. Tensors on the meta device
+have shapes and strides but no data: running a launcher on them inside `recording(chip)` yields exactly the launches a
+GPU of that kind would get. Ahead-of-time compilation (`bench static`) and tests that count launches read them.
 """
 
 from __future__ import annotations
@@ -22,19 +18,12 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """One recorded launch.
-
-    Attributes:
-        kernel: the jit function.
-        grid: number of programs along each axis.
-        args: run-time arguments in the kernel's order.
-        meta: constexprs, `num_warps` and `num_stages`.
-    """
+    """One recorded launch."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    meta: dict[str, Any]
+    args: tuple[Any, ...]  # in the kernel's order
+    meta: dict[str, Any]  # constexprs, num_warps and num_stages
 
 
 class Recording(NamedTuple):
@@ -49,10 +38,7 @@ _recording: ContextVar[Recording | None] = ContextVar("alora_kernels_recording",
 
 @contextmanager
 def recording(chip: str) -> Iterator[list[Launch]]:
-    """Record what launchers would launch for meta tensors, as if the device were `chip`.
-
-    Args:
-        chip: a chip name as `tiles.chip_of` gives it, e.g. `"sm_90"` or `"gfx942"`.
+    """Record what launchers would launch for meta tensors, as if the device were `chip` ("sm_90", "gfx942").
 
     Yields:
         The launches, in order; the list grows while the block runs.
@@ -77,11 +63,8 @@ def recorded_chip() -> str | None:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch `kernel` over `grid` on the device of its tensors, or record it (meta tensors).
 
-    Args:
-        kernel: a `triton.jit` function.
-        grid: programs along each axis; a zero anywhere launches nothing.
-        args: run-time arguments in the kernel's order (tensors, numbers, None).
-        meta: constexprs by name, and `num_warps`, `num_stages`.
+    A zero anywhere in the grid launches nothing. `args` are in the kernel's order (tensors, numbers, None), `meta` are
+    the constexprs by name, `num_warps` and `num_stages`.
     """
     if math.prod(grid) == 0:
         return

@@ -1,11 +1,7 @@
-"""Which precision each number is kept in, and how ranks and lengths are cut into blocks.
+"""Which precision each number is kept in, and how ranks and lengths are cut into blocks: constexprs of all launchers.
 
-In:   dtypes, ranks, lengths.
-Out:  the accumulator dtype, the dot precision, block sizes: what launchers pass as constexprs.
-Who:  every launcher.
-
-One rule: products are taken in x's dtype, sums, logits and softmax in the accumulator dtype (float32, or
-float64 when x is float64), and each result is rounded once.
+One rule: products are taken in x's dtype, sums, logits and softmax in the accumulator dtype (float32, or float64 when x
+is float64), and each result is rounded once.
 """
 
 from __future__ import annotations
@@ -44,13 +40,10 @@ def common(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def kernel_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Split s into the factor applied inside a kernel and the factor left for afterwards.
+    """s as `(inside, outside)`: the factor applied inside a kernel and the one that is left for afterwards.
 
-    Kernels receive floats as float32. That is exact enough for every dtype but float64, where s is applied
-    by torch instead.
-
-    Returns:
-        `(inside, outside)` with `inside * outside == scaling`.
+    Kernels receive floats as float32. That is exact enough for every dtype but float64, where s is applied by torch
+    instead.
     """
     return (1.0, float(scaling)) if dtype == torch.float64 else (float(scaling), 1.0)
 
@@ -74,11 +67,5 @@ def rank_step(rank: int, dtype: torch.dtype, widest: int = 32) -> int:
 
 
 def splits_for(programs: int, blocks: int, wanted: int) -> int:
-    """How many parts to cut a reduction into so that about `wanted` programs run.
-
-    Args:
-        programs: programs without splitting.
-        blocks: blocks along the reduction; more parts than that would be empty.
-        wanted: programs that fill the chip.
-    """
+    """How many parts to cut a reduction of `blocks` blocks into to turn `programs` into about `wanted`; none is empty."""
     return max(1, min(triton.cdiv(wanted, max(programs, 1)), blocks))

@@ -1,8 +1,4 @@
-"""Forward of the whole layer in one launch, soft routing.
-
-In:   x [M, K], w [N, K], bias, the matrices a [E, R, K], the router [E, K], b [N, R], s, dropout.
-Out:  y [M, N], the scaled h [M, R] and p [M, E*R + E] (kept for backward).
-Who:  the forward op under the plan "one_pass", on chips with a copy engine.
+"""Forward of the whole layer in one launch, soft routing: plan "one_pass", on chips with a copy engine.
 
 The skinny products of all experts are too wide to ride along with a tile, so some pieces of work are nothing but
 `shrink_soft` for BLOCK_P rows. They come a group of row blocks ahead of the tiles of the GEMM, each raises the flag of
@@ -90,13 +86,9 @@ def one_pass_soft(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole layer under soft routing, in one launch.
+    """The whole layer under soft routing, in one launch: y, h and p as in `expand` and `shrink_soft`.
 
     Formula: `p = [dropout(x) a_cat^T | x router^T]`, `h = s sum_e softmax(logits)_e p_e`, `y = x w^T + bias + h b^T`.
-    The router sees x before dropout.
-
-    Returns:
-        y `[M, N]` and h `[M, R]` in x's dtype, the unscaled p `[M, E*R + E]` in the accumulator dtype.
     """
     (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
     y, h = torch.empty(m, n, dtype=x.dtype, device=x.device), torch.empty(m, r, dtype=x.dtype, device=x.device)

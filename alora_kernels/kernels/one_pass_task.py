@@ -1,8 +1,4 @@
-"""Forward of the whole layer in one launch, task routing.
-
-In:   x [M, K], w [N, K], bias, the matrices a [E, R, K], b [N, R], task ids, s, dropout.
-Out:  y [M, N] and the scaled h [M, R] (kept for backward).
-Who:  the forward op under the plan "one_pass", on chips with a copy engine.
+"""Forward of the whole layer in one launch, task routing: plan "one_pass", on chips with a copy engine.
 
 The tile in the first column of a row block streams the block's rows of x anyway. This *leader* also multiplies them by
 the A of the block's first task: BLOCK_R columns next to BLOCK_N. Further tasks of the block cost it another pass over
@@ -127,13 +123,10 @@ def one_pass_task(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole layer under task routing, in one launch.
+    """The whole layer under task routing, in one launch: y `[M, N]` and h `[M, R]`, both in x's dtype.
 
     Formula: `h_m = s A_{t(m)} dropout(x_m)`, `y = x w^T + bias + h b^T`. Rows with an id that names no task get the
     base alone.
-
-    Returns:
-        y `[M, N]` and h `[M, R]`, both in x's dtype.
     """
     (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)

@@ -1,11 +1,7 @@
 """Forward of the layer, first half, soft routing: all skinny products, the gate, and their mixture.
 
-In:   x [M, K], the matrices a [E, R, K], the router [E, K], s, dropout.
-Out:  p [M, E*R + E], the unscaled products A_e x next to the logits (kept for backward), and h [M, R], scaled.
-Who:  the forward op with a router.
-
-One launch, and one pass over x while the products of all experts fit in `block_n` columns. More experts
-are taken in chunks: the first pass makes the logits, each further one a chunk of products.
+One launch, and one pass over x while the products of all experts fit in `block_n` columns. More experts are taken in
+chunks: the first pass makes the logits, each further one a chunk of products.
 """
 
 from __future__ import annotations
@@ -129,16 +125,10 @@ def shrink_soft_kernel(
 def shrink_soft(
     x: Tensor, a: Tensor, router: Tensor, *, scaling: float, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All skinny products, the softmax gate and the mixture, in one launch.
+    """h `[M, R]` in x's dtype and the unscaled p `[M, E*R + E]` in the accumulator dtype, in one launch.
 
     Formula: `p = [dropout(x) a_cat^T | x router^T]`, `gate = softmax(p[:, E*R:])`, `h = s sum_e gate_e p_e`. The router
-    sees x before dropout.
-
-    Returns:
-        h `[M, R]` in x's dtype and the unscaled p `[M, E*R + E]` in the accumulator dtype.
-
-    Raises:
-        ValueError: more than 1024 experts.
+    sees x before dropout. More than 1024 experts are a ValueError.
     """
     (m, k), (e, r, _) = x.shape, a.shape
     if e > MAX_GATE:

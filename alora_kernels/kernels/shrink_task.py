@@ -1,12 +1,7 @@
 """Forward of the layer, first half, task routing: every row through the A of its own task.
 
-In:   x [M, K], the matrices a [E, R, K], the rows grouped by task, s, dropout.
-Out:  h [M, R], scaled; zero for rows of no task.
-Who:  the forward op with task ids.
-
-A program takes consecutive positions of `groups.order`, so it meets few tasks, and streams x once per
-task it meets. Results of different tasks never mix: a task whose A holds NaN does not disturb its
-neighbours in the same block.
+A program takes consecutive positions of `groups.order`, so it meets few tasks, and streams x once per task it meets.
+Results of different tasks never mix: a task whose A holds NaN does not disturb its neighbours in the same block.
 """
 
 from __future__ import annotations
@@ -91,12 +86,10 @@ def _shrink_task_kernel(
 
 
 def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, dropout: Dropout | None = None) -> Tensor:
-    """Each row through the matrix A of its task.
+    """Each row through the matrix A of its task: h `[M, R]` in x's dtype.
 
-    Formula: `h_m = s A_{t(m)} dropout(x_m)`, and 0 where row m has no task.
-
-    Returns:
-        h `[M, R]` in x's dtype: s is applied in the accumulator, the rounding comes last.
+    Formula: `h_m = s A_{t(m)} dropout(x_m)`, and 0 where row m has no task. s is applied in the accumulator, the
+    rounding comes last.
     """
     (m, k), (e, r, _) = x.shape, a.shape
     kernel = "shrink_task_narrow" if dropout is not None or k % 16 else "shrink_task"

@@ -1,9 +1,8 @@
 """Order inside one launch: tickets hand out the work, flags say what is ready, the last program cleans up.
 
-In:   a block of int32 counters that are zero when the launch begins (`counters` hands it to the launcher):
-      [tickets taken, programs done, flag 0, flag 1, ...].
-Out:  the same block, zero again when the launch ends, so a CUDA graph can replay it.
-Who:  the one-pass kernels, whose tiles wait for an h that other programs of the same launch compute.
+Tiles of the one-pass kernels wait for an h that other programs of the same launch compute. They share a block of int32
+counters, [tickets taken, programs done, flag 0, flag 1, ...], that are zero when the launch begins (`counters` hands it
+to the launcher) and zero again when it ends, so a CUDA graph can replay it.
 
 Why no program can wait forever: work is numbered, whoever computes h has a smaller number than whoever waits for
 it, and a program takes the next number only when it runs. So all work with smaller numbers is finished or running,
@@ -70,10 +69,8 @@ def clean_up(counters_ptr, num_flags, BLOCK: tl.constexpr):
 def ahead_of(ticket, AHEAD, REST):
     """What a ticket stands for when each group of row blocks has AHEAD pieces that others wait for, and REST others.
 
-    The pieces of group g + 1 come before the rest of group g, so that nobody waits for a piece that runs beside it.
-
-    Returns:
-        the group, the piece's index in its part, and whether it is one of the AHEAD pieces.
+    Gives the group, the piece's index in its part, and whether it is one of the AHEAD pieces. The pieces of group g + 1
+    come before the rest of group g, so that nobody waits for a piece that runs beside it.
     """
     turn = ticket - AHEAD
     width = AHEAD + REST

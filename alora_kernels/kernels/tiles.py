@@ -1,13 +1,9 @@
 """Tile sizes: frozen data, one row per (kernel, chip or kind of chip, bytes per element).
 
-In:   the kernel that is launched, the device and dtype of its tensors.
-Out:  a `Tile`: how many rows, columns and K-steps one program takes, its warps and pipeline stages.
-Who:  every launcher, and nobody else.
-
-The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of
-shared memory per program (consumer cards, gfx942) and unknown ones share the rows called "other"; the
-interpreter has its own, so that tests at small sizes go round every loop more than once. What `bench tune` measured
-on a chip (`tuned.py`) comes before the table.
+The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of shared memory
+per program (consumer cards, gfx942) and unknown ones share the rows called "other"; the interpreter has its own, so
+that tests at small sizes go round every loop more than once. What `bench tune` measured on a chip (`tuned.py`) comes
+before the table.
 """
 
 from __future__ import annotations
@@ -28,23 +24,14 @@ from .tuned import TILES
 
 @dataclass(frozen=True)
 class Tile:
-    """The work of one program.
+    """The work of one program."""
 
-    Attributes:
-        block_m: rows (tokens).
-        block_n: output columns; for the shrinks the columns of p, for `expand_backward` those of dy.
-        block_k: length of one step of the contraction.
-        num_warps: warps per program.
-        num_stages: software-pipeline depth.
-        parts: pieces in which a tile is stored through a descriptor; two leave room for one more stage.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
+    block_m: int  # rows (tokens)
+    block_n: int  # output columns; of the shrinks those of p, of `expand_backward` those of dy
+    block_k: int  # length of one step of the contraction
     num_warps: int
-    num_stages: int
-    parts: int = 1
+    num_stages: int  # software-pipeline depth
+    parts: int = 1  # pieces in which a tile is stored through a descriptor; two leave room for one more stage
 
 
 GROUP_M = 8  # row blocks that share the weight tiles in L2
@@ -239,16 +226,9 @@ def has_tile(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str = "") -> Tile:
-    """The tile for a kernel: one that overrides, a measured one, or that of the table.
+    """The tile for a kernel: one that overrides, a measured one for this class of shapes, or that of the table.
 
-    Args:
-        kernel: first column of the table, e.g. `"gemm"`.
-        device: where the tensors are.
-        dtype: element type of x or dy.
-        shapes: class of shapes, for tiles that were measured per class.
-
-    Returns:
-        The tile; chips that the table does not name get the smallest ones.
+    `dtype` is that of x or dy. Chips that the table does not name get the smallest tiles.
     """
     chip = chip_of(device)
     kind, bytes_each = chip_class(chip), dtype.itemsize
