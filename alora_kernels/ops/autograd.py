@@ -1,8 +1,4 @@
-"""The custom ops: what `torch.compile`, autograd and the profiler see.
-
-In:   x `[M, K]` and the layer's tensors, the routed half as an `Adapter`, the key of a backend.
-Out:  y of the whole layer (`linear`), or h of the routed half (`shrink`), differentiable; `add_expanded` completes h.
-Who:  `ops.functional`; nobody else calls these.
+"""The custom ops: what `torch.compile`, autograd and the profiler see. Only `ops.functional` calls them.
 
 `alora::linear -> (y, h, p)` and `alora::shrink -> (h, p)` have h and p as outputs only because the backward needs them.
 Each has its backward as a second op, so a compiled graph holds one opaque node a pass. Nothing of size `[M, N]` is

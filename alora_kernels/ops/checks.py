@@ -1,8 +1,6 @@
-"""The public edge: every shape, dtype and device error of the ops is raised here, with names and numbers.
+"""Every shape, dtype and device error of the ops is raised here, with names and numbers.
 
-In:   the arguments of `alora_linear` and `alora_delta` as the user gave them.
-Out:  nothing, or an error that names the argument, its shape and the one that was expected.
-Who:  `ops.functional`; kernels and backends below it trust what they get.
+`ops.functional` asks before anything runs; kernels and backends below it trust what they get.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Which code computes the layer, and in which of several ways: the backend and its plan.
 
-In:   the caller's wish (`backend=`), the environment variable `ALORA_BACKEND`, the device; sizes, chip and routing.
-Out:  a key of the table `BACKENDS`, or an error that says what to change; the plan that tables and rules choose.
-Who:  the ops ask once per call, Triton's backend once per pass for a plan; `alora doctor` prints both with reasons.
-
-The caller's wish comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch elsewhere. Triton
-runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work. A wish may name a plan,
+The ops ask once per call, Triton's backend once per pass for a plan; `alora doctor` prints both with reasons. The
+caller's wish (`backend=`) comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch elsewhere.
+Triton runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work. A wish may name a plan,
 "triton:one_pass", for tests and measurements. Without one, what was measured on a chip (`kernels/tuned.py`) decides for
 it, and without a measurement a rule: our own GEMM on chips it was written for, where sizes are multiples of 16; the
 vendor's GEMM everywhere else, which can only lose the low-rank part's own time. The one-pass kernels are never taken
@@ -83,11 +80,7 @@ class Choice(NamedTuple):
 
 
 def explain(device: torch.device, backend: str | None = None) -> Choice:
-    """The backend for tensors on this device, and why.
-
-    Args:
-        device: where x lives.
-        backend: "triton", "triton:<plan>", "torch", or None for the environment's or the automatic choice.
+    """The backend for tensors on this device, and why; `backend` as in `alora_linear`, also "triton:<plan>".
 
     Raises:
         ValueError: the name is not a backend.
@@ -123,8 +116,7 @@ def _check_triton(device: torch.device, source: str) -> None:
 def choose(x: torch.Tensor, backend: str | None) -> str:
     """The key of the backend for x; see `explain`.
 
-    Raises:
-        TypeError: bf16 in Triton's interpreter, which multiplies bit patterns instead of numbers.
+    A TypeError for bf16 in Triton's interpreter, which multiplies bit patterns instead of numbers.
     """
     key = explain(x.device, backend).name
     if key != "torch" and x.dtype == torch.bfloat16 and not x.is_cuda:
@@ -133,13 +125,9 @@ def choose(x: torch.Tensor, backend: str | None) -> str:
 
 
 def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
-    """The plan for a layer, and why.
+    """The plan for a layer of m rows, k in_features and n out_features, and why.
 
-    Args:
-        chip: as `kernels.tiles.chip_of` names it.
-        routing: "task" or "soft".
-        itemsize: bytes per element of x.
-        m, k, n: rows, in_features, out_features.
+    chip as `kernels.tiles.chip_of` names it, routing "task" or "soft", itemsize in bytes per element of x.
     """
     from ..kernels import tuned  # the kernels package needs triton
     from ..kernels.tiles import chip_class, shape_class

@@ -1,9 +1,7 @@
 """The public ops: check the arguments once, turn ids into row groups, draw the dropout seed, call the op.
 
-In:   tensors of any leading shape, ids as a tensor or as the batch's `Routing`.
-Out:  `alora_linear` gives the layer's output; `alora_delta` adds the low-rank part to a base output.
-Who:  users. `trusted_alora` is for layers that proved their own tensors when they were built: `FusedALoRALinear` and
-      those of the PEFT tuner.
+`trusted_alora` is for layers that proved their own tensors when they were built: `FusedALoRALinear` and those of the
+PEFT tuner.
 """
 
 from __future__ import annotations
@@ -128,18 +126,10 @@ def alora_delta(
     Formula: `base + s (sum_e g_e(x) A_e dropout(x)) B^T`.
 
     Args:
-        x: activations `[..., K]`.
-        lora_A: `[E, R, K]`.
-        lora_B: the shared B, `[N, R]`.
+        x, lora_A, lora_B, router, task_ids, scaling, dropout_p, training, backend: see `alora_linear`.
         base: the base layer's output `[..., N]`, or None for the low-rank part alone. It is overwritten with
             the sum, without a second tensor of its size, unless autograd forbids it (a leaf that requires
             grad, or a view): then a new tensor is returned. Use the returned value in every case.
-        router: see `alora_linear`.
-        task_ids: see `alora_linear`.
-        scaling: s.
-        dropout_p: see `alora_linear`.
-        training: see `alora_linear`.
-        backend: see `alora_linear`.
 
     Returns:
         `[..., N]`, in base's dtype (x's without a base).

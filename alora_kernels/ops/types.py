@@ -1,7 +1,6 @@
-"""The few records that ops and backends hand to each other.
+"""The records that ops and backends hand to each other: what routes (`Adapter`), is saved, asked for, given back.
 
-In:   what `functional` proved, or the flat arguments of a custom op (the dispatcher knows tensors and numbers only).
-Out:  the same things under their names: what routes (`Adapter`), what is saved, asked for and given back.
+A custom op knows tensors and numbers only, so an `Adapter` also goes flat.
 """
 
 from __future__ import annotations
@@ -26,21 +25,13 @@ def wider(*tensors: Tensor | None) -> torch.dtype:
 
 
 class Adapter(NamedTuple):
-    """The routed half of the layer: everything between x and h.
+    """The routed half of the layer: everything between x and h."""
 
-    Attributes:
-        a: `[E, R, K]`.
-        router: `[E, K]` for soft routing, else None.
-        groups: rows by task for task routing, else None.
-        scaling: s.
-        dropout: None when inactive.
-    """
-
-    a: Tensor
-    router: Tensor | None
-    groups: RowGroups | None
-    scaling: float
-    dropout: Dropout | None
+    a: Tensor  # [E, R, K]
+    router: Tensor | None  # [E, K] for soft routing
+    groups: RowGroups | None  # rows by task for task routing
+    scaling: float  # s
+    dropout: Dropout | None  # None when inactive
 
     @property
     def task_groups(self) -> RowGroups:

@@ -1,8 +1,4 @@
-"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
-
-In:   two-dimensional activations, the frozen weight, the adapter.
-Out:  the same four results as `triton.layer`: `linear`, `shrink` and their backwards.
-Who:  the custom ops of `ops.autograd`.
+"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve; called as `triton.layer` is.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
 whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and

@@ -1,11 +1,7 @@
 """Products of factors whose dtypes differ: float32 adapters over 16-bit activations, as PEFT keeps them.
 
-In:   two factors, of any float dtypes.
-Out:  their product, taken and summed in the wider dtype of the two and rounded once.
-Who:  the torch backend; `alora_delta`, which adds to another base's output.
-
-The 16-bit side is the large one (x, dy, y). A float32 copy of `[M, N]` would be larger than all that the layer saves,
-so its rows are widened block by block.
+They are taken and summed in the wider dtype of the two and rounded once. The 16-bit side is the large one (x, dy, y). A
+float32 copy of `[M, N]` would be larger than all that the layer saves, so its rows are widened block by block.
 """
 
 from __future__ import annotations

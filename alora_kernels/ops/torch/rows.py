@@ -1,13 +1,9 @@
 """Which rows of a batch meet which matrix A, in torch calls: the row layouts of the torch backend.
 
-In:   rows grouped by task (`alora_kernels.routing.RowGroups`).
-Out:  `Whole`, one task for all rows; `Slots`, one batched product for all tasks; or a list of the tasks with the rows
-      of each, one product per entry.
-Who:  the torch backend, in forward and backward; the baselines with one adapter per task.
-
-A product of a few rows takes 3 us and the calls around it 12, so for small batches a layout saves calls. It is
-chosen by the number of rows of each task, never by what x or A hold, and kept for the batch's other layers: working
-it out takes 30 to 80 us, a fifth of a 768 x 768 layer with 32 rows.
+Rows grouped by task are `Whole`, one task for all rows; `Slots`, one batched product for all tasks; or a list of the
+tasks with the rows of each, one product per entry. A product of a few rows takes 3 us and the calls around it 12, so
+for small batches a layout saves calls. It is chosen by the number of rows of each task, never by what x or A hold, and
+kept for the batch's other layers: working it out takes 30 to 80 us, a fifth of a 768 x 768 layer with 32 rows.
 """
 
 from __future__ import annotations
@@ -37,22 +33,14 @@ class Slots(NamedTuple):
 
     A free slot repeats the last row of its own task, so what is not a number in the A or the rows of a task stays in
     that task. Results from free slots are not collected.
-
-    Attributes:
-        tasks: numbers of the tasks present `[T]`, or None where all E are.
-        lines: T.
-        source: the row in each slot `[T * C]`.
-        rows: row numbers, task by task `[L]`; base-only rows are not among them.
-        taken: the slot of each of these rows `[L]`, or None where no slot is free.
-        back: the slot of every row of the batch `[M]`, or None where some rows have no task.
     """
 
-    tasks: Tensor | None
-    lines: int
-    source: Tensor
-    rows: Tensor
-    taken: Tensor | None
-    back: Tensor | None = None
+    tasks: Tensor | None  # numbers of the tasks present [T], or None where all E are
+    lines: int  # T
+    source: Tensor  # the row in each slot [T * C]
+    rows: Tensor  # row numbers, task by task [L]; base-only rows are not among them
+    taken: Tensor | None  # the slot of each of these rows [L], or None where no slot is free
+    back: Tensor | None = None  # the slot of every row of the batch [M], or None where some rows have no task
 
     def matrices(self, a: Tensor) -> Tensor:
         """The A of the tasks present, `[T, R, K]`."""

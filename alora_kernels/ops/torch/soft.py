@@ -1,11 +1,8 @@
 """Soft routing in torch calls: skinny products, gate and their gradients.
 
-In:   x and x after dropout, in the dtype of the skinny products; an adapter with a router.
-Out:  p and the mixture h; in the backward dx in place, and the gradients of a and router.
-Who:  the torch backend.
-
-p holds `E*R` products and E logits side by side, so that one product with x makes all of it. This backend keeps the
-gate in the place of the logits: the backward needs no second softmax.
+x, and x after dropout, come in the dtype of the skinny products. p holds `E*R` products and E logits side by side, so
+that one product with x makes all of it. This backend keeps the gate in the place of the logits: the backward needs no
+second softmax.
 """
 
 from __future__ import annotations

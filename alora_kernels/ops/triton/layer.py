@@ -1,8 +1,6 @@
-"""The layer in Triton launches: one or two forward, three to five backward.
+"""The layer in Triton launches: one or two forward, three to five backward; called as `torch.layer` is.
 
-In:   two-dimensional activations, the frozen weight, the adapter; a plan that is forced, or None.
-Out:  the same four results as `torch.layer`: `linear`, `shrink` and their backwards.
-Who:  the custom ops of `ops.autograd`. `kernels/README.md` derives what each launch reads and writes.
+`kernels/README.md` derives what each launch reads and writes.
 """
 
 from __future__ import annotations
@@ -36,11 +34,7 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
 def _one_pass(
     x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, forced: bool
 ) -> tuple[Tensor, Saved] | None:
-    """The whole layer in one launch, or None where no one-pass kernel takes it.
-
-    Raises:
-        BackendError: it was forced and cannot run.
-    """
+    """The whole layer in one launch, or None where no one-pass kernel takes it; a BackendError if it was forced."""
     dropout, a, scaling = adapter.dropout, adapter.a, adapter.scaling
     if adapter.router is None:
         ids, empty = adapter.task_groups.ids, x.new_empty(0, dtype=acc_dtype(x.dtype))
