@@ -67,5 +67,5 @@ def rank_step(rank: int, dtype: torch.dtype, widest: int = 32) -> int:
 
 
 def splits_for(programs: int, blocks: int, wanted: int) -> int:
-    """How many parts to cut a reduction of `blocks` blocks into to turn `programs` into about `wanted`; none is empty."""
+    """How many parts to cut a reduction of `blocks` blocks into, none empty, to turn `programs` into some `wanted`."""
     return max(1, min(triton.cdiv(wanted, max(programs, 1)), blocks))
