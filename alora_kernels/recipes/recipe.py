@@ -1,8 +1,7 @@
 """What to train, on what, and how: the YAML file of `alora train`, as frozen data.
 
-In:   a YAML mapping.
-Out:  a `Recipe`; unknown keys and wrong values are refused, all at once, before anything is loaded.
-Who:  `alora train`, `alora eval` (which reads the copy saved beside the adapter) and the demo.
+Unknown keys and wrong values are refused, all at once, before anything is loaded. `alora eval` reads the copy that was
+saved with the adapter; the demo has a recipe of its own.
 """
 
 from __future__ import annotations
@@ -169,26 +168,14 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str = "recipe") -> Self:
-        """A recipe from settings.
-
-        Args:
-            values: settings by name.
-            source: what to call them in errors.
-
-        Raises:
-            RecipeError: unknown keys and wrong values, a line for each.
-        """
+        """A recipe from settings; a RecipeError, headed by `source`, says each unknown key and wrong value."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise RecipeError("\n  ".join([f"{source}:", *mistakes(error, cls)])) from None
 
     def instead(self, **changes: Any) -> Self:
-        """The same run with other settings; None keeps the recipe's.
-
-        Raises:
-            RecipeError: as `of`.
-        """
+        """The same run with other settings; None keeps the recipe's."""
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes.keys() & {"method", "routing"}:
             changes = {"method": "alora", "routing": None} | changes
@@ -201,11 +188,7 @@ class Recipe(BaseModel):
         return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **settings)
 
     def located(self, root: Path) -> Self:
-        """The same run with absolute paths of its files.
-
-        Args:
-            root: folder that relative paths start from; the output folder starts from the current one.
-        """
+        """The same run with absolute paths: of its files from `root`; the output folder starts from the current one."""
 
         def found(task: str | TaskSpec) -> str | TaskSpec:
             if isinstance(task, str):
@@ -233,11 +216,7 @@ def _path(root: Path, source: str) -> str:
 
 
 def load_recipe(path: Path, root: Path | None = None) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        path: the YAML file.
-        root: folder that relative paths of data start from; None is the file's own.
+    """Read a recipe from a YAML file; relative paths of data start from `root`, or else the file's own folder.
 
     Raises:
         RecipeError: no such file, not a YAML mapping; unknown keys and bad values, all of them.

@@ -1,10 +1,8 @@
 """Follow a recipe: load, train, judge, save. The steps that `alora train`, `alora eval` and the demo share.
 
-In:   a `Recipe`.
-Out:  a `Run` (model, tokenizer, encoded rows), a trained adapter folder, scores per task.
-Who:  the commands; each step prints its own progress.
-
-A task is judged by accuracy where it answers with few words, and by the loss of its answers where they are texts.
+From a `Recipe` to a `Run` (model, tokenizer, encoded rows), a trained adapter folder and scores per task; each step
+prints its own progress. A task is judged by accuracy where it answers with few words, and by the loss of its answers
+where they are texts.
 """
 
 from __future__ import annotations
@@ -99,11 +97,7 @@ class Run:
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train as the recipe says, save, judge; `resume` and `overwrite` as `claim`.
-
-    Returns:
-        The folder of the adapter.
-    """
+    """Train as the recipe says, save, judge; returns the adapter's folder. `resume` and `overwrite` as `claim`."""
     folder = Path(recipe.output)
     last = claim(folder, resume=resume, overwrite=overwrite)
     job = load(recipe, resume=last)
@@ -118,11 +112,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
 
 
 def evaluate(adapter: Path, *, base: bool = False) -> None:
-    """Judge a saved adapter, and the untuned base too if asked.
-
-    Raises:
-        ValueError: the folder is none that `run` wrote.
-    """
+    """Judge an adapter that `run` saved, and the untuned base too if asked."""
     if not (adapter / FILE).exists():
         near = f", {adapter / ADAPTER}" if (adapter / ADAPTER / FILE).exists() else ""
         raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote{near}")
@@ -132,18 +122,10 @@ def evaluate(adapter: Path, *, base: bool = False) -> None:
 
 
 def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str | None:
-    """Make sure that nothing is replaced that the user did not mean to.
+    """The checkpoint to go on from in an output folder; None starts anew.
 
-    Args:
-        folder: where checkpoints and the adapter go.
-        resume: go on with the run whose checkpoints are there.
-        overwrite: what is there may go.
-
-    Returns:
-        The checkpoint to go on from; None starts anew.
-
-    Raises:
-        ValueError: a finished or begun run is there and neither was said, or there is nothing to resume.
+    Nothing is replaced that the user did not mean to: a ValueError where a finished or begun run is there and neither
+    `resume` nor `overwrite` was said, or where there is nothing to resume.
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with the run that is there, --overwrite starts anew: give one of them")
@@ -236,8 +218,7 @@ def _words(text: DatasetDict) -> dict[str, list[str]]:
 def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
     """A line about test answers that are none of their task's words.
 
-    Raises:
-        ValueError: words of which one begins another, and a tokenizer that has no end.
+    A ValueError for words of which one begins another, if the tokenizer has no end of text.
     """
     for task, words in choices.items():
         try:
@@ -294,13 +275,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
 
 
 def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
-    """Scores on the test rows, all tasks mixed in every batch.
-
-    Args:
-        run: the model and its data.
-        label: stands beside the progress bar.
-        base_only: judge the base without its adapter.
-    """
+    """Scores on the test rows, all tasks mixed in every batch; `base_only` judges the base without its adapter."""
     rows = [
         _with_word(run, dict(row), answer) for row, answer in zip(run.test, run.text["test"]["answer"], strict=True)
     ]
@@ -362,7 +337,7 @@ def _with_perplexity(loss: float) -> str:
 
 
 def show_method(run: Run) -> None:
-    """One line: the method, what it trains, and how its rank was chosen."""
+    """Print one line: the method, what it trains, and how its rank was chosen."""
     count = trainable_parameters(run.model)
     text = f"{run.label}: r={run.method.r}, {count / 1e6:.3g} M parameters train"
     if run.recipe.budget == "parameters":
