@@ -1,11 +1,11 @@
-"""Is this reply what was agreed? One reply against the spec, before anybody averages it.
+"""One reply against what was agreed, before anybody averages it.
 
 From a reply's content, the arrays that were sent and the nonce they were sent with to an `Answer`, or a `RefusedError`
 with the reason. `guard` asks for every reply; nothing here knows about rounds, nodes or Flower's transport.
 
-The order of the checks is the order of the reasons: what is cheap and names the cause comes first, so a reply of an
-old client says "spec hash", not "keys differ". Plain averaging would take NaN, 1e30, negative weights and shapes that
-merely broadcast.
+The first check that fails gives the reason, so what is cheap and names the cause comes first: an old client's reply is
+refused for its spec hash, not because "keys differ". Plain averaging would take NaN, 1e30, negative weights and shapes
+that merely broadcast.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class _Round:
 
     @property
     def entries(self) -> list[_Sent]:
-        """All of them."""
+        """All that the ledger hears of: each message, then the replies that answer none."""
         return [*self.sent.values(), *self.extra]
 
     @property

@@ -397,7 +397,7 @@ class FromRound(Strategy):
         self.done = done
 
     def configure_train(self, server_round: int, *rest: Any) -> Iterable[Message]:
-        """Of the true round."""
+        """The strategy's own, of the true round; so are the next three."""
         return self.strategy.configure_train(self.done + server_round, *rest)
 
     def aggregate_train(self, server_round: int, *rest: Any) -> tuple[ArrayRecord | None, MetricRecord | None]:

@@ -1,7 +1,7 @@
 """Flower's strategies by name, set up for one message per client and round, and differential privacy around them.
 
-From a name, the strategy's own keyword arguments, the quorum and `DpSettings` to the server's strategy; the clipping of
-a client that clips; epsilon so far, for the server's ledger.
+From a name, the strategy's own keyword arguments, the quorum and `DpSettings` to the server's strategy. Also here: the
+clipping on a client, and the epsilon spent so far, for the ledger.
 
 Metrics come inside the train reply, because on real machines every message costs a fresh process: no evaluate messages.
 A robust strategy that could not do its work with the quorum is refused: Flower's trimmed mean of 4 replies trims nobody

@@ -112,12 +112,9 @@ def stepping(optimizer: Any) -> Optimizer:
 
 
 def by_task(value: Tensor, p: Tensor, *, coded: bool = False) -> Tensor | None:
-    """A view of one state tensor whose first dimension counts tasks, None where tasks cannot be told apart.
+    """A view of one state tensor of `p` `[E, R, K]` by task, tasks first; None where they cannot be told apart.
 
-    Args:
-        value: state of p.
-        p: stacked A `[E, R, K]`.
-        coded: some state of p is codes of 8 bits, so that a vector holds the scales of equal blocks of p.
+    `coded`: some state of p is codes of 8 bits, so that a vector holds the scales of equal blocks of p.
     """
     shape, (tasks, *rest) = tuple(value.shape), tuple(p.shape)
     shortened = [(tasks, *rest[:i], *rest[i + 1 :]) for i in range(len(rest))]
