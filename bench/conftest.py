@@ -1,8 +1,4 @@
-"""`pytest bench --benchmark-only` works although the project's options switch benchmarks off.
-
-`addopts` has `--benchmark-disable`, so that a plain `pytest` never times anything; the plugin refuses it next to
-`--benchmark-only`. Whoever asks for benchmarks alone means it: the switch is taken back before the plugin reads it.
-"""
+"""`pytest bench --benchmark-only` works although `addopts` has `--benchmark-disable`, which the plugin refuses then."""
 
 from __future__ import annotations
 
@@ -11,6 +7,6 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Let `--benchmark-only` win over `--benchmark-disable`."""
+    """Take `--benchmark-disable` back before the plugin reads it."""
     if config.getoption("benchmark_only", False):
         config.option.benchmark_disable = False

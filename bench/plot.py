@@ -27,11 +27,7 @@ _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:
-    """The newest rows of every CSV that timed something.
-
-    Raises:
-        typer.BadParameter: there is none, or one of them has other columns.
-    """
+    """The newest rows of every CSV that timed something."""
     found = {}
     try:
         for path in sorted(folder.glob("*.csv")):
@@ -74,11 +70,7 @@ def predictions() -> list[Any]:
 
 
 def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) -> str:
-    """The README's text with a block per command, its CSV files one after the other.
-
-    Raises:
-        ValueError: a block's markers are missing.
-    """
+    """The README's text with a block per command, its CSV files one after the other."""
     blocks: dict[str, list[str]] = {}
     for path, rows in results.items():
         command = rows[0].command

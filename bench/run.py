@@ -62,12 +62,9 @@ class Candidate(Protocol):
 
 
 class Work(Protocol):
-    """A case with its candidates, of which nothing is built yet.
+    """A case (its columns in `row`) with its candidates, of which nothing is built yet.
 
-    Attributes:
-        row: the columns that describe the case.
-        directions: the passes to measure.
-        repeats: rounds, as a factor of what the user asked for: short calls want more of them.
+    `repeats` is a factor on the rounds the user asked for: short calls want more of them.
     """
 
     row: Row
@@ -78,14 +75,7 @@ class Work(Protocol):
 
 
 class Runner:
-    """Measures works one after the other.
-
-    Args:
-        sheet: where rows go.
-        run: the columns that are the same for the whole run.
-        repeats: rounds per case, times each work's own factor.
-        clock: wall time by default.
-    """
+    """Measures works one after the other; `run` holds the columns that are the same for the whole run."""
 
     def __init__(self, sheet: Sheet[Row], run: dict[str, Any], *, repeats: int, clock: Clock | None = None) -> None:
         self.sheet, self.repeats, self.clock = sheet, repeats, clock
@@ -102,11 +92,7 @@ class Runner:
         )
 
     def run(self, works: Sequence[Work], modes: Sequence[str]) -> list[Row]:
-        """Measure all works in all passes and modes.
-
-        Returns:
-            All rows. After an exception, also `KeyboardInterrupt`, `self.rows` has those made before it.
-        """
+        """All rows; after an exception, also `KeyboardInterrupt`, `self.rows` has those made before it."""
         with self._bar:
             self._task = self._bar.add_task("", total=sum(len(work.directions) * len(modes) for work in works))
             for work in works:
@@ -197,20 +183,9 @@ def measure(
     targets: Sequence[Target],
     clock: Clock | None = None,
 ) -> None:
-    """Measure, print. Exits with 130 after Ctrl-C, with 1 where a result was wrong.
+    """Measure into the CSV `out` and print tables, whose times are divided by the provider `denominator`'s.
 
-    Args:
-        command: "cpu" or "gpu", a column of every row.
-        device: torch's name of it.
-        works, modes: what is measured.
-        out: the CSV.
-        repeats: rounds.
-        denominator: the provider that the tables divide by.
-        targets: what is asked for.
-        clock: wall time by default.
-
-    Raises:
-        typer.BadParameter: the CSV has other columns.
+    Exits with 130 after Ctrl-C, with 1 where a result was wrong. `device` is torch's name of it.
     """
     console = tables.console()
     sheet: Sheet[Row] = checked("--out", Sheet, out, Row)
@@ -239,11 +214,7 @@ def finish(console: Console, sheet: Sheet[Any], rows: Sequence[Any], interrupted
 
 
 def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The wanted names in the order of the known ones; all of them where nothing is wanted.
-
-    Raises:
-        typer.BadParameter: an unknown name; the message lists those that are known.
-    """
+    """The wanted names in the order of the known ones; all of them where nothing is wanted."""
     if unknown := [name for name in wanted or () if name not in known]:
         listed = ", ".join(known)
         raise typer.BadParameter(f"unknown {kind} {', '.join(map(repr, unknown))}: choose from {listed}")

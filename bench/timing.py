@@ -1,8 +1,7 @@
 """Honest timing of alternatives in one process: interleaved, in shuffled order, percentiles.
 
 One run of each per round, so that a slow moment of the machine hits all alike; the order changes from round to round,
-because what ran before leaves caches and memory behind for what comes next. GPUs find a
-cold cache. Importing this file needs none.
+because what ran before leaves caches and memory behind for what comes next. GPUs find a cold cache.
 """
 
 from __future__ import annotations
@@ -81,21 +80,10 @@ def interleaved(
     clock: Clock | None = None,
     on_round: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, Timing | Exception]:
-    """Time the cases in turn, one run of each per round, the order shuffled from round to round.
+    """Time the cases, by name, in turn: one run of each per round, the order shuffled from round to round.
 
-    Args:
-        cases: callables by name, verified to be right.
-        repeats: rounds that count, at least 1.
-        warmup: rounds before them.
-        clock: takes the time of one call; wall time by default.
-        on_round: called with the number of each finished round.
-
-    Returns:
-        Percentiles by name. A case that raises is dropped from the rounds, and its exception stands in its place;
-        `KeyboardInterrupt` is not caught.
-
-    Raises:
-        ValueError: repeats is below 1.
+    A case that raises is dropped from the rounds, and its exception stands in place of its percentiles;
+    `KeyboardInterrupt` is not caught. `on_round` gets the number of each finished round, warmup included.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -125,11 +113,7 @@ def percentiles(values: list[float]) -> Timing:
 
 
 def capture(step: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-    """A CUDA graph of one call; calling the result replays it and returns the tensors it writes.
-
-    Raises:
-        RuntimeError: the call does something that a graph cannot hold, such as waiting for the GPU.
-    """
+    """A CUDA graph of one call; calling the result replays it and returns the tensors it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,7 +1,7 @@
-"""What `bench tune` tries: tiles per kernel idea, and a small piece of work that shows how good a tile is.
+"""What `bench tune` tries: tiles per kernel, and a small piece of work that shows how good a tile is.
 
 A tile is tried by the launcher that uses it (`tiles.override_tiles`), so what is tuned is what runs. The first
-candidate of an idea is the one in use: a tile must beat it.
+candidate of a kernel is the one in use: a tile must beat it.
 """
 
 from __future__ import annotations
@@ -68,11 +68,9 @@ CLASSLESS = ("shrink_task", "shrink_soft", "expand_backward", "da", "decode")
 
 @dataclass(frozen=True)
 class Trial:
-    """One idea on one class of shapes.
+    """One kernel on one class of shapes: `run` launches it and returns new tensors each time.
 
-    Attributes:
-        run: launches; the tensors it returns are new each time.
-        formula: the same from tensors of any dtype: `formula(cast)` with cast applied to every input.
+    `formula(cast)` gives the same in plain torch, with cast applied to every input.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
@@ -80,7 +78,7 @@ class Trial:
 
 
 def classes(idea: str) -> list[str]:
-    """The classes of shapes on which an idea is tuned."""
+    """The classes of shapes on which a kernel is tuned."""
     if idea == "decode":
         return ["decode square"]
     long = [name for name in SHAPES if not name.startswith("decode")]
@@ -88,13 +86,7 @@ def classes(idea: str) -> list[str]:
 
 
 def trial(idea: str, shapes: str, device: str) -> Trial:
-    """The launches of an idea for a class of shapes.
-
-    Args:
-        idea: a key of `TILES`.
-        shapes: a key of `SHAPES`.
-        device: "cuda", or "meta" inside `kernels.recording`.
-    """
+    """The launches of a key of `TILES` for a key of `SHAPES`; device "cuda", or "meta" inside `kernels.recording`."""
     m, k, n = SHAPES[shapes]
     experts = m if idea == "decode" else E
 

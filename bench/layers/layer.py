@@ -21,13 +21,10 @@ from .problem import Case, Problem
 
 @dataclass
 class Layer:
-    """One provider's layer on one problem.
+    """One provider's layer on one problem: `forward` gives y `[batch, M/batch, N]` of its x.
 
-    Attributes:
-        forward: y `[batch, M/batch, N]` of the problem's x.
-        leaves: what gradients are taken of.
-        rename: gradients of the leaves -> gradients by the truth's tensor names, without the leading d. Layers that
-            keep their weights in another shape turn the gradients back here, outside of what is timed.
+    `rename` turns gradients of the leaves into those of the truth's tensor names, without the leading d. Layers that
+    keep their weights in another shape turn the gradients back there, outside of what is timed.
     """
 
     forward: Callable[[], Tensor]
@@ -61,15 +58,9 @@ def over(problem: Problem, function: str, forward: Callable[..., Tensor]) -> Lay
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a layer.
+    """One way to compute a layer; `computes` maps the routings it has to the function it computes for each.
 
-    Attributes:
-        name: in tables, targets and on the command line.
-        computes: routing of the case -> function; a routing it does not have is left out.
-        build: a layer on a problem.
-        trains: False where it has no backward.
-        missing: why it cannot run a case on this machine, or None.
-        uncapturable: why it cannot be captured in a CUDA graph, or None.
+    `missing` says why it cannot run a case on this machine, `uncapturable` why no CUDA graph can hold it, or None.
     """
 
     name: str

@@ -103,14 +103,10 @@ FUNCTIONS: dict[str, Function] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer is asked to do; letters as everywhere in the package.
+    """What one layer is asked to do; letters as everywhere in the package; `adapter` None is like `dtype`.
 
-    Attributes:
-        name: how tables and targets call it.
-        routing: "task" or "soft".
-        layout: "runs": sequences sorted by task, as training batches can be; "rows": one task per row in any
-            order, as in decoding.
-        adapter: dtype of a, b and router; None is like `dtype`.
+    layout "runs": sequences sorted by task, as training batches can be; "rows": one task per row in any order, as in
+    decoding.
     """
 
     name: str
@@ -188,13 +184,7 @@ class Problem:
         return {name: self.tensor(name) for name in FUNCTIONS[function].leaves}
 
     def check(self, function: str, got: Mapping[str, Tensor], *, gradients: bool) -> Check:
-        """Judge a provider's output, "y", and its gradients, "dx", "da" and so on.
-
-        Args:
-            function: a key of `FUNCTIONS`.
-            got: tensors by name.
-            gradients: whether every gradient must be there and right.
-        """
+        """Judge a provider's output, "y", and with `gradients` all of "dx", "da" and so on."""
         expected = self._expected(function, gradients)
         if missing := expected.keys() - got.keys():
             return Check(math.inf, 1.0, f"no {', '.join(sorted(missing))}")

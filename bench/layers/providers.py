@@ -114,11 +114,7 @@ PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 
 
 def find(names: Iterable[str]) -> list[Provider]:
-    """Providers by name, in the order of the registry.
-
-    Raises:
-        ValueError: a name that is not registered; the message lists those that are.
-    """
+    """Providers by name, in the order of the registry; ValueError for a name that is not in it."""
     wanted = set(names)
     if unknown := wanted - PROVIDERS.keys():
         raise ValueError(

@@ -1,6 +1,6 @@
 """`python -m bench tune`: measure tiles and plans on this GPU and write them to `alora_kernels/kernels/tuned.py`.
 
-First the tiles: each is verified against float64 and timed beside the others of its idea, interleaved, with a cold L2
+First the tiles: each is verified against float64 and timed beside the others of its kernel, interleaved, with a cold L2
 cache. Then, with the best tiles in place, the plans: the forward plan by the time of the forward, dx and overlap by
 what forward + backward takes beyond it. A challenger replaces what is in use only if it is 1 % faster. `--check` only
 compiles all candidates for a chip, without a GPU, and says which spill or do not fit.
@@ -54,7 +54,7 @@ def error(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 
 def try_tiles(idea: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, str]]:
-    """Verify and time the candidates of an idea; the best, and a word about each."""
+    """Verify and time the candidates of a kernel; the best, and a word about each."""
     trial = candidates.trial(idea, shapes, "cuda")
     truth, own = trial.formula(lambda t: t.double()), trial.formula(lambda t: t)
     allowed = 2 * error(own, truth) + torch.finfo(torch.bfloat16).eps
@@ -89,12 +89,7 @@ def pick(times: Mapping[Any, float], current: Any) -> Any:
 
 
 def pick_plan(forward: Mapping[str, float], both: Mapping[str, float]) -> Plan:
-    """The plan whose parts are each the fastest: forward by itself, dx and overlap by what the backward takes.
-
-    Args:
-        forward: seconds of the forward by plan name.
-        both: seconds of forward and backward.
-    """
+    """The plan of the fastest parts, from seconds by plan: forward by itself, dx and overlap by the backward's."""
     first = PLANS[pick(forward, "two_launch")].forward
     backward = {name: both[name] - forward[name] for name in both if name in forward}
     rest = PLANS[pick(backward, "two_launch")] if backward else PLANS["two_launch"]
@@ -171,7 +166,7 @@ def show(title: str, said: Mapping[Any, str], best: Any) -> None:
 
 
 def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
-    """Compile every candidate for a chip, without a GPU: (idea, tile, what the compiler said)."""
+    """Compile every candidate for a chip, without a GPU: (kernel, tile, what the compiler said)."""
     named: list[tuple[str, str, aot.Job]] = []
     for idea, tiles in candidates.TILES.items():
         for tile in tiles:

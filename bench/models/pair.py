@@ -29,15 +29,7 @@ Step = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A batch and the adapters.
-
-    Attributes:
-        case: its name in rows and targets.
-        tasks, rows, tokens: of the batch; row i is of task i modulo tasks.
-        answer: tokens at the end of each row that are supervised.
-        r, alpha: of the adapters.
-        dtype, device: of everything.
-    """
+    """A batch and the adapters; row i is of task i modulo tasks, the last `answer` tokens of each are supervised."""
 
     case: str
     tasks: int
@@ -174,17 +166,7 @@ class Pair(ABC):
 
 
 class ModelWork:
-    """A step of whole models, and those that take part.
-
-    Args:
-        names: of the models.
-        models: what they are.
-        direction: the pass that a step is.
-        m: tokens that a call computes.
-        width: hidden size, which stands in the columns k and n.
-        note: what a reader must know.
-        repeats: see `run.Work`.
-    """
+    """A `run.Work`: a step of whole models of m tokens; `width`, the hidden size, stands in the columns k and n."""
 
     def __init__(
         self, names: Sequence[str], models: Pair, direction: str, *, m: int, width: int, note: str, repeats: float = 1

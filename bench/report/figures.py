@@ -23,16 +23,7 @@ LESS = ("frozen", "lora")  # functions of fewer adapters than the case has
 def bar(
     axis: Any, y: float, value: float, thick: float, text: str, color: str, *, to: Sequence[float] = (), **look: Any
 ) -> None:
-    """A horizontal bar with a thin line over a range, and its number behind both.
-
-    Args:
-        axis: where.
-        y, value, thick: place, length and height.
-        text: the number.
-        color: of the bar.
-        to: begin and end of the line, if there is one.
-        look: alpha of the bar.
-    """
+    """A horizontal bar of length `value` with a thin line over the range `to`, if given, and its number behind both."""
     axis.barh(y, value, thick, color=color, **look)
     axis.plot(to, [y] * len(to), color="black", linewidth=1)
     axis.annotate(text, (max(value, *to) if to else value, y), xytext=(4, -3), textcoords="offset points", fontsize=7.5)
@@ -49,12 +40,7 @@ def legend(made: Any, shown: Mapping[str, str], **options: Any) -> None:
 
 
 def times(rows: Sequence[Row], path: Path) -> None:
-    """A panel per case and pass, a bar per provider: p50, with p20 to p80 as a line.
-
-    Args:
-        rows: of cases that belong together.
-        path: of the PNG.
-    """
+    """A panel per case and pass, a bar per provider: p50, with p20 to p80 as a line."""
     panels = grouped([row for row in rows if row.timed], lambda row: (row.case, row.direction))
     columns = min(2, len(panels))
     sizes = [len({row.provider for row in same}) + 2 for same in panels]  # 2: title and axis

@@ -14,11 +14,7 @@ from .targets import FUSED, Target, Verdict, judge, on_row
 
 
 def replace_block(text: str, name: str, content: str) -> str:
-    """The text with what is between `<!-- name:begin -->` and `<!-- name:end -->` replaced.
-
-    Raises:
-        ValueError: the markers are not there, each once and in order.
-    """
+    """The text with what is between `<!-- name:begin -->` and `<!-- name:end -->` replaced; ValueError without them."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"the README needs the line {begin} and below it {end}, each once")
@@ -40,14 +36,9 @@ def line(*cells: str) -> str:
 def block(
     rows: Sequence[Row], targets: Sequence[Target], source: str, figures: Mapping[str, str], *, cases: bool
 ) -> str:
-    """What the README says about one CSV.
+    """What the README says about one CSV; `source` and `figures` (name -> PNG) as the README links them.
 
-    Args:
-        rows: the newest rows.
-        targets: what is asked for.
-        source: the CSV, as the README links it.
-        figures: name -> PNG file, likewise.
-        cases: whether every case gets a table; a GPU has too many, its figures show them, and only whole models do.
+    `cases`: every case gets a table; a GPU has too many, its figures show them, and only whole models do.
     """
     parts = [_about(rows, source)]
     shown = [same for same in grouped(rows, lambda row: row.group) if cases or same[0].whole_model]

@@ -29,22 +29,15 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider, one case, one pass, one mode.
+    """One provider, one case, one pass, one mode: see the constants above, and `origin` for the columns of the run.
 
     Attributes:
-        command: the command that measured, "cpu" or "gpu".
-        commit: short hash, "+dirty" where the code differs from it.
-        date: start of the run, ISO.
-        device: processor and threads, or the GPU.
+        command: "cpu" or "gpu".
         case: what was asked, e.g. "decode 768"; targets name it.
-        routing: "task" or "soft".
-        direction: "forward" or "forward+backward"; the column is called `pass`.
-        mode: "eager" or "cuda graph".
         computes: the function of `bench.layers.problem` that this provider computes.
         p20_ms, p50_ms, p80_ms: percentiles of the runs; empty where nothing was timed.
         peak_mb: MB above what was allocated before the call; GPUs only.
         worst_error, allowed_error: of the tensor that is nearest to (or furthest beyond) what is allowed.
-        status: "ok", "wrong", "out of memory", "not available: ...", "failed: ...".
         note: what a reader must know, e.g. that the weights are random.
     """
 
@@ -124,12 +117,7 @@ def newest(
 
 
 def origin(device: str, *packages: str) -> dict[str, Any]:
-    """Columns that are the same for a whole run: when, on what, and with which code and versions it was measured.
-
-    Args:
-        device: torch's name of it, "cpu" or "cuda".
-        packages: those that have a column for their version, besides torch.
-    """
+    """Columns that are the same for a whole run: when, on what, and with which code and versions it was measured."""
     threads = torch.get_num_threads()
     cpu = f"{_cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
     return {

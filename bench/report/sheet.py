@@ -31,20 +31,7 @@ def columns(kind: type[RowT]) -> list[str]:
 
 
 class Sheet(Generic[RowT]):
-    """A CSV file that grows row by row.
-
-    Args:
-        path: the file; it and its folder are made where they are missing.
-        kind: the class of its rows.
-
-    Attributes:
-        count: rows added by this object.
-
-    Raises:
-        TypeError: see `read`.
-        ValueError: the file exists and `read` refuses it.
-        OSError: it cannot be written.
-    """
+    """A CSV file of rows of one class, made where it is missing; raises as `read` if what is there is another's."""
 
     def __init__(self, path: Path, kind: type[RowT]) -> None:
         self.path, self.count = path, 0
@@ -72,13 +59,7 @@ class Sheet(Generic[RowT]):
 def read(path: Path, kind: type[RowT]) -> list[RowT]:
     """All rows of a CSV file, oldest first.
 
-    Args:
-        path: the file.
-        kind: the class of its rows.
-
-    Raises:
-        TypeError: a field of `kind` has a type that no column has.
-        ValueError: the file has other columns, or a line that is no row.
+    Raises TypeError if a field of `kind` has a type that no column has, ValueError for other columns or a bad line.
     """
     casts = _casts(kind)
     make: Callable[..., RowT] = kind

@@ -27,16 +27,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Target:
-    """One ratio that is asked for.
+    """A ratio of a column (`quantity`) that must reach `must` (None: only reported), or not exceed it (`at_most`).
 
-    Attributes:
-        above, below: numerator and denominator. Where they are the same, the case is a pattern such as "tasks *", and
-            the ratio is that of the slowest case to the fastest.
-        ratio_of: what is divided by what, in words.
-        must: what must be reached; None for a ratio that is only reported.
-        aim: what is hoped for.
-        at_most: the ratio must not exceed `must`; else it must not fall below.
-        quantity: the column, such as "p50_ms" or "peak_mb".
+    Where `above` and `below` are the same, the case is a pattern such as "tasks *", and the ratio is that of the
+    slowest case to the fastest.
     """
 
     above: Side

@@ -34,17 +34,9 @@ def cases(config: Config) -> list[str]:
 
 
 def split(targets: torch.Tensor, clients: int, alpha: float, least: int, seed: int) -> list[torch.Tensor]:
-    """Row numbers of each client: every label's rows are shared out by a draw of Dirichlet(alpha).
+    """Row numbers of each client: every label's rows are shared out by a draw of Dirichlet(alpha); small differ most.
 
-    Args:
-        targets: label of each row `[rows]`.
-        clients: how many.
-        alpha: small makes clients differ.
-        least: rows that every client must get; draws that give fewer are repeated.
-        seed: of the draws.
-
-    Raises:
-        ValueError: no draw of a thousand gives every client enough.
+    Draws that give a client fewer than `least` rows are repeated, up to a thousand times.
     """
     generator = np.random.default_rng(seed)
     for _ in range(1000):

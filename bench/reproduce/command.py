@@ -42,11 +42,7 @@ FEW = "fewer than 3 seeds: too few for a spread that means something"
 
 
 def module_of(experiment: str) -> Any:
-    """The module with an experiment's `cases`, `run`, `claims`, `table` and `figure`.
-
-    Raises:
-        ConfigError: no such experiment.
-    """
+    """The module with an experiment's `cases`, `run`, `claims`, `table` and `figure`; ConfigError if there is none."""
     if experiment not in EXPERIMENTS:
         raise ConfigError(f"experiment: must be one of {', '.join(EXPERIMENTS)}, got {experiment!r}")
     return importlib.import_module(f"{__package__}.{EXPERIMENTS[experiment]}")
@@ -91,13 +87,7 @@ def perform(config: Config, out: Path) -> bool:
 
 
 def block(config: Config, rows: Sequence[Number], source: str) -> str:
-    """What the page says about one experiment.
-
-    Args:
-        config: its settings.
-        rows: finished ones.
-        source: folder of CSV and figure, as the page links it.
-    """
+    """What the page says about one experiment; `source` is the folder of CSV and figure, as the page links it."""
     name = config.experiment
     command = f"`python -m bench reproduce {name}`"
     if not rows:
@@ -138,11 +128,7 @@ def setting(config: Config) -> str:
 
 
 def rewritten(text: str, results: Path = RESULTS, source: str = "../bench/results/reproduction") -> str:
-    """The page's text with all blocks anew.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
+    """The page's text with all blocks anew."""
     everything: list[Claim] = []
     for name in EXPERIMENTS:
         config, path = load(name), results / f"{name}.csv"

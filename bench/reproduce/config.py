@@ -35,17 +35,14 @@ class Config:
         model: "minilm", "tiny-random-encoder", a folder or a hub id of an encoder.
         tasks: built-in tasks, `.jsonl` files, hub ids, or mappings with the fields of `data.TaskSpec`.
         seeds: of everything that is drawn: rows, adapters, heads, order of batches.
-        methods: what is compared, where several are.
-        r, lora_alpha: of the adapters; lora_alpha defaults to 2 r.
-        num_experts: E of the methods with a learned router.
-        lora_dropout, target_modules: as PEFT has them; target_modules defaults to all linear layers.
+        r, lora_alpha, num_experts, lora_dropout: of the adapters; lora_alpha defaults to 2 r.
+        target_modules: as PEFT has it; defaults to all linear layers.
         budget: "rank", or "parameters": ranks that train about as many parameters as ALoRA of rank r, s unchanged.
         steps, batch_size, learning_rate: AdamW with a constant rate; batch_size rows of each task in a step.
         train_size, test_size, max_length: rows per task, tokens per row.
         every: steps between two measurements of gradients.
         probe_size: rows per task in these measurements.
         early: share of the steps after which the "early" state is taken.
-        clients: how many.
         alphas: of the Dirichlet distribution that splits the labels over clients.
         variants: adapters that clients train: "lora", "rslora", "vera".
         vera_r, vera_learning_rate: VeRA's own, whose vectors need larger steps.
@@ -93,11 +90,7 @@ class Config:
         return tuple(task if isinstance(task, str) else task.name for task in self.tasks)
 
     def number(self, key: str) -> Any:
-        """The value of a key that this experiment cannot do without.
-
-        Raises:
-            ConfigError: the file leaves it out.
-        """
+        """The value of a key that this experiment cannot do without; ConfigError if the file leaves it out."""
         value = getattr(self, key)
         if value is None:
             raise ConfigError(f"{key}: {self.experiment} needs it, and the file leaves it out (not published): set it")
@@ -118,11 +111,7 @@ def _plain(value: Any) -> Any:
 
 
 def load(name: str | Path) -> Config:
-    """A configuration by name or path.
-
-    Raises:
-        ConfigError: no such file, an unknown key, or a value that is no list where one is needed.
-    """
+    """A configuration by name or path."""
     path = Path(name) if Path(name).suffix == ".yaml" else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no experiment {str(name)!r}: choose from {', '.join(available())}, or give a .yaml file")

@@ -76,13 +76,7 @@ class Study:
     def train(
         self, config: Config, after: Callable[[int], None] = lambda step: None, *, rate: float | None = None
     ) -> float:
-        """AdamW over the configured steps; `after(n)` is called when n steps are done, before the next one.
-
-        Args:
-            config: steps, batch_size and learning_rate are read.
-            after: looks at the model.
-            rate: a learning rate instead of the configured one.
-        """
+        """AdamW over the configured steps; `after(n)` is called when n are done; `rate` replaces the learning rate."""
         steps = config.number("steps")
 
         def announced() -> Iterator[dict[str, Tensor]]:
@@ -119,12 +113,8 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), data_seed: int | None = None) -> Study:
     """A fresh model with its data; torch's generator then stands where the seed put it.
 
-    Args:
-        config: the settings.
-        method: key of `adapters.method.METHODS`, "shared-a", "rslora" or "vera".
-        seed: of adapters, heads and order.
-        tasks: those to learn; default all of the configuration.
-        data_seed: which rows are test rows; default the seed.
+    `method` is a key of `adapters.method.METHODS`, "shared-a", "rslora" or "vera"; `tasks` defaults to all of the
+    configuration, `data_seed`, which says which rows are test rows, to the seed.
     """
     chosen = tuple(tasks) or config.tasks
     base, tokenizer = _base(config.model)

@@ -27,13 +27,7 @@ class Panel:
 
 
 def by_layer(panels: Sequence[Panel], path: Path, *, columns: int) -> None:
-    """A line per series over the blocks of the model, dashed where chance is known.
-
-    Args:
-        panels: row by row.
-        path: of the PNG.
-        columns: panels beside each other.
-    """
+    """A line per series over the blocks of the model, chance dashed where it is known; panels row by row."""
     figure, axes = plotting.panels(len(panels), columns)
     for axis, panel in zip(axes, panels, strict=True):
         for colour, (name, rows) in zip((BLUE, RED, GREEN, ORANGE), panel.series.items(), strict=False):
@@ -76,11 +70,7 @@ def _chance(axis: Any, panel: Panel) -> None:
 def accuracies(rows: Sequence[Number], path: Path, methods: Mapping[str, str], who: str) -> None:
     """Average and worst accuracy: a line of dots per method, one per seed, and a bar at their mean.
 
-    Args:
-        rows: with the measures "average" and "worst".
-        path: of the PNG.
-        methods: case -> name.
-        who: is worst, "task" or "client".
+    `methods`: case -> name; `who` is worst: "task" or "client".
     """
     figure, axes = plotting.panels(2, 2)
     titles = {"average": "average accuracy, %", "worst": f"accuracy of the worst {who}, %"}

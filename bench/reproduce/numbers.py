@@ -28,18 +28,10 @@ DONE, NOT_RUN = "seconds", "not run yet"
 
 @dataclass(frozen=True)
 class Number:
-    """One number.
+    """One number: `measure` of `item` (a pair, a task, a client, a step), for a seed of a case.
 
-    Attributes:
-        experiment, config: its name, and the hash of its settings.
-        seed, case: which unit of work.
-        module, layer: path of the adapted layer and number of its block; empty and -1 for numbers of the whole model.
-        part: "A", "B", "W".
-        measure: what the number is.
-        item: of what: a pair, a task, a client, a step.
-        value: the number; empty where it is not defined.
-        chance: what `value` would be for random directions.
-        date, commit, device, torch, transformers, peft: where it comes from.
+    `config` is the hash of the settings. `module` and `layer`, the number of its block, are empty and -1 for numbers of
+    the whole model; `part` is "A", "B" or "W". `chance` is what `value` would be for random directions.
     """
 
     experiment: str = ""
@@ -144,14 +136,9 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of a paper.
+    """One statement (`text`) of a paper's figure or table, our numbers beside it, and for each seed whether it agrees.
 
-    Attributes:
-        text: the paper's.
-        source: paper and figure or table.
-        rule: what we count as agreement, seed by seed.
-        ours: our numbers, with their spread.
-        agrees: for each seed, whether the rule is met.
+    `rule` says what we count as agreement.
     """
 
     text: str

@@ -32,13 +32,7 @@ def sharing(model: Any) -> Any:
 
 @dataclass
 class Adapters:
-    """The numbers of all tasks; the first n tasks are the same whatever n.
-
-    Args:
-        base: a causal language model, frozen by this.
-        tasks: how many.
-        r: rank.
-    """
+    """The numbers of all tasks, for a causal language model that this freezes; the first n are the same whatever n."""
 
     base: Any
     tasks: int
@@ -120,12 +114,9 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Check:
-    """Generated tokens against stock PEFT.
+    """Generated tokens against stock PEFT: how many were compared, how many are its most likely one (`equal`).
 
-    Attributes:
-        tokens: how many were compared.
-        equal: how many are stock PEFT's most likely token.
-        wrong: what the first token is that is neither that nor tied with it; empty if there is none.
+    `wrong` says what the first token is that is neither that nor tied with it; empty if there is none.
     """
 
     tokens: int = 0

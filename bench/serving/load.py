@@ -26,15 +26,7 @@ SOURCES = ("movie", "amazon", "nyt", "bbc", "spam", "tweets")
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a provider.
-
-    Attributes:
-        popularity: one of `POPULARITIES`.
-        tasks: how many tasks there are.
-        concurrency: requests in flight.
-        requests: how many in all.
-        new_tokens: generated for each, whatever they are.
-    """
+    """What is asked of a provider: `requests` in all, `concurrency` in flight, `new_tokens` each, whatever they are."""
 
     popularity: str
     tasks: int
@@ -66,11 +58,7 @@ class Outcome:
 
 
 def prompts(tokenizer: Any, count: int = 256) -> list[tuple[int, ...]]:
-    """Token ids of real test prompts of at least 24 tokens; what is longer than 64 is cut.
-
-    Raises:
-        MissingPackageError: a data package is not installed.
-    """
+    """Token ids of real test prompts of at least 24 tokens; what is longer than 64 is cut."""
     from alora_kernels.data import load_tasks
 
     rows = load_tasks(SOURCES, train_size=0, test_size=count)["test"]
@@ -79,11 +67,7 @@ def prompts(tokenizer: Any, count: int = 256) -> list[tuple[int, ...]]:
 
 
 def choose(popularity: str, tasks: int, count: int) -> list[int]:
-    """The task of each request; always the same for the same arguments.
-
-    Raises:
-        ValueError: an unknown popularity, or no task.
-    """
+    """The task of each request; always the same for the same arguments."""
     if popularity not in POPULARITIES or tasks < 1:
         raise ValueError(f"expected {', '.join(POPULARITIES)} over at least one task, got {popularity!r} over {tasks}")
     draw = random.Random(0)

@@ -41,14 +41,7 @@ PATIENCE = 600  # seconds without a token after which a server counts as stuck
 
 @dataclass
 class Stage:
-    """What the providers share.
-
-    Attributes:
-        base: the model; providers run copies of it over the same weights.
-        tokenizer: pads for PEFT.
-        adapters: the numbers of all tasks.
-        folder: for adapter folders.
-    """
+    """What the providers share; they run copies of `base` over the same weights, adapter folders go to `folder`."""
 
     base: Any
     tokenizer: Any

@@ -23,12 +23,8 @@ class Repeat:
     """One repeat of one provider under one load.
 
     Attributes:
-        command, commit, date, device, torch, transformers, peft: of the run; `date` is its start.
-        model, dtype, r: base model, dtype of everything, rank of the adapters.
-        provider: one of `PROVIDERS`.
-        popularity, tasks: which of how many tasks a request asks for, see `load`.
-        concurrency, requests, new_tokens: requests in flight, in all, and tokens generated for each.
-        repeat: 0, 1, ...
+        date: start of the run.
+        popularity, tasks, concurrency, requests, new_tokens: see `load.Load`.
         tokens_per_second: generated tokens over the wall time from the first submission to the last end.
         first_p50_ms, first_p95_ms: from a request's arrival to its first token.
         latency_p50_ms, latency_p95_ms: from a request's arrival to its end.
@@ -37,7 +33,6 @@ class Repeat:
         checked, equal: tokens compared with stock PEFT, and the share that is its most likely token; the others are
             ties within rounding, or the row is "wrong".
         status: "ok", "wrong", "not available: ..." or "failed: ...".
-        note: what a reader must know.
     """
 
     command: str = "serving"
@@ -98,12 +93,7 @@ def medians(rows: Iterable[Repeat]) -> list[Repeat]:
 
 
 def goals(tasks: Sequence[int], target: int) -> list[Target]:
-    """What is asked of mixed batches: ratios of tokens per second.
-
-    Args:
-        tasks: numbers of tasks that are measured.
-        target: the number of tasks at which the alternatives are compared, 16.
-    """
+    """What is asked of mixed batches: ratios of tokens per second; the alternatives are compared at `target` tasks."""
 
     def side(name: str, number: int = target) -> Side:
         return Side(name, ("uniform", number), f"{name}, {number} tasks")

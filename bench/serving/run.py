@@ -46,15 +46,7 @@ class Job:
 
 @dataclass
 class Runner:
-    """Measures jobs.
-
-    Args:
-        sheet: where rows go.
-        run: the columns of the whole run.
-        texts: prompts as token ids.
-        truth: judges tokens.
-        show: told what is being done.
-    """
+    """Measures jobs; `run` holds the columns of the whole run, `truth` judges tokens, `show` is told what is done."""
 
     sheet: Sheet[Repeat]
     run: Repeat

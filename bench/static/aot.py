@@ -180,13 +180,7 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def compile_all(todo: Sequence[Job], workers: int, advance: Callable[[int], Any] = lambda number: None) -> list[Row]:
-    """Compile all jobs in `workers` processes; rows come in the order of the jobs.
-
-    Args:
-        todo: as `jobs` returned them.
-        workers: processes.
-        advance: called with a number of jobs whenever they are done.
-    """
+    """Compile all jobs in `workers` processes; rows come in their order, `advance` gets numbers of jobs as they end."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does when unset, without its warning
     context = multiprocessing.get_context("spawn")
     chunks: list[list[Job]] = []

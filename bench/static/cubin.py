@@ -73,11 +73,8 @@ class Usage:
 class Counts:
     """Instructions of a kernel's code, each counted once however often it runs.
 
-    Attributes:
-        tensor: tensor-core products by mnemonic, e.g. `{"HGMMA": 12}`.
-        bulk: copies of whole tiles by the copy engine (TMA), both directions.
-        copies: asynchronous copies from global to shared memory, issued by threads.
-        atomics: atomic operations on global memory.
+    `tensor`: tensor-core products by mnemonic; `bulk`: copies of whole tiles by the copy engine (TMA), both directions;
+    `copies`: asynchronous ones from global to shared memory, issued by threads; `atomics`: on global memory.
     """
 
     tensor: dict[str, int]
@@ -128,11 +125,7 @@ def read_cubin(cubin: bytes) -> Usage:
 
 
 def code_of(cubin: bytes) -> bytes:
-    """The instructions of the cubin's kernel: its `.text` section.
-
-    Raises:
-        ValueError: not a 64-bit ELF file with exactly one such section.
-    """
+    """The instructions of the cubin's one kernel: its `.text` section."""
     if cubin[:5] != b"\x7fELF\x02":
         raise ValueError("not a cubin: it does not begin like a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
@@ -148,12 +141,7 @@ def code_of(cubin: bytes) -> bytes:
 
 
 def count_codes(codes: Sequence[bytes], image: str) -> list[Counts]:
-    """Instruction counts of several kernels for the same chip, in one run of the disassembler.
-
-    Args:
-        codes: as `code_of` returned them.
-        image: `Chip.image`.
-    """
+    """Instruction counts of several kernels (`code_of`) for one `Chip.image`, in one run of the disassembler."""
     if not codes:
         return []
     text = _tool("nvdisasm", ["--no-dataflow", "--binary", image], b"".join(codes))
@@ -194,18 +182,9 @@ def _blocks(size: int, granule: int) -> int:
 def occupancy(chip: Chip, *, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> Occupancy:
     """Programs per multiprocessor, or compute unit, when only this kernel runs.
 
-    Formula: each resource allows `available // taken` programs; the scarcest one decides. Warps are dealt to four
-    partitions, each with its own registers.
-
-    Args:
-        chip: what is available.
-        registers: per thread.
-        shared: bytes per program.
-        warps: per program.
-        tensor_columns: of tensor memory, per program.
-
-    Returns:
-        The number, and the name of the scarcest resource; 0 programs when one alone does not fit.
+    Formula: each resource allows `available // taken` programs; the scarcest one decides, 0 when one alone does not
+    fit. Warps are dealt to four partitions, each with its own registers. `registers` are per thread, all else per
+    program, `shared` in bytes.
     """
     per_lane = max(_blocks(registers, chip.granule), chip.granule)
     allowed = {

@@ -23,13 +23,7 @@ DECODING = 64  # rows up to which a layer counts as decoding
 
 
 def block(rows: Sequence[Prediction], rates: Rates, link: str) -> str:
-    """Time over the frozen layer by plan, as Markdown.
-
-    Args:
-        rows: as `predict_all` gave them.
-        rates: what was assumed.
-        link: the PNG, as the README links it.
-    """
+    """Time over the frozen layer by plan, as Markdown; `link` is the PNG, as the README links it."""
     head = f"PREDICTED, not measured: time over the frozen layer's (R = 16, E = 8, bf16; {rates.tflops:g} TFLOP/s,"
     head += f" {rates.tbps:g} TB/s, {rates.launch_us:g} µs a launch; our products at {rates.ours:g} of cuBLAS's speed)"
     lines = []

@@ -68,13 +68,9 @@ LAYERS = tuple(Layer(routing, *sizes) for routing in ("task", "soft") for sizes 
 
 @dataclass(frozen=True)
 class Step:
-    """One launch.
+    """One launch, by a kernel of `ours` or by torch, whose `grid` is empty.
 
-    Attributes:
-        grid: programs; empty for torch's operators.
-        flops: of its products; sums of planes and the like count as none.
-        moved: bytes of its tensors, each read or written once.
-        ours: whether it is a kernel of this package.
+    `flops` of its products alone (adding partial sums counts as none); `moved`: bytes of its tensors, each once.
     """
 
     name: str
@@ -136,12 +132,7 @@ def columns(layer: Layer) -> int:
 
 
 def kernel_flops(layer: Layer, given: Iterable[str]) -> int:
-    """FLOPs of a kernel that is given these letters: every pair that the formulas multiply is one product.
-
-    Args:
-        layer: sizes of the letters.
-        given: names of its tensors, e.g. `{"x", "w", "h", "b", "y"}`.
-    """
+    """FLOPs of a kernel given tensors of these letters, e.g. x w h b y: each pair that the formulas multiply counts."""
     m, k, n, r, c = layer.m, layer.k, layer.n, layer.r, columns(layer)
     letters = set(given)
     pairs = {
@@ -254,14 +245,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def predict(layer: Layer, direction: str, rates: Rates, chip: str = "sm_90") -> list[Prediction]:
-    """What each plan that takes this layer is predicted to cost; plans with the same launches are one row.
-
-    Args:
-        layer: its shape.
-        direction: "forward" or "backward".
-        rates: what is assumed of the chip.
-        chip: whose tiles and rules are taken.
-    """
+    """What each plan that takes this layer is predicted to cost; plans with the same launches are one row."""
     tensors = _Tensors(layer)
     frozen = _total(trace(layer, lambda: tensors.frozen(direction), chip)[0], rates)
     usual, _ = trace(layer, lambda: tensors.work(direction, None), chip)
