@@ -1,9 +1,4 @@
-"""Names of a package that import their module when they are first asked for.
-
-In:   a package and which of its modules defines which name.
-Out:  the package's `__getattr__`.
-Who:  packages whose modules import libraries that take seconds, or that are not always installed.
-"""
+"""Names of a package that import their module when asked for: its libraries may take seconds, or be missing."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
 """Register with PEFT without importing it: at once if PEFT is loaded, else right after its first import.
 
-In:   nothing; `import alora_kernels` calls `register_with_peft()`.
-Out:  a registered `ASYMLORA` type as soon as both libraries are imported, in either order.
-Who:  the package's `__init__`.
-
-PEFT takes seconds to import. People who use only the layer never pay for it, and people who write
-`import alora_kernels; from peft import get_peft_model` find the type in place.
+`import alora_kernels` calls `register_with_peft()`: the type `ASYMLORA` is registered as soon as both libraries are
+imported, in either order. PEFT takes seconds to import: people who use only the layer never pay for it, and people who
+write `import alora_kernels; from peft import get_peft_model` find the type in place.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ ADAPTER = "alora_kernels.tuner"
 
 
 class _ThenRegister(Loader):
-    """Runs the library's own loader, then imports the integration; in all else it is the library's own loader."""
+    """Runs the library's own loader, then imports the tuner; in all else it is the library's own loader."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

@@ -1,11 +1,8 @@
 """The specification: ALoRA's linear layer in plain torch, any float dtype.
 
-In:   activations, the frozen base weight, the E matrices A, the one shared B, and how rows are routed.
-Out:  the layer's output; autograd derives every gradient from this very text.
-Who:  tests judge every fast path against it (in float64), and a reader learns the layer from it.
-
-It is written for the eye, not for speed: it materialises A_{t(m)} x_m for every expert. Arguments are
-taken as they come; the public ops (`alora_kernels.ops`) are the edge that checks them.
+Tests judge every fast path against it in float64, autograd derives every gradient from this very text, and a reader
+learns the layer from it. It is written for the eye, not for speed: it materialises A_{t(m)} x_m for every expert.
+Arguments are taken as they come; the public ops (`alora_kernels.ops`) are the edge that checks them.
 """
 
 from __future__ import annotations

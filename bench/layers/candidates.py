@@ -77,18 +77,18 @@ class Trial:
     formula: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, ...]]
 
 
-def classes(idea: str) -> list[str]:
+def classes(kernel: str) -> list[str]:
     """The classes of shapes on which a kernel is tuned."""
-    if idea == "decode":
+    if kernel == "decode":
         return ["decode square"]
     long = [name for name in SHAPES if not name.startswith("decode")]
-    return long[:1] if idea in CLASSLESS else long
+    return long[:1] if kernel in CLASSLESS else long
 
 
-def trial(idea: str, shapes: str, device: str) -> Trial:
+def trial(kernel: str, shapes: str, device: str) -> Trial:
     """The launches of a key of `TILES` for a key of `SHAPES`; device "cuda", or "meta" inside `kernels.recording`."""
     m, k, n = SHAPES[shapes]
-    experts = m if idea == "decode" else E
+    experts = m if kernel == "decode" else E
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, device=device) / (shape[-1] ** 0.5)).bfloat16()
@@ -131,7 +131,7 @@ def trial(idea: str, shapes: str, device: str) -> Trial:
             lambda c: (torch.einsum("me,mr,mk->erk", onehot.to(c(x).dtype), c(h), c(x)),),
         ),
     }
-    return trials[idea]
+    return trials[kernel]
 
 
 def meta_groups(m: int, experts: int) -> RowGroups:

@@ -23,9 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import tiles as config
 from alora_kernels.kernels import tuned
-from alora_kernels.kernels.tiles import Tile, override_tiles
+from alora_kernels.kernels.tiles import Tile, chip_of, override_tiles
 from alora_kernels.ops.dispatch import PLANS, Plan
 
 from ..report.rows import BOTH, FORWARD, GRAPH, origin
@@ -37,7 +36,7 @@ from .layer import LayerWork
 from .problem import Case
 from .providers import find
 
-TABLE = Path(config.__file__).with_name("tuned.py")
+TABLE = Path(tuned.__file__)
 GAIN = 1.01  # how much faster a challenger must be: below that it is noise
 console = Console()
 
@@ -53,18 +52,18 @@ def error(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
     )
 
 
-def try_tiles(idea: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, str]]:
+def try_tiles(kernel: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, str]]:
     """Verify and time the candidates of a kernel; the best, and a word about each."""
-    trial = candidates.trial(idea, shapes, "cuda")
+    trial = candidates.trial(kernel, shapes, "cuda")
     truth, own = trial.formula(lambda t: t.double()), trial.formula(lambda t: t)
     allowed = 2 * error(own, truth) + torch.finfo(torch.bfloat16).eps
     said: dict[Tile, str] = {}
     runs: dict[str, Callable[[], object]] = {}
-    by_name = {str(tile): tile for tile in candidates.TILES[idea]}
+    by_name = {str(tile): tile for tile in candidates.TILES[kernel]}
     for name, tile in by_name.items():
 
         def run(tile: Tile = tile) -> tuple[Tensor, ...]:
-            with override_tiles({idea: tile}):
+            with override_tiles({kernel: tile}):
                 return trial.run()
 
         try:
@@ -168,27 +167,27 @@ def show(title: str, said: Mapping[Any, str], best: Any) -> None:
 def check_candidates(chip: str, workers: int) -> list[tuple[str, str, aot.Row]]:
     """Compile every candidate for a chip, without a GPU: (kernel, tile, what the compiler said)."""
     named: list[tuple[str, str, aot.Job]] = []
-    for idea, tiles in candidates.TILES.items():
+    for kernel, tiles in candidates.TILES.items():
         for tile in tiles:
-            with ak.recording(chip) as launches, override_tiles({idea: tile}):
-                candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-            named.append((idea, str(astuple(tile)), aot.to_job(chip, launches[0])))
+            with ak.recording(chip) as launches, override_tiles({kernel: tile}):
+                candidates.trial(kernel, candidates.classes(kernel)[0], "meta").run()
+            named.append((kernel, str(astuple(tile)), aot.to_job(chip, launches[0])))
     rows = aot.compile_all([job for _, _, job in named], workers)
-    return [(idea, tile, row) for (idea, tile, _), row in zip(named, rows, strict=True)]
+    return [(kernel, tile, row) for (kernel, tile, _), row in zip(named, rows, strict=True)]
 
 
 def print_check(chip: str, workers: int) -> None:
-    table = Table("idea", "tile", "registers", "spilled", "shared", "programs per processor", "verdict")
-    for idea, tile, row in check_candidates(chip, workers):
+    table = Table("kernel", "tile", "registers", "spilled", "shared", "programs per processor", "verdict")
+    for kernel, tile, row in check_candidates(chip, workers):
         verdict = row.error or ("spills" if row.spilled else "does not fit" if row.programs < 1 else "ok")
         cells = (row.registers, row.spilled, f"{row.shared:,}", row.programs, verdict.splitlines()[0][:60])
-        table.add_row(idea, tile, *map(str, cells), style=None if verdict == "ok" else "red")
+        table.add_row(kernel, tile, *map(str, cells), style=None if verdict == "ok" else "red")
     console.print(f"{chip}: fields are block_m, block_n, block_k, warps, stages, parts")
     console.print(table)
 
 
 def main(
-    idea: Annotated[list[str] | None, typer.Option(help="tune the tiles of these ideas only; repeatable")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="tune the tiles of these kernels only; repeatable")] = None,
     plans: Annotated[bool, typer.Option(help="measure plans after the tiles")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 40,
     write: Annotated[bool, typer.Option(help="write the winners to the table; else only print them")] = True,
@@ -204,16 +203,16 @@ def main(
             )
         print_check(check, workers)
         return
-    ideas = choose("idea", idea, list(candidates.TILES))
+    kernels = choose("kernel", kernel, list(candidates.TILES))
     if not torch.cuda.is_available():
         typer.echo("error: no CUDA device here. `python -m bench tune --check sm_90` compiles the candidates", err=True)
         raise typer.Exit(1)
-    run, chip = origin("cuda", "triton"), config.chip_of(torch.device("cuda", torch.cuda.current_device()))
+    run, chip = origin("cuda", "triton"), chip_of(torch.device("cuda", torch.cuda.current_device()))
     new_tiles: Tiles = {}
     new_plans: Plans = {}
     interrupted = False
     try:
-        for name, shapes in track([(i, s) for i in ideas for s in candidates.classes(i)], "tiles", transient=True):
+        for name, shapes in track([(i, s) for i in kernels for s in candidates.classes(i)], "tiles", transient=True):
             best, said = try_tiles(name, shapes, repeats)
             show(f"{name}, {shapes}", said, best)
             new_tiles[name, chip, 2, "" if name in candidates.CLASSLESS else shapes] = astuple(best)

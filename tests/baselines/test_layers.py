@@ -236,14 +236,14 @@ def test_recomputation_keeps_the_routing_or_is_refused():
             torch.autograd.grad(lost.square().sum(), x)
 
 
-@pytest.mark.parametrize("kind", ["hydra", "per task"])
-def test_autocast(kind):
+@pytest.mark.parametrize(("kind", "atol"), [("hydra", 0.1), ("per task", 0.2)])
+def test_autocast(kind, atol):
     one, x, ids = layer(kind), torch.randn(40, 10), torch.tensor([0, 1, 2, -1] * 10)
     for order in (ids, ids.sort().values, torch.zeros_like(ids)):
         with routed(kind, order), torch.autocast("cpu", dtype=torch.bfloat16):
             y = one(x)
         assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), written_out(order)(one, x), atol=0.2, rtol=0.05)
+        torch.testing.assert_close(y.float(), written_out(order)(one, x), atol=atol, rtol=0.05)
 
 
 def test_wide_adapters_on_a_narrow_base():

@@ -44,24 +44,24 @@ def test_the_table_is_python_and_says_where_it_is_from() -> None:
     assert found["PLANS"] == found["TILES"] == {}
 
 
-@pytest.mark.parametrize("idea", candidates.TILES)
-def test_a_candidate_is_what_runs(idea: str) -> None:
-    for shapes in candidates.classes(idea):
-        for tile in candidates.TILES[idea]:
-            with ak.recording("sm_90") as launches, override_tiles({idea: tile}):
-                candidates.trial(idea, shapes, "meta").run()
+@pytest.mark.parametrize("kernel", candidates.TILES)
+def test_a_candidate_is_what_runs(kernel: str) -> None:
+    for shapes in candidates.classes(kernel):
+        for tile in candidates.TILES[kernel]:
+            with ak.recording("sm_90") as launches, override_tiles({kernel: tile}):
+                candidates.trial(kernel, shapes, "meta").run()
             meta = launches[0].meta  # sums over planes may follow
             assert (meta["num_warps"], meta["num_stages"]) == (tile.num_warps, tile.num_stages)
             assert [launch.kernel.__name__ for launch in launches[1:]] in ([], ["_sum_partials_kernel"])
 
 
 def test_the_first_candidate_is_the_one_in_use() -> None:
-    for idea, tiles in candidates.TILES.items():
+    for kernel, tiles in candidates.TILES.items():
         with ak.recording("sm_90") as usual:
-            candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-        with ak.recording("sm_90") as first, override_tiles({idea: tiles[0]}):
-            candidates.trial(idea, candidates.classes(idea)[0], "meta").run()
-        assert usual[0].meta == first[0].meta, idea
+            candidates.trial(kernel, candidates.classes(kernel)[0], "meta").run()
+        with ak.recording("sm_90") as first, override_tiles({kernel: tiles[0]}):
+            candidates.trial(kernel, candidates.classes(kernel)[0], "meta").run()
+        assert usual[0].meta == first[0].meta, kernel
         assert len(set(tiles)) == len(tiles)
 
 
@@ -71,7 +71,7 @@ def test_without_a_gpu_it_says_what_works(tmp_path: Path) -> None:
     assert not (tmp_path / "t.py").exists()
 
 
-@pytest.mark.parametrize(("wish", "listed"), [(["--check", "sm_1"], "sm_90"), (["--idea", "x"], "one_pass_task")])
+@pytest.mark.parametrize(("wish", "listed"), [(["--check", "sm_1"], "sm_90"), (["--kernel", "x"], "one_pass_task")])
 def test_unknown_names_list_the_known_ones(wish: list[str], listed: str) -> None:
     result = CliRunner().invoke(app, ["tune", *wish], env={"COLUMNS": "200"})
     assert result.exit_code == 2 and listed in result.output
