@@ -1,6 +1,3 @@
 """Benchmarks: `python -m bench --help`, and README.md here."""
 
-import logging
-
-# bitsandbytes looks for CPU kernels on a hub when something imports it, and says so before a command has begun
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+from alora_kernels import recipes as recipes  # first of all: it keeps bitsandbytes quiet

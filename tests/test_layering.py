@@ -105,3 +105,12 @@ def test_import_touches_no_device_and_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["alora_kernels.cli.app", "alora_kernels.recipes.federated", "bench.gpu"])
+def test_a_command_begins_in_silence(module):
+    """bitsandbytes says at its import that no package of CPU kernels is there; it would stand before every result."""
+    pytest.importorskip("bitsandbytes")
+    code = f"import {module}, bitsandbytes"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert out.stdout + out.stderr == ""
