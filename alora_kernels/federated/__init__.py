@@ -22,10 +22,14 @@ from typing import TYPE_CHECKING
 
 from .._lazy import names_later
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+ENVIRONMENT = {  # no telemetry, no look for updates, no `pip install` when a run starts
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from .client import Participant, fit, shuffled

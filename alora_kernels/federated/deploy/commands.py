@@ -25,15 +25,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from ...text import NAME
+from .. import ENVIRONMENT
 from .processes import FlowerError, free_port
 
-#: no telemetry, no look for updates, no `pip install` when a run starts
-ENVIRONMENT: Mapping[str, str] = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 CONNECTION = "server"  # name of the one connection in a home's config.toml
 LOOPBACK = "127.0.0.1"
 LOCAL = ("localhost", LOOPBACK)  # always in the certificate: the server's own processes call it there
