@@ -91,7 +91,7 @@ def test_every_room_has_a_layer():
 
 def test_the_layering_tests_can_fail():
     assert rooms("alora_kernels.training.trainer", LIBRARY["alora_kernels.training.trainer"]) >= {"routing"}
-    name = "alora_kernels.ops.triton.layer"
+    name = "alora_kernels.ops.triton_backend"
     assert "alora_kernels.ops.types" in imported_files(name, LIBRARY[name], LIBRARY)
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()

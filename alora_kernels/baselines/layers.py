@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.adapter import AdaptedLinear, reset_adapter_, task_names
-from ..ops.torch.rows import Rows, Slots, Whole, layout_of
+from ..ops.torch_rows import Rows, Slots, Whole, layout_of
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, RowGroups, current_routing
 

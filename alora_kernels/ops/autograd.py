@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..records import acc_dtype
+from . import torch_backend
 from .dispatch import BACKENDS
-from .torch import layer as torch_layer
-from .torch.products import add_product_, no_autocast, product, transposed_product
+from .products import add_product_, no_autocast, product, transposed_product
 from .types import SCHEMA, TENSORS, Adapter, Needs, Saved, wider
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -30,10 +30,10 @@ _NO_GRADIENT = (None,) * 7  # of ids, order, offsets, seed, scaling, dropout_p, 
 def backend_module(name: str) -> ModuleType:
     """The functions of a backend, "torch" or "triton"."""
     if name == "torch":
-        return torch_layer
-    from .triton import layer as triton_layer  # needs the triton package, which only Linux has
+        return torch_backend
+    from . import triton_backend  # needs the triton package, which only Linux has
 
-    return triton_layer
+    return triton_backend
 
 
 def traced(x: Tensor) -> bool:

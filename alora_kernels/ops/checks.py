@@ -17,22 +17,24 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def check_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, router: Tensor | None
+def check(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    router: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> None:
-    """Raise unless all tensors of a layer fit x `[..., K]` and each other."""
-    check_tensors(x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, router=router)
+    """Raise unless all tensors of a layer, or of an adapter and its base's output `[..., N]`, fit x and each other."""
+    check_tensors(x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, router=router, base=base)
     check_adapter(x, lora_A, lora_B, router)
-    check_base(x, weight, lora_B, bias)
-
-
-def check_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor | None, base: Tensor | None) -> None:
-    """Raise unless an adapter's tensors fit x `[..., K]`, each other and the base's output `[..., N]`."""
-    check_tensors(x, lora_A=lora_A, lora_B=lora_B, router=router, base=base)
-    check_adapter(x, lora_A, lora_B, router)
+    if weight is not None:
+        check_weight(x, weight, lora_B, bias)
     shape = (*x.shape[:-1], lora_B.shape[0])
     if base is not None and base.shape != shape:
-        raise ValueError(f"base must be {shape} (x's leading shape and lora_B's rows), got {tuple(base.shape)}")
+        raise ValueError(f"base must be {shape} (x's leading shape and lora_B's rows), got {_shape(base)}")
 
 
 def suits(
@@ -68,7 +70,7 @@ def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor | No
         raise ValueError(f"router must be [experts, in_features] = {(experts, in_features)}, got {_shape(router)}")
 
 
-def check_base(x: Tensor, weight: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def check_weight(x: Tensor, weight: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     """Raise unless weight `[N, K]` and bias `[N]` fit x and lora_B."""
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got {_shape(weight)}")

@@ -57,14 +57,7 @@ BACKENDS = {
     "torch": Backend("torch"),
     **{f"triton:{name}": Backend("triton", plan) for name, plan in PLANS.items()},
 }
-
-
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
-
-
-def triton_installed() -> bool:
-    """Whether the triton package can be imported (Linux only)."""
-    return _TRITON_FOUND
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # only Linux has it
 
 
 def interpreting() -> bool:
@@ -90,7 +83,7 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
     if wish is None:
         if device.type != "cuda":
             return Choice("torch", f"tensors on {device.type}: Triton serves CUDA and ROCm devices")
-        if not triton_installed():
+        if not TRITON_INSTALLED:
             return Choice("torch", "triton is not installed: pip install triton (Linux)")
         return Choice("triton", "tensors on a CUDA or ROCm device")
     if wish not in BACKENDS:
@@ -104,7 +97,7 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
 
 
 def _check_triton(device: torch.device, source: str) -> None:
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         raise BackendError(f"backend 'triton' ({source}) needs the triton package (Linux): pip install triton")
     if device.type != "cuda" and not (interpreting() and device.type in ("cpu", "meta")):
         raise BackendError(

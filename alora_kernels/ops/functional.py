@@ -15,16 +15,16 @@ from ..records import Dropout
 from ..routing import Routing, RowGroups
 from . import autograd, checks
 from .dispatch import choose
-from .torch.products import no_autocast
+from .products import no_autocast
 from .types import Adapter, wider
 
 
-def autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+def autocast(x: Tensor, *frozen: Tensor | None) -> tuple[Any, ...]:
     """x and the frozen tensors in autocast's dtype, where autocast is on; adapters keep their own."""
     if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
+        return x, *frozen
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, *frozen))
 
 
 def _adapter(
@@ -103,7 +103,7 @@ def alora_linear(
     Source: Ban & Ji 2025, ALoRA; `alora_kernels.reference.alora_linear` is the specification.
     """
     x, weight, bias = autocast(x, weight, bias)
-    checks.check_linear(x, weight, lora_A, lora_B, bias, router)
+    checks.check(x, lora_A, lora_B, weight=weight, bias=bias, router=router)
     adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
     return _linear(x, weight, bias, lora_B, adapter, backend)
 
@@ -139,7 +139,7 @@ def alora_delta(
 
     Source: Ban & Ji 2025, ALoRA; QLoRA-style use over a quantised base.
     """
-    checks.check_delta(x, lora_A, lora_B, router, base)
+    checks.check(x, lora_A, lora_B, router=router, base=base)
     adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
     return _delta(x, lora_B, base, adapter, backend)
 
@@ -162,20 +162,19 @@ def trusted_alora(
 
     Only what varies from call to call is proven: x, the base's output, the ids.
     """
-    if weight is None:
-        if not checks.suits(x, lora_A, lora_B, base=base):
-            checks.check_delta(x, lora_A, lora_B, router, base)
-        return _delta(x, lora_B, base, _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training), None)
-    x, weight, bias = autocast(x, weight, bias)
-    if not checks.suits(x, lora_A, lora_B, weight=weight):
-        checks.check_linear(x, weight, lora_A, lora_B, bias, router)
+    if weight is not None:
+        x, weight, bias = autocast(x, weight, bias)
+    if not checks.suits(x, lora_A, lora_B, weight=weight, base=base):
+        checks.check(x, lora_A, lora_B, weight=weight, bias=bias, router=router, base=base)
     adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
+    if weight is None:
+        return _delta(x, lora_B, base, adapter, None)
     return _linear(x, weight, bias, lora_B, adapter, None)
 
 
 def _delta(x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None) -> Tensor:
     """base + h b^T, written into base where that may be."""
-    rows = autocast(x, None, None)[0].reshape(-1, x.shape[-1])
+    rows = autocast(x)[0].reshape(-1, x.shape[-1])
     key = choose(rows, backend)
     h = autograd.shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alora_kernels import kernels
+from alora_kernels.ops import triton_backend
 from alora_kernels.ops.dispatch import PLANS, BackendError
-from alora_kernels.ops.triton import layer as triton_backend
 from alora_kernels.ops.types import Adapter, Needs
 from alora_kernels.routing import RowGroups
 

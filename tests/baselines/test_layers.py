@@ -16,7 +16,7 @@ import alora_kernels
 from alora_kernels import Routing, route
 from alora_kernels.baselines.layers import HydraLinear, PerTaskLinear, SharedALinear
 from alora_kernels.modules.adapter import AdaptedLinear
-from alora_kernels.ops.torch.rows import Slots, Whole, layout_of
+from alora_kernels.ops.torch_rows import Slots, Whole, layout_of
 from tests.modules.steps import assert_as_good, step
 
 KINDS = {

@@ -14,9 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alora_kernels import Routing, alora_linear, reference
-from alora_kernels.ops import autograd
+from alora_kernels.ops import autograd, torch_backend
 from alora_kernels.ops.dispatch import PLANS, Plan
-from alora_kernels.ops.torch import layer as torch_backend
 from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import group_rows
 from tests.compare import problem, skip_unless_runnable

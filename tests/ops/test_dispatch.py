@@ -8,9 +8,8 @@ import torch
 from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
+from alora_kernels.ops import triton_backend
 from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, choose, explain, explain_plan, interpreting
-from alora_kernels.ops.triton import layer
-from alora_kernels.ops.triton.side_stream import side_stream
 from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import RowGroups
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
@@ -73,7 +72,7 @@ def test_backend_choice(monkeypatch):
 
 def test_without_triton_the_torch_backend_serves(monkeypatch):
     monkeypatch.delenv("ALORA_BACKEND", raising=False)
-    monkeypatch.setattr("alora_kernels.ops.dispatch.triton_installed", lambda: False)
+    monkeypatch.setattr("alora_kernels.ops.dispatch.TRITON_INSTALLED", False)
     assert explain(torch.device("cuda")) == ("torch", "triton is not installed: pip install triton (Linux)")
     with pytest.raises(RuntimeError, match="pip install triton"):
         explain(torch.device("cuda"), "triton")
@@ -91,7 +90,7 @@ def launches(plan: str | None, routing: str = "task", m: int = 8192) -> list[str
         meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
     )
     with ak.recording("sm_90") as seen:
-        layer.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan and PLANS[plan])
+        triton_backend.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan and PLANS[plan])
     return [launch.kernel.__name__ for launch in seen]
 
 
@@ -161,7 +160,7 @@ def test_one_pass_says_what_it_needs() -> None:
 
 def test_the_side_stream_is_nothing_without_cuda() -> None:
     x = torch.ones(3)
-    with side_stream(x, wanted=True) as join:
+    with triton_backend.side_stream(x, wanted=True) as join:
         y = x + 1
     join(y, None)
     assert torch.equal(y, torch.full((3,), 2.0))
@@ -171,7 +170,7 @@ def test_the_side_stream_is_nothing_without_cuda() -> None:
 def test_the_side_stream_is_joined() -> None:
     x = torch.randn(4096, 4096, device="cuda")
     for _ in range(50):
-        with side_stream(x, wanted=True) as join:
+        with triton_backend.side_stream(x, wanted=True) as join:
             small = (x[:64] * 2).sum(1)
         large = x @ x
         join(small)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from alora_kernels import alora_delta, alora_linear, reference
-from alora_kernels.ops.torch import products
+from alora_kernels.ops import products
 from tests.compare import Problem, problem
 from tests.ops.test_torch_rows import BATCHES
 

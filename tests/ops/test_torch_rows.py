@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_kernels import alora_linear
-from alora_kernels.ops.torch import layer
-from alora_kernels.ops.torch.rows import Slots, Whole, layout_of
+from alora_kernels.ops import torch_backend
+from alora_kernels.ops.torch_rows import Slots, Whole, layout_of
 from alora_kernels.routing import Routing, group_rows
 from tests.compare import assert_as_good_as_torch, problem
 
@@ -150,7 +150,7 @@ def test_an_id_that_names_no_task_gets_the_base():
 @pytest.fixture
 def turned(monkeypatch):
     """Small weights take the turned product as large ones do."""
-    monkeypatch.setattr(layer, "TRANSPOSED", (1, 1))
+    monkeypatch.setattr(torch_backend, "TRANSPOSED", (1, 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     taken = []
     product = torch.mm
@@ -158,7 +158,7 @@ def turned(monkeypatch):
     return taken
 
 
-@pytest.mark.skipif(not layer.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
+@pytest.mark.skipif(not torch_backend.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("routing", ["task", "soft"])
 def test_the_turned_base_product(turned, routing, bias):
@@ -169,7 +169,7 @@ def test_the_turned_base_product(turned, routing, bias):
     assert y.is_contiguous()
 
 
-@pytest.mark.skipif(not layer.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
+@pytest.mark.skipif(not torch_backend.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
 def test_what_is_not_turned(turned, monkeypatch):
     def call(ids, dtype=torch.float32):
         p = problem((len(ids),), 24, 18, 4, 3, routing="task", dtype=dtype, ids=ids)

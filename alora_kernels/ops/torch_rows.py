@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...routing import RowGroups
+from ..routing import RowGroups
 
 Rows = slice | Tensor
 SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows

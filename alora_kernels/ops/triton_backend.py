@@ -1,20 +1,54 @@
-"""The layer in Triton launches: one or two forward, three to five backward; called as `torch.layer` is.
+"""The layer in Triton launches: one or two forward, three to five backward; called as `torch_backend` is.
 
 `kernels/README.md` derives what each launch reads and writes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import kernels
-from ...records import acc_dtype
-from ..dispatch import PLANS, BackendError, Plan, explain_plan
-from ..types import Adapter, Grads, Needs, Saved
-from .side_stream import side_stream
+from .. import kernels
+from ..records import acc_dtype
+from .dispatch import PLANS, BackendError, Plan, explain_plan
+from .types import Adapter, Grads, Needs, Saved
 
 ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def side_stream(like: Tensor, wanted: bool) -> Iterator[Callable[..., None]]:
+    """Send the launches of the block to the side stream of `like`'s device, if wanted and possible.
+
+    Yields `join`, to be called with the block's results (tensors or None) before they are used. Inputs need no care:
+    the main stream waits there before anything of it can be freed and used again. Results are allocated by the side
+    stream, so the allocator is told that the main stream uses them.
+    """
+    if not wanted or like.device.type != "cuda":
+        yield lambda *results: None
+        return
+    stream = _stream_of(like.device)
+
+    def join(*results: Tensor | None) -> None:
+        current = torch.cuda.current_stream(like.device)
+        current.wait_stream(stream)
+        for result in results:
+            if result is not None:
+                result.record_stream(current)
+
+    stream.wait_stream(torch.cuda.current_stream(like.device))
+    with torch.cuda.stream(stream):
+        yield join
 
 
 def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:

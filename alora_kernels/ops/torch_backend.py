@@ -1,9 +1,10 @@
-"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve; called as `triton.layer` is.
+"""The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
 
 B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
 whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and
 float32 adapters are taken in float32 (`products`): h, dh and the adapter's gradients are float32 numbers. Task routing
-picks rows in one of the ways of `rows`; nothing loops over tokens. Soft routing is in `soft`.
+picks rows in one of the ways of `torch_rows`; nothing loops over tokens. Under soft routing one product with x makes
+all of p, and the gate is kept in the place of the logits, so that the backward needs no second softmax.
 """
 
 from __future__ import annotations
@@ -12,19 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...records import Dropout, acc_dtype
-from ...routing import RowGroups
-from ..dispatch import Plan
-from ..types import Adapter, Grads, Needs, Saved, wider
-from . import soft
+from ..records import Dropout, acc_dtype
+from ..routing import RowGroups
+from .dispatch import Plan
 from .products import add_product_, product, transposed_product, without_autocast
-from .rows import Rows, Slots, Whole, layout_of
+from .torch_rows import Rows, Slots, Whole, layout_of
+from .types import Adapter, Grads, Needs, Saved, wider
 
 HAS_MKL = torch.backends.mkl.is_available()
-TRANSPOSED = (
-    1 << 18,
-    1 << 20,
-)  # entries of the smallest weights for `_prefers_transposed`
+TRANSPOSED = (1 << 18, 1 << 20)  # entries of the smallest weights for `_prefers_transposed`
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
@@ -84,6 +81,35 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tens
     return h
 
 
+def _factors(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """a as `[E*R, K]` and the router."""
+    assert adapter.router is not None
+    return adapter.a.flatten(0, 1).to(dtype), adapter.router.to(dtype)
+
+
+def _parts(p: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """The skinny products `[M, E, R]` and the gate (at first the logits) `[M, E]` inside p, as views."""
+    experts, rank, _ = adapter.a.shape
+    return p[:, : experts * rank].unflatten(1, (experts, rank)), p[:, experts * rank :]
+
+
+def _soft_products(x: Tensor, dropped: Tensor, adapter: Adapter) -> Tensor:
+    """p with the gate in the place of the logits, in `acc_dtype`; one product with x unless there is dropout."""
+    a, router = _factors(adapter, x.dtype)
+    p = x @ torch.cat((a, router)).t() if dropped is x else torch.cat((dropped @ a.t(), x @ router.t()), dim=1)
+    p = p.to(acc_dtype(x.dtype))
+    _, gate = _parts(p, adapter)
+    gate.copy_(torch.softmax(gate.t().contiguous(), dim=0).t())  # experts first: four times faster on CPUs
+    return p
+
+
+def _mixture(p: Tensor, adapter: Adapter) -> Tensor:
+    """h = s sum_e gate_e p_e, in p's dtype."""
+    low, gate = _parts(p, adapter)
+    # [M, 1, E] [M, E, R]
+    return torch.bmm((gate * adapter.scaling).unsqueeze(1), low).squeeze(1)
+
+
 @without_autocast
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
@@ -92,8 +118,8 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
     if adapter.router is None:
         h = shrink_task(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
-    p = soft.products(x, dropped, adapter)
-    return Saved(soft.mixture(p, adapter).to(x.dtype), p)
+    p = _soft_products(x, dropped, adapter)
+    return Saved(_mixture(p, adapter).to(x.dtype), p)
 
 
 def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
@@ -167,6 +193,44 @@ def _slots_backward(
     return da if layout.tasks is None else torch.zeros_like(a).index_copy_(0, layout.tasks, da)
 
 
+def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
+    """dp = [gate_e dh | dlogits]."""
+    dp = torch.empty_like(p)
+    low, gate = _parts(p, adapter)
+    dlow, dlogits = _parts(dp, adapter)
+    # [M, E, R] [M, R, 1]
+    dgate = torch.bmm(low, dh.unsqueeze(2)).squeeze(2)
+    torch.mul(gate.unsqueeze(2), dh.unsqueeze(1), out=dlow)
+    torch.mul(gate, dgate - (gate * dgate).sum(1, keepdim=True), out=dlogits)
+    return dp
+
+
+def _soft_backward(
+    dx: Tensor | None,
+    dh: Tensor,
+    x: Tensor,
+    p: Tensor,
+    adapter: Adapter,
+    dropped: Tensor,
+    mask: Tensor | None,
+    wanted: bool,
+) -> Grads:
+    """Add the low-rank part to dx in place; the gradients of a and router, if wanted."""
+    dp = _gate_backward(dh.to(p.dtype), p, adapter).to(x.dtype)
+    a, router = _factors(adapter, x.dtype)
+    low, logits = dp.split([a.shape[0], router.shape[0]], 1)
+    if dx is not None and mask is None:
+        add_product_(dx, dp, torch.cat((a, router)))
+    elif dx is not None and mask is not None:  # which the router does not see
+        dx.add_((low @ a).mul_(mask).addmm_(logits, router))
+    if not wanted:
+        return Grads(dx, None, None)
+    if mask is not None:
+        return Grads(dx, (low.t() @ dropped).view_as(adapter.a), logits.t() @ x)
+    da, drouter = (dp.t() @ x).split([a.shape[0], router.shape[0]])
+    return Grads(dx, da.view_as(adapter.a), drouter.clone())  # outputs of an op must not share memory
+
+
 @without_autocast
 def shrink_backward(
     dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dx: Tensor | None = None
@@ -181,7 +245,7 @@ def shrink_backward(
         da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
         grads = Grads(dx, da, None)
     else:
-        grads = soft.backward(dx, dh, x, saved.p, adapter, dropped, mask, needs.a or needs.router)
+        grads = _soft_backward(dx, dh, x, saved.p, adapter, dropped, mask, needs.a or needs.router)
     return grads.cast_adapter(adapter)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..types import wider
+from .types import wider
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK = 1 << 18  # entries widened at a time: 1 MiB in float32, which stays in a core's cache

@@ -1,1 +1,0 @@
-"""The op in plain torch."""

@@ -1,1 +1,0 @@
-"""The op on the Triton kernels."""
