@@ -1,4 +1,4 @@
-"""Triton kernels of the layer, one kernel per file; needs `triton`.
+"""Triton kernels of the layer, a step of it per file; needs `triton`.
 
 `alora_kernels.ops` checks arguments, groups ids by task (`alora_kernels.routing.RowGroups`) and puts forward and
 backward together. The arguments of all launchers, any strides unless a `takes_` function says otherwise:
@@ -18,16 +18,12 @@ from alora_kernels.records import Dropout
 from .da import da_soft, da_task, sum_partials
 from .decode import decode, takes_decode
 from .dropout import dropout_mask
-from .dx_soft import dx_soft
-from .dx_task import dx_task
-from .expand import expand, plain_gemm
-from .expand_backward import expand_backward
+from .dx import dx_soft, dx_task
+from .expand import expand, expand_backward, plain_gemm
 from .gate_backward import gate_backward
 from .launch import Launch, recording
-from .one_pass_soft import one_pass_soft, takes_one_pass_soft
-from .one_pass_task import one_pass_task, takes_one_pass_task
-from .shrink_soft import shrink_soft
-from .shrink_task import shrink_task
+from .one_pass import one_pass_soft, one_pass_task, takes_one_pass_soft, takes_one_pass_task
+from .shrink import shrink_soft, shrink_task
 from .tiles import chip_of
 
 __all__ = [

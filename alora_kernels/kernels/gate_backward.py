@@ -15,7 +15,7 @@ from alora_kernels.records import acc_dtype
 
 from .launch import launch
 from .numerics import power_of_two, tl_dtype
-from .shrink_soft import softmax_rows
+from .shrink import softmax_rows
 from .tiles import MAX_GATE
 
 _ELEMENTS = 4096  # of one [rows, experts, ranks] tile: 32 registers a thread in four warps

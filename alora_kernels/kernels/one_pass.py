@@ -1,9 +1,10 @@
-"""Forward of the whole layer in one launch, task routing: plan "one_pass", on chips with a copy engine.
+"""Forward of the whole layer in one launch: plan "one_pass", on chips with a copy engine.
 
-The tile in the first column of a row block streams the block's rows of x anyway. This *leader* also multiplies them by
-the A of the block's first task: BLOCK_R columns next to BLOCK_N. Further tasks of the block cost it another pass over
-its rows. It writes h and raises the block's flag; every tile waits for the flag only before its last step, h b^T.
-Leaders of the next group of row blocks come before the rest of this group, so their h is ready when it is wanted.
+Every tile waits for the flag of its row block only before its last step, h b^T, and whatever raises flags comes a group
+of row blocks ahead, so that h is ready when it is wanted. Task routing: the tile in the first column of a row block,
+the *leader*, streams the block's rows of x anyway, and also multiplies them by the A of the block's first task: BLOCK_R
+columns next to BLOCK_N. Further tasks of the block cost it another pass over its rows. Soft routing: the products of
+all experts are too wide for that, so some pieces of work are nothing but `shrink_soft` for BLOCK_P rows.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alora_kernels.records import Dropout
+from alora_kernels.records import Dropout, acc_dtype
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .gemm import describable, describe, descriptor_loop, finish_tile
 from .launch import launch
-from .numerics import common, rank_block, rank_step, tl_dtype
-from .shrink_task import next_task
+from .numerics import common, power_of_two, rank_block, rank_step, tl_dtype
+from .shrink import next_task, shrink_soft_kernel
 from .sync import HEADER, ahead_of, clean_up, counters, publish, take_ticket, tickets_of, wait_for
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
+
+MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile
 
 
 @triton.jit
@@ -152,3 +155,98 @@ def one_pass_task(
         DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
     )  # fmt: skip
     return y, h
+
+
+@triton.jit
+def _one_pass_soft_kernel(
+    x, w, y, x_ptr, a_ptr, router_ptr, bias_ptr, b_ptr, h_ptr, p_ptr, counters_ptr, seed_ptr, p_drop, scaling,
+    M, N, K, R, E,
+    tickets,
+    stride_xm, stride_ac, stride_ak, stride_oe, stride_ok, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
+    STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    SHARE: tl.constexpr = BLOCK_M // BLOCK_P  # pieces of p per row block
+    ticket = take_ticket(counters_ptr)
+    while ticket < tickets:
+        group, index, produces = ahead_of(ticket, GROUP_M * SHARE, GROUP_M * tl.cdiv(N, BLOCK_N))
+        if produces:
+            piece = group * (GROUP_M * SHARE) + index
+            if piece * BLOCK_P < M:
+                shrink_soft_kernel(
+                    piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling, M, K, R, E,
+                    stride_xm, 1, stride_ac, stride_ak, stride_oe, stride_ok, R, E * R + E,
+                    HAS_DROPOUT, True, CHUNK, E_PAD, BLOCK_P, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                )  # fmt: skip
+                publish(counters_ptr, piece // SHARE)
+        else:
+            pid_m = group * GROUP_M + index % GROUP_M
+            row, col = pid_m * BLOCK_M, (index // GROUP_M) * BLOCK_N
+            if row < M:
+                offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+                acc = descriptor_loop(acc, x, w, row, col, K, BLOCK_K, True, PRECISION)
+                wait_for(counters_ptr, pid_m, tl.minimum(SHARE, tl.cdiv(M - row, BLOCK_P)))
+                finish_tile(
+                    y, acc, row, col, h_ptr + offs_m.to(tl.int64) * R, offs_m < M, b_ptr, bias_ptr, offs_n, offs_n < N,
+                    stride_bn, stride_br, R, HAS_BIAS, STEP_R, BLOCK_M, BLOCK_N, PARTS, DTYPE, PRECISION, ACC,
+                )  # fmt: skip
+        ticket = take_ticket(counters_ptr)
+    clean_up(counters_ptr, tl.cdiv(M, BLOCK_M), 1024)
+
+
+def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
+    """Whether `one_pass_soft` can run: descriptors reach x, w and y, all experts fit in one pass over x."""
+    (e, r, _), n = a.shape, w.shape[0]
+    columns = triton.next_power_of_2(e) * rank_block(r, x.dtype)
+    fits = r <= rank_block(MAX_RANK_BLOCK, x.dtype) and columns <= MAX_COLUMNS and n * x.element_size() % 16 == 0
+    # s is applied inside the launch, as float32: not exact enough for float64
+    exact = x.dtype != torch.float64 and has_tile("one_pass_soft", x.device, x.dtype)
+    return fits and exact and describable(x, w)
+
+
+def one_pass_soft(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router: Tensor,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole layer under soft routing, in one launch: y, h and p as in `expand` and `shrink_soft`.
+
+    Formula: `p = [dropout(x) a_cat^T | x router^T]`, `h = s sum_e softmax(logits)_e p_e`, `y = x w^T + bias + h b^T`.
+    """
+    (m, k), n, (e, r, _) = x.shape, w.shape[0], a.shape
+    y, h = torch.empty(m, n, dtype=x.dtype, device=x.device), torch.empty(m, r, dtype=x.dtype, device=x.device)
+    p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
+    if m == 0:
+        return y, h, p
+    block_r, experts, a_cat = rank_block(r, x.dtype), triton.next_power_of_2(e), a.reshape(e * r, k)
+    # 16 columns of p beside 256 of y spill 40 bytes, 128 columns do not
+    narrow = dropout is not None or a.dtype != x.dtype or experts * block_r <= 16
+    kernel = "one_pass_soft_narrow" if narrow else "one_pass_soft"
+    tile = tile_for(kernel, x.device, x.dtype, shape_class(m, k, n))
+    block_p = power_of_two(tile.block_m // 2, 16, 64)
+    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    share = tile.block_m // block_p
+    tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M * share, GROUP_M * blocks_n)
+    launch(
+        _one_pass_soft_kernel, (min(blocks_m * (blocks_n + share), persistent_programs(x.device, tile)),),
+        describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
+        describe(y, (tile.block_m, tile.block_n // tile.parts)),
+        x, a_cat, router, None if bias is None else bias.contiguous(), b, h, p, counters(x.device, HEADER + blocks_m),
+        *seed_and_p(dropout), scaling,
+        m, n, k, r, e, tickets, x.stride(0), *a_cat.stride(), *router.stride(), *b.stride(),
+        HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_P=block_p, BLOCK_R=block_r,
+        CHUNK=experts, E_PAD=max(16, experts), STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32),
+        GROUP_M=GROUP_M, PARTS=tile.parts,
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+    )  # fmt: skip
+    return y, h, p

@@ -1,7 +1,9 @@
-"""Gradient of the input, soft routing: the base GEMM backwards, all experts and the router.
+"""Gradient of the input: the base GEMM backwards and the low-rank part, of each row's task or of all experts.
 
-Three products into one accumulator. The experts' comes first, because dropout masks it; the router saw x before
-dropout, so its product and dy w are added after the mask.
+What dropout masks comes first, because it must not touch dy w; the main loop adds on top. The router saw x before
+dropout, so its product is added after the mask. Under task routing programs take consecutive positions of
+`groups.order` through pointers, gather rows of dy and scatter rows of dx. Descriptors fetch consecutive rows only;
+there a program takes the rows as they come, and walks whatever tasks it meets.
 """
 
 from __future__ import annotations
@@ -12,12 +14,90 @@ import triton.language as tl
 from torch import Tensor
 
 from alora_kernels.records import Dropout
+from alora_kernels.routing import RowGroups
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .gemm import describable, describe, descriptor_loop, finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import common, power_of_two, rank_step, tl_dtype
+from .shrink import next_task
 from .tiles import GROUP_M
+
+
+@triton.jit
+def _dx_task_kernel(
+    dy, w, dh_ptr, a_ptr, dx, ids_ptr, order_ptr, seed_ptr, p_drop,
+    M, N, K, R, E,
+    stride_dym, stride_dyn, stride_wn, stride_wk, stride_dhm, stride_dhr, stride_ae, stride_ar, stride_ak,
+    stride_dxm,
+    HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # dy, w and dx are descriptors or pointers
+    # BLOCK_K counts columns of dx, BLOCK_N is the step of the contraction over N
+    pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    first, col = pid_m * BLOCK_M, pid_k * BLOCK_K
+    pos_m, offs_k = first + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_K)
+    mask_m, mask_k = pos_m < M, offs_k < K
+    if DESCRIPTORS:
+        row = tl.where(mask_m, pos_m, 0)
+    else:
+        row = tl.load(order_ptr + pos_m, mask=mask_m, other=0)
+    ids = tl.load(ids_ptr + row, mask=mask_m, other=-1)
+    rows, cols = row.to(tl.int64), offs_k.to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
+    task = next_task(ids, -1, E)
+    while task < E:
+        # [BLOCK_M, R] [R, BLOCK_K], rows of this task only
+        acc = rank_loop(
+            acc, dh_ptr + rows * stride_dhm, ids == task, stride_dhr,
+            a_ptr + task.to(tl.int64) * stride_ae + cols * stride_ak, mask_k, stride_ar, R, BLOCK_R, DTYPE, PRECISION,
+        )  # fmt: skip
+        task = next_task(ids, task, E)
+    if HAS_DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), row, col, p_drop, BLOCK_K)
+        acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
+    finish_gemm(
+        dx, acc, dy, w, None, first, col, rows, offs_k, mask_m, mask_k,
+        stride_dym, stride_dyn, stride_wn, stride_wk, stride_dxm, N,
+        HAS_BASE, False, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_K, BLOCK_N, DTYPE, PRECISION, ACC,
+    )  # fmt: skip
+
+
+def dx_task(
+    dy: Tensor | None,
+    w: Tensor | None,
+    dh: Tensor,
+    a: Tensor,
+    groups: RowGroups,
+    *,
+    dtype: torch.dtype,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Gradient of x under task routing, in one launch: dx `[M, K]` in `dtype`, that of x.
+
+    Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`; without dy and w (a 4-bit
+    base) the low-rank part alone.
+    """
+    (m, r), (e, _, k), n = dh.shape, a.shape, 0 if w is None else w.shape[0]
+    dx = torch.empty(m, k, dtype=dtype, device=dh.device)
+    base = operands(dy, w, dx, transposed=False, masks=dropout is not None)
+    tile = base.tile
+    # 32 ranks spill 8 bytes beside a mask (sm_80) or if they come in float32 (sm_90)
+    step = rank_step(r, dtype, 16 if dropout is not None or a.dtype != dtype else 32)
+    launch(
+        _dx_task_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
+        base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
+        *seed_and_p(dropout),
+        m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
+        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
+        BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=step, GROUP_M=GROUP_M,
+        DTYPE=tl_dtype(dtype), **common(tile, dtype),
+    )  # fmt: skip
+    return dx
 
 
 @triton.jit
