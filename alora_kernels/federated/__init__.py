@@ -7,7 +7,7 @@ line it is `alora fed ...`, with Flower `flwr run`.
     share_specs, config        what each method shares, as data; one run as data
     model, wire                base model -> client's model, its matrices by role; what travels, agreed on by a hash
     client, state              one client's round; what survives a kill, on either side
-    checks, guard, strategies, server    Flower's strategy inside a guard, durable
+    guard, strategies, server  Flower's strategy inside a guard, durable
     log, view                  what happened: written by the server only, shown by everybody else
     local, deploy              the engines: one process; Flower's simulation and real machines
 

@@ -1,11 +1,7 @@
 """The client's side of a round: put the pieces together, train, return the shared half, keep the private one.
 
 From Flower messages, a `Participant` and its `PrivateStore` to replies that hold shared arrays, metrics and an echo of
-the round's nonce, and nothing else. Every engine uses `client_app`: one process, Flower's simulation, real machines.
-
-A round depends only on the message and on what is on disk: private values are read from the store before training and
-committed last, after the reply is built. A client killed in between repeats the round from the same values, and a
-server that asks for a round again gets the same answer. The seed of local training is (seed, client, round).
+the round's nonce, and nothing else. Every engine uses `client_app`.
 """
 
 from __future__ import annotations
@@ -18,17 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import files
 from . import model as adapters
 from . import wire
 from .config import FedConfig
-from .model import seed_of, seeded
 from .state import FINAL, BehindError, PrivateStore
 from .strategies import clip
 
@@ -63,7 +57,12 @@ class Participant:
 
 
 class Client:
-    """One client of a run; its participant is for this run only, because what its head began with is taken from it."""
+    """One client of a run; its participant is for this run only, because what its head began with is taken from it.
+
+    A round depends only on the message and on what is on disk: private values are read before training and committed
+    last, after the reply is built. A client killed in between repeats the round from the same values, and a server that
+    asks for a round again gets the same answer. The seed of local training is (seed, client, round).
+    """
 
     def __init__(self, config: FedConfig, participant: Participant, store: PrivateStore) -> None:
         self.config, self.participant, self.store = config, participant, store
@@ -73,18 +72,14 @@ class Client:
         self._trains = {name: p.requires_grad for name, p in self._model.named_parameters()}
 
     def train(self, message: Message) -> Message:
-        """One round: judge, train, judge, reply; the private half is committed last."""
+        """One round: judge, train, judge, reply."""
         started = time.perf_counter()
-        asked, sent = self._open(message)
-        round_, run = int(asked[wire.ROUND]), str(asked[wire.RUN])
-        self._assemble(run, round_, sent)
-        before = self._judge(round_)
+        asked, run, round_ = self._open(message)
+        metrics = {wire.BEFORE + name: value for name, value in self._judge(round_).items()}
         self._train(round_)
-        after = self._judge(round_)
+        metrics |= {wire.AFTER + name: value for name, value in self._judge(round_).items()}
         shared = adapters.to_share(self._model, self._share, factors=not self.config.clients_clip)
-        metrics = {wire.BEFORE + name: value for name, value in before.items()}
-        metrics |= {wire.AFTER + name: value for name, value in after.items()}
-        content = self._reply(asked, metrics, time.perf_counter() - started)
+        content = self._reply(asked, metrics, started)
         content[wire.ARRAYS] = wire.to_record(shared)
         reply = Message(content, reply_to=message)
         private = adapters.values(self._model, self._share, "private")
@@ -92,17 +87,19 @@ class Client:
         return reply
 
     def evaluate(self, message: Message) -> Message:
-        """Judge the shared arrays of a message with the private half of the last round; at the end, save both."""
+        """Judge the shared arrays of a message with the private half of its round; at the end, save both."""
         started = time.perf_counter()
-        asked, sent = self._open(message)
-        round_, run = int(asked[wire.ROUND]), str(asked[wire.RUN])
-        self._assemble(run, round_ + 1, sent)
+        asked, run, round_ = self._open(message)
         if asked.get(wire.LAST):
             self._finish(self.store.folder / run / self.name)
-        return Message(self._reply(asked, self._judge(round_), time.perf_counter() - started), reply_to=message)
+        return Message(self._reply(asked, self._judge(round_), started), reply_to=message)
 
-    def _open(self, message: Message) -> tuple[Mapping[str, Any], dict[str, NDArray]]:
-        """The settings and arrays of a message; WireError for another method, base, scaling, rank or seed than ours."""
+    def _open(self, message: Message) -> tuple[Mapping[str, Any], str, int]:
+        """The settings of a message, its run and its round, in which an evaluation follows training.
+
+        The model is assembled: first values, the last private half before, what the server sent. WireError for another
+        method, base, scaling, rank or seed than ours.
+        """
         asked = cast(Mapping[str, Any], message.content[wire.CONFIG])
         for key, mine, words in (
             (wire.METHOD, self.config.method, "method"),
@@ -114,15 +111,13 @@ class Client:
         sent = wire.from_record(message.content[wire.ARRAYS], self.spec)  # type: ignore[arg-type]
         if asked[wire.SPEC] != self.spec.digest:
             raise wire.WireError(f"client {self.name} has another seed or other metrics than the server")
-        return asked, sent
-
-    def _assemble(self, run: str, before: int, sent: Mapping[str, NDArray]) -> None:
-        """The model as it stands before a round: first values, the last private half, what the server sent."""
+        run, round_ = str(asked[wire.RUN]), int(asked[wire.ROUND])
         kept = None
         if not self.config.reset_private:
+            before = round_ + (message.metadata.message_type == MessageType.EVALUATE)
             kept = self.store.load(run, self.name, before, self.spec.digest)
         adapters.put(self._model, self._share, {**self._first, **(kept[1] if kept else {}), **sent})
-        adapters.restart(self._model, self._share)
+        return asked, run, round_
 
     def _train(self, round_: int) -> None:
         """Local training of exactly what the method trains.
@@ -132,7 +127,7 @@ class Client:
         for name, parameter in self._model.named_parameters():  # PEFT thaws adapters that it enables again
             parameter.requires_grad_(self._trains[name])
         before = adapters.untrained(self._model, self._share)
-        with seeded(seed_of(self.config.seed, self.name, round_)):
+        with adapters.seeded(adapters.seed_of(self.config.seed, self.name, round_)):
             self.participant.train(self._model)
         after = adapters.untrained(self._model, self._share)
         moved = [key for key in before if not torch.equal(after[key], before[key])]
@@ -155,22 +150,18 @@ class Client:
 
     def _judge(self, round_: int) -> dict[str, float]:
         self._model.eval()
-        with seeded(seed_of(self.config.seed, self.name, round_, "judge")):
+        with adapters.seeded(adapters.seed_of(self.config.seed, self.name, round_, "judge")):
             measured = self.participant.evaluate(self._model)
         metrics = {name: float(value) for name, value in measured.items()}
         if set(metrics) != set(self.config.metrics):
             raise ValueError(f"evaluate gave {sorted(metrics)}, the configuration has {sorted(self.config.metrics)}")
         return metrics
 
-    def _reply(self, asked: Mapping[str, Any], metrics: Mapping[str, float], seconds: float) -> RecordDict:
+    def _reply(self, asked: Mapping[str, Any], metrics: Mapping[str, float], started: float) -> RecordDict:
         examples = self.participant.num_examples if self.config.weights == "examples" else 1
         echo = {wire.NONCE: asked[wire.NONCE], wire.SPEC: self.spec.digest, wire.CLIENT: self.name}
-        return RecordDict(
-            {
-                wire.METRICS: MetricRecord({wire.EXAMPLES: examples, **metrics}),
-                wire.REPLY: ConfigRecord({**echo, wire.SECONDS: seconds}),
-            }
-        )
+        reply = ConfigRecord({**echo, wire.SECONDS: time.perf_counter() - started})
+        return RecordDict({wire.METRICS: MetricRecord({wire.EXAMPLES: examples, **metrics}), wire.REPLY: reply})
 
 
 def client_name(config: FedConfig, context: Context) -> str:
@@ -190,28 +181,22 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
     `client_of` is called for every message, so it should remember what it built. An exception stays on the client, in
     its log: its text may quote a row of data. What the server learns is `_told`.
     """
-    app = ClientApp()
 
-    def answer(message: Message, context: Context, reply: Callable[[Client, Message], Message]) -> Message:
+    def answer(message: Message, context: Context) -> Message:
         try:
-            return reply(client_of(context), message)
+            client = client_of(context)
+            if message.metadata.message_type == MessageType.EVALUATE:
+                return client.evaluate(message)
+            if client.config.clients_clip:
+                return clip(message, context, lambda message, _: client.train(message))
+            return client.train(message)
         except Exception as error:
             log.exception("this client could not answer")
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _told(error)), reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        def trained(client: Client, message: Message) -> Message:
-            if not client.config.clients_clip:
-                return client.train(message)
-            return clip(message, context, lambda message, _: client.train(message))
-
-        return answer(message, context, trained)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, Client.evaluate)
-
+    app = ClientApp()
+    app.train()(answer)
+    app.evaluate()(answer)
     return app
 
 
@@ -238,10 +223,8 @@ def fit(
 
     Args:
         model: in any mode; it is put in training mode and left in evaluation mode.
-        batches: the batches of this round.
-        loss: the loss of one batch.
-        lr: learning rate.
-        weight_decay: AdamW's.
+        batches, loss: the batches of this round, and the loss of one.
+        lr, weight_decay: AdamW's.
 
     Returns:
         The mean loss over the batches.

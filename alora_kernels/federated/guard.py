@@ -1,42 +1,38 @@
 """A grid that lets in only what was agreed: between any Flower strategy and any Flower grid.
 
-From a strategy's messages to the accepted replies with dense arrays, sorted by client name, and to one event per
-message and per round. `server` wraps its grid; strategies and Flower's privacy wrappers stay as they are.
-
-Strategies put one and the same RecordDict into all messages of a round, so each message is made anew before it gets a
-nonce of its own. A node's reply counts if it answers this round's message and is the first to do so; a late or a
-further reply is reported by itself and takes nothing from the node. Refused replies are dropped, not passed on as
-errors: Flower's privacy wrappers throw a whole round away for one error, so a single bad client could stop everybody.
-Nothing a client sends can raise out of here.
+From a strategy's messages to the accepted replies, sorted by client name, and one event per message and per round.
+`server` wraps its grid; strategies and Flower's privacy wrappers stay as they are.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from . import wire
-from .checks import Answer, Checks, Kind, RefusedError, bytes_that_came, client_name, short
 from .config import Limits
 
 log = logging.getLogger("alora_kernels.federated")
+Kind = Literal["train", "evaluate"]
+REASON = 300  # characters of a reason: it may quote what a client sent
+NAME = 100  # characters of a client's name
 
 
 class QuorumError(RuntimeError):
     """Too few clients for too long; the message says how many, how long, and what to change."""
 
 
-class GuardedGrid(Grid):
+class GuardedGrid:
     """A grid whose replies are checked; everything else goes to the inner grid, which transports.
 
     `run` is the run's name, told to the clients; `on_event` gets each event, a flat dictionary ready for JSON; `clock`
@@ -55,39 +51,13 @@ class GuardedGrid(Grid):
     ) -> None:
         self._grid, self._spec, self._limits, self._name = grid, spec, limits, run
         self._on_event, self._clock = on_event, clock
-        self._checks = Checks(spec, limits.norm_cap, limits.max_examples)
         self._clients: dict[int, str] = {}
-        self._void_rounds = 0
+        self._void_rounds = self._good_rounds = 0
         self._last_void = ""
-        self._good_rounds = 0
         self._most_nodes, self._waiting_since = -1, 0.0
 
-    def set_run(self, run: Run) -> None:
-        """Forwarded."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The inner grid's."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Forwarded."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Forwarded."""
-        return self._grid.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Forwarded, and not guarded."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Forwarded, and not guarded."""
-        return self._grid.pull_messages(message_ids)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
 
     def get_node_ids(self) -> list[int]:
         """Ids of the connected nodes, sorted.
@@ -108,18 +78,18 @@ class GuardedGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send one round's messages, at most one to a node, and return the replies that pass, by client name.
 
-        Each holds the dense arrays (train) and the metrics. A training round with fewer than the quorum is void and
-        returns none; one void round too many raises QuorumError. The limits' deadline holds when it is shorter than
-        `timeout`, in seconds.
+        Each holds the dense arrays (train) and the metrics. Refused ones are dropped, not passed on as errors: Flower's
+        privacy wrappers throw a whole round away for one error, so a single bad client could stop everybody. A training
+        round with fewer than the quorum is void and returns none; one void round too many raises QuorumError. The
+        limits' deadline holds when it is shorter than `timeout`, in seconds.
         """
         begin = self._clock()
-        current = _stamp(messages, self._spec, self._name)
+        current = _stamp(messages, self._spec, self._limits, self._name)
         if current is None:
             return []
         limit = self._limits.deadline if timeout is None else min(timeout, self._limits.deadline)
-        outgoing = [cast(Message, sent.message) for sent in current.sent.values()]
-        replies = self._grid.send_and_receive(outgoing, timeout=limit)
-        current.receive(replies, self._checks, self._clients, limit)
+        replies = self._grid.send_and_receive([sent.message for sent in current.sent.values()], timeout=limit)
+        current.receive(replies, self._clients, limit)
         void = current.kind == "train" and len(current.accepted) < self._limits.quorum
         for event in current.events(void=void, seconds=self._clock() - begin):
             self._on_event(event)
@@ -130,7 +100,7 @@ class GuardedGrid(Grid):
         if current.kind == "train":
             self._void_rounds = 0
             self._good_rounds += 1
-        return current.replies()
+        return [make_message(metadata=sent.reply.metadata, content=sent.content) for sent in current.accepted]
 
     def _void(self, current: _Round) -> None:
         self._void_rounds += 1
@@ -157,41 +127,43 @@ class _Sent:
     """One message and what came of it; a reply nobody waits for gets one of its own, without a message."""
 
     node: int  # whom it went to, or who replied
-    message: Message | None = None
+    message: Any = None
     nonce: str = ""
     arrays: wire.NDArrays = field(default_factory=dict)
     bytes_down: int = 0
-    reply: Message | None = None  # the next three as it says, unchecked but for their types
+    reply: Any = None  # the next three as it says, unchecked but for their types
     client: str | None = None
     seconds: float | None = None
     bytes_up: int = 0
-    answer: Answer | None = None  # the checked content
+    content: RecordDict | None = None  # the checked metrics and, in training, dense arrays: what a strategy gets
     reason: str | None = None  # why there is none
-
-    @property
-    def message_id(self) -> str | None:
-        """The id the grid gave the message."""
-        return None if self.message is None else self.message.metadata.message_id
 
     def came(self, reply: Message) -> None:
         """Note what a reply says of itself."""
         self.reply = reply
         if not reply.has_content():
             return
-        self.bytes_up = bytes_that_came(reply.content)
+        self.bytes_up = _bytes_that_came(reply.content)
         config = reply.content.get(wire.REPLY)
         if isinstance(config, ConfigRecord):
-            self.client = client_name(config)
-            seconds = config.get(wire.SECONDS)
+            name, seconds = config.get(wire.CLIENT), config.get(wire.SECONDS)
+            self.client = name if isinstance(name, str) and 0 < len(name) <= NAME and name.isprintable() else None
             self.seconds = float(cast(float, seconds)) if wire.finite(seconds) else None
 
 
 @dataclass
 class _Round:
-    """The messages of one round by node, and replies that belong to none of them."""
+    """The messages of one round by node, and replies that belong to none of them.
+
+    The first check that fails gives the reason, so what is cheap and names the cause comes first: an old client's reply
+    is refused for its spec hash, not because "keys differ". Plain averaging would take NaN, 1e30, negative weights and
+    shapes that merely broadcast.
+    """
 
     kind: Kind
     number: int
+    spec: wire.WireSpec
+    limits: Limits
     sent: dict[int, _Sent] = field(default_factory=dict)
     extra: list[_Sent] = field(default_factory=list)
 
@@ -203,37 +175,41 @@ class _Round:
     @property
     def accepted(self) -> list[_Sent]:
         """What passed, by client name: float sums then do not depend on who was first."""
-        return sorted((sent for sent in self.sent.values() if sent.answer), key=lambda sent: sent.client or "")
+        return sorted((sent for sent in self.sent.values() if sent.content), key=lambda sent: sent.client or "")
 
-    def receive(self, replies: Iterable[Message], checks: Checks, names: dict[int, str], limit: float) -> None:
+    def receive(self, replies: Iterable[Message], names: dict[int, str], limit: float) -> None:
         """Hold whatever came to the checks, by node id; `names`, node -> client of earlier rounds, learns from it."""
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             entry, reason = self._place(reply)
             entry.came(reply)
             try:
                 if reason is not None:
-                    raise RefusedError(reason)
-                entry.answer = self._answer(entry, reply, checks)
+                    raise wire.WireError(reason)
+                entry.content = self._checked(entry)
                 names[entry.node] = cast(str, entry.client)
             except Exception as error:  # whatever a reply does to the checks, it is that reply that is wrong
-                known = isinstance(error, RefusedError | wire.WireError)
-                entry.reason = short(str(error) if known else f"{type(error).__name__}: {error}")
+                entry.reason = _short(
+                    str(error) if isinstance(error, wire.WireError) else f"{type(error).__name__}: {error}"
+                )
         for entry in self.entries:
             entry.client = entry.client or names.get(entry.node)
-            if entry.answer is None:
+            if entry.content is None:
                 entry.reason = entry.reason or f"no reply within {limit:g} s"
                 log.warning(
                     "refused client %s, node %d, round %d: %s", entry.client, entry.node, self.number, entry.reason
                 )
 
     def _place(self, reply: Message) -> tuple[_Sent, str | None]:
-        """The message a reply answers, or an entry of its own; and why it cannot count, before its content is read."""
+        """The message a reply answers, or an entry of its own; and why it cannot count, before its content is read.
+
+        A late or a further reply is reported by itself and takes nothing from its node.
+        """
         node, answers = reply.metadata.src_node_id, reply.metadata.reply_to_message_id
         reason = _error_line(reply) if reply.has_error() else None
         sent = self.sent.get(node)
         if sent is None and reason is not None:  # Flower answers for nodes it lost, from an id that is not theirs
-            sent = next((each for each in self.sent.values() if each.message_id == answers), None)
-        if sent is not None and sent.reply is None and answers == sent.message_id:
+            sent = next((each for each in self.sent.values() if each.message.metadata.message_id == answers), None)
+        if sent is not None and sent.reply is None and answers == sent.message.metadata.message_id:
             return sent, reason
         if reason is None:
             if sent is None:
@@ -245,23 +221,60 @@ class _Round:
         self.extra.append(_Sent(node))
         return self.extra[-1], reason
 
-    def _answer(self, entry: _Sent, reply: Message, checks: Checks) -> Answer:
-        answer = checks.answer(self.kind, reply.content, entry.nonce, entry.arrays)
+    def _checked(self, entry: _Sent) -> RecordDict:
+        """The checked records of a reply, or WireError with the reason."""
+        content = entry.reply.content
+        expected: dict[str, type] = {wire.METRICS: MetricRecord, wire.REPLY: ConfigRecord}
+        if self.kind == "train":
+            expected[wire.ARRAYS] = ArrayRecord
+        for name in sorted(set(content) | set(expected)):
+            if name not in expected or not isinstance(content.get(name), expected[name]):
+                state = "lacks" if name not in content else "has an unexpected"
+                agreed = ", ".join(expected)
+                raise wire.WireError(
+                    f"{state} record {_short(name, 50)!r}; the reply of this {self.kind} round has exactly {agreed}"
+                )
+        if content[wire.REPLY].get(wire.NONCE) != entry.nonce:
+            raise wire.WireError("nonce is not the one this message was sent with: an old or a forged reply")
+        if content[wire.REPLY].get(wire.SPEC) != self.spec.digest:
+            raise wire.WireError(
+                "spec hash differs: the client has another method, base model, scaling or seed, other arrays or metrics"
+            )
+        if entry.client is None:
+            raise wire.WireError(f"{wire.CLIENT} must be a printable name of 1 to {NAME} characters")
+        checked = RecordDict({wire.METRICS: self._metrics(content[wire.METRICS])})
+        if self.kind == "train":
+            checked[wire.ARRAYS] = self._arrays(content[wire.ARRAYS], entry.arrays)
         for other in self.accepted:
             if other.client == entry.client:
-                raise RefusedError(f"client name {entry.client!r} is taken by node {other.node} in this round")
-        return answer
+                raise wire.WireError(f"client name {entry.client!r} is taken by node {other.node} in this round")
+        return checked
 
-    def replies(self) -> list[Message]:
-        """The accepted replies for a strategy: dense arrays (train) and metrics, nothing else."""
-        messages = []
-        for sent in self.accepted:
-            answer, reply = cast(Answer, sent.answer), cast(Message, sent.reply)
-            content = RecordDict({wire.METRICS: MetricRecord(dict(answer.metrics))})
-            if answer.arrays is not None:
-                content[wire.ARRAYS] = answer.arrays
-            messages.append(make_message(metadata=reply.metadata, content=content))
-        return messages
+    def _metrics(self, record: MetricRecord) -> MetricRecord:
+        agreed = self.spec.metric_keys if self.kind == "train" else {wire.EXAMPLES, *self.spec.metrics}
+        wire.check_keys(set(record), agreed, "metrics")
+        for key in sorted(record):
+            if not isinstance(record[key], int | float):
+                raise wire.WireError(f"{key} is a list, agreed is one number")
+            if not wire.finite(record[key]):
+                raise wire.WireError(f"{key} is {record[key]}, not a finite number")
+        examples = cast(float, record[wire.EXAMPLES])
+        if not 0 < examples <= self.limits.max_examples:
+            raise wire.WireError(f"{wire.EXAMPLES} is {examples}, outside (0, {self.limits.max_examples}]")
+        return MetricRecord({key: record[key] for key in sorted(record)})
+
+    def _arrays(self, record: ArrayRecord, sent: wire.NDArrays) -> ArrayRecord:
+        dense, arrays = wire.expand(record, self.spec, sent)
+        for key, value in arrays.items():
+            if not np.isfinite(value).all():
+                raise wire.WireError(f"{key} has values that are not finite")
+        with np.errstate(over="ignore", invalid="ignore"):  # in float64 1e30 squared is a number, or inf
+            squares = [np.square(np.subtract(arrays[key], sent[key], dtype=np.float64)).sum() for key in sent]
+        norm, cap = math.sqrt(sum(map(float, squares))), self.limits.norm_cap
+        cap = math.sqrt(sum(values.size for values in sent.values())) if cap is None else cap
+        if not norm <= cap:
+            raise wire.WireError(f"L2 norm of the update is {norm:.3g}, the cap is {cap:.3g}")
+        return dense
 
     def events(self, *, void: bool, seconds: float) -> list[dict[str, Any]]:
         """One event per message sent, one per reply that belongs to none, one for the round, ready for JSON.
@@ -287,7 +300,7 @@ class _Round:
         ]
 
     def _client_event(self, entry: _Sent) -> dict[str, Any]:
-        metrics = dict(entry.answer.metrics) if entry.answer else {}
+        metrics = dict(entry.content.metric_records[wire.METRICS]) if entry.content else {}
         examples = metrics.pop(wire.EXAMPLES, None)
         measured: dict[str, Any] = {"metrics": metrics}
         if self.kind == "train":
@@ -301,7 +314,7 @@ class _Round:
             "round": self.number,
             "node": entry.node,
             "client": entry.client,
-            "accepted": entry.answer is not None,
+            "accepted": entry.content is not None,
             "reason": entry.reason,
             "bytes_down": entry.bytes_down,
             "bytes_up": entry.bytes_up,
@@ -316,8 +329,27 @@ def _error_line(reply: Message) -> str:
     return lines[-1].strip() if lines else f"error {reply.error.code} without a reason"
 
 
-def _stamp(messages: Iterable[Message], spec: wire.WireSpec, run: str) -> _Round | None:
-    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any."""
+def _short(text: str, length: int = REASON) -> str:
+    """One printable line: a client's words must not write lines of their own into a log."""
+    return "".join(c if c.isprintable() else " " for c in text[:length])
+
+
+def _bytes_that_came(content: RecordDict) -> int:
+    """Bytes of the numbers in a reply; where declared shapes lie, the bytes there are."""
+    arrays = [array for record in content.array_records.values() for array in record.values()]
+    data = sum(len(array.data) for array in arrays)
+    try:
+        declared = sum(wire.nbytes(array.dtype, array.shape) for array in arrays)
+    except Exception:  # a dtype may be any text, a dimension any integer
+        return data
+    return declared if 0 <= declared <= data else data
+
+
+def _stamp(messages: Iterable[Message], spec: wire.WireSpec, limits: Limits, run: str) -> _Round | None:
+    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any.
+
+    Anew, because strategies put one and the same RecordDict into all of them.
+    """
     messages = sorted(messages, key=lambda message: message.metadata.dst_node_id)
     kinds = {message.metadata.message_type for message in messages}
     if len(kinds) > 1 or not kinds <= {"train", "evaluate"}:
@@ -327,22 +359,21 @@ def _stamp(messages: Iterable[Message], spec: wire.WireSpec, run: str) -> _Round
     numbers = {_round_number(message) for message in messages}
     if len(numbers) > 1:
         raise ValueError(f"messages of rounds {sorted(numbers)} in one call; send one round at a time")
-    current = _Round(cast(Kind, kinds.pop()), numbers.pop())
-    agreed: dict[int, wire.Agreed] = {}
+    current = _Round(cast(Kind, kinds.pop()), numbers.pop(), spec, limits)
+    agreed: dict[int, wire.NDArrays] = {}
     for message in messages:
         node = message.metadata.dst_node_id
         if node in current.sent:
             raise ValueError(f"two messages to node {node} in one round")
         record = message.content.array_records[wire.ARRAYS]
         if id(record) not in agreed:
-            agreed[id(record)] = _as_agreed(record, spec)
-        record, arrays = agreed[id(record)]
-        nonce = secrets.token_hex(16)
+            agreed[id(record)] = wire.from_record(record, spec)
+        arrays, nonce = agreed[id(record)], secrets.token_hex(16)
         config = ConfigRecord(dict(message.content.config_records[wire.CONFIG]))
         config.update({wire.RUN: run, wire.SPEC: spec.digest, wire.NONCE: nonce, wire.ROUND: current.number})
         content = RecordDict({wire.ARRAYS: record, wire.CONFIG: config})
         fresh = Message(content, node, current.kind, ttl=message.metadata.ttl, group_id=str(current.number))
-        current.sent[node] = _Sent(node, fresh, nonce, arrays, wire.payload_bytes(content))
+        current.sent[node] = _Sent(node, fresh, nonce, arrays, sum(values.nbytes for values in arrays.values()))
     return current
 
 
@@ -357,12 +388,3 @@ def _round_number(message: Message) -> int:
     if not isinstance(number, int):
         raise ValueError(f"{wire.CONFIG} lacks an integer {wire.ROUND!r}, which Flower's strategies put there")
     return number
-
-
-def _as_agreed(record: ArrayRecord, spec: wire.WireSpec) -> wire.Agreed:
-    """What the server sends; other float types are cast, as Flower's FedOpt family answers float32 in float64."""
-    wire.check_keys(set(record), set(spec.arrays))
-    wanted = {key: dtype for key, (dtype, _) in spec.arrays.items()}
-    if any(array.dtype != wanted[key] for key, array in record.items()):
-        record = wire.to_record({k: a.numpy().astype(wanted[k], casting="same_kind") for k, a in record.items()})
-    return wire.Agreed(record, wire.from_record(record, spec))

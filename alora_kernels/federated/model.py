@@ -188,7 +188,10 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(model: nn.Module, spec: ShareSpec, arrays: Mapping[str, NDArray | Tensor]) -> None:
-    """Copy values into the matrices of these keys; ValueError for a key the model does not have, or another shape."""
+    """Copy values into the matrices of these keys, and zero what begins anew each round.
+
+    ValueError for a key the model does not have, or another shape.
+    """
     own = matrices(model, spec)
     for key, values in arrays.items():
         if key not in own:
@@ -196,12 +199,7 @@ def put(model: nn.Module, spec: ShareSpec, arrays: Mapping[str, NDArray | Tensor
         if tuple(values.shape) != tuple(own[key].tensor.shape):
             raise ValueError(f"{key} has shape {tuple(own[key].tensor.shape)} here, got {tuple(values.shape)}")
         own[key].tensor.copy_(torch.as_tensor(values))
-
-
-@torch.no_grad()
-def restart(model: nn.Module, spec: ShareSpec) -> None:
-    """Zero what begins anew each round."""
-    for role, tensor in matrices(model, spec).values():
+    for role, tensor in own.values():
         if spec.roles[role].restarts:
             tensor.zero_()
 

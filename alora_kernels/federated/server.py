@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -173,7 +173,7 @@ class _Run:
 
         if first < self.config.rounds:
             state.FromRound(self.strategy, first).start(
-                grid=guard,
+                grid=cast(Grid, guard),
                 initial_arrays=self.arrays,
                 num_rounds=self.config.rounds - first,
                 timeout=self.config.guard.deadline,

@@ -1,12 +1,7 @@
 """What travels: the fixed set of arrays both sides agree on, and the names of the records around it.
 
-Shared arrays of an adapted model become a `WireSpec` with a digest and Flower records; arrays come back, checked before
-they are decoded. Client, server and guard build and read their messages here.
-
 A message to a client holds one ArrayRecord `arrays` and one ConfigRecord `config`; a reply holds `arrays`, one
-MetricRecord `metrics` and a ConfigRecord `reply`. A reply of unequal-rank Fed-ALoRA may give an array as two factors,
-`<key>.left [N, r]` and `<key>.right [r, d_m]`, whose product is what the client adds: fewer bytes when the rank is
-small, the same numbers.
+MetricRecord `metrics` and a ConfigRecord `reply`. Client, server and guard build and read them here.
 """
 
 from __future__ import annotations
@@ -17,10 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 ARRAYS, CONFIG, METRICS, REPLY = "arrays", "config", "metrics", "reply"  # records of a message
@@ -69,13 +64,6 @@ class WireSpec:
         return {EXAMPLES, *(prefix + name for prefix in (BEFORE, AFTER) for name in self.metrics)}
 
 
-class Agreed(NamedTuple):
-    """Arrays that are what was agreed: the record to hand on, and its numbers to look at."""
-
-    record: ArrayRecord
-    arrays: dict[str, NDArray]
-
-
 def finite(value: object) -> bool:
     """Whether it is one finite number."""
     try:
@@ -84,20 +72,14 @@ def finite(value: object) -> bool:
         return False
 
 
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of the numbers of an array, without its header."""
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 def to_record(arrays: Mapping[str, Any]) -> ArrayRecord:
     """Arrays, or tensors on the CPU, as a Flower record, keys sorted."""
     return ArrayRecord({key: Array(np.asarray(arrays[key], order="C")) for key in sorted(arrays)})
-
-
-def payload_bytes(record: RecordDict) -> int:
-    """Bytes of the numbers in all arrays of a message, from their declared shapes: no headers, no metrics."""
-    return sum(
-        _nbytes(array.dtype, array.shape) for arrays in record.array_records.values() for array in arrays.values()
-    )
 
 
 def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArray:
@@ -109,8 +91,8 @@ def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArra
         raise WireError(f"{key} has dtype {array.dtype}, agreed is {dtype}")
     if tuple(array.shape) != shape:
         raise WireError(f"{key} has shape {tuple(array.shape)}, agreed is {shape}")
-    if len(array.data) > _nbytes(dtype, shape) + NUMPY_HEADER:
-        raise WireError(f"{key} has {len(array.data)} bytes, agreed are {_nbytes(dtype, shape)}")
+    if len(array.data) > nbytes(dtype, shape) + NUMPY_HEADER:
+        raise WireError(f"{key} has {len(array.data)} bytes, agreed are {nbytes(dtype, shape)}")
     try:
         values = array.numpy()
     except (TypeError, ValueError, OSError, EOFError, MemoryError) as error:
@@ -135,11 +117,12 @@ def from_record(record: ArrayRecord, spec: WireSpec) -> dict[str, NDArray]:
     return {key: decode(key, record[key], *spec.arrays[key]) for key in record}
 
 
-def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> Agreed:
-    """The arrays of a reply, one for each key of the spec; WireError if keys, dtypes, shapes or ranks do not fit.
+def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> tuple[ArrayRecord, NDArrays]:
+    """The arrays of a reply, one for each key of the spec: a record to hand on, and its numbers to look at.
 
-    Formula: `value = sent + left right` for an array given as two factors, `sent` being what the client got; those that
-    came whole are handed on as they came.
+    Formula: `value = sent + left right` where unequal-rank Fed-ALoRA gives two factors, `<key>.left [N, r]` and
+    `<key>.right [r, d_m]`, `sent` being what the client got: fewer bytes when the rank is small, the same numbers. What
+    came whole is handed on as it came. WireError if keys, dtypes, shapes or ranks do not fit.
     """
     factored = {key for key in spec.arrays if key + LEFT in record}
     factors = {key + side for key in factored for side in (LEFT, RIGHT)}
@@ -149,7 +132,7 @@ def expand(record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> Agreed:
         for key, agreed in spec.arrays.items()
     }
     whole = {key: Array(arrays[key]) if key in factored else record[key] for key in sorted(arrays)}
-    return Agreed(ArrayRecord(whole), arrays)
+    return ArrayRecord(whole), arrays
 
 
 def _product(key: str, record: ArrayRecord, spec: WireSpec, sent: NDArrays) -> NDArray:

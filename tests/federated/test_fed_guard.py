@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, strategy_utils
+from flwr.serverapp.strategy import FedAvg, FedMedian, strategy_utils
 
 from alora_kernels.federated import wire
 from alora_kernels.federated.config import Limits
 from alora_kernels.federated.guard import GuardedGrid, QuorumError
 from alora_kernels.federated.local import InProcessGrid
+from alora_kernels.federated.strategies import FedAdam
 from tests.federated.wirefakes import SPEC, Clock, ScriptedGrid, failing, guarded, honest, initial, messages, update
 
 HONEST = {1: honest, 2: honest, 3: honest}
@@ -245,7 +246,7 @@ def test_everything_else_is_forwarded():
     grid.set_run("a run")
     assert grid._grid.chosen == "a run" and grid.run == "the run"
     assert grid.push_messages("m") == ("pushed", "m") and grid.pull_messages("i") == ("pulled", "i")
-    assert grid.create_message("c", "train", 1, "g") == ("created", ("c", "train", 1, "g", None))
+    assert grid.create_message("c", "train", 1, "g") == ("created", ("c", "train", 1, "g"))
     assert grid.get_node_ids() == [1, 2, 3] and [node.node_id for node in grid.get_nodes()] == [3, 2, 1]
 
 
@@ -265,6 +266,7 @@ def test_everything_else_is_forwarded():
         ),
         (lambda: messages([1], arrays={KEY: initial()[KEY]}), r"missing \['other.B'\]"),
         (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 1), "float32")}), r"has shape \(8, 1\)"),
+        (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 4))}), "has dtype float64, agreed is float32"),
     ],
 )
 def test_the_server_s_own_mistakes_are_errors(sent, match):
@@ -381,11 +383,11 @@ def test_norm_cap_and_largest_weight_can_be_set():
     assert events[0]["reason"].endswith("the cap is 0.001")
 
 
-def test_fedadam_s_float64_goes_out_as_agreed():
+def test_fedadam_s_arrays_go_out_as_agreed():
     grid, events = guarded(HONEST)
     strategy = FedAdam(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3, eta=0.01)
     result = strategy.start(grid, initial_arrays=wire.to_record(initial()), num_rounds=2)
-    assert {array.dtype for array in result.arrays.values()} == {"float64"}
+    assert {array.dtype for array in result.arrays.values()} == {"float32"}
     assert {a.dtype for message in grid._grid.sent for a in message.content["arrays"].values()} == {"float32"}
     assert all(event["accepted"] for event in events if event["event"] == "client") and len(events) == 8
 

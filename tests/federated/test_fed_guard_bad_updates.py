@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alora_kernels.federated import wire
-from alora_kernels.federated.checks import Checks
 from tests.federated.wirefakes import (
     SPEC,
     ScriptedGrid,
@@ -299,8 +298,3 @@ def test_random_replies_never_raise_and_never_get_in(records, node):
     assert len(grid.send_and_receive(messages([1, 2, 3]))) == 2
     assert [event["accepted"] for event in events[:2]] == [True, True]
     assert not any(event["accepted"] for event in events[2:-1])
-
-
-def test_the_default_cap_is_a_change_of_one_per_value():
-    assert Checks(SPEC, None, 1).cap == 44**0.5
-    assert Checks(SPEC, 0.25, 1).cap == 0.25
