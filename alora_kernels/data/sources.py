@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,10 @@ def read_rows(spec: TaskSpec, split: str) -> Rows:
 
     Raises FileNotFoundError or ConnectionError if the file or hub data set is not there.
     """
-    if spec.is_file:
-        rows: Rows = read_json(Path(spec.source))
-        present = list(rows[0]) if rows else []
-    else:
-        rows, present = _read_hub(spec.source, spec.subset, split)
+    rows: Rows = read_json(Path(spec.source)) if spec.is_file else _read_hub(spec.source, spec.subset, split)
     if not len(rows):
         raise ValueError(f"{spec.source!r} has no rows; expected one JSON object per line, or a non-empty split")
+    present = list(rows[0])
     missing = [name for name in placeholders(spec.prompt, spec.answer) if name not in present]
     if missing:
         raise ValueError(
@@ -133,13 +130,20 @@ def read_json(path: Path) -> FileRows:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     rows = FileRows()
     for value, where in _items(text, path) if path.suffix == ".json" else _lines(text, path):
-        rows.append(_check_row(value, where, rows[0] if rows else {}))
+        if not isinstance(value, dict):
+            shown = json.dumps(value)[:40]
+            raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}")
+        missing = [key for key in (rows[0] if rows else ()) if key not in value]
+        if missing:
+            raise ValueError(
+                f"{where}: lacks {', '.join(missing)}, which the first one has; present: {', '.join(value)}"
+            )
+        rows.append(value)
         rows.places.append(where)
     return rows
 
 
 def _items(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """What the list in a file holds, and where."""
     found = _parse(text, str(path)) if text.strip() else []
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a list of JSON objects, got a single value of {type(found).__name__}")
@@ -147,7 +151,6 @@ def _items(text: str, path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """What the lines of a file hold, and where."""
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which knows line ends within texts
         if line.strip():
             yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
@@ -163,29 +166,16 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON ({found.msg} at {line}column {found.colno})") from None
 
 
-def _check_row(row: Any, where: str, first: Iterable[str]) -> dict[str, Any]:
-    """An object that has the first one's keys."""
-    if not isinstance(row, dict):
-        shown = json.dumps(row)[:40]
-        raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}")
-    missing = [key for key in first if key not in row]
-    if missing:
-        raise ValueError(f"{where}: lacks {', '.join(missing)}, which the first one has; present: {', '.join(row)}")
-    return row
-
-
-def _read_hub(source: str, subset: str | None, split: str) -> tuple[Rows, list[str]]:
-    """One split of a hub data set; columns of class numbers read as class names."""
+def _read_hub(source: str, subset: str | None, split: str) -> Rows:
     import datasets
 
     try:
-        table = datasets.load_dataset(source, subset, split=split)
+        return _NamedClasses(datasets.load_dataset(source, subset, split=split))
     except OSError as error:
         raise ConnectionError(
             f"could not load data set {source!r} from the Hugging Face hub. Check the id and the network "
             f"(HF_HUB_OFFLINE, HF_TOKEN for gated data), or give the path of a .jsonl file. Cause: {error}"
         ) from error
-    return _NamedClasses(table), list(table.column_names)
 
 
 class _NamedClasses(Sequence[Mapping[str, Any]]):

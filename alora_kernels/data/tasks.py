@@ -108,11 +108,7 @@ class Task:
     max_words: int = 40
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows of the file as `{"text": ..., "label": ...}`, in file order, texts on one line.
-
-        Raises:
-            MissingPackageError: the data package is not installed.
-        """
+        """All rows as `{"text": ..., "label": ...}`, in file order, texts on one line. Raises MissingPackageError."""
         path = package_file(self.package, self.path)
         return [
             {"text": " ".join(text.split()[: self.max_words]), "label": label}
@@ -143,11 +139,7 @@ TASKS: dict[str, Task] = {row[0]: Task(*row) for row in _TABLE}
 
 
 def labels_of(name: str) -> tuple[str, ...]:
-    """Label words of a built-in task.
-
-    Raises:
-        KeyError: no such task; the message lists the known ones.
-    """
+    """Label words of a built-in task. Raises KeyError, with a list of the tasks, if there is none of the name."""
     if name not in TASKS:
         raise KeyError(f"unknown task {name!r}; built-in tasks: {', '.join(TASKS)}")
     return TASKS[name].labels

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from alora_kernels.data import MissingPackageError, convert, load_model, load_task
-from alora_kernels.data.convert import built_once, cache_dir, smollm2_folder, use_distinct_pad
+from alora_kernels.data import MissingPackageError, load_model, load_task, packages
+from alora_kernels.data.packages import built_once, cache_dir, smollm2_folder, use_distinct_pad
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_smollm2_loads_in_bf16_without_another_conversion(smollm2, monkeypatch):
     def build(folder):
         raise AssertionError("converted again, which takes half a minute")
 
-    monkeypatch.setattr(convert, "_write_model", build)
+    monkeypatch.setattr(packages, "_write_model", build)
     model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
 
@@ -138,8 +138,8 @@ def test_a_crash_between_write_and_rename_is_swept_up(own_cache, monkeypatch):
         raise SystemExit("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.os, "rename", die)
-        patch.setattr(convert.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
+        patch.setattr(packages.os, "rename", die)
+        patch.setattr(packages.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
         with pytest.raises(SystemExit):
             built_once("model", write)
     assert len(visible(own_cache)) == 1
