@@ -1,6 +1,6 @@
 """Looking inside an adapter, numbers first: how alike tasks are, how far they moved, where they conflict.
 
-    similarity, change    two matrices; how far one moved and what its update uses; all in float64
+    similarity, change    two matrices; how far one moved and what its update uses
     gradients, callback   which tasks pull a matrix in opposite directions; the same while training, to a CSV
     sources, comparison   folders as units; all of them compared, module by module
     table, report         what was found, as CSV; with figures, as one page
@@ -25,55 +25,18 @@ if TYPE_CHECKING:
     from .table import Analysis
 
 _WHERE = {
-    "Analysis": "table",
-    "Change": "change",
-    "ConflictCallback": "callback",
-    "Conflicts": "gradients",
-    "IncomparableError": "similarity",
-    "NotFiniteError": "gradients",
-    "Spectrum": "change",
-    "Unit": "sources",
-    "chance": "similarity",
-    "column_change": "change",
-    "compare": "gradients",
-    "compare_units": "comparison",
-    "cosine": "similarity",
-    "matrix_spectrum": "change",
-    "merged_change": "change",
-    "pairwise": "similarity",
-    "probe_batches": "gradients",
-    "subspace_overlap": "similarity",
-    "task_conflicts": "gradients",
-    "task_gradients": "gradients",
-    "units": "sources",
-    "update_spectrum": "change",
-    "write_report": "report",
-}
+    "IncomparableError": "similarity", "chance": "similarity", "cosine": "similarity", "pairwise": "similarity",
+    "subspace_overlap": "similarity", "Change": "change", "Spectrum": "change", "column_change": "change",
+    "matrix_spectrum": "change", "merged_change": "change", "update_spectrum": "change", "Conflicts": "gradients",
+    "NotFiniteError": "gradients", "compare": "gradients", "probe_batches": "gradients", "task_conflicts": "gradients",
+    "task_gradients": "gradients", "ConflictCallback": "callback", "Unit": "sources", "units": "sources",
+    "compare_units": "comparison", "Analysis": "table", "write_report": "report",
+}  # fmt: skip
 
 __all__ = [
-    "Analysis",
-    "Change",
-    "ConflictCallback",
-    "Conflicts",
-    "IncomparableError",
-    "NotFiniteError",
-    "Spectrum",
-    "Unit",
-    "chance",
-    "column_change",
-    "compare",
-    "compare_units",
-    "cosine",
-    "matrix_spectrum",
-    "merged_change",
-    "pairwise",
-    "probe_batches",
-    "subspace_overlap",
-    "task_conflicts",
-    "task_gradients",
-    "units",
-    "update_spectrum",
-    "write_report",
-]
+    "Analysis", "Change", "ConflictCallback", "Conflicts", "IncomparableError", "NotFiniteError", "Spectrum", "Unit",
+    "chance", "column_change", "compare", "compare_units", "cosine", "matrix_spectrum", "merged_change", "pairwise",
+    "probe_batches", "subspace_overlap", "task_conflicts", "task_gradients", "units", "update_spectrum", "write_report",
+]  # fmt: skip
 
 __getattr__ = names_later(__name__, _WHERE)

@@ -68,10 +68,16 @@ class ConflictCallback(TrainerCallback):
         if self.path.exists():
             if state.global_step == 0:
                 raise ValueError(f"{self.path} holds an earlier run's rows: delete it or give another path")
-            kept = self._rows_until(state.global_step)
+            with self.path.open(newline="") as old:
+                header, *rows = list(csv.reader(old)) or [[]]
+            if tuple(header) != COLUMNS:
+                columns = f"its columns are {header}, not {list(COLUMNS)}"
+                raise ValueError(f"{self.path} is not a file of conflicts: {columns}")
+            # a killed run's last row is cut
+            kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(self.path) as draft, draft.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
+        with files.replacing(self.path) as draft, draft.open("w", newline="") as new:
+            csv.writer(new, lineterminator="\n").writerows([COLUMNS, *kept])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, if it is time."""
@@ -87,11 +93,3 @@ class ConflictCallback(TrainerCallback):
             csv.writer(file, lineterminator="\n").writerows(
                 Measured(step, r.module, r.parameter, r.sharing, r.norm, r.conflicts, r.pairs) for r in self.latest
             )
-
-    def _rows_until(self, step: int) -> list[list[str]]:
-        with self.path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"{self.path} is not a file of conflicts: its columns are {header}, not {list(COLUMNS)}")
-        # a killed run's last row is cut
-        return [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step]

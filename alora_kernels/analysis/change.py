@@ -8,13 +8,14 @@ what is decomposed is [R, R] (SmolLM2's 1536 x 576 at r = 8: 64 numbers instead 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .float64 import checked, exact, factors, scale
+from .similarity import checked, exact
 
 BLOCK = 2**20  # numbers per block: 8 MB in float64, a handful of which are alive at a time
 
@@ -54,13 +55,7 @@ def column_change(before: Tensor, after: Tensor) -> Change:
     before, after = checked("before", before), checked("after", after)
     if before.shape != after.shape:
         raise ValueError(f"before {list(before.shape)} and after {list(after.shape)} must have the same shape")
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in _parts(before):
-            old = exact("before", before[:, part])
-            yield old, exact("after", after[:, part]).to(old.device)
-
-    return _measured(blocks())
+    return _measured((exact("before", old), exact("after", new)) for old, new in _blocks(before, after))
 
 
 def merged_change(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Change:
@@ -76,25 +71,20 @@ def merged_change(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Change:
         TypeError, ValueError: not finite floating matrices, or shapes that do not fit.
     """
     w = checked("w", w)
-    right, left = factors(a, b)
-    s = scale(scaling)
+    right, left = _factors(a, b)
+    s = _finite(scaling)
     if w.shape != (left.shape[0], right.shape[1]):
         raise ValueError(f"w {list(w.shape)} must be [N, K] = {[left.shape[0], right.shape[1]]} of b and a")
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in _parts(w):
-            old = exact("w", w[:, part])
-            yield old, torch.addmm(old, left.to(old.device), right[:, part].to(old.device), alpha=s)
-
-    return _measured(blocks())
+    pairs = ((exact("w", old), inputs) for old, inputs in _blocks(w, right))
+    return _measured(
+        (old, torch.addmm(old, left.to(old.device), inputs.to(old.device), alpha=s)) for old, inputs in pairs
+    )
 
 
-def _parts(matrix: Tensor) -> Iterator[slice]:
-    """Blocks of columns."""
-    rows, columns = matrix.shape
-    width = max(1, BLOCK // rows)
-    for start in range(0, columns, width):
-        yield slice(start, start + width)
+def _blocks(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same columns of both, block by block."""
+    width = max(1, BLOCK // one.shape[0])
+    return zip(one.split(width, 1), other.split(width, 1), strict=True)
 
 
 def _measured(blocks: Iterator[tuple[Tensor, Tensor]]) -> Change:
@@ -102,6 +92,7 @@ def _measured(blocks: Iterator[tuple[Tensor, Tensor]]) -> Change:
     columns = directed = 0
     moved = length = turned = 0.0
     for old, new in blocks:
+        new = new.to(old.device)
         lengths, new_lengths = torch.linalg.vector_norm(old, dim=0), torch.linalg.vector_norm(new, dim=0)
         columns += old.shape[1]
         length += float(lengths.sum())
@@ -112,11 +103,10 @@ def _measured(blocks: Iterator[tuple[Tensor, Tensor]]) -> Change:
         # 5e-13, of which the difference of 1 and a cosine would have three digits left
         gap = old[:, known] / lengths[known] - new[:, known] / new_lengths[known]
         turned += float(gap.square().sum()) / 2
-    nan = float("nan")
     return Change(
         magnitude=moved / columns,
-        relative_magnitude=moved / length if length else nan,
-        direction=turned / directed if directed else nan,
+        relative_magnitude=moved / length if length else math.nan,
+        direction=turned / directed if directed else math.nan,
         columns=columns,
         without_direction=columns - directed,
     )
@@ -160,9 +150,9 @@ def update_spectrum(a: Tensor, b: Tensor, scaling: float = 1.0) -> Spectrum:
     Raises:
         TypeError, ValueError: not finite floating matrices, or of different ranks.
     """
-    right, left = factors(a, b)
+    right, left = _factors(a, b)
     small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
-    return _spectrum(torch.linalg.svdvals(scale(scaling) * small))
+    return _spectrum(torch.linalg.svdvals(_finite(scaling) * small))
 
 
 def _spectrum(values: Tensor) -> Spectrum:
@@ -171,3 +161,19 @@ def _spectrum(values: Tensor) -> Spectrum:
     effective = float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
     stable = float((values / values[0]).square().sum())
     return Spectrum(tuple(values.tolist()), effective, stable, norm)
+
+
+def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """One task's A `[R, K]` and B `[N, R]` in float64 on one device."""
+    left, right = exact("b", b), exact("a", a)
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"a {list(a.shape)} and b {list(b.shape)} have different ranks: a is [R, K] and b is [N, R], as stored"
+        )
+    return right, left.to(right.device)
+
+
+def _finite(scaling: float) -> float:
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, got {float(scaling)}")
+    return float(scaling)

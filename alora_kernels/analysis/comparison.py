@@ -1,30 +1,27 @@
 """Compare adapters, tasks or clients with each other, with their start and with the base.
 
 `Unit`s become one `Analysis`: rows of similarity, change and size, and a reason for everything that was left out. Works
-module by module: in memory are the matrices of one module of all units, and the rows. The formulas are those of
-`similarity` and `change`, but each basis is computed once, not once per pair (16 tasks: 16 decompositions, not 240).
+module by module: in memory are the matrices of one module of all units, and the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.config import refused
 from .change import Change, column_change, merged_change, update_spectrum
-from .float64 import double
 from .gradients import conflict_files
-from .labels import Place, distinct, places
-from .similarity import chance, cosine, row_basis, subspace_overlap, unit_vector
+from .similarity import chance, cosine, cosines, double, overlaps, subspace_overlap
 from .sources import HYDRA, SOFT, Loaded, Unit, units
-from .table import Analysis, Described, Row, Skipped
+from .table import Analysis, Described, Place, Row, Skipped, distinct, places
 
 #: which side of a part spans the space that units share: A reads from K inputs, B writes to N outputs, M and B1 meet
 #: in the d_m dimensions that clients of unequal rank have in common
@@ -33,6 +30,7 @@ ZERO, START, W0 = "zero", "start", "W0"  # what a change is measured from
 BEGINS_AT_ZERO = ("B", "B2", "lambda_b")
 SAME = "one matrix: the units of this folder share it"
 NO_DIRECTION = "all zeros: it has no direction"
+NO_SCALE = "the folder does not say s"
 
 
 def compare_units(
@@ -58,30 +56,27 @@ def compare_units(
         ValueError: no unit; the same one twice; no start or no weight fits any of them.
     """
     _check_different(units)
-    labels = distinct([unit.names for unit in units])
-    named = list(zip(labels, units, strict=True))
-    starts = _starts(units, init)
+    named = list(zip(distinct([unit.names for unit in units]), units, _starts(units, init), strict=True))
     at = places({module for unit in units for module in unit.shapes})
-    weights = _weights(base, at) if base is not None else None
-    described = [Described(label, u.kind, len(u.shapes), u.rank, u.base, u.folder) for label, u in named]
-    study = Analysis(described, at)
+    weights = None if base is None else _weights(base, at)
+    study = Analysis([Described(label, u.kind, len(u.shapes), u.rank, u.base, u.folder) for label, u, _ in named], at)
     left: dict[tuple[str, str, str, str, str], list[str]] = {}
     with _one_thread():
         for done, (module, place) in enumerate(at.items(), 1):
-            sides = [_side(unit, label, starts.get(id(unit)), module) for label, unit in named if module in unit.shapes]
-            of_module = _Module(study, left, module, place, sides, init is not None)
-            of_module.measure(None if weights is None else weights(module))
-            absent = [label for label, unit in named if unit.shapes and module not in unit.shapes]
+            here = _Module(study, left, module, place, init is not None)
+            sides = [_side(label, unit, start, module) for label, unit, start in named if module in unit.shapes]
+            weight = None if weights is None else weights.get(module)
+            here.measure(sides, weight)
+            absent = [label for label, unit, _ in named if unit.shapes and module not in unit.shapes]
             for one in sides:
                 for two in absent:
-                    of_module.skip(one.label, two, "all", "all", f"{two} has no adapter there")
-            if weights is not None and weights(module) is None:
-                for side in sides:
-                    of_module.skip(side.label, W0, "W", "change", "the base has no such module")
+                    here.skip(one.label, two, "all", "all", f"{two} has no adapter there")
+            for side in sides if weights is not None and weight is None else ():
+                here.skip(side.label, W0, "W", "change", "the base has no such module")
             if progress is not None:
                 progress(done, len(at))
     study.skipped = [Skipped(*reason, tuple(modules)) for reason, modules in left.items()]
-    study.skipped += [Skipped(label, "", "all", "all", unit.why, ()) for label, unit in named if unit.why]
+    study.skipped += [Skipped(label, "", "all", "all", unit.why, ()) for label, unit, _ in named if unit.why]
     study.notes = _notes(study, units, init is not None, base is not None)
     folders = dict.fromkeys(unit.folder for unit in units)
     study.conflicts = [file for folder in folders for file in conflict_files(folder)]
@@ -102,7 +97,7 @@ def _one_thread() -> Iterator[None]:
 def _check_different(given: Sequence[Unit]) -> None:
     if not given:
         raise ValueError("units is empty: give at least one")
-    seen: set[tuple[Path, tuple[str, ...]]] = set()
+    seen: set[Any] = set()
     for unit in given:
         key = unit.folder.resolve(), unit.names[:1]
         if key in seen:
@@ -110,58 +105,47 @@ def _check_different(given: Sequence[Unit]) -> None:
         seen.add(key)
 
 
-def _starts(checked: Sequence[Unit], init: Sequence[Unit] | str | Path | None) -> dict[int, Unit]:
-    """id of a unit -> its start."""
+def _starts(checked: Sequence[Unit], init: Sequence[Unit] | str | Path | None) -> list[Unit | None]:
+    """The start of each unit."""
     if init is None:
-        return {}
+        return [None] * len(checked)
     given = units(init) if isinstance(init, str | Path) else list(init)
     by_name = {unit.name: unit for unit in given}
-    found = {}
-    for unit in checked:
-        start = given[0] if len(given) == 1 else by_name.get(unit.name)
-        if start is not None:
-            found[id(unit)] = start
-    if not any(set(unit.shapes) & set(found[id(unit)].shapes) for unit in checked if id(unit) in found):
+    starts = [given[0] if len(given) == 1 else by_name.get(unit.name) for unit in checked]
+    if not any(start and start.shapes.keys() & unit.shapes.keys() for start, unit in zip(starts, checked, strict=True)):
         names = ", ".join(sorted(by_name)[:5])
         raise refused(
             given[0].folder if given else "init", f"is the start of none of the units: it has {names or 'nothing'}, and"
             f" they are {', '.join(sorted({unit.name for unit in checked})[:5])}, at other modules or by other names"
         )  # fmt: skip
-    return found
+    return starts
 
 
-def _weights(base: nn.Module | Mapping[str, Tensor], at: Iterable[str]) -> Callable[[str], Tensor | None]:
-    """module -> W0, None where the base has none."""
-
-    def of_model(module: str) -> Tensor | None:
-        try:
-            layer: Any = base.get_submodule(module)  # type: ignore[union-attr]
-        except AttributeError:
-            return None
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor):
-            return None
-        return weight.detach().T if type(layer).__name__ == "Conv1D" else weight.detach()  # GPT-2's is [K, N]
-
-    get = base.get if isinstance(base, Mapping) else of_model
-    modules = list(at)
-    if all(get(module) is None for module in modules):
-        raise ValueError(f"base has none of the adapted modules, such as {modules[0] if modules else 'any'}: is it the"
-                         " model they were trained on?")  # fmt: skip
-    return get
+def _weights(base: nn.Module | Mapping[str, Tensor], at: Mapping[str, Place]) -> Mapping[str, Tensor]:
+    """module -> W0, of those that the base has."""
+    if isinstance(base, nn.Module):
+        layers: dict[str, Any] = {n: m for n, m in base.named_modules(remove_duplicate=False) if n in at}
+        base = {
+            name: layer.weight.detach().T if type(layer).__name__ == "Conv1D" else layer.weight.detach()  # GPT-2's
+            for name, layer in layers.items()
+            if isinstance(getattr(layer, "weight", None), Tensor)
+        }
+    if all(base.get(module) is None for module in at):
+        raise ValueError(f"base has none of the adapted modules, such as {next(iter(at), 'any')}: is it the model they"
+                         " were trained on?")  # fmt: skip
+    return base
 
 
-@dataclass
-class _Side:
-    """One unit's share in a module: its label, its matrices, its start if known, and what it shares with others."""
+class _Side(NamedTuple):
+    """One unit's share in a module: its matrices, its start if known, and the folder of each part that it shares."""
 
     label: str
     now: Loaded
     start: Loaded | None
-    shared: dict[str, Any]
+    shared: dict[str, Path]
 
 
-def _side(unit: Unit, label: str, start: Unit | None, module: str) -> _Side:
+def _side(label: str, unit: Unit, start: Unit | None, module: str) -> _Side:
     before = start.read(module) if start is not None and module in start.shapes else None
     return _Side(label, unit.read(module), before, dict.fromkeys(unit.shared, unit.folder))
 
@@ -174,62 +158,62 @@ class _Module:
     left: dict[tuple[str, str, str, str, str], list[str]]
     module: str
     place: Place
-    sides: Sequence[_Side]
     known_start: bool
 
-    def row(self, part: str, unit1: str, unit2: str, measure: str, value: Any, level: float | None = None) -> Row:
-        return Row(self.module, *self.place, part, unit1, unit2, measure, float(value), level)
+    def add(
+        self, to: list[Row], unit1: str, unit2: str, part: str, measure: str, value: Any, level: float | None = None
+    ) -> None:
+        to.append(Row(self.module, *self.place, part, unit1, unit2, measure, float(value), level))
 
     def skip(self, unit1: str, unit2: str, part: str, measure: str, reason: str) -> None:
         self.left.setdefault((unit1, unit2, part, measure, reason), []).append(self.module)
 
-    def measure(self, weight: Tensor | None) -> None:
+    def measure(self, sides: Sequence[_Side], weight: Tensor | None) -> None:
         """Everything, with W0 `[N, K]` if the base is known and has it."""
-        for part in dict.fromkeys(part for side in self.sides for part in side.now.parts):
-            having = [side for side in self.sides if part in side.now.parts]
+        for part in dict.fromkeys(part for side in sides for part in side.now.parts):
+            having = [side for side in sides if part in side.now.parts]
             self._compare(part, having)
             for side in having:
                 norm = torch.linalg.vector_norm(double(side.now.parts[part]))
-                self.study.norms.append(self.row(part, side.label, "", "frobenius", norm))
+                self.add(self.study.norms, side.label, "", part, "frobenius", norm)
                 self._change(part, side)
-        for side in self.sides:
+        for side in sides:
             self._update(side, weight)
-        for one, two in combinations(self.sides, 2):
+        for one, two in combinations(sides, 2):
             if not one.now.parts.keys() & two.now.parts.keys():
                 parts = " and ".join(", ".join(side.now.parts) for side in (one, two))
                 self.skip(one.label, two.label, "all", "all", f"no part in common: {parts}")
 
     def _compare(self, part: str, sides: Sequence[_Side]) -> None:
         """Every pair of one part, once."""
+        if len(sides) < 2:
+            return
         owners = {side.shared.get(part) for side in sides}
         if len(owners) == 1 and None not in owners:  # no decompositions for what is skipped anyway
             for one, two in combinations(sides, 2):
                 self.skip(one.label, two.label, part, "all", SAME)
             return
-        if len(sides) < 2:
-            return
         tensors = [side.now.parts[part] for side in sides]
+        zero = [not bool(t.any()) for t in tensors]
         alike, spaces = cosines(tensors), part in TRANSPOSED
         overlap, level = overlaps([t.T if TRANSPOSED[part] else t for t in tensors]) if spaces else (alike, alike)
-        zero = [not bool(t.any()) for t in tensors]
-        found = self.study.similarity
         for (i, one), (j, two) in combinations(enumerate(sides), 2):
             names = one.label, two.label
+            shapes = f"{list(tensors[i].shape)} and {list(tensors[j].shape)}"
             if part in one.shared and one.shared[part] == two.shared.get(part):
                 self.skip(*names, part, "all", SAME)
                 continue
             if zero[i] or zero[j]:
                 self.skip(*names, part, "all", NO_DIRECTION)
                 continue
-            shapes = f"{list(tensors[i].shape)} and {list(tensors[j].shape)}"
             if tensors[i].shape == tensors[j].shape:
-                found.append(self.row(part, *names, "cosine", alike[i, j]))
+                self.add(self.study.similarity, *names, part, "cosine", alike[i, j])
             else:
                 self.skip(*names, part, "cosine", f"needs one shape: {shapes}")
             if not spaces:
                 self.skip(*names, part, "overlap", "a vector has no subspace")
             elif overlap[i, j].isfinite():
-                found.append(self.row(part, *names, "overlap", overlap[i, j], float(level[i, j])))
+                self.add(self.study.similarity, *names, part, "overlap", overlap[i, j], float(level[i, j]))
             else:
                 ends = "outputs" if TRANSPOSED[part] else "inputs"
                 self.skip(*names, part, "overlap", f"needs one number of {ends}: {shapes}")
@@ -239,8 +223,8 @@ class _Module:
         after = side.now.parts[part]
         if not self.known_start:
             if part in BEGINS_AT_ZERO:
-                before = torch.zeros_like(after)
-                self._add_change(part, side.label, ZERO, column_change(_columns(before), _columns(after)))
+                change = column_change(_columns(torch.zeros_like(after)), _columns(after))
+                self._add_change(side.label, ZERO, part, change)
             return
         start = None if side.start is None else side.start.parts.get(part)
         if start is None or start.shape != after.shape:
@@ -248,42 +232,39 @@ class _Module:
             self.skip(side.label, START, part, "change", f"the start does not fit: {shapes}")
             return
         before, after = _columns(start), _columns(after)
-        self._add_change(part, side.label, START, column_change(before, after))
+        self._add_change(side.label, START, part, column_change(before, after))
         p, q = (t.T if TRANSPOSED.get(part) else t for t in (before, after))
-        self.study.changes.append(self.row(part, side.label, START, "cosine", cosine(p, q)))
+        self.add(self.study.changes, side.label, START, part, "cosine", cosine(p, q))
         if part in TRANSPOSED:
             level = chance(p.shape[0], q.shape[0], p.shape[1])
-            self.study.changes.append(self.row(part, side.label, START, "overlap", subspace_overlap(p, q), level))
+            self.add(self.study.changes, side.label, START, part, "overlap", subspace_overlap(p, q), level)
 
-    def _add_change(self, part: str, label: str, origin: str, change: Change) -> None:
+    def _add_change(self, label: str, origin: str, part: str, change: Change) -> None:
         for name in ("magnitude", "relative_magnitude", "direction"):
-            self.study.changes.append(self.row(part, label, origin, name, getattr(change, name)))
-        left_out = self.row(part, label, origin, "columns_without_direction", change.without_direction)
-        self.study.changes.append(left_out)
+            self.add(self.study.changes, label, origin, part, name, getattr(change, name))
+        self.add(self.study.changes, label, origin, part, "columns_without_direction", change.without_direction)
 
     def _update(self, side: _Side, weight: Tensor | None) -> None:
         """Singular values of s B A, and W0 against W0 + s B A."""
-        update, label, norms = side.now.update, side.label, self.study.norms
+        update, label = side.now.update, side.label
         if update is None:
             self.skip(label, "", "sBA", "effective_rank", "needs VeRA's frozen projections, not read")
             return
         spectrum = update_spectrum(update.a, update.b, 1.0 if update.s is None else update.s)
-        norms.append(self.row("sBA", label, "", "effective_rank", spectrum.effective_rank))
-        norms.append(self.row("sBA", label, "", "stable_rank", spectrum.stable_rank))
+        for measure in ("effective_rank", "stable_rank", *(() if update.s is None else ("frobenius",))):
+            self.add(self.study.norms, label, "", "sBA", measure, getattr(spectrum, measure))
         if update.s is None:
-            self.skip(label, "", "sBA", "frobenius", "the folder does not say s")
-        else:
-            norms.append(self.row("sBA", label, "", "frobenius", spectrum.frobenius))
+            self.skip(label, "", "sBA", "frobenius", NO_SCALE)
         if weight is None:
             return
         wanted = (update.b.shape[0], update.a.shape[1])
         if update.s is None:
-            self.skip(label, W0, "W", "change", "the folder does not say s")
+            self.skip(label, W0, "W", "change", NO_SCALE)
         elif tuple(weight.shape) != wanted or not weight.is_floating_point():
             shown = f"{list(weight.shape)} of {weight.dtype}, not {list(wanted)} of a floating dtype"
             self.skip(label, W0, "W", "change", f"the base's weight is {shown}")
         else:
-            self._add_change("W", label, W0, merged_change(weight, update.a, update.b, update.s))
+            self._add_change(label, W0, "W", merged_change(weight, update.a, update.b, update.s))
 
 
 def _columns(tensor: Tensor) -> Tensor:
@@ -291,44 +272,9 @@ def _columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor[:, None]
 
 
-def cosines(tensors: Sequence[Tensor]) -> Tensor:
-    """`similarity.cosine` of all pairs `[n, n]`; NaN where shapes differ or one is zero."""
-    table = _nan(len(tensors))
-    for same in _groups([tuple(t.shape) for t in tensors]):
-        directions = torch.stack([unit_vector(double(tensors[i]).flatten()) for i in same])
-        table[torch.tensor(same)[:, None], torch.tensor(same)] = (directions @ directions.T).clamp(-1.0, 1.0)
-    return table
-
-
-def overlaps(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`similarity.subspace_overlap` of all pairs `[n, n]`, and the level of chance; NaN where rows differ in length."""
-    bases = [row_basis("matrix", matrix, None) for matrix in matrices]
-    table, level = _nan(len(bases)), _nan(len(bases))
-    for same in _groups([basis.shape[1] for basis in bases]):
-        owner = torch.repeat_interleave(torch.tensor([len(bases[i]) for i in same]))
-        of = torch.nn.functional.one_hot(owner, len(same)).double()  # [sum of ranks, n]
-        stacked = torch.cat([bases[i] for i in same])
-        squares = of.T @ (stacked @ stacked.T).square() @ of
-        ranks, k = of.sum(0), stacked.shape[1]
-        at = torch.tensor(same)[:, None], torch.tensor(same)
-        table[at] = (squares / torch.minimum(ranks[:, None], ranks)).clamp(max=1.0)  # 0 / 0 of zeros: NaN, as wanted
-        levels = [[chance(int(r), int(q), k) if r and q else torch.nan for q in ranks] for r in ranks]
-        level[at] = torch.tensor(levels, dtype=torch.float64)
-    return table, level
-
-
-def _nan(n: int) -> Tensor:
-    return torch.full((n, n), torch.nan, dtype=torch.float64)
-
-
-def _groups(keys: Sequence[Any]) -> list[list[int]]:
-    return [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
-
-
 def _notes(study: Analysis, given: Sequence[Unit], start: bool, base: bool) -> list[str]:
     """What a reader must know before the numbers."""
     able = [unit for unit in given if unit.shapes]
-    pairs = len(able) * (len(able) - 1) // 2
     bases = sorted({unit.base for unit in given if unit.base})
     kinds = dict.fromkeys(unit.kind for unit in able)
     first_parts = [frozenset(next(iter(unit.shapes.values()))) for unit in able]
@@ -337,8 +283,8 @@ def _notes(study: Analysis, given: Sequence[Unit], start: bool, base: bool) -> l
     if SOFT in kinds:
         owner_of_b = "Experts of one soft ALoRA folder" if len(kinds) == 1 else "Tasks or experts of one ALoRA folder"
     notes = {
-        "There is one unit, so nothing to compare it with: below are its changes, ranks and norms.": pairs == 0,
-        "Two units make one pair: there is no spread over pairs; ± is the spread over modules.": pairs == 1,
+        "There is one unit, so nothing to compare it with: below are its changes, ranks and norms.": len(able) < 2,
+        "Two units make one pair: there is no spread over pairs; ± is the spread over modules.": len(able) == 2,
         f"The units name different bases ({', '.join(bases)}). Unless these are names of one model, similarity between"
         " them says nothing: equal numbers mean different things in different networks.": len(bases) > 1,
         f"Units of different kinds ({', '.join(kinds)}): only parts of the same name are compared.":

@@ -12,16 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import plotting
 from ..text import clipped
-from .gradients import ConflictFile, share_of
-from .labels import CHANCE_OF, named, places
-from .table import Analysis, Mean, Row, mean_of, means, measures, over_layers, square, where
+from .gradients import ConflictFile, Measured, share_of
+from .table import Analysis, Mean, Row, mean_of, means, measures, named, origins, over_layers, places, square, where
 
 DPI = 150  # 10 inches: 1500 pixels, twice the width of the page
 REMEDY = "the figures need matplotlib: pip install matplotlib, or do without them (--no-figures, figures=False)"
@@ -53,19 +52,6 @@ class Picture:
     dark: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A figure before it is drawn: `paint` uses the theme's colours, and places everything where there is no layout."""
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    size: tuple[float, float]  # inches
-    paint: Callable[[Any, Theme], None]
-    layout: Literal["constrained"] | None = "constrained"
-
-
 def check_matplotlib() -> None:
     """Raise ImportError, naming the remedy, if it is missing."""
     plotting.check_matplotlib(REMEDY)
@@ -74,16 +60,23 @@ def check_matplotlib() -> None:
 def pictures(analysis: Analysis) -> Iterator[Picture]:
     """All figures that the analysis has numbers for. Raises as `check_matplotlib`."""
     check_matplotlib()
-    for plan in (*_heat_maps(analysis), *_curves(analysis), *_conflicts(analysis)):
-        light, dark = (_drawn(plan, theme) for theme in (plotting.LIGHT, plotting.DARK))
-        yield Picture(plan.name, plan.title, plan.caption, plan.alt, round(100 * plan.size[0]), light, dark)
+    yield from _heat_maps(analysis)
+    yield from _curves(analysis)
+    yield from _conflicts(analysis)
 
 
-def _drawn(plan: _Plan, theme: Theme) -> bytes:
-    with plotting.themed(theme):
-        figure = plotting.figure(*plan.size, dpi=DPI, layout=plan.layout)
-        plan.paint(figure, theme)
-        return plotting.png(figure)
+def _picture(
+    name: str, title: str, caption: str, alt: str, size: tuple[float, float], paint: Callable[[Any, Theme], None],
+    layout: Literal["constrained"] | None = "constrained",
+) -> Picture:  # fmt: skip
+    """A figure of so many inches; `paint` uses the theme's colours, and places everything where there is no layout."""
+    drawn = []
+    for theme in (plotting.LIGHT, plotting.DARK):
+        with plotting.themed(theme):
+            figure = plotting.figure(*size, dpi=DPI, layout=layout)
+            paint(figure, theme)
+            drawn.append(plotting.png(figure))
+    return Picture(name, title, caption, alt, round(100 * size[0]), *drawn)
 
 
 def _grid(figure: Any, count: int, columns: int) -> list[Any]:
@@ -94,7 +87,7 @@ def _grid(figure: Any, count: int, columns: int) -> list[Any]:
     return axes[:count]
 
 
-def _heat_maps(analysis: Analysis) -> Iterator[_Plan]:
+def _heat_maps(analysis: Analysis) -> Iterator[Picture]:
     """The mean over modules, then the layers."""
     rows, keys = analysis.similarity, measures(analysis.similarity)
     compared = {unit for row in rows for unit in (row.unit1, row.unit2)}
@@ -111,10 +104,8 @@ def _heat_maps(analysis: Analysis) -> Iterator[_Plan]:
             yield _layers(key, by_layer, labels, chances[key])
 
 
-def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, float]) -> _Plan:
-    n = len(labels)
-    columns = 2 if len(tables) > 1 else 1
-    lines = math.ceil(len(tables) / columns)
+def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, float]) -> Picture:
+    n, columns = len(labels), min(2, len(tables))
     side = min(max(2.3, 0.52 * n + 1.0), 6.4)
     said = "; ".join(f"{named(*key)}: {_extremes(table, labels)}" for key, table in tables.items())
     levels = [f"{named(*key)} {value:.3f}" for key, value in chances.items() if not math.isnan(value)]
@@ -133,84 +124,58 @@ def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, fl
             axes.set_yticks(range(n), short, fontsize=8)
             _scale(figure.colorbar(image, ax=axes, shrink=0.8, aspect=24, pad=0.02), chances[key])
             if n <= NUMBERED:
-                _numbers(axes, table, image, _Cells(), 9 if n <= 5 else 7.5 if n <= 8 else 6, 3 if n <= 8 else 2)
+                _numbers(axes, table, image, 9 if n <= 5 else 7.5 if n <= 8 else 6, 3 if n <= 8 else 2)
 
-    size = (columns * (side + 1.5), lines * (side + 0.7))
-    return _Plan("similarity", "How alike, over all modules", caption, f"Heat maps of pairs. {said}.", size, paint)
+    size = (columns * (side + 1.5), math.ceil(len(tables) / columns) * (side + 0.7))
+    return _picture("similarity", "How alike, over all modules", caption, f"Heat maps of pairs. {said}.", size, paint)
 
 
 def _extremes(table: Table, labels: list[str]) -> str:
     """The highest and the lowest pair, in words."""
     above = np.where(np.triu(np.ones_like(table), 1) > 0, table, np.nan)
-    if np.isnan(above).all():
-        return "nothing compared"
     high, low = (np.unravel_index(int(f(above)), above.shape) for f in (np.nanargmax, np.nanargmin))
     text = f"highest {labels[high[0]]} with {labels[high[1]]}, {above[high]:.3f}"
     return text if high == low else f"{text}; lowest {labels[low[0]]} with {labels[low[1]]}, {above[low]:.3f}"
 
 
-def _layers(key: Key, tables: dict[int, Table], labels: list[str], chance: float) -> _Plan:
-    """A panel per layer."""
+def _layers(key: Key, tables: dict[int, Table], labels: list[str], chance: float) -> Picture:
+    """A panel per layer, all in one set of axes that counts inches: 30 with ticks of their own take seconds."""
     columns = min(6 if len(labels) <= 8 else 4, len(tables))
-    lines = math.ceil(len(tables) / columns)
-    side = 9.6 / max(columns, 3)
-    size = (side * columns + BAR, lines * (side + TITLE) - EDGE)
+    cell = 9.6 / max(columns, 3)
+    wide, tall = cell * columns + BAR, math.ceil(len(tables) / columns) * (cell + TITLE) - EDGE
+    limits, side = _limits(list(tables.values()), key, FLOOR_LAYERS), cell - EDGE
     ends = {n: mean_of(table[np.triu_indices(len(labels), 1)]).mean for n, table in tables.items()}
-    known = {n: value for n, value in ends.items() if not math.isnan(value)}
-    low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    low, high = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
     caption = (
         "A panel per layer, mean over its modules; colours end at the largest value of all panels. From top to bottom"
         f" and from left to right: {', '.join(clipped(label, WIDE) for label in labels)}."
     )
     alt = (
         f"{len(tables)} small heat maps of {named(*key)}, one per layer. Mean over pairs: lowest in layer {low},"
-        f" {known[low]:.3f}; highest in layer {high}, {known[high]:.3f}."
+        f" {ends[low]:.3f}; highest in layer {high}, {ends[high]:.3f}."
     )
     title = f"{named(*key)[0].upper()}{named(*key)[1:]}, layer by layer"
 
     def paint(figure: Any, theme: Theme) -> None:
-        _paint_layers(figure, theme, tables, _limits(list(tables.values()), key, FLOOR_LAYERS), columns, size, chance)
+        axes = figure.add_axes((0, 0, 1, 1))
+        for place, (layer, table) in enumerate(tables.items()):
+            left, top = place % columns * cell + EDGE, tall - place // columns * (cell + TITLE) - TITLE
+            image = _cells(axes, table, limits, theme, extent=(left, left + side, top - side, top))
+            axes.text(left + side / 2, top + 0.05, f"layer {layer}", ha="center", fontsize=9)
+            if len(table) <= 5:
+                _numbers(axes, table, image, 8 if len(table) <= 3 else 7, 3 if limits[1] < 0.1 else 2)
+        axes.set(xlim=(0, wide), ylim=(0, tall), aspect="auto")
+        axes.set_axis_off()
+        height = min(tall - 2 * TITLE, 4.5)
+        bar = ((wide - BAR + 0.18) / wide, (tall - TITLE - height) / tall, 0.14 / wide, height / tall)
+        _scale(figure.colorbar(image, cax=figure.add_axes(bar)), chance)
 
-    return _Plan("-".join(("layers", *key)), title, caption, alt, size, paint, layout=None)
-
-
-def _paint_layers(
-    figure: Any, theme: Theme, tables: dict[int, Table], limits: tuple[float, float], columns: int,
-    size: tuple[float, float], chance: float,
-) -> None:  # fmt: skip
-    """One set of axes in inches holds all panels: 30 with ticks of their own take seconds."""
-    (wide, tall), lines = size, math.ceil(len(tables) / columns)
-    cell, row = (wide - BAR) / columns, (tall + EDGE) / lines
-    side = cell - EDGE
-    axes = figure.add_axes((0, 0, 1, 1))
-    for place, (layer, table) in enumerate(tables.items()):
-        left, top = place % columns * cell + EDGE, tall - place // columns * row - TITLE
-        image = _cells(axes, table, limits, theme, extent=(left, left + side, top - side, top))
-        axes.text(left + side / 2, top + 0.05, f"layer {layer}", ha="center", fontsize=9)
-        if len(table) <= 5:
-            step = side / len(table)
-            cells = _Cells(left + step / 2, top - step / 2, step, -step)
-            _numbers(axes, table, image, cells, 8 if len(table) <= 3 else 7, 3 if limits[1] < 0.1 else 2)
-    axes.set(xlim=(0, wide), ylim=(0, tall), aspect="auto")
-    axes.set_axis_off()
-    height = min(tall - 2 * TITLE, 4.5)
-    bar = ((wide - BAR + 0.18) / wide, (tall - TITLE - height) / tall, 0.14 / wide, height / tall)
-    _scale(figure.colorbar(image, cax=figure.add_axes(bar)), chance)
+    return _picture("-".join(("layers", *key)), title, caption, alt, (wide, tall), paint, layout=None)
 
 
 def _limits(tables: list[Table], key: Key, floor: float) -> tuple[float, float]:
-    known = np.concatenate([table[~np.isnan(table)] for table in tables])
-    top = max(floor, float(np.abs(known).max())) if known.size else 1.0
-    return (-top if key[1] not in CHANCE_OF else 0.0), top
-
-
-class _Cells(NamedTuple):
-    """Where the first cell's middle is, and how far it is to the next."""
-
-    x: float = 0.0
-    y: float = 0.0
-    dx: float = 1.0
-    dy: float = 1.0
+    top = max(floor, *(float(np.nanmax(np.abs(table))) for table in tables))
+    return (0.0 if key[1] == "overlap" else -top), top
 
 
 def _cells(axes: Any, table: Table, limits: tuple[float, float], theme: Theme, **place: Any) -> Any:
@@ -220,15 +185,16 @@ def _cells(axes: Any, table: Table, limits: tuple[float, float], theme: Theme, *
     return axes.imshow(np.ma.masked_invalid(table), cmap=colours, vmin=limits[0], vmax=limits[1], **place)
 
 
-def _numbers(axes: Any, table: Table, image: Any, cells: _Cells, size: float, digits: int) -> None:
+def _numbers(axes: Any, table: Table, image: Any, size: float, digits: int) -> None:
     """The value in each cell, black or white by how bright the cell is."""
+    left, right, bottom, top = image.get_extent()
     for (i, j), value in np.ndenumerate(table):
         if not np.isnan(value):
             red, green, blue, _ = image.cmap(image.norm(value))
-            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+            colour = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+            x, y = left + (j + 0.5) * (right - left) / len(table), top + (i + 0.5) * (bottom - top) / len(table)
             text = f"{value:.{digits}f}".replace("0.", ".", 1)
-            x, y = cells.x + j * cells.dx, cells.y + i * cells.dy
-            axes.text(x, y, text, ha="center", va="center", fontsize=size, color="black" if bright else "white")
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _scale(bar: Any, chance: float) -> None:
@@ -251,49 +217,48 @@ class _Panel:
     x: str = "layer"
 
 
-def _curves(analysis: Analysis) -> Iterator[_Plan]:
+def _curves(analysis: Analysis) -> Iterator[Picture]:
     """Similarity, change, rank and norm over the layers, by kind of module."""
     if all(place.layer is None for place in analysis.places.values()):
         return
-    rows = analysis.similarity
+    rows, units = analysis.similarity, len(analysis.units)
     pairs = len({(row.unit1, row.unit2) for row in rows})
     over = f"mean over {pairs} pairs of units" if pairs > 1 else "one pair of units, so no spread"
     caption = f"One line per kind of module; {over}. Dotted: what random matrices of these shapes reach."
     panels = [_panel(where(rows, *key), key, named(*key)) for key in measures(rows)]
-    yield from _lines_plan("similarity-layers", "How alike, over the layers", caption, panels)
+    yield from _lines("similarity-layers", "How alike, over the layers", caption, panels)
 
-    panels = []
-    for key in measures(analysis.changes):
-        rows = where(analysis.changes, *key)
-        for unit2 in dict.fromkeys(row.unit2 for row in rows) if key[1] in ("magnitude", "direction") else ():
-            title = f"{named(*key)} from {unit2}"
-            panels.append(_panel([row for row in rows if row.unit2 == unit2], key, title))
-    caption = f"Columns, mean over {len(analysis.units)} units. Length in the weights' own unit; direction: 1 − cosine."
-    yield from _lines_plan("changes-layers", "How far from the start", caption, panels)
+    rows = analysis.changes
+    caption = f"Columns, mean over {units} units. Length in the weights' own unit; direction: 1 − cosine."
+    panels = [
+        _panel(where(rows, *key, unit2), key, f"{named(*key)} from {unit2}")
+        for key in measures(rows)
+        if key[1] in ("magnitude", "direction")
+        for unit2 in origins(rows, *key)
+    ]
+    yield from _lines("changes-layers", "How far from the start", caption, panels)
 
-    found = measures(analysis.norms)
+    rows = analysis.norms
     rank = max((unit.rank for unit in analysis.units if unit.rank), default=0)
-    panels = []
-    for measure, most in (("effective_rank", f" (at most {rank})"), ("frobenius", "")):
-        key = "sBA", measure
-        if key in found:
-            panels.append(_panel(where(analysis.norms, *key), key, named(*key) + most))
-    caption = f"The weight's change by kind of module, mean over {len(analysis.units)} units."
-    yield from _lines_plan("update-layers", "Rank and size of the change", caption, panels)
+    caption = f"The weight's change by kind of module, mean over {units} units."
+    panels = [
+        _panel(where(rows, *key), key, named(*key) + most)
+        for key, most in ((("sBA", "effective_rank"), f" (at most {rank})"), (("sBA", "frobenius"), ""))
+    ]
+    yield from _lines("update-layers", "Rank and size of the change", caption, panels)
 
-    norms = sorted(key for key in found if key[1] == "frobenius")
+    norms = sorted(key for key in measures(rows) if key[1] == "frobenius")
     panels = []
     for key in [("sBA", "frobenius")] if ("sBA", "frobenius") in norms else norms:
-        lines = over_layers(where(analysis.norms, *key), "unit1")
+        lines = over_layers(where(rows, *key), "unit1")
         panels.append(_Panel(named(*key), {label: lines[label] for label in analysis.labels if label in lines}))
     caption = "One line per unit, mean over the layer's modules: which task moves which layers."
-    yield from _lines_plan("norms-units", "Size by unit", caption, panels)
+    yield from _lines("norms-units", "Size by unit", caption, panels)
 
 
 def _panel(rows: Sequence[Row], key: Key, title: str) -> _Panel:
     levels: dict[float, list[str]] = {}
-    chances = means([row._replace(value=math.nan if row.chance is None else row.chance) for row in rows], "kind")
-    for (kind,), chance in sorted(chances.items()):
+    for (kind,), chance in sorted(means(rows, "kind", of="chance").items()):
         if chance.known:
             levels.setdefault(round(chance.mean, 4), []).append(kind)
     if levels:
@@ -302,7 +267,7 @@ def _panel(rows: Sequence[Row], key: Key, title: str) -> _Panel:
     return _Panel(title, over_layers(rows), levels, from_zero=key[1] != "cosine")
 
 
-def _conflicts(analysis: Analysis) -> Iterator[_Plan]:
+def _conflicts(analysis: Analysis) -> Iterator[Picture]:
     """A figure per file: pairs of tasks in conflict, and the size of gradients, over the steps."""
     files = [file for file in analysis.conflicts if file.rows]
     for number, file in enumerate(files, 1):
@@ -316,39 +281,39 @@ def _conflicts(analysis: Analysis) -> Iterator[_Plan]:
             " has to itself (A under task routing) cannot conflict. Dotted: random directions, half of all pairs."
         )
         name = "conflicts" if len(files) == 1 else f"conflicts-{number}"
-        yield from _lines_plan(name, "Gradient conflicts while training", caption, panels, looks)
+        yield from _lines(name, "Gradient conflicts while training", caption, panels, looks)
 
 
 def _by_step(file: ConflictFile) -> tuple[dict[str, dict[int, Mean]], dict[str, dict[int, Mean]], Looks]:
     """Lines of the share of conflicts and of the norm, one per kind of module and matrix."""
     at = places({row.module for row in file.rows})
+    groups: dict[tuple[int, str, str], list[Measured]] = {}
+    for row in file.rows:
+        groups.setdefault((row.step, at[row.module].kind, row.parameter), []).append(row)
     shares: dict[str, dict[int, Mean]] = {}
     norms: dict[str, dict[int, Mean]] = {}
     looks: dict[str, tuple[str, str]] = {}
-    for step, rows in file.by_step():
-        for kind, parameter in sorted({(at[row.module].kind, row.parameter) for row in rows}):
-            same = [r for r in rows if (at[r.module].kind, r.parameter) == (kind, parameter)]
-            name = f"{kind} {parameter}"
-            looks[name] = kind, parameter
-            norms.setdefault(name, {})[step] = mean_of(row.norm for row in same)
-            if any(row.pairs for row in same):
-                shares.setdefault(name, {})[step] = mean_of([share_of(same)])
+    for (step, kind, parameter), rows in sorted(groups.items()):
+        name = f"{kind} {parameter}"
+        looks[name] = kind, parameter
+        norms.setdefault(name, {})[step] = mean_of(row.norm for row in rows)
+        if any(row.pairs for row in rows):
+            shares.setdefault(name, {})[step] = mean_of([share_of(rows)])
     return shares, norms, looks
 
 
-def _lines_plan(
+def _lines(
     name: str, title: str, caption: str, panels: Sequence[_Panel], looks: Looks | None = None
-) -> Iterator[_Plan]:
+) -> Iterator[Picture]:
     """A figure of curves, a row or two of panels under one legend, if there is anything to draw."""
     panels = [panel for panel in panels if any(panel.lines.values())]
     if not panels:
         return
     columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     per_row = max(1, min(len(names) + 1, 110 // (max(len(clipped(name, LONG)) for name in names) + 7)))
     legend = 0.3 * math.ceil(len(names) / per_row) + 0.15
-    looks = {name: (looks or {}).get(name, (name, "")) for name in names}
+    looks = looks or {name: (name, "") for name in names}
 
     def paint(figure: Any, theme: Theme) -> None:
         from matplotlib.lines import Line2D
@@ -356,13 +321,14 @@ def _lines_plan(
         styles = _styles(looks, theme)
         for axes, panel in zip(_grid(figure, len(panels), columns), panels):
             _draw(axes, panel, styles, theme)
-        handles = [Line2D([], [], linewidth=1.8, label=clipped(name, LONG), **style) for name, style in styles.items()]
+        handles = [Line2D([], [], linewidth=1.8, label=clipped(name, LONG), **styles[name]) for name in names]
         if any(panel.levels for panel in panels):
             handles.append(Line2D([], [], color=theme["ink"], linestyle=(0, (1, 2)), linewidth=1.2, label="chance"))
         figure.legend(handles=handles, loc="outside lower center", ncols=per_row, frameon=False, fontsize=8)
 
     alt = "Line charts. " + " ".join(_in_words(panel) for panel in panels)
-    yield _Plan(name, title, caption, alt, (10.4 if columns == 2 else 7.0, 2.9 * lines + legend), paint)
+    size = (10.4 if columns == 2 else 7.0, 2.9 * math.ceil(len(panels) / columns) + legend)
+    yield _picture(name, title, caption, alt, size, paint)
 
 
 def _in_words(panel: _Panel) -> str:
@@ -420,10 +386,9 @@ def _whose(axes: Any, levels: Mapping[float, Sequence[str]], theme: Theme) -> No
     """At the right end of each level of chance the kinds it is for; of the largest group "others"."""
     largest = max(levels, key=lambda level: len(levels[level]))
     bottom, top = axes.get_ylim()
-    below = -1.0
+    style = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "center", "color": theme["soft"]}
+    height = -1.0
     for level, kinds in sorted(levels.items()):
-        height = max((level - bottom) / (top - bottom), below + 0.055)  # names must not cover each other
-        below = height
+        height = max((level - bottom) / (top - bottom), height + 0.055)  # names must not cover each other
         text = "others" if level == largest and len(kinds) > 1 else ", ".join(clipped(kind, LONG) for kind in kinds)
-        place = axes.get_yaxis_transform(), {"fontsize": 7, "va": "center", "color": theme["soft"]}
-        axes.text(1.01, bottom + height * (top - bottom), text, transform=place[0], **place[1])
+        axes.text(1.01, bottom + height * (top - bottom), text, **style)

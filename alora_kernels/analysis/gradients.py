@@ -1,7 +1,6 @@
 """Do tasks pull an adapter's matrices in opposite directions? A `Conflicts` per matrix says.
 
-For users at any point of a training and, every n steps, for `callback.ConflictCallback`, whose CSV files are read here
-again for reports.
+For users at any point of a training and for `ConflictCallback`, whose CSV files are read here again for reports.
 
 Two tasks conflict in a matrix where the cosine of their gradients is negative: a step for one undoes the other. Only
 what tasks share can conflict: under task routing A [E, R, K] is one slice per task, so those gradients never meet and
@@ -24,13 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .float64 import double
-from .similarity import unit_vector
+from .similarity import double, unit_vector
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 MAX_ROWS = 1_000_000  # of a CSV: 210 modules, A and B, 2000 measurements
-_NAME = re.compile(r"^(?:(.+?)\.)?(?:(?:asymlora|lora)_([AB])|vera_(lambda_[a-z]+))(?:\.(.+))?$")
+_NAME = re.compile(r"^(?:(.+?)\.)?(?:(?:asymlora|lora)_([AB])|vera_(lambda_[a-z]+))(?:\.(.+?))??(?:\.weight)?$")
 
 
 class NotFiniteError(ValueError):
@@ -68,7 +66,7 @@ class Conflicts:
 
     @property
     def sharing(self) -> str:
-        """In words."""
+        """`shared` in words."""
         return "shared" if self.shared else "per task"
 
 
@@ -88,10 +86,10 @@ def compare(
         ValueError: fewer than two tasks, or different shapes.
     """
     tasks = two_tasks(gradients)
-    shapes = {task: list(gradients[task].shape) for task in tasks}
-    if len({tuple(shape) for shape in shapes.values()}) > 1:
+    if len({gradient.shape for gradient in gradients.values()}) > 1:
+        shapes = {task: list(gradient.shape) for task, gradient in gradients.items()}
         raise ValueError(f"gradients must have one shape, got {shapes}")
-    stacked = torch.stack([double(gradients[task]).cpu() for task in tasks])
+    stacked = torch.stack([double(gradient).cpu() for gradient in gradients.values()])
     rows = stacked.flatten(1)
     bad = [task for task, row in zip(tasks, rows, strict=True) if not bool(row.isfinite().all())]
     if bad:
@@ -145,12 +143,14 @@ def task_gradients(
         for task, batch in batches.items():
             value = loss(model, _on(device, batch))
             if not isinstance(value, Tensor) or value.dim() > 0:
-                raise ValueError(f"loss must return a scalar tensor; for task {task!r} it returned {_shown(value)}")
-            found: Sequence[Tensor | None] = [None] * len(chosen)
+                shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss must return a scalar tensor; for task {task!r} it returned {shown}")
             if value.requires_grad:  # torch.autograd.grad, not backward: nothing is added to .grad, no hook of DDP runs
-                found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
-            for (name, p), gradient in zip(chosen.items(), found, strict=True):
-                out[name][task] = torch.zeros_like(p) if gradient is None else gradient.detach()
+                found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
+            else:
+                found = tuple(torch.zeros_like(p) for p in chosen.values())
+            for by_task, gradient in zip(out.values(), found, strict=True):
+                by_task[task] = gradient.detach()
     bad = [f"{n} ({t})" for n, by_task in out.items() for t, g in by_task.items() if not bool(g.isfinite().all())]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -164,7 +164,7 @@ def task_conflicts(
     """`compare` for every matrix of `task_gradients`, in the order of the model; arguments and errors as there."""
     two_tasks(batches)
     gradients = task_gradients(model, batches, loss, parameters)
-    names = dict(model.named_parameters()).keys()
+    names = {name for name, _ in model.named_parameters()}
     records: dict[tuple[str, str], Conflicts] = {}
     for name, by_task in gradients.items():
         module, parameter, adapter = _place(name)
@@ -205,21 +205,20 @@ def _place(name: str) -> tuple[str, str, str]:
     match = _NAME.match(name)
     if match is None:
         return *name.rpartition(".")[::2], ""
-    module, matrix, vector, rest = match.groups()
-    return module or "", matrix or vector, (rest or "").removesuffix("weight").rstrip(".")
+    module, matrix, vector, adapter = match.groups(default="")
+    return module, matrix or vector, adapter
 
 
 def _chosen(model: nn.Module, parameters: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    known = dict(model.named_parameters())
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters is None:
-        chosen = {name: p for name, p in known.items() if p.requires_grad and _NAME.match(name)}
-        if not chosen:
+        parameters = list(filter(_NAME.match, trainable))
+        if not parameters:
             raise ValueError("model has no trainable asymlora_A/B, lora_A/B or vera_lambda_*: name some in parameters")
-        return chosen
-    wrong = [name for name in parameters if name not in known or not known[name].requires_grad]
+    wrong = [name for name in parameters if name not in trainable]
     if wrong or not parameters:
         raise ValueError(f"parameters must name trainable parameters of the model, got {wrong or 'none'}")
-    return {name: known[name] for name in parameters}
+    return {name: trainable[name] for name in parameters}
 
 
 @contextlib.contextmanager
@@ -244,10 +243,6 @@ def _on(device: torch.device, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
         return batch
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _shown(value: Any) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class Measured(NamedTuple):
@@ -278,12 +273,6 @@ class ConflictFile(NamedTuple):
     rows: list[Measured]
     why: str = ""
 
-    def by_step(self) -> Iterator[tuple[int, list[Measured]]]:
-        """The rows of each step."""
-        ordered = sorted(self.rows, key=lambda row: row.step)
-        for step, same in itertools.groupby(ordered, key=lambda row: row.step):
-            yield step, list(same)
-
 
 def conflict_files(folder: Path) -> list[ConflictFile]:
     """The files in a folder with the callback's header; of a folder called `adapter` those beside it as well."""
@@ -293,16 +282,15 @@ def conflict_files(folder: Path) -> list[ConflictFile]:
 
 def _read(path: Path) -> ConflictFile | None:
     """None of a file that is something else."""
+    ours = False
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
-            if tuple(next(lines, ())) != COLUMNS:
-                return None
-            try:
-                rows = [_measured(row) for row in itertools.islice(lines, MAX_ROWS - 1)]
-            except (OSError, ValueError, csv.Error) as error:
-                return ConflictFile(path, [], f"{path} does not read as gradient conflicts ({error})")
-    except (OSError, ValueError, csv.Error):
+            ours = tuple(next(lines, ())) == COLUMNS
+            rows = [_measured(row) for row in itertools.islice(lines, MAX_ROWS - 1)] if ours else []
+    except (OSError, ValueError, csv.Error) as error:
+        return ConflictFile(path, [], f"{path} does not read as gradient conflicts ({error})") if ours else None
+    if not ours:
         return None
     return ConflictFile(path, rows, "" if rows else f"{path} has no row: nothing was measured yet")
 

@@ -24,8 +24,7 @@ from .. import files
 from ..version import __version__
 from .figures import Picture, check_matplotlib, pictures
 from .gradients import ConflictFile, share_of
-from .labels import named
-from .table import Analysis, Mean, Row, mean_of, means, measures, where
+from .table import Analysis, Mean, Row, mean_of, means, measures, named, origins, where
 
 PAIRS, REASONS, UNITS = 24, 40, 64  # lines of a table; the files have all
 PACKAGES = ("torch", "peft", "safetensors", "numpy", "matplotlib")
@@ -109,8 +108,8 @@ def _lead(analysis: Analysis) -> str:
 def _conflict_line(file: ConflictFile) -> str:
     if file.why:
         return file.why
-    step, last = list(file.by_step())[-1]
-    shared = [row for row in last if row.pairs]
+    step = max(row.step for row in file.rows)
+    shared = [row for row in file.rows if row.step == step and row.pairs]
     share = f"{100 * share_of(shared):.0f} % of its pairs of tasks" if shared else "no pairs: nothing is shared"
     return f"{file.path}: {counted(len(file.rows), 'row')}; at step {step} in conflict: {share}"
 
@@ -176,14 +175,10 @@ def pairs(columns: Sequence[Column], most: int) -> tuple[list[tuple[str, ...]], 
 def unit_columns(analysis: Analysis) -> list[Column]:
     """Changes against each start, then ranks and norms."""
     columns = []
-    for part, measure in measures(analysis.changes):
-        wanted = ("relative_magnitude", "direction") if part == "W" else ("magnitude", "direction", "overlap")
-        if measure not in wanted:
-            continue
-        rows = where(analysis.changes, part, measure)
-        for unit2 in dict.fromkeys(row.unit2 for row in rows):
-            title = f"{named(part, measure)}, from {unit2}"
-            columns.append(_column(title, [row for row in rows if row.unit2 == unit2], "unit1"))
+    for key in measures(analysis.changes):
+        wanted = ("relative_magnitude", "direction") if key[0] == "W" else ("magnitude", "direction", "overlap")
+        for unit2 in origins(analysis.changes, *key) if key[1] in wanted else ():
+            columns.append(_column(f"{named(*key)}, from {unit2}", where(analysis.changes, *key, unit2), "unit1"))
     for part, measure in measures(analysis.norms):
         if measure == "effective_rank" or (measure == "frobenius" and part.startswith(("sBA", "lambda"))):
             columns.append(_column(named(part, measure), where(analysis.norms, part, measure), "unit1"))

@@ -1,6 +1,7 @@
 """What an analysis found: `Row`s of `comparison`, one number of one module each, as CSV files and as means.
 
-A number that does not exist (the direction of a zero matrix) is NaN in a row, blank in a file, and in no mean.
+A number that does not exist (the direction of a zero matrix) is NaN in a row, blank in a file, and in no mean. Also
+what things are called in rows, tables, figures and reports alike: measures, modules by layer and kind, units.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +20,29 @@ from numpy.typing import NDArray
 
 from .. import files
 from .gradients import ConflictFile
-from .labels import Place
 
+_MEASURES = {
+    "cosine": "cosine of {}",
+    "overlap": "subspace overlap of {}",
+    "magnitude": "change of length, {}",
+    "direction": "change of direction, {}",
+    "frobenius": "norm of {}",
+}
 SKIPPED = ("unit1", "unit2", "part", "measure", "reason", "modules", "first")
+
+
+class Place(NamedTuple):
+    """Where a module is: the first number in its name (None without one), and which of the layer's modules it is."""
+
+    layer: int | None
+    kind: str
 
 
 class Row(NamedTuple):
     """One number.
 
     Attributes:
-        module, layer, kind: where; see `labels.places`.
+        module, layer, kind: where; see `places`.
         part: "A", "B", "sBA", "W", or what else a unit has.
         unit1: label of the unit.
         unit2: what it is compared with: another unit, "zero", "start" or "W0"; blank if nothing.
@@ -165,6 +180,11 @@ def where(rows: Iterable[Row], part: str, measure: str, unit2: str | None = None
     return [r for r in rows if r.part == part and r.measure == measure and unit2 in (None, r.unit2)]
 
 
+def origins(rows: Iterable[Row], part: str, measure: str) -> list[str]:
+    """What one measure of a change was measured from."""
+    return list(dict.fromkeys(row.unit2 for row in where(rows, part, measure)))
+
+
 def measures(rows: Iterable[Row]) -> list[tuple[str, str]]:
     """(part, measure) of the rows that have a value: parts as they first appear, of each the cosine first."""
     found = list(dict.fromkeys((row.part, row.measure) for row in rows if not math.isnan(row.value)))
@@ -172,11 +192,11 @@ def measures(rows: Iterable[Row]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda key: (parts.index(key[0]), key[1] != "cosine"))
 
 
-def means(rows: Iterable[Row], *by: str) -> dict[tuple[Any, ...], Mean]:
-    """The mean of each group of rows that are alike in these fields."""
-    found: dict[tuple[Any, ...], list[float]] = {}
+def means(rows: Iterable[Row], *by: str, of: str = "value") -> dict[tuple[Any, ...], Mean]:
+    """The mean of a field over each group of rows that are alike in the others."""
+    found: dict[tuple[Any, ...], list[float | None]] = {}
     for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in by), []).append(row.value)
+        found.setdefault(tuple(getattr(row, name) for name in by), []).append(getattr(row, of))
     return {group: mean_of(values) for group, values in found.items()}
 
 
@@ -196,3 +216,62 @@ def square(rows: Iterable[Row], labels: Sequence[str]) -> NDArray[np.float64]:
         i, j = map(labels.index, pair)
         table[i, j] = table[j, i] = mean.mean
     return table
+
+
+def named(part: str, measure: str) -> str:
+    """A measure of a part in words."""
+    template = _MEASURES.get(measure, f"{measure.replace('_', ' ')} of {{}}")
+    return template.format("s B A" if part == "sBA" else part)
+
+
+def places(modules: Iterable[str]) -> dict[str, Place]:
+    """Layer and kind of each module, in the order of a model: by layer, then by name.
+
+    A kind is the shortest end of the name behind the layer number that no other kind ends in: `q_proj`, but in BERT
+    `attention.output.dense` beside `intermediate.dense`.
+    """
+    split = {module: _split(module) for module in modules}
+    tails = {tail for _, tail in split.values()}
+    kinds = {tail: _shortest_end(tail, tails - {tail}) for tail in tails}
+    found = {module: Place(layer, kinds[tail]) for module, (layer, tail) in split.items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0, item[0])))
+
+
+def _split(module: str) -> tuple[int | None, tuple[str, ...]]:
+    """The layer number and what comes after it; further numbers (experts) become `*`, so that they share a kind."""
+    words = module.split(".")
+    at = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+    if at is None or at == len(words) - 1:
+        return None, tuple(words)
+    return int(words[at]), tuple("*" if word.isdecimal() else word for word in words[at + 1 :])
+
+
+def _shortest_end(tail: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
+    ends = (tail[-n:] for n in range(1, len(tail)) if not any(other[-n:] == tail[-n:] for other in others))
+    return ".".join(next(ends, tail))
+
+
+def distinct(paths: Sequence[Sequence[str]]) -> list[str]:
+    """A short label for each path, no two alike; a path's words go from special to general: task, folder, parent, ...
+
+    The first word where it is enough; else `word/first` with the nearest word that tells those of one first word apart;
+    else as many words as it takes, or a number.
+    """
+    labels = [path[0] for path in paths]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        group = [i for i, path in enumerate(paths) if path[0] == label]
+        for i, longer in zip(group, _apart([paths[i] for i in group]), strict=True):
+            labels[i] = longer
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        labels[i] = label if seen[label] == 1 else f"{label} ({seen[label]})"
+    return labels
+
+
+def _apart(paths: Sequence[Sequence[str]]) -> list[str]:
+    deepest = max(map(len, paths))
+    near = ([f"{path[n] if n < len(path) else ''}/{path[0]}".lstrip("/") for path in paths] for n in range(1, deepest))
+    whole = (["/".join(reversed(path[:n])) for path in paths] for n in range(2, deepest + 1))
+    unique = (labels for labels in chain(near, whole) if len(set(labels)) == len(labels))
+    return next(unique, [path[0] for path in paths])

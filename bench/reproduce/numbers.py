@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels.analysis import chance, subspace_overlap
-from alora_kernels.analysis.labels import places
+from alora_kernels.analysis.table import places
 from alora_kernels.federated.log import delta_m
 
 from ..report.readme import line

@@ -17,7 +17,8 @@ from alora_kernels.analysis import (
     subspace_overlap,
     update_spectrum,
 )
-from alora_kernels.analysis.comparison import compare_units, cosines, overlaps
+from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis.similarity import cosines, overlaps
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.table import where
 

@@ -15,8 +15,8 @@ from torch import nn
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.method import Method
 from alora_kernels.analysis.comparison import compare_units
-from alora_kernels.analysis.labels import distinct, places
 from alora_kernels.analysis.sources import units
+from alora_kernels.analysis.table import distinct, places
 from alora_kernels.baselines.files import save_method
 from alora_kernels.baselines.methods import adapt
 from alora_kernels.text import clipped, printable
