@@ -29,7 +29,6 @@ DECODE = ("frozen", "fused", "hoisted", "grouped by task", "PEFT mixed batch", "
 
 
 def works(sections: list[str], names: list[str], shape: dict[str, int]) -> list[Work]:
-    """The cases of the chosen sections, with the chosen providers."""
     chosen: list[Work] = []
     if "layer" in sections:
         providers = find(set(LAYER) & set(names))

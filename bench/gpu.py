@@ -52,7 +52,6 @@ MODELS = tuple(dict.fromkeys((FROZEN, *training.MODELS, *decoding.MODELS)))
 
 
 def models(names: Sequence[str], layers: int) -> list[Work]:
-    """Whole models with the chosen providers."""
     width, base = _SIZES[SQUARE][0], eight_billion(layers)
     shape = f"{layers} layers of Llama 3 8B, random weights; k and n are its hidden size"
     in_step = [name for name in (FROZEN, *training.MODELS) if name in names]

@@ -21,6 +21,7 @@ from .report import figures, readme
 from .report.rows import RESULTS, ROOT, Row, grouped, newest
 from .report.sheet import read
 from .report.targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
+from .run import checked
 
 PREDICTED = RESULTS / "static" / "predicted.png"
 _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
@@ -28,12 +29,8 @@ _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
 
 def load(folder: Path) -> dict[Path, list[Row]]:
     """The newest rows of every CSV that timed something."""
-    found = {}
-    try:
-        for path in sorted(folder.glob("*.csv")):
-            found[path] = newest(read(path, Row), lambda row: row.group, lambda row: row.timed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--results") from None
+    found = {path: checked("--results", read, path, Row) for path in sorted(folder.glob("*.csv"))}
+    found = {path: newest(rows, lambda row: row.group, lambda row: row.timed) for path, rows in found.items()}
     if not any(found.values()):
         raise typer.BadParameter(f"no results in {folder}: run `python -m bench cpu` first", param_hint="--results")
     return {path: rows for path, rows in found.items() if rows}
@@ -46,7 +43,6 @@ def families(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def verdicts_of(rows: list[Row]) -> list[Verdict]:
-    """The targets of the rows' command, judged."""
     return [judge(target, rows) for target in _TARGETS[rows[0].command]]
 
 
@@ -63,7 +59,6 @@ def predicts(text: str) -> bool:
 
 @cache
 def predictions() -> list[Any]:
-    """What `bench.static.roofline` predicts, for the table and the figure alike."""
     from .static import roofline
 
     return list(roofline.predict_all(roofline.Rates()))
@@ -96,20 +91,14 @@ def main(
     """Figures and the README's tables from the results."""
     found = load(results)
     old = readme_file.read_text()
-    try:
-        new = rewritten(old, found, readme_file.resolve().parent)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--readme") from None
+    new: str = checked("--readme", rewritten, old, found, readme_file.resolve().parent)
     if check:
         if new != old:
             typer.echo(f"{readme_file} is out of date: run `python -m bench plot`", err=True)
             raise typer.Exit(1)
         typer.echo(f"{readme_file} agrees with {', '.join(path.name for path in found)}")
         return
-    try:
-        check_matplotlib()
-    except ImportError as error:
-        raise typer.BadParameter(str(error)) from None
+    checked(None, check_matplotlib)
     for path, rows in found.items():
         for name, file in figure_files(path, rows).items():
             if name == "targets":

@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from . import timing
 from .report import tables
-from .report.rows import FAILED, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row, origin
+from .report.rows import FAILED, GRAPH, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row, origin
 from .report.sheet import Sheet
 from .report.targets import Target
 from .timing import Clock, Timing, interleaved, release
@@ -48,6 +49,13 @@ class Ready:
     run: Callable[[], object]
     check: Check
     peak_mb: float | None = None
+
+
+def made_ready(step: Callable[[], Any], device: str, mode: str, judge: Callable[[Any], Check]) -> Ready:
+    """A step as it is timed in a mode, with what `judge` finds of its outputs: in CUDA graph mode of the replay's."""
+    peak = timing.peak_mb(step, device)
+    run = timing.capture(step) if mode == GRAPH else step
+    return Ready(run, judge(run()), peak)
 
 
 class Candidate(Protocol):
@@ -128,11 +136,11 @@ class Runner:
                 ready[candidate.name] = row, prepared
             else:
                 self._add(row, status=WRONG, note=f"worst tensor: {check.where}")
-        for name, timing in self._time(work, {name: r for name, (_, r) in ready.items()}, where).items():
-            if isinstance(timing, Timing):
-                self._add(ready[name][0], **{f"p{q}_ms": 1e3 * getattr(timing, f"p{q}") for q in (20, 50, 80)})
+        for name, found in self._time(work, {name: r for name, (_, r) in ready.items()}, where).items():
+            if isinstance(found, Timing):
+                self._add(ready[name][0], **{f"p{q}_ms": 1e3 * getattr(found, f"p{q}") for q in (20, 50, 80)})
             else:
-                self._add(ready[name][0], status=_status_of(timing))
+                self._add(ready[name][0], status=_status_of(found))
 
     def _prepare(self, candidate: Candidate, direction: str, mode: str) -> tuple[str, Ready | None]:
         """A candidate that gave a result, or the status that says why there is none."""
@@ -221,9 +229,9 @@ def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> lis
     return [name for name in known if not wanted or name in wanted]
 
 
-def checked(name: str, build: Any, *arguments: Any, **options: Any) -> Any:
-    """Call `build`, with a `ValueError` of its as an error of the command line."""
+def checked(name: str | None, build: Any, *arguments: Any) -> Any:
+    """Call `build`, with its errors as those of an option of the command line."""
     try:
-        return build(*arguments, **options)
-    except ValueError as error:
+        return build(*arguments)
+    except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint=name) from None

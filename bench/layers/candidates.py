@@ -7,7 +7,7 @@ candidate of a kernel is the one in use: a tile must beat it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,75 +66,87 @@ TILES: dict[str, tuple[Tile, ...]] = {
 CLASSLESS = ("shrink_task", "shrink_soft", "expand_backward", "da", "decode")
 
 
-@dataclass(frozen=True)
-class Trial:
+Cast = Callable[[Tensor], Tensor]
+
+
+class Trial(NamedTuple):
     """One kernel on one class of shapes: `run` launches it and returns new tensors each time.
 
     `formula(cast)` gives the same in plain torch, with cast applied to every input.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
-    formula: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, ...]]
+    formula: Callable[[Cast], tuple[Tensor, ...]]
 
 
 def classes(kernel: str) -> list[str]:
-    """The classes of shapes on which a kernel is tuned."""
     if kernel == "decode":
         return ["decode square"]
     long = [name for name in SHAPES if not name.startswith("decode")]
     return long[:1] if kernel in CLASSLESS else long
 
 
+class _Inputs:
+    """Random tensors of a key of `SHAPES` in bf16, and what each kernel makes of them in plain torch."""
+
+    def __init__(self, m: int, k: int, n: int, experts: int, device: str) -> None:
+        def draw(*shape: int) -> Tensor:
+            return (torch.randn(*shape, device=device) / (shape[-1] ** 0.5)).bfloat16()
+
+        self.m, self.experts = m, experts
+        self.x, self.w, self.a = draw(m, k) * k**0.5, draw(n, k), draw(experts, R, k)
+        self.b, self.router = draw(n, R), draw(experts, k)
+        self.dy, self.h = draw(m, n) * n**0.5, draw(m, R)
+        ids = torch.arange(m, device=device) * experts // m
+        if device == "meta":
+            ids = ids.to(torch.int32)
+            self.groups = RowGroups(ids, ids, torch.empty(experts + 1, dtype=torch.int32, device="meta"))
+            return
+        self.groups, self.onehot = group_rows(ids, experts), torch.nn.functional.one_hot(ids, experts)
+
+    def task(self, c: Cast) -> Tensor:
+        rows = (c(self.x) @ c(self.a).flatten(0, 1).T).view(self.m, self.experts, R)
+        return S * (rows * self.onehot.to(rows.dtype)[..., None]).sum(1)
+
+    def soft(self, c: Cast) -> tuple[Tensor, Tensor]:
+        p = torch.cat([c(self.x) @ c(self.a).flatten(0, 1).T, c(self.x) @ c(self.router).T], 1)
+        gate = p[:, -self.experts :].softmax(1)
+        return S * (p[:, : -self.experts].view(self.m, self.experts, R) * gate[..., None]).sum(1), p
+
+    def y(self, c: Cast, h: Tensor) -> Tensor:
+        return c(self.x) @ c(self.w).T + h @ c(self.b).T
+
+    def task_y(self, c: Cast) -> tuple[Tensor, Tensor]:
+        h = self.task(c)
+        return self.y(c, h), h
+
+    def soft_y(self, c: Cast) -> tuple[Tensor, ...]:
+        h, p = self.soft(c)
+        return self.y(c, h), h, p
+
+    def da(self, c: Cast) -> Tensor:
+        return torch.einsum("me,mr,mk->erk", self.onehot.to(c(self.x).dtype), c(self.h), c(self.x))
+
+
 def trial(kernel: str, shapes: str, device: str) -> Trial:
     """The launches of a key of `TILES` for a key of `SHAPES`; device "cuda", or "meta" inside `kernels.recording`."""
     m, k, n = SHAPES[shapes]
-    experts = m if kernel == "decode" else E
-
-    def draw(*shape: int) -> Tensor:
-        return (torch.randn(*shape, device=device) / (shape[-1] ** 0.5)).bfloat16()
-
-    x, w, a, b, router = draw(m, k) * k**0.5, draw(n, k), draw(experts, R, k), draw(n, R), draw(experts, k)
-    dy, h = draw(m, n) * n**0.5, draw(m, R)
-    ids = torch.arange(m, device=device) * experts // m
-    groups = group_rows(ids, experts) if device != "meta" else meta_groups(m, experts)
-    onehot = torch.nn.functional.one_hot(ids, experts) if device != "meta" else ids
-
-    def mixture(c: Callable[[Tensor], Tensor]) -> Tensor:
-        rows = (c(x) @ c(a).flatten(0, 1).T).view(m, experts, R)
-        return S * (rows * onehot.to(rows.dtype)[..., None]).sum(1)
-
-    def soft(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        p = torch.cat([c(x) @ c(a).flatten(0, 1).T, c(x) @ c(router).T], 1)
-        gate = p[:, -experts:].softmax(1)
-        return S * (p[:, :-experts].view(m, experts, R) * gate[..., None]).sum(1), p
-
-    def task_y(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        mixed = mixture(c)
-        return c(x) @ c(w).T + mixed @ c(b).T, mixed
-
-    def soft_y(c: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        mixed, p = soft(c)
-        return c(x) @ c(w).T + mixed @ c(b).T, mixed, p
-
+    t = _Inputs(m, k, n, m if kernel == "decode" else E, device)
+    x, w, a, b, router, groups = t.x, t.w, t.a, t.b, t.router, t.groups
     trials = {
         "gemm_descriptor": Trial(lambda: (ak.plain_gemm(x, w),), lambda c: (c(x) @ c(w).T,)),
-        "one_pass_task": Trial(lambda: ak.one_pass_task(x, w, None, a, b, groups.ids, scaling=S), task_y),
-        "one_pass_soft": Trial(lambda: ak.one_pass_soft(x, w, None, a, b, router, scaling=S), soft_y),
-        "decode": Trial(lambda: ak.decode(x, w, None, a, b, groups.ids, scaling=S), task_y),
-        "shrink_task": Trial(lambda: (ak.shrink_task(x, a, groups, scaling=S),), lambda c: (mixture(c),)),
-        "shrink_soft": Trial(lambda: ak.shrink_soft(x, a, router, scaling=S), soft),
+        "one_pass_task": Trial(lambda: ak.one_pass_task(x, w, None, a, b, groups.ids, scaling=S), t.task_y),
+        "one_pass_soft": Trial(lambda: ak.one_pass_soft(x, w, None, a, b, router, scaling=S), t.soft_y),
+        "decode": Trial(lambda: ak.decode(x, w, None, a, b, groups.ids, scaling=S), t.task_y),
+        "shrink_task": Trial(lambda: (ak.shrink_task(x, a, groups, scaling=S),), lambda c: (t.task(c),)),
+        "shrink_soft": Trial(lambda: ak.shrink_soft(x, a, router, scaling=S), t.soft),
         "expand_backward": Trial(
-            lambda: ak.expand_backward(dy, b, h, scaling=S), lambda c: (S * (c(dy) @ c(b)), c(dy).T @ c(h))
+            lambda: ak.expand_backward(t.dy, b, t.h, scaling=S),
+            lambda c: (S * (c(t.dy) @ c(b)), c(t.dy).T @ c(t.h)),
         ),
         "da": Trial(
-            lambda: (ak.da_task(h.float(), x, groups, experts, dtype=torch.bfloat16),),
-            lambda c: (torch.einsum("me,mr,mk->erk", onehot.to(c(x).dtype), c(h), c(x)),),
+            lambda: (ak.da_task(t.h.float(), x, groups, t.experts, dtype=torch.bfloat16),),
+            lambda c: (t.da(c),),
         ),
     }
     return trials[kernel]
-
-
-def meta_groups(m: int, experts: int) -> RowGroups:
-    """Row groups without data."""
-    ids = torch.empty(m, dtype=torch.int32, device="meta")
-    return RowGroups(ids, ids, torch.empty(experts + 1, dtype=torch.int32, device="meta"))

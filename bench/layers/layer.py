@@ -1,7 +1,7 @@
 """A provider's layer on a problem, and the work of one layer: a case with the providers that take part in it.
 
 `autograd.grad` instead of `backward`: nothing is accumulated, so nothing must be zeroed between two runs. A layer is
-built once and used for all passes and modes. In CUDA graph mode it is the replay's result that is judged.
+built once and used for all passes and modes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from .. import timing
 from ..report.rows import BOTH, FORWARD, GRAPH, PASSES, Row
-from ..run import Ready
+from ..run import Check, Ready, made_ready
 from .problem import Case, Problem
 
 
@@ -88,8 +87,6 @@ class LayerWork:
 
 
 class LayerCandidate:
-    """One provider on one layer."""
-
     def __init__(self, case: Case, problem: Callable[[], Problem], provider: Provider) -> None:
         self.name, self.computes = provider.name, provider.computes[case.routing]
         self._case, self._problem, self._provider = case, problem, provider
@@ -102,14 +99,12 @@ class LayerCandidate:
         return self._provider.missing(self._case)
 
     def prepare(self, direction: str, mode: str) -> Ready:
-        """Build the layer, capture it if asked to, and judge what it gives."""
-        problem = self._problem()
-        run: Callable[[], Sequence[Tensor]] = self._layer.step(direction, problem.tensor("dy"))
-        peak = timing.peak_mb(run, self._case.device)
-        if mode == GRAPH:
-            run = timing.capture(run)
-        named = self._layer.named(run())
-        return Ready(run, problem.check(self.computes, named, gradients=direction == BOTH), peak)
+        problem, layer = self._problem(), self._layer
+
+        def judge(outputs: Sequence[Tensor]) -> Check:
+            return problem.check(self.computes, layer.named(outputs), gradients=direction == BOTH)
+
+        return made_ready(layer.step(direction, problem.tensor("dy")), self._case.device, mode, judge)
 
     @cached_property
     def _layer(self) -> Layer:

@@ -8,6 +8,7 @@ for, errors relative to the tensor's largest entry.
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -34,14 +35,6 @@ class Given:
     weight: Tensor
     ids: Tensor
     scaling: float
-
-
-@dataclass(frozen=True)
-class Function:
-    """A layer as a formula: which tensors it trains, and y of them."""
-
-    leaves: tuple[str, ...]
-    formula: Callable[..., Tensor]
 
 
 def _frozen(given: Given, x: Tensor) -> Tensor:
@@ -89,15 +82,15 @@ def _poly(given: Given, x: Tensor, a: Tensor, bs: Tensor, logits: Tensor) -> Ten
     return F.linear(x, given.weight) + x @ mixed_a.mT @ mixed_b.mT / a.shape[1]
 
 
-#: by the name that a row's column `computes` holds
-FUNCTIONS: dict[str, Function] = {
-    "frozen": Function(("x",), _frozen),
-    "lora": Function(("x", "a1", "b"), _lora),
-    "task": Function(("x", "a", "b"), _task),
-    "soft": Function(("x", "a", "b", "router"), _soft),
-    "multi": Function(("x", "a", "bs"), _multi),
-    "hydra": Function(("x", "a1", "bs", "router"), _hydra),
-    "poly": Function(("x", "a", "bs", "logits"), _poly),
+#: a layer as a formula, by the name that a row's column `computes` holds; its arguments are the tensors it trains
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "frozen": _frozen,
+    "lora": _lora,
+    "task": _task,
+    "soft": _soft,
+    "multi": _multi,
+    "hydra": _hydra,
+    "poly": _poly,
 }
 
 
@@ -181,7 +174,8 @@ class Problem:
 
     def leaves(self, function: str) -> dict[str, Tensor]:
         """What a function trains, by name; x first."""
-        return {name: self.tensor(name) for name in FUNCTIONS[function].leaves}
+        _, *names = inspect.signature(FUNCTIONS[function]).parameters
+        return {name: self.tensor(name) for name in names}
 
     def check(self, function: str, got: Mapping[str, Tensor], *, gradients: bool) -> Check:
         """Judge a provider's output, "y", and with `gradients` all of "dx", "da" and so on."""
@@ -194,7 +188,6 @@ class Problem:
         return max(found, key=lambda c: math.inf if math.isnan(c.worst) else c.worst / c.allowed)
 
     def _expected(self, function: str, gradients: bool) -> dict[str, Expected]:
-        """What is right, by tensor name; worked out once."""
         key = (function, gradients)
         if key not in self._truths:
             truth = self._formula(function, gradients, torch.float64)
@@ -209,7 +202,7 @@ class Problem:
 
     def _formula(self, function: str, gradients: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Output and gradients of the plain formula; float64 is computed in chunks of batch rows."""
-        c, f = self.case, FUNCTIONS[function]
+        c = self.case
         leaves = {k: t.detach().to(dtype or t.dtype).requires_grad_() for k, t in self.leaves(function).items()}
         given = replace(self.given, weight=self.given.weight.to(dtype or c.dtype))
         per_row = c.m // c.batch * max(c.n, c.k, c.e * c.r) * 8
@@ -219,7 +212,7 @@ class Problem:
         for start in range(0, c.batch, size):
             rows = slice(start, start + size)
             part = x[rows].detach().requires_grad_()
-            y = f.formula(replace(given, ids=given.ids[rows]), part, **leaves)
+            y = FUNCTIONS[function](replace(given, ids=given.ids[rows]), part, **leaves)
             ys.append(y.detach())
             if gradients:
                 dx, *grads = torch.autograd.grad(y, [part, *leaves.values()], dy[rows])

@@ -30,20 +30,16 @@ def _frozen(problem: Problem) -> Layer:
 
 
 def _plain_gemm(problem: Problem) -> Layer:
-    from alora_kernels import kernels
+    from alora_kernels.kernels import plain_gemm  # needs triton
 
-    gemm = kernels.plain_gemm  # type: ignore[attr-defined]
-    return over(
-        problem, "frozen", lambda x: gemm(x.view(-1, x.shape[-1]), problem.given.weight).view(*x.shape[:-1], -1)
-    )
+    w = problem.given.weight
+    return over(problem, "frozen", lambda x: plain_gemm(x.view(-1, x.shape[-1]), w).view(*x.shape[:-1], -1))
 
 
 def _plain_gemm_missing(case: Case) -> str | None:
     if case.device == "cpu" or find_spec("triton") is None:
         return "a Triton kernel, needs a CUDA device and triton"
-    from alora_kernels import kernels
-
-    return None if hasattr(kernels, "plain_gemm") else "alora_kernels.kernels has no plain_gemm"
+    return None
 
 
 def _alora(layer: Callable[..., Tensor], problem: Problem, **options: object) -> Layer:
@@ -78,10 +74,6 @@ def _no_cuda(case: Case) -> str | None:
     return "a plan of the Triton kernels, needs a CUDA device and triton" if case.device == "cpu" else None
 
 
-def _no_peft(case: Case) -> str | None:
-    return None if find_spec("peft") else "peft is not installed"
-
-
 _READS_IDS = "it reads ids on the host in every call, which a CUDA graph cannot hold"
 _COPIES_ROWS = "it copies row numbers from the host in every call, which a CUDA graph cannot hold"
 _ALORA, _MULTI = {"task": "task", "soft": "soft"}, {"task": "multi"}
@@ -94,15 +86,10 @@ _ALL = (
     Provider("hoisted", _ALORA, partial(_alora, formulas.hoisted)),
     Provider("hoisted compiled", _ALORA, _compiled, missing=_no_compiler),
     Provider("authors' loop", _ALORA, partial(_alora, formulas.authors_loop)),
-    Provider(
-        "grouped by task",
-        {"task": "task"},
-        partial(_alora, formulas.grouped_by_task),
-        uncapturable=_READS_IDS,
-    ),
-    Provider("PEFT LoRA", _LORA, peft.lora, missing=_no_peft),
-    Provider("PEFT mixed batch", _MULTI, peft.mixed_batch, trains=False, missing=_no_peft, uncapturable=_COPIES_ROWS),
-    Provider("PEFT Poly", {"task": "poly"}, peft.poly, missing=_no_peft, uncapturable=_READS_IDS),
+    Provider("grouped by task", {"task": "task"}, partial(_alora, formulas.grouped_by_task), uncapturable=_READS_IDS),
+    Provider("PEFT LoRA", _LORA, peft.lora),
+    Provider("PEFT mixed batch", _MULTI, peft.mixed_batch, trains=False, uncapturable=_COPIES_ROWS),
+    Provider("PEFT Poly", {"task": "poly"}, peft.poly, uncapturable=_READS_IDS),
     Provider("HydraLoRA", {"soft": "hydra"}, rivals.hydra),
     Provider("grouped_mm multi-LoRA", _MULTI, rivals.grouped, missing=rivals.grouped_missing),
     Provider("Unsloth-style addmm", _LORA, rivals.addmm),

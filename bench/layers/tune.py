@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,8 +129,6 @@ def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, 
 
 
 def render(measured: str, plans: Plans, tiles: Tiles) -> str:
-    """The text of `tuned.py`."""
-
     def table(name: str, note: str, kind: str, rows: Mapping[Any, Any]) -> str:
         body = "".join(f"    {key!r}: {value!r},\n" for key, value in sorted(rows.items()))
         return f"# {note}\n{name}: {kind} = " + ("{\n" + body + "}\n" if body else "{}\n")
@@ -186,6 +184,22 @@ def print_check(chip: str, workers: int) -> None:
     console.print(table)
 
 
+def measure(kernels: Sequence[str], plans: bool, repeats: int, new_tiles: Tiles, new_plans: Plans) -> None:
+    """Fill the tables with the best tiles and, if wanted, plans; what is there at an interrupt was measured."""
+    chip = chip_of(torch.device("cuda", torch.cuda.current_device()))
+    for name, shapes in track([(i, s) for i in kernels for s in candidates.classes(i)], "tiles", transient=True):
+        best, said = try_tiles(name, shapes, repeats)
+        show(f"{name}, {shapes}", said, best)
+        new_tiles[name, chip, 2, "" if name in candidates.CLASSLESS else shapes] = astuple(best)
+        release()
+    tuned.TILES.update(new_tiles)  # plans are measured with the best tiles
+    for routing, shapes in [(r, s) for r in ("task", "soft") for s in candidates.SHAPES] if plans else []:
+        plan, heard = try_plans(routing, shapes, repeats)
+        show(f"plans, {routing} routing, {shapes}: {plan}", heard, None)
+        new_plans[chip, routing, 2, shapes] = tuple(plan)  # type: ignore[assignment]
+        release()
+
+
 def main(
     kernel: Annotated[list[str] | None, typer.Option(help="tune the tiles of these kernels only; repeatable")] = None,
     plans: Annotated[bool, typer.Option(help="measure plans after the tiles")] = True,
@@ -207,22 +221,9 @@ def main(
     if not torch.cuda.is_available():
         typer.echo("error: no CUDA device here. `python -m bench tune --check sm_90` compiles the candidates", err=True)
         raise typer.Exit(1)
-    run, chip = origin("cuda", "triton"), chip_of(torch.device("cuda", torch.cuda.current_device()))
-    new_tiles: Tiles = {}
-    new_plans: Plans = {}
-    interrupted = False
+    run, new_tiles, new_plans, interrupted = origin("cuda", "triton"), Tiles(), Plans(), False
     try:
-        for name, shapes in track([(i, s) for i in kernels for s in candidates.classes(i)], "tiles", transient=True):
-            best, said = try_tiles(name, shapes, repeats)
-            show(f"{name}, {shapes}", said, best)
-            new_tiles[name, chip, 2, "" if name in candidates.CLASSLESS else shapes] = astuple(best)
-            release()
-        tuned.TILES.update(new_tiles)  # plans are measured with the best tiles
-        for routing, shapes in [(r, s) for r in ("task", "soft") for s in candidates.SHAPES] if plans else []:
-            plan, heard = try_plans(routing, shapes, repeats)
-            show(f"plans, {routing} routing, {shapes}: {plan}", heard, None)
-            new_plans[chip, routing, 2, shapes] = tuple(plan)  # type: ignore[assignment]
-            release()
+        measure(kernels, plans, repeats, new_tiles, new_plans)
     except KeyboardInterrupt:
         interrupted = True
     measured = f"{run['device']}, torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date']}"

@@ -26,13 +26,10 @@ MODELS = (FROZEN, FUSED, STOCK)
 def decoding_work(
     names: Sequence[str], base: Callable[[], Any], setting: Setting, *, width: int, note: str
 ) -> ModelWork:
-    """The step of these models."""
     return ModelWork(names, Decoding(base, setting), FORWARD, m=setting.rows, width=width, note=note)
 
 
 class Decoding(Pair):
-    """The next token of every request."""
-
     training = False
     stock_name = STOCK
 
@@ -56,7 +53,6 @@ class Decoding(Pair):
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
-        """Logits of each row's last token in float64."""
         model, found = self.double(), []
         with torch.no_grad():
             for row, name in enumerate(self._names):
@@ -73,7 +69,6 @@ class Decoding(Pair):
 
     @cached_property
     def _names(self) -> list[str]:
-        """The adapter of each row."""
         return [str(task) for task in self.ids.tolist()]
 
     @torch.no_grad()

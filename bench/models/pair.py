@@ -18,9 +18,8 @@ from torch import Tensor
 
 import alora_kernels
 
-from .. import timing
-from ..report.rows import GRAPH, Row
-from ..run import Check, Ready
+from ..report.rows import Row
+from ..run import Check, Ready, made_ready
 
 FROZEN, FUSED = "frozen", "fused"
 TINY = 1e-6
@@ -107,7 +106,6 @@ class Pair(ABC):
 
     @cached_property
     def frozen(self) -> Any:
-        """The base, without adapters."""
         return self._base().requires_grad_(False).train(self.training)
 
     @cached_property
@@ -145,17 +143,14 @@ class Pair(ABC):
         return model.train(self.training)
 
     def double(self) -> Any:
-        """Stock PEFT in float64, which gives the truth."""
         return copy.deepcopy(self.stock).double()
 
     @cached_property
     def ids(self) -> Tensor:
-        """The task of each row."""
         return torch.arange(self.setting.rows, device=self.setting.device) % self.setting.tasks
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Random rows `[rows, tokens]`."""
         s, vocabulary = self.setting, self.fused.config.vocab_size
         drawn = torch.randint(0, vocabulary, (s.rows, s.tokens), generator=torch.Generator().manual_seed(0))
         return drawn.to(s.device)
@@ -183,8 +178,6 @@ class ModelWork:
 
 
 class ModelCandidate:
-    """One of the models."""
-
     def __init__(self, name: str, models: Pair) -> None:
         self.name, self._models = name, models
         self.computes = "frozen" if name == FROZEN else "task"
@@ -193,11 +186,8 @@ class ModelCandidate:
         return self._models.reason(self.name, mode)
 
     def prepare(self, direction: str, mode: str) -> Ready:
-        step = self._models.step_of(self.name)
-        peak = timing.peak_mb(step, self._models.setting.device)
-        if mode == GRAPH:
-            step = timing.capture(step)
-        return Ready(step, self._models.check(self.name, step()), peak)
+        models = self._models
+        return made_ready(models.step_of(self.name), models.setting.device, mode, partial(models.check, self.name))
 
 
 def judged(got: dict[str, Tensor], truth: dict[str, Tensor], allowed: float) -> Check:

@@ -33,7 +33,6 @@ def in_cache() -> bool:
 
 
 def base_model() -> Any:
-    """The frozen model of the CPU's section."""
     if in_cache():
         from alora_kernels.data import load_model
 
@@ -81,7 +80,6 @@ class Training(Pair):
         return partial(self.step, name)
 
     def step(self, name: str) -> tuple[Tensor]:
-        """Forward and backward of the batch."""
         if name == STOCK:
             return (self._task_by_task(self.stock),)
         if name == FROZEN:
@@ -98,7 +96,6 @@ class Training(Pair):
         return self._of_stock(model, self._task_by_task(model))
 
     def results(self, name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The loss and all gradients after a step."""
         if name == STOCK:
             return self._of_stock(self.stock, outputs[0])
         found = {"loss": outputs[0]}

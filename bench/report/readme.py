@@ -29,7 +29,6 @@ def markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[
 
 
 def line(*cells: str) -> str:
-    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

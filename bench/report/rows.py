@@ -80,7 +80,6 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of a language model."""
         return 1e3 * self.m / self.p50_ms if self.whole_model and self.p50_ms else None
 
     @property

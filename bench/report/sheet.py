@@ -26,7 +26,6 @@ _CASTS: dict[Any, Callable[[str], Any]] = {
 
 
 def columns(kind: type[RowT]) -> list[str]:
-    """The header of a sheet of such records."""
     return [field.metadata.get("column", field.name) for field in fields(kind)]
 
 
@@ -52,7 +51,6 @@ class Sheet(Generic[RowT]):
 
     @property
     def summary(self) -> str:
-        """What was written where, for the end of a run."""
         return f"{self.count} row{'' if self.count == 1 else 's'} written to {self.path}"
 
 
@@ -77,7 +75,6 @@ def read(path: Path, kind: type[RowT]) -> list[RowT]:
 
 
 def _casts(kind: type[RowT]) -> dict[str, Callable[[str], Any]]:
-    """From text, by field."""
     hints = get_type_hints(kind)
     if unknown := [field.name for field in fields(kind) if hints[field.name] not in _CASTS]:
         raise TypeError(f"{kind.__name__}: {', '.join(unknown)} must be a str, an int, a float or a float | None")

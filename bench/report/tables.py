@@ -70,7 +70,6 @@ def of_targets(
 
 
 def fastest_first(rows: Sequence[Row]) -> list[Row]:
-    """By p50; what was not timed comes last."""
     return sorted(rows, key=lambda row: row.p50_ms if row.timed and row.p50_ms else float("inf"))
 
 

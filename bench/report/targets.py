@@ -52,7 +52,6 @@ class Target:
         return str(self.above.group[1])
 
     def reached(self, measured: float, wanted: float) -> bool:
-        """Whether a ratio is on the right side."""
         return measured <= wanted if self.at_most else measured >= wanted
 
     def bound(self, value: float | None) -> str:

@@ -30,7 +30,6 @@ def cases(config: Config) -> list[str]:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """One training, three states."""
     task = config.tasks[config.names.index(case)]
     learner = study(config, "lora", seed, tasks=[task])
     states = {}
@@ -70,7 +69,6 @@ def _of(rows: Sequence[Number], part: str, item: str, measure: str) -> list[floa
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """A stays, B moves, W0 turns rather than grows, and B turns it."""
     stays = _of(rows, "A", START, "cosine")
     a, b = _of(rows, "A", EARLY, "direction"), _of(rows, "B", EARLY, "direction")
     longer = {part: _of(rows, part, EARLY, "relative_magnitude") for part in "AB"}
@@ -110,7 +108,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per matrix and earlier state."""
     lines = []
     for part, item in (("A", START), ("A", EARLY), ("B", EARLY), ("W", W0), ("W", KEPT)):
         found = [_of(rows, part, item, m) for m in ("cosine", "overlap", "relative_magnitude", "direction")]
@@ -119,7 +116,6 @@ def table(rows: Sequence[Number]) -> list[str]:
 
 
 def figure(rows: Sequence[Number], path: Path) -> None:
-    """Per layer: similarity to the start, change of length, change of direction."""
     series = {"A, from its start": ("A", START), "A, from early": ("A", EARLY), "B, from early": ("B", EARLY)}
     panels = [
         figures.Panel(title, {n: pick(rows, part=p, item=i, measure=m) for n, (p, i) in series.items()})

@@ -52,7 +52,6 @@ def split(targets: torch.Tensor, clients: int, alpha: float, least: int, seed: i
 
 
 def _of_client(learner: Study, numbers: torch.Tensor) -> Study:
-    """The study with this client's training rows."""
     ((name, rows),) = learner.rows.items()
     train = [rows.train[i] for i in numbers.tolist()]
     own = dataclasses.replace(rows, train=train, train_target=rows.train_target[numbers])
@@ -60,7 +59,6 @@ def _of_client(learner: Study, numbers: torch.Tensor) -> Study:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """Every client trains by itself; then they are compared."""
     variant, alpha = case.split(", alpha ")
     task, rate = config.tasks[:1], config.vera_learning_rate if variant == VERA else config.number("learning_rate")
     learners = [study(config, variant, seed, tasks=task) for _ in range(config.clients)]  # equal, each trains its own
@@ -149,7 +147,6 @@ def table(rows: Sequence[Number]) -> list[str]:
 
 
 def figure(rows: Sequence[Number], path: Path) -> None:
-    """Per layer: A and B between clients for every case, and A against its start."""
     panels = []
     for case in _known(rows):
         found = pick(rows, case=case)

@@ -30,7 +30,6 @@ def cases(config: Config) -> list[str]:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """One method with one seed, and what needs no training."""
     from alora_kernels.federated import METHODS, FedConfig
     from alora_kernels.recipes.study import study
 
@@ -51,7 +50,6 @@ def run(config: Config, seed: int, case: str) -> list[Number]:
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """Fed-ALoRA against FedIT and FedSA-LoRA."""
     out = []
     for other, text in (("fedit", "all of LoRA (FedIT)"), ("fedsa-lora", "A alone (FedSA-LoRA)")):
         pairs = paired(rows, "average", "fed-alora", other)
@@ -78,5 +76,4 @@ def table(rows: Sequence[Number]) -> list[str]:
 
 
 def figure(rows: Sequence[Number], path: Path) -> None:
-    """Average and worst client of every method, a dot per seed."""
     figures.accuracies(rows, path, {case: case for case in dict.fromkeys(row.case for row in rows)}, "client")

@@ -30,7 +30,6 @@ def cases(config: Config) -> list[str]:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """Train, judge, count."""
     learner = study(config, case, seed)
     heads = sum(p.numel() for p in learner.model.heads.parameters())
     parameters = trainable_parameters(learner.model) - heads
@@ -49,7 +48,6 @@ def run(config: Config, seed: int, case: str) -> list[Number]:
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """ALoRA against HydraLoRA: average, balance."""
     pairs = {measure: paired(rows, measure, ALORA, HYDRA) for measure in ("average", "worst")}
 
     def beside(measure: str) -> str:
@@ -75,7 +73,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per method, a column per task."""
     tasks = list(dict.fromkeys(row.item for row in pick(rows, measure="accuracy")))
     lines = [["always the most frequent", *(percents(rows, measure=MAJORITY, item=t) for t in tasks)]]
     for case in [m for m in METHODS if pick(rows, case=m)]:
@@ -88,5 +85,4 @@ def table(rows: Sequence[Number]) -> list[str]:
 
 
 def figure(rows: Sequence[Number], path: Path) -> None:
-    """Average and worst task of every method, a dot per seed."""
     figures.accuracies(rows, path, {m: METHODS[m] for m in METHODS if pick(rows, case=m)}, "task")

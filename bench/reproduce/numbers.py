@@ -80,7 +80,6 @@ def finished(rows: Sequence[Number], config: Config) -> list[Number]:
 
 
 def pick(rows: Iterable[Number], **wanted: object) -> list[Number]:
-    """The rows whose fields have these values."""
     return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
 
 
@@ -94,7 +93,6 @@ def by_seed(rows: Iterable[Number], **wanted: object) -> dict[int, float]:
 
 
 def per_seed(rows: Iterable[Number], **wanted: object) -> list[float]:
-    """The values of `by_seed`."""
     return list(by_seed(rows, **wanted).values())
 
 
@@ -162,6 +160,5 @@ class Claim:
 
 
 def claim_table(claims: Sequence[Claim]) -> list[str]:
-    """The claims as lines of a Markdown table."""
     lines = ["| claim | from | counted as agreement | ours | verdict |", "|---|---|---|---|---|"]
     return lines + [line(c.text, c.source, c.rule, c.ours if c.agrees else NOT_RUN, c.verdict) for c in claims]

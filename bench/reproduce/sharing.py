@@ -36,7 +36,6 @@ def cases(config: Config) -> list[str]:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """One training, looked at on the way."""
     learner = study(config, case, seed)
     probes = {
         name: learner.batch({t: torch.arange(min(config.probe_size, len(task.train)))})
@@ -86,7 +85,6 @@ def _share(rows: Sequence[Number], case: str, part: str) -> list[float]:
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """Smaller gradients and more conflicts where A is shared."""
     norm = {case: _mean(rows, case, part, "norm") for case, part in SHARED.items()}
     share = {case: _share(rows, case, part) for case, part in SHARED.items()}
 

@@ -28,7 +28,6 @@ def cases(config: Config) -> list[str]:
 
 
 def run(config: Config, seed: int, case: str) -> list[Number]:
-    """Three trainings, three comparisons."""
     first, second = config.tasks[:2]
     trained = {}
     for name, task, start in (("a", first, seed), ("b", second, seed), ("c", first, seed + OTHER)):
@@ -45,7 +44,6 @@ def run(config: Config, seed: int, case: str) -> list[Number]:
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """A follows the initialisation; B does not depend on it much."""
     a, b = (
         {pair: per_seed(rows, part=part, item=pair, measure="overlap") for pair in (SAME, SEEDS, BOTH)} for part in "AB"
     )
@@ -81,7 +79,6 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
 
 
 def table(rows: Sequence[Number]) -> list[str]:
-    """A row per pair: cosine and overlap of A and B, mean over layers."""
     columns = {f"{part}: {m}": {"part": part, "measure": m} for part in "AB" for m in ("cosine", "overlap")}
     pairs = (SAME, SEEDS, BOTH)
     lines = [[pair, *(spread(per_seed(rows, item=pair, **wanted)) for wanted in columns.values())] for pair in pairs]
@@ -89,7 +86,6 @@ def table(rows: Sequence[Number]) -> list[str]:
 
 
 def figure(rows: Sequence[Number], path: Path) -> None:
-    """Per layer: overlap and cosine of A and of B, a panel per pair, with the level of chance."""
     panels = []
     for measure in ("overlap", "cosine"):
         for pair in (SAME, SEEDS, BOTH):

@@ -56,7 +56,6 @@ class Adapters:
 
     @property
     def lora_bytes(self) -> int:
-        """What one task takes as a LoRA of its own: A and B."""
         return self.a_bytes + self.b_bytes
 
     @cached_property
@@ -105,7 +104,6 @@ class Adapters:
 
     @torch.no_grad()
     def fill(self, model: Any, adapter: str, task: int) -> None:
-        """Write a task's numbers into a stock LoRA."""
         for name, a in self.a.items():
             layer = model.get_base_model().get_submodule(name)
             layer.lora_A[adapter].weight.copy_(a[task])

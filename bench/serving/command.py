@@ -34,8 +34,6 @@ TARGET = 16  # tasks at which all providers are compared; one per request in fli
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures."""
-
     model: str
     tasks: Sequence[int]
     popularities: Sequence[str]
@@ -157,7 +155,6 @@ def _cells(row: Repeat) -> list[str]:
 
 
 def draw(console: Console, rows: Sequence[Repeat], path: Path) -> None:
-    """The figure, where matplotlib is and there is anything to show."""
     try:
         check_matplotlib("no figure: pip install matplotlib")
     except ImportError as error:

@@ -25,7 +25,6 @@ STYLES = {"uniform": "o-", "zipf": "s--", "identical": "^:"}
 
 
 def plot(rows: Sequence[Repeat], path: Path) -> None:
-    """Draw the medians of a run's rows as a PNG."""
     timed = [row for row in medians(rows) if row.timed]
     made = figure(13, 5.2)
     left, right = made.subplots(1, 2, width_ratios=(1.25, 1))

@@ -79,8 +79,6 @@ class Provider(Protocol):
 
 
 class Ours:
-    """The engine; with `base` every request goes to the base alone."""
-
     def __init__(self, stage: Stage, *, base: bool = False) -> None:
         self._stage, self._base, self.name = stage, base, BASE if base else OURS
 
@@ -131,7 +129,6 @@ class Stock:
         self._stage, self.name = stage, name
 
     def missing(self, load: Load) -> str | None:
-        """Too many LoRAs take long to load."""
         if load.tasks > MOST_LORAS:
             return f"{load.tasks} LoRAs take minutes to load into PEFT; at {MOST_LORAS} they show what they cost"
         return None
@@ -141,15 +138,12 @@ class Stock:
 
 
 class Serial(Stock):
-    """One task at a time, its LoRA beside the weights or merged into them."""
-
     def __init__(self, stage: Stage, *, merged: bool = False) -> None:
         super().__init__(stage, MERGED if merged else SERIAL)
         self._merged = merged
 
     @contextmanager
     def opened(self, load: Load) -> Iterator[Serve]:
-        """A running manager of transformers over the model inside the PEFT model."""
         model = self._stage.lora(self.name, load.tasks)
         batching = cache_config(_engine_config(load))
         greedy = GenerationConfig(do_sample=False, max_new_tokens=load.new_tokens, eos_token_id=-1)
@@ -175,7 +169,6 @@ class Serial(Stock):
 
     @contextmanager
     def _holding(self, model: Any, adapter: str) -> Iterator[None]:
-        """The model with one adapter, beside its weights or in them."""
         model.set_adapter(adapter)
         if not self._merged:
             yield
@@ -203,8 +196,6 @@ class Serial(Stock):
 
 
 class Mixed(Stock):
-    """PEFT's own mixed batches, wave by wave."""
-
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage, MIXED)
 

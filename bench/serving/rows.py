@@ -66,12 +66,10 @@ class Repeat:
 
     @property
     def group(self) -> tuple[str, int]:
-        """The load: popularity and tasks."""
         return self.popularity, self.tasks
 
     @property
     def timed(self) -> bool:
-        """Whether there is a speed."""
         return self.tokens_per_second is not None
 
 

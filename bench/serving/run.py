@@ -24,14 +24,11 @@ WARM_TOKENS = 2  # a prefill and a step
 
 @dataclass(frozen=True)
 class Job:
-    """One provider under one load."""
-
     provider: Provider
     load: Load
 
     @property
     def row(self) -> dict[str, object]:
-        """Its columns."""
         load = self.load
         note = "the tasks of the load play no part" if self.provider.name == BASE else ""
         sizes = {name: getattr(load, name) for name in ("popularity", "tasks", "concurrency", "requests", "new_tokens")}
@@ -40,7 +37,6 @@ class Job:
 
     @property
     def title(self) -> str:
-        """For the progress bar."""
         return f"{self.provider.name}, {self.load.popularity} over {self.load.tasks}"
 
 
@@ -82,7 +78,6 @@ class Runner:
         return not check.wrong or self._add(job, check)
 
     def _timed(self, job: Job, repeat: int) -> bool:
-        """One repeat; False where there is no sense in another."""
         load = job.load
         try:
             with job.provider.opened(load) as serve:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from alora_kernels import kernels as ak
 
 from .cases import CASES, run_case
-from .cubin import CHIPS, Counts, Usage, code_of, count_amdgcn, count_codes, occupancy, read_amdgcn, read_cubin
+from .cubin import CHIPS, Counts, code_of, count_amdgcn, count_codes, occupancy, read_amdgcn, read_cubin
 
 CHUNK = 12  # jobs that share one run of the disassembler
 
@@ -130,18 +130,11 @@ def compile_job(job: Job) -> tuple[Row, bytes | str]:
     source = ASTSource(kernel, dict(job.signature), dict(job.constexprs), attrs)
     built = triton.compile(source, target=chip.target, options=dict(job.options))
     binary = built.asm.get("cubin")
-    usage: Usage = read_amdgcn(built.asm["amdgcn"]) if binary is None else read_cubin(binary)
-    meta = built.metadata
-    fits = occupancy(
-        chip,
-        registers=usage.registers,
-        shared=meta.shared,
-        warps=meta.num_warps,
-        tensor_columns=getattr(meta, "tmem_size", None) or 0,
-    )
-    resources = {"registers": usage.registers, "spilled": usage.spilled, "shared": meta.shared}
-    limits = {"shared_limit": chip.shared_limit, "warps": meta.num_warps, "programs": fits.programs}
-    row = Row(**described(job), **resources, **limits, limit=fits.limit)
+    usage = read_amdgcn(built.asm["amdgcn"]) if binary is None else read_cubin(binary)
+    taken = {"shared": built.metadata.shared, "warps": built.metadata.num_warps}
+    tensor_columns = getattr(built.metadata, "tmem_size", None) or 0
+    fits = occupancy(chip, registers=usage.registers, **taken, tensor_columns=tensor_columns)
+    row = Row(**described(job), **usage._asdict(), **taken, shared_limit=chip.shared_limit, **fits._asdict())
     return row, built.asm["amdgcn"] if binary is None else code_of(binary)
 
 
@@ -189,9 +182,7 @@ def compile_all(todo: Sequence[Job], workers: int, advance: Callable[[int], Any]
             chunks.append([])
         chunks[-1].append(job)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = {pool.submit(compile_chunk, chunk): i for i, chunk in enumerate(chunks)}
-        done: dict[int, list[Row]] = {}
+        pending = [pool.submit(compile_chunk, chunk) for chunk in chunks]
         for future in as_completed(pending):
-            done[pending[future]] = future.result()
-            advance(len(done[pending[future]]))
-    return [row for i in range(len(chunks)) for row in done[i]]
+            advance(len(future.result()))
+        return [row for future in pending for row in future.result()]

@@ -76,30 +76,8 @@ CASES = (
 )
 
 
-def run_one_pass(
-    case: Case,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    router: Tensor,
-    ids: Tensor,
-    drop: ak.Dropout | None,
-) -> None:
-    """The one-pass kernels that take this layer on the recorded chip."""
-    if case.routing == "soft":
-        if ak.takes_one_pass_soft(x, w, a):
-            ak.one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
-        return
-    if ak.takes_one_pass_task(x, w, a, drop):
-        ak.one_pass_task(x, w, bias, a, b, ids, scaling=2.0, dropout=drop)
-    if drop is None and ak.takes_decode(x, a):
-        ak.decode(x, w, bias, a, b, ids, scaling=2.0)
-
-
 def run_case(case: Case) -> None:
-    """Call every launcher of one forward and backward on meta tensors."""
+    """Call every launcher of one forward and backward that takes this layer on the recorded chip, on meta tensors."""
 
     def empty(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")
@@ -119,7 +97,12 @@ def run_case(case: Case) -> None:
         h, p = ak.shrink_soft(x, a, router, scaling=2.0, dropout=drop)
     if case.base:
         ak.expand(x, w, bias, h, b)
-        run_one_pass(case, x, w, bias, a, b, router, ids, drop)
+        if case.routing == "soft" and ak.takes_one_pass_soft(x, w, a):
+            ak.one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
+        if case.routing == "task" and ak.takes_one_pass_task(x, w, a, drop):
+            ak.one_pass_task(x, w, bias, a, b, ids, scaling=2.0, dropout=drop)
+        if case.routing == "task" and drop is None and ak.takes_decode(x, a):
+            ak.decode(x, w, bias, a, b, ids, scaling=2.0)
     dh, _ = ak.expand_backward(dy, b, h, scaling=2.0)
     if case.routing == "task":
         ak.dx_task(base_dy, base_w, dh, a, groups, dtype=case.dtype, dropout=drop)

@@ -28,6 +28,7 @@ from alora_kernels.plotting import check_matplotlib
 
 from ..report import tables
 from ..report.rows import commit, grouped
+from ..run import checked
 from . import predicted
 from .aot import Row, compile_all, jobs, kernel_names
 from .cubin import CHIPS
@@ -79,7 +80,6 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def every(rows: Sequence[Row]) -> Table:
-    """One line per variant."""
     left = ["chip", "kernel", "variant", "limited by", "tensor-core instructions"]
     right = ["registers", "spilled B", "shared B", "programs", *COPIES]
     table = tables.table("compiled: all variants", left, right)
@@ -112,7 +112,6 @@ def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
 
 
 def launches(found: Sequence[Prediction], rates: Rates) -> Table:
-    """One line per launch."""
     left = ["routing", "M x K -> N", "pass", "plan", "launch", "grid"]
     table = tables.table("PREDICTED, not measured: every launch", left, ["GFLOP", "moved MiB", "predicted us"])
     for p in found:
@@ -182,10 +181,7 @@ def main(
     # who asks for one chip or kernel wants to see what the compiler says of it
     found = [] if chips or kernels else list(predict_all(rates))
     if found and figure is not None:
-        try:
-            check_matplotlib("the figure needs matplotlib: pip install matplotlib")
-        except ImportError as error:
-            raise typer.BadParameter(str(error)) from None
+        checked(None, check_matplotlib, "the figure needs matplotlib: pip install matplotlib")
         predicted.draw(found, figure, rates)
     if found and json_file is None:
         tables.console().print(launches(found, rates) if show_all else predictions(found, rates))

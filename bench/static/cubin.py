@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -61,8 +62,7 @@ CHIPS = {
 }
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """Registers per thread, and bytes per thread that did not fit in them."""
 
     registers: int
@@ -83,8 +83,7 @@ class Counts:
     atomics: int
 
 
-@dataclass(frozen=True)
-class Occupancy:
+class Occupancy(NamedTuple):
     """Programs that run on one multiprocessor at the same time, and the resource that allows no more."""
 
     programs: int
@@ -175,10 +174,6 @@ def count_amdgcn(asm: str) -> Counts:
     )
 
 
-def _blocks(size: int, granule: int) -> int:
-    return -(-size // granule) * granule
-
-
 def occupancy(chip: Chip, *, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> Occupancy:
     """Programs per multiprocessor, or compute unit, when only this kernel runs.
 
@@ -186,10 +181,10 @@ def occupancy(chip: Chip, *, registers: int, shared: int, warps: int, tensor_col
     fit. Warps are dealt to four partitions, each with its own registers. `registers` are per thread, all else per
     program, `shared` in bytes.
     """
-    per_lane = max(_blocks(registers, chip.granule), chip.granule)
+    per_lane = triton.cdiv(max(registers, 1), chip.granule) * chip.granule
     allowed = {
         "registers": 4 * (chip.registers // per_lane) // warps,
-        "shared memory": chip.shared // max(_blocks(shared, 128) + chip.reserved, 1),
+        "shared memory": chip.shared // max(triton.cdiv(shared, 128) * 128 + chip.reserved, 1),
         "warps": 4 * chip.warps // warps,
         "programs": chip.programs,
     }

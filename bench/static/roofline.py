@@ -25,6 +25,8 @@ from alora_kernels.ops.dispatch import PLANS, BackendError
 from alora_kernels.ops.types import Adapter, Needs
 from alora_kernels.routing import RowGroups
 
+from .aot import short_name
+
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -177,7 +179,7 @@ class Trace(TorchDispatchMode):
             named = {name.removesuffix("_ptr"): value for name, value in given if value is not None}
             tensors = {name: getattr(value, "base", value) for name, value in named.items()}
             tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-            name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+            name = short_name(launch.kernel.__name__)
             flops, moved = kernel_flops(self._layer, tensors), size_of(tensors.values())
             self.steps.append(Step(name, launch.grid, flops, moved, True))
         self._seen = len(self._recorded)
@@ -199,7 +201,6 @@ def _torch_flops(name: str, inputs: Sequence[Tensor], results: Sequence[Tensor])
 
 
 def trace(layer: Layer, work: Callable[[], Any], chip: str) -> tuple[tuple[Step, ...], Any]:
-    """The launches of `work`, which runs on meta tensors, and what it returned."""
     with kernels.recording(chip) as recorded, torch.no_grad(), Trace(layer, recorded) as seen:
         result = work()
         seen.collect()
