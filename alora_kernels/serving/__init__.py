@@ -7,35 +7,19 @@ from .._lazy import names_later
 if TYPE_CHECKING:
     from .batching import EngineConfig
     from .engine import Engine, Stats
-    from .errors import ServingError
-    from .request import Completion, Generation, Piece, Sampling
+    from .request import Completion, Generation, Piece, Sampling, ServingError
     from .store import TaskInfo, TaskStore
 
 __all__ = [
-    "Completion",
-    "Engine",
-    "EngineConfig",
-    "Generation",
-    "Piece",
-    "Sampling",
-    "ServingError",
-    "Stats",
-    "TaskInfo",
+    "Completion", "Engine", "EngineConfig", "Generation", "Piece", "Sampling", "ServingError", "Stats", "TaskInfo",
     "TaskStore",
-]
+]  # fmt: skip
 
 _LATER = {  # the engine imports transformers, which takes seconds
-    "Completion": "request",
-    "Engine": "engine",
-    "EngineConfig": "batching",
-    "Generation": "request",
-    "Piece": "request",
-    "Sampling": "request",
-    "ServingError": "errors",
-    "Stats": "engine",
-    "TaskInfo": "store",
-    "TaskStore": "store",
-}
+    "Completion": "request", "Generation": "request", "Piece": "request", "Sampling": "request",
+    "ServingError": "request", "Engine": "engine", "Stats": "engine", "EngineConfig": "batching",
+    "TaskInfo": "store", "TaskStore": "store",
+}  # fmt: skip
 
 __getattr__ = names_later(
     __name__,

@@ -130,7 +130,7 @@ class Before(NamedTuple):
 
 
 class TaskBatching(ContinuousBatchingManager):
-    """The manager of one generation loop, whose thread tells the table of tokens, failures and iterations."""
+    """The manager of one generation loop, which runs in a thread of its own from here on and tells the table."""
 
     def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, table: RequestTable) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
@@ -140,12 +140,8 @@ class TaskBatching(ContinuousBatchingManager):
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
         self._before: list[Before] = []
         self._tokens = 0
-
-    def start(self) -> None:
-        """Start the loop in a thread that does not keep the interpreter alive."""
-        self.background_thread_status.clear()
         thread = threading.Thread(target=self._run_generation_loop, name="alora-generation", daemon=True)
-        self._generation_thread: threading.Thread | None = thread  # type: ignore[assignment]
+        self._generation_thread: threading.Thread | None = thread  # type: ignore[assignment]  # theirs: no daemon
         thread.start()
 
     def add(self, run: Run) -> bool:
@@ -153,9 +149,9 @@ class TaskBatching(ContinuousBatchingManager):
         taken = self.add_request(
             run.prompt,
             request_id=run.generation.id,
-            max_new_tokens=run.sampling.max_tokens,
+            max_new_tokens=run.row.sampling.max_tokens,
             streaming=True,
-            eos_token_id=-1 if run.sampling.ignore_eos else self._table.eos,
+            eos_token_id=-1 if run.row.sampling.ignore_eos else self._table.eos,
         )
         return taken is not None
 

@@ -8,25 +8,36 @@ replaced or unloaded while it answers: a request holds its slot until the loop h
 from __future__ import annotations
 
 import dataclasses
+import random
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .admission import CHECK, Admission
 from .batching import EngineConfig, TaskBatching, cache_config
-from .errors import NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
-from .metrics import Metrics
 from .openmp import release_workers
-from .request import Completion, Generation, Sampling
-from .request_table import RequestTable, Run, State
-from .sampling import Row, random_numbers
+from .request import (
+    Completion,
+    Generation,
+    NotServingError,
+    QueueFullError,
+    RequestError,
+    Sampling,
+    ServingError,
+    UnknownTaskError,
+)
+from .request_table import BASE_SLOT, RequestTable, Run, State
+from .sampling import Row
 from .store import TaskStore
 from .text import TextStream, eos_tokens
+
+CHECK = 0.5  # seconds between looks at the loop's health
+MAX_DEATHS = 5  # in a row, with no request answered in between: the model itself is broken
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,10 @@ class Engine:
             )
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.config = (config or EngineConfig()).resolved(model)
-        self.metrics = Metrics()
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
-        self._table = RequestTable(
-            self.config.max_waiting, self.config.max_batch, eos_tokens(model, tokenizer), store, self.metrics
-        )
+        eos = eos_tokens(model, tokenizer)
+        self._table = RequestTable(self.config.max_waiting, self.config.max_batch, eos, store)
+        self.metrics = self._table.metrics
         self._tokenizing = threading.Lock()  # the backend refuses two threads at once
         self._started = time.perf_counter()
         self._admission: Admission | None = None
@@ -94,10 +104,10 @@ class Engine:
         me = weakref.proxy(self)  # the loop holds the metrics, and must not hold a forgotten engine
         gauge("alora_requests_running", "requests in the batch", lambda: len(table.running))
         gauge("alora_requests_waiting", "requests that wait", lambda: len(table.waiting))
-        gauge("alora_cache_used_ratio", "share of the KV cache in use", lambda: me._cache_used())
+        gauge("alora_cache_used_ratio", "share of the KV cache in use", lambda: me.stats().cache_used)
         if store is not None:
-            gauge("alora_tasks_known", "tasks", lambda: me._task_counts()[1])
-            gauge("alora_tasks_resident", "tasks whose rows are in the model", lambda: me._task_counts()[0])
+            gauge("alora_tasks_known", "tasks", lambda: me.stats().tasks_known)
+            gauge("alora_tasks_resident", "tasks whose rows are in the model", lambda: me.stats().tasks_resident)
             gauge("alora_bytes_per_task", "bytes of one task's rows", lambda: store.bytes_per_task)
             gauge("alora_bytes_shared", "bytes of the shared B", lambda: store.bytes_shared)
 
@@ -116,15 +126,9 @@ class Engine:
             if self.state != "new":
                 raise NotServingError(f"the engine is {self.state}: make a new one")
             self._table.state, self._started = "ready", time.perf_counter()
-        model, table, settings = self.model, self._table, cache_config(self.config)
-
-        def make_loop() -> TaskBatching:
-            loop = TaskBatching(model, settings, table)
-            loop.start()
-            return loop
-
-        self._admission = Admission(table, make_loop)
-        weakref.finalize(self, _stop, table, self._admission)  # a forgotten engine, or the end of the program
+        make_loop = partial(TaskBatching, self.model, cache_config(self.config), self._table)
+        self._admission = Admission(self._table, make_loop)
+        weakref.finalize(self, self._admission.stop)  # a forgotten engine, or the end of the program
         release_workers()
         return self
 
@@ -146,7 +150,7 @@ class Engine:
         if self._admission is None:
             self._table.state = "stopped"
         else:
-            _stop(self._table, self._admission)
+            self._admission.stop()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -183,8 +187,8 @@ class Engine:
             sampling = sampling or Sampling()
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
             generation = Generation(f"gen-{uuid.uuid4().hex[:24]}", task, len(ids), self._table.cancel)
-            row = Row(sampling, random_numbers(sampling.seed))
-            self._table.enqueue(Run(generation, ids, sampling, row, TextStream(self.tokenizer, ids, sampling.stop)))
+            row = Row(sampling, random.Random(sampling.seed).random)
+            self._table.enqueue(Run(generation, ids, row, TextStream(self.tokenizer, ids, sampling.stop)))
             return generation
         except ServingError as error:
             self.metrics.refused.labels(type(error).__name__.removesuffix("Error")).inc()
@@ -248,7 +252,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """The engine's state and counts now."""
-        table, (resident, known) = self._table, self._task_counts()
+        table, tasks = self._table, [] if self.store is None else self.store.tasks()
+        cached = 0 if self._admission is None else self._admission.loop.cached_tokens
         running = table.active()
         rows, requests = table.last_step if running else (0, 0)
         return Stats(
@@ -262,25 +267,97 @@ class Engine:
             tokens_per_second=table.tokens_per_second(),
             requests_finished=table.finished,
             tokens_generated=table.generated,
-            tasks_resident=resident,
-            tasks_known=known,
+            tasks_resident=sum(task.where == "device" for task in tasks),
+            tasks_known=len(tasks),
             uptime=0.0 if table.state == "new" else time.perf_counter() - self._started,
-            cache_used=self._cache_used(),
+            cache_used=cached / (self.config.cache_tokens or 1),
         )
 
-    def _cache_used(self) -> float:
-        return 0.0 if self._admission is None else self._admission.loop.cached_tokens / (self.config.cache_tokens or 1)
 
-    def _task_counts(self) -> tuple[int, int]:
-        tasks = self.store.tasks() if self.store is not None else []
-        return sum(task.where == "device" for task in tasks), len(tasks)
+class Admission:
+    """From the queue into the batch: one thread leases slots, feeds the generation loop, and replaces it if it dies.
 
+    Copying a task's rows in may read a file, so it happens here and not in the loop. Requests are taken strictly in
+    order: when the first one's task finds no free slot, all wait until a request ends, so no task can be starved.
+    """
 
-def _stop(table: RequestTable, admission: Admission) -> None:
-    with table.changed:
-        if table.state == "stopped":
+    def __init__(self, table: RequestTable, make_loop: Callable[[], TaskBatching]) -> None:
+        self._table, self._make_loop = table, make_loop
+        self._deaths, self._answered_before = 0, 0
+        self.loop = make_loop()
+        self._thread = threading.Thread(target=self._run, name="alora-admission", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancel what runs or waits, then end the thread and the loop. Harmless if stopped."""
+        table = self._table
+        with table.changed:
+            if table.state == "stopped":
+                return
+            table.state = "stopped"
+            table.end_all("cancelled", "the engine was stopped", waiting=True)
+            table.changed.notify_all()
+        self._thread.join()
+        self.loop.stop(block=True, hard_stop=True)
+        table.release_all()
+
+    def _run(self) -> None:
+        table = self._table
+        while table.state != "stopped":
+            run = self._next()
+            if not self.loop.is_running() and table.state in ("ready", "draining"):
+                self._replace_loop()
+            elif run is not None and not self._admit(run):
+                with table.changed:
+                    table.changed.wait(CHECK)  # every slot is at work: one is free when a request ends
+
+    def _next(self) -> Run | None:
+        """The first request that waits, as soon as the batch has a place; None after `CHECK` seconds without one."""
+        table = self._table
+
+        def room() -> bool:
+            return bool(table.waiting) and len(table.running) < table.max_batch
+
+        with table.changed:
+            table.changed.wait_for(lambda: table.state == "stopped" or room(), CHECK)
+            return table.waiting[0] if room() else None
+
+    def _admit(self, run: Run) -> bool:
+        """Put a request into the batch, or end it if its task is gone; False if there is no slot for it now."""
+        table, id, task, lease = self._table, run.generation.id, run.generation.task, None
+        if task is not None and table.store is not None:
+            try:
+                lease = table.store.acquire(task)
+            except ServingError as error:  # unloaded while it waited, or its rows cannot be read back
+                table.end(run, "error", str(error))
+                return True
+            if lease is None:
+                return False
+        with table.changed:
+            run.lease, run.slot = lease, BASE_SLOT if lease is None else lease.slot
+            table.running[id] = run
+            if run.ended:  # cancelled meanwhile
+                table.release(id)
+                return True
+            table.waiting.remove(run)
+            run.started = time.perf_counter()
+            if not self.loop.add(run):  # it has just died: the request waits for the next one
+                table.release(id)
+                table.waiting.appendleft(run)
+        return True
+
+    def _replace_loop(self) -> None:
+        """The loop has died: fail what it had and start another."""
+        table, cause = self._table, self.loop.cause
+        table.end_all("error", f"the generation loop died: {cause}", waiting=False)
+        table.release_all()
+        table.metrics.restarts.inc()
+        answered = table.metrics.answered
+        self._deaths = 1 if answered > self._answered_before else self._deaths + 1
+        self._answered_before = answered
+        if self._deaths > MAX_DEATHS:
+            with table.changed:
+                table.state = "failed"
+                table.end_all("error", f"the generation loop keeps dying: {cause}", waiting=True)
             return
-        table.state = "stopped"
-        table.end_all("cancelled", "the engine was stopped", waiting=True)
-        table.changed.notify_all()
-    admission.stop()
+        self.loop = self._make_loop()

@@ -1,22 +1,59 @@
-"""One request as its caller sees it: `Engine.submit` takes a `Sampling`, checked here, and gives a `Generation`.
+"""One request as its caller sees it, and what refuses it: the HTTP server gives each error a status of its own.
 
-The engine pushes `Piece`s of text into the generation, and at the end a `Completion`.
+`Engine.submit` takes a `Sampling`, checked here, and gives a `Generation`. The engine pushes `Piece`s of text into it,
+and at the end a `Completion`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
+import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import RequestError
-
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_STOPS = 4
+INT64 = range(-(2**63), 2**63)
+
+
+class ServingError(ValueError):
+    """A request or an adapter that is refused; everything that runs goes on."""
+
+
+class RequestError(ServingError):
+    """A request whose contents cannot be served: `param` names the setting at fault as the user knows it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownTaskError(ServingError):
+    """No such task among the names that exist."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        super().__init__(f"no model or task is called {name!r}: known are {listed or 'none'}")
+        self.name, self.known = name, tuple(known)
+
+
+class AdapterRefusedError(ServingError):
+    """An adapter folder that does not fit or cannot be trusted; the message says why."""
+
+
+class QueueFullError(ServingError):
+    """More requests wait than the engine may hold; a place is likely after `retry_after` seconds."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in about {retry_after:.0f} s")
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class NotServingError(ServingError):
+    """The engine is starting, finishing what runs, or stopped: it takes no new request."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +82,21 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if not _whole(self.max_tokens) or self.max_tokens < 1:
-            raise RequestError(f"max_tokens must be a whole number >= 1, got {self.max_tokens!r}", "max_tokens")
-        if not math.isfinite(self.temperature) or not 0 <= self.temperature <= 100:
-            raise RequestError(f"temperature must be a number in 0 .. 100, got {self.temperature!r}", "temperature")
-        if not math.isfinite(self.top_p) or not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p must be above 0 and at most 1, got {self.top_p!r}", "top_p")
-        if not _whole(self.top_k) or self.top_k < 0:
-            raise RequestError(f"top_k must be a whole number >= 0 (0: no limit), got {self.top_k!r}", "top_k")
-        if self.seed is not None and (not _whole(self.seed) or not -(2**63) <= self.seed < 2**63):
-            raise RequestError(f"seed must be a whole number of 64 bits, got {self.seed!r}", "seed")
-        if isinstance(self.stop, str) or len(self.stop) > MAX_STOPS:
-            raise RequestError(f"stop must be at most {MAX_STOPS} texts, got {self.stop!r}", "stop")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise RequestError(f"stop must hold texts that are not empty, got {self.stop!r}", "stop")
+        for name, fine, must in (
+            ("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "be a whole number >= 1"),
+            ("temperature", 0 <= self.temperature <= 100, "be a number in 0 .. 100"),
+            ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
+            ("top_k", _whole(self.top_k) and self.top_k >= 0, "be a whole number >= 0 (0: no limit)"),
+            (
+                "seed",
+                self.seed is None or (_whole(self.seed) and self.seed in INT64),
+                "be a whole number of 64 bits",
+            ),
+            ("stop", not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS, f"be at most {MAX_STOPS} texts"),
+            ("stop", all(isinstance(text, str) and text for text in self.stop), "hold texts that are not empty"),
+        ):
+            if not fine:
+                raise RequestError(f"{name} must {must}, got {getattr(self, name)!r}", name)
 
     @property
     def greedy(self) -> bool:
@@ -154,53 +192,42 @@ class Generation:
         """Wait for the end, in asyncio."""
         async for _ in self:
             pass
-        assert self._completion is not None
-        return self._completion
+        return self.result()
 
     def __iter__(self) -> Iterator[Piece]:
-        read = 0
-        while True:
+        for read in itertools.count():
             with self._changed:
                 self._changed.wait_for(lambda: len(self._pieces) > read)  # noqa: B023, called before read changes
-                new = self._pieces[read:]
-            read += len(new)
-            yield from new
-            if new[-1].finish_reason is not None:
+            yield self._pieces[read]
+            if self._pieces[read].finish_reason is not None:
                 return
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        loop, woken, read = asyncio.get_running_loop(), asyncio.Event(), 0
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the reader's event loop may be closed already
                 loop.call_soon_threadsafe(woken.set)
 
-        with self._changed:
-            self._wakers.append(wake)
+        self._wakers.append(wake)
         try:
-            while True:
-                woken.clear()
-                with self._changed:
-                    new = self._pieces[read:]
-                read += len(new)
-                for piece in new:
-                    yield piece
-                if new and new[-1].finish_reason is not None:
-                    return
-                if not new:
+            for read in itertools.count():
+                while len(self._pieces) <= read:
+                    woken.clear()  # a piece that comes now sets it only after this thread waits
                     await woken.wait()
+                yield self._pieces[read]
+                if self._pieces[read].finish_reason is not None:
+                    return
         finally:
-            with self._changed:
-                self._wakers.remove(wake)
+            self._wakers.remove(wake)
 
     def push(self, piece: Piece, completion: Completion | None = None) -> None:
         """For the engine: hand a piece to the readers; the last one with the completion."""
         with self._changed:
             if self.done:
                 return
-            self._pieces.append(piece)
             self._completion = completion
+            self._pieces.append(piece)
             self._changed.notify_all()
-            wakers = list(self._wakers)
-        for wake in wakers:
+        for wake in list(self._wakers):
             wake()

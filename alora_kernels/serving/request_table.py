@@ -1,8 +1,8 @@
-"""The table of requests: who waits, who runs, who has ended; the one thing that all threads of an engine share.
+"""The table of requests: who waits, who runs, who has ended, and the numbers `/metrics` shows of them.
 
-`Engine` and `Admission` write into it, `TaskBatching` tells it of tokens and iterations. A request that has ended stays
-among the running until the loop no longer has it, and only then is its lease given back: its rows cannot be overwritten
-while a step may still read them.
+It is the one thing that all threads of an engine share: `Engine` and `Admission` write into it, `TaskBatching` tells it
+of tokens and iterations. A request that has ended stays among the running until the loop no longer has it, and only
+then is its lease given back: its rows cannot be overwritten while a step may still read them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .errors import NotServingError, QueueFullError
-from .metrics import Metrics
-from .request import Completion, FinishReason, Generation, Piece, Sampling
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .request import Completion, FinishReason, Generation, NotServingError, Piece, QueueFullError
 from .sampling import Row
 from .text import TextStream
 
@@ -26,6 +26,49 @@ if TYPE_CHECKING:
 State = Literal["new", "ready", "draining", "stopped", "failed"]
 BASE_SLOT = -1  # the base model alone
 WINDOW = 2.0  # seconds over which tokens per second are counted
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+BASE_LABEL = "(base)"  # parentheses are in no task's name
+
+
+class Metrics:
+    """Counters and histograms of one engine in a registry of its own; `answered` requests ended without an error."""
+
+    def __init__(self) -> None:
+        own = self.registry = CollectorRegistry()
+        self.requests = Counter("alora_requests", "requests that have ended", ["task", "finish_reason"], registry=own)
+        self.refused = Counter("alora_requests_refused", "requests that were not taken", ["reason"], registry=own)
+        self.prompt_tokens = Counter("alora_prompt_tokens", "tokens of prompts", ["task"], registry=own)
+        self.tokens = Counter("alora_generated_tokens", "tokens generated", ["task"], registry=own)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, what, registry=own, buckets=buckets)
+
+        self.first_token = histogram("alora_time_to_first_token_seconds", "from submission to first token", SECONDS)
+        self.seconds = histogram("alora_request_seconds", "from submission to the end", SECONDS)
+        self.batch_tokens = histogram("alora_batch_tokens", "tokens in a step", ROWS)
+        self.batch_requests = histogram("alora_batch_requests", "requests in a step", ROWS)
+        self.restarts = Counter("alora_engine_restarts", "generation loops that died and were replaced", registry=own)
+        self.answered = 0
+
+    def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Add a value that is read when it is asked for."""
+        Gauge(name, what, registry=self.registry).set_function(read)
+
+    def text(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def ended(self, completion: Completion) -> None:
+        """Count a request that has ended."""
+        self.answered += completion.finish_reason != "error"
+        task = BASE_LABEL if completion.task is None else completion.task
+        self.requests.labels(task, completion.finish_reason).inc()
+        self.prompt_tokens.labels(task).inc(completion.prompt_tokens)
+        self.tokens.labels(task).inc(completion.completion_tokens)
+        if completion.first_token is not None:
+            self.first_token.observe(completion.first_token)
+        self.seconds.observe(completion.seconds)
 
 
 @dataclass(eq=False)
@@ -34,7 +77,6 @@ class Run:
 
     generation: Generation
     prompt: list[int]
-    sampling: Sampling
     row: Row
     text: TextStream
     slot: int = BASE_SLOT
@@ -65,9 +107,7 @@ class Run:
 class RequestTable:
     """Requests of one engine. `changed` guards and announces every change; `eos` are tokens that end a text."""
 
-    def __init__(
-        self, max_waiting: int, max_batch: int, eos: Sequence[int], store: TaskStore | None, metrics: Metrics
-    ) -> None:
+    def __init__(self, max_waiting: int, max_batch: int, eos: Sequence[int], store: TaskStore | None) -> None:
         self.changed = threading.Condition()
         self.state: State = "new"
         self.waiting: deque[Run] = deque()
@@ -75,7 +115,7 @@ class RequestTable:
         self.finished = self.generated = 0
         self.last_step = (0, 0)
         self.max_waiting, self.max_batch, self.eos = max_waiting, max_batch, list(eos)
-        self.store, self.metrics = store, metrics
+        self.store, self.metrics = store, Metrics()
         self._recent: deque[tuple[float, int]] = deque()
         self._durations: deque[float] = deque(maxlen=64)
 
@@ -159,7 +199,7 @@ class RequestTable:
         if run.text.stopped:
             self.end(run, "stop", text=text)
         elif finished:
-            eos = run.tokens and run.tokens[-1] in self.eos and not run.sampling.ignore_eos
+            eos = run.tokens and run.tokens[-1] in self.eos and not run.row.sampling.ignore_eos
             self.end(run, "stop" if eos else "length", text=text)
         else:
             run.generation.push(Piece(text, len(run.tokens)))
@@ -186,6 +226,7 @@ class RequestTable:
     def tokens_per_second(self) -> float:
         """Generated tokens per second, over the last two."""
         since = time.perf_counter() - WINDOW
-        while self._recent and self._recent[0][0] < since:
-            self._recent.popleft()
+        with self.changed:  # others ask, too
+            while self._recent and self._recent[0][0] < since:
+                self._recent.popleft()
         return sum(tokens for _, tokens in list(self._recent)) / WINDOW

@@ -7,7 +7,6 @@ logits). A number u in [0, 1) picks the token at which the summed probability pa
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,11 +21,6 @@ class Row(NamedTuple):
 
     sampling: Sampling
     uniform: Callable[[], float]
-
-
-def random_numbers(seed: int | None) -> Callable[[], float]:
-    """The random numbers of one request; None takes entropy from the system."""
-    return random.Random(seed).random
 
 
 class NotFiniteError(ArithmeticError):

@@ -1,28 +1,44 @@
-"""Resident A's: every adapted layer holds `capacity` of them in one tensor, and one B that all tasks share.
+"""Where a task's matrices are: in a slot of the model's layers, in host memory, or in a file.
 
-A slot's number is the task id of a request's tokens. A is allocated once, `[capacity, R, K]` per layer, so its address
-stays the same for CUDA graphs and a task comes or goes by copying its own rows. Rows of a free slot are stale and
-nothing may be routed to them. Smaller ranks are padded with zero rows, which add nothing; so only the first columns of
-B have to agree.
+`Slots`: every adapted layer holds `capacity` A's in one tensor, and one B that all tasks share. A slot's number is the
+task id of a request's tokens. A is allocated once, `[capacity, R, K]` per layer, so its address stays the same for CUDA
+graphs and a task comes or goes by copying its own rows. Rows of a free slot are stale and nothing may be routed to
+them. Smaller ranks are padded with zero rows, which add nothing; so only the first columns of B have to agree.
+
+`Placement`: the least recently used record makes room and keeps its numbers bit for bit. `TaskStore` locks, not this.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+import shutil
+import tempfile
+import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .. import files
+from ..adapters.cards import TaskCard
 from ..adapters.config import refused
 from ..adapters.reader import AdapterFile
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..tuner.base_layer import features
 from ..tuner.layer import AdapterSpec
 from ..tuner.targets import check_target
+from .request import AdapterRefusedError
 
+log = logging.getLogger("alora_kernels.serving")
+Where = Literal["device", "host", "disk"]
+Rows = dict[str, Tensor]  # module -> a task's A there: [r, K], r <= R, on the CPU, in the slots' dtype
 ADAPTER = "serving"
 SHOWN = 5  # module names in an error
 SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is rounding
@@ -42,7 +58,10 @@ class Slots:
         _check_model(model, file)
         self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
         self.shapes, self._scaling, self._base = dict(file.shapes), dict(file.scaling), file.base
-        self._layers: dict[str, ALoRALayer] = {}
+        self.bytes_per_task = sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize  # in all layers
+        self.bytes_shared = sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize  # of the B's, likewise
+        self._a: dict[str, nn.Parameter] = {}  # module -> [capacity, R, K]
+        self._b: dict[str, nn.Parameter] = {}  # [N, R]
         self._before = (model.training, [p for p in model.parameters() if p.requires_grad])
         b = {module: _cast(file, module, tensor, self.dtype) for module, tensor in file.b.items()}
         try:
@@ -56,43 +75,31 @@ class Slots:
         target = "|".join(re.escape(module) for module in self.shapes)
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(ALoRAConfig(r=1, tasks=2, target_modules=target), self.model, ADAPTER)
-        self._layers = {n: m for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)}
-        if self._layers.keys() != self.shapes.keys():
-            raise RuntimeError(f"PEFT adapted other modules than asked for: {_some(self._layers, self.shapes)}")
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)}
+        if layers.keys() != self.shapes.keys():
+            raise RuntimeError(f"PEFT adapted other modules than asked for: {_some(layers, self.shapes)}")
         # two names at least: with one, a layer would serve calls that say no task as if they had said this one
         slots = tuple(f"slot{i}" for i in range(max(self.capacity, 2)))
-        for module, layer in self._layers.items():
+        for module, layer in layers.items():
             _, r, k = self.shapes[module]
             device = layer.asymlora_A[ADAPTER].weight.device
             a = torch.zeros(self.capacity, r, k, dtype=self.dtype, device=device)
-            layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
-            layer.asymlora_B[ADAPTER].weight = nn.Parameter(b[module].to(device), requires_grad=False)
+            self._a[module] = layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
+            self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b[module].to(device), requires_grad=False)
             layer.asymlora_spec[ADAPTER] = AdapterSpec(r, self._scaling[module], 0.0, slots, self.capacity)
         self.model.eval().requires_grad_(False)
 
     def remove(self) -> None:
         """Take the layers out: the model is as it was."""
-        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)]
-        for name, layer in layers:
+        for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)]:
             self.model.set_submodule(name, layer.base_layer)
         CheckpointGuard.remove(self.model)
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
-        self._layers = {}
         training, trained = self._before
         self.model.train(training)
         for parameter in trained:
             parameter.requires_grad_(True)
-
-    @property
-    def bytes_per_task(self) -> int:
-        """Bytes of one task's A's in all layers."""
-        return sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize
-
-    @property
-    def bytes_shared(self) -> int:
-        """Bytes of the B's in all layers, held once for all tasks."""
-        return sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize
 
     def fit(self, file: AdapterFile) -> None:
         """Raise an AdapterFolderError unless every task of the folder can be served from these slots.
@@ -117,7 +124,7 @@ class Slots:
         limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
         different = {}
         for module, b in file.b.items():
-            own = self._layers[module].asymlora_B[ADAPTER].weight[:, : b.shape[1]].to("cpu", torch.float64)
+            own = self._b[module][:, : b.shape[1]].to("cpu", torch.float64)
             own, other = own * self._scaling[module], b.to(torch.float64) * file.scaling[module]
             size = max(float(own.abs().max()), float(other.abs().max()), torch.finfo(torch.float64).tiny)
             difference = float((own - other).abs().max()) / size
@@ -131,18 +138,13 @@ class Slots:
                 f" {where}): several LoRAs with B of their own become one ALoRA with `alora import`",
             )
 
-    def rows(self, file: AdapterFile, task: str) -> dict[str, Tensor]:
-        """A task's matrices as they lie in a slot: module -> `[R, K]` on the CPU, padded, in the slots' dtype."""
-        rows = {}
-        for module, a in file.matrices(task).items():
-            a = _cast(file, module, a, self.dtype)
-            missing = self.shapes[module][1] - a.shape[0]
-            rows[module] = nn.functional.pad(a, (0, 0, 0, missing)) if missing else a
-        return rows
+    def rows(self, file: AdapterFile, task: str) -> Rows:
+        """A task's matrices as `write` takes them, unless the dtype cannot hold them."""
+        return {module: _cast(file, module, a, self.dtype) for module, a in file.matrices(task).items()}
 
     @torch.no_grad()
-    def write(self, slot: int, matrices: Mapping[str, Tensor]) -> None:
-        """Copy a task's matrices, `[r, K]` with r <= R, into a slot, and zeros into the rows above r.
+    def write(self, slot: int, matrices: Rows) -> None:
+        """Copy a task's matrices into a slot, and zeros into the rows above r.
 
         All are checked before the first is written; on return the device has them.
         """
@@ -153,17 +155,17 @@ class Slots:
             if a.dim() != 2 or a.shape[0] > r or a.shape[1] != k:
                 raise ValueError(f"{module}: matrices must be at most [{r}, {k}], got {list(a.shape)}")
         for module, a in matrices.items():
-            held = self._layers[module].asymlora_A[ADAPTER].weight[slot]
+            held = self._a[module][slot]
             held[: a.shape[0]].copy_(a)
             held[a.shape[0] :].zero_()
-        for device in {layer.asymlora_A[ADAPTER].weight.device for layer in self._layers.values()}:
+        for device in {a.device for a in self._a.values()}:
             if device.type == "cuda":  # the engine runs on a stream of its own
                 torch.cuda.current_stream(device).synchronize()
 
     @torch.no_grad()
-    def read(self, slot: int) -> dict[str, Tensor]:
-        """Copies of a slot's matrices: module -> `[R, K]` on the CPU."""
-        return {m: layer.asymlora_A[ADAPTER].weight[slot].to("cpu", copy=True) for m, layer in self._layers.items()}
+    def read(self, slot: int) -> Rows:
+        """Copies of a slot's matrices, with all R rows."""
+        return {module: a[slot].to("cpu", copy=True) for module, a in self._a.items()}
 
 
 def _check_model(model: nn.Module, file: AdapterFile) -> None:
@@ -203,3 +205,145 @@ def _some(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
             shown = ", ".join(sorted(names)[:SHOWN])
             parts.append(f"{title} {shown}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""))
     return "; ".join(parts)
+
+
+@dataclass(eq=False)
+class Record:
+    """One version of a task."""
+
+    name: str
+    version: int  # unlike that of any other record of the store
+    folder: Path
+    loaded_at: float
+    card: TaskCard | None = None
+    leases: int = 0  # running requests that use it
+    gone: bool = False  # unloaded or replaced: it goes with its last lease
+    slot: int | None = None  # while it is on the device
+    rows: Rows | None = None  # while it is in host memory
+    file: Path | None = None  # once it was on the disk
+
+    @property
+    def where(self) -> Where:
+        """The fastest place that holds it."""
+        if self.slot is not None:
+            return "device"
+        return "host" if self.rows is not None else "disk"
+
+    @property
+    def label(self) -> dict[str, str]:
+        """The metadata of its file."""
+        return {"task": self.name, "version": str(self.version)}
+
+
+class Placement:
+    """Moves records between the three places; `host` and `spill` as in `TaskStore.open`."""
+
+    def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
+        if host is not None and host < 0:
+            raise ValueError(f"host must be >= 0, or None for no limit, got {host}")
+        self.slots, self.host, self.spill = slots, host, spill
+        self._free = list(reversed(range(slots.capacity)))
+        self._resident: OrderedDict[Record, None] = OrderedDict()  # least recently used first
+        self._waiting: OrderedDict[Record, None] = OrderedDict()  # in host memory, likewise
+        self._folder: Path | None = None
+        self._remove: weakref.finalize | None = None
+
+    def add(self, record: Record, rows: Rows) -> None:
+        """Place a new record: in a free slot, else in host memory. It displaces none from the device.
+
+        An OSError if host memory is full and the disk does not take what would make room.
+        """
+        if self._free:
+            self._write(record, rows)
+            return
+        record.rows = rows
+        self._waiting[record] = None
+        self._make_room()
+
+    def bring(self, record: Record) -> bool:
+        """Bring a record into a slot, as the one used last; False if running requests use every slot.
+
+        An AdapterRefusedError if its file is damaged; everything else stays where it is.
+        """
+        if record.slot is not None:
+            self._resident.move_to_end(record)
+            return True
+        victim = None if self._free else next((other for other in self._resident if not other.leases), None)
+        if not self._free and victim is None:
+            return False
+        rows = record.rows if record.rows is not None else self._from_disk(record)
+        if victim is not None:
+            self._evict(victim)
+        self._write(record, rows)
+        try:
+            self._make_room()
+        except OSError as error:  # nothing is lost, and the request can go on
+            log.warning("no task can move from host memory to the disk, so more than %s stay: %s", self.host, error)
+        return True
+
+    def drop(self, record: Record) -> None:
+        """Forget a record that no request uses."""
+        if record.slot is not None:
+            del self._resident[record]
+            self._free.append(record.slot)
+            record.slot = None
+        self._waiting.pop(record, None)
+        record.rows = None
+        if record.file is not None:
+            try:
+                record.file.unlink(missing_ok=True)
+            except OSError as error:  # the folder goes as a whole in the end
+                log.warning("%s was not removed: %s", record.file, error)
+            record.file = None
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._remove is not None:
+            self._remove()
+
+    def _write(self, record: Record, rows: Rows) -> None:
+        self.slots.write(self._free[-1], rows)
+        record.slot, record.rows = self._free.pop(), None
+        self._waiting.pop(record, None)
+        self._resident[record] = None
+
+    def _evict(self, record: Record) -> None:
+        assert record.slot is not None
+        record.rows = self.slots.read(record.slot)
+        self._free.append(record.slot)
+        record.slot = None
+        del self._resident[record]
+        self._waiting[record] = None
+
+    def _make_room(self) -> None:
+        """Move the least recently used records from host memory to the disk until the rest is within `host`."""
+        while self.host is not None and len(self._waiting) > self.host:
+            record = next(iter(self._waiting))
+            if record.file is None:
+                self._to_disk(record)
+            record.rows = None
+            del self._waiting[record]
+
+    def _to_disk(self, record: Record) -> None:
+        assert record.rows is not None
+        if self._folder is None:
+            if self.spill is not None:
+                self.spill.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder = Path(tempfile.mkdtemp(prefix="alora-tasks-", dir=self.spill))  # mode 700
+            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, or before
+        path = self._folder / f"version-{record.version}.safetensors"
+        files.write(path, record.rows, record.label)
+        record.file = path
+
+    def _from_disk(self, record: Record) -> Rows:
+        assert record.file is not None
+        try:
+            rows, label = files.read(record.file)
+            if label != record.label:
+                raise files.DamagedFileError(f"{record.file} holds another task")
+        except (OSError, files.DamagedFileError) as error:
+            raise AdapterRefusedError(
+                f"task {record.name!r} was moved to the disk and does not come back ({error}): load {record.folder}"
+                " again with replace=True"
+            ) from None
+        return rows

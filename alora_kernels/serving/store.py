@@ -22,10 +22,9 @@ from ..adapters.cards import TaskCard, read_task_cards
 from ..adapters.config import AdapterFolderError, refused
 from ..adapters.reader import AdapterFile, read_adapter
 from ..modules.adapter import BASE
-from .errors import AdapterRefusedError, NotServingError, UnknownTaskError
 from .openmp import release_workers
-from .placement import Placement, Record, Where
-from .slots import Slots
+from .request import AdapterRefusedError, NotServingError, UnknownTaskError
+from .slots import Placement, Record, Slots, Where
 
 SHOWN = 20  # names in an error
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as the model: nothing that needs quoting
@@ -55,10 +54,16 @@ class Lease:
 
 
 class TaskStore:
-    """The tasks that a model can serve. Made by `open`; every method may be called from any thread."""
+    """The tasks that a model can serve. Made by `open`; every method may be called from any thread.
+
+    Attributes:
+        slots: the layers in the model.
+        bytes_per_task: of one task's A's in all layers.
+        bytes_shared: of the B's in all layers, held once for all tasks.
+    """
 
     def __init__(self, slots: Slots, *, host: int | None = None, spill: Path | None = None) -> None:
-        self.slots = slots
+        self.slots, self.bytes_per_task, self.bytes_shared = slots, slots.bytes_per_task, slots.bytes_shared
         self._lock = threading.RLock()
         self._placement = Placement(slots, host, spill)
         self._records: dict[str, Record] = {}
@@ -108,16 +113,6 @@ class TaskStore:
                 store.load(folder)
             undo.pop_all()
         return store
-
-    @property
-    def bytes_per_task(self) -> int:
-        """Bytes of one task's A's in all layers."""
-        return self.slots.bytes_per_task
-
-    @property
-    def bytes_shared(self) -> int:
-        """Bytes of the B's in all layers, held once for all tasks."""
-        return self.slots.bytes_shared
 
     def load(
         self, folder: Path, *, name: str | None = None, task: str | None = None, replace: bool = False

@@ -18,9 +18,7 @@ from typing import Any
 
 from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import Engine, EngineConfig, Stats, TaskInfo
-from alora_kernels.serving.errors import AdapterRefusedError, UnknownTaskError
-from alora_kernels.serving.metrics import Metrics
-from alora_kernels.serving.request import Generation, Sampling
+from alora_kernels.serving.request import AdapterRefusedError, Generation, Sampling, UnknownTaskError
 from alora_kernels.serving.request_table import RequestTable, Run
 
 VOCABULARY = 1000
@@ -159,9 +157,10 @@ class FakeEngine(Engine):
         echo: bool = False,
     ) -> None:
         self.config = config or EngineConfig(max_batch=32, max_waiting=64, max_context=64)
-        self.store, self.tokenizer, self.metrics = FakeStore(tasks), FakeTokenizer(chat_template), Metrics()
+        self.store, self.tokenizer = FakeStore(tasks), FakeTokenizer(chat_template)
         self._vocabulary, self._tokenizing, self._admission = VOCABULARY, threading.Lock(), None
-        self._table = NotingTable(self.config.max_waiting, self.config.max_batch, [], None, self.metrics)
+        self._table = NotingTable(self.config.max_waiting, self.config.max_batch, [], None)
+        self.metrics = self._table.metrics
         self.words, self.delay, self.echo, self.allowed = words, delay, echo, 10**9
         self.faults: dict[str, Exception | str] = {}
         self.submitted: list[tuple[Any, str | None, Sampling]] = []
@@ -199,7 +198,7 @@ class FakeEngine(Engine):
         if isinstance(fault, Exception):
             raise fault
         generation = super().submit(prompt, task, sampling)
-        self.submitted.append((prompt, task, self._table.taken[generation.id].sampling))
+        self.submitted.append((prompt, task, self._table.taken[generation.id].row.sampling))
         return generation
 
     def stats(self) -> Stats:
@@ -236,8 +235,8 @@ class FakeEngine(Engine):
             return self._table.output(run.generation.id, run.tokens, False, "boom, as asked")
         said = self.tokenizer.texts.get(tuple(run.prompt), "")
         word = f"{task} read: {said} " if self.echo and not count else f"{task}{count} "
-        full = count + 1 >= run.sampling.max_tokens and self.words
-        over = count + 1 >= self.words and not run.sampling.ignore_eos and not full
+        full = count + 1 >= run.row.sampling.max_tokens and self.words
+        over = count + 1 >= self.words and not run.row.sampling.ignore_eos and not full
         token = self.tokenizer.token(word if self.words else "")
         if over:
             self._table.eos.append(token)

@@ -36,7 +36,6 @@ METHODS = [
     (continuous_api.OutputRouter, "__init__", ""),
     (continuous_api.OutputRouter, "deliver", "output"),
     (continuous_api.OutputRouter, "deliver_batch", "outputs"),
-    (continuous_api.BackgroundThreadStatus, "clear", ""),
     (
         ContinuousBatchingIOs,
         "prepare_batch_tensors",

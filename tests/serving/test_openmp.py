@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore, engine, openmp, store
-from alora_kernels.serving.errors import AdapterRefusedError
+from alora_kernels.serving.request import AdapterRefusedError
 from tests.support import adapters
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in Linux's /proc/self/task")

@@ -17,7 +17,7 @@ from truth import alone, merged_models
 from alora_kernels import set_task
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
-from alora_kernels.serving.errors import NotServingError, QueueFullError, RequestError, UnknownTaskError
+from alora_kernels.serving.request import NotServingError, QueueFullError, RequestError, UnknownTaskError
 from alora_kernels.tuner import ALoRALayer
 from tests.support.adapters import alora_folder, tiny_base
 

@@ -13,9 +13,9 @@ import pytest
 from enginefakes import FakeEngine
 from httpserver import running
 
-from alora_kernels.serving.errors import NotServingError, QueueFullError
 from alora_kernels.serving.http import ServerConfig, create_app
 from alora_kernels.serving.http import app as application
+from alora_kernels.serving.request import NotServingError, QueueFullError
 
 ASK = {"model": "movie", "prompt": "is it good"}
 

@@ -8,8 +8,8 @@ import pytest
 from enginefakes import FakeEngine
 from httpserver import running
 
-from alora_kernels.serving.errors import QueueFullError
 from alora_kernels.serving.http import ServerConfig
+from alora_kernels.serving.request import QueueFullError
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed: pip install openai")
 

@@ -18,8 +18,8 @@ from httpserver import running
 
 from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import EngineConfig
-from alora_kernels.serving.errors import QueueFullError, RequestError
 from alora_kernels.serving.http import ServerConfig
+from alora_kernels.serving.request import QueueFullError, RequestError
 
 pytest.register_assert_rewrite("pagecontract")
 from pagecontract import ENDED, TASKS, PageContract, ask, choose, overflow, part, state, text  # noqa: E402

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
-from alora_kernels.serving.errors import RequestError
-from alora_kernels.serving.request import Sampling
-from alora_kernels.serving.sampling import NotFiniteError, Row, choose, random_numbers
+from alora_kernels.serving.request import RequestError, Sampling
+from alora_kernels.serving.sampling import NotFiniteError, Row, choose
 
 
 def row(seed: int = 0, **settings) -> Row:
-    return Row(Sampling(**settings), random_numbers(seed))
+    return Row(Sampling(**settings), random.Random(seed).random)
 
 
 def test_temperature_zero_is_argmax_and_draws_nothing():

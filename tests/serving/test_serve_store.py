@@ -20,9 +20,8 @@ from peft import PeftModel
 from alora_kernels import files, route
 from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.adapters.reader import read_adapter
-from alora_kernels.serving.errors import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
-from alora_kernels.serving.placement import Placement
-from alora_kernels.serving.slots import Slots
+from alora_kernels.serving.request import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
+from alora_kernels.serving.slots import Placement, Slots
 from alora_kernels.serving.store import Lease, TaskStore
 from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 

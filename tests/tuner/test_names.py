@@ -15,7 +15,7 @@ from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.adapters.writer import save_adapter
-from alora_kernels.serving.errors import AdapterRefusedError
+from alora_kernels.serving.request import AdapterRefusedError
 from alora_kernels.serving.store import TaskStore
 from alora_kernels.tuner.config import unwrapped
 

@@ -1,13 +1,7 @@
 """The engine behind OpenAI's HTTP interface: `alora serve`, or mounted elsewhere by `create_app`.
 
-    app, run         the application with the playground at /; sockets and signals
-    security         settings of the server; keys, rates, hosts
-    errors           every refusal in OpenAI's shape
-    openai           completions and chats: bodies, fields, prompts, the shape of replies
-    answer, stream   whole replies, or piece by piece
-    admin            models, loading and unloading, health and metrics
-
-No web framework is imported before a name is asked for.
+A request passes the gate (`security`), is read and shaped by `openai` or `admin`, and answered by `answer`; `errors`
+gives every refusal one shape, and `app` puts it all together. No web framework is imported before a name is asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +11,10 @@ from typing import TYPE_CHECKING
 from ..._lazy import names_later
 
 if TYPE_CHECKING:
-    from .app import create_app
-    from .run import bind, serve
+    from .app import bind, create_app, serve
     from .security import ServerConfig
 
-_WHERE = {"ServerConfig": "security", "bind": "run", "create_app": "app", "serve": "run"}
+_WHERE = {"ServerConfig": "security", "bind": "app", "create_app": "app", "serve": "app"}
 
 __all__ = ["ServerConfig", "bind", "create_app", "serve"]
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ..errors import UnknownTaskError
+from ..request import UnknownTaskError
 from .errors import ApiError
 from .openai import Fields, read
 from .security import ServerConfig

@@ -1,16 +1,25 @@
-"""The application: routes, the gate around them, refusals in one shape, and the playground at /.
+"""The application: routes, the gate around them, refusals in one shape, the playground at /; served until a signal.
 
 FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `openai`.
 The playground's policy lets a browser load only its files and talk only to this server. Only file names found when the
 server starts are routes, so no path of a request ever becomes a path of the disk.
+
+SIGTERM or SIGINT drains: requests that run or wait are answered, new ones get 503, and /health says "draining", so
+that a load balancer turns away; after `drain_timeout` what is left is cut off. A second signal cuts it off at once.
+uvicorn would raise the signal again at the end, which would skip all clean-up; here the process returns instead.
 """
 
 from __future__ import annotations
 
+import logging
+import socket
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, FastAPI
+import uvicorn
+from fastapi import FastAPI
 from starlette.responses import FileResponse, Response
 
 from . import admin, errors, openai
@@ -20,6 +29,9 @@ from .security import Gate, ServerConfig
 if TYPE_CHECKING:
     from ..engine import Engine
 
+log = logging.getLogger(__name__)
+FLUSH = 5  # seconds for clients to take what was answered
+CUT_OFF = 1  # the same after a second signal
 PAGE = Path(__file__).parent / "page"
 INDEX, ICON = "/", "/favicon.ico"
 KINDS = (".css", ".html", ".js", ".png", ".svg")
@@ -44,7 +56,13 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     app.include_router(openai.router(engine, config))
     app.include_router(admin.router(engine, config))
     pages = _pages()
-    app.include_router(_playground(pages))
+    for path, file in pages.items():
+        _add_page(app, path, file)
+
+    @app.get(ICON)
+    async def icon() -> Response:  # browsers ask for it, and there is none
+        return Response(status_code=204)
+
     errors.install(app, base)
     app.add_middleware(Gate, config=config, open_paths=(*pages, ICON, "/health"))  # the rest needs a key
     return app
@@ -57,22 +75,90 @@ def _pages() -> dict[str, Path]:
     return {INDEX: PAGE / "index.html", **named}
 
 
-def _playground(files: dict[str, Path]) -> APIRouter:
-    """One route per file; browsers also ask for /favicon.ico, which there is none of."""
-    routes = APIRouter()
+def _add_page(app: FastAPI, path: str, file: Path) -> None:
+    @app.get(path, name=file.name)
+    async def page() -> Response:
+        if not file.is_file():
+            raise ApiError(404, f"{file.name} is not installed: the API is under /v1", code="not_installed")
+        return FileResponse(file, headers=HEADERS)
 
-    def serve(path: str, file: Path) -> None:
-        @routes.get(path, name=file.name)
-        async def page() -> Response:
-            if not file.is_file():
-                raise ApiError(404, f"{file.name} is not installed: the API is under /v1", code="not_installed")
-            return FileResponse(file, headers=HEADERS)
 
-    for path, file in files.items():
-        serve(path, file)
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow begins; port 0 takes a free one.
 
-    @routes.get(ICON)
-    async def icon() -> Response:
-        return Response(status_code=204)
+    Raises:
+        ValueError: the port is taken or the address is not this machine's; host and port are named.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {host!r} is no address to listen on: {error}") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's wait is no reason to refuse
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
+        ) from None
+    return bound
 
-    return routes
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, with the engine drained before the listening socket closes; `cut_off`: running answers were ended."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout: float) -> None:
+        super().__init__(config)
+        self.engine, self.drain_timeout, self.cut_off = engine, drain_timeout, False
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, beside the event loop. Second: stop, which tells every reader so. Third: leave."""
+        self._signals += 1
+        if self._signals == 1:
+            threading.Thread(target=self._finish, name="drain", daemon=True).start()
+            return
+        self.cut_off = self.should_exit = True
+        self.force_exit = self._signals > 2
+        self.config.timeout_graceful_shutdown = CUT_OFF
+        threading.Thread(target=self.engine.stop, name="stop", daemon=True).start()
+
+    def _finish(self) -> None:
+        try:
+            if not self.engine.drain(timeout=self.drain_timeout):
+                self.cut_off = True
+            self.engine.stop()
+        except Exception:
+            log.exception("draining failed")
+            self.cut_off = True
+        self.should_exit = True
+
+
+def serve(engine: Engine, config: ServerConfig, bound: socket.socket | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; call it in the main thread, for only there signals arrive.
+
+    Args:
+        engine: started; stopped when this returns.
+        config: settings.
+        bound: from `bind`; None binds config's host and port.
+
+    Returns:
+        0 if every answer was finished, 1 if some were cut off or a second signal came.
+    """
+    bound = bind(config.host, config.port) if bound is None else bound
+    settings = uvicorn.Config(
+        create_app(engine, config),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # else any client could name the address its rate is counted under
+        timeout_graceful_shutdown=FLUSH,
+    )
+    server = DrainingServer(settings, engine, config.drain_timeout)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        engine.stop()
+        bound.close()
+    return int(server.cut_off)

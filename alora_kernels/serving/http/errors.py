@@ -15,9 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ..errors import AdapterRefusedError, NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
+from ..request import AdapterRefusedError, NotServingError, QueueFullError, RequestError, ServingError, UnknownTaskError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+#: kind of refusal -> its status and the word for programs; the first that fits
+MEANING: dict[type[ServingError], tuple[int, str | None]] = {
+    QueueFullError: (429, "queue_full"),
+    NotServingError: (503, "not_serving"),
+    RequestError: (400, "invalid_value"),
+    AdapterRefusedError: (400, "adapter_refused"),
+    ServingError: (400, None),
+}
 
 
 class ApiError(Exception):
@@ -51,25 +59,20 @@ def retry_after(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-def as_api_error(error: Exception, base: str) -> ApiError:
+def _as_api_error(error: Exception, base: str, route: str) -> ApiError:
     """What any exception means to a client; the base is listed among the known models."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownTaskError):
-        said = str(UnknownTaskError(error.name, (base, *error.known)))
-        return ApiError(404, said, "model", "model_not_found")
-    if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), None, "queue_full", retry_after(error.retry_after))
-    if isinstance(error, NotServingError):
-        return ApiError(503, str(error), None, "not_serving")
-    if isinstance(error, RequestError):
-        return ApiError(400, str(error), error.param, "invalid_value")
-    if isinstance(error, AdapterRefusedError):
-        return ApiError(400, str(error), None, "adapter_refused")
-    if isinstance(error, ServingError):
-        return ApiError(400, str(error))
+        return ApiError(404, str(UnknownTaskError(error.name, (base, *error.known))), "model", "model_not_found")
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        said = {404: f"there is no {route} here", 405: f"{route}: not with this method"}.get(error.status_code)
+        code = None if said is None else "unknown_route"
+        return ApiError(error.status_code, said or str(error.detail), code=code, headers=error.headers)
+    for kind, (status, code) in MEANING.items():
+        if isinstance(error, kind):
+            headers = retry_after(error.retry_after) if isinstance(error, QueueFullError) else None
+            return ApiError(status, str(error), getattr(error, "param", None), code, headers)
     return ApiError(500, "the server failed on this request; its log says why", None, "internal_error")
 
 
@@ -77,11 +80,7 @@ def install(app: FastAPI, base: str) -> None:
     """Answer every exception in this shape; also for routes that do not exist and methods they do not have."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, HTTPException) and error.status_code in (404, 405):
-            what = f"{request.method} {request.url.path[:200]}"
-            said = f"there is no {what} here" if error.status_code == 404 else f"{what}: not with this method"
-            return ApiError(error.status_code, said, code="unknown_route", headers=error.headers).response()
-        return as_api_error(error, base).response()
+        return _as_api_error(error, base, f"{request.method} {request.url.path[:200]}").response()
 
     for kind in (ApiError, ServingError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -23,10 +23,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ..request import Completion, Piece, Sampling
-from .answer import Json, Reply, answer, submit
+from .answer import EventStream, Json, Reply, answer, submit
 from .errors import ApiError
 from .security import ServerConfig
-from .stream import EventStream
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -224,43 +223,38 @@ class ChatRequest(Asked):
 
 
 class CompletionReply(Reply):
-    """Of /v1/completions."""
+    """Of /v1/completions: the text, whole or piece by piece; an empty piece that is not the last is left out."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, completion: Completion) -> Json:
-        """The whole text."""
-        return {"text": completion.text, "logprobs": None, "finish_reason": completion.finish_reason}
+    def choice(self, said: Completion | Piece) -> Json:
+        """A text, and why it ends if it does."""
+        return {"text": said.text, "logprobs": None, "finish_reason": said.finish_reason}
 
     def parts(self, piece: Piece) -> list[Json]:
-        """One choice, unless the piece is empty and not the last."""
-        if not piece.text and not piece.finish_reason:
-            return []
-        return [{"text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
+        """At most one."""
+        return [self.choice(piece)] if piece.text or piece.finish_reason else []
+
+
+def _delta(delta: Json, finish_reason: str | None = None) -> Json:
+    return {"delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ChatReply(Reply):
     """Of /v1/chat/completions: the first delta of a stream has the role, the last one only the finish reason."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opening = (_delta({"role": "assistant", "content": ""}),)
 
     def choice(self, completion: Completion) -> Json:
         """The whole message."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         return {"message": message, "logprobs": None, "finish_reason": completion.finish_reason}
 
-    def opening(self) -> list[Json]:
-        """The role."""
-        return [_delta({"role": "assistant", "content": ""})]
-
     def parts(self, piece: Piece) -> list[Json]:
         """The text, if any; then the finish reason, if any."""
         text = [_delta({"content": piece.text})] if piece.text else []
         return text + ([_delta({}, piece.finish_reason)] if piece.finish_reason else [])
-
-
-def _delta(delta: Json, finish_reason: str | None = None) -> Json:
-    return {"delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
