@@ -64,11 +64,17 @@ def mixed(y: Tensor, h: Tensor, gate: Tensor, b: Tensor) -> Tensor:
 
 
 class _TaskLinear(AdaptedLinear):
-    """A layer whose rows have tasks."""
+    """A layer whose rows have tasks: B `[E, N, R]`, and one A `[R, K]` or as many."""
+
+    one_a = False
 
     def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
         super().__init__(linear, r, **options)
         self.tasks = task_names(tasks)
+        count = len(self.tasks)
+        self.lora_A = self._empty(*(() if self.one_a else (count,)), r, self.in_features)
+        self.lora_B = self._empty(count, self.out_features, r)
+        reset_adapter_(self.lora_A.detach().view(-1, r, self.in_features), self.lora_B)
 
     def _groups(self, leading: torch.Size, device: torch.device) -> RowGroups:
         """The rows by task, from the routing context; without one all rows are of the single task, if it is one."""
@@ -94,11 +100,7 @@ class SharedALinear(_TaskLinear):
     `lora_A` `[R, K]` begins Kaiming-uniform, `lora_B` `[E, N, R]` at zero.
     """
 
-    def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
-        super().__init__(linear, r, tasks=tasks, **options)
-        self.lora_A = self._empty(r, self.in_features)
-        self.lora_B = self._empty(len(self.tasks), self.out_features, r)
-        reset_adapter_(self.lora_A.detach().unsqueeze(0), self.lora_B)
+    one_a = True
 
     def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
         ids = self._groups(leading, x.device).ids.long()
@@ -119,12 +121,6 @@ class PerTaskLinear(_TaskLinear):
 
     Source: Hu et al. 2022, LoRA, once for each task.
     """
-
-    def __init__(self, linear: nn.Linear, r: int, *, tasks: int | Sequence[str], **options: Any) -> None:
-        super().__init__(linear, r, tasks=tasks, **options)
-        self.lora_A = self._empty(len(self.tasks), r, self.in_features)
-        self.lora_B = self._empty(len(self.tasks), self.out_features, r)
-        reset_adapter_(self.lora_A, self.lora_B)
 
     def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
         layout = layout_of(self._groups(leading, x.device))
@@ -163,8 +159,8 @@ class PerTaskLinear(_TaskLinear):
 
 def _row_numbers(groups: list[Rows], x: Tensor) -> Tensor | None:
     """The rows of all groups one after the other, or None where these are the rows of x as they stand."""
-    slices = [rows for rows in groups if isinstance(rows, slice)]
-    if len(slices) == len(groups) and sum(rows.stop - rows.start for rows in slices) == x.shape[0]:
-        return None  # runs come in the order of the rows
-    numbers = [torch.arange(g.start, g.stop, device=x.device) if isinstance(g, slice) else g.long() for g in groups]
-    return torch.cat(numbers)
+    runs = [rows for rows in groups if isinstance(rows, slice)]  # all groups or none; in the order of the rows
+    if runs and sum(rows.stop - rows.start for rows in runs) == x.shape[0]:
+        return None
+    every = torch.arange(x.shape[0], device=x.device)
+    return torch.cat([every[rows] for rows in groups])

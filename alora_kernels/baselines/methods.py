@@ -1,6 +1,7 @@
 """ALoRA and what it is compared with, each put into a model by one call: `adapt(model, Method("lora", ...))`.
 
-For `alora train` (the recipe's key `method`), which trains the result by `ALoRATrainer`; and ranks of equal cost.
+For `alora train` (the recipe's key `method`), which trains the result by `ALoRATrainer`; ranks of equal cost; and the
+folders that `alora train` saves and `alora eval` loads.
 
 ALoRA and LoRA are PEFT models. HydraLoRA and a LoRA per task stay the base's own class with some `nn.Linear` replaced:
 the targets are found by PEFT's own matching, so the same `target_modules` means the same layers for every method.
@@ -8,21 +9,30 @@ the targets are found by PEFT's own matching, so the same `target_modules` means
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from ..adapters.method import EXPERTS, ROUTED, Method, check_method
+from ..adapters.method import EXPERTS, ROUTED, SETTINGS, STATE, Method, check_method, read_method
+from ..adapters.writer import save_adapter
+from ..files import written_whole
 from ..modules.adapter import AdaptedLinear
 from ..tuner.base_layer import base_of, features, hooked
+from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from ..tuner.probe import Finding, probe
 from ..tuner.targets import check_target, leave_out, rows_of, targets_of
 from .layers import HydraLinear, PerTaskLinear
@@ -162,15 +172,14 @@ def base_alone(model: Any) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
-    before = [layer.enabled for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear) and m.enabled]
     for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
 
 
 def as_large_as_alora(method: Method, shapes: Shapes) -> Method:
@@ -204,25 +213,75 @@ def rank_for(method: str, r: int, shapes: Shapes, *, tasks: int, num_experts: in
     """
     if not shapes:
         raise ValueError("budget: no layer is adapted, so there is nothing to count: check target_modules")
-    found = _nearest(method, r, shapes, tasks, num_experts)
-    if found >= 1:
+    size = partial(parameters_of, shapes=shapes, tasks=tasks, num_experts=num_experts)
+    if (found := _nearest(method, r, size)) >= 1:
         return found
-    enough = next(more for more in count(r + 1) if _nearest(method, more, shapes, tasks, num_experts) >= 1)
-    target = parameters_of("alora", r, shapes, tasks=tasks, num_experts=num_experts)
-    least = parameters_of(method, 1, shapes, tasks=tasks, num_experts=num_experts)
+    enough = next(more for more in count(r + 1) if _nearest(method, more, size) >= 1)
     raise ValueError(
-        f"budget: {method} needs {least} trainable parameters at rank 1, far more than the {target} of alora with r={r}"
-        f" and {tasks} tasks: give r of at least {enough}, or budget: rank"
+        f"budget: {method} needs {size(method, 1)} trainable parameters at rank 1, far more than the"
+        f" {size('alora', r)} of alora with r={r} and {tasks} tasks: give r of at least {enough}, or budget: rank"
     )
 
 
-def _nearest(method: str, r: int, shapes: Shapes, tasks: int, num_experts: int) -> int:
+def _nearest(method: str, r: int, size: Callable[[str, int], int]) -> int:
     """The rank >= 0 whose count is nearest to ALoRA's."""
+    target, fixed = size("alora", r), size(method, 0)
+    below = max(0, (target - fixed) // (size(method, 1) - fixed))
+    return min((below, below + 1), key=lambda rank: (abs(size(method, rank) - target), rank))
 
-    def size(rank: int) -> int:
-        return parameters_of(method, rank, shapes, tasks=tasks, num_experts=num_experts)
 
-    target = parameters_of("alora", r, shapes, tasks=tasks, num_experts=num_experts)
-    fixed = size(0)
-    below = max(0, (target - fixed) // (size(1) - fixed))
-    return min((below, below + 1), key=lambda rank: (abs(size(rank) - target), rank))
+def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, Any] | None = None) -> None:
+    """Save what trains of a model that `adapt` returned: PEFT's own folder where PEFT holds the method, else a state.
+
+    `method.json` lies beside the weights and says which method it is; `record` holds further facts for it, such as how
+    the rank was chosen. An adapter in the folder, of whatever method, is replaced.
+    """
+    if method.in_peft:
+        save_adapter(model, folder)
+    with written_whole(folder) as temporary:
+        if not method.in_peft:
+            tensors = {unwrapped(name): p.detach().cpu().contiguous() for name, p in trained(model).items()}
+            save_file(tensors, Path(temporary, STATE), metadata={"format": "pt"})
+        settings = {"settings": asdict(method), "record": dict(record or {})}
+        Path(temporary, SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    for name in (STATE,) if method.in_peft else (CONFIG, WEIGHTS):
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def load_method(model: nn.Module, folder: Path) -> Any:
+    """Put the adapters of a folder by `save_method`, or of any PEFT adapter, into their base; gives what `adapt` does.
+
+    Names and shapes are checked before a number is copied. Raises ValueError, naming the remedy, if there is no adapter
+    or it does not read or fit; the model then has its `nn.Linear` back.
+    """
+    method = read_method(folder)
+    if method is None or method.in_peft:
+        return PeftModel.from_pretrained(model, str(folder))
+    path = folder / STATE
+    try:
+        tensors = {unwrapped(name): tensor for name, tensor in load_file(path).items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {SETTINGS} alone is no adapter; copy the whole folder") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} does not read ({error}): copy it again, or train again") from None
+    model = adapt(model, method)
+    own = {unwrapped(name): parameter for name, parameter in trained(model).items()}
+    if misfit := _misfit(tensors, own):
+        take_out(model)
+        raise ValueError(f"{path} {misfit} load it on the base it was trained on")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def _misfit(tensors: Mapping[str, Tensor], own: Mapping[str, nn.Parameter]) -> str:
+    """Why a file does not have every parameter the model trains, in its shape, and no other; nothing if it has."""
+    for name, parameter in own.items():
+        if name not in tensors:
+            return f"has no {name}, which this model needs:"
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)} in the file but {tuple(parameter.shape)} here"
+            return f"does not fit: {name} is {shapes};"
+    unknown = sorted(set(tensors) - set(own))
+    return f"has {unknown[0]} and {len(unknown) - 1} more that this model has no place for:" if unknown else ""

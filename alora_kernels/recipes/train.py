@@ -26,12 +26,13 @@ from .. import data
 from ..adapters.cards import write_task_cards
 from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
-from ..baselines.files import load_method, save_method
 from ..baselines.methods import (
     adapt,
     as_large_as_alora,
     base_alone,
+    load_method,
     parameters_of,
+    save_method,
     target_shapes,
     tasks_of,
     trainable_parameters,

@@ -17,8 +17,7 @@ from alora_kernels.adapters.method import Method
 from alora_kernels.analysis.comparison import compare_units
 from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.table import distinct, places
-from alora_kernels.baselines.files import save_method
-from alora_kernels.baselines.methods import adapt
+from alora_kernels.baselines.methods import adapt, save_method
 from alora_kernels.text import clipped, printable
 from alora_kernels.tuner import ALoRAConfig
 

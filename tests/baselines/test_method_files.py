@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from alora_kernels.adapters.method import METHODS, SETTINGS, STATE, read_method
-from alora_kernels.baselines.files import load_method, save_method
-from alora_kernels.baselines.methods import adapt, trained
+from alora_kernels.baselines.methods import adapt, load_method, save_method, trained
 from tests.baselines.adaptations import PLAIN, adapted, adapted_layers, answers, method
 from tests.support.tiny import llama
 
