@@ -1,4 +1,4 @@
-"""Text that people read: strangers' words made harmless, sizes, shares, percentiles, and what a thing may be called."""
+"""Text that people read: strangers' words made harmless, counts, sizes, percentiles, and what a thing may be called."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def percent(share: float) -> str:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jinja2
 
 from .. import files
+from ..text import counted
 from ..version import __version__
 from .figures import Picture, check_matplotlib, pictures
 from .gradients import ConflictFile, share_of
@@ -231,11 +232,6 @@ def number(value: float) -> str:
     if value and abs(value) < 0.0995:
         return f"{value:.2g}" if abs(value) < 0.001 else f"{value:.4f}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def counted(count: int, what: str) -> str:
-    """`1 pair`, `2 pairs`."""
-    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def which(units: Sequence[tuple[str, ...]], most: int = 2) -> str:

@@ -10,16 +10,13 @@ import typer
 
 from ..recipes import display
 from ..recipes.display import say
-from ..text import size
-from .errors import one_line
+from ..text import counted, size
+from . import DTYPES, command, dtype_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..adapters.export import ExportReport
     from ..adapters.import_lora import ImportReport
 
-DTYPES = ("float32", "bfloat16", "float16")
 EXACT = 1e-6  # a loss below that of rounding to float32
 
 
@@ -40,11 +37,10 @@ def export_lora(
 
     Loading them needs nothing of this package, and the answers stay the same. Soft routing has no such form: refused.
     """
-    display.quiet()
-    from ..adapters.export import export_lora as export
+    with command():
+        from ..adapters.export import export_lora as export
 
-    with one_line():
-        form = _dtype(dtype) if dtype else None
+        form = dtype_of(dtype) if dtype else None
         report = export(adapter, out, tasks=_tasks(task), rank=rank, dtype=form, overwrite=overwrite)
     _show_export(report)
 
@@ -68,11 +64,10 @@ def import_lora(
 
     LoRAs that `alora export` wrote come back exactly.
     """
-    display.quiet()
-    from ..adapters.import_lora import import_lora as merge
+    with command():
+        from ..adapters.import_lora import import_lora as merge
 
-    with one_line():
-        made = merge(adapters, out, rank=rank, names=name, overwrite=overwrite, dtype=_dtype(dtype))
+        made = merge(adapters, out, rank=rank, names=name, overwrite=overwrite, dtype=dtype_of(dtype))
         if report is not None:
             made.save(report)
     _show_import(made)
@@ -86,20 +81,6 @@ def _tasks(given: Sequence[str] | None) -> dict[str, str] | None:
     return {task: name for task, _, name in pairs} or None
 
 
-def _dtype(name: str) -> torch.dtype:
-    """A torch dtype by its name; a ValueError if it is not one of `DTYPES`."""
-    import torch
-
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
-
-
 def _lost(error: float) -> str:
     """A relative error in percent."""
     return "exact" if error < EXACT else f"{100 * error:.2f} %"
@@ -108,7 +89,7 @@ def _lost(error: float) -> str:
 def _show_export(report: ExportReport) -> None:
     rows = [(name, str(rank), size(count)) for name, _, rank, count in report.table()]
     total = size(sum(task.bytes for task in report.tasks))
-    say(f"{_many(len(rows), 'stock LoRA folder')} in {report.tasks[0].folder.parent}", "italic")
+    say(f"{counted(len(rows), 'stock LoRA folder')} in {report.tasks[0].folder.parent}", "italic")
     display.console.print(display.table("", ["task", "rank", "size"], rows))
     say(f"{report.modules} adapted modules each, {total} in all", "dim")
     if report.base is None:
@@ -127,7 +108,7 @@ def _show_export(report: ExportReport) -> None:
 def _show_import(report: ImportReport) -> None:
     rows = [(task, str(rank), _lost(error)) for task, rank, error in report.table()]
     rows.append(("[bold]all[/bold]", "", f"[bold]{_lost(report.error)}[/bold]"))
-    say(f"{_many(len(report.tasks), 'LoRA')} as one adapter with one B of rank {report.rank}", "italic")
+    say(f"{counted(len(report.tasks), 'LoRA')} as one adapter with one B of rank {report.rank}", "italic")
     display.console.print(display.table("", ["task", "its rank", "weight change lost"], rows))
     say(f"{size(report.bytes_before)} before, {size(report.bytes)} now", "dim")
     if report.error >= EXACT:
@@ -139,5 +120,5 @@ def _show_import(report: ImportReport) -> None:
             say(f"--rank {r} ({fits}) is the smallest that loses at most {100 * goal:.0f} % over all")
     for task, modules in report.missing.items():
         listed = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-        say(f"{task} has no adapter at {_many(len(modules), 'module')} and leaves the base there: {listed}", "yellow")
+        say(f"{task} has no adapter at {counted(len(modules), 'module')} and leaves the base there: {listed}", "yellow")
     say(f"adapter saved: {report.folder}")

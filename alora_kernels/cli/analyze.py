@@ -14,7 +14,8 @@ from rich.markup import escape
 
 from ..recipes import display
 from ..recipes.display import say
-from .errors import one_line
+from ..text import counted
+from . import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,13 +60,12 @@ def analyze(
 
     alora analyze runs/fed --init runs/start   (the clients of a federated run, against what they began with)
     """
-    display.quiet()
-    from ..analysis.comparison import compare_units
-    from ..analysis.figures import check_matplotlib
-    from ..analysis.report import write_report
-    from ..analysis.sources import units
+    with command():
+        from ..analysis.comparison import compare_units
+        from ..analysis.figures import check_matplotlib
+        from ..analysis.report import write_report
+        from ..analysis.sources import units
 
-    with one_line():
         if figures:
             check_matplotlib()
         if out.exists() and not out.is_dir():
@@ -131,7 +131,7 @@ def _show(study: Analysis, out: Path, page: Path) -> None:
     reasons = report.groups(study)
     for group in reasons[:REASONS]:
         part = "" if group.part == "all" else f"{group.part}, "
-        modules = f", {report.counted(len(group.modules), 'module')}" if group.modules else ""
+        modules = f", {counted(len(group.modules), 'module')}" if group.modules else ""
         say(f"not compared: {part}{report.which(group.units)}{modules}: {group.reason}", "yellow")
     if len(reasons) > REASONS:
         say(f"{len(reasons) - REASONS} more reasons are in {out / 'not_compared.csv'}", "yellow")

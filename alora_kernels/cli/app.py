@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ..adapters.method import METHODS
-from ..recipes.display import quiet
+from . import command
 from .adapters import export_lora, import_lora
 from .analyze import analyze
-from .errors import one_line
+from .doctor import doctor
 from .fed import app as federated
 from .serve import serve
 
@@ -39,14 +39,15 @@ def demo(
     compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
-    quiet()
-    from ..recipes import demo as recipes
-    from ..recipes.train import claim
+    with command():
+        from ..recipes import demo as recipes
+        from ..recipes.train import claim
 
-    with one_line():
         if output is not None:
             claim(output, overwrite=overwrite)
-        recipes.run(recipes.with_options(routing, steps, output, seed, model), compare=compare)
+        folder = str(output) if output else None
+        recipe = recipes.RECIPE.instead(routing=routing, steps=steps, output=folder, seed=seed, model=model)
+        recipes.run(recipe, compare=compare)
 
 
 @app.command()
@@ -67,11 +68,10 @@ def train(
 
     Paths of data start from the recipe's folder, the output folder from the current one.
     """
-    quiet()
-    from ..recipes import train as recipes
-    from ..recipes.recipe import load_recipe
+    with command():
+        from ..recipes import train as recipes
+        from ..recipes.recipe import load_recipe
 
-    with one_line():
         recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
         folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
     typer.echo(f"adapter saved: {folder}")
@@ -86,22 +86,14 @@ def evaluate(
 
     All tasks are mixed in every batch.
     """
-    quiet()
-    from ..recipes import train as recipes
+    with command():
+        from ..recipes import train as recipes
 
-    with one_line():
         recipes.evaluate(adapter, base=base)
 
 
-@app.command()
-def doctor() -> None:
-    """Which backend runs where, and why; versions, devices, data packages."""
-    from . import doctor as command
-
-    command.run()
-
-
+app.command()(doctor)
 app.command("export")(export_lora)
 app.command("import")(import_lora)
-app.command("serve")(serve)
-app.command("analyze")(analyze)
+app.command()(serve)
+app.command()(analyze)

@@ -61,16 +61,13 @@ def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def run() -> None:
-    """Print the report."""
+def doctor() -> None:
+    """Which backend runs where, and why; versions, devices, data packages."""
     print_ = display.console.print
     rows = [(name, _version(name) or "[yellow]not installed[/yellow]") for name in PACKAGES]
     print_(display.table(f"Python {platform.python_version()}, {platform.platform()}", ("package", "version"), rows))
     backends = [(str(d), _device_name(d), *_choice(d)) for d in _devices()]
-    shown = display.table("devices", ("device", "what", "backend", "because"), backends)
-    for column in shown.columns:
-        column.justify = "left"
-    print_(shown)
+    print_(display.table("devices", ("device", "what", "backend", "because"), backends, left=4))
     gpus = [device for device in _devices() if device.type == "cuda" and _choice(device)[0].startswith("triton")]
     if gpus:
         plans = [row for device in gpus for row in _plans(device)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..recipes import display
-from .errors import fail, one_line
+from . import command
 
 if TYPE_CHECKING:
     from ..federated.config import FedConfig
@@ -29,17 +29,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 @app.command()
 def methods() -> None:
     """What each method shares, what stays with the client, and how much travels."""
-    display.quiet()
-    from ..federated.share_specs import METHODS
+    with command():
+        from ..federated.share_specs import METHODS
 
-    rows = []
-    for spec in METHODS.values():
-        private = [*(role for role in spec.living("private") if role != "head"), "head"]
-        shared = ", ".join(spec.living("shared")) or "-"
-        rows.append([spec.name, shared, ", ".join(private), spec.aggregation, spec.cost])
-    columns = ["method", "shared", "private", "the server computes", "floats up and down"]
-    said = "floats per adapted layer (K in, N out, rank r), client and round; d_m is the rank of the shared space"
-    display.console.print(display.table("federated methods", columns, rows, said, left=len(columns)))
+        rows = []
+        for spec in METHODS.values():
+            private = [*(role for role in spec.living("private") if role != "head"), "head"]
+            shared = ", ".join(spec.living("shared")) or "-"
+            rows.append([spec.name, shared, ", ".join(private), spec.aggregation, spec.cost])
+        columns = ["method", "shared", "private", "the server computes", "floats up and down"]
+        said = "floats per adapted layer (K in, N out, rank r), client and round; d_m is the rank of the shared space"
+        display.console.print(display.table("federated methods", columns, rows, said, left=len(columns)))
 
 
 @app.command()
@@ -53,7 +53,7 @@ def run(
     output: Output = None,
 ) -> None:
     """Run server and all clients on this machine."""
-    with _errors():
+    with _federated():
         from ..federated import deploy
         from ..federated.deploy.apps import write_app
         from ..federated.local import run as run_here
@@ -79,7 +79,7 @@ def show(
     follow: Annotated[bool, typer.Option(help="stay until the run ends")] = False,
 ) -> None:
     """The table and the plot of a run, from its ledger."""
-    with _errors():
+    with _federated():
         from ..federated import view
         from ..federated.server import LEDGER
 
@@ -96,7 +96,7 @@ def certificates(
     host: Annotated[list[str] | None, typer.Option(help="name or address that clients will use; repeatable")] = None,
 ) -> None:
     """Make a certificate authority and a server certificate, unless your organisation has its own."""
-    with _errors():
+    with _federated():
         from ..federated.deploy.commands import make_certificates
 
         made = make_certificates(folder, tuple(host) if host else ("localhost", "127.0.0.1"))
@@ -109,7 +109,7 @@ def key(
     folder: Annotated[Path, typer.Option(help="where to write the pair")] = Path("."),
 ) -> None:
     """Make a client's key pair; its public half goes to the server, its private half never leaves."""
-    with _errors():
+    with _federated():
         from ..federated.deploy.commands import make_node_key
 
         private, public = make_node_key(folder, client)
@@ -128,7 +128,7 @@ def server(
     output: Output = None,
 ) -> None:
     """Serve a run to clients on other machines: TLS, and only registered keys."""
-    with _errors():
+    with _federated():
         from ..federated import deploy
         from ..federated.deploy.apps import write_app
         from ..federated.deploy.commands import Certificates
@@ -157,14 +157,14 @@ def client(
     data: Annotated[Path | None, typer.Option(help=".jsonl with `prompt` and `answer`; never leaves")] = None,
 ) -> None:
     """Take part in a run as one client; stays until stopped, and may be restarted at any time."""
-    with _errors():
+    with _federated():
         from ..federated import deploy
         from ..federated.config import load_config
         from ..federated.deploy.commands import supernode_command
 
         load_config(config).client(name)
-        command = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
-        deploy.run_client(name, command, state_dir, echo=typer.echo)
+        supernode = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
+        deploy.run_client(name, supernode, state_dir, echo=typer.echo)
 
 
 def _claimed(config: Path, output: Path | None, resume: bool, overwrite: bool) -> FedConfig:
@@ -222,13 +222,13 @@ def _report(folder: Path) -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """One clear line instead of a traceback, for errors that are the input's or Flower's."""
-    display.quiet()
-    try:
-        from ..federated.deploy.processes import FlowerError
-        from ..federated.guard import QuorumError
-    except ImportError as error:
-        raise fail(ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'")) from error
-    with one_line(FlowerError, QuorumError):
-        yield
+def _federated() -> Iterator[None]:
+    """As `command`, for Flower's errors too."""
+    with command():
+        try:
+            from ..federated.deploy.processes import FlowerError
+            from ..federated.guard import QuorumError
+        except ImportError as error:
+            raise ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'") from error
+        with command(FlowerError, QuorumError):
+            yield

@@ -9,39 +9,29 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import text
+from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
-from .errors import USER_ERRORS, fail
+from ..text import size
+from . import DTYPES, command, dtype_of
 
 if TYPE_CHECKING:
-    from ..serving import Engine, TaskInfo
+    import torch
+
+    from ..serving import Engine, EngineConfig, TaskInfo, TaskStore
     from ..serving.http import ServerConfig
 
 KEY_VARIABLE = "ALORA_API_KEY"
 EXTRA = ("fastapi", "limits", "prometheus_client", "threadpoolctl", "uvicorn")  # what the extra `serving` installs
 SHOWN, WIDE = 8, 120  # tasks in the banner, and words of each; characters of a template
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What `open_engine` needs."""
-
-    model: str
-    adapters: tuple[Path, ...]
-    sizes: dict[str, int | None]  # of `EngineConfig`; None leaves its default
-    resident: int
-    host_tasks: int | None
-    device: str  # "auto" takes a GPU if there is one
-    dtype: str | None  # of the base's weights; None: bfloat16 on a GPU, else float32
 
 
 def serve(
@@ -70,20 +60,33 @@ def serve(
     served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
 ) -> None:
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
-    missing = [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]
-    if missing:
-        raise fail(ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'"))
-    from ..serving.http.security import LOOPBACK_NAMES, ServerConfig, is_loopback
+    with command():
+        if missing := [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]:
+            raise ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'")
+        from ..serving import EngineConfig
+        from ..serving.http.security import LOOPBACK_NAMES, ServerConfig, is_loopback
 
-    display.quiet()
-    sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
-    sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
-    options = EngineOptions(model, tuple(adapter), sizes, resident, host_tasks, device, dtype)
-    from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
-    keys = tuple(api_key or from_environment)
-    open_to_others = not is_loopback(host)
-    try:
-        _check(options, host, open_to_others and not keys and not allow_anonymous)
+        keys = tuple(api_key or filter(None, map(str.strip, os.environ.get(KEY_VARIABLE, "").split(","))))
+        open_to_others = not is_loopback(host)
+        if open_to_others and not keys and not allow_anonymous:
+            raise ValueError(
+                f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
+                " --allow-anonymous to let everybody in"
+            )
+        for folder in adapter:
+            _check_adapter(folder)
+        sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
+        sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
+        opening = partial(
+            open_engine,
+            model,
+            adapter,
+            EngineConfig(**{name: given for name, given in sizes.items() if given is not None}),
+            resident=resident,
+            host_tasks=host_tasks,
+            device=device,
+            dtype=dtype_of(dtype) if dtype else None,
+        )
         config = ServerConfig(
             base_model_id=served_name or model,
             host=host,
@@ -95,80 +98,60 @@ def serve(
             allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if not open_to_others and not keys else None,
             drain_timeout=drain_timeout,
         )
-        code = _run(options, config)
-    except USER_ERRORS as error:
-        raise fail(error) from error
+        code = _run(opening, config)
     raise typer.Exit(code)
 
 
-def _check(options: EngineOptions, host: str, unguarded: bool) -> None:
-    """Refuse before anything is loaded; the errors name the option."""
-    if unguarded:
-        raise ValueError(
-            f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
-            " --allow-anonymous to let everybody in"
-        )
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    for folder in options.adapters:
-        if not folder.is_dir():
-            raise ValueError(f"--adapter {folder} is not a folder")
-
-
-def _run(options: EngineOptions, config: ServerConfig) -> int:
+def _run(opening: Callable[[], AbstractContextManager[tuple[Engine, TaskStore]]], config: ServerConfig) -> int:
     from ..serving.http import bind, serve
 
-    bound = bind(config.host, config.port)
-    try:
-        with display.err.status(f"loading {options.model} and {len(options.adapters)} adapter folders ..."):
-            engine = open_engine(options)
-        try:
-            engine.start()
-            _show(engine, config, bound.getsockname()[1])
-            return serve(engine, config, bound)
-        finally:
-            engine.stop()
-            if engine.store is not None:
-                engine.store.close()
-    finally:
-        bound.close()
+    with closing(bind(config.host, config.port)) as bound, opening() as (engine, store):
+        _show(store, config, bound.getsockname()[1])
+        return serve(engine, config, bound)
 
 
-def open_engine(options: EngineOptions) -> Engine:
-    """Load the base, put the tasks in; the engine is not started."""
+@contextmanager
+def open_engine(
+    model: str,
+    adapters: Sequence[Path],
+    config: EngineConfig,
+    *,
+    resident: int,
+    host_tasks: int | None,
+    device: str,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[Engine, TaskStore]]:
+    """Load the base, put the tasks in; the engine runs until the end of the block.
+
+    The device "auto" is a GPU if there is one; dtype None is bfloat16 on a GPU, else float32.
+    """
     import torch
 
     from .. import data
-    from ..serving import Engine, EngineConfig, TaskStore
+    from ..serving import Engine, TaskStore
 
+    gpu = torch.cuda.is_available()
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-        )
-        if device.type == "cuda" and not torch.cuda.is_available():
+        place = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
+        if place.type == "cuda" and not gpu:
             raise RuntimeError("no CUDA or ROCm device here")
     except RuntimeError as error:
-        raise ValueError(f"--device {options.device} cannot be used: {error}") from None
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    sizes = {name: size for name, size in options.sizes.items() if size is not None}
-    config = EngineConfig(**sizes)
-    for folder in options.adapters:
-        _check_adapter(folder)
-    base, tokenizer = data.load_model(options.model, dtype=dtype)
-    base.to(device)  # type: ignore[arg-type]
-    store = TaskStore.open(base, options.adapters, resident=options.resident, host=options.host_tasks)
-    try:
-        return Engine(base, tokenizer, store, config)
-    except BaseException:
-        store.close()
-        raise
+        raise ValueError(f"--device {device} cannot be used: {error}") from None
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    with display.err.status(f"loading {model} and {len(adapters)} adapter folders ..."):
+        base, tokenizer = data.load_model(model, dtype=dtype)
+        base.to(place)  # type: ignore[arg-type]
+        store = TaskStore.open(base, adapters, resident=resident, host=host_tasks)
+    with closing(store), Engine(base, tokenizer, store, config) as engine:
+        yield engine, store
 
 
 def _check_adapter(folder: Path) -> None:
     """Refuse a folder that is no adapter's before the model is loaded; the store looks at the rest."""
-    from ..adapters.method import SETTINGS, read_method
     from ..tuner.config import CONFIG
 
+    if not folder.is_dir():
+        raise ValueError(f"--adapter {folder} is not a folder")
     if (folder / CONFIG).is_file():
         return
     if (folder / SETTINGS).is_file() and (method := read_method(folder)) is not None:
@@ -183,24 +166,22 @@ def _check_adapter(folder: Path) -> None:
     raise ValueError(f"--adapter {folder} has no {CONFIG}, so it is no adapter's folder: {hint}")
 
 
-def _show(engine: Engine, config: ServerConfig, port: int) -> None:
+def _show(store: TaskStore, config: ServerConfig, port: int) -> None:
     """The banner: addresses, tasks and their memory, how they were asked, an example."""
     from rich.markup import escape
     from rich.panel import Panel
 
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
-    tasks = [] if engine.store is None else engine.store.tasks()
+    tasks = store.tasks()
     names = ", ".join(task.name for task in tasks[:SHOWN])
     more = f" and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
+    each, shared = store.bytes_per_task, store.bytes_shared
     lines = [
         f"[bold]{escape(address)}[/bold]   page at /, OpenAI's interface at /v1, /metrics",
         escape(f"base: {config.base_model_id}; tasks: {names}{more}"),
+        f"{size(each)} a task and {size(shared)} shared B; as separate LoRAs {size(each + shared)} a task",
     ]
-    if engine.store is not None:
-        each, shared = engine.store.bytes_per_task, engine.store.bytes_shared
-        lora = text.size(each + shared)
-        lines.append(f"{text.size(each)} a task and {text.size(shared)} shared B; as separate LoRAs {lora} a task")
     display.console.print(Panel.fit("\n".join(lines)))
     for line in [*how_asked(tasks), example(address, config.base_model_id, tasks, bool(config.api_keys))]:
         display.say(line)

@@ -98,15 +98,8 @@ def answer_mixed_batch(job: Run) -> None:
         (task, printable(" ".join(row["prompt"].splitlines()[0].split()), 60), " ".join(answer.split()), row["answer"])
         for (task, row), answer in zip(rows, answers, strict=True)
     ]
-    shown = display.table("one generate call, a task per row", ("task", "prompt", "answer", "truth"), cells)
-    for column in shown.columns:
-        column.justify = "left"
-    display.console.print(shown)
-
-
-def with_options(routing: str, steps: int | None, output: Path | None, seed: int, model: str | None) -> Recipe:
-    """The demo's recipe with what the command line changes."""
-    return RECIPE.instead(routing=routing, steps=steps, output=str(output) if output else None, seed=seed, model=model)
+    columns = ("task", "prompt", "answer", "truth")
+    display.console.print(display.table("one generate call, a task per row", columns, cells, left=4))
 
 
 class LoopLinear(nn.Module):

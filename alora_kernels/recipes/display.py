@@ -1,18 +1,12 @@
-"""What the terminal shows: one console, tables that look alike, a progress bar for training.
-
-For recipes, the command line, examples and benchmarks. Progress goes to standard error, so that piped output stays
-clean.
-"""
+"""What the terminal shows: one console, tables and bars that look alike; progress goes to standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
 
 console = Console()
 err = Console(stderr=True)
@@ -47,39 +41,6 @@ def progress(unit: str) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=err,
     )
-
-
-class TrainingBar(TrainerCallback):
-    """Steps, times and the loss while training; the loss of each task line by line."""
-
-    def __init__(self) -> None:
-        self.bar: Progress | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar, where training resumes."""
-        self.bar = progress("steps")
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """The loss on the bar, and a line with the loss of each task above it."""
-        if self.bar is None or not logs or "loss" not in logs:
-            return
-        per_task = "  ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
-        loss = f"loss {logs['loss']:.3f}"
-        self.bar.update(self.task, note=loss)
-        self.bar.console.print(f"step {state.global_step:>4}  {loss}  [dim]{per_task}[/dim]", highlight=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
 
 
 def quiet() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import data
@@ -265,7 +265,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         train_dataset=run.train,
         processing_class=run.tokenizer,
         task_temperature=recipe.temperature,
-        callbacks=[display.TrainingBar()],
+        callbacks=[TrainingBar()],
     )
     trainer.remove_callback(PrinterCallback)
     if save and recipe.conflict_steps:
@@ -273,6 +273,32 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         file = Path(recipe.output) / CONFLICTS
         trainer.add_callback(ConflictCallback(trainer.compute_loss, probes, file, every=recipe.conflict_steps))
     return trainer
+
+
+class TrainingBar(TrainerCallback):
+    """A bar with the loss while training, and a line with the loss of each task at every log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar, where training resumes."""
+        self.bar = display.progress("steps")
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the losses; the last log of a training has none."""
+        if "loss" in logs:
+            per_task = "  ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
+            loss = f"loss {logs['loss']:.3f}"
+            self.bar.update(self.task, note=loss)
+            self.bar.console.print(f"step {state.global_step:>4}  {loss}  [dim]{per_task}[/dim]", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.bar.stop()
 
 
 def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:

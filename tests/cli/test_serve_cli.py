@@ -12,21 +12,23 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from typer.testing import CliRunner
 
 from alora_kernels import data
 from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.cli import serve as serve_module
-from alora_kernels.serving import TaskInfo
+from alora_kernels.serving import EngineConfig, TaskInfo
 from tests.support.adapters import alora_folder, tiny_base
+from tests.support.cli import invoke
 
 app = typer.Typer()
 app.command("serve")(serve_module.serve)
-runner = CliRunner()
+alora = partial(invoke, app)
 
 
 @pytest.fixture(autouse=True)
@@ -35,42 +37,52 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What passes for an adapter until the store looks into it."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load_model", lambda *_, **__: pytest.fail("loaded"))
+
+
+@pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Options that passed every check; nothing is loaded or served."""
+    """What would be opened, and the server's settings, after every check; nothing is loaded or served."""
     seen: list = []
-    monkeypatch.setattr(serve_module, "_run", lambda options, config: seen.append((options, config)) or 0)
+    monkeypatch.setattr(serve_module, "_run", lambda opening, config: seen.append((opening, config)) or 0)
     return seen
 
 
-def alora(*args: str, code: int = 0, **environment: str) -> str:
-    result = runner.invoke(app, [*args], env={"COLUMNS": "160", **environment})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
+def refused(*args: object) -> str:
+    return " ".join(alora(*args, code=2).split())
 
 
-def test_options_become_settings(started, tmp_path):
+def test_options_become_settings(started, folder):
     alora(
-        "tiny-random", "--adapter", str(tmp_path), "--port", "0", "--max-batch", "4", "--max-context", "99",
-        "--cache-tokens", "500", "--resident", "7", "--host-tasks", "3", "--rate-limit", "5/second",
-        "--max-body-mb", "0.5", "--adapter-root", str(tmp_path), "--served-name", "tiny",
-        "--drain-timeout", "3", "--dtype", "float32",
+        "tiny-random", "--adapter", folder, "--port", 0, "--max-batch", 4, "--max-context", 99, "--cache-tokens", 500,
+        "--resident", 7, "--host-tasks", 3, "--rate-limit", "5/second", "--max-body-mb", 0.5, "--adapter-root", folder,
+        "--served-name", "tiny", "--drain-timeout", 3, "--dtype", "float32",
     )  # fmt: skip
-    options, config = started[0]
-    assert options.sizes == {"max_batch": 4, "max_waiting": None, "max_context": 99, "cache_tokens": 500}
-    assert (options.resident, options.host_tasks, options.adapters) == (7, 3, (tmp_path,))
+    opening, config = started[0]
+    model, adapters, sizes = opening.args
+    assert (model, adapters) == ("tiny-random", [folder])
+    assert sizes == EngineConfig(max_batch=4, max_context=99, cache_tokens=500)
+    assert opening.keywords == {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": torch.float32}
     assert (config.base_model_id, config.port, config.max_body_bytes) == ("tiny", 0, 1 << 19)
-    assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (tmp_path.resolve(),))
+    assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (folder.resolve(),))
     assert "localhost" in config.allowed_hosts
 
 
-def test_keys_come_from_options_or_the_environment_and_open_every_host_name(started, tmp_path):
-    serve = ("m", "--adapter", str(tmp_path), "--host", "0.0.0.0")
-    alora(*serve, "--api-key", "a", "--api-key", "b", ALORA_API_KEY="c")
-    alora(*serve, ALORA_API_KEY="c, d")
+def test_keys_come_from_options_or_the_environment_and_open_every_host_name(started, folder, monkeypatch):
+    serve = ("m", "--adapter", folder, "--host", "0.0.0.0")
     alora(*serve, "--allow-anonymous")
-    assert [config.api_keys for _, config in started] == [("a", "b"), ("c", "d"), ()]
+    monkeypatch.setenv(serve_module.KEY_VARIABLE, "c, d")
+    alora(*serve)
+    alora(*serve, "--api-key", "a", "--api-key", "b")
+    assert [config.api_keys for _, config in started] == [(), ("c", "d"), ("a", "b")]
     assert all(config.allowed_hosts is None for _, config in started)
 
 
@@ -86,25 +98,24 @@ def test_keys_come_from_options_or_the_environment_and_open_every_host_name(star
         (["--max-body-mb", "0"], "max_body_bytes"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_loaded(started, tmp_path, options, said):
-    assert said in " ".join(alora("m", "--adapter", str(tmp_path), *options, code=2).split())
+def test_what_cannot_be_is_refused_before_anything_is_loaded(started, folder, options, said):
+    assert said in refused("m", "--adapter", folder, *options)
     assert not started
 
 
-def test_a_taken_port_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(serve_module, "open_engine", lambda options: pytest.fail("loaded"))
+def test_a_taken_port_is_refused_before_the_model_is_loaded(loads_nothing, folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = alora("m", "--adapter", str(tmp_path), "--port", str(port), code=2)
+        said = refused("m", "--adapter", folder, "--port", port)
         assert f"127.0.0.1:{port}" in said and "--port" in said
 
 
-def test_a_device_that_is_not_there_and_a_refused_adapter_are_one_line(tmp_path):
-    serve = ("tiny-random", "--adapter", str(tmp_path), "--port", "0")
-    assert "--device abacus" in alora(*serve, "--device", "abacus", code=2)
-    assert "adapter_config.json" in " ".join(alora(*serve, code=2).split())
+def test_a_device_that_is_not_there_and_a_refused_adapter_are_one_line(folder):
+    serve = ("tiny-random", "--adapter", folder, "--port", 0)
+    assert "--device abacus" in refused(*serve, "--device", "abacus")
+    assert "adapter_config.json" in refused(*serve)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +173,8 @@ def ask(url: str, model: str) -> str:
 def test_without_the_extra_it_is_named(started, monkeypatch, tmp_path):
     real = serve_module.find_spec
     monkeypatch.setattr(serve_module, "find_spec", lambda name: None if name in ("limits", "uvicorn") else real(name))
-    said = alora("m", "--adapter", str(tmp_path), code=2)
-    assert "serving needs limits, uvicorn: pip install 'alora-kernels[serving]'" in " ".join(said.split())
+    said = refused("m", "--adapter", tmp_path)
+    assert "serving needs limits, uvicorn: pip install 'alora-kernels[serving]'" in said
     assert not started
 
 
@@ -178,30 +189,25 @@ def test_the_extra_that_is_looked_for_is_the_one_that_is_installed():
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([], "has no adapter_config.json, so it is no adapter's folder: give the folder that `alora train` wrote"),
-        (["math/adapter_config.json"], "give one of its subfolders: math"),
-        (["config.json", "model.safetensors"], "is a model's folder, not an adapter's: give it as MODEL"),
+        ({}, "has no adapter_config.json, so it is no adapter's folder: give the folder that `alora train` wrote"),
+        ({"math/adapter_config.json": "{}"}, "give one of its subfolders: math"),
+        ({"config.json": "{}", "model.safetensors": ""}, "is a model's folder, not an adapter's: give it as MODEL"),
+        (
+            {"method.json": '{"settings": {"name": "hydralora", "num_experts": 2}}'},
+            "is of the method hydralora, which is not served",
+        ),
     ],
 )
-def test_an_adapter_that_is_none_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path, files, said):
-    monkeypatch.setattr(data, "load_model", lambda *a, **k: pytest.fail("loaded"))
-    for file in files:
+def test_an_adapter_that_is_none_is_refused_before_the_model_is_loaded(loads_nothing, tmp_path, files, said):
+    for file, content in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    text = " ".join(alora("tiny-random", "--adapter", str(tmp_path), "--port", "0", code=2).split())
-    assert f"--adapter {tmp_path}" in text and said in text
-
-
-def test_an_adapter_of_another_method_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "load_model", lambda *a, **k: pytest.fail("loaded"))
-    (tmp_path / "method.json").write_text('{"settings": {"name": "hydralora", "num_experts": 2}}')
-    text = " ".join(alora("tiny-random", "--adapter", str(tmp_path), "--port", "0", code=2).split())
-    assert f"--adapter {tmp_path} is of the method hydralora, which is not served" in text
+        (tmp_path / file).write_text(content)
+    assert re.search(rf"--adapter {tmp_path} .*{said}", refused("tiny-random", "--adapter", tmp_path, "--port", 0))
 
 
 def test_an_adapter_given_as_the_model_is_named(adapter):
-    text = " ".join(alora(str(adapter), "--adapter", str(adapter), "--port", "0", code=2).split())
-    assert f"{adapter} is an adapter's folder, not a base model: give its base, 'tiny-random'," in text
+    said = refused(adapter, "--adapter", adapter, "--port", 0)
+    assert f"{adapter} is an adapter's folder, not a base model: give its base, 'tiny-random'," in said
 
 
 SPAM = TaskCard("Message: {text}\nSpam or ham:", ("spam", "ham"), "Message: You've won!\nSpam or ham:")
