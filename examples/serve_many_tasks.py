@@ -13,7 +13,7 @@ import openai
 import rich
 
 from alora_kernels.recipes import serve_demo
-from alora_kernels.recipes.serve_demo import Answer, Server
+from alora_kernels.recipes.serve_demo import Answer
 
 
 async def ask(client: openai.AsyncOpenAI, base: str, task: str | None, prompt: str, stream: bool) -> Answer:
@@ -43,11 +43,11 @@ def main(model: str = "smollm2-135m", requests: int = 48, output: str = "runs/se
     """Serve, ask, show; return how many requests of each task were answered."""
     folder, note = serve_demo.adapter_folder(model, output)
     rich.print(f"adapter {folder}: {note}\nstarting `alora serve {model}` ...")
-    with Server(model, folder, Path(output) / "server.log") as server:
+    with serve_demo.served(model, folder, Path(output) / "server.log") as (address, _):
         start = time.perf_counter()
-        answers = asyncio.run(ask_all(server.address, serve_demo.prompts(requests)))
+        answers = asyncio.run(ask_all(address, serve_demo.prompts(requests)))
         answered = serve_demo.show(answers, time.perf_counter() - start)
-        rich.print(serve_demo.memory(server.address))
+        rich.print(serve_demo.memory(address))
     rich.print(f"the server has ended; `alora serve {model} --adapter {folder}` has a page at {serve_demo.PAGE}")
     return answered
 

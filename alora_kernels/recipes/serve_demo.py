@@ -1,32 +1,29 @@
 """What `examples/serve_many_tasks.py` (`make demo-serve`) needs around its requests: an adapter, a server, a table.
 
 The server runs as users run it: another process, reached over HTTP and stopped by SIGTERM, after which it finishes what
-it has begun. It leads a process group of its own, so Ctrl-C reaches only the demo, which then stops it.
+it has begun.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from ..federated.deploy.processes import Process, Processes, free_port, last_lines
 from ..text import percentile, printable
 from . import display
 from .demo import RECIPE
 
 HOST = "127.0.0.1"
-STARTING, STOPPING, PROBE = 180.0, 30.0, 0.2  # seconds: to load a model, to finish what runs, between two looks
+STARTING, STOPPING = 180.0, 30.0  # seconds: to load a model, to finish what runs
 LAST = 15  # lines of the log that an error quotes
 TRAINED = Path(RECIPE.output) / "adapter"
 PAGE = f"http://{HOST}:8000/"  # where `alora serve` has it when it is started by hand
@@ -90,72 +87,41 @@ def prompts(count: int) -> list[tuple[str | None, str]]:
     return [(task, texts[task or TASKS[0]][i // len(turn)]) for i, task in enumerate(asked)]
 
 
-class Server:
-    """`alora serve` on a free port of this machine, for as long as the block runs; `log` gets all it prints.
+@contextmanager
+def served(model: str, adapter: Path, log: Path) -> Iterator[tuple[str, Process]]:
+    """`alora serve` on a free port of this machine until the end of the block: its address and process.
+
+    `log` gets all that it prints.
 
     Raises:
         RuntimeError: it ended, or did not answer in three minutes; quotes the end of its log.
     """
-
-    def __init__(self, model: str, adapter: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            self.port = int(probe.getsockname()[1])
-        self.address, self.log = f"http://{HOST}:{self.port}", log
-        self._command = [sys.executable, "-m", "alora_kernels", "serve", model, "--adapter", str(adapter)]
-        self._command += ["--host", HOST, "--port", str(self.port)]
-
-    def __enter__(self) -> Server:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._before = signal.signal(signal.SIGTERM, _leave)  # or this process would end and leave the server behind
-        with self.log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        try:
-            self._wait_ready()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        alive = self.process.poll() is None
-        code = self._stop()
-        if kind is None and not alive:
-            raise RuntimeError(self._said(f"the server ended by itself with exit code {code}"))
-        if kind is None and code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            raise RuntimeError(self._said(f"the server ended with exit code {code} after SIGTERM"))
-
-    def _wait_ready(self) -> None:
-        """Until /health says 200."""
-        deadline = time.monotonic() + STARTING
-        while time.monotonic() < deadline:
-            if (code := self.process.poll()) is not None:
-                raise RuntimeError(self._said(f"the server ended with exit code {code} before it was ready"))
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
-                return
-            time.sleep(PROBE)
-        raise RuntimeError(self._said(f"no answer from {self.address}/health after {STARTING:.0f} s"))
-
-    def _stop(self) -> int:
-        """SIGTERM, then wait; SIGKILL to what does not end."""
-        try:
-            self.process.terminate()
-            return self.process.wait(STOPPING)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _said(self, message: str) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-LAST:]
-        return "\n  ".join([f"{message}; {self.log} ends with:", *lines])
+    port = free_port()
+    address, command = f"http://{HOST}:{port}", [sys.executable, "-m", "alora_kernels", "serve", model]
+    command += ["--adapter", str(adapter), "--host", HOST, "--port", str(port)]
+    log.unlink(missing_ok=True)
+    with Processes(log.parent) as processes:
+        process = processes.start(log.stem, command, os.environ)
+        _wait_ready(process, f"{address}/health")
+        yield address, process
+        if (code := process.exit_code) is not None:
+            raise _failed(f"the server ended by itself with exit code {code}", log)
+        process.stop(STOPPING)
+        if (code := process.exit_code) not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+            raise _failed(f"the server ended with exit code {code} after SIGTERM", log)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+def _wait_ready(process: Process, url: str) -> None:
+    for code in process.looks(STARTING):
+        if code is not None:
+            raise _failed(f"the server ended with exit code {code} before it was ready", process.log)
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+    raise _failed(f"no answer from {url} after {STARTING:.0f} s", process.log)
+
+
+def _failed(message: str, log: Path) -> RuntimeError:
+    return RuntimeError(f"{message}; {log} ends with:\n{last_lines(log, LAST)}")
 
 
 def show(answers: Sequence[Answer], seconds: float) -> dict[str, int]:

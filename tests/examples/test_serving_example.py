@@ -14,7 +14,7 @@ pytest.importorskip("openai", reason="the demo's requests are sent by OpenAI's c
 
 from alora_kernels import data
 from alora_kernels.recipes import serve_demo
-from alora_kernels.recipes.serve_demo import NOTHING, TASKS, Answer, Server
+from alora_kernels.recipes.serve_demo import NOTHING, TASKS, Answer, served
 
 from .test_examples import load
 
@@ -81,7 +81,7 @@ def test_prompts_are_of_the_task_they_go_to():
 def test_a_server_that_does_not_start_is_quoted(tmp_path, quick_adapter):
     with (
         pytest.raises(RuntimeError, match="before it was ready") as caught,
-        Server("tiny-random", tmp_path / "nowhere", tmp_path / "server.log"),
+        served("tiny-random", tmp_path / "nowhere", tmp_path / "server.log"),
     ):
         pass
     assert "nowhere" in str(caught.value)
@@ -91,9 +91,9 @@ def test_a_server_that_does_not_start_is_quoted(tmp_path, quick_adapter):
 def test_a_server_that_dies_is_an_error_and_its_end_is_waited_for(tmp_path, quick_adapter):
     with (
         pytest.raises(RuntimeError, match="ended by itself with exit code -9"),
-        Server("tiny-random", quick_adapter, tmp_path / "server.log") as server,
+        served("tiny-random", quick_adapter, tmp_path / "server.log") as (_, server),
     ):
-        pid = server.process.pid
+        pid = server.pid
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # leaves the exit code to the demo
     assert gone(pid)
@@ -103,12 +103,12 @@ def test_an_error_in_the_block_stops_the_server(tmp_path, quick_adapter):
     before = signal.getsignal(signal.SIGTERM)
     with (
         pytest.raises(ZeroDivisionError),
-        Server("tiny-random", quick_adapter, tmp_path / "server.log") as server,
+        served("tiny-random", quick_adapter, tmp_path / "server.log") as (address, server),
     ):
-        assert urllib.request.urlopen(f"{server.address}/health", timeout=60).status == 200
-        assert "MB per task" in serve_demo.memory(server.address)
+        assert urllib.request.urlopen(f"{address}/health", timeout=60).status == 200
+        assert "MB per task" in serve_demo.memory(address)
         raise ZeroDivisionError
-    assert gone(server.process.pid)
+    assert gone(server.pid)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
