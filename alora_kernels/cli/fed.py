@@ -213,9 +213,8 @@ def _report(folder: Path) -> None:
 
     events = read(folder / LEDGER)
     display.console.print(view.summary(events))
-    name = next((e["method"] for e in events if e["event"] == "run"), "run")
     try:
-        plot.plot({name: events}, folder / PLOT)
+        plot.plot(events, folder / PLOT)
     except ImportError as error:
         typer.echo(f"no plot: {error}", err=True)
     typer.echo(f"everything is in {folder}")

@@ -1,72 +1,49 @@
-"""Runs as PNG figures, from their ledgers' events: one with its clients' metric and bytes, or several side by side.
+"""A run as a PNG figure, from its ledger's events: its clients' metric and what was sent, over the rounds.
 
-Several: a panel for each with mean and worst client against the bytes so far, the other runs in grey behind it. Of more
-than eight clients only the worst is named. Where a client did not report, the mean takes its last value, or a lost
-reply would look like a gain or a loss.
+Of more than eight clients only the worst is named. Where a client did not report, the mean takes its last value, or a
+lost reply would look like a gain or a loss.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import plotting
-from ..plotting import BLUE, COLOURS, DARK_GREY, GREY, ORANGE
+from ..plotting import COLOURS, DARK_GREY, GREY
 from ..text import printable
 from .log import Event, Track, run_of, tracks
 
 CLIENTS = (*COLOURS[:-1], "#882255")  # black is the mean's
 SPACING = 0.055  # least distance of two names at line ends, as a part of the axis
-LOG_FROM = 10.0  # methods whose bytes differ by more share a logarithmic axis
 DPI = 150  # 10 inches: 1500 pixels, twice the width of a README
 
 
-class Curve(NamedTuple):
-    """Mean and worst client of a run over the rounds and the bytes so far; point 0 is the untuned model."""
-
-    steps: list[int]
-    nbytes: list[int]
-    mean: list[float]
-    worst: list[float]
-
-
-def plot(events_by_run: Mapping[str, Sequence[Event]], path: str | os.PathLike[str]) -> Path:
-    """Draw one run, or compare several, as the PNG file `path`; the runs' names are the titles."""
-    if not events_by_run:
-        raise ValueError("events_by_run is empty: give at least one run")
+def plot(events: Sequence[Event], path: str | os.PathLike[str]) -> Path:
+    """Draw a run as the PNG file `path`, under the name of its method."""
     plotting.check_matplotlib("the figures need matplotlib: pip install 'alora-kernels[federated]'")
+    run, found = run_of(events), tracks(events)
     with plotting.themed(plotting.LIGHT):
-        if len(events_by_run) == 1:
-            figure = plotting.figure(10, 4.2, dpi=DPI)
-            ((name, events),) = events_by_run.items()
-            _one(figure, name, events)
-        else:
-            rows = math.ceil(len(events_by_run) / 4)
-            columns = math.ceil(len(events_by_run) / rows)
-            figure = plotting.figure(2.6 * columns + 0.6, 2.5 * rows + 0.6, dpi=DPI)
-            _several(figure, events_by_run, rows, columns)
+        figure = plotting.figure(10, 4.2, dpi=DPI)
+        metric_axes, bytes_axes = figure.subplots(1, 2, width_ratios=(3, 2))
+        figure.suptitle(printable(str(run.get("method", "run"))), fontsize=11)
+        for axes in (metric_axes, bytes_axes):
+            axes.set_xlabel("rounds")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            plotting.tidy(axes)
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+        _metric_panel(metric_axes, found, run.get("higher_is_better", True))
+        metric_axes.set_ylabel(printable(str(run.get("metric", "metric"))))
+        _bytes_panel(bytes_axes, found)
         return plotting.save(figure, Path(path))
 
 
-def _one(figure: Any, name: str, events: Sequence[Event]) -> None:
-    metric_axes, bytes_axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    run = run_of(events)
-    found, higher = tracks(events), run.get("higher_is_better", True)
-    figure.suptitle(printable(name), fontsize=11)
-    for axes in (metric_axes, bytes_axes):
-        axes.set_xlabel("rounds")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
-    _metric_panel(metric_axes, found, curve(events), higher)
-    metric_axes.set_ylabel(printable(str(run.get("metric", "metric"))))
-    _bytes_panel(bytes_axes, found)
-
-
-def _metric_panel(axes: Any, found: Sequence[Track], mine: Curve, higher: bool) -> None:
+def _metric_panel(axes: Any, found: Sequence[Track], higher: bool) -> None:
     """Solid: with the arrays all share; open circles: after local training; crosses: rejected."""
     colours = _colours(found, higher)
     ends: list[tuple[str, str, float, float]] = []
@@ -82,20 +59,15 @@ def _metric_panel(axes: Any, found: Sequence[Track], mine: Curve, higher: bool) 
         lost = sorted({number for number, _ in track.rejected})
         height = 0.02 + 0.035 * (index % len(CLIENTS))  # a row for each client
         axes.plot(lost, [height] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform(), markersize=5)
-    if len(found) > 1 and mine.steps:
-        axes.plot(mine.steps, mine.mean, color="black", linewidth=3, alpha=0.85, zorder=3)
-        ends.append(("mean", "black", mine.steps[-1], mine.mean[-1]))
-    if ends:
-        keys: dict[str, dict[str, Any]] = {
-            "shared arrays after the round": {"marker": "."},
-            "after local training": {"marker": "o", "mfc": "none", "linestyle": ""},
-        }
-        if any(track.rejected for track in found):
-            keys["rejected or silent"] = {"marker": "x", "linestyle": ""}
-        _key(axes, keys, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        _names(axes, [end for end in ends if end[1] != GREY])
-    else:
+    if not ends:
         _empty(axes, "no finished round")
+        return
+    if len(found) > 1:
+        mean = mean_of(found)
+        axes.plot(list(mean), list(mean.values()), color="black", linewidth=3, alpha=0.85, zorder=3)
+        ends.append(("mean", "black", *list(mean.items())[-1]))
+    _key(axes, any(track.rejected for track in found))
+    _names(axes, [end for end in ends if end[1] != GREY])
 
 
 def _colours(found: Sequence[Track], higher: bool) -> dict[str, str]:
@@ -107,12 +79,27 @@ def _colours(found: Sequence[Track], higher: bool) -> dict[str, str]:
     return {track.name: CLIENTS[1] if track.name == worst else GREY for track in found}
 
 
-def _key(drawn: Any, entries: Mapping[str, Mapping[str, Any]], **place: Any) -> None:
-    """The legend of axes or of a figure: label -> how its line looks."""
+def mean_of(found: Sequence[Track]) -> dict[int, float]:
+    """Rounds behind the model -> mean of the clients' last known values; 0 is the untuned model."""
+    known: dict[int, float] = {}
+    mean = {}
+    for step in sorted({step for track in found for step in track.shared}):
+        known |= {index: track.shared[step] for index, track in enumerate(found) if step in track.shared}
+        mean[step] = math.fsum(known.values()) / len(known)
+    return mean
+
+
+def _key(axes: Any, rejections: bool) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], label=label, **{"color": DARK_GREY, **style}) for label, style in entries.items()]
-    drawn.legend(handles=lines, ncols=3, frameon=False, fontsize=8, **place)
+    entries: dict[str, dict[str, Any]] = {
+        "shared arrays after the round": {"marker": "."},
+        "after local training": {"marker": "o", "mfc": "none", "linestyle": ""},
+    }
+    if rejections:
+        entries["rejected or silent"] = {"marker": "x", "linestyle": ""}
+    lines = [Line2D([], [], label=label, color=DARK_GREY, **style) for label, style in entries.items()]
+    axes.legend(handles=lines, ncols=3, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _names(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
@@ -150,6 +137,8 @@ def spread(heights: Sequence[float]) -> list[float]:
 
 def _bytes_panel(axes: Any, found: Sequence[Track]) -> None:
     """Bytes up and down so far, one client on the other."""
+    from matplotlib.ticker import EngFormatter
+
     end = max((max(track.nbytes, default=0) for track in found), default=0)
     steps = list(range(end + 1))
     stack = [list(accumulate(track.nbytes.get(step, 0) for step in steps)) for track in found]
@@ -157,7 +146,7 @@ def _bytes_panel(axes: Any, found: Sequence[Track]) -> None:
     if not any(layer[-1] for layer in stack):
         _empty(axes, "nothing was sent")
         return
-    axes.yaxis.set_major_formatter(_bytes_format())
+    axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
     named = len(found) <= len(CLIENTS)
     colours = CLIENTS if named else [GREY] * len(found)
     axes.stackplot(steps, stack, colors=colours[: len(found)], alpha=0.75, edgecolor="white", linewidth=0.5)
@@ -168,78 +157,6 @@ def _bytes_panel(axes: Any, found: Sequence[Track]) -> None:
         _names(axes, [(t.name, colour, end, y) for t, colour, y in zip(found, CLIENTS, middles)])
 
 
-def _bytes_format() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(unit="B")
-
-
 def _empty(axes: Any, why: str) -> None:
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", color=DARK_GREY)
     axes.set(xticks=[], yticks=[])
-
-
-def _several(figure: Any, events_by_run: Mapping[str, Sequence[Event]], rows: int, columns: int) -> None:
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    curves = {name: curve(events) for name, events in events_by_run.items()}
-    sent = [c.nbytes[-1] for c in curves.values() if c.nbytes and c.nbytes[-1]]
-    log = bool(sent) and max(sent) / min(sent) > LOG_FROM
-    cells = [axes for row in grid for axes in row]
-    for axes, (name, mine) in zip(cells, curves.items()):
-        for other in curves.values():
-            _curve(axes, other, log, (GREY, GREY))
-        _curve(axes, mine, log, (BLUE, ORANGE), linewidth=2)
-        axes.set_title(printable(name), fontsize=9)
-        _tidy(axes)
-    if log:
-        cells[0].set_xscale("log")
-    else:
-        cells[0].locator_params(axis="x", nbins=4)  # wide labels
-    cells[0].xaxis.set_major_formatter(_bytes_format())
-    for axes in cells[len(curves) :]:
-        axes.set_axis_off()
-    for axes in cells[max(len(curves) - columns, 0) : len(curves)]:
-        axes.tick_params(labelbottom=True)  # nothing is drawn below it
-    metric = str(run_of(next(iter(events_by_run.values()))).get("metric", "metric"))
-    figure.supylabel(printable(metric), fontsize=9)
-    figure.supxlabel("up and down so far" + ", logarithmic" * log, fontsize=9)
-    keys: dict[str, dict[str, Any]] = {
-        "mean of the clients": {"color": BLUE, "linewidth": 2},
-        "worst client": {"color": ORANGE, "linewidth": 2, "linestyle": "--"},
-        "the other runs": {"color": GREY},
-    }
-    _key(figure, keys, loc="outside upper center")
-
-
-def _curve(axes: Any, line: Curve, log: bool, colours: tuple[str, str], linewidth: float = 1) -> None:
-    """A run's two lines; a run that sends nothing is a level across the panel."""
-    for values, colour, style in zip((line.mean, line.worst), colours, ("-", "--")):
-        if not values:
-            continue
-        if not line.nbytes[-1]:
-            axes.axhline(values[-1], color=colour, linestyle=style, linewidth=linewidth)
-        else:
-            first = int(log)  # zero bytes have no place on a logarithmic axis
-            x, marker = line.nbytes[first:], "." if len(values) == first + 1 else ""
-            axes.plot(x, values[first:], color=colour, linestyle=style, linewidth=linewidth, marker=marker)
-
-
-def curve(events: Sequence[Event]) -> Curve:
-    """Mean and worst of the clients' last known values, one point for each number of rounds behind the model."""
-    found, worst_of = tracks(events), min if run_of(events).get("higher_is_better", True) else max
-    steps = sorted({step for track in found for step in track.shared})
-    each = [sum(track.nbytes.get(step, 0) for track in found) for step in range(max(steps, default=-1) + 1)]
-    so_far = list(accumulate(each))
-    known: dict[int, float] = {}
-    mean, worst = [], []
-    for step in steps:
-        known |= {index: track.shared[step] for index, track in enumerate(found) if step in track.shared}
-        mean.append(math.fsum(known.values()) / len(known))
-        worst.append(worst_of(known.values()))
-    return Curve(steps, [so_far[step] for step in steps], mean, worst)
-
-
-def _tidy(axes: Any) -> None:
-    plotting.tidy(axes)
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
