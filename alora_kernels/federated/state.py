@@ -1,16 +1,8 @@
 """What survives a kill: a client's private half, and the server's arrays, strategy and random generators.
 
 `PrivateStore` is the client's: it loads before it trains and commits before it replies. `save`, `load` and `restore`
-are the server's, after every round and before the next; `FromRound` lets a strategy go on. Files have mode 600.
-
-A server that was killed in round 7 asks for round 7 again, and a client that had committed 7 must begin from 6 again:
-hence `load(before=7)`, and at least two rounds are kept, more if the server writes its checkpoint less often. A commit
-of round n also drops the rounds after n: they belong to a course of events the server has left.
-
-What a strategy remembers is found, not listed: the attributes of its object and of the strategies it wraps. Those named
-like a constructor parameter are settings: they are compared, not restored. The rest is state, as JSON and tensors,
-never pickled. Flower samples nodes with `random` and draws the noise of differential privacy with NumPy's generator:
-both are saved, and with their state in it the file is as secret as the arrays without noise.
+are the server's, after every round and before the next; `FromRound` lets a strategy go on. Files have mode 600; with
+the generators that sample nodes and draw the noise of privacy in it, a checkpoint is as secret as arrays without noise.
 """
 
 from __future__ import annotations
@@ -20,6 +12,8 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +48,20 @@ class CheckpointError(OSError):
     """A checkpoint that cannot be written, read or applied; the message says why and what to do."""
 
 
+@contextmanager
+def _disk(kind: type[OSError], what: str, remedy: str) -> Iterator[None]:
+    """Errors of the disk as errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}; {remedy}") from error
+
+
 class PrivateStore:
     """The private arrays of clients, one file per round: `<folder>/<run>/<client>/round-000012.safetensors`.
 
-    `keep` rounds, at least 2, stay on the disk; the folder is made when the first one is committed.
+    A server that was killed in round 7 asks for round 7 again, and a client that had committed 7 must begin from 6
+    again: so `keep` rounds, at least 2, stay on the disk, more if the server writes its checkpoint less often.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -69,26 +73,19 @@ class PrivateStore:
     def commit(self, run: str, client: str, round: int, arrays: Mapping[str, NDArray | Tensor], spec_hash: str) -> Path:
         """Put the private half on the disk, for good, before anyone is told that the round is done; gives the file.
 
-        `arrays` is empty for a method without private parts. StoreError says the disk's reason; what was committed
-        before is untouched then. ValueError: a name that is no file name, or a negative round.
+        Rounds after this one are dropped: they belong to a course of events the server has left. `arrays` is empty for
+        a method without private parts. StoreError: the disk's reason; what was committed before is untouched then.
+        ValueError: a name that is no file name, or a negative round.
         """
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
         path = self._folder(run, client) / f"round-{round:06d}.safetensors"
-        try:
+        remedy = f"make room or give access to {self.folder} and let the client take part again"
+        with _disk(StoreError, f"could not commit {path}", f"earlier rounds are untouched, {remedy}"):
             files.write(path, arrays, _label(run, client, round, spec_hash))
-        except OSError as error:
-            raise StoreError(
-                f"could not commit {path}: {_reason(error)}; earlier rounds are untouched, make room or give access "
-                f"to {self.folder} and let the client take part again"
-            ) from error
-        try:
+        what = f"{path} is committed but other rounds could not be deleted"
+        with _disk(StoreError, what, f"give access to {path.parent}"):
             self._prune(run, client, round)
-        except OSError as error:
-            raise StoreError(
-                f"{path} is committed but other rounds could not be deleted: {_reason(error)}; give access to "
-                f"{path.parent}"
-            ) from error
         return path
 
     def load(self, run: str, client: str, before: int, spec_hash: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -97,12 +94,8 @@ class PrivateStore:
         None if nothing was committed before it: with fewer than `keep` rounds on the disk none was ever dropped.
         BehindError if only later rounds are there, StoreError for a damaged file or one of another spec, run or client.
         """
-        try:
+        with _disk(StoreError, f"could not read {self._folder(run, client)}", "give access to it"):
             rounds = self._rounds(run, client)
-        except OSError as error:
-            raise StoreError(
-                f"could not read {self._folder(run, client)}: {_reason(error)}; give access to it"
-            ) from error
         latest = max((n for n in rounds if n < before), default=None)
         if latest is not None:
             return latest, self._read(rounds[latest], _label(run, client, latest, spec_hash), before)
@@ -156,10 +149,6 @@ class PrivateStore:
                 path.unlink(missing_ok=True)  # another process may have been faster
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
 def _label(run: str, client: str, round: int, spec_hash: str) -> dict[str, str]:
     return {"format": PRIVATE_FORMAT, "run": run, "client": client, "round": str(round), "spec": spec_hash}
 
@@ -172,7 +161,7 @@ class Checkpoint:
         round: the last finished round.
         arrays: the shared arrays, in the order they had.
         spec_hash, run: digest of the wire spec, token of the run.
-        strategy, python, numpy: for `restore`: one entry for the strategy and each it wraps; the generators' states.
+        strategy, python, numpy: one entry for the strategy and each it wraps; the generators' states.
     """
 
     round: int
@@ -206,16 +195,12 @@ def save(
         "arrays": _encode("arrays", dict(arrays), tensors),
         "strategy": [_describe(layer, tensors) for layer in layers(strategy)],
         "python": random.getstate(),
-        "numpy": _encode("NumPy's generator", list(np.random.get_state()), tensors),
+        "numpy": _encode("NumPy's generator", np.random.get_state(), tensors),
     }
     path = Path(folder) / CHECKPOINT
-    try:
+    remedy = "the checkpoint before it is untouched, make room or give access and resume"
+    with _disk(CheckpointError, f"could not write {path}", remedy):
         files.write(path, tensors, {"format": SERVER_FORMAT, "state": json.dumps(state)})
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write {path}: {_reason(error)}; the checkpoint before it is untouched, make room or give "
-            "access and resume"
-        ) from error
     return path
 
 
@@ -237,13 +222,16 @@ def load(folder: Path) -> Checkpoint:
         )
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
     state = json.loads(metadata["state"])
+    for layer in state["strategy"]:
+        for part in ("settings", "state"):
+            layer[part] = {name: _decode(value, arrays) for name, value in layer[part].items()}
     version, words, gauss = state["python"]
     return Checkpoint(
         round=state["round"],
         arrays=_decode(state["arrays"], arrays),
         spec_hash=state["spec_hash"],
         run=state["run"],
-        strategy=tuple(_decode_layer(layer, arrays) for layer in state["strategy"]),
+        strategy=tuple(state["strategy"]),
         python=(version, tuple(words), gauss),
         numpy=tuple(_decode(state["numpy"], arrays)),
     )
@@ -266,7 +254,7 @@ def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
         _compare(layer, saved)
     for layer, saved in zip(own, checkpoint.strategy):
         for name, value in saved["state"].items():
-            setattr(layer, name, _copy(value))
+            setattr(layer, name, deepcopy(value))  # the strategy may write into it
         if saved["accountant"] is not None:
             layer.accountant.load_state_dict(saved["accountant"])
     random.setstate(checkpoint.python)
@@ -287,13 +275,11 @@ def _describe(layer: Any, tensors: dict[str, NDArray]) -> dict[str, Any]:
             "the strategy waits for the replies of a round; save after aggregate_train, before the next configure_train"
         )
     name = type(layer).__name__
-    settings, state = _attributes(layer)
-    return {
-        "class": name,
-        "settings": {key: _encode(f"{name}.{key}", value, tensors) for key, value in settings.items()},
-        "state": {key: _encode(f"{name}.{key}", value, tensors) for key, value in state.items()},
-        "accountant": _accounting(layer),
+    encoded = {
+        part: {key: _encode(f"{name}.{key}", value, tensors) for key, value in values.items()}
+        for part, values in _attributes(layer).items()
     }
+    return {"class": name, **encoded, "accountant": _accounting(layer)}
 
 
 def _accounting(layer: Any) -> Any:
@@ -301,33 +287,28 @@ def _accounting(layer: Any) -> Any:
     return accountant.state_dict() if accountant is not None else None
 
 
-def _attributes(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes that are (settings, state), without functions, the accountant and what it is about to count."""
-    parameters = set(inspect.signature(type(layer)).parameters)
-    settings: dict[str, Any] = {}
-    state: dict[str, Any] = {}
+def _attributes(layer: Any) -> dict[str, dict[str, Any]]:
+    """What a strategy remembers is found, not listed: attributes named like a constructor parameter are settings."""
+    parameters = inspect.signature(type(layer)).parameters
+    found: dict[str, dict[str, Any]] = {"settings": {}, "state": {}}
     for name, value in vars(layer).items():
         if name not in _NOT_STATE and not callable(value):
-            (settings if name in parameters else state)[name] = value
-    return settings, state
+            found["settings" if name in parameters else "state"][name] = value
+    return found
 
 
 def _compare(layer: Any, saved: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings: the result would belong to neither."""
-    name = saved["class"]
-    settings, _ = _attributes(layer)
-    for key, was in saved["settings"].items():
-        if not key.startswith(_SAMPLING) and settings.get(key) != was:
+    mine = _attributes(layer)["settings"]
+    fixed = {key: was for key, was in saved["settings"].items() if not key.startswith(_SAMPLING)}
+    pairs = {f"{saved['class']}.{key}": (was, mine.get(key)) for key, was in fixed.items()}
+    configs = [(accounting or {}).get("config") for accounting in (saved["accountant"], _accounting(layer))]
+    for what, (was, now) in {**pairs, "the privacy accounting": configs}.items():
+        if was != now:
             raise CheckpointError(
-                f"{name}.{key} was {was!r} when the checkpoint was written and is {settings.get(key)!r} now; resume "
-                "with the settings of the run, or start a new one"
+                f"{what} was {was!r} when the checkpoint was written and is {now!r} now; resume with the settings of "
+                "the run, or start a new one"
             )
-    was, now = ((accounting or {}).get("config") for accounting in (saved["accountant"], _accounting(layer)))
-    if was != now:
-        raise CheckpointError(
-            f"the privacy accounting was {was} when the checkpoint was written and is {now} now; resume with the "
-            "settings of the run, or start a new one"
-        )
 
 
 def _encode(what: str, value: Any, tensors: dict[str, NDArray]) -> Any:
@@ -364,24 +345,6 @@ def _decode(saved: Any, arrays: Mapping[str, NDArray]) -> Any:
     if kind == "record":
         return ArrayRecord({key: Array(value) for key, value in _decode(content, arrays).items()})
     return {key: _decode(value, arrays) for key, value in content}
-
-
-def _decode_layer(layer: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> dict[str, Any]:
-    decoded = {
-        part: {name: _decode(value, arrays) for name, value in layer[part].items()} for part in ("settings", "state")
-    }
-    return {**layer, **decoded}
-
-
-def _copy(value: Any) -> Any:
-    """A value of its own for the strategy, which may write into it: a checkpoint is restored as often as one likes."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, ArrayRecord):
-        return ArrayRecord(dict(value))
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class FromRound(Strategy):
