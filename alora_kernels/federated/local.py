@@ -1,17 +1,14 @@
 """A whole federated run in one process: the server, and every client in turn, in the order of their node ids.
 
-From a `FedConfig` and a function that makes a client's `Participant` to the `Outcome`, with the same files in
-`config.output` as on real machines and the private halves under `clients/`; for tests and for runs that need neither
-processes nor Ray. `InProcessGrid` serves any Flower strategy; every node keeps one `Context` between messages.
-
-Messages become Flower's protobuf bytes in both directions, so no client ever holds an array of the server's, and a
-tap sees exactly what travels. A client that raises becomes an error reply, as in a deployment.
+The files in `config.output` are those of real machines, with the private halves under `clients/`. Messages become
+Flower's protobuf bytes in both directions, so no client ever holds an array of the server's, and a tap sees exactly
+what travels. A client that raises becomes an error reply, as in a deployment.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,7 +28,6 @@ from .model import seed_of, seeded
 from .server import Template, serve
 from .state import CLIENTS, PrivateStore
 
-UserConfig = Mapping[str, bool | float | int | str]
 log = logging.getLogger("alora_kernels.federated")
 
 
@@ -41,31 +37,18 @@ class InProcessGrid(Grid):
     Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there.
 
     Args:
-        node_configs: one for each node, added to `{"partition-id": i, "num-partitions": num_nodes}`, i from 0.
-        run_config: what every client finds in `context.run_config`.
         on_message: called with a copy of every message, to a client and back, as read from the bytes that travel.
 
     Attributes:
-        contexts: node id -> its `Context`; the nodes that are there, so deleting one takes it away.
+        contexts: node id -> its `Context`, which stays between messages; deleting one takes the node away.
     """
 
     def __init__(
-        self,
-        client_app: ClientApp,
-        num_nodes: int,
-        *,
-        node_configs: Sequence[UserConfig] | None = None,
-        run_config: UserConfig | None = None,
-        on_message: Callable[[Message], None] | None = None,
+        self, client_app: ClientApp, num_nodes: int, *, on_message: Callable[[Message], None] | None = None
     ) -> None:
         if num_nodes < 1:
             raise ValueError(f"num_nodes must be >= 1, got {num_nodes}")
-        if node_configs is not None and len(node_configs) != num_nodes:
-            raise ValueError(
-                f"node_configs has {len(node_configs)} entries for num_nodes={num_nodes}; give one for each"
-            )
-        self._app = client_app
-        self._on_message = on_message
+        self._app, self._on_message = client_app, on_message
         self._waiting: dict[str, bytes] = {}
         TaskIdentity.task_id, TaskIdentity.node_id = 1, SUPERLINK_NODE_ID
         self.set_run(Run.create_empty(run_id=1))
@@ -73,13 +56,9 @@ class InProcessGrid(Grid):
             node: Context(
                 run_id=self._run.run_id,
                 node_id=node,
-                node_config={
-                    "partition-id": node - 1,
-                    "num-partitions": num_nodes,
-                    **(node_configs[node - 1] if node_configs else {}),
-                },
+                node_config={"partition-id": node - 1, "num-partitions": num_nodes},
                 state=RecordDict(),
-                run_config=dict(run_config or {}),
+                run_config={},
             )
             for node in range(1, num_nodes + 1)
         }
@@ -115,7 +94,10 @@ class InProcessGrid(Grid):
                 raise ValueError(
                     f"message to node {message.metadata.dst_node_id}, but the nodes are {self.get_node_ids()}"
                 )
-        return [self._post(message) for message in messages]
+        for message in messages:
+            self._tap(data := self._bytes(message))
+            self._waiting[message.metadata.message_id] = data
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run the clients of those messages, by node id, and return their replies; none for an id pulled before."""
@@ -125,12 +107,6 @@ class InProcessGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run the clients of these messages to their end, whatever the timeout, and return their replies."""
         return self.pull_messages(self.push_messages(messages))
-
-    def _post(self, message: Message) -> str:
-        data = self._bytes(message)
-        self._tap(data)
-        self._waiting[message.metadata.message_id] = data
-        return message.metadata.message_id
 
     @staticmethod
     def _bytes(message: Message) -> bytes:
@@ -197,7 +173,7 @@ def run(
         participant_of: makes the participant of a name, fresh for this run.
         template: what the server knows of the model; the first client's by default.
         resume: go on from the checkpoint in `config.output`.
-        on_message: sees every message as it crosses, in both directions.
+        on_message: as for `InProcessGrid`.
 
     Returns:
         The outcome; `status` is "stopped" when too few clients answered, the privacy budget is spent or the disk is

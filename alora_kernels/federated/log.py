@@ -1,7 +1,7 @@
 """What happened in a run: the ledger, one JSON object a line, which `server` alone writes, and what its events say.
 
-Tables, plots and studies read it at any time: each line goes out in one write, a failed write is taken back, and a
-resumed run cuts the file by an atomic rename. What is not finite becomes null: strict JSON has no NaN.
+Readers may come at any time: each line goes out in one write, a failed write is taken back, and a resumed run cuts the
+file by an atomic rename.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from .. import files
 
 Event = Mapping[str, Any]
-FIELDS = {"train": ("before", "after"), "evaluate": ("metrics",)}  # what a kind of round measures
 NO_REPLY = "no reply"  # how the guard's reason begins when a client was silent
 
 
@@ -56,8 +55,8 @@ class Ledger:
         """Append one event of JSON values and NumPy scalars, with the time; an OSError leaves the file as it was."""
         if not isinstance(event.get("event"), str):
             raise ValueError(f"an event needs its name under 'event', got {sorted(map(str, event))}")
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        line |= {k: v for k, v in _plain({**event, **self._scores(event)}).items() if k != "time"}
+        time = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        line = _plain({**time, **event, **self._scores(event), **time})
         self._append(_encode(line), sync=event["event"] != "client")
         self._events.append(line)
 
@@ -76,7 +75,7 @@ class Ledger:
         clients = [e for e in of_kind(self._events, "client", event["kind"]) if e["round"] == event["round"]]
         return {
             name: scores(measured(clients, name, run["metric"]), baseline, run.get("higher_is_better", True))
-            for name in FIELDS[event["kind"]]
+            for name in (("before", "after") if event["kind"] == "train" else ("metrics",))
         }
 
     def _append(self, line: bytes, *, sync: bool) -> None:
@@ -133,7 +132,7 @@ def _encode(event: Event) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values only: NumPy scalars unpacked, null for what is not finite."""
+    """NumPy's scalars as numbers, and null for what is not finite: strict JSON has no NaN."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):
@@ -229,12 +228,9 @@ def scores(values: Mapping[str, float], baseline: Mapping[str, float], higher_is
 class Track:
     """One client over the rounds.
 
-    Train round k measures it twice: "before" local training, on the model of k - 1 rounds, and "after" it. An
-    evaluation in round k measures the model of k rounds.
-
     Attributes:
         name: the client's name, or "node 7" when it never gave one.
-        shared: rounds behind the model -> metric before local training, or in an evaluation.
+        shared: rounds behind the model -> metric: k - 1 before the local training of round k, k in its evaluation.
         local: round -> metric after local training.
         nbytes: round -> bytes down and up of its training; the last evaluation would be a kink in every curve.
         down, up: bytes in all, of training and evaluation.
@@ -272,11 +268,10 @@ class Track:
         self.accepted = number
         if event["kind"] == "train":
             self.examples = event.get("examples")
-        points = {"before": (self.shared, number - 1), "after": (self.local, number), "metrics": (self.shared, number)}
-        for name in FIELDS[event["kind"]]:
+        fields = ("before", self.shared, number - 1), ("after", self.local, number), ("metrics", self.shared, number)
+        for name, series, step in fields:
             value = (event.get(name) or {}).get(metric)
             if value is not None:
-                series, step = points[name]
                 series[step] = value
 
     def state(self, last: int) -> str:

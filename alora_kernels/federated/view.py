@@ -1,8 +1,7 @@
 """A run as tables in the terminal, from a ledger's events or its path: while it happens, and what came of it.
 
-The command line and the examples show them; on something that is not a terminal, one plain line per finished round.
-What clients wrote (names, reasons) is shown without control characters and without markup: a client must not move
-another's cursor. A table fits 80 columns with accuracies and eight-digit byte counts in kB, MB, GB.
+On something that is not a terminal, one plain line per finished round. What clients wrote (names, reasons) is shown
+without control characters and markup: a client must not move another's cursor. A table fits 80 columns.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ NONE = "-"
 
 
 class _Row(NamedTuple):
-    """A client's line: its metric before and after, and what stands in the last column."""
-
     track: Track
     old: float | None
     new: float | None
@@ -49,8 +46,9 @@ def table(events: Sequence[Event], *, now: datetime | None = None) -> Renderable
         return Text("waiting for the run to begin")
     found, last, rows = tracks(events), last_round(events), []
     for track in found:
-        trained = max(track.local, default=0)
-        rows.append(_Row(track, track.shared.get(trained - 1), track.local.get(trained), _state(track.state(last))))
+        trained, state = max(track.local, default=0), track.state(last)
+        shown = Text(printable(state), {"ok": "green", "waiting": "dim", "not asked": "dim"}.get(state, "red"))
+        rows.append(_Row(track, track.shared.get(trained - 1), track.local.get(trained), shown))
     lost = [f"round {n}, {track.name}: {reason}" for track in found for n, reason in track.rejected if n == last]
     more = [f"and {len(lost) - SHOWN} more"] if len(lost) > SHOWN else []
     scores = [(e.get("before") or {}, e.get("after") or {}) for e in of_kind(events, "round", "train")[-1:]]
@@ -64,8 +62,8 @@ def summary(events: Sequence[Event]) -> RenderableType:
     found, rows = tracks(events), []
     judged: Event = (of_kind(events, "round", "evaluate") or [{}])[-1]
     for track in found:
-        number = Text(str(len(track.rejected)), "red" if track.rejected else "")
-        rows.append(_Row(track, track.shared.get(0), track.shared.get(judged.get("round", -1)), number))
+        lost = Text(str(len(track.rejected)), "red" if track.rejected else "")
+        rows.append(_Row(track, track.shared.get(0), track.shared.get(judged.get("round", -1)), lost))
     notes = [f"{track.name}: {n} x {reason}" for track in found for reason, n in track.reasons.items()]
     scores = [(e.get("before") or {}, judged.get("metrics") or {}) for e in of_kind(events, "round", "train")[:1]]
     return _page(events, None, ("untuned", "final", "rejected"), rows, scores, notes)
@@ -171,7 +169,6 @@ def _page(
 
 
 def _foot(grid: Table, old: Event, new: Event, better: int) -> None:
-    """Mean, worst and delta-m of all clients."""
     blank = [""] * 4
     worst = Text(printable(str(new.get("worst_client") or "")))
     grid.add_row()
@@ -198,16 +195,11 @@ def _header(events: Sequence[Event], rows: Sequence[_Row], now: datetime | None)
 
 def elapsed(events: Sequence[Event], now: datetime | None = None) -> float:
     """Seconds the run took, without the time between a stop and a resumption."""
-    total, begun, last = 0.0, None, None
-    for event in events:
-        moment = datetime.fromisoformat(event["time"])
-        if event["event"] == "run":
-            total, begun = total + ((last - begun).total_seconds() if begun and last else 0.0), moment
-        last = moment
-    if begun is None or last is None:
-        return 0.0
-    stop = last if now is None or events[-1]["event"] == "end" else now
-    return total + (stop - begun).total_seconds()
+    times = [datetime.fromisoformat(event["time"]) for event in events]
+    gaps = [b - a for a, b, event in zip(times, times[1:], events[1:]) if event["event"] != "run"]
+    if now is not None and events and events[-1]["event"] != "end":
+        gaps.append(now - times[-1])
+    return sum(gaps, timedelta()).total_seconds()
 
 
 def spark(series: Mapping[int, float], end: int) -> str:
@@ -232,7 +224,3 @@ def _pair(old: float | None, new: float | None, better: int) -> tuple[str, str, 
     gain = (new - old) * better
     colour = "green" if gain > 0 else "red" if gain < 0 else ""
     return _number(old), _number(new), Text(_number(new - old, "{:+.3f}"), colour)
-
-
-def _state(state: str) -> Text:
-    return Text(printable(state), {"ok": "green", "waiting": "dim", "not asked": "dim"}.get(state, "red"))

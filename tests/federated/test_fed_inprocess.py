@@ -49,21 +49,18 @@ def test_two_equal_runs_give_equal_bits():
     assert ends[0] == ends[1]
 
 
-def test_node_and_run_config_reach_the_clients():
+def test_the_numbers_of_a_node_reach_its_client():
     configs: list[dict] = []
     app = ClientApp()
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        configs.append({**context.node_config, **context.run_config, "id": context.node_id})
+        configs.append({**context.node_config, "id": context.node_id})
         return Message(RecordDict(), reply_to=message)
 
-    grid = InProcessGrid(app, 2, node_configs=[{"name": "x"}, {"name": "y"}], run_config={"lr": 0.5})
+    grid = InProcessGrid(app, 2)
     grid.send_and_receive([Message(RecordDict(), node, "query") for node in (2, 1)])
-    assert configs == [
-        {"partition-id": 0, "num-partitions": 2, "name": "x", "lr": 0.5, "id": 1},
-        {"partition-id": 1, "num-partitions": 2, "name": "y", "lr": 0.5, "id": 2},
-    ]
+    assert configs == [{"partition-id": i, "num-partitions": 2, "id": i + 1} for i in range(2)]
 
 
 def test_no_object_crosses_the_wire():
@@ -164,8 +161,6 @@ def test_an_interrupt_passes():
 def test_bad_input_names_the_argument():
     with pytest.raises(ValueError, match="num_nodes must be >= 1"):
         InProcessGrid(ClientApp(), 0)
-    with pytest.raises(ValueError, match="node_configs has 1 entries for num_nodes=2"):
-        InProcessGrid(ClientApp(), 2, node_configs=[{}])
     grid = InProcessGrid(adding_app(), 2)
     with pytest.raises(ValueError, match=r"message to node 3, but the nodes are \[1, 2\]"):
         grid.send_and_receive(messages([1, 3]))
