@@ -176,7 +176,7 @@ def test_no_server_is_a_clear_line(tmp_path):
     ],
 )
 def test_only_clients_calls_are_answered_to_other_machines(path, peer, answered):
-    reached, sent = [], []
+    reached, sent = [], []  # of a call and of a websocket
 
     async def inner(scope, receive, send):
         reached.append(scope["path"])
@@ -184,10 +184,11 @@ def test_only_clients_calls_are_answered_to_other_machines(path, peer, answered)
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "client": peer and (peer, 5), "server": ("192.0.2.1", 8000)}
-    asyncio.run(superlink.guarded(inner)(scope, None, send))
-    assert reached == ([path] if answered else [])
-    assert [m["status"] for m in sent if "status" in m] == ([] if answered else [403])
+    for kind in ("http", "websocket"):
+        scope = {"type": kind, "path": path, "client": peer and (peer, 5), "server": ("192.0.2.1", 8000)}
+        asyncio.run(superlink.guarded(inner)(scope, None, send))
+    assert reached == ([path, path] if answered else [])
+    assert [m["status"] for m in sent if "status" in m] == ([] if answered else [403, 403])
 
 
 # ---- certificates and keys

@@ -1,8 +1,7 @@
-"""The folder that `flwr run` submits for `alora fed`: a configuration and two imports.
+"""The folder that `flwr run` submits for `alora fed`: a configuration and two imports, as in `examples/federated_app`.
 
-Only these two files travel to the clients. The apps themselves are imported from what is installed on each machine: a
-client runs no code from the server but the names of two objects, and every machine needs the same version of this
-package. `examples/federated_app` is the same folder by hand.
+Only these two files travel, and the imports find what is installed on each machine: a client runs no code from the
+server but the names of two objects, and every machine needs the same version of this package.
 """
 
 from __future__ import annotations
@@ -47,17 +46,13 @@ __all__ = ["client", "server"]  # Flower looks the names up here, without import
 
 
 def write_app(folder: Path, config: str, *, resume: bool = False, server: str = SERVER, client: str = CLIENT) -> Path:
-    """Write a folder that `flwr run` accepts.
+    """Write a folder that `flwr run` accepts, and return it.
 
     Args:
         folder: made if missing; `pyproject.toml` and `app.py` in it are replaced.
         config: text of the configuration, which both apps find as `context.run_config["config"]`.
         resume: whether the server goes on from its checkpoint; `context.run_config["resume"]`.
-        server: "module:name" of a `ServerApp` importable on the server.
-        client: "module:name" of a `ClientApp` importable on every client.
-
-    Returns:
-        The folder.
+        server, client: "module:name" of the two apps, importable on the server and on every client.
 
     Raises:
         ValueError: a reference that is not "module:name", or a configuration that TOML cannot hold as a literal.

@@ -1,10 +1,7 @@
 """What Flower's daemons are started with, by `runs` and `alora fed`: commands, environment, certificates and keys.
 
-FLWR_HOME lies inside the run's folder: neither configuration nor state of the user is touched. A server without
-certificates is a simulation and listens on this machine only; with them it takes only clients whose key is registered.
-Clients get `ca.pem` and trust nobody else, so the authority signs only once: a new server certificate means a new
-`ca.pem` for everyone. Files are never overwritten, because a lost node key is a client that has to be registered again.
-Certificates and keys from elsewhere (`openssl`, `step`, `ssh-keygen -t ecdsa -b 384`) work as well.
+FLWR_HOME lies inside the run's folder: neither configuration nor state of the user is touched. Certificates and keys
+from elsewhere (`openssl`, `step`, `ssh-keygen -t ecdsa -b 384`) work as well as those made here.
 """
 
 from __future__ import annotations
@@ -64,8 +61,7 @@ def superlink_command(
 
     Args:
         home: folder of the run; the database is `<home>/superlink.db`, so registered keys survive a restart.
-        host: address to listen on; "0.0.0.0" for clients on other machines.
-        port: TCP port.
+        host, port: where to listen; "0.0.0.0" for clients on other machines.
         certificates: for TLS, and only clients whose key was registered; None: a simulation, on this machine only.
 
     Raises:
@@ -139,18 +135,16 @@ def existing(file: Path, source: str) -> Path:
 
 
 class Certificates:
-    """Where the TLS files of a server are.
-
-    Args:
-        folder: holds `ca.pem` (give it to every client), `server.pem` and `server.key` (stay with the server).
-    """
+    """A folder with a server's TLS files: `ca.pem` (for every client), `server.pem` and `server.key` (stay with it)."""
 
     def __init__(self, folder: Path) -> None:
         self.ca, self.certificate, self.key = (Path(folder) / n for n in ("ca.pem", "server.pem", "server.key"))
 
 
 def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 365) -> Certificates:
-    """An authority and a server certificate signed by it; the authority's own key is never written.
+    """An authority and a server certificate signed by it.
+
+    The authority's own key is never written: a new server certificate means a new `ca.pem` for everyone.
 
     Args:
         folder: where to write; made if missing.
@@ -180,12 +174,8 @@ def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 36
 def make_node_key(folder: Path, client: str) -> tuple[Path, Path]:
     """A key pair with which a client proves to the server who it is, as `ssh-keygen -t ecdsa -b 384` writes it.
 
-    Returns:
-        `<folder>/<client>`, which never leaves the client, and `<client>.pub`, which the server registers.
-
-    Raises:
-        ValueError: a name that is not a file name, see `check_name`.
-        FileExistsError: one of the files is there already.
+    `<folder>/<client>` never leaves the client; the server registers `<client>.pub`. ValueError: a name that is not a
+    file name; FileExistsError: one of the files is there already.
     """
     private = Path(folder) / check_name(client)
     public = private.with_name(f"{client}.pub")
@@ -206,7 +196,7 @@ def check_name(client: str) -> str:
 
 
 def _write(contents: Mapping[Path, bytes], *, private: Path) -> None:
-    """New files in one folder; one of them is for its owner alone."""
+    """New files in one folder, one of them for its owner alone: a lost node key is a client to be registered again."""
     for file in contents:
         if file.exists():
             raise FileExistsError(f"{file} exists; keep it, or move it away to make a new one")

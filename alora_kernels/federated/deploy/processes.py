@@ -1,8 +1,8 @@
 """Child processes that end when the work ends: what `runs` starts of Flower, supervised, with logs that errors quote.
 
-Every process leads its own group, so Ctrl-C in a terminal reaches only the supervisor, which stops the others in
-reverse order. A Flower daemon detaches what it starts (executor, app, Ray), and those look only every few seconds
-whether their parent lives: so the whole tree is listed before its root is stopped, and then ended with it.
+Every process leads its own group, so Ctrl-C in a terminal reaches only the supervisor. A Flower daemon detaches what it
+starts (executor, app, Ray), and those look only every few seconds whether their parent lives: so the whole tree is
+listed before its root is stopped, and then ended with it.
 """
 
 from __future__ import annotations
@@ -185,21 +185,13 @@ def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: fl
 
 def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
     """Pass on a process's log line by line until it ends with this exit code; a FlowerError after `seconds`."""
+    rest = ""
     with process.open_log() as log:
         for code in process.looks(seconds):
-            for line in _whole_lines(log):
-                if echo:
+            *lines, rest = (rest + log.read()).split("\n")
+            if echo:
+                for line in lines:
                     echo(line)
             if code is not None:
                 return code
     raise FlowerError(f"{process.name} still runs after {seconds:.0f} s:\n{last_lines(process.log)}")
-
-
-def _whole_lines(stream: IO[str]) -> Iterator[str]:
-    while True:
-        at = stream.tell()
-        line = stream.readline()
-        if not line.endswith("\n"):
-            stream.seek(at)
-            return
-        yield line.rstrip("\n")

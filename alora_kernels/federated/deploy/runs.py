@@ -1,8 +1,7 @@
 """Run an app folder with Flower as processes: a simulation on this machine, or a server and clients on several.
 
-For `alora fed` and the loopback example. `flwr run` exits 0 when the run crashed, so a run counts as done only when the
-SuperLink says `finished:completed`. `flwr run . local` leaves a SuperLink behind on a fixed port; here a simulation has
-its own on a free port, as a child that ends with the call.
+`flwr run` exits 0 when the run crashed, so a run counts as done only when the SuperLink says `finished:completed`;
+`flwr run . local` leaves a SuperLink behind on a fixed port, so a simulation has its own as a child on a free one.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def submit_and_wait(
     echo: Echo | None = None,
     seconds: float | None = None,
 ) -> Path:
-    """Start a run and follow it to its end.
+    """Start a run and follow it to its end; gives the file of its log.
 
     Args:
         home: folder of the run, connected (`connect`) to a SuperLink.
@@ -84,9 +83,6 @@ def submit_and_wait(
         federation: settings of a simulation, such as `{"num-supernodes": 4}`.
         echo: gets the run's log line by line.
         seconds: deadline, after which the run is stopped.
-
-    Returns:
-        File with the log of the run, which completed.
 
     Raises:
         FlowerError: the app was refused, the run crashed, was stopped or took too long; quotes the end of the log.
@@ -126,16 +122,13 @@ def run_ray(
     echo: Echo | None = None,
     seconds: float | None = None,
 ) -> Path:
-    """Simulate a federation on this machine with Ray; other arguments as `submit_and_wait`.
+    """Simulate a federation on this machine with Ray and leave nothing running; the rest as `submit_and_wait`.
 
     Args:
         num_clients: number of simulated nodes; each finds its number as `context.node_config["partition-id"]`.
         home: folder for database, logs and Flower's home.
         cpus: processor cores per client; as many clients run at once as fit into the machine.
         gpus: share of a GPU per client.
-
-    Returns:
-        As `submit_and_wait`; nothing of the run is left running.
 
     Raises:
         ValueError: no client, or no core for it.
@@ -179,8 +172,7 @@ def run_client(
     dead process as connected. The SuperNode ends in both cases, so it is started again until `patience` is over.
 
     Args:
-        client: its name.
-        command: of its SuperNode.
+        client, command: its name, and the command of its SuperNode.
         home: folder of Flower's files and logs on this machine.
         echo: gets the log line by line.
         patience: seconds for which a refusal is no reason to give up.

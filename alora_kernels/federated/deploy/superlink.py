@@ -10,17 +10,12 @@ everyone look local: let it pass `/v1/fleet/` only. `commands.superlink_command`
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN = ("/v1/fleet/",)  # what clients call
-HEALTH = "/health"
-REFUSED = b"only clients' calls are answered to other machines: run operators' commands on the server's own machine\n"
+REFUSED = "only clients' calls are answered to other machines: run operators' commands on the server's own machine\n"
 
 
 def allowed(path: str, peer: str | None, here: str | None) -> bool:
@@ -28,7 +23,7 @@ def allowed(path: str, peer: str | None, here: str | None) -> bool:
 
     Formula: the path is `/health` or below `/v1/fleet/`, or the peer is this machine: a loopback address, or `here`.
     """
-    if path == HEALTH or (path.startswith(OPEN) and ".." not in path):
+    if path == "/health" or (path.startswith("/v1/fleet/") and ".." not in path):
         return True
     try:
         address = ipaddress.ip_address(peer or "")
@@ -38,19 +33,13 @@ def allowed(path: str, peer: str | None, here: str | None) -> bool:
     return peer == here or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def guarded(app: App) -> App:
+def guarded(app: ASGIApp) -> ASGIApp:
     """An ASGI application that answers 403 where `allowed` says no."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         peer, here = ((scope.get(side) or (None,))[0] for side in ("client", "server"))
-        if scope["type"] == "lifespan" or allowed(scope["path"], peer, here):
-            await app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            headers = [(b"content-type", b"text/plain")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": REFUSED})
+        answered = scope["type"] == "lifespan" or allowed(scope["path"], peer, here)
+        await (app if answered else PlainTextResponse(REFUSED, 403))(scope, receive, send)
 
     return answer
 
@@ -62,7 +51,7 @@ def main() -> None:
 
     create = superlink.create_app
 
-    def create_guarded(*args: Any, **kwargs: Any) -> App:
+    def create_guarded(*args: Any, **kwargs: Any) -> ASGIApp:
         return guarded(create(*args, **kwargs))
 
     superlink.create_app = create_guarded  # type: ignore[assignment]  # looked up there when the server starts
