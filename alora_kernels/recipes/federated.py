@@ -1,9 +1,8 @@
 """What `alora fed` trains: a configuration's clients as `Participant`s on real models, and the two apps Flower starts.
 
-Both kinds of model come down to a choice. An "encoder" has a class per label word: a client's words and their order
-belong to its rows. A "causal" model is asked with the prompt alone, cut where its answer begins, for the answer's first
-token; its loss is over the whole vocabulary and its accuracy among the label words. A process reads a base model and
-tokenises a client's rows once; participants share the frozen weights and own everything else.
+An "encoder" has a class per label word of its client. A "causal" model is asked with the prompt alone, cut where its
+answer begins, for the answer's first token; its loss is over the whole vocabulary, its accuracy among the label words.
+A process reads a base model and tokenises a client's rows once; participants share the frozen weights and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import Context
@@ -34,11 +33,8 @@ METRICS = ("accuracy", "loss")
 EVAL_BATCH = 64
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A model as it was read; nobody trains it, participants copy it."""
-
-    model: nn.Module
+class _Base(NamedTuple):
+    model: nn.Module  # nobody trains it, participants copy it
     tokenizer: Any
     fingerprint: str
 
@@ -126,16 +122,9 @@ def _rows(config: FedConfig, client_name: str, data_file: str | Path | None) -> 
     task = config.client(client_name).task
     if task is None and data_file is None:
         raise ConfigError(f"clients.{client_name}: name a task ({', '.join(data.TASKS)}, a .jsonl file or a hub id)")
-    return task_rows(
-        task,
-        None if data_file is None else str(data_file),
-        causal=kind_of(config) == "causal",
-        tokenizer=_base_of(config).tokenizer,
-        seed=config.seed,
-        train_size=config.train_size,
-        test_size=config.test_size,
-        max_length=config.max_length,
-    )
+    options: Any = config.model_dump(include={"seed", "train_size", "test_size", "max_length"})
+    causal, tokenizer = kind_of(config) == "causal", _base_of(config).tokenizer
+    return task_rows(task, None if data_file is None else str(data_file), causal=causal, tokenizer=tokenizer, **options)
 
 
 def _base_of(config: FedConfig) -> _Base:
@@ -253,7 +242,6 @@ def _labels(task: str | data.TaskSpec | None, name: str, answers: set[str]) -> t
 
 
 def _prompts(split: Any, tokenizer: Any, causal: bool, max_length: int) -> list[list[int]]:
-    """Token ids of each prompt."""
     if not causal:
         return tokenizer(list(split["prompt"]), truncation=True, max_length=max_length).input_ids
     encoded = data.encode(split, tokenizer, max_length)
@@ -302,16 +290,15 @@ def _evaluate(model: nn.Module, *, rows: Rows, metrics: tuple[str, ...]) -> dict
     """Accuracy among the label words and mean loss over the test rows; rows of similar length share a batch."""
     device = next(model.parameters()).device
     choices = rows.choices.to(device)
-    order = sorted(range(len(rows.test)), key=lambda i: len(rows.test[i]))
+    lengths = torch.tensor([len(row) for row in rows.test])
     right, loss = 0, 0.0
     model.eval()
-    for start in range(0, len(order), EVAL_BATCH):
-        numbers = order[start : start + EVAL_BATCH]
+    for numbers in lengths.argsort(stable=True).split(EVAL_BATCH):
         target = rows.test_target[numbers].to(device)
-        logits = _logits(model, rows, [rows.test[i] for i in numbers], device)
+        logits = _logits(model, rows, [rows.test[i] for i in numbers.tolist()], device)
         loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
         right += int((choices[logits[:, choices].argmax(1)] == target).sum())
-    measured = {"accuracy": right / len(order), "loss": loss / len(order)}
+    measured = {"accuracy": right / len(lengths), "loss": loss / len(lengths)}
     return {name: measured[name] for name in metrics}
 
 
