@@ -126,12 +126,12 @@ class Client:
         """
         for name, parameter in self._model.named_parameters():  # PEFT thaws adapters that it enables again
             parameter.requires_grad_(self._trains[name])
-        before = adapters.untrained(self._model, self._share)
+        own = adapters.matrices(self._model, self._share).items()
+        before = {key: m.tensor.detach().clone() for key, m in own if not m.tensor.requires_grad}
         with adapters.seeded(adapters.seed_of(self.config.seed, self.name, round_)):
             self.participant.train(self._model)
-        after = adapters.untrained(self._model, self._share)
-        moved = [key for key in before if not torch.equal(after[key], before[key])]
-        if moved:
+        after = adapters.matrices(self._model, self._share)
+        if moved := [key for key, values in before.items() if not torch.equal(after[key].tensor, values)]:
             shown = ", ".join(moved[:3]) + ", ..." * (len(moved) > 3)
             raise DriftError(
                 f"client {self.name}: local training changed {shown}, which {self.config.method} trains nowhere:"

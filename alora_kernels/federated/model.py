@@ -1,9 +1,7 @@
 """From a base model to a client's model, and from its parameters to what travels, what stays and what is fixed.
 
 Whoever makes participants calls `adapt`; client and server read and write the adapted model's matrices by key: the
-path of the adapted layer and the role, `encoder.layer.0.query.B`, the same for every adapter library. Initial values
-come from (seed, key) or (seed, client, key), not from how the model was built: they are the same on every machine and
-under every engine, which is what lets frozen parts stay at home.
+path of the adapted layer and the role, `encoder.layer.0.query.B`, the same for every adapter library.
 """
 
 from __future__ import annotations
@@ -53,12 +51,10 @@ def _target_names(base: nn.Module, target_modules: str | Sequence[str], heads: S
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not output and not _in_heads(name, heads)
     ]
-    if target_modules == "all-linear":
-        chosen = linear
-    elif isinstance(target_modules, str):
-        chosen = [name for name in linear if re.fullmatch(target_modules, name)]
-    else:
-        chosen = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in target_modules)]
+    pattern = (
+        target_modules if isinstance(target_modules, str) else f"(.*[.])?({'|'.join(map(re.escape, target_modules))})"
+    )
+    chosen = linear if pattern == "all-linear" else [name for name in linear if re.fullmatch(pattern, name)]
     if not chosen:
         ends = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"target_modules {target_modules!r} match no linear layer; their names end in {ends}")
@@ -66,7 +62,7 @@ def _target_names(base: nn.Module, target_modules: str | Sequence[str], heads: S
 
 
 def _in_heads(name: str, heads: Sequence[str]) -> bool:
-    return any(name == head or name.startswith(f"{head}.") for head in heads)
+    return f"{name}.".startswith(tuple(f"{head}." for head in heads))
 
 
 def adapt(
@@ -102,8 +98,7 @@ def adapt(
     """
     names = _target_names(base, target_modules, heads)
     trained = [p for name, p in base.named_parameters() if _in_heads(name, heads)]
-    missing = [head for head in heads if not any(_in_heads(name, [head]) for name, _ in base.named_parameters())]
-    if missing:
+    if missing := [head for head in heads if not any(_in_heads(name, [head]) for name, _ in base.named_parameters())]:
         children = ", ".join(name for name, _ in base.named_children())
         raise ValueError(f"heads: no parameters under {', '.join(missing)}; the model has {children}")
     base.requires_grad_(False)
@@ -156,16 +151,20 @@ def matrices(model: nn.Module, spec: ShareSpec) -> dict[str, Matrix]:
 
 @torch.no_grad()
 def _begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
-    """Give matrices their first values, and say which of them the optimiser sees."""
+    """Give matrices their first values, and say which of them the optimiser sees.
+
+    Values come from (seed, key) or (seed, client, key), not from how the model was built: they are the same on every
+    machine and under every engine, which is what lets frozen parts stay at home.
+    """
     for key, (role, tensor) in matrices(model, spec).items():
         rule = spec.roles[role]
         if rule.begins == "kaiming":
-            words = (client, key) if rule.seed == "client" else (key,)
+            words = (client, key) if rule.lives == "private" else (key,)
             tensor.copy_(torch.from_numpy(kaiming(tuple(tensor.shape), seed_of(seed, *words))))
         elif rule.begins == "zeros":
             tensor.zero_()
         if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(rule.trained)
+            tensor.requires_grad_(rule.lives != "frozen")
 
 
 def values(model: nn.Module, spec: ShareSpec, *lives: Lives) -> dict[str, Tensor]:
@@ -175,11 +174,6 @@ def values(model: nn.Module, spec: ShareSpec, *lives: Lives) -> dict[str, Tensor
         for key, (role, tensor) in matrices(model, spec).items()
         if spec.roles[role].lives in lives and not spec.roles[role].restarts
     }
-
-
-def untrained(model: nn.Module, spec: ShareSpec) -> dict[str, Tensor]:
-    """Copies of the matrices that local training must leave as they are."""
-    return {k: _copy(tensor) for k, (role, tensor) in matrices(model, spec).items() if not spec.roles[role].trained}
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -277,8 +271,6 @@ class HetALoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear, r: int, d_m: int, scaling: float) -> None:
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"unequal ranks adapt nn.Linear layers only, got {type(base_layer).__name__}")
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.d_m, self.scaling = r, d_m, scaling
         weight = base_layer.weight

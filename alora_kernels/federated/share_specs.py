@@ -1,7 +1,6 @@
 """The federated methods as data: for each role of a parameter, where it lives and how it begins.
 
-From a method's name to its `ShareSpec`. Every method is federated averaging over a subset of the keys, so this table is
-all that tells one from another: `model` builds and sorts parameters by it, client and server read nothing else of it.
+Every method is federated averaging over a subset of the keys, so this table is all that tells one from another.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ class Role:
 
     Attributes:
         lives: "shared" (travels each round), "private" (never leaves the client) or "frozen" (nobody trains it).
-        begins: "kaiming" (uniform, as in LoRA), "zeros", or "built" (as the adapter's library made it).
-        seed: whether all clients draw the same values ("common") or each its own ("client").
-        trained: whether the optimiser sees it; the merged B of unequal ranks is shared but not trained.
+        begins: "kaiming" (uniform, as in LoRA; private ones each client draws on its own, all others are the same for
+            all), "zeros", or "built" (as the adapter's library made it).
         restarts: back to zeros at the start of every round, because its content has moved into a shared array.
     """
 
     lives: Lives
     begins: Literal["kaiming", "zeros", "built"]
-    seed: Literal["common", "client"] = "common"
-    trained: bool = True
     restarts: bool = False
 
 
@@ -71,18 +67,10 @@ class ShareSpec:
         return tuple(name for name, role in self.roles.items() if role.lives == lives)
 
     def floats(self, layers: Iterable[LayerShape], r: int, d_m: int = 0) -> tuple[int, int]:
-        """Floats (up, down) of the adapter per client and round.
+        """Floats (up, down) of the adapter per client and round, r being the client's rank; heads are not counted.
 
         Formula: the sum over layers and shared roles of r K for A, r N for B and r for d, both ways; with unequal ranks
-        N d_m down and min(r (N + d_m), N d_m) up. Heads are not counted.
-
-        Args:
-            layers: shapes of the adapted layers.
-            r: the client's rank.
-            d_m: rank of the shared space, for unequal ranks.
-
-        Returns:
-            Counts of numbers, to be multiplied by 4 for bytes in float32.
+        N d_m down and min(r (N + d_m), N d_m) up, d_m being the rank of the shared space.
         """
         up = down = 0
         for k, n in layers:
@@ -101,18 +89,17 @@ def _roles(**roles: Role) -> Mapping[str, Role]:
 
 
 _A, _B = Role("shared", "kaiming"), Role("shared", "zeros")
-_OWN_A, _OWN_B = Role("private", "kaiming", seed="client"), Role("private", "zeros")
-_FROZEN_A = Role("frozen", "kaiming", trained=False)
+_OWN_A, _OWN_B = Role("private", "kaiming"), Role("private", "zeros")
 _HET = {
     **dict.fromkeys(("A", "M", "B1"), _OWN_A),
     "B2": Role("private", "zeros", restarts=True),
-    "B": Role("shared", "zeros", trained=False),
+    "B": _B,  # a buffer: merged, not trained
 }
 # fmt: off
 _SPECS = (
     ShareSpec("fedit", "lora", _roles(A=_A, B=_B), "2 r (K + N)",
               "mean of A and mean of B (not the mean of B A)", "Zhang et al. 2024, FedIT", exact=False),
-    ShareSpec("ffa-lora", "lora", _roles(A=_FROZEN_A, B=_B), "2 r N",
+    ShareSpec("ffa-lora", "lora", _roles(A=Role("frozen", "kaiming"), B=_B), "2 r N",
               "mean of B under one frozen A", "Sun et al. 2024, FFA-LoRA"),
     ShareSpec("fedsa-lora", "lora", _roles(A=_A, B=_OWN_B), "2 r K",
               "mean of A", "Guo et al. 2025, FedSA-LoRA"),
