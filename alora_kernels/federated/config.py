@@ -1,8 +1,7 @@
 """One federated run as data: what `alora fed run CONFIG.yaml` reads and what server and clients share.
 
 From YAML text or keyword arguments to a frozen `FedConfig`; unknown keys and wrong values are refused, all at once,
-with the key's path. The same text goes to every machine. The fields from `model` on are read only by the built-in
-participants (`alora_kernels.recipes.federated`); who brings models and data of their own may leave them out.
+with the key's path. The same text goes to every machine.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -97,12 +96,10 @@ class DpSettings:
             raise ValueError(f"side must be 'server' or 'client', got {self.side!r}")
 
 
-def refuse_secagg() -> NoReturn:
-    """Raise the ValueError that says why there is no secure aggregation."""
-    raise ValueError(
-        "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot "
-        "see single updates cannot check them for bad values; dp protects what the server passes on, not from itself"
-    )
+NO_SECAGG = (
+    "secure aggregation is not offered: Flower has SecAgg+ only in its legacy workflow, and a server that cannot see "
+    "single updates cannot check them for bad values; dp protects what the server passes on, not from itself"
+)
 
 
 class ConfigError(ValueError):
@@ -160,7 +157,8 @@ class FedConfig(_Frozen):
             code, which forgets them. For comparison only.
         base_check: compare the frozen model by "names" and shapes of its weights, or by their "data" as well.
         output: folder of ledger, checkpoints and plots; on one machine the clients' private parts too.
-        model: "minilm", "smollm2-135m", a folder or a hub id.
+        model: "minilm", "smollm2-135m", a folder or a hub id. This and the rest only the built-in participants read
+            (`alora_kernels.recipes.federated`): who brings models and data of their own may leave them out.
         kind: "encoder" (classifier) or "causal" (answers in words); None goes by the model's name.
         local_steps, batch_size, learning_rate, weight_decay: local training in a round (AdamW, fresh each round).
         train_size, test_size, max_length: rows per client and tokens per row.
@@ -220,7 +218,7 @@ class FedConfig(_Frozen):
         if self.guard.quorum > len(self.clients):
             raise ValueError(f"guard.quorum: {self.guard.quorum} of {len(self.clients)} clients can never be reached")
         if self.secagg:
-            refuse_secagg()
+            raise ValueError(NO_SECAGG)
         if self.dp is not None and not self.spec.living("shared"):
             raise ValueError(f"dp: with {self.method} nothing travels that could be protected; leave it out")
         if self.dp is not None and self.dp.accounting and self.weights != "equal":
@@ -261,11 +259,7 @@ class FedConfig(_Frozen):
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "configuration") -> FedConfig:
-        """Parse YAML.
-
-        Args:
-            text: the file's content.
-            source: what to call it in errors.
+        """Parse YAML; `source` is what to call the text in errors.
 
         Raises:
             ConfigError: not YAML, not a mapping, unknown keys or wrong values; one line per mistake.

@@ -52,8 +52,8 @@ class GuardedGrid:
         self._grid, self._spec, self._limits, self._name = grid, spec, limits, run
         self._on_event, self._clock = on_event, clock
         self._clients: dict[int, str] = {}
-        self._void_rounds = self._good_rounds = 0
-        self._last_void = ""
+        self._void_rounds, self._any_good = 0, False
+        self.nothing_done: QuorumError | None = None  # why a run is not finished if all its rounds were void
         self._most_nodes, self._waiting_since = -1, 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -98,8 +98,7 @@ class GuardedGrid:
             self._void(current)
             return []
         if current.kind == "train":
-            self._void_rounds = 0
-            self._good_rounds += 1
+            self._void_rounds, self._any_good, self.nothing_done = 0, True, None
         return [make_message(metadata=sent.reply.metadata, content=sent.content) for sent in current.accepted]
 
     def _void(self, current: _Round) -> None:
@@ -108,18 +107,14 @@ class GuardedGrid:
         log.warning("round %d is void: %s", current.number, counts)
         refused = [f"{e.client or f'node {e.node}'}: {e.reason}" for e in current.entries if e.reason]
         shown = "; ".join(refused[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
-        self._last_void = (
+        error = QuorumError(
             f"{self._void_rounds} rounds in a row without a quorum, the last one (round {current.number}) with "
             f"{counts} within {self._limits.deadline:g} s: mend the clients named here, or lower the quorum. "
             f"{shown or 'Every reply was accepted: sample more nodes'}"
         )
         if self._void_rounds >= self._limits.patience:
-            raise QuorumError(self._last_void)
-
-    @property
-    def nothing_done(self) -> QuorumError | None:
-        """Why a run is not finished after its last round, if all its rounds were void."""
-        return QuorumError(self._last_void) if self._last_void and not self._good_rounds else None
+            raise error
+        self.nothing_done = None if self._any_good else error
 
 
 @dataclass

@@ -2,10 +2,6 @@
 
 From a grid to the clients, the run's `FedConfig` and a `Template` to an `Outcome` and, in `config.output`, the ledger,
 `server.safetensors` (each round) and `final.safetensors`. Every engine calls `serve` with its own grid.
-
-The loop is Flower's own `Strategy.start`. What is ours sits around it: `GuardedGrid` decides which replies it sees,
-`FromRound` lets it begin at the round after the checkpoint, and `evaluate_fn`, which Flower calls after each
-aggregation, writes the checkpoint. The server never holds a client's private half, nor data.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 from torch import nn
@@ -56,37 +52,35 @@ def serve(
 ) -> Outcome:
     """Run a federated training over a grid to its last round, or until it has to stop.
 
-    Arguments, outcome and errors as `local.run`; `engine` is for the ledger.
+    Arguments, outcome and errors as `local.run`; `engine` is for the ledger. The server never holds a client's private
+    half, nor data.
     """
-    with quiet_flower(logging.WARNING), adapters.generators_kept():  # Flower samples and draws noise with them
-        return _serve(grid, _Run(config, template, resume), engine)
-
-
-def _serve(grid: Grid, run: _Run, engine: str) -> Outcome:
-    path, status = run.config.output / LEDGER, "stopped"
+    status = "stopped"
     reason: str | None = "interrupted"
-    with Ledger(path, resume_from=run.done if run.resumed else None) as ledger:
-        try:
-            ledger.write(run.event(engine))
-            if not run.resumed:
-                run.save(0, run.arrays)
-            guard = GuardedGrid(grid, run.spec, run.config.guard, run=run.token, on_event=ledger.write)
-            run.play(guard, ledger)
-            run.judge(guard)
-            status, reason = "finished", None
-        except (QuorumError, PrivacyBudgetExhausted, OSError) as error:
-            reason = str(error)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            with suppress(OSError):  # a full disk is the outcome's reason already
-                ledger.write({"event": "end", "round": run.done, "status": status, "reason": reason})
+    with quiet_flower(logging.WARNING), adapters.generators_kept():  # Flower samples and draws noise with them
+        run = _Run(config, template, resume)
+        with Ledger(config.output / LEDGER, resume_from=run.done if resume else None) as ledger:
+            try:
+                ledger.write(run.event(engine))
+                if not resume:
+                    run.save(0, run.arrays)
+                guard = GuardedGrid(grid, run.spec, config.guard, run=run.token, on_event=ledger.write)
+                run.play(guard, ledger)
+                run.judge(guard)
+                status, reason = "finished", None
+            except (QuorumError, PrivacyBudgetExhausted, OSError) as error:
+                reason = str(error)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                with suppress(OSError):  # a full disk is the outcome's reason already
+                    ledger.write({"event": "end", "round": run.done, "status": status, "reason": reason})
     arrays = wire.from_record(run.arrays, run.spec)
-    if run.done == run.config.rounds:
-        said = {"method": run.config.method, "spec": run.spec.digest, "round": str(run.done)}
-        files.write(run.config.output / state.FINAL, arrays, said)
-    return Outcome(status, reason, run.done, arrays, read(path))
+    if run.done == config.rounds:
+        said = {"method": config.method, "spec": run.spec.digest, "round": str(run.done)}
+        files.write(config.output / state.FINAL, arrays, said)
+    return Outcome(status, reason, run.done, arrays, read(config.output / LEDGER))
 
 
 def check_fresh(folder: Path) -> None:
@@ -109,67 +103,46 @@ def clear(folder: Path) -> None:
 class _Run:
     """Where a run stands: begun afresh, or as the checkpoint in its folder says; moves on after every round."""
 
-    token: str
-    done: int
-    arrays: ArrayRecord
-
     def __init__(self, config: FedConfig, template: Template, resume: bool) -> None:
         self.config, self.template, self.resumed = config, template, resume
         self.spec = adapters.agreement(template.model, config, template.base)
+        chosen, quorum = config.strategy, config.guard.quorum
         self.strategy = build_strategy(
-            config.strategy.name,
-            config.strategy.options,
-            quorum=config.guard.quorum,
-            dp=config.dp,
-            population=len(config.clients),
+            chosen.name, chosen.options, quorum=quorum, dp=config.dp, population=len(config.clients)
         )
         if resume:
-            self._restore()
+            saved = state.load(config.output)
+            if saved.spec_hash != self.spec.digest:
+                raise state.CheckpointError(
+                    f"{config.output} was made with another method, model, rank or seed: resume with the same "
+                    "configuration"
+                )
+            state.restore(saved, self.strategy)
+            self.token, self.done, self.arrays = saved.run, saved.round, wire.to_record(saved.arrays)
         else:
-            self._begin()
-
-    def _begin(self) -> None:
-        check_fresh(self.config.output)
-        (self.config.output / LEDGER).unlink(missing_ok=True)  # killed before its first checkpoint: nothing happened
-        random.seed(adapters.seed_of(self.config.seed, "sampling"))
-        if self.config.dp is not None:
-            np.random.seed(None)  # noise that somebody could draw again hides nothing
-        self.token, self.done = secrets.token_hex(8), 0
-        self.arrays = wire.to_record(adapters.values(self.template.model, self.config.spec, "shared"))
-
-    def _restore(self) -> None:
-        saved = state.load(self.config.output)
-        if saved.spec_hash != self.spec.digest:
-            raise state.CheckpointError(
-                f"{self.config.output} was made with another method, model, rank or seed: resume with the same "
-                "configuration"
-            )
-        state.restore(saved, self.strategy)
-        self.token, self.done, self.arrays = saved.run, saved.round, wire.to_record(saved.arrays)
+            check_fresh(config.output)
+            (config.output / LEDGER).unlink(missing_ok=True)  # killed before its first checkpoint: nothing happened
+            random.seed(adapters.seed_of(config.seed, "sampling"))
+            if config.dp is not None:
+                np.random.seed(None)  # noise that somebody could draw again hides nothing
+            self.token, self.done = secrets.token_hex(8), 0
+            self.arrays = wire.to_record(adapters.values(template.model, config.spec, "shared"))
 
     def save(self, done: int, arrays: ArrayRecord) -> None:
         """Move on to a round whose checkpoint is on the disk."""
-        state.save(
-            self.config.output,
-            round=done,
-            arrays=arrays,
-            spec_hash=self.spec.digest,
-            run=self.token,
-            strategy=self.strategy,
-        )
+        said = {"spec_hash": self.spec.digest, "run": self.token}
+        state.save(self.config.output, round=done, arrays=arrays, strategy=self.strategy, **said)
         self.done, self.arrays = done, arrays
 
     def play(self, guard: GuardedGrid, ledger: Ledger) -> None:
         """The rounds that are left."""
         first = self.done
 
-        def after(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
+        def after(round_: int, arrays: ArrayRecord) -> None:  # Flower asks after every aggregation, and once before
             if round_ > 0:
-                spent = privacy_spent(self.strategy)
-                if spent is not None:
+                if spent := privacy_spent(self.strategy):
                     ledger.write({"event": "privacy", "round": first + round_, **spent})
                 self.save(first + round_, arrays)
-            return None
 
         if first < self.config.rounds:
             state.FromRound(self.strategy, first).start(
@@ -200,9 +173,8 @@ class _Run:
         config, model = self.config, self.template.model
         layers, own = adapters.layer_shapes(model, config.spec), adapters.matrices(model, config.spec)
         size = 8 if any(dtype == "float64" for dtype, _ in self.spec.arrays.values()) else 4
-        heads = size * sum(
-            math.prod(shape) for key, (_, shape) in self.spec.arrays.items() if own[key].role == "head"
-        )  # no formula of the papers counts them
+        # no formula of the papers counts heads
+        heads = size * sum(math.prod(shape) for key, (_, shape) in self.spec.arrays.items() if own[key].role == "head")
         floats = {c.name: config.spec.floats(layers, config.rank_of(c.name), config.d_m) for c in config.clients}
         return {
             "event": "run",

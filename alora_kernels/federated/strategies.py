@@ -2,12 +2,6 @@
 
 From a name, the strategy's own keyword arguments, the quorum and `DpSettings` to the server's strategy. Also here: the
 clipping on a client, and the epsilon spent so far, for the ledger.
-
-Metrics come inside the train reply, because on real machines every message costs a fresh process: no evaluate messages.
-A robust strategy that could not do its work with the quorum is refused: Flower's trimmed mean of 4 replies trims nobody
-at its default beta of 0.2. Noise is measured out for a mean of equally weighted replies and covers the arrays, not the
-metrics. It is drawn from NumPy's global generator: who knows its seed, or its state in a checkpoint, can take the noise
-off again, so never seed it with anything a client knows.
 """
 
 from __future__ import annotations
@@ -31,7 +25,7 @@ from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
 from . import wire
-from .config import DpSettings, refuse_secagg
+from .config import NO_SECAGG, DpSettings
 from .state import layers
 
 
@@ -105,7 +99,8 @@ def build_strategy(
     _check_options(name, cls, options)
     _check_numbers(name, options, quorum)
     sampled = max(int(population * options.get("fraction_train", 1.0)), quorum) if dp else quorum
-    with quiet_flower(logging.ERROR):  # without its warning that there is no evaluation: that is the point
+    # metrics come inside the train reply: on real machines every message costs a fresh process; Flower would warn
+    with quiet_flower(logging.ERROR):
         made = cls(
             **options,
             fraction_evaluate=0.0,
@@ -123,7 +118,7 @@ def _lookup(name: str) -> type[flower.FedAvg]:
     if name in STRATEGIES:
         return STRATEGIES[name]
     if name.startswith("secagg"):
-        refuse_secagg()
+        raise ValueError(NO_SECAGG)
     if name == "fedprox":
         raise ValueError(
             "fedprox is not offered: its proximal term belongs into the clients' loss, which is the participants' own; "
@@ -135,11 +130,10 @@ def _lookup(name: str) -> type[flower.FedAvg]:
 def _check_options(name: str, cls: type[flower.FedAvg], options: Mapping[str, Any]) -> None:
     parameters = dict(inspect.signature(cls).parameters)
     hints = get_type_hints(inspect.unwrap(cls.__init__))
-    ours = [key for key in options if key in _OURS]
-    if ours:
-        raise ValueError(f"option {ours[0]!r} of strategy {name} is not yours to set: {_OURS[ours[0]]}")
-    unknown = sorted(set(options) - set(parameters))
-    if unknown:
+    for key in options:
+        if key in _OURS:
+            raise ValueError(f"option {key!r} of strategy {name} is not yours to set: {_OURS[key]}")
+    if unknown := sorted(set(options) - set(parameters)):
         valid = ", ".join(key for key in parameters if key not in _OURS)
         raise ValueError(f"strategy {name} has no option {unknown[0]!r}; it has {valid}")
     for key, value in options.items():
@@ -159,7 +153,7 @@ def _check_type(name: str, key: str, value: Any, hint: Any) -> None:
 
 
 def _check_numbers(name: str, options: Mapping[str, Any], quorum: int) -> None:
-    """Refuse what Flower would accept and then not do."""
+    """Refuse what Flower would accept and then not do: its trimmed mean of 4 replies trims nobody at a beta of 0.2."""
     fraction, bad = options.get("fraction_train", 1.0), options.get("num_malicious_nodes", 0)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction_train must be in (0, 1], got {fraction}")
@@ -229,7 +223,12 @@ class ClientSideClipping(_NoScalars, flower.DifferentialPrivacyClientSideFixedCl
 
 
 def _private(strategy: flower.FedAvg, dp: DpSettings, sampled: int, population: int) -> Strategy:
-    """The strategy inside Flower's wrapper for fixed clipping; accounting is for the plain mean only."""
+    """The strategy inside Flower's wrapper for fixed clipping.
+
+    Noise is measured out for a mean of equally weighted replies and covers the arrays, not the metrics. NumPy's global
+    generator draws it: who knows its seed, or its state in a checkpoint, can take the noise off again, so never seed it
+    with anything a client knows.
+    """
     if dp.accounting and type(strategy).aggregate_train is not flower.FedAvg.aggregate_train:
         raise ValueError(
             f"epsilon cannot be counted for {type(strategy).__name__}: the noise is measured out for a plain mean, in "
