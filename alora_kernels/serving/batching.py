@@ -34,37 +34,28 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from ..routing import route
 from ..tuner.layer import ALoRALayer
 from .request import Sampling
-from .request_table import BASE_SLOT, RequestTable, Run
+from .request_table import RequestTable, Run
 from .sampling import Row, choose
 
 GONE = Row(Sampling(temperature=0), float)  # a request that ended while its last batch was on its way
+BASE_SLOT = -1  # the base model alone
 LONGEST = 4096  # tokens of context without being asked for more
 PER_REQUEST = 512  # cached tokens per request of a batch, if not said otherwise
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine.
+    """Sizes of an engine; a ValueError if one is too small, or the cache smaller than one request may need.
 
-    Attributes:
-        max_batch: requests that run at once.
-        max_waiting: requests that may wait; one more is refused.
-        max_context: prompt and answer together, in tokens; None takes the model's limit, 4096 at most.
-        cache_tokens: tokens the KV cache holds, all requests together; None is 512 per request of `max_batch`, never
-            less than `max_context`. When it is full, a request gives up its blocks and is computed again later.
-        batch_tokens: tokens of one step; a longer prompt is read in several steps, between which others go on.
-        page_size: tokens per block of the cache.
-
-    Raises:
-        ValueError: a size that is too small, or a cache smaller than one request may need.
+    When the cache is full, a request gives up its blocks and is computed again later.
     """
 
-    max_batch: int = 32
-    max_waiting: int = 256
-    max_context: int | None = None
-    cache_tokens: int | None = None
-    batch_tokens: int = 512
-    page_size: int = 32
+    max_batch: int = 32  # requests that run at once
+    max_waiting: int = 256  # requests that may wait; one more is refused
+    max_context: int | None = None  # tokens of prompt and answer together; None: the model's limit, 4096 at most
+    cache_tokens: int | None = None  # of all requests together; None: 512 times max_batch, at least max_context
+    batch_tokens: int = 512  # of one step; a longer prompt is read in several, between which others go on
+    page_size: int = 32  # tokens per block of the cache
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -194,7 +185,7 @@ class TaskBatching(ContinuousBatchingManager):
         slots: list[int] = []
         for future in requests_in_batch:
             run = self._table.running.get(future.state.request_id)  # one that just ended may be in one more batch
-            slots += [BASE_SLOT if run is None else run.slot] * future.query_length
+            slots += [BASE_SLOT if run is None or run.lease is None else run.lease.slot] * future.query_length
         self._prepare(requests_in_batch, *args, **kwargs)
         self._tokens = len(slots)
         padded = self._io.num_q_tokens

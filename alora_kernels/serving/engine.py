@@ -31,7 +31,7 @@ from .request import (
     ServingError,
     UnknownTaskError,
 )
-from .request_table import BASE_SLOT, RequestTable, Run, State
+from .request_table import RequestTable, Run, State
 from .sampling import Row
 from .store import TaskStore
 from .text import TextStream, eos_tokens
@@ -61,13 +61,7 @@ class Stats:
 
 
 class Engine:
-    """Serves one base model and its tasks.
-
-    Args:
-        model: the base model that `store` put its layers into.
-        tokenizer: of the base.
-        store: the tasks; None serves the base alone.
-        config: sizes.
+    """Serves one base model and its tasks; without a `store`, which has put its layers into `model`, the base alone.
 
     Raises:
         ValueError: see `EngineConfig`; a tokenizer without a `tokenizers` backend.
@@ -117,11 +111,7 @@ class Engine:
         return self._table.state
 
     def start(self) -> Engine:
-        """Begin to serve.
-
-        Raises:
-            NotServingError: it was started before.
-        """
+        """Begin to serve; a NotServingError if it was started before."""
         with self._table.changed:
             if self.state != "new":
                 raise NotServingError(f"the engine is {self.state}: make a new one")
@@ -219,11 +209,11 @@ class Engine:
 
         Args:
             prompts: texts or token ids.
-            tasks: one for all, or one per prompt.
+            tasks: one for all, or one per prompt; see `submit`.
             sampling: for all.
 
         Returns:
-            Completions in the order of the prompts.
+            In the order of the prompts.
 
         Raises:
             ValueError: as many tasks as prompts are needed.
@@ -234,21 +224,17 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts need as many tasks, got {len(names)}")
         taken: list[Generation] = []
         try:
-            for prompt, task in zip(prompts, names, strict=True):
-                taken.append(self._submit_patiently(prompt, task, sampling))
+            while len(taken) < len(prompts):
+                try:
+                    taken.append(self.submit(prompts[len(taken)], names[len(taken)], sampling))
+                except QueueFullError:
+                    with self._table.changed:
+                        self._table.changed.wait(CHECK)
         except BaseException:
             for generation in taken:
                 generation.cancel()
             raise
         return [generation.result() for generation in taken]
-
-    def _submit_patiently(self, prompt: str | Sequence[int], task: str | None, sampling: Sampling | None) -> Generation:
-        while True:
-            try:
-                return self.submit(prompt, task, sampling)
-            except QueueFullError:
-                with self._table.changed:
-                    self._table.changed.wait(CHECK)
 
     def stats(self) -> Stats:
         """The engine's state and counts now."""
@@ -334,7 +320,7 @@ class Admission:
             if lease is None:
                 return False
         with table.changed:
-            run.lease, run.slot = lease, BASE_SLOT if lease is None else lease.slot
+            run.lease = lease
             table.running[id] = run
             if run.ended:  # cancelled meanwhile
                 table.release(id)

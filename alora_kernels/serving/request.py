@@ -49,7 +49,7 @@ class QueueFullError(ServingError):
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again in about {retry_after:.0f} s")
-        self.waiting, self.retry_after = waiting, retry_after
+        self.retry_after = retry_after
 
 
 class NotServingError(ServingError):
@@ -58,40 +58,24 @@ class NotServingError(ServingError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one request are chosen and when they end.
+    """How the tokens of one request are chosen and when they end; a RequestError names a setting out of its range."""
 
-    Attributes:
-        max_tokens: at most so many new tokens, >= 1.
-        temperature: logits are divided by it; 0 takes the most likely token.
-        top_p: the smallest set of tokens with at least this probability, in (0, 1].
-        top_k: only the k most likely tokens; 0 is no limit.
-        stop: texts that end the answer; they are not part of it.
-        seed: of this request's own random numbers; the same seed gives the same answer in any batch.
-        ignore_eos: go on after the end-of-text token, for measurements.
-
-    Raises:
-        RequestError: a setting outside its range, named.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
+    max_tokens: int = 128  # new ones at most
+    temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
+    top_p: float = 1.0  # the smallest set of tokens with at least this probability, in (0, 1]
+    top_k: int = 0  # only the k most likely tokens; 0 is no limit
+    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    seed: int | None = None  # the same gives the same answer in any batch
+    ignore_eos: bool = False  # go on after the end-of-text token, for measurements
 
     def __post_init__(self) -> None:
+        seed = self.seed
         for name, fine, must in (
             ("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "be a whole number >= 1"),
             ("temperature", 0 <= self.temperature <= 100, "be a number in 0 .. 100"),
             ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
             ("top_k", _whole(self.top_k) and self.top_k >= 0, "be a whole number >= 0 (0: no limit)"),
-            (
-                "seed",
-                self.seed is None or (_whole(self.seed) and self.seed in INT64),
-                "be a whole number of 64 bits",
-            ),
+            ("seed", seed is None or (_whole(seed) and seed in INT64), "be a whole number of 64 bits"),
             ("stop", not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS, f"be at most {MAX_STOPS} texts"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "hold texts that are not empty"),
         ):
@@ -142,13 +126,7 @@ class Completion:
 
 
 class Generation:
-    """One request for its readers.
-
-    Args:
-        id: unique in its engine.
-        task: name of the task; None is the base model.
-        prompt_tokens: length of the prompt.
-        cancel: what the engine does to end it.
+    """One request for its readers, made by `Engine.submit`; its `task` is None for the base model.
 
     Example:
         >>> generation = engine.submit("The film was", task="movie")
@@ -174,14 +152,7 @@ class Generation:
         return self._completion is not None
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the end.
-
-        Args:
-            timeout: seconds; None waits as long as it takes.
-
-        Raises:
-            TimeoutError: it has not ended by then.
-        """
+        """Wait for the end, or raise a TimeoutError after so many seconds; None waits as long as it takes."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended after {timeout} s")

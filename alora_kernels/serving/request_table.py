@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .store import Lease, TaskStore
 
 State = Literal["new", "ready", "draining", "stopped", "failed"]
-BASE_SLOT = -1  # the base model alone
 WINDOW = 2.0  # seconds over which tokens per second are counted
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -79,7 +78,6 @@ class Run:
     prompt: list[int]
     row: Row
     text: TextStream
-    slot: int = BASE_SLOT
     lease: Lease | None = None
     tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)

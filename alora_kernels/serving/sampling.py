@@ -1,8 +1,8 @@
 """From logits to tokens, each row by the settings and the random numbers of its own request.
 
-It replaces transformers' sampler, which knows one setting for the whole batch. What its neighbours ask for changes
-neither a row's arithmetic nor its random numbers, so a seed gives the same answer in any batch (to the rounding of the
-logits). A number u in [0, 1) picks the token at which the summed probability passes u.
+What its neighbours ask for changes neither a row's arithmetic nor its random numbers, so a seed gives the same answer
+in any batch (to the rounding of the logits). A number u in [0, 1) picks the token at which the summed probability
+passes u.
 """
 
 from __future__ import annotations
@@ -61,15 +61,12 @@ def _draw(logits: Tensor, rows: Sequence[Row], cut: bool) -> Tensor:
     order = None
     if cut:
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(scaled.shape[-1], device=logits.device)
-        scaled = scaled.masked_fill(
-            ranks >= column([row.sampling.top_k or scaled.shape[-1] for row in rows]), -torch.inf
-        )
-        probabilities = scaled.softmax(-1)
+        most = column([row.sampling.top_k or scaled.shape[-1] for row in rows])
+        scaled = scaled.masked_fill(torch.arange(scaled.shape[-1], device=logits.device) >= most, -torch.inf)
+    probabilities = scaled.softmax(-1)
+    if cut:
         before = probabilities.cumsum(-1) - probabilities  # the first token of a row is never cut: 0 < top_p
         probabilities = probabilities.masked_fill(before >= column([row.sampling.top_p for row in rows]), 0)
-    else:
-        probabilities = scaled.softmax(-1)
     summed = probabilities.cumsum(-1)
     target = column([row.uniform() for row in rows]) * summed[:, -1:]
     picked = torch.searchsorted(summed, target, right=True).clamp_(max=summed.shape[-1] - 1)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,14 +61,13 @@ class Slots:
         self._a: dict[str, nn.Parameter] = {}  # module -> [capacity, R, K]
         self._b: dict[str, nn.Parameter] = {}  # [N, R]
         self._before = (model.training, [p for p in model.parameters() if p.requires_grad])
-        b = {module: _cast(file, module, tensor, self.dtype) for module, tensor in file.b.items()}
         try:
-            self._inject(b)
+            self._inject(file)
         except BaseException:
             self.remove()
             raise
 
-    def _inject(self, b: Mapping[str, Tensor]) -> None:
+    def _inject(self, file: AdapterFile) -> None:
         # two tasks of rank 1 for PEFT to make its layers with; the tensors are replaced at once
         target = "|".join(re.escape(module) for module in self.shapes)
         with torch.random.fork_rng(devices=[]):
@@ -84,8 +81,9 @@ class Slots:
             _, r, k = self.shapes[module]
             device = layer.asymlora_A[ADAPTER].weight.device
             a = torch.zeros(self.capacity, r, k, dtype=self.dtype, device=device)
+            b = _cast(file, module, file.b[module], self.dtype).to(device)
             self._a[module] = layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
-            self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b[module].to(device), requires_grad=False)
+            self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b, requires_grad=False)
             layer.asymlora_spec[ADAPTER] = AdapterSpec(r, self._scaling[module], 0.0, slots, self.capacity)
         self.model.eval().requires_grad_(False)
 
@@ -236,7 +234,12 @@ class Record:
 
 
 class Placement:
-    """Moves records between the three places; `host` and `spill` as in `TaskStore.open`."""
+    """Moves records between the three places; `host` and `spill` as in `TaskStore.open`.
+
+    A record is in a slot, or in host memory, or else in a file. Going to a slot gives up the host's copy, for eviction
+    can read the slot; a file stays as long as its record, for the numbers of a record never change: going to the disk a
+    second time writes nothing.
+    """
 
     def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
         if host is not None and host < 0:
@@ -245,8 +248,7 @@ class Placement:
         self._free = list(reversed(range(slots.capacity)))
         self._resident: OrderedDict[Record, None] = OrderedDict()  # least recently used first
         self._waiting: OrderedDict[Record, None] = OrderedDict()  # in host memory, likewise
-        self._folder: Path | None = None
-        self._remove: weakref.finalize | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # goes with this, or at exit
 
     def add(self, record: Record, rows: Rows) -> None:
         """Place a new record: in a free slot, else in host memory. It displaces none from the device.
@@ -298,8 +300,8 @@ class Placement:
 
     def close(self) -> None:
         """Remove the files."""
-        if self._remove is not None:
-            self._remove()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _write(self, record: Record, rows: Rows) -> None:
         self.slots.write(self._free[-1], rows)
@@ -329,9 +331,10 @@ class Placement:
         if self._folder is None:
             if self.spill is not None:
                 self.spill.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._folder = Path(tempfile.mkdtemp(prefix="alora-tasks-", dir=self.spill))  # mode 700
-            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # at exit, or before
-        path = self._folder / f"version-{record.version}.safetensors"
+            self._folder = tempfile.TemporaryDirectory(  # mode 700
+                prefix="alora-tasks-", dir=self.spill, ignore_cleanup_errors=True
+            )
+        path = Path(self._folder.name) / f"version-{record.version}.safetensors"
         files.write(path, record.rows, record.label)
         record.file = path
 

@@ -54,22 +54,17 @@ class Lease:
 
 
 class TaskStore:
-    """The tasks that a model can serve. Made by `open`; every method may be called from any thread.
-
-    Attributes:
-        slots: the layers in the model.
-        bytes_per_task: of one task's A's in all layers.
-        bytes_shared: of the B's in all layers, held once for all tasks.
-    """
+    """The tasks that a model can serve. Made by `open`; every method may be called from any thread."""
 
     def __init__(self, slots: Slots, *, host: int | None = None, spill: Path | None = None) -> None:
-        self.slots, self.bytes_per_task, self.bytes_shared = slots, slots.bytes_per_task, slots.bytes_shared
+        self.slots = slots
+        self.bytes_per_task = slots.bytes_per_task  # of one task's A's in all layers
+        self.bytes_shared = slots.bytes_shared  # of the B's, held once for all tasks
         self._lock = threading.RLock()
         self._placement = Placement(slots, host, spill)
         self._records: dict[str, Record] = {}
         self._leases: dict[Lease, Record] = {}
-        self._versions = 0
-        self._closed = False
+        self._versions, self._closed = 0, False
 
     @classmethod
     def open(
@@ -196,13 +191,10 @@ class TaskStore:
             return name in self._records
 
     def acquire(self, name: str) -> Lease | None:
-        """A slot with the task's rows, which stay until `release`.
+        """A slot with the task's rows, which stay until `release`; None while running requests use every slot.
 
         A task that is not on the device takes a free slot, or that of the task whose last use is longest ago among
         those that no running request uses.
-
-        Returns:
-            None if every slot is in use by running requests: release one and ask again.
 
         Raises:
             UnknownTaskError: no such task.

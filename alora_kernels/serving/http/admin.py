@@ -1,9 +1,8 @@
 """/v1/models, /health, /stats, /metrics; tasks are loaded and unloaded while others run.
 
-The store may be moving a task's rows under its lock, so it is asked outside the event loop. Nobody may load unless the
-operator named folders (`--adapter-root`). A path is resolved, links included, before it is compared with them, and what
-lies outside is refused in the same words whether it exists or not. Whoever can write below a root can still change a
-folder after that check; the adapter reader trusts nothing there.
+The store may be moving a task's rows under its lock, so it is asked outside the event loop (FastAPI calls what is not
+`async` in a thread). Nobody may load unless the operator named folders (`--adapter-root`). Whoever can write below one
+can still change a folder after it was checked; the adapter reader trusts nothing there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import APIRouter
+from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from starlette.requests import Request
@@ -44,7 +43,7 @@ class Named(Fields):
 
 
 class LoadAdapter(Named):
-    """POST /v1/load_lora_adapter; `task` chooses one of a folder that holds several."""
+    """`task` chooses one of a folder that holds several."""
 
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
@@ -52,15 +51,15 @@ class LoadAdapter(Named):
 
 
 class UnloadAdapter(Named):
-    """POST /v1/unload_lora_adapter; names are enough here, vLLM's number is taken and not used."""
+    """Names are enough here: vLLM's number is taken and not used."""
 
     lora_int_id: int | None = None
 
 
 def inside(path: str, roots: Iterable[Path]) -> Path:
-    """The folder that a path means, absolute or relative to one of the resolved roots; the same 403 for all outside.
+    """The folder that a path means, absolute or relative to one of the resolved roots, links resolved.
 
-    `~` is a name like any other.
+    The same 403 for all outside, whether it exists or not; `~` is a name like any other.
     """
     refused = ApiError(403, "lora_path must lie below a folder given with --adapter-root", "lora_path", "forbidden")
     if "\0" in path:
@@ -76,74 +75,51 @@ def inside(path: str, roots: Iterable[Path]) -> Path:
     raise refused
 
 
-def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes of this file."""
-    routes, base = APIRouter(), config.base_model_id
-    _add_models(routes, engine, base, int(time.time()))
-    _add_numbers(routes, engine, base)
-    _add_loading(routes, engine, config)
-    return routes
+def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
+    """The routes of this file.
 
-
-def _add_models(routes: APIRouter, engine: Engine, base: str, started: int) -> None:
-    """The base and every task; a task's `parent` is the base, and `prompt` is how it was asked in training.
-
-    `prompt` is null if the task's folder does not say, else template, answers (label words; none: texts) and sample.
+    A listed task's `parent` is the base, and `prompt` is how it was asked in training: null if the task's folder does
+    not say, else template, answers (label words; none: texts) and sample.
     """
-    model = {"id": base, "object": "model", "created": started, "owned_by": OWNER, "root": base, "parent": None}
+    base, now = config.base_model_id, int(time.time())
+    of_base = {"id": base, "object": "model", "created": now, "owned_by": OWNER, "root": base, "parent": None}
 
     def listed() -> list[dict[str, Any]]:
-        tasks = [] if engine.store is None else engine.store.tasks()
-        return [
-            model,
-            *(
-                model
-                | {"id": task.name, "created": int(task.loaded_at), "parent": base}
-                | {"prompt": None if task.card is None else dataclasses.asdict(task.card)}
-                for task in tasks
-            ),
-        ]
+        models = [of_base]
+        for task in [] if engine.store is None else engine.store.tasks():
+            card = None if task.card is None else dataclasses.asdict(task.card)
+            models.append(of_base | {"id": task.name, "created": int(task.loaded_at), "parent": base, "prompt": card})
+        return models
 
-    @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """All that can be asked."""
-        return {"object": "list", "data": await run_sync(listed)}
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": listed()}
 
-    @routes.get("/v1/models/{name:path}")
-    async def one(name: str) -> dict[str, Any]:
-        """One of them; the name of a base may hold slashes."""
-        known = {model["id"]: model for model in await run_sync(listed)}
+    @app.get("/v1/models/{name:path}")  # the name of a base may hold slashes
+    def one(name: str) -> dict[str, Any]:
+        known = {model["id"]: model for model in listed()}
         if name not in known:
             raise UnknownTaskError(name[:200], [one for one in known if one != base])
         return known[name]
 
-
-def _add_numbers(routes: APIRouter, engine: Engine, base: str) -> None:
-    """Health, numbers of the moment, counters."""
-
-    @routes.get("/health")
+    @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while requests are taken, else 503."""
         state = engine.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @routes.get("/stats")
-    async def stats() -> dict[str, Any]:
-        """Numbers of this moment, the base's name and the tasks' names."""
+    @app.get("/stats")
+    def stats() -> dict[str, Any]:
+        tasks = [] if engine.store is None else engine.store.names()
+        return dataclasses.asdict(engine.stats()) | {"base": base, "tasks": tasks}
 
-        def now() -> dict[str, Any]:
-            tasks = [] if engine.store is None else engine.store.names()
-            return dataclasses.asdict(engine.stats()) | {"base": base, "tasks": tasks}
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-        return await run_sync(now)
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        """Counters and distributions."""
-        return Response(await run_sync(engine.metrics.text), media_type=CONTENT_TYPE_LATEST)
+    _add_loading(app, engine, config)
 
 
-def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> None:
+def _add_loading(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     """One load at a time, outside the event loop."""
     one_at_a_time, base = CapacityLimiter(1), config.base_model_id
 
@@ -155,18 +131,16 @@ def _add_loading(routes: APIRouter, engine: Engine, config: ServerConfig) -> Non
             raise ApiError(400, not_the_base, "lora_name")
         return asked, engine.store
 
-    @routes.post("/v1/load_lora_adapter")
+    @app.post("/v1/load_lora_adapter")
     async def load_adapter(request: Request) -> PlainTextResponse:
-        """Load a task, or with load_inplace replace one; what runs keeps the version it began with."""
         asked, store = await checked(request, LoadAdapter, f"{base!r} is the base model's name: choose another")
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
         load = partial(store.load, folder, name=asked.lora_name, task=asked.task, replace=asked.load_inplace)
         await run_sync(load, limiter=one_at_a_time)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter")
+    @app.post("/v1/unload_lora_adapter")
     async def unload_adapter(request: Request) -> PlainTextResponse:
-        """Forget a task; requests that run on it finish."""
         asked, store = await checked(
             request, UnloadAdapter, f"{base!r} is the base model: it stays while the server runs"
         )

@@ -44,18 +44,18 @@ HEADERS = {
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
-    """Put the application together; it neither starts nor stops the engine.
+    """Put the application together, around an engine that others start and stop.
 
-    Raises:
-        ValueError: a task has the base model's name.
+    A ValueError if a task has the base model's name.
     """
     base = config.base_model_id
     if engine.store is not None and base in engine.store.names():
         raise ValueError(f"a task is called {base!r} like the base: give base_model_id another value")
     app = FastAPI(title="alora-kernels", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.include_router(openai.router(engine, config))
-    app.include_router(admin.router(engine, config))
-    pages = _pages()
+    openai.add_routes(app, engine, config)
+    admin.add_routes(app, engine, config)
+    files = [file for file in sorted(PAGE.glob("*")) if file.suffix in KINDS and file.name != "index.html"]
+    pages = {INDEX: PAGE / "index.html", **{f"/{file.name}": file for file in files}}
     for path, file in pages.items():
         _add_page(app, path, file)
 
@@ -66,13 +66,6 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     errors.install(app, base)
     app.add_middleware(Gate, config=config, open_paths=(*pages, ICON, "/health"))  # the rest needs a key
     return app
-
-
-def _pages() -> dict[str, Path]:
-    """URL path -> file."""
-    files = sorted(PAGE.iterdir()) if PAGE.is_dir() else []
-    named = {f"/{file.name}": file for file in files if file.suffix in KINDS and file.name != "index.html"}
-    return {INDEX: PAGE / "index.html", **named}
 
 
 def _add_page(app: FastAPI, path: str, file: Path) -> None:
@@ -86,8 +79,7 @@ def _add_page(app: FastAPI, path: str, file: Path) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before anything slow begins; port 0 takes a free one.
 
-    Raises:
-        ValueError: the port is taken or the address is not this machine's; host and port are named.
+    A ValueError names the port that is taken, or the address that is not this machine's.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -136,11 +128,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(engine: Engine, config: ServerConfig, bound: socket.socket | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; call it in the main thread, for only there signals arrive.
+    """Serve a started engine until SIGTERM or SIGINT, which arrive in the main thread only; it is stopped at the end.
 
     Args:
-        engine: started; stopped when this returns.
-        config: settings.
         bound: from `bind`; None binds config's host and port.
 
     Returns:

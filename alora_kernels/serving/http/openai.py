@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter
+from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 SECONDS = 30.0  # a body that takes longer to arrive holds a connection for nothing
 MOST_CHOICES, MOST_PROMPTS, MOST_MESSAGES = 8, 64, 1024
+SETTINGS = {"max_tokens", "temperature", "top_p", "top_k", "ignore_eos"}  # called alike in `Sampling`
 UNLIMITED = -1  # vLLM's top_k for "no limit"; ours is 0
 COMPLETION_TOKENS = 16  # OpenAI's default; a chat may fill the context
-CHAT_TOKENS = 4096  # where the engine names no context
 
 IGNORED = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
 #: field -> values that ask for nothing; None is one of each
@@ -176,18 +176,11 @@ class Asked(Fields):
 
     def samplings(self, max_tokens: int) -> list[Sampling]:
         """Settings of the n choices, with a seed each its own; `max_tokens` where the request names none."""
-        return [
-            Sampling(
-                max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=0 if self.top_k is None or self.top_k == UNLIMITED else self.top_k,
-                stop=tuple(self.stop),
-                seed=None if self.seed is None else self.seed + choice,
-                ignore_eos=bool(self.ignore_eos),
-            )
-            for choice in range(self.n or 1)
-        ]
+        asked = {"max_tokens": max_tokens} | self.model_dump(include=SETTINGS, exclude_none=True)
+        if asked.get("top_k") == UNLIMITED:
+            asked["top_k"] = 0
+        seeds = [None if self.seed is None else self.seed + choice for choice in range(self.n or 1)]
+        return [Sampling(**asked, stop=tuple(self.stop), seed=seed) for seed in seeds]
 
 
 class CompletionRequest(Asked):
@@ -267,10 +260,8 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
         return "\n".join(message.content for message in messages)
     import jinja2
 
-    turns = []
-    for message in messages:
-        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        turns.append(turn if message.name is None else turn | {"name": message.name})
+    turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+    turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except jinja2.TemplateError as error:
@@ -279,9 +270,8 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
     return engine.encode(text, special=False)
 
 
-def router(engine: Engine, config: ServerConfig) -> APIRouter:
+def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     """The two routes. A stream's status is sent with its first event: all that can be refused is refused before."""
-    routes = APIRouter()
 
     async def answered(
         request: Request, asked: Asked, prompts: Sequence[Any], kind: type[Reply], max_tokens: int
@@ -295,20 +285,16 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         reply = kind(asked.model, generations, len(samplings), with_usage)
         return EventStream(reply) if asked.stream else await answer(reply, request.receive)
 
-    @routes.post("/v1/completions")
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        """Continue one text or up to 64, or token ids."""
         asked = await read(request, CompletionRequest, config.max_body_bytes)
         return await answered(request, asked, asked.prompt, CompletionReply, COMPLETION_TOKENS)
 
-    @routes.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        """Answer a chat."""
         asked = await read(request, ChatRequest, config.max_body_bytes)
         if asked.max_completion_tokens is not None:
             asked.max_tokens = asked.max_completion_tokens
         prompt = await run_sync(chat_prompt, engine, asked.messages)  # a template is a program: not in the loop
-        whole_context = engine.config.max_context or CHAT_TOKENS  # the engine cuts it to what the prompt leaves
+        whole_context = engine.config.max_context or 1  # named: the engine cuts it to what the prompt leaves
         return await answered(request, asked, [prompt], ChatReply, whole_context)
-
-    return routes

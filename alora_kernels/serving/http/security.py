@@ -1,9 +1,8 @@
 """Settings of a server, and the gate that enforces them before the body of a request is read.
 
-`create_app` puts the gate around all routes, so a new route is closed until it is named in `open_paths`. The defaults
-suit one person on one machine: loopback, no key, no loading of adapters over HTTP. Keys are compared by digest and all
-of them each time, so the time taken tells neither how much of a key was right nor which one. Rates count POSTs only:
-the playground's polling must not use up what answers may take.
+The gate is around all routes, so a new one is closed until it is named in `open_paths`. The defaults suit one person on
+one machine. Keys are compared by digest and all of them each time, so the time taken tells neither how much of a key
+was right nor which one. Rates count POSTs only: the playground's polling must not use up what answers may take.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,42 +30,26 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server bound to host."""
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Settings of one server.
+    """Settings of one server; a ValueError names a setting out of its range."""
 
-    Attributes:
-        base_model_id: the name under which the base alone is asked for.
-        host, port: where to listen; port 0 takes a free one.
-        api_keys: any of these opens the server; empty: no key is asked for.
-        max_body_bytes: longer requests are refused with 413.
-        rate_limit: such as "60/minute" or "5/second;1000/hour", per key or client address; None: no limit.
-        adapter_roots: folders below which adapters may be loaded over HTTP; empty: none may.
-        allowed_hosts: values of the Host header that are answered; None: all. Without a key on loopback this keeps web
-            pages whose name was rebound to 127.0.0.1 from talking to the server.
-        drain_timeout: seconds that running requests may take after SIGTERM.
-
-    Raises:
-        ValueError: a setting outside its range, named.
-    """
-
-    base_model_id: str
+    base_model_id: str  # the name under which the base alone is asked for
     host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = MIB
-    rate_limit: str | None = None
-    adapter_roots: tuple[Path, ...] = ()
+    port: int = 8000  # 0 takes a free one
+    api_keys: tuple[str, ...] = ()  # any of these opens the server; empty: no key is asked for
+    max_body_bytes: int = MIB  # longer requests are refused with 413
+    rate_limit: str | None = None  # such as "60/minute" or "5/second;1000/hour", per key or client address
+    adapter_roots: tuple[Path, ...] = ()  # folders below which adapters may be loaded over HTTP; empty: none may
+    # values of the Host header that are answered, None: all. Without a key on loopback this keeps web pages whose name
+    # was rebound to 127.0.0.1 from talking to the server
     allowed_hosts: tuple[str, ...] | None = None
-    drain_timeout: float = 60.0
+    drain_timeout: float = 60.0  # seconds that running requests may take after SIGTERM
 
     def __post_init__(self) -> None:
         if not self.base_model_id:
@@ -120,11 +104,16 @@ class Gate:
         if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
             said = f"this server answers only as {', '.join(self.hosts)}; with --api-key it answers under any name"
             raise ApiError(403, said, code="unknown_host")
-        who = self._who(scope, headers) if self.keys and scope["path"] not in self.open_paths else _address(scope)
-        if scope["method"] == "POST":
-            self._count(who)
+        who = f"address {scope['client'][0] if scope.get('client') else 'unknown'}"
+        if self.keys and scope["path"] not in self.open_paths:
+            who = self._key(headers)
+        for rate in self.rates if scope["method"] == "POST" else ():
+            if not self.counter.hit(rate, who):
+                wait = self.counter.get_window_stats(rate, who).reset_time - time.time()
+                said = f"more than {rate}: try again in {max(1, round(wait))} s"
+                raise ApiError(429, said, code="rate_limit_exceeded", headers=retry_after(wait))
 
-    def _who(self, scope: Scope, headers: Headers) -> str:
+    def _key(self, headers: Headers) -> str:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip().encode("latin-1"))  # header bytes as they came
         right = [hmac.compare_digest(given, known) for known in self.keys]
@@ -132,17 +121,6 @@ class Gate:
             said = "a key is needed: send the header Authorization: Bearer KEY with one this server was started with"
             raise ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return f"key {right.index(True)}"
-
-    def _count(self, who: str) -> None:
-        for rate in self.rates:
-            if not self.counter.hit(rate, who):
-                wait = self.counter.get_window_stats(rate, who).reset_time - time.time()
-                said = f"more than {rate}: try again in {max(1, round(wait))} s"
-                raise ApiError(429, said, code="rate_limit_exceeded", headers=retry_after(wait))
-
-
-def _address(scope: Scope) -> str:
-    return f"address {scope['client'][0] if scope.get('client') else 'unknown'}"
 
 
 def _name(host: str) -> str:
