@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alora_kernels import reference
 from alora_kernels.ops.dispatch import interpreting
@@ -80,15 +81,41 @@ def assert_as_good_as_torch(
     ours = p.step(layer, **options)
     # in 16 bits: one rounding of the largest entry, because torch's own error is sometimes zero by luck
     tiny = atol if dtype == torch.float32 else {torch.float64: 1e-12}.get(dtype, torch.finfo(dtype).eps)
+    assert_within_twice(ours, torchs, truth, tiny)
+
+
+def assert_within_twice(
+    ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor], tiny: float
+) -> None:
+    """Every tensor is in torch's dtype, and its error at most twice torch's; relative to entries larger than one."""
+    assert ours.keys() == truth.keys()
     for name, t in truth.items():
-        assert ours[name].dtype == torchs[name].dtype, name
+        assert (ours[name].dtype, ours[name].shape) == (torchs[name].dtype, t.shape), name
         if t.numel() == 0:
-            assert ours[name].shape == t.shape, name
             continue
         size = max(1.0, float(t.abs().max()))
-        own = float((torchs[name].double() - t).abs().max()) / size
-        err = float((ours[name].double() - t).abs().max()) / size
+        err, own = (float((found[name].double() - t).abs().max()) / size for found in (ours, torchs))
         assert err <= 2 * own + tiny, f"{name}: error {err:.2e}, torch's own {own:.2e}"
+
+
+def module_step(layer: nn.Module, forward: Layer, x: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of a module, by name, for a fixed dy."""
+    x = x.detach().requires_grad_()
+    leaves = {"x": x} | {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    y = forward(layer, x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+
+
+def assert_module_as_good(layer: nn.Module, formula: Layer, x: Tensor, dtype: torch.dtype) -> None:
+    """The same of a module with trained adapters in `dtype`, against its definition `formula(layer, x)`."""
+    narrow = copy.deepcopy(layer).to(dtype)
+    exact, x = copy.deepcopy(narrow).double(), x.to(dtype)
+    truth = module_step(exact, formula, x.double())
+    ours = module_step(narrow, lambda module, x: module(x), x)
+    assert all(t.dtype == dtype for t in ours.values())
+    tiny = {torch.float32: 1e-6, torch.float64: 1e-12}.get(dtype, torch.finfo(dtype).eps)
+    assert_within_twice(ours, module_step(narrow, formula, x), truth, tiny)
 
 
 def skip_unless_runnable(backend: str, device: str, dtype: torch.dtype) -> None:

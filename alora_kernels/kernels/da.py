@@ -150,13 +150,7 @@ def _da(
 
 
 def da_task(
-    dh: Tensor,
-    x: Tensor,
-    groups: RowGroups,
-    num_tasks: int,
-    *,
-    dropout: Dropout | None = None,
-    dtype: torch.dtype,
+    dh: Tensor, x: Tensor, groups: RowGroups, num_tasks: int, *, dropout: Dropout | None = None, dtype: torch.dtype
 ) -> Tensor:
     """Gradient of the matrices A under task routing, `[E, R, K]` in `dtype`, that of a; zeros for tasks without rows.
 

@@ -86,6 +86,14 @@ def delta_weight(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Te
     return scaling * (b.to(dtype) @ a.to(dtype))
 
 
+def arguments(layer: Any, routed: str = "") -> str:
+    """The arguments that tell one layer from another, for its repr; `routed` is what it says of its routing."""
+    text = f"in_features={layer.in_features}, out_features={layer.out_features}, r={layer.r}, {routed}"
+    text += f"lora_alpha={layer.lora_alpha:g}, bias={layer.bias is not None}"
+    text += f", lora_dropout={layer.lora_dropout:g}" if layer.lora_dropout else ""
+    return text + (", use_rslora=True" if layer.use_rslora else "")
+
+
 class AdaptedLinear(nn.Module):
     """A frozen layer and what a subclass adds: `y = x W0^T + bias + delta(x)`, in plain torch under autograd.
 
@@ -156,10 +164,5 @@ class AdaptedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """The arguments that tell one layer from another."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
-            + (f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else "")
-            + (", use_rslora=True" if self.use_rslora else "")
-        )
+        """As `arguments`."""
+        return arguments(self)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import trusted_alora
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
-from .adapter import delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
+from .adapter import arguments, delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
 
 
 class FusedALoRALinear(nn.Module):
@@ -238,12 +238,7 @@ class FusedALoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        """The arguments that tell one layer from another."""
-        kind = f"tasks={list(self.tasks)}" if self.tasks else f"num_experts={self.num_experts}"
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, {kind}, "
-            f"lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
-        )
-        text += f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
-        text += ", use_rslora=True" if self.use_rslora else ""
-        return text + (f", merged_task={self.merged_task!r}" if self.merged_task is not None else "")
+        """The arguments that tell one layer from another, and what is merged."""
+        routed = f"tasks={list(self.tasks)}" if self.tasks else f"num_experts={self.num_experts}"
+        merged = "" if self.merged_task is None else f", merged_task={self.merged_task!r}"
+        return arguments(self, f"{routed}, ") + merged

@@ -133,14 +133,7 @@ def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor 
 
 
 def _routed_backward(
-    dh: Tensor,
-    x: Tensor,
-    adapter: Adapter,
-    saved: Saved,
-    needs: Needs,
-    dy: Tensor | None,
-    w: Tensor | None,
-    plan: Plan,
+    dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dy: Tensor | None, w: Tensor | None, plan: Plan
 ) -> Grads:
     """Gradients of x and the adapter from dh; da beside dx where the plan says so."""
     dx = da = drouter = None
@@ -161,14 +154,7 @@ def shrink_backward(dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs
 
 
 def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    adapter: Adapter,
-    b: Tensor,
-    saved: Saved,
-    needs: Needs,
-    plan: Plan | None = None,
+    dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, b: Tensor, saved: Saved, needs: Needs, plan: Plan | None = None
 ) -> tuple[Grads, Tensor | None]:
     """Gradients of `linear` for x, a, router and b; one pass over dy gives dh and db."""
     chosen = plan or _plan_for(x, w, adapter)

@@ -141,12 +141,10 @@ def trial(kernel: str, shapes: str, device: str) -> Trial:
         "shrink_task": Trial(lambda: (ak.shrink_task(x, a, groups, scaling=S),), lambda c: (t.task(c),)),
         "shrink_soft": Trial(lambda: ak.shrink_soft(x, a, router, scaling=S), t.soft),
         "expand_backward": Trial(
-            lambda: ak.expand_backward(t.dy, b, t.h, scaling=S),
-            lambda c: (S * (c(t.dy) @ c(b)), c(t.dy).T @ c(t.h)),
+            lambda: ak.expand_backward(t.dy, b, t.h, scaling=S), lambda c: (S * (c(t.dy) @ c(b)), c(t.dy).T @ c(t.h))
         ),
         "da": Trial(
-            lambda: (ak.da_task(t.h.float(), x, groups, t.experts, dtype=torch.bfloat16),),
-            lambda c: (t.da(c),),
+            lambda: (ak.da_task(t.h.float(), x, groups, t.experts, dtype=torch.bfloat16),), lambda c: (t.da(c),)
         ),
     }
     return trials[kernel]

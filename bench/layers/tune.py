@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from alora_kernels.kernels.tiles import Tile, chip_of, override_tiles
 from alora_kernels.ops.dispatch import PLANS, Plan
 
 from ..report.rows import BOTH, FORWARD, GRAPH, origin
-from ..run import choose
+from ..run import Check, Ready, choose
 from ..static import aot
 from ..timing import CudaClock, Timing, interleaved, release
 from . import candidates
@@ -57,28 +58,36 @@ def try_tiles(kernel: str, shapes: str, repeats: int) -> tuple[Tile, dict[Tile, 
     trial = candidates.trial(kernel, shapes, "cuda")
     truth, own = trial.formula(lambda t: t.double()), trial.formula(lambda t: t)
     allowed = 2 * error(own, truth) + torch.finfo(torch.bfloat16).eps
-    said: dict[Tile, str] = {}
-    runs: dict[str, Callable[[], object]] = {}
-    by_name = {str(tile): tile for tile in candidates.TILES[kernel]}
-    for name, tile in by_name.items():
 
-        def run(tile: Tile = tile) -> tuple[Tensor, ...]:
+    def prepared(tile: Tile) -> Ready:
+        def run() -> tuple[Tensor, ...]:
             with override_tiles({kernel: tile}):
                 return trial.run()
 
-        try:
-            found = error(run(), truth)
-        except Exception as problem:  # a tile that does not fit or compile is a line, not the end
-            said[tile] = f"failed: {type(problem).__name__}"
-            continue
-        if not found <= allowed:
-            said[tile] = f"wrong: error {found:.1e}, allowed {allowed:.1e}"
-            continue
-        runs[name] = run
-    timings = interleaved(runs, repeats=repeats, clock=CudaClock())
-    times = {by_name[name]: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
+        found = error(run(), truth)
+        return Ready(run, Check(found, allowed, f"error {found:.1e}, allowed {allowed:.1e}"))
+
+    tiles = candidates.TILES[kernel]
+    times, said = timed({tile: partial(prepared, tile) for tile in tiles}, repeats)
     said |= {tile: f"{1e3 * p50:.4f} ms" for tile, p50 in times.items()}
-    return pick(times, next(iter(by_name.values()))), said
+    return pick(times, tiles[0]), said
+
+
+def timed(prepares: Mapping[Any, Callable[[], Ready]], repeats: int) -> tuple[dict[Any, float], dict[Any, str]]:
+    """Seconds of all that are right, and a word about each that is not."""
+    runs, said = {}, {}
+    for name, prepare in prepares.items():
+        try:
+            ready = prepare()
+        except Exception as problem:  # what does not fit or compile is a line, not the end
+            said[name] = f"failed: {type(problem).__name__}"
+            continue
+        if ready.check.ok:
+            runs[name] = ready.run
+        else:
+            said[name] = f"wrong: {ready.check.where}"
+    timings = interleaved(runs, repeats=repeats, clock=CudaClock())
+    return {name: t.p50 for name, t in timings.items() if isinstance(t, Timing)}, said
 
 
 def pick(times: Mapping[Any, float], current: Any) -> Any:
@@ -105,23 +114,12 @@ def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, 
     )  # fmt: skip
     directions = [FORWARD] if decoding else [FORWARD, BOTH]
     work = LayerWork(case, find([f"fused:{name}" for name in PLANS]), directions)
-    seconds: dict[str, dict[str, float]] = {d: {} for d in directions}
+    seconds: dict[str, dict[str, float]] = {}
     said: dict[str, str] = {}
     for direction in directions:
-        runs: dict[str, Callable[[], object]] = {}
-        for candidate in work.candidates():
-            name = candidate.name.removeprefix("fused:")
-            try:
-                ready = candidate.prepare(direction, GRAPH)
-            except Exception as problem:
-                said[name] = f"failed: {type(problem).__name__}"
-                continue
-            if ready.check.ok:
-                runs[name] = ready.run
-            else:
-                said[name] = f"wrong: {ready.check.where}"
-        timings = interleaved(runs, repeats=repeats, clock=CudaClock())
-        seconds[direction] = {name: t.p50 for name, t in timings.items() if isinstance(t, Timing)}
+        found = {c.name.removeprefix("fused:"): partial(c.prepare, direction, GRAPH) for c in work.candidates()}
+        seconds[direction], refused = timed(found, repeats)
+        said |= refused
     for name, p50 in seconds[FORWARD].items():
         whole = seconds.get(BOTH, {}).get(name)
         said[name] = f"forward {1e3 * p50:.4f} ms" + (f", with backward {1e3 * whole:.4f} ms" if whole else "")
@@ -147,10 +145,7 @@ def render(measured: str, plans: Plans, tiles: Tiles) -> str:
             plans,
         )
         + table(
-            "TILES",
-            "(kernel, chip, bytes per element, class of shapes) -> fields of a Tile",
-            f"{key}Any, ...]]",
-            tiles,
+            "TILES", "(kernel, chip, bytes per element, class of shapes) -> fields of a Tile", f"{key}Any, ...]]", tiles
         )
     )
 

@@ -134,7 +134,7 @@ def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], 
     """The encoder with a method's adapters on all its linear layers."""
     targets: Any = config.target_modules or "all-linear"
     if method == SHARED_A:
-        return share_a(encoder, config.number("r"), tasks, config.lora_alpha, config.target_modules)
+        return _share_a(encoder, config, tasks)
     if method == VERA:
         from peft import VeraConfig, get_peft_model
 
@@ -156,15 +156,14 @@ def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], 
     return adapt(encoder, settings)
 
 
-def share_a(
-    encoder: nn.Module, r: int, tasks: tuple[str, ...], lora_alpha: float | None, targets: tuple[str, ...] = ()
-) -> nn.Module:
+def _share_a(encoder: nn.Module, config: Config, tasks: tuple[str, ...]) -> nn.Module:
     """Every linear layer of an encoder (or those so called) with one A and a B per task; the encoder is changed."""
     encoder.requires_grad_(False)
-    linears = [(name, m) for name, m in encoder.named_modules() if type(m) is nn.Linear]
-    for name, linear in linears:
-        if not targets or f".{name}".endswith(tuple(f".{target}" for target in targets)):
-            encoder.set_submodule(name, SharedALinear(linear, r, tasks=tasks, lora_alpha=lora_alpha))
+    ends = tuple(f".{target}" for target in config.target_modules)
+    for name, linear in [(name, m) for name, m in encoder.named_modules() if type(m) is nn.Linear]:
+        if not config.target_modules or f".{name}".endswith(ends):
+            layer = SharedALinear(linear, config.number("r"), tasks=tasks, lora_alpha=config.lora_alpha)
+            encoder.set_submodule(name, layer)
     return encoder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..report.readme import markdown
 from . import figures
 from .config import Config
-from .numbers import Claim, Number, delta, paired, per_seed, percents, spread
+from .numbers import Claim, Number, against, delta, paired, per_seed, percents
 
 ALONE = "local"
 RUNS = Path("runs/reproduce-federated")
@@ -53,13 +53,12 @@ def claims(rows: Sequence[Number]) -> list[Claim]:
     out = []
     for other, text in (("fedit", "all of LoRA (FedIT)"), ("fedsa-lora", "A alone (FedSA-LoRA)")):
         pairs = paired(rows, "average", "fed-alora", other)
-        shown = [spread([100 * pair[i] for pair in pairs], ".1f") for i in (0, 1)]
         out.append(
             Claim(
                 f"sharing B alone is comparable to or better than sharing {text}",
                 "Fed-ALoRA, homogeneous table",
                 "average at most half a point below",
-                f"{shown[0]} % against {shown[1]} %",
+                against(pairs),
                 [mine > theirs - 0.005 for mine, theirs in pairs],
             )
         )

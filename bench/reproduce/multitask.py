@@ -19,7 +19,7 @@ from ..report.readme import markdown
 from . import figures
 from .config import Config
 from .encoder import study
-from .numbers import Claim, Number, delta, paired, per_seed, percents, pick, spread
+from .numbers import Claim, Number, against, delta, paired, per_seed, percents, pick, spread
 
 ALONE, ALORA, HYDRA, MAJORITY = "lora-per-task", "alora", "hydralora", "majority"
 SOURCE = "ALoRA, its tables"
@@ -49,24 +49,19 @@ def run(config: Config, seed: int, case: str) -> list[Number]:
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
     pairs = {measure: paired(rows, measure, ALORA, HYDRA) for measure in ("average", "worst")}
-
-    def beside(measure: str) -> str:
-        sides = [[100 * pair[i] for pair in pairs[measure]] for i in (0, 1)]
-        return f"{spread(sides[0], '.1f')} % against {spread(sides[1], '.1f')} %"
-
     return [
         Claim(
             "ALoRA's average is comparable to or above HydraLoRA's (84.81 against 84.57, commonsense)",
             SOURCE,
             "average at most half a point below HydraLoRA's",
-            beside("average"),
+            against(pairs["average"]),
             [a > h - 0.005 for a, h in pairs["average"]],
         ),
         Claim(
             "ALoRA is more balanced across tasks",
             SOURCE,
             "worst task above HydraLoRA's",
-            beside("worst"),
+            against(pairs["worst"]),
             [a > h for a, h in pairs["worst"]],
         ),
     ]

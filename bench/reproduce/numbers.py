@@ -107,6 +107,12 @@ def paired(rows: Sequence[Number], measure: str, *cases: str) -> list[tuple[floa
     return [tuple(f[seed] for f in found) for seed in sorted(set.intersection(*(set(f) for f in found)))]
 
 
+def against(pairs: Sequence[tuple[float, ...]]) -> str:
+    """The spreads of two sides of `paired`, of shares."""
+    mine, theirs = (spread([100 * pair[i] for pair in pairs], ".1f") for i in (0, 1))
+    return f"{mine} % against {theirs} %"
+
+
 def delta(rows: Sequence[Number], case: str, alone: str) -> str:
     """The spread of delta-m of a case's accuracies against another's; seeds that lack either are left out."""
     if case == alone:

@@ -17,7 +17,7 @@ from alora_kernels import Routing, route
 from alora_kernels.baselines.layers import HydraLinear, PerTaskLinear, SharedALinear
 from alora_kernels.modules.adapter import AdaptedLinear
 from alora_kernels.ops.torch_rows import Slots, Whole, layout_of
-from tests.modules.steps import assert_as_good, step
+from tests.compare import assert_module_as_good, module_step
 
 KINDS = {
     "hydra": (HydraLinear, "num_experts"),
@@ -68,7 +68,7 @@ def written_out(ids=None):
 @pytest.mark.parametrize(("leading", "experts", "bias"), [((3, 6), 3, True), ((7,), 1, False), ((1, 1), 5, True)])
 def test_hydra_values_and_gradients(leading, experts, bias, dtype):
     one = layer("hydra", experts, bias=bias, lora_alpha=6.0)
-    assert_as_good(one, written_out(), torch.randn(*leading, 10), dtype)
+    assert_module_as_good(one, written_out(), torch.randn(*leading, 10), dtype)
 
 
 LAYOUTS = {
@@ -92,14 +92,14 @@ def test_values_and_gradients_in_every_layout(name, dtype):
     chosen = layout_of(Routing(torch.tensor(ids)).groups(x.shape[:-1], 5, x.device))
     assert isinstance(chosen, {"w": Whole, "s": Slots}.get(name[0], list))
     with route(torch.tensor(ids)):
-        assert_as_good(layer("per task", 5, lora_alpha=6.0), written_out(ids), x, dtype)
+        assert_module_as_good(layer("per task", 5, lora_alpha=6.0), written_out(ids), x, dtype)
 
 
 def test_shared_a_is_the_formula_row_by_row_with_its_gradients():
     ids = [1, 0, -1, 1]
     with route(torch.tensor(ids)):
         one, x = layer("shared A", 2, lora_alpha=6), torch.randn(4, 2, 10, dtype=torch.float64)
-        assert_as_good(one, written_out(ids), x, torch.float64)
+        assert_module_as_good(one, written_out(ids), x, torch.float64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,8 +109,8 @@ def test_any_batch(ids, ordered):
     torch.manual_seed(0)
     one, x = layer("per task", 4, k=5, n=6, r=2).double(), torch.randn(len(ids), 5, dtype=torch.float64)
     with route(torch.tensor(ids)):
-        ours = step(one, lambda module, x: module(x), x)
-    for key, value in step(one, written_out(ids), x).items():
+        ours = module_step(one, lambda module, x: module(x), x)
+    for key, value in module_step(one, written_out(ids), x).items():
         torch.testing.assert_close(ours[key], value, msg=key)
 
 

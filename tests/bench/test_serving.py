@@ -343,21 +343,9 @@ def test_the_command_from_end_to_end(tmp_path):
     need_data()
     pytest.importorskip("matplotlib", reason="matplotlib draws the figure")
     out = tmp_path / "tiny.csv"
-    sizes = [
-        "--concurrency",
-        "4",
-        "--requests",
-        "6",
-        "--new-tokens",
-        "3",
-        "--repeats",
-        "1",
-        "--threads",
-        "1",
-        "--r",
-        "4",
-    ]
-    done = invoke("--model", "tiny-random", *sizes, "--tasks", "2", "--tasks", "1", "--out", str(out))
+    sizes = {"concurrency": 4, "requests": 6, "new-tokens": 3, "repeats": 1, "threads": 1, "r": 4}
+    options = [x for name, size in sizes.items() for x in (f"--{name}", str(size))]
+    done = invoke("--model", "tiny-random", *options, "--tasks", "2", "--tasks", "1", "--out", str(out))
     assert done.exit_code == 0, done.output
     rows = read(out, Repeat)
     assert all(row.status == OK and row.checked == 12 for row in rows), [(row.provider, row.status) for row in rows]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="bench static compiles Triton kernels; only Linux has triton")
 
@@ -30,10 +30,10 @@ from bench.static.roofline import (
     predict_all,
     size_of,
 )
+from tests.support import cli
 
 app = typer.Typer()
 app.command()(command.main)
-runner = CliRunner()
 SMALL = Layer("soft", 256, 128, 192, r=8, e=4)
 
 
@@ -143,12 +143,7 @@ def test_sizes_count_nothing_twice() -> None:
     assert size_of([torch.empty(32, device="meta").expand(64, 32)]) == 32 * 4
 
 
-def invoke(*arguments: str, code: int = 0) -> str:
-    result = runner.invoke(app, list(arguments), env={"COLUMNS": "200"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
+invoke = partial(cli.invoke, app, columns=200)
 
 
 def test_predictions_are_called_predictions(monkeypatch: pytest.MonkeyPatch) -> None:

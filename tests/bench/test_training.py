@@ -14,14 +14,8 @@ from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH
 
 
 def tiny() -> Any:
-    return llama(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        vocab_size=64,
-    )
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(**shape, intermediate_size=48, vocab_size=64)
 
 
 @pytest.fixture(scope="module")

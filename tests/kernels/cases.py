@@ -17,6 +17,7 @@ from alora_kernels.kernels import Dropout, dropout_mask
 from alora_kernels.routing import RowGroups, group_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+S = 0.3  # a scaling that is no float32 number
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -103,20 +104,26 @@ class Layer:
         """t times the dropout mask, in t's dtype."""
         return t if self.mask is None else (t * self.mask).to(t.dtype)
 
+    def task_h(self, x: Tensor, a: Tensor) -> Tensor:
+        """h of task routing by the formula, as `soft_p` and `soft_h` are those of soft routing."""
+        return S * torch.einsum("me,mer->mr", self.onehot(x.dtype), torch.einsum("mk,erk->mer", self.dropped(x), a))
+
+    def soft_p(self, x: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        return torch.cat([self.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
+
+    def soft_h(self, x: Tensor, a: Tensor, router: Tensor) -> Tensor:
+        p, e, r = self.soft_p(x, a, router), self.case.e, self.case.r
+        return S * torch.einsum("me,mer->mr", p[:, -e:].softmax(1), p[:, :-e].reshape(-1, e, r))
+
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A tensor for recordings."""
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def same_dtype(reference: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference in float64 and, with every input rounded to `dtype`, in `dtype`."""
-    return reference(*(t.double() for t in tensors)), reference(*(t.to(dtype) for t in tensors))
-
-
 def assert_close(got: Tensor, reference: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> None:
     """Error against float64 at most twice that of torch in `dtype`, plus a tiny absolute term."""
-    exact, plain = same_dtype(reference, dtype, *tensors)
+    exact, plain = reference(*(t.double() for t in tensors)), reference(*(t.to(dtype) for t in tensors))
     assert got.shape == exact.shape
     if exact.numel() == 0:
         return

@@ -7,19 +7,10 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import (
-    da_soft,
-    da_task,
-    dx_soft,
-    dx_task,
-    expand_backward,
-    gate_backward,
-)
+from alora_kernels.kernels import da_soft, da_task, dx_soft, dx_task, expand_backward, gate_backward
 from alora_kernels.routing import RowGroups
 
-from .cases import CASES, DEVICE, Case, Layer, assert_close, meta
-
-S = 0.3
+from .cases import CASES, DEVICE, Case, Layer, S, assert_close, meta
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.p == 0 or c.fp32_adapters], ids=str)

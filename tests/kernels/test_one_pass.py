@@ -10,9 +10,8 @@ from alora_kernels import kernels as ak
 from alora_kernels.kernels import sync
 from alora_kernels.kernels.tiles import GROUP_M, Tile, override_tiles
 
-from .cases import DEVICE, Case, Layer, assert_close, meta
+from .cases import DEVICE, Case, Layer, S, assert_close, meta
 
-S = 0.3  # a scaling that is no float32 number
 # float64 is not theirs: s is a float32 number inside a launch
 ONE_PASS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str, indirect=True)
 EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
@@ -58,13 +57,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_task_layer(t: Layer, y: Tensor, h: Tensor) -> None:
     """y and h of task routing by the formula; the counters are zero again."""
 
-    def mixture(x: Tensor, a: Tensor) -> Tensor:
-        return S * torch.einsum("me,mer->mr", t.onehot(x.dtype), torch.einsum("mk,erk->mer", t.dropped(x), a))
-
     def layer(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, w, bias) + mixture(x, a) @ b.T
+        return torch.nn.functional.linear(x, w, bias) + t.task_h(x, a) @ b.T
 
-    assert_close(h, mixture, t.dtype, t.x, t.a)
+    assert_close(h, t.task_h, t.dtype, t.x, t.a)
     assert_close(y, layer, t.dtype, t.x, t.w, t.bias, t.a, t.b)
     assert clean()
 
@@ -90,16 +86,10 @@ def test_soft(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     poisoned(monkeypatch)
     y, h, p = ak.one_pass_soft(t.x, t.w, t.bias, t.a, t.b, t.router, scaling=S, dropout=t.drop)
 
-    def products(x: Tensor, a: Tensor, router: Tensor) -> Tensor:
-        return torch.cat([t.dropped(x) @ a.flatten(0, 1).T, x @ router.T], 1)
-
     def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
-        parts = products(x, a, router)
-        gate = parts[:, -case.e :].softmax(1)
-        mixture = S * torch.einsum("me,mer->mr", gate, parts[:, : -case.e].reshape(-1, case.e, case.r))
-        return x @ w.T + t.bias.to(x.dtype) + mixture @ b.T
+        return x @ w.T + t.bias.to(x.dtype) + t.soft_h(x, a, router) @ b.T
 
-    assert_close(p, products, dtype, t.x, t.a, t.router)
+    assert_close(p, t.soft_p, dtype, t.x, t.a, t.router)
     assert_close(y, layer, dtype, t.x, t.w, t.a, t.b, t.router)
     two_h, _ = ak.shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
     torch.testing.assert_close(h, two_h, rtol=1e-2, atol=1e-3)

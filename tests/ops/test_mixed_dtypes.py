@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alora_kernels import alora_delta, alora_linear, reference
 from alora_kernels.ops import products
-from tests.compare import Problem, problem
+from tests.compare import Problem, assert_within_twice, problem
 from tests.ops.test_torch_rows import BATCHES
 
 LOWS = [torch.bfloat16, torch.float16]
@@ -24,18 +24,8 @@ def mixed_problem(leading: tuple[int, ...], low: torch.dtype, routing: str, ids:
     return Problem(p.leaves, p.weight.to(low), p.given)
 
 
-def assert_as_good(ours: dict[str, Tensor], own: dict[str, Tensor], truth: dict[str, Tensor], tiny: float) -> None:
-    """Error at most twice `own`'s, and float32 gradients that are more than 16-bit numbers."""
-    for name, t in truth.items():
-        assert ours[name].dtype == own[name].dtype, name
-        if not t.numel():
-            continue
-        size = max(1.0, float(t.abs().max()))
-        err, allowed = (float((g[name].double() - t).abs().max()) / size for g in (ours, own))
-        assert err <= 2 * allowed + tiny, f"{name}: error {err:.2e}, own {allowed:.2e}"
-
-
 def assert_finer_than(low: torch.dtype, grads: dict[str, Tensor]) -> None:
+    """Float32 gradients are more than 16-bit numbers."""
     for name, g in grads.items():
         if g.dtype == torch.float32 and g.any():
             found = g[g != 0]
@@ -76,7 +66,7 @@ def test_one_task_is_as_exact_as_stock_peft(op: str, low: torch.dtype) -> None:
     p = mixed_problem((3, 70), low, "task", torch.zeros(3, 70, dtype=torch.long))
     truth, stock = p.to(torch.float64).step(reference.alora_linear), stock_step(p, low)
     ours = p.step(OPS[op], backend="torch")
-    assert_as_good(ours, stock, truth, tiny=1e-7)
+    assert_within_twice(ours, stock, truth, tiny=1e-7)
     assert_finer_than(low, ours)
 
 
@@ -89,7 +79,7 @@ def test_every_layout(name: str, op: str, low: torch.dtype) -> None:
     p = mixed_problem(leading, low, "soft" if ids is None else "task", ids)
     truth, own = p.to(torch.float64).step(reference.alora_linear), p.step(reference.alora_linear)
     ours = p.step(OPS[op], backend="torch")
-    assert_as_good(ours, own, truth, tiny=1e-6)
+    assert_within_twice(ours, own, truth, tiny=1e-6)
     assert_finer_than(low, ours)
 
 
@@ -142,7 +132,7 @@ def test_blocks_of_rows_are_put_together(monkeypatch: pytest.MonkeyPatch) -> Non
     p = mixed_problem((41,), torch.bfloat16, "task", torch.arange(41) % E)
     truth, own = p.to(torch.float64).step(reference.alora_linear), p.step(reference.alora_linear)
     for op in OPS.values():
-        assert_as_good(p.step(op, backend="torch"), own, truth, tiny=1e-6)
+        assert_within_twice(p.step(op, backend="torch"), own, truth, tiny=1e-6)
 
 
 def test_the_compiled_op_knows_its_dtypes() -> None:
