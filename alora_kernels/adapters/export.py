@@ -1,9 +1,8 @@
 """`export_lora`: each task of an ALoRA adapter as a stock LoRA folder, for servers that know only LoRA.
 
-The base model is not loaded. The shared B is written into every folder, so n tasks cost n B on the disk and in the
-server: the price of leaving. vLLM 0.32 takes PEFT's rank and alpha patterns exactly; older ones and SGLang read one
-rank per adapter. So that all of them answer alike, s goes into B, lora_alpha = R, and smaller modules are filled with
-zeros, which changes no output.
+The base model is not loaded. The shared B is written into every folder: n tasks cost n B on the disk and in the server.
+vLLM before 0.32 and SGLang read one rank per adapter. So that all of them answer alike, s goes into B, lora_alpha = R,
+and smaller modules are filled with zeros, which changes no output.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from ..tuner import ALoRAConfig, ALoRALayer
 from ..tuner.config import unwrapped
 from .cards import TaskCard, read_task_cards, write_task_cards
 from .config import AdapterConfig, checked_config
-from .reader import read_adapter
-from .writer import check_replaceable, target_names, write_lora
+from .reader import PREFIX, read_adapter
+from .writer import check_replaceable, target_names, write_adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.32)
 NO_BASE = "BASE_MODEL"
@@ -53,35 +52,23 @@ model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
 
 @dataclass(frozen=True)
 class ExportedTask:
-    """One folder.
+    """One folder."""
 
-    Attributes:
-        name: of the folder, and of the model for clients of a server.
-        task: what the ALoRA adapter calls it.
-        folder, bytes: absolute path, and size of the weights.
-    """
-
-    name: str
-    task: str
+    name: str  # of the folder, and of the model for clients of a server
+    task: str  # what the ALoRA adapter calls it
     folder: Path
-    bytes: int
+    bytes: int  # of the weights
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how to serve it.
+    """What was written, and how to serve it."""
 
-    Attributes:
-        base, dtype: of the base model; None if the adapter does not say, or it is not on this machine.
-        rank, modules: R and adapted modules of every folder.
-        tasks: the folders.
-    """
-
-    base: str | None
-    rank: int
+    base: str | None  # the model's name, if the adapter says it
+    rank: int  # of every folder, as are the adapted modules
     modules: int
     tasks: tuple[ExportedTask, ...]
-    dtype: str | None = None
+    dtype: str | None = None  # of the base, where that is on this machine
 
     @property
     def vllm_rank(self) -> int | None:
@@ -90,33 +77,27 @@ class ExportReport:
 
     @property
     def vllm_command(self) -> str | None:
-        """What starts vLLM with all tasks; None for a rank that it does not serve.
-
-        One slot more than there are tasks: with all slots taken, vLLM 0.32 gives rows of the base the last slot's
-        adapter on CPUs.
-        """
+        """What starts vLLM with all tasks; None for a rank that it does not serve."""
         if self.vllm_rank is None:
             return None
-        start = ["vllm", "serve", self.base or NO_BASE, *self._dtype]
-        options = ["--enable-lora", "--max-loras", str(len(self.tasks) + 1), "--max-lora-rank", str(self.vllm_rank)]
-        return self._command(start, options, "--lora-modules")
+        return self._command("vllm serve", "--max-loras", self.vllm_rank, "--lora-modules")
 
     @property
     def sglang_command(self) -> str:
-        """What starts SGLang with all tasks, which counts the base alone as one more of a batch."""
-        start = ["python", "-m", "sglang.launch_server", "--model-path", self.base or NO_BASE, *self._dtype]
-        slots = str(len(self.tasks) + 1)
-        options = ["--enable-lora", "--max-loras-per-batch", slots, "--max-lora-rank", str(self.rank)]
-        return self._command(start, options, "--lora-paths")
+        """What starts SGLang with all tasks."""
+        start = "python -m sglang.launch_server --model-path"
+        return self._command(start, "--max-loras-per-batch", self.rank, "--lora-paths")
 
-    @property
-    def _dtype(self) -> list[str]:
-        """Both servers make 16 bits of a float32 checkpoint unless they are told its dtype."""
-        return ["--dtype", self.dtype] if self.dtype else []
+    def _command(self, start: str, slots: str, rank: int, folders: str) -> str:
+        """Both servers make 16 bits of a float32 checkpoint unless they are told its dtype.
 
-    def _command(self, start: Sequence[str], options: Sequence[str], folders: str) -> str:
+        One slot more than there are tasks: SGLang counts the base alone as one more of a batch; with all slots taken,
+        vLLM 0.32 gives rows of the base the last slot's adapter on CPUs.
+        """
+        base = [self.base or NO_BASE, *(["--dtype", self.dtype] if self.dtype else [])]
+        options = f"--enable-lora {slots} {len(self.tasks) + 1} --max-lora-rank {rank} {folders}"
         pairs = [shlex.quote(f"{task.name}={task.folder}") for task in self.tasks]
-        return " \\\n    ".join([shlex.join(start), shlex.join([*options, folders]), *pairs])
+        return " \\\n    ".join([f"{start} {shlex.join(base)}", options, *pairs])
 
     def table(self) -> list[tuple[str, str, int, int]]:
         """(name, folder, rank, bytes) of each task."""
@@ -195,8 +176,9 @@ def export_lora(
     written = []
     for task, name in names.items():
         card = CARD.format(base=base or NO_BASE, name=name, rank=r, task=task)
-        matrices = {module: (a, shared[module]) for module, a in given.own(task, r, dtype).items()}
-        written.append(ExportedTask(name, task, out / name, write_lora(out / name, matrices, stock, card)))
+        tensors = {f"{PREFIX}{module}.lora_A.weight": a for module, a in given.own(task, r, dtype).items()}
+        tensors |= {f"{PREFIX}{module}.lora_B.weight": b for module, b in shared.items()}
+        written.append(ExportedTask(name, task, out / name, write_adapter(out / name, tensors, stock, card)))
         write_task_cards(out / name, {name: given.cards[task]} if task in given.cards else {})
     return ExportReport(base, r, len(shared), tuple(written), given.dtype or _dtype_of(base))
 

@@ -3,30 +3,27 @@
 With D_i = s_i B_i A_i, the B of R columns that is closest to all of them in the Frobenius norm is spanned by the R
 leading left singular vectors of [D_1 ... D_n], and A_i' = B^T D_i (Eckart & Young 1936). D is N x nK and never formed:
 with A_i^T = Q_i R_i, the matrix of all G_i = s_i B_i R_i^T (N x sum r) has the same left singular vectors and values.
-
-LoRAs that were trained apart share no B, so one B of their rank loses much, and only more rank helps: the report names
-the ranks that would lose 10 % and 1 %. Adapters that came from one ALoRA return to it exactly.
+LoRAs that were trained apart share no B, so one B of their rank loses much, and only more rank helps.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import written_whole
 from ..modules.adapter import task_names
-from ..tuner.config import CARD, WEIGHTS, ALoRAConfig, describe_import
+from ..tuner.config import SECTION, ALoRAConfig
 from .cards import read_task_cards, write_task_cards
 from .reader import PREFIX, AdapterFile, Factors, Shape, read_adapter
-from .writer import check_replaceable, target_names
+from .writer import check_replaceable, target_names, write_adapter
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names
 Errors = dict[str, list[float]]  # module -> of each task
@@ -99,28 +96,18 @@ def rank_for(goal: float, spectra: Sequence[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What one B for all of them costs. Errors are ||D_i - B A_i||_F / ||D_i||_F, before rounding to the file's dtype.
+    """What one B for all costs. Errors are ||D_i - B A_i||_F / ||D_i||_F, before rounding to the file's dtype."""
 
-    Attributes:
-        base: name of the base model, or None.
-        folder, rank: absolute path and R of the new adapter.
-        bytes, bytes_before: size of its weights, and of the originals' together.
-        ranks: task -> largest rank of the original.
-        norms, lost: module -> ||D_i||_F and ||D_i - B A_i||_F of each task.
-        needed: error over everything -> the smallest R that reaches it.
-        missing: task -> modules that its adapter does not have; they stay as the base.
-    """
-
-    base: str | None
-    folder: Path
+    base: str | None  # the model's name
+    folder: Path  # of the new adapter, as are R and the size of the weights
     rank: int
     bytes: int
-    bytes_before: int
-    ranks: dict[str, int]
-    norms: Errors
-    lost: Errors
-    needed: dict[float, int]
-    missing: dict[str, tuple[str, ...]]
+    bytes_before: int  # of the originals together
+    ranks: dict[str, int]  # task -> largest rank of the original
+    norms: Errors  # ||D_i||_F
+    lost: Errors  # ||D_i - B A_i||_F
+    needed: dict[float, int]  # error over everything -> the smallest R that reaches it
+    missing: dict[str, tuple[str, ...]]  # task -> modules that its adapter does not have; they stay as the base
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -130,8 +117,13 @@ class ImportReport:
     @property
     def error(self) -> float:
         """Over all tasks and modules."""
-        flat = [[x for row in table.values() for x in row] for table in (self.lost, self.norms)]
-        return _ratio(*flat)
+        return _ratio(chain(*self.lost.values()), chain(*self.norms.values()))
+
+    @property
+    def card(self) -> str:
+        """README.md of the new adapter."""
+        about = {"base": self.base or "unknown", "n": len(self.tasks), "tasks": ", ".join(self.tasks)}
+        return HEAD.format(**about, rank=self.rank, error=100 * self.error) + SECTION
 
     def task_error(self, task: str) -> float:
         """Over all modules of one task."""
@@ -162,7 +154,7 @@ class ImportReport:
                     rows.writerow([module, task, norm, _ratio([lost], [norm])])
 
 
-def _ratio(part: Sequence[float], whole: Sequence[float]) -> float:
+def _ratio(part: Iterable[float], whole: Iterable[float]) -> float:
     """||part|| / ||whole||; nothing of nothing is 0."""
     total = math.hypot(*whole)
     return math.hypot(*part) / total if total else 0.0
@@ -211,16 +203,13 @@ def import_lora(
     _check_names(adapters)
     for adapter in adapters.values():
         adapter.say_copies()
-    base, task_type = _one_base(adapters), _one_task_type(adapters)
-    config = ALoRAConfig(
-        r=r, lora_alpha=r, tasks=list(tasks), base_model_name_or_path=base, task_type=task_type, inference_mode=True
-    )
+    config = _config(adapters, r)
     shapes = _common_shapes(adapters, r)
     # set now: the config itself would make it a set, in no fixed order
     config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
     tensors, norms, lost, spectra = _over_one_b(adapters, shapes, dtype)
     report = ImportReport(
-        base=base,
+        base=config.base_model_name_or_path,
         folder=target,
         rank=r,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -231,9 +220,9 @@ def import_lora(
         needed={goal: rank_for(goal, spectra) for goal in GOALS},
         missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
     )
-    _write(report, tensors, config)
-    cards = {task: read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()}
-    write_task_cards(target, {task: found[task] for task, found in cards.items() if task in found})
+    write_adapter(target, tensors, config, report.card)
+    cards = [read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()]
+    write_task_cards(target, {task: card for found in cards for task, card in found.items()})
     return report
 
 
@@ -249,24 +238,24 @@ def _task_names(folders: Sequence[str | Path], names: Sequence[str] | None) -> t
     return task_names(given)
 
 
-def _one_base(adapters: Mapping[str, AdapterFile]) -> str | None:
-    """The base they share; adapters that name none are taken to fit."""
-    bases = {adapter.base: task for task, adapter in adapters.items() if adapter.base}
-    if len(bases) > 1:
-        said = ", ".join(f"{task} on {base}" for base, task in bases.items())
-        raise ValueError(
-            f"the adapters are for different base models: {said}. If these are one model under several names, make"
-            " base_model_name_or_path equal in their adapter_config.json"
-        )
-    return next(iter(bases), None)
+def _config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
+    """Of the new adapter; adapters that name no base or no task type are taken to fit."""
+    bases = {task: adapter.base for task, adapter in adapters.items()}
+    types = {task: adapter.config.task_type for task, adapter in adapters.items()}
+    names = "If these are one model under several names, make base_model_name_or_path equal in their"
+    base = _common(bases, "on", "for different base models", f"{names} adapter_config.json")
+    task_type = _common(types, "is", "of different task types", "Import them separately")
+    settings: Any = {"base_model_name_or_path": base, "task_type": task_type, "inference_mode": True}
+    return ALoRAConfig(r=r, lora_alpha=r, tasks=list(adapters), **settings)
 
 
-def _one_task_type(adapters: Mapping[str, AdapterFile]) -> str | None:
-    kinds = {a.config.task_type: task for task, a in adapters.items() if a.config.task_type}
-    if len(kinds) > 1:
-        said = ", ".join(f"{task} is {kind}" for kind, task in kinds.items())
-        raise ValueError(f"the adapters are of different task types: {said}. Import them separately")
-    return next(iter(kinds), None)
+def _common(said: Mapping[str, str | None], verb: str, what: str, remedy: str) -> str | None:
+    """What all tasks say that say anything."""
+    tasks = {value: task for task, value in said.items() if value}
+    if len(tasks) > 1:
+        listed = ", ".join(f"{task} {verb} {value}" for value, task in tasks.items())
+        raise ValueError(f"the adapters are {what}: {listed}. {remedy}")
+    return next(iter(tasks), None)
 
 
 def _common_shapes(adapters: Mapping[str, AdapterFile], r: int) -> dict[str, Shape]:
@@ -316,13 +305,3 @@ def _over_one_b(
             raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
                              " adapter that was never trained; leave it out")  # fmt: skip
     return tensors, norms, lost, spectra
-
-
-def _write(report: ImportReport, tensors: Mapping[str, Tensor], config: ALoRAConfig) -> None:
-    head = HEAD.format(base=report.base or "unknown", n=len(report.tasks), tasks=", ".join(report.tasks),
-                       rank=report.rank, error=100 * report.error)  # fmt: skip
-    with written_whole(report.folder) as temporary:
-        save_file(dict(tensors), Path(temporary, WEIGHTS), metadata={"format": "pt"})
-        config.save_pretrained(temporary)
-        Path(temporary, CARD).write_text(head, encoding="utf-8")
-        describe_import(temporary)

@@ -1,8 +1,4 @@
-"""Writing adapter folders, whole or not at all: a folder always holds a complete adapter, the old one or the new one.
-
-PEFT writes weights straight into their final file, where an interruption destroys the previous adapter. Stock LoRA
-folders name their modules by `target_modules` alone, because servers other than PEFT know no more of its settings.
-"""
+"""Writing adapter folders: whole or not at all, so a folder always holds a complete adapter, old or new."""
 
 from __future__ import annotations
 
@@ -12,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import written_whole
 from ..tuner.config import CARD, CONFIG, WEIGHTS
 from .config import AdapterConfig
-from .reader import PREFIX
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -27,7 +22,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
 
     Args:
         model: what `get_peft_model` returned.
-        folder: where; created if needed. Adapters not called "default" go to subfolders, as in PEFT.
+        folder: created if needed. Adapters not called "default" go to subfolders, as in PEFT.
         kwargs: further arguments of `PeftModel.save_pretrained`.
 
     Raises:
@@ -47,7 +42,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
 
 
 def target_names(configs: Iterable[AdapterConfig], modules: Iterable[str]) -> list[str]:
-    """`target_modules` that select these modules, by their full names, without any other setting.
+    """`target_modules` that select these modules without any other setting: servers besides PEFT know no more of them.
 
     The names that all the configs list, where a list alone says it; otherwise the modules' full names.
     """
@@ -72,18 +67,11 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
-def write_lora(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, card: str) -> int:
-    """Write a stock LoRA folder, whole or not at all; how many bytes its weights have.
-
-    `matrices` are by module (A `[R, K]`, B `[N, R]`) with the scaling already in B, so that `config` has lora_alpha = r
-    = R; `card` is the text of README.md.
-    """
-    tensors = {}
-    for module, (a, b) in matrices.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftConfig, card: str) -> int:
+    """Write a folder from tensors by their names in the file; how many bytes its weights have."""
     with written_whole(folder) as temporary:
-        save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
+        dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(dense, Path(temporary, WEIGHTS), metadata={"format": "pt"})
         config.save_pretrained(temporary)
         Path(temporary, CARD).write_text(card, encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
