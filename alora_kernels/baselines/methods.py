@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..adapters.method import EXPERTS, ROUTED, SETTINGS, STATE, Method, check_method, read_method
+from ..adapters.method import EXPERTS, SETTINGS, STATE, Method, check_method, read_method
 from ..adapters.writer import save_adapter
 from ..files import written_whole
 from ..modules.adapter import AdaptedLinear
@@ -112,9 +112,7 @@ def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[s
     targets = _targets(model, method, findings)
     linears: dict[str, nn.Linear] = {}
     for name, module in targets.items():
-        check_target(
-            module, model.get_submodule(name.rpartition(".")[0]), name, method.num_routed, method.name not in ROUTED
-        )
+        check_target(module, model.get_submodule(name.rpartition(".")[0]), name, method.num_routed)
         if type(module) is not nn.Linear or hooked(module):
             kind = type(module).__name__ + (" with hooks" if type(module) is nn.Linear else "")
             raise ValueError(

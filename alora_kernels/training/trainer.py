@@ -379,7 +379,7 @@ def load_adapters(model: Any, folder: str) -> bool:
 
 
 def _load_native(model: Any, name: str, place: Path) -> None:
-    with reading(Source(str(place), {}, new=False)):
+    with reading(Source(str(place), name, {}, new=False)):
         result: Any = set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
     if result.unexpected_keys:
         raise ValueError(f"{place} has weights that adapter {name!r} does not: {', '.join(result.unexpected_keys[:5])}")

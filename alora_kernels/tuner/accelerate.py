@@ -1,9 +1,8 @@
 """Stock PEFT LoRA on the fused op: LoRA is ALoRA with a single matrix A.
 
-`accelerate(model)` lets the model's own LoRA layers call `alora_linear`, `restore(model)` undoes it. Only the class of
-a layer changes, to a subclass with another `forward`: its parameters, state dict, merging and pickles stay PEFT's.
-Every call decides anew whether the op may serve it, so adapters may be added, switched, merged and disabled afterwards;
-whatever the op does not do runs PEFT's forward.
+Only the class of a layer changes, to a subclass with another `forward`: its parameters, state dict, merging and pickles
+stay PEFT's. Every call decides anew whether the op may serve it, so adapters may be added, switched, merged and
+disabled afterwards; whatever the op does not do runs PEFT's forward.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from ..ops import alora_linear
 from ..routing import constant_routing
 from .base_layer import hooked, takes_fused_op
 from .layer import ALoRALayer
+from .targets import by_reason, some
 
 EXAMPLES = 3  # names shown for each reason
 KINDS: tuple[tuple[type, str], ...] = (
@@ -45,19 +45,15 @@ class Accelerated:
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        return "\n".join([f"{len(self.layers)} LoRA layers run the fused op", *_grouped(self.skipped)])
+        return f"{len(self.layers)} LoRA layers run the fused op{_reasons(self.skipped)}"
 
 
-def _grouped(skipped: dict[str, str]) -> list[str]:
+def _reasons(skipped: dict[str, str]) -> str:
     """One line per reason: how many layers, and the names of some."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        groups.setdefault(reason, []).append(name)
-    return [
-        f"{len(names)} keep PEFT's forward: {reason} ({', '.join(names[:EXAMPLES])}"
-        + (", ...)" if len(names) > EXAMPLES else ")")
-        for reason, names in groups.items()
-    ]
+    lines = ""
+    for reason, names in by_reason(skipped).items():
+        lines += f"\n{len(names)} keep PEFT's forward: {reason} ({some(names, EXAMPLES)})"
+    return lines
 
 
 class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
@@ -77,7 +73,8 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
 
 def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
     """The op's arguments for this call and what is added to its result, or None if PEFT's forward must run."""
-    if layer.disable_adapters or layer.merged or not _ordinary(x):
+    transformed = type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active()
+    if layer.disable_adapters or layer.merged or transformed:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or active[0] in layer.lora_variant:
@@ -107,11 +104,6 @@ def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
         "dropout_p": getattr(dropout, "p", 0.0),
         "training": dropout.training,
     }
-
-
-def _ordinary(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor: no subclass, and not inside vmap, jvp or another transform of torch.func."""
-    return type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
 
 
 def _plain(module: nn.Module) -> bool:
@@ -158,30 +150,25 @@ def _reason(layer: Any) -> str | None:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Let PEFT's LoRA layers run the fused op. Calling it again serves layers that were added since.
+    """Let PEFT's LoRA layers run the fused op; `restore` undoes it. Called again, it serves layers added since.
 
     Formula: `y = x W0^T + bias + s (A dropout(x)) B^T`, the same as PEFT's, in one op with its own backward.
 
     Served are `peft.tuners.lora.layer.Linear` over a plain frozen `nn.Linear`, with one active adapter: dropout, rsLoRA
-    and `lora_bias` included, adapters added or loaded later too. Kept by PEFT's forward and listed: DoRA and other
-    variants, embeddings, convolutions, `nn.MultiheadAttention`, Conv1D, quantised bases, `target_parameters`, layers
-    whose forward something else replaced. PEFT's forward also runs, silently, whenever a call finds the layer merged or
-    disabled, several or no adapters active, `adapter_names`, hooks on the base or on lora_A, lora_B, lora_dropout, a
-    tensor subclass, or a transform of `torch.func`.
+    and `lora_bias` included. All others are listed. PEFT's forward also runs, silently, whenever a call finds the layer
+    merged or disabled, several or no adapters active, `adapter_names`, hooks on the base or on lora_A, lora_B,
+    lora_dropout, a tensor subclass, or a transform of `torch.func`.
 
     What differs from PEFT: (1) Dropout masks come from a seed that torch's generator draws: the same seed gives other
-    masks. (2) Float32 adapters over a 16-bit base, PEFT's default, on the Triton backend: PEFT computes the low-rank
-    path in float32, kernels multiply 16-bit operands and sum in float32, which is as accurate as PEFT with
-    `autocast_adapter_dtype=False`. Outputs and the gradient of x stay as good as PEFT's (they are rounded to 16 bits in
-    any case); gradients of A and B carry the rounding of their 16-bit factors. The torch backend computes as PEFT.
-    (3) Second derivatives are refused: call `restore` first. (4) A pickle of the whole model needs this package to
-    load; state dicts and adapter folders do not.
+    masks. (2) Float32 adapters over a 16-bit base, PEFT's default, on the Triton backend: kernels multiply 16-bit
+    operands and sum in float32, as accurate as PEFT with `autocast_adapter_dtype=False`. Outputs and the gradient of x
+    stay as good as PEFT's; gradients of A and B carry the rounding of their 16-bit factors. (3) Second derivatives are
+    refused: call `restore` first. (4) A pickle of the whole model needs this package to load.
     `torch.compile` takes accelerated layers without a graph break; `torch.export` records PEFT's operations by default.
     On CPUs expect less memory for the backward rather than less time: `examples/accelerate_lora.py` measures both.
 
     Args:
-        model: any model that contains PEFT LoRA layers: a `PeftModel`, or a base with injected adapters. Changed in
-            place; parameters stay the same objects.
+        model: a `PeftModel`, or a base with injected adapters. Changed in place; parameters stay the same objects.
 
     Returns:
         The names of the layers that run the op, and of those that do not with the reason; `print` it. Reasons are also
@@ -214,19 +201,12 @@ def accelerate(model: nn.Module) -> Accelerated:
             " peft.get_peft_model(model, LoraConfig(...)) or load one with PeftModel.from_pretrained"
         )
     if unreported:
-        warnings.warn("accelerate left some LoRA layers alone\n" + "\n".join(_grouped(unreported)), stacklevel=2)
+        warnings.warn(f"accelerate left some LoRA layers alone{_reasons(unreported)}", stacklevel=2)
     return Accelerated(layers, skipped)
 
 
 def restore(model: nn.Module) -> int:
-    """Give accelerated layers PEFT's own forward back.
-
-    Args:
-        model: a model that `accelerate` changed; any other is left as it is.
-
-    Returns:
-        The number of layers that changed.
-    """
+    """Give the layers that `accelerate` changed PEFT's own forward back, and their number to the caller."""
     fused: list[Any] = [module for module in model.modules() if type(module) is FusedLoraLinear]
     for module in fused:
         module.__class__ = lora.Linear

@@ -43,13 +43,9 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def hooked(base: nn.Module) -> bool:
     """Whether calling the module runs hooks besides its forward."""
-    hooks: tuple[Any, ...] = (
-        base._forward_hooks,
-        base._forward_pre_hooks,
-        base._backward_hooks,
-        base._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in base.__dict__  # offloading libraries replace `forward` on the instance
+    forward: tuple[Any, ...] = base._forward_pre_hooks, base._forward_hooks
+    backward: tuple[Any, ...] = base._backward_pre_hooks, base._backward_hooks
+    return any((*forward, *backward)) or "forward" in base.__dict__  # offloading libraries replace it on the instance
 
 
 def takes_fused_op(base: nn.Module) -> bool:
@@ -60,16 +56,11 @@ def takes_fused_op(base: nn.Module) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.requires_grad
 
 
-def output_is_fresh(base: nn.Module) -> bool:
-    """Whether nobody else can hold the tensor that `base(x)` returns, so that it may be overwritten."""
-    return type(base) in (nn.Linear, Conv1D) and not hooked(base)
-
-
 def undo_cpu_packing(base: nn.Module) -> None:
-    """Give a bitsandbytes 4-bit weight its ordinary layout back.
+    """Give a bitsandbytes 4-bit weight its ordinary layout back, which gradients and merges need.
 
-    On CPUs with AVX512-BF16 the first evaluation packs the weight for a kernel that has no backward, and
-    dequantising the packed bytes gives other numbers; so gradients and merges need the ordinary layout.
+    On CPUs with AVX512-BF16 the first evaluation packs it for a kernel that has no backward, and dequantising the
+    packed bytes gives other numbers.
     """
     weight = base._parameters.get("weight")
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):

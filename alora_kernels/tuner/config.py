@@ -1,7 +1,7 @@
-"""`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter, and the rules of its folder.
+"""`ALoRAConfig`: what PEFT stores in `adapter_config.json` for an ALoRA adapter.
 
-It is the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of the file format
-live here: weights are safetensors, and the model card names the import that loading needs.
+It is the last thing PEFT writes when it saves and the first it reads when it loads, so the two rules of a folder live
+here: weights are safetensors, and the model card names the import that loading needs.
 """
 
 from __future__ import annotations
@@ -42,34 +42,6 @@ BIASES = ("none", "all", "asymlora_only")
 def unwrapped(name: str) -> str:
     """A name in the plain model, without what torch.compile, FSDP and checkpointing put in: `_orig_mod.fc` is `fc`."""
     return _WRAPPERS.sub("", name)
-
-
-def check_weights_file(folder: str | os.PathLike[str], saving: bool) -> None:
-    """Raise a ValueError if the folder holds pickled weights that were just written, or no others to load."""
-    pickled, tensors = Path(folder, PICKLE).exists(), Path(folder, WEIGHTS).exists()
-    if pickled and saving:
-        raise ValueError(
-            f"ALoRA adapters are saved as safetensors only: leave safe_serialization at True and delete {PICKLE}"
-            f" from {folder}"
-        )
-    if pickled and not tensors:
-        raise ValueError(
-            f"{folder} holds {PICKLE}, a pickle, and ALoRA adapters are read from safetensors only: convert it once"
-            f" with safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
-        )
-
-
-def describe_import(folder: str | os.PathLike[str]) -> None:
-    """Add the import that loading needs to the folder's model card, once."""
-    card = Path(folder, CARD)
-    text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
-    if IMPORT not in text:
-        with written_whole(folder) as new:
-            Path(new, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
-
-
-def _as_set(names: Any) -> Any:
-    return set(names) if isinstance(names, list) else names
 
 
 @dataclass
@@ -126,7 +98,9 @@ class ALoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_str_enum(PeftType, NAME)
-        self.target_modules, self.exclude_modules = _as_set(self.target_modules), _as_set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
         self._check_routing()
@@ -176,14 +150,10 @@ class ALoRAConfig(PeftConfig):
         return len(self.tasks) if isinstance(self.tasks, list) else int(self.num_experts or 0)
 
     def settings_at(self, module: str) -> tuple[int, float]:
-        """Rank and lora_alpha of one module, whose full name the patterns are matched against."""
+        """R and s of one module, whose full name the patterns are matched against."""
         r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
-        return r, alpha  # type: ignore[return-value]  # lora_alpha is a number once __post_init__ ran
-
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        """s for one layer, whose rank or alpha may come from a pattern."""
-        return lora_scaling(lora_alpha, r, self.use_rslora)
+        alpha: Any = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        return r, lora_scaling(alpha, r, self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
         """As in PEFT, with names of modules in the plain model: "all-linear" lists those of a compiled one."""
@@ -201,17 +171,25 @@ class ALoRAConfig(PeftConfig):
         Raises:
             ValueError: the weights beside it were saved as a pickle (`safe_serialization=False`).
         """
-        by_peft = "auto_mapping_dict" in kwargs
-        if by_peft:
-            check_weights_file(save_directory, saving=True)
+        by_peft, card = "auto_mapping_dict" in kwargs, Path(save_directory, CARD)
+        if by_peft and Path(save_directory, PICKLE).exists():
+            raise ValueError(
+                f"ALoRA adapters are saved as safetensors only: leave safe_serialization at True and delete {PICKLE}"
+                f" from {save_directory}"
+            )
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
-        if by_peft:
-            describe_import(save_directory)
+            text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
+            if by_peft and IMPORT not in text:
+                Path(folder, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read the config of a saved adapter, as in PEFT; a ValueError if the folder holds pickled weights only."""
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_weights_file(folder, saving=False)
+        if Path(folder, PICKLE).exists() and not Path(folder, WEIGHTS).exists():
+            raise ValueError(
+                f"{folder} holds {PICKLE}, a pickle, and ALoRA adapters are read from safetensors only: convert it once"
+                f" with safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
+            )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

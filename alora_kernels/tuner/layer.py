@@ -21,7 +21,7 @@ from ..modules.adapter import delta_weight, reset_adapter_
 from ..ops import trusted_alora
 from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
-from .base_layer import call_base, features, output_is_fresh, quantization_backend, takes_fused_op, undo_cpu_packing
+from .base_layer import call_base, features, hooked, quantization_backend, takes_fused_op, undo_cpu_packing
 from .config import ALoRAConfig
 
 TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may be a quarter off
@@ -29,7 +29,7 @@ TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may b
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one adapter is at one layer: R, s, the probability of dropout, task names (none for soft routing), E."""
+    """What one adapter is at one layer: R, s, dropout, task names (none: a learned router weighs the experts), E."""
 
     r: int
     scaling: float
@@ -39,7 +39,7 @@ class AdapterSpec:
 
     @property
     def soft(self) -> bool:
-        """Whether a learned router weighs the experts."""
+        """Without tasks."""
         return not self.tasks
 
 
@@ -82,7 +82,6 @@ class ALoRALayer(BaseTunerLayer):
 
     rows_name: str | None = None
     rows: Layout | None = None
-
     adapter_layer_names = ("asymlora_A", "asymlora_B", "asymlora_router")
     other_param_names = ("asymlora_spec", "asymlora_fixed")
 
@@ -94,19 +93,21 @@ class ALoRALayer(BaseTunerLayer):
         self.asymlora_spec: dict[str, AdapterSpec] = {}
         self.asymlora_fixed: dict[str, int] = {}
         self._disable_adapters = False
-        self._paused: list[Weight] = []
-        self.merged_adapters: list[str] = []
+        self._paused: list[tuple[str, Weight]] = []  # by adapter: these train when adapters are enabled again
         self.merged_tasks: dict[str, int] = {}
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = features(self.get_base_layer())
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: ALoRAConfig) -> None:
-        """Add an adapter to this layer, with its rank and alpha here; nothing is left of an earlier one of its name."""
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """In the order they were merged."""
+        return list(self.merged_tasks)
+
+    def update_layer(self, adapter_name: str, r: int, scaling: float, config: ALoRAConfig) -> None:
+        """Add an adapter to this layer, with its R and s here; nothing is left of an earlier one of its name."""
         self.forget(adapter_name)
         tasks = tuple(config.tasks) if isinstance(config.tasks, list) else ()
-        self.asymlora_spec[adapter_name] = AdapterSpec(
-            r, config.scaling(r, lora_alpha), config.lora_dropout, tasks, config.experts
-        )
+        self.asymlora_spec[adapter_name] = AdapterSpec(r, scaling, config.lora_dropout, tasks, config.experts)
         a = torch.empty(config.experts, r, self.in_features)
         b = torch.empty(self.out_features, r)
         router = None if tasks else torch.empty(config.experts, self.in_features)
@@ -133,9 +134,9 @@ class ALoRALayer(BaseTunerLayer):
         if enabled is not self._disable_adapters:
             return
         if not enabled:
-            weights = [weight for part in self.adapter_layer_names for weight in getattr(self, part).values()]
-            self._paused = [weight for weight in weights if weight.weight.requires_grad]
-        for weight in self._paused:
+            named = [item for part in self.adapter_layer_names for item in getattr(self, part).items()]
+            self._paused = [(name, weight) for name, weight in named if weight.weight.requires_grad]
+        for _, weight in self._paused:
             weight.requires_grad_(enabled)
         self._disable_adapters = not enabled
 
@@ -148,9 +149,7 @@ class ALoRALayer(BaseTunerLayer):
         """As in PEFT; said while adapters are disabled, it holds when they are enabled."""
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        parts = [getattr(self, part) for part in self.adapter_layer_names]
-        said = {weights[name] for weights in parts for name in names if name in weights}
-        self._paused = [weight for weight in self._paused if weight not in said]
+        self._paused = [(name, weight) for name, weight in self._paused if name not in names]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base's device. Its dtype stays, or loading would round float32 weights to bf16."""
@@ -175,9 +174,8 @@ class ALoRALayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold each adapter's set task into the base weight, `W0 + s B A_task`; arguments as in PEFT.
 
-        Raises:
-            ValueError: see `task_to_merge` and `check_takes_merge`; with safe_merge also a sum that is not finite; the
-                weight is then unchanged.
+        Raises as `task_to_merge` and `check_takes_merge`; with safe_merge also where the sum is not finite. The weight
+        is then unchanged.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.asymlora_spec:
@@ -190,17 +188,14 @@ class ALoRALayer(BaseTunerLayer):
                     f"merging adapter {adapter!r} gives weights that are not finite: the adapter is broken"
                 )
             self.set_base_weight(weight)
-            self.merged_adapters.append(adapter)
             self.merged_tasks[adapter] = task
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract what was merged, in the opposite order; the weight is the old one to rounding."""
-        while self.merged_adapters:
-            adapter = self.merged_adapters[-1]
-            self.set_base_weight(self._merged_weight(adapter, self.merged_tasks[adapter], -1))
-            self.merged_adapters.pop()
-            self.merged_tasks.pop(adapter)
+        for adapter, task in reversed(list(self.merged_tasks.items())):
+            self.set_base_weight(self._merged_weight(adapter, task, -1))
+            del self.merged_tasks[adapter]
 
     def _merged_weight(self, adapter: str, task: int, sign: int) -> Tensor:
         """The base's weight + sign s B A_task, added in float32 or wider and rounded once."""
@@ -275,18 +270,12 @@ class ALoRALinear(nn.Module, ALoRALayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        r: int,
-        lora_alpha: float,
-        config: ALoRAConfig,
-        **quantization: Any,
+        self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: ALoRAConfig, **quantization: Any
     ) -> None:
         super().__init__()
         ALoRALayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config)
+        self.update_layer(adapter_name, r, scaling, config)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         add_weight_to(state_dict, [f"{prefix}{p}.{n}" for p in self.adapter_layer_names for n in getattr(self, p)])
@@ -295,12 +284,8 @@ class ALoRALinear(nn.Module, ALoRALayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y `[..., N]` from x `[..., K]`: the base output plus that of every active adapter.
 
-        args and kwargs go to the base layer. The ids come from the routing context, else from the task that `set_task`
-        fixed, else from the only task.
-
-        Raises:
-            ValueError: a task-routed adapter with several tasks and no ids, ids that do not fit the batch, or ids
-                for a merged layer.
+        args and kwargs go to the base layer. Raises ValueError for an adapter with several tasks and no ids, ids that
+        do not fit the batch, or ids for a merged layer.
         """
         state = replayed_state(self, self._state, any(len(spec.tasks) > 1 for spec in self.asymlora_spec.values()))
         active: list[str] = []
@@ -319,7 +304,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
                 out = self.quantization_backend.maybe_clone_base_result(out)
-            elif not output_is_fresh(self.base_layer):
+            elif type(self.base_layer) not in (nn.Linear, Conv1D) or hooked(self.base_layer):
                 out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
             out = trusted_alora(x, base=out, **self._adapter(name, x, state))
@@ -342,7 +327,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
         }
 
     def _ids(self, name: str, tasks: tuple[str, ...], x: Tensor, state: LayerState) -> Routing:
-        """The batch's ids; without any, the fixed task or the only one."""
+        """The batch's ids; without any, the task that `set_task` fixed, else the only one."""
         routing = current_routing()
         if routing is not None:
             return routing.for_tasks(tasks).at(self, self.rows)

@@ -1,8 +1,7 @@
 """`ALoRAModel`: the tuner that PEFT puts around a base model, and how a saved adapter gets into it.
 
-Stock `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model` and transformers' `model.add_adapter`
-find it in PEFT's tables. Every target becomes an `ALoRALinear`. A file's tensors are renamed, and their rows put in
-order, to fit this model, or an error names both sides before anything is written.
+PEFT and transformers find it in PEFT's tables. A file's tensors are renamed, and their rows put in order, to fit this
+model, or an error names both sides before anything is written.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ DIMENSIONS = {
 }
 PREFIX = "base_model.model."
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")  # of transformers' Trainer, beside an adapter or above its folder
-_BARE = re.compile(r"\.asymlora_(A|B|router)$")
 _OURS = re.compile(r"(.+)\.asymlora_(?:A|B|router)(?:\..+)?")
 
 
 class ALoRAModel(BaseTuner):
-    """A base model, changed in place, with ALoRA adapters: several low-rank A per layer, one shared B.
+    """A base model, changed in place, with ALoRA adapters: every target becomes an `ALoRALinear`.
 
     Source: Ban & Ji 2025, ALoRA. Not to be confused with Activated LoRA, which PEFT calls aLoRA.
     """
@@ -62,11 +60,11 @@ class ALoRAModel(BaseTuner):
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
         if getattr(self, "findings", None) is None:
             self.findings = probe(model)
-        leave_out(model, peft_config, self.findings, peft_config.experts if peft_config.routing == "task" else 1)
+        tasks = len(peft_config.tasks or ())
+        leave_out(model, peft_config, self.findings, tasks)
         tell_fused_experts(model, peft_config)
         for name in targets_of(model, peft_config):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            check_target(model.get_submodule(name), parent, name, peft_config.experts, peft_config.routing == "soft")
+            check_target(model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]), name, tasks)
 
     def _create_and_replace(
         self,
@@ -81,12 +79,12 @@ class ALoRAModel(BaseTuner):
         """Add the adapter to a target, which becomes an `ALoRALinear` unless it is one."""
         if parameter_name is not None:
             raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
-        check_target(target, parent, current_key, peft_config.experts, peft_config.routing == "soft")
-        r, alpha = peft_config.settings_at(current_key)
+        check_target(target, parent, current_key, len(peft_config.tasks or ()))
+        r, scaling = peft_config.settings_at(current_key)
         if isinstance(target, ALoRALinear):
-            target.update_layer(adapter_name, r, alpha, peft_config)
+            target.update_layer(adapter_name, r, scaling, peft_config)
             return
-        new = ALoRALinear(target, adapter_name, r, alpha, peft_config, **get_quantization_kwargs(self.model))
+        new = ALoRALinear(target, adapter_name, r, scaling, peft_config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter starts inactive
         new.rows_name, new.rows = current_key, rows_of(current_key, parent, self.findings)
@@ -108,13 +106,8 @@ class ALoRAModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         """As in PEFT, but modules_to_save that were frozen before adapters were disabled stay so."""
-        heads = [
-            p
-            for m in self.model.modules()
-            if isinstance(m, ModulesToSaveWrapper)
-            for name in m.active_adapters
-            for p in m.modules_to_save[name].parameters()
-        ]
+        wrappers = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        heads = [p for m in wrappers for name in m.active_adapters for p in m.modules_to_save[name].parameters()]
         self._paused = [*self._paused, *(p for p in heads if p.requires_grad)]
         super()._enable_adapter_layers(enabled)
         if enabled:
@@ -152,8 +145,7 @@ class ALoRAModel(BaseTuner):
         routing = current_routing()
         if routing is None:
             return model.generate(*args, **kwargs)
-        shape = batch_shape(("inputs",), args, kwargs)
-        if shape is not None:
+        if shape := batch_shape(("inputs",), args, kwargs):
             routing.check_batch(*shape)
         with route(routing.repeated(max(routing.repeats, beams(model, kwargs)))):
             return model.generate(*args, **kwargs)
@@ -215,18 +207,18 @@ class ALoRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As in PEFT, for tensors by the names of earlier versions too; see `fitted`."""
         tensors = {unwrapped(key) if ".asymlora_" in key else key: tensor for key, tensor in state_dict.items()}
-        add_weight_to(tensors, [key for key in tensors if _BARE.search(key)])
+        add_weight_to(tensors, [key for key in tensors if key.rpartition(".")[2] in DIMENSIONS])
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return fitted(model, adapter_name, config, remapped)
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raise before any weight is touched if some layer cannot be merged, or shares its weight with another module."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
         if weight is not None:
-            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+            owners.setdefault(id(weight), set()).add(name.removesuffix(".base_layer"))
     for name, layer in model.named_modules():
         if not isinstance(layer, ALoRALayer):
             continue
@@ -237,7 +229,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         if not chosen:
             continue
         layer.check_takes_merge()
-        others = sorted({*owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])} - {name})
+        others = sorted(owners.get(id(layer.get_base_layer()._parameters.get("weight")), set()) - {name})
         if others:
             raise ValueError(
                 f"the weight of {name} is also that of {', '.join(others)}, and merging would change both: untie them"
@@ -255,103 +247,89 @@ def fitted(
         ValueError: no such adapter; other shapes; from a folder: another kind of adapter, other tasks, modules or
             scalings, or another order of tasks where an optimizer goes on. An adapter made for the file goes then.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ALoRALayer) and adapter_name in m.asymlora_spec}
+    layers = {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, ALoRALayer) and adapter_name in module.asymlora_spec
+    }
     if not layers:
         raise ValueError(
             f"the model has no ALoRA layers for adapter {adapter_name!r}: add the adapter before loading it"
         )
-    source = source_read()
-    try:
-        order = None
-        if source is not None:
-            saved = PeftConfig.from_pretrained(source.folder, **source.download)
-            order = _rows(source, saved, adapter_name, config)
-            _check_modules(source, adapter_name, layers, tensors)
+    source = source_read.get()
+    if source is None:
         _check_shapes(adapter_name, layers, tensors)
-        if source is not None:
-            _check_scaling(source, saved, adapter_name, config, layers)
+        return dict(tensors)
+    try:
+        saved = PeftConfig.from_pretrained(source.folder, **source.download)
+        order = _rows(source, saved, config)
+        _check_modules(source, layers, tensors)
+        _check_shapes(adapter_name, layers, tensors)
+        _check_scaling(source, saved, config, layers)
     except ValueError:
         peft_model: Any = model
-        if source is not None and source.new:  # an adapter that was made for this file; the first goes with its layers
-            if len(peft_model.peft_config) > 1:
-                peft_model.delete_adapter(adapter_name)
-            else:
-                peft_model.base_model.unload()
+        if source.new and len(peft_model.peft_config) > 1:
+            peft_model.delete_adapter(adapter_name)
+        elif source.new:  # the first goes with its layers
+            peft_model.base_model.unload()
         raise
-    if order is None:
-        return dict(tensors)
-    stacked = re.compile(rf"\.asymlora_A\.{re.escape(adapter_name)}\.weight$")
-    return {key: t[order] if stacked.search(key) else t for key, t in tensors.items()}
+    a = f".asymlora_A.{adapter_name}.weight"
+    return {key: t[order] if order and key.endswith(a) else t for key, t in tensors.items()}
 
 
-def _rows(source: Source, saved: PeftConfig, adapter_name: str, config: ALoRAConfig) -> list[int] | None:
+def _rows(source: Source, saved: PeftConfig, config: ALoRAConfig) -> list[int] | None:
     """Which row of the file is which row of the model; None where they are the same."""
     if not isinstance(saved, ALoRAConfig):
         raise ValueError(
-            f"{source.folder} holds a {saved.peft_type} adapter and adapter {adapter_name!r} is an ALoRA adapter: load"
-            " it under a name of its own"
+            f"{source.folder} holds a {saved.peft_type} adapter and adapter {source.adapter!r} is an ALoRA adapter:"
+            " load it under a name of its own"
         )
     if saved.routing != config.routing:
-        raise ValueError(f"{_both(source, adapter_name)} differ in routing, {saved.routing!r} there and"
-                         f" {config.routing!r} here: {_remedy(source)}")  # fmt: skip
+        there, here = saved.routing, config.routing
+        raise ValueError(f"{source} differ in routing, {there!r} there and {here!r} here: {source.remedy}")
     theirs: Any = saved.tasks or []
     ours: Any = config.tasks or []
     if theirs == ours:
         return None
+    both = f"{', '.join(theirs)} there and {', '.join(ours)} here"
     if set(theirs) != set(ours):
         raise ValueError(
-            f"{_both(source, adapter_name)} differ in their tasks, {', '.join(theirs)} there and {', '.join(ours)}"
-            f" here, and rows of A go by the names of the tasks: make the adapter with tasks={theirs}, or"
-            f" {_remedy(source)}"
+            f"{source} differ in their tasks, {both}, and rows of A go by the names of the tasks: make the adapter with"
+            f" tasks={theirs}, or {source.remedy}"
         )
     folder = Path(source.folder)
     if any((place / name).exists() for place in (folder, folder.parent) for name in OPTIMIZER):
         raise ValueError(
-            f"{_both(source, adapter_name)} have their tasks in another order, {', '.join(theirs)} there and"
-            f" {', '.join(ours)} here, and the optimizer's state beside it goes by rows: go on with"
-            f" tasks={theirs}"
+            f"{source} have their tasks in another order, {both}, and the optimizer's state beside it goes by rows: go"
+            f" on with tasks={theirs}"
         )
     return [theirs.index(task) for task in ours]
 
 
-def _remedy(source: Source) -> str:
-    """What gives the file's adapter as it was saved."""
-    return "leave config= out, so that the file's own is taken" if source.new else "load it under a name of its own"
-
-
-def _both(source: Source, adapter_name: str) -> str:
-    return f"{source.folder} and adapter {adapter_name!r}"
-
-
-def _check_modules(
-    source: Source, adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]
-) -> None:
+def _check_modules(source: Source, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]) -> None:
     """Refuse a file for other modules: PEFT would drop what it cannot place and leave the rest as it is."""
     found = {match[1].removeprefix(PREFIX) for key in tensors if (match := _OURS.fullmatch(key))}
-    wanted = {name.removeprefix(PREFIX) for name in layers}
-    if found == wanted:
+    if found == layers.keys():
         return
     there, here = (
         ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-        for names in (found - wanted, wanted - found)
+        for names in (found - layers.keys(), layers.keys() - found)
     )
     raise ValueError(
-        f"{_both(source, adapter_name)} differ in the modules they adapt, only there: {there}; only here: {here}; load"
-        " it on the base it was trained on, with its own target_modules"
+        f"{source} differ in the modules they adapt, only there: {there}; only here: {here}; load it on the base it was"
+        " trained on, with its own target_modules"
     )
 
 
 def _check_shapes(adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: Mapping[str, Tensor]) -> None:
     """Raise unless every tensor has the shape of the parameter it is for."""
-    for name, layer in layers.items():
+    for module, layer in layers.items():
         for part, meaning in DIMENSIONS.items():
-            weights = getattr(layer, part)
-            key = f"{name}.{part}.{adapter_name}.weight"
-            found = next((tensors[k] for k in (key, f"{PREFIX}{key}") if k in tensors), None)
+            weights, key = getattr(layer, part), f"{module}.{part}.{adapter_name}.weight"
+            found = tensors.get(key, tensors.get(f"{PREFIX}{key}"))
             if found is None or adapter_name not in weights or found.shape == weights[adapter_name].weight.shape:
                 continue
             wanted = tuple(weights[adapter_name].weight.shape)
-            module = name.removeprefix(PREFIX)
             raise ValueError(
                 f"the adapter does not fit this base: {module}.{part} {meaning} is {tuple(found.shape)} in the file but"
                 f" {wanted} here, where {module} is a {type(layer.get_base_layer()).__name__} with"
@@ -360,14 +338,11 @@ def _check_shapes(adapter_name: str, layers: Mapping[str, ALoRALayer], tensors: 
             )
 
 
-def _check_scaling(
-    source: Source, saved: ALoRAConfig, adapter_name: str, config: ALoRAConfig, layers: Mapping[str, ALoRALayer]
-) -> None:
+def _check_scaling(source: Source, saved: ALoRAConfig, config: ALoRAConfig, layers: Mapping[str, ALoRALayer]) -> None:
     """Raise unless every layer scales the file's matrices as they were trained."""
-    for name, layer in layers.items():
-        module, spec = name.removeprefix(PREFIX), layer.asymlora_spec[adapter_name]
-        theirs = saved.scaling(*saved.settings_at(module))
-        if math.isclose(theirs, spec.scaling, rel_tol=1e-9):
+    for module, layer in layers.items():
+        (_, theirs), ours = saved.settings_at(module), layer.asymlora_spec[source.adapter].scaling
+        if math.isclose(theirs, ours, rel_tol=1e-9):
             continue
         settings = ", ".join(
             f"{key}={getattr(saved, key)!r} there and {getattr(config, key)!r} here"
@@ -375,9 +350,9 @@ def _check_scaling(
             if getattr(saved, key) != getattr(config, key)
         )
         raise ValueError(
-            f"{_both(source, adapter_name)} differ in the scaling of {module}, {theirs:g} there and {spec.scaling:g}"
-            f" here ({settings}): make the adapter with the file's settings, or {_remedy(source)}"
+            f"{source} differ in the scaling of {module}, {theirs:g} there and {ours:g} here ({settings}): make the"
+            f" adapter with the file's settings, or {source.remedy}"
         )
-    if saved.lora_dropout != config.lora_dropout:
-        warnings.warn(f"{_both(source, adapter_name)} differ in lora_dropout, {saved.lora_dropout} there and"
-                      f" {config.lora_dropout} here, which stays", stacklevel=2)  # fmt: skip
+    there, here = saved.lora_dropout, config.lora_dropout
+    if there != here:
+        warnings.warn(f"{source} differ in lora_dropout, {there} there and {here} here, which stays", stacklevel=2)

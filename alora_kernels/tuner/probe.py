@@ -1,10 +1,8 @@
 """Where the rows of a batch are in what each linear layer is given: found out with a tiny batch, before any changes.
 
-`ALoRAModel` and the baselines leave modules without a layout alone; layers expand task ids by it. Two rows of random
-tokens are run, then again with all tokens of the one or the other row changed: what changed in a module's input belongs
-to that row. A third batch, of three rows, shows which dimension grows with the batch. Nothing is learned from shapes
-alone, so a layer that puts time first is not taken for one whose batch is as large. The runs are without gradients, in
-evaluation mode, and leave the model and torch's generators as they were.
+Two rows of random tokens are run, then again with all tokens of the one or the other row changed: what changed in a
+module's input belongs to that row. A last batch, of three rows, shows which dimension grows with it. The runs are
+without gradients, in evaluation mode, and leave the model and torch's generators as they were.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..routing import Layout
+from ..routing import Layout, expand_ids
 from .base_layer import outside_adapters, undo_cpu_packing
 
 Finding = Literal["batch", "blocks", "time", "steps", "shared", "mixed", "uncalled", "unreached", "several"]
@@ -50,13 +48,11 @@ Batch = tuple[dict[int, Any], dict[str, Any]]  # positional and named arguments
 
 
 def probe(model: nn.Module) -> dict[str, Finding] | None:
-    """The layout of the rows each leaf module of a model, with or without adapters, is given.
+    """The layout of the rows that each leaf module of a model, with or without adapters, is given.
 
-    Returns:
-        For every module that could be adapted: a `Layout`; "shared" for inputs of no row, such as a table of positions;
-        "mixed" where rows come in an order that the data decide; "uncalled" where a parent runs without calling the
-        module; "unreached" where the parents do not run either; "several" where it returns more than a tensor. None if
-        the model could not be run.
+    A `Layout`; "shared" for inputs of no row, such as a table of positions; "mixed" where the data decide the order of
+    rows; "uncalled" where a parent runs without calling the module; "unreached" where the parents do not run either;
+    "several" where it returns more than a tensor. None if the model could not be run.
     """
     base: Any = getattr(model, "_orig_mod", model)
     if not isinstance(base, PreTrainedModel):
@@ -72,24 +68,19 @@ def probe(model: nn.Module) -> dict[str, Finding] | None:
 def probe_call(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, names: Collection[str]
 ) -> dict[str, Finding] | None:
-    """As `probe`, from a batch that a model is called with, for one whose inputs nobody can make up.
+    """As `probe` for the modules `names`, from a batch that a model is called with, for inputs nobody can make up.
 
     Two of its rows are run, and again with the one in the place of the other. All tensors of `rows` rows are taken for
-    the batch, also in dicts, lists and tuples. Only the modules `names` are watched: of a large batch not every input
-    can be kept. Empty if the model could not be run; None if this batch cannot tell: it has one row, or an argument
-    that a forward may change, such as a cache.
+    the batch, also in dicts, lists and tuples. Empty if the model could not be run; None if this batch cannot tell: it
+    has one row, or an argument that a forward may change, such as a cache.
     """
-    if rows < 2 or not _plain([*args, *kwargs.values()]):
+    given = dict(enumerate(args)), dict(kwargs)
+    if rows < 2 or not _plain(list(given)):
         return None
 
     def batches() -> list[Batch]:
-        return [
-            (
-                {i: _rows(v, rows, picked) for i, v in enumerate(args)},
-                {name: _rows(v, rows, picked) for name, v in kwargs.items()},
-            )
-            for picked in ([0, 1], [1, 1], [0, 0], [0, 1, 0])
-        ]
+        picks = [0, 1], [1, 1], [0, 0], [0, 1, 0]
+        return [(_rows(given[0], rows, picked), _rows(given[1], rows, picked)) for picked in picks]
 
     return Context().run(_found, model, model, batches, names) or {}
 
@@ -161,31 +152,21 @@ def _record(
     """One run: the inputs of every leaf, and the names of all modules that ran."""
     calls: Calls = {}
     ran: set[str] = set()
-    handles = []
 
     def note(name: str, leaf: bool) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             ran.add(name)
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if leaf and x is not None and x.dim() > 0:
                 sample = x.detach()[..., :: max(1, x.shape[-1] // CHANNELS)].clone()
-                calls.setdefault(name, []).append(Seen(x.shape[:-1], sample))
+                calls.setdefault(name, []).append(Seen(x.shape[:-1], sample) if isinstance(out, Tensor) else SEVERAL)
 
         return hook
 
-    def returned(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if not isinstance(out, Tensor) and calls.get(name):
-                calls[name][-1] = SEVERAL
-
-        return hook
-
-    for name, module in outside_adapters(model):
-        leaf = not any(module.children()) or isinstance(module, BaseTunerLayer)
-        leaf = leaf and (names is None or name in names)
-        handles.append(module.register_forward_pre_hook(note(name, leaf), with_kwargs=True))
-        if leaf:
-            handles.append(module.register_forward_hook(returned(name)))
+    handles = [
+        module.register_forward_hook(note(name, _is_leaf(module) and (not names or name in names)), with_kwargs=True)
+        for name, module in outside_adapters(model)
+    ]
     for generator in (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())):
         generator.manual_seed(0)  # each run draws the same numbers, such as the hashes of Reformer
     try:
@@ -196,11 +177,16 @@ def _record(
     return calls, ran
 
 
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it could be adapted, or is already."""
+    return isinstance(module, BaseTunerLayer) or next(module.children(), None) is None
+
+
 def _findings(model: nn.Module, runs: list[tuple[Calls, set[str]]]) -> dict[str, Finding]:
     ran = set().union(*(names for _, names in runs))
     findings: dict[str, Finding] = {}
     for name, module in model.named_modules():
-        if not name or (any(True for _ in module.children()) and not isinstance(module, BaseTunerLayer)):
+        if not name or not _is_leaf(module):
             continue
         calls = [seen.get(name, []) for seen, _ in runs]
         if not any(calls):
@@ -248,14 +234,8 @@ def _layout(two: Seen, first: Seen, second: Seen, three: Seen) -> Finding:
 
 def _fits(layout: Layout, leading: torch.Size, first: Tensor, second: Tensor) -> bool:
     """Whether no position that only one row can change is another row's by the layout."""
-    owner = torch.arange(2, device=first.device)
-    if layout == "time":
-        owner = owner.repeat_interleave(leading[2:].numel()).repeat(leading[0])
-    elif layout == "steps":
-        owner = owner.repeat(leading.numel() // 2)
-    else:
-        owner = owner.repeat_interleave(leading.numel() // 2)
-    return not bool((first & (owner != 0)).any() or (second & (owner != 1)).any())
+    owner = expand_ids(torch.arange(2, device=first.device), leading, layout=layout)
+    return owner is not None and not bool((first & (owner != 0)).any() or (second & (owner != 1)).any())
 
 
 @contextmanager
@@ -304,13 +284,10 @@ def probe_inputs(model: Any, rows: int, generator: torch.Generator, images: bool
     """Random inputs of B rows, by the names of the forward's arguments: only what the model is mainly fed.
 
     Text for a vision-language model, because its images do not belong to rows one by one; with `images` its other
-    inputs too. Special tokens are left out: models look for them, and an image token without an image is an error.
-    An AttributeError says that the config lacks what the inputs are made from.
+    inputs too. An AttributeError says that the config lacks what the inputs are made from.
     """
     names, main = parameters_of(model), model.main_input_name
-    shape: tuple[int, ...] = (rows, LENGTH)
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        shape = (rows, 2, LENGTH)
+    shape = (rows, 2, LENGTH) if type(model).__name__.endswith("ForMultipleChoice") else (rows, LENGTH)
     batch: dict[str, Tensor] = {}
     if main in ("input_ids", "inputs") or (images and "input_ids" in names):
         name = "inputs" if main == "inputs" else "input_ids"
@@ -337,7 +314,7 @@ def _device(model: Any) -> Any:
 
 
 def _tokens(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Ids of ordinary tokens."""
+    """Ids of ordinary tokens: models look for special ones, and an image token without an image is an error."""
     configs = {id(c): c for c in (model.config, model.config.get_text_config(), model.config.get_text_config(True))}
     special: set[int] = set()
     for config in configs.values():
@@ -359,17 +336,14 @@ def _pixels(config: Any, rows: int) -> tuple[int, ...]:
 
 
 def _features(config: Any, rows: int) -> tuple[int, ...]:
-    if hasattr(config, "input_feat_per_channel"):
-        return rows, IMAGE, config.input_feat_per_channel
-    if hasattr(config, "feature_projection_input_dim"):
-        return rows, IMAGE, config.feature_projection_input_dim
+    for name in ("input_feat_per_channel", "feature_projection_input_dim"):
+        if hasattr(config, name):
+            return rows, IMAGE, getattr(config, name)
     return rows, config.num_mel_bins, 2 * config.max_source_positions
 
 
 def _sound(config: Any, rows: int) -> tuple[int, ...]:
-    if hasattr(config, "num_mel_bins"):
-        return rows, config.max_length, config.num_mel_bins
-    return rows, SOUND
+    return (rows, config.max_length, config.num_mel_bins) if hasattr(config, "num_mel_bins") else (rows, SOUND)
 
 
 OTHERS = {"pixel_values": _pixels, "input_features": _features, "input_values": _sound}

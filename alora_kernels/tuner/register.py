@@ -1,9 +1,8 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
-PEFT has no plugin hook: `register_peft_method` refuses a name that its enum lacks. Its "aLoRA" is another method (IBM's
-*Activated* LoRA), so the type is called ASYMLORA, for Asymmetric LoRA. The import changes no function of PEFT. Three of
-them cannot serve ALoRA as they are; `adjust_peft` wraps them when the first ALoRA model of a process is made, and
-adapters of other types go through the wrappers untouched.
+PEFT has no plugin hook, and its "aLoRA" is IBM's *Activated* LoRA: hence the name. The import changes no function of
+PEFT. Three of them cannot serve ALoRA as they are; `adjust_peft` wraps them when the first ALoRA model of a process is
+made, and adapters of other types go through the wrappers untouched.
 """
 
 from __future__ import annotations
@@ -61,29 +60,33 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 class Source(NamedTuple):
-    """What `PeftModel.load_adapter` reads: a path or a name on the Hub, with what PEFT was told about the Hub."""
+    """What an adapter is loaded from: a path or a name on the Hub, with what PEFT was told about the Hub."""
 
     folder: str
+    adapter: str
     download: dict[str, Any]
     new: bool  # whether the adapter was made for it
 
+    def __str__(self) -> str:
+        return f"{self.folder} and adapter {self.adapter!r}"
 
-_source: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)
+    @property
+    def remedy(self) -> str:
+        """What gives the file's adapter as it was saved."""
+        return "leave config= out, so that the file's own is taken" if self.new else "load it under a name of its own"
+
+
+source_read: ContextVar[Source | None] = ContextVar("source of the adapter that is loaded", default=None)
 
 
 @contextmanager
 def reading(source: Source) -> Iterator[None]:
     """Say where the tensors come from that are loaded inside the block."""
-    token = _source.set(source)
+    token = source_read.set(source)
     try:
         yield
     finally:
-        _source.reset(token)
-
-
-def source_read() -> Source | None:
-    """What is read at this moment, None where nobody said."""
-    return _source.get()
+        source_read.reset(token)
 
 
 def _takes_id_tensors(search: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +124,7 @@ def _says_what_it_reads(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
         new = adapter_name not in self.peft_config or "key_mapping" in kwargs
-        with reading(Source(str(model_id), kwargs, new)):
+        with reading(Source(str(model_id), adapter_name, kwargs, new)):
             return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter

@@ -2,9 +2,6 @@
 
 `ALoRAModel` routes a forward or `generate` call by its `adapter_names` (`BatchRouting`) and hooks the base model
 (`CheckpointGuard`, which the trainer installs too); `set_task` keeps a task on the layers for all calls.
-
-Names are resolved per adapter, because adapters that are active together may have different tasks. A row whose task one
-of them does not know gets nothing from that adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +21,7 @@ from ..modules.adapter import BASE, task_id
 from ..recompute import keep_routing
 from ..routing import Layout, Routing, current_routing
 from .layer import ALoRALayer
-from .probe import probe_call
+from .probe import parameters_of, probe_call
 
 TEXT = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
 INPUTS = (*TEXT, "encoder_outputs", "input_features", "input_values", "pixel_values")  # whose rows are the batch's
@@ -36,11 +32,8 @@ UNCLEAR: dict[Any, Layout | None] = {"shared": "mixed", "several": None, "uncall
 class BatchRouting(Routing):
     """The `adapter_names` of one call: one task name or id per row, or an integer tensor (per row or per token).
 
-    `tasks` are the task names of each active adapter.
-
-    Raises:
-        ValueError: a name that no active adapter knows.
-        TypeError: names are neither a list nor an integer tensor.
+    `tasks` are those of each active adapter. A row whose task one of them does not know gets nothing from that adapter;
+    a name that none knows is a ValueError, other kinds of `names` are a TypeError.
     """
 
     given_as = "adapter_names"
@@ -98,21 +91,17 @@ def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
     decide; of a model that uses none of them, its first tensor is the batch, also inside of a dict, list or tuple.
     `names` are the parameters of the model's forward, for its positional arguments.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for key, nested in list(given.items()):
-        if key not in INPUTS and isinstance(nested, Mapping | list | tuple):
-            leaves = tree_leaves(dict(nested) if isinstance(nested, Mapping) else nested)
-            given[key] = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
-    first = next((name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0), None)
-    for name in (*INPUTS, first):
-        value = given.get(name) if name is not None else None
-        if name == "encoder_outputs" and value is not None:
-            value = value[0]
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        whole = value.shape if not value.is_floating_point() else value.shape[:-1]
-        return value.shape[0], whole.numel() if name in TEXT or name not in INPUTS else None
-    return None
+    tensors: dict[str, Tensor] = {}
+    for key, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+        nested = isinstance(value, Mapping | list | tuple) and (key not in INPUTS or key == "encoder_outputs")
+        for leaf in tree_leaves(dict(value) if isinstance(value, Mapping) else value) if nested else [value]:
+            if isinstance(leaf, Tensor) and leaf.dim() > 0:
+                tensors.setdefault(key, leaf)
+    name = next((name for name in (*INPUTS, *tensors) if name in tensors), None)
+    if name is None:
+        return None
+    shape = tensors[name].shape[:-1] if tensors[name].is_floating_point() else tensors[name].shape
+    return tensors[name].shape[0], shape.numel() if name in TEXT or name not in INPUTS else None
 
 
 def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
@@ -149,18 +138,15 @@ class RoutedCheckpoint:
 
 
 class CheckpointGuard:
-    """Forward pre-hook of the base model: ids must fit its batch, and whoever checkpoints, it keeps the routing.
-
-    So every segment runs through `alora_kernels.keep_routing`, which says why that is needed.
-    """
+    """Forward pre-hook of the base model: ids must fit its batch, and every checkpoint runs through `keep_routing`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[Any] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.parameters = list(inspect.signature(model.forward).parameters)
+        self.parameters = parameters_of(model)
         self.unknown: dict[str, ALoRALayer] | None = None  # layers of which nobody knows where the rows are
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each forward: check the ids, and keep the routing of every module that checkpoints."""
+        """Before each forward."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "adapter_names is an argument of the model that get_peft_model returns; call this model inside"

@@ -1,8 +1,7 @@
 """Which of the modules that `target_modules` matched an adapter can have, and what is said about the others.
 
-`ALoRAModel` and the baselines ask before they touch the model. Modules that are left alone, by what `probe` found, are
-named in one warning with the reason and written into `exclude_modules`, so that a saved adapter has the same ones when
-it is loaded.
+`ALoRAModel` and the baselines ask before they touch the model. What is left alone, by what `probe` found, is named in
+one warning and written into `exclude_modules`, so that a saved adapter has the same modules when it is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +45,8 @@ def targets_of(model: nn.Module, config: Any) -> list[str]:
     return [name for name, _ in outside_adapters(model) if name and check_target_module_exists(matching, name)]
 
 
-def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, soft: bool) -> None:
-    """Raise a ValueError with the module and the remedy unless it is a linear layer that E adapters can serve."""
+def check_target(module: nn.Module, parent: nn.Module, name: str, tasks: int) -> None:
+    """Raise a ValueError with the remedy unless it is a linear layer that ids of so many tasks can be used at."""
     base = base_of(module)
     kind, leave_out = type(base).__name__, f"leave it out of target_modules or add it to exclude_modules: {name!r}"
     if isinstance(base, nn.Embedding):
@@ -66,7 +65,7 @@ def check_target(module: nn.Module, parent: nn.Module, name: str, experts: int, 
         )
     if not (isinstance(base, nn.Linear | Conv1D) or _says_features(base)):
         raise ValueError(f"{name} is a {kind}, which is not a linear layer: {leave_out}")
-    if ROUTED_EXPERT.search(name + ".") and experts > 1 and not soft:
+    if ROUTED_EXPERT.search(name + ".") and tasks > 1:
         raise ValueError(
             f"{name} is a routed expert: it sees rows of the batch in another order, so task ids would not fit them."
             f' Use routing="soft" for it, or {leave_out}'
@@ -108,9 +107,8 @@ def keep_dense(model: nn.Module, dense: bool = True) -> None:
 def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | None, tasks: int) -> None:
     """Add to the config's exclude_modules what its adapter cannot serve, with one warning.
 
-    With several `tasks` that is every module of which the rows are unknown; with one, or a learned router (tasks = 1),
-    rows do not matter. A ValueError if no module would be left, or if one that was named has a weight that is used
-    without calling it.
+    With several `tasks` that is every module of which the rows are unknown; with one, or a learned router, rows do not
+    matter. A ValueError if no module would be left, or if one that was named has a weight that is used without a call.
     """
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     targets = targets_of(model, config)
@@ -160,20 +158,29 @@ def _used_directly(model: nn.Module, name: str, finding: Finding | None) -> bool
 def _text(reasons: Mapping[str, str]) -> str:
     """One line for each reason, with the names of which numbers do not differ."""
     lines = []
-    for reason in dict.fromkeys(reasons.values()):
-        names = [name for name, why in reasons.items() if why == reason]
-        lines.append(f"- {len(names)}, because {reason}: {_some(_patterns(names) if len(names) > EXAMPLES else names)}")
+    for reason, names in by_reason(reasons).items():
+        shown = _patterns(names) if len(names) > EXAMPLES else names
+        lines.append(f"- {len(names)}, because {reason}: {some(shown, EXAMPLES)}")
     if set(reasons.values()) - {DIRECT, SEVERAL}:
         lines.append('A learned router (routing="soft") or an adapter with one task needs no rows and can have them.')
     return "\n".join(lines)
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> names, from name -> reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def _patterns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
-
-
-def _some(patterns: list[str]) -> str:
-    return ", ".join(patterns[:EXAMPLES]) + (", ..." if len(patterns) > EXAMPLES else "")
 
 
 def tell_fused_experts(model: nn.Module, config: Any) -> None:
@@ -201,7 +208,7 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
     if missed:
         warnings.warn(
             f"ALoRA adapts layers, and {len(missed)} tensors of experts or their routers are parameters, so they get no"
-            f" adapter: {_some(_patterns(missed))}",
+            f" adapter: {some(_patterns(missed), EXAMPLES)}",
             stacklevel=2,
         )
 

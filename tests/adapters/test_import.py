@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from alora_kernels.adapters import import_lora as module
+from alora_kernels.adapters import writer
 from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora, rank_for, shared_b
 from alora_kernels.adapters.reader import Factors, Shape, read_adapter
@@ -110,7 +110,7 @@ def test_exported_adapters_come_back(tmp_path, settings, base):
     config = PeftConfig.from_pretrained(tmp_path / "back")
     assert (config.tasks, config.r, config.lora_alpha) == (["math", "code"], report.rank, report.rank)
     assert config.target_modules == ours.peft_config["default"].target_modules
-    assert (config.task_type, config.scaling(config.r, config.lora_alpha)) == ("CAUSAL_LM", 1.0)
+    assert (config.task_type, config.settings_at("up")) == ("CAUSAL_LM", (report.rank, 1.0))
 
 
 def test_loras_trained_apart_are_exact_at_the_sum_of_their_ranks(tmp_path):
@@ -248,7 +248,7 @@ def test_what_is_there_stays_unless_asked(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", half)
+    monkeypatch.setattr(writer, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         import_lora([one], out, rank=2, overwrite=True)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
