@@ -1,8 +1,7 @@
 """Register with PEFT without importing it: at once if PEFT is loaded, else right after its first import.
 
-`import alora_kernels` calls `register_with_peft()`: the type `ASYMLORA` is registered as soon as both libraries are
-imported, in either order. PEFT takes seconds to import: people who use only the layer never pay for it, and people who
-write `import alora_kernels; from peft import get_peft_model` find the type in place.
+PEFT takes seconds to import: people who use only the layer never pay for it, and people who write
+`import alora_kernels; from peft import get_peft_model` find the type in place.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """`adapter_tasks.json`: how each task of an adapter was asked in training, beside the adapter's weights.
 
-A task answers well only the prompts it was trained on, and no weight says which these are. `alora train`, `export_lora`
-and `import_lora` write the file; the task store of serving reads it, and it may come from anybody: an adapter without
-it or, after a warning, with a broken one is served all the same. Texts are kept to what can be printed and sent as
-UTF-8.
+A task answers well only the prompts it was trained on, and no weight says which these are. The file may come from
+anybody: an adapter without it or, after a warning, with a broken one is served all the same.
 """
 
 from __future__ import annotations
@@ -29,18 +27,11 @@ MAX_TEXT, MAX_ANSWERS = 8192, 1024  # characters of a text; label words of a tas
 
 @dataclass(frozen=True)
 class TaskCard:
-    r"""How one task was asked in training.
+    """How one task was asked in training, as far as that is known."""
 
-    Attributes:
-        template: prompt with placeholders as in `str.format`, such as "Review: {text}\nSentiment:"; the answer follows
-            after one space. None if it is not known.
-        answers: the words it answers with; none if it answers in texts.
-        sample: a whole prompt, ready to be sent; None if there is none.
-    """
-
-    template: str | None = None
-    answers: tuple[str, ...] = ()
-    sample: str | None = None
+    template: str | None = None  # "Review: {text}\nSentiment:", as in `str.format`; one space and the answer follow
+    answers: tuple[str, ...] = ()  # the words it answers with; none if it answers in texts
+    sample: str | None = None  # a whole prompt, ready to be sent
 
 
 def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
@@ -80,7 +71,6 @@ def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskC
 
 
 def _content(folder: str | Path, path: Path) -> dict[str, Any]:
-    """The object that holds the cards."""
     if not path.is_file():  # a pipe would never end
         raise _wrong(folder, "is no file")
     try:
@@ -105,15 +95,13 @@ def _card(folder: str | Path, task: str, fields: Any) -> TaskCard:
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
         raise _wrong(folder, f"{where}.answers must be a list of at most {MAX_ANSWERS} texts")
     checked = tuple(_text(folder, f"{where}.answers", answer) for answer in answers)
-    template, sample = (
-        None if fields.get(name) is None else _text(folder, f"{where}.{name}", fields[name])
-        for name in ("template", "sample")
-    )
+    given = {name: fields[name] for name in ("template", "sample") if fields.get(name) is not None}
+    texts = {name: _text(folder, f"{where}.{name}", text) for name, text in given.items()}
     try:
-        list(string.Formatter().parse(template or ""))
+        list(string.Formatter().parse(texts.get("template", "")))
     except ValueError as error:
         raise _wrong(folder, f"{where}.template has braces that do not match ({error})") from None
-    return TaskCard(template, checked, sample)
+    return TaskCard(answers=checked, **texts)
 
 
 def _text(folder: str | Path, where: str, text: Any) -> str:

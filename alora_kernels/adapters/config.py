@@ -1,8 +1,7 @@
 """adapter_config.json of a folder that may come from anybody, checked by hand: s B A per task and nothing else.
 
 Settings that are not known to leave the adapter at A and B are refused, not ignored: an adapter that was trained with
-one of them and used without it answers wrongly and nobody is told. Pattern keys are regular expressions: their length
-and repetitions are limited, for `(a+)+b` would keep a processor busy for years.
+one of them and used without it answers wrongly and nobody is told.
 """
 
 from __future__ import annotations
@@ -66,24 +65,22 @@ def refused(where: Path | str, why: str) -> AdapterFolderError:
 
 def not_finite(where: Path | str, found: Sequence[str]) -> AdapterFolderError:
     """The error for modules with NaN or infinity, all of them counted and the first few named."""
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     verb = "holds" if len(found) == 1 else "hold"
-    return refused(
-        where, f"{', '.join(found[:5])}{more} {verb} numbers that are not finite: train it again with a lower rate"
-    )
+    return refused(where, f"{names} {verb} numbers that are not finite: train it again with a lower rate")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """What an adapter's config says, once it is sure that it says no more than s B A."""
 
-    kind: Kind  # how it was saved
+    kind: Kind
     tasks: tuple[str, ...]  # a stock LoRA is one task, called like its folder
     base: str | None
     r: int  # of modules without a pattern, as is alpha
-    alpha: float  # numerator of s
-    rslora: bool  # s = alpha / sqrt(r)
-    ranks: dict[str, int]  # pattern -> another rank
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]  # by pattern
     alphas: dict[str, float]
     task_type: str | None
     revision: str | None
@@ -108,11 +105,6 @@ def json_of(path: Path, limit: int) -> Any:
     if len(data) > limit:
         raise OverflowError(f"{path} is longer than {limit} bytes")
     return json.loads(data)
-
-
-def read_config(folder: Path, only: Kind | None = None) -> AdapterConfig:
-    """`checked_config` of a folder that has one."""
-    return checked_config(folder, read_settings(folder), only)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -149,7 +141,9 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
     r = int(_number(where, "r", settings.get("r", 8), whole=True))  # 8: what PEFT takes where nothing is said
     alpha = settings.get("lora_alpha", None if kind == "alora" else 8)
     ranks = _pattern(where, "rank_pattern", settings.get("rank_pattern"), whole=True)
-    task_type = settings.get("task_type")
+    task_type, targets = settings.get("task_type"), settings.get("target_modules")
+    narrowed = settings.get("exclude_modules") or settings.get("layers_to_transform") is not None
+    listed = bool(targets) and isinstance(targets, list | set) and all(isinstance(name, str) for name in targets)
     return AdapterConfig(
         kind=kind,
         tasks=_tasks(where, settings) if kind == "alora" else (Path(where).name,),
@@ -161,7 +155,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
         alphas=_pattern(where, "alpha_pattern", settings.get("alpha_pattern")),
         task_type=task_type if isinstance(task_type, str) else None,
         revision=revision if isinstance(revision, str) else None,
-        targets=_targets(settings),
+        targets=frozenset(map(unwrapped, targets or ())) if listed and not narrowed else None,
     )
 
 
@@ -207,13 +201,6 @@ def _tasks(where: Path | str, settings: Mapping[str, Any]) -> tuple[str, ...]:
         raise refused(where, f"{CONFIG} is not valid: {str(error)[:200]}") from None
 
 
-def _targets(settings: Mapping[str, Any]) -> frozenset[str] | None:
-    names = settings.get("target_modules")
-    narrowed = settings.get("exclude_modules") or settings.get("layers_to_transform") is not None
-    listed = isinstance(names, list | set) and all(isinstance(name, str) for name in names)
-    return frozenset(map(unwrapped, names or ())) if names and listed and not narrowed else None
-
-
 def _number(where: Path | str, name: str, value: Any, whole: bool = False) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or (whole and (not isinstance(value, int) or value < 1)):
@@ -223,7 +210,7 @@ def _number(where: Path | str, name: str, value: Any, whole: bool = False) -> fl
 
 
 def _pattern(where: Path | str, name: str, value: Any, whole: bool = False) -> dict[str, float]:
-    """A pattern's keys, which PEFT matches as regular expressions, and numbers."""
+    """A pattern's keys, which PEFT matches as regular expressions: `(a+)+b` would keep a processor busy for years."""
     if not isinstance(value or {}, dict):
         raise refused(where, f"{CONFIG} is not valid: {name} must map modules to numbers, got {str(value)[:80]}")
     for key, number in (value or {}).items():

@@ -52,22 +52,20 @@ class SharedB(NamedTuple):
 def shared_b(factors: Sequence[Factors | None], shape: Shape) -> SharedB:
     """The best B of R columns for the same module of several adapters, in float64.
 
-    Formula: U S V^T = [D_1 ... D_E], B = c U_R, A_i = U_R^T D_i / c. B A_i does not depend on c; it is chosen such that
-    ||B||_F is the root mean square of the ||A_i||_F, so that training can go on with both at one scale.
+    Formula: U S V^T = [D_1 ... D_E], B = c U_R, A_i = U_R^T D_i / c. c does not change B A_i; with it ||B||_F is the
+    root mean square of the ||A_i||_F, so that training can go on with both at one scale.
 
-    An adapter that does not have the module is None and counts as D_i = 0. `shape` is N, R and K of the result; columns
+    An adapter that does not have the module is None and counts as D_i = 0. `shape` is that of the result; columns
     beyond the sum of all ranks are zero.
 
     Source: Eckart & Young 1936; the asymmetry of A and B: Ban & Ji 2025, ALoRA.
     """
-    parts, frames = [], []
-    for found in factors:
-        if found is None:
-            continue
-        q, r = torch.linalg.qr(found.a.double().T)  # [K, m], [m, r]
-        frames.append(q)
-        parts.append(found.s * found.b.double() @ r.T)  # [N, m], m = min(r, K)
-    u, sigma, _ = torch.linalg.svd(torch.cat(parts, 1), full_matrices=False)
+    frames, parts = {}, {}
+    for i, found in enumerate(factors):
+        if found is not None:
+            frames[i], r = torch.linalg.qr(found.a.double().T)  # [K, m], [m, r]
+            parts[i] = found.s * found.b.double() @ r.T  # [N, m], m = min(r, K)
+    u, sigma, _ = torch.linalg.svd(torch.cat(list(parts.values()), 1), full_matrices=False)
     kept = min(shape.r, u.shape[1])
     basis, power = u[:, :kept], float(sigma[:kept].square().sum())
     c = (power / len(factors) / kept) ** 0.25 or 1.0
@@ -75,10 +73,9 @@ def shared_b(factors: Sequence[Factors | None], shape: Shape) -> SharedB:
     a = torch.zeros(len(factors), shape.r, shape.k, dtype=torch.float64)
     b[:, :kept] = c * basis
     norms, lost = [0.0] * len(factors), [0.0] * len(factors)
-    present = [i for i, found in enumerate(factors) if found is not None]
-    for i, part, q in zip(present, parts, frames, strict=True):
+    for i, part in parts.items():
         inside = basis.T @ part
-        a[i, :kept] = inside @ q.T / c
+        a[i, :kept] = inside @ frames[i].T / c
         norms[i] = float(torch.linalg.norm(part))
         lost[i] = float(torch.linalg.norm(part - basis @ inside))
     return SharedB(b, a, sigma, norms, lost)

@@ -1,7 +1,6 @@
 """A method's settings, and `method.json`, which keeps them beside the weights of every method.
 
-Recipes take them, `baselines` puts methods into models and saves them, `analysis` reads their folders. Importing this
-loads nothing heavy: the command line lists `METHODS`.
+Importing this loads nothing heavy: the command line lists `METHODS`.
 """
 
 from __future__ import annotations
@@ -40,30 +39,17 @@ def check_method(method: object) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """One method with its settings, the same for all methods as far as they have them.
-
-    Attributes:
-        name: a key of `METHODS`.
-        tasks: names in the order of their ids; for methods that take ids, otherwise a record.
-        r, lora_alpha, lora_dropout, use_rslora: as in `ALoRAConfig`.
-        num_experts: E of alora-soft (A) and hydralora (B).
-        target_modules: as in PEFT: names, a regular expression, "all-linear", or None for LoRA's default.
-        task_type: as in PEFT; for "SEQ_CLS" and "TOKEN_CLS" the head is trained too.
-        modules_to_save: further modules that are trained in full.
-
-    Raises:
-        ValueError: an unknown method, or a value it cannot have.
-    """
+    """One method with its settings, as in `ALoRAConfig`; a ValueError for a method or value that there is not."""
 
     name: str
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # in the order of their ids; a record for methods that take none
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    num_experts: int = 4
+    num_experts: int = 4  # of alora-soft (A) and hydralora (B)
     target_modules: str | tuple[str, ...] | None = "all-linear"
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"  # for SEQ_CLS and TOKEN_CLS the head is trained too
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,17 +106,14 @@ class Method:
         if self.name == "lora":
             return LoraConfig(**self.shared_options)
         if self.name == "alora":
-            return ALoRAConfig(routing="task", tasks=list(self.tasks), **self.shared_options)
+            return ALoRAConfig(tasks=list(self.tasks), **self.shared_options)
         if self.name == "alora-soft":
             return ALoRAConfig(routing="soft", num_experts=self.num_experts, **self.shared_options)
         raise ValueError(f"{self.name} is not a PEFT method: use alora_kernels.baselines.methods.adapt")
 
 
 def read_method(folder: Path) -> Method | None:
-    """The settings in a folder; None for a PEFT adapter that came from elsewhere.
-
-    A ValueError if no adapter is there, or the settings are not ours.
-    """
+    """The settings in a folder, None of a PEFT adapter from elsewhere; a ValueError for no adapter or no such file."""
     from ..tuner.config import CONFIG
 
     path = folder / SETTINGS

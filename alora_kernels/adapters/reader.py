@@ -1,7 +1,6 @@
 """The one reader of saved adapters: a folder becomes matrices, or is refused with the reason.
 
-The folder, ALoRA or stock LoRA, may come from anybody: nothing is unpickled or executed. One task's rows of one tensor
-are looked at at a time: 1000 tasks need no memory.
+The folder, ALoRA or stock LoRA, may come from anybody: nothing is unpickled or executed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..tuner.config import CONFIG, PICKLE, WEIGHTS, unwrapped
-from .config import AdapterConfig, AdapterFolderError, Kind, not_finite, read_config, refused
+from .config import AdapterConfig, AdapterFolderError, Kind, checked_config, not_finite, read_settings, refused
 
 PREFIX = "base_model.model."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -154,15 +153,15 @@ def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
         _look(folder)
     except OSError as error:  # a path longer than the system allows, a folder that may not be looked into
         raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
-    config = read_config(folder, only)
+    config = checked_config(folder, read_settings(folder), only)
     with _opened(folder) as (file, stamp):
         keys, copies = _keys(folder, file, config)
         shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
         scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
-        dtype = _dtype(folder, file, keys)
+        dtypes = [_dtype(folder, file, module, key) for module, parts in keys.items() for key in parts.values()]
         if bad := [module for module, parts in keys.items() if not _finite(file, config, parts)]:
             raise not_finite(folder, bad)
-    return AdapterFile(folder, config, shapes, scaling, dtype, keys, copies, stamp)
+    return AdapterFile(folder, config, shapes, scaling, reduce(torch.promote_types, dtypes), keys, copies, stamp)
 
 
 def _look(folder: Path) -> None:
@@ -231,17 +230,14 @@ def _keys(folder: Path, file: Any, config: AdapterConfig) -> tuple[Keys, dict[st
 
 
 def _is_copy(name: str, keys: Keys, others: Mapping[str, str]) -> bool:
-    """Whether PEFT copied a tensor from the frozen base, as it does beside an adapter on the output layer.
-
-    A bias alone is no copy but a trained one.
-    """
+    """Whether PEFT copied a tensor from the frozen base, beside an adapter on the output layer; not so a bias alone."""
     module, _, parameter = name.rpartition(".base_layer.")
     output = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and module in keys
     return output and parameter in ("weight", "bias") and f"{module}.base_layer.weight" in others
 
 
 def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: dict[str, str]) -> Shape:
-    """(N, R, K) of a module whose two tensors fit each other and the config."""
+    """That of a module whose two tensors fit each other and the config."""
     a, b = (tuple(file.get_slice(parts[part]).get_shape()) for part in "AB")
     tasks = (len(config.tasks),) if config.kind == "alora" else ()
     if len(a) != len(tasks) + 2 or len(b) != 2 or a[: len(tasks)] != tasks or a[-2] != b[1] or 0 in (*a, *b):
@@ -254,21 +250,15 @@ def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: d
     return Shape(b[0], b[1], a[-1])
 
 
-def _dtype(folder: Path, file: Any, keys: Keys) -> torch.dtype:
-    """The widest dtype of all tensors."""
-    widest: torch.dtype | None = None
-    for module, parts in keys.items():
-        for key in parts.values():
-            found = file.get_slice(key).get_dtype()
-            if found not in DTYPES:
-                raise refused(folder, f"{module} is stored as {found}: save it as one of {', '.join(DTYPES)}")
-            widest = DTYPES[found] if widest is None else torch.promote_types(widest, DTYPES[found])
-    assert widest is not None
-    return widest
+def _dtype(folder: Path, file: Any, module: str, key: str) -> torch.dtype:
+    found = file.get_slice(key).get_dtype()
+    if found not in DTYPES:
+        raise refused(folder, f"{module} is stored as {found}: save it as one of {', '.join(DTYPES)}")
+    return DTYPES[found]
 
 
 def _finite(file: Any, config: AdapterConfig, parts: dict[str, str]) -> bool:
-    """Whether B and every task's A hold numbers only; one task's rows are in memory at a time."""
+    """Whether B and every task's A hold numbers only; 1000 tasks need no memory, for one is looked at at a time."""
     rows = (_a(file, config, parts["A"], row) for row in range(len(config.tasks)))
     return bool(file.get_tensor(parts["B"]).isfinite().all()) and all(bool(a.isfinite().all()) for a in rows)
 

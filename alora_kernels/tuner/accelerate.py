@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops import alora_linear
 from ..routing import constant_routing
-from .base_layer import hooked, takes_fused_op
+from .base_layer import hooked, only_multiplies, takes_fused_op
 from .layer import ALoRALayer
 from .targets import by_reason, some
 
@@ -81,7 +81,8 @@ def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
         return None
     (name,) = active
     base, lora_A, lora_B, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if not (takes_fused_op(base) and _plain(lora_A) and _plain(lora_B) and _drops(dropout)):
+    drops = type(dropout) in (nn.Dropout, nn.Identity) and not hooked(dropout)
+    if not (takes_fused_op(base) and only_multiplies(lora_A) and only_multiplies(lora_B) and drops):
         return None
     weight, bias, a, b, scaling = base.weight, base.bias, lora_A.weight, lora_B.weight, layer.scaling[name]
     if not _dtypes_fit(x, weight, bias, a, b, layer.cast_input_dtype_enabled) or not isinstance(scaling, int | float):
@@ -104,16 +105,6 @@ def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
         "dropout_p": getattr(dropout, "p", 0.0),
         "training": dropout.training,
     }
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether calling the module is one product with its weight and nothing else."""
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not hooked(module)
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether calling the module is dropout, or nothing."""
-    return type(module) in (nn.Dropout, nn.Identity) and not hooked(module)
 
 
 def _dtypes_fit(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, casts: bool) -> bool:

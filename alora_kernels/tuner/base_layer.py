@@ -1,7 +1,4 @@
-"""The layer below the adapters: its sizes, how it is called, and what a quantised or hooked one asks for.
-
-`ALoRALinear` asks at every call; `targets`, `accelerate` and the baselines ask before they replace a layer.
-"""
+"""The layer below the adapters: its sizes, how it is called, and what a quantised or hooked one asks for."""
 
 from __future__ import annotations
 
@@ -48,12 +45,14 @@ def hooked(base: nn.Module) -> bool:
     return any((*forward, *backward)) or "forward" in base.__dict__  # offloading libraries replace it on the instance
 
 
+def only_multiplies(module: nn.Module) -> bool:
+    """Whether calling the module is x W^T + bias with a plain W and nothing else."""
+    return type(module) is nn.Linear and not hooked(module) and type(module.weight) in (nn.Parameter, Tensor)
+
+
 def takes_fused_op(base: nn.Module) -> bool:
-    """Whether `base(x)` is x W^T + bias with a frozen plain W and nothing else happens in the call."""
-    if type(base) is not nn.Linear or hooked(base):
-        return False
-    weight = base.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.requires_grad
+    """The same with a frozen W of floating-point numbers."""
+    return only_multiplies(base) and base.weight.is_floating_point() and not base.weight.requires_grad  # type: ignore[union-attr,operator]
 
 
 def undo_cpu_packing(base: nn.Module) -> None:
@@ -76,7 +75,7 @@ def _unpack_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def guard_gradients(model: nn.Module) -> None:
-    """Let gradients pass every 4-bit layer of the model after an evaluation, adapted or not; see `undo_cpu_packing`."""
+    """Let gradients pass every 4-bit layer of the model after an evaluation, adapted or not."""
     for module in model.modules():
         is_four_bit = hasattr(module._parameters.get("weight"), "quant_state")
         if is_four_bit and _unpack_for_gradients not in module._forward_pre_hooks.values():

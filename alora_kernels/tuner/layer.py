@@ -1,8 +1,7 @@
 """`ALoRALinear`: one adapted linear layer of a PEFT model; the base layer plus any number of ALoRA adapters.
 
-`ALoRAModel` puts it in the place of a target module; PEFT calls its housekeeping methods. A plain frozen `nn.Linear`
-and the first adapter are one fused op. Every other base (Conv1D, quantised, hooked, subclassed) is called, and the
-low-rank part is added to what it returns.
+A plain frozen `nn.Linear` and the first adapter are one fused op. Every other base (Conv1D, quantised, hooked,
+subclassed) is called, and the low-rank part is added to what it returns.
 """
 
 from __future__ import annotations
@@ -70,30 +69,22 @@ def add_weight_to(tensors: dict[str, Any], names: Iterable[str]) -> None:
 
 
 class ALoRALayer(BaseTunerLayer):
-    """Storage, housekeeping and merging of the adapters of one layer, in the terms PEFT knows.
+    """Storage, housekeeping and merging of the adapters of one layer, all by the adapter's name, as PEFT knows them."""
 
-    Attributes:
-        asymlora_A, asymlora_B: adapter -> `Weight` `[E, R, K]` and `[N, R]`.
-        asymlora_router: adapter -> `Weight` `[E, K]`, only for soft routing.
-        asymlora_spec: adapter -> `AdapterSpec`.
-        asymlora_fixed: adapter -> the task set by `set_task`; -1 is the base.
-        rows_name, rows: its name in the model, and where the batch rows are in its input; None if nobody knows.
-    """
-
-    rows_name: str | None = None
-    rows: Layout | None = None
+    rows_name: str | None = None  # in the model
+    rows: Layout | None = None  # where the batch rows are in its input; None if nobody knows
     adapter_layer_names = ("asymlora_A", "asymlora_B", "asymlora_router")
     other_param_names = ("asymlora_spec", "asymlora_fixed")
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
         containers: tuple[Any, ...] = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.asymlora_A: MutableMapping[str, Weight]
+        self.asymlora_A: MutableMapping[str, Weight]  # [E, R, K]; B [N, R]; for soft routing a router [E, K]
         self.asymlora_A, self.asymlora_B, self.asymlora_router = containers
         self.asymlora_spec: dict[str, AdapterSpec] = {}
-        self.asymlora_fixed: dict[str, int] = {}
+        self.asymlora_fixed: dict[str, int] = {}  # the task that `set_task` chose; -1 is the base
         self._disable_adapters = False
-        self._paused: list[tuple[str, Weight]] = []  # by adapter: these train when adapters are enabled again
+        self._paused: list[tuple[str, Weight]] = []  # these train when adapters are enabled again
         self.merged_tasks: dict[str, int] = {}
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = features(self.get_base_layer())
@@ -160,10 +151,6 @@ class ALoRALayer(BaseTunerLayer):
             weights = getattr(self, name)
             if adapter_name in weights and not weights[adapter_name].weight.is_meta:
                 weights[adapter_name].to(target)
-
-    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
-        """x as it is: the ops take float32 adapters over 16-bit activations, so nothing is widened."""
-        return x
 
     def get_base_weight(self) -> Tensor:
         """The base's weight as numbers, dequantised if need be."""
@@ -264,10 +251,7 @@ class ALoRALayer(BaseTunerLayer):
 
 
 class ALoRALinear(nn.Module, ALoRALayer):
-    """A linear layer with ALoRA adapters, the first of them added by `ALoRALayer.update_layer`.
-
-    `quantization` is what PEFT's quantisation backends need to know about the model.
-    """
+    """A linear layer with ALoRA adapters; `quantization` is what PEFT's backends need to know about the model."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: ALoRAConfig, **quantization: Any

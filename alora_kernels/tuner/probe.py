@@ -41,8 +41,6 @@ class Seen(NamedTuple):
 
 
 SEVERAL = Seen(torch.Size(), torch.empty(0))  # a call that returned more than a tensor
-
-
 Calls = dict[str, list[Seen]]
 Batch = tuple[dict[int, Any], dict[str, Any]]  # positional and named arguments
 
@@ -228,14 +226,11 @@ def _layout(two: Seen, first: Seen, second: Seen, three: Seen) -> Finding:
     a, b = ((two.sample != run.sample).any(-1).reshape(-1) for run in (first, second))
     if bool((a & b).all()) or (len(candidates) > 1 and not bool((a ^ b).any())):
         return "mixed"
-    fitting = [layout for layout in candidates if _fits(layout, two.leading, a & ~b, b & ~a)]
-    return fitting[0] if fitting else "mixed"
-
-
-def _fits(layout: Layout, leading: torch.Size, first: Tensor, second: Tensor) -> bool:
-    """Whether no position that only one row can change is another row's by the layout."""
-    owner = expand_ids(torch.arange(2, device=first.device), leading, layout=layout)
-    return owner is not None and not bool((first & (owner != 0)).any() or (second & (owner != 1)).any())
+    for layout in candidates:  # by the one that fits, what only one row can change is that row's
+        owner = expand_ids(torch.arange(2, device=a.device), two.leading, layout=layout)
+        if owner is not None and not bool((a & ~b & (owner != 0)).any() or (b & ~a & (owner != 1)).any()):
+            return layout
+    return "mixed"
 
 
 @contextmanager

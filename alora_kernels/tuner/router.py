@@ -113,10 +113,7 @@ def beams(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 
 class RoutedCheckpoint:
-    """A checkpoint function of transformers, `function(segment, *args)`, that keeps the routing of each segment.
-
-    A reentrant checkpoint is refused with a ValueError.
-    """
+    """A checkpoint function of transformers, `function(segment, *args)`, that keeps the routing; never reentrant."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         given = function.keywords if isinstance(function, functools.partial) else {}

@@ -184,9 +184,9 @@ def _patterns(names: Iterable[str]) -> list[str]:
 
 
 def tell_fused_experts(model: nn.Module, config: Any) -> None:
-    """Warn, once and with the names, of experts that are parameters instead of layers and that the config asks for."""
+    """Warn, once and with the names, of experts and their routers that the config asks for and that are no layers."""
     fused = {
-        f"{name}.{key}" if name else key: key
+        f"{name}.{key}".removeprefix("."): key
         for name, module in model.named_modules()
         if "expert" in (name.rpartition(".")[2] + type(module).__name__).lower() and not isinstance(module, nn.Linear)
         for key, parameter in module.named_parameters(recurse=False)
@@ -196,7 +196,9 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
     if isinstance(targets, str) and targets.lower() != "all-linear":
         missed = [name for name in fused if re.fullmatch(targets, name)]
     elif isinstance(targets, str):
-        missed = [*fused, *_routers_of(model, fused)]
+        beside = {f"{name.rsplit('.', 2)[0]}.{leaf}" for name in fused for leaf in ("gate", "router")}
+        others = {n: m for n, m in model.named_modules() if n in beside and not isinstance(m, nn.Linear)}
+        missed = [*fused, *(f"{name}.weight" for name, module in others.items() if "weight" in module._parameters)]
     else:
         wanted = set(targets or ())
         missed = [
@@ -211,14 +213,3 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
             f" adapter: {some(_patterns(missed), EXAMPLES)}",
             stacklevel=2,
         )
-
-
-def _routers_of(model: nn.Module, experts: Iterable[str]) -> list[str]:
-    """Weights of the routers beside these tensors of experts that are no linear layers either."""
-    parents = dict.fromkeys(name.rsplit(".", 2)[0] for name in experts)
-    names = {f"{parent}.{leaf}" for parent in parents for leaf in ("gate", "router")}
-    return [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if name in names and not isinstance(module, nn.Linear) and "weight" in module._parameters
-    ]

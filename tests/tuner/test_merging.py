@@ -213,6 +213,5 @@ def test_activations_stay_in_their_dtype():
     model, seen = adapted(llama().bfloat16()), set()
     for layer in layers_of(model):
         layer.register_forward_hook(lambda _, args, out: seen.update({args[0].dtype, out.dtype}))
-        assert layer._cast_input_dtype(torch.ones(1, dtype=torch.bfloat16), torch.float32).dtype == torch.bfloat16
     model(input_ids=tokens(), adapter_names=["math", "code"])
     assert seen == {torch.bfloat16}
