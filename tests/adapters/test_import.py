@@ -17,7 +17,7 @@ from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora, rank_for, shared_b
 from alora_kernels.adapters.reader import Factors, Shape, read_adapter
 
-from ..support.adapters import CONFIG, MLP, WEIGHTS, change_config, lora_folder
+from ..support.adapters import CONFIG, MLP, WEIGHTS, change_config, half_written, lora_folder
 from ..support.tiny import Mlp, adapted, bert, gpt2, llama, logits, tokens
 
 UP = "base_model.model.up.lora_{}.weight"
@@ -183,9 +183,6 @@ def test_what_peft_itself_saves_as_more_is_refused(tmp_path):
     lora(tmp_path / "embed", llama(), target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match="embed_tokens.*no A or B of a linear layer"):
         read_adapter(tmp_path / "embed")
-    lora(tmp_path / "dora", use_dora=True)
-    with pytest.raises(ValueError, match="DoRA"):
-        read_adapter(tmp_path / "dora")
 
 
 def test_what_the_reader_refuses_or_changes_nothing_writes_nothing(tmp_path):
@@ -244,11 +241,7 @@ def test_what_is_there_stays_unless_asked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="out holds an adapter: say overwrite"):
         import_lora([one], out)
 
-    def half(tensors: Any, path: Path, **kwargs: Any) -> None:
-        path.write_bytes(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(writer, "save_file", half)
+    monkeypatch.setattr(writer, "save_file", half_written)
     with pytest.raises(KeyboardInterrupt):
         import_lora([one], out, rank=2, overwrite=True)
     assert {p: p.read_bytes() for p in out.iterdir()} == before

@@ -105,6 +105,12 @@ class Mlp(tiny.Mlp):
 MLP: dict[str, Any] = {"target_modules": ["up", "down"], "task_type": None}
 
 
+def half_written(tensors: Any, path: Any, **kwargs: Any) -> None:
+    """In the place of safetensors' `save_file`: a write that is interrupted."""
+    Path(path).write_bytes(b"half of it")
+    raise KeyboardInterrupt
+
+
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Rewrite the folder's weights after `change` had its way with them."""
     path = folder / WEIGHTS

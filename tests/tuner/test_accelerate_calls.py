@@ -122,43 +122,42 @@ def test_adapters_added_later_are_served(calls):
     assert len(calls) == 2
 
 
-def test_hooks_and_unusual_modules_run_as_in_peft(calls):
-    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
-    fused = fused_copy(stock)
-    x = torch.randn(4, 8)
-    for model in (stock, fused):
-        up, down = model.base_model.model.up, model.base_model.model.down
-        up.lora_A["default"].register_forward_hook(lambda _, args, out: 2 * out)
-        down.base_layer.register_forward_pre_hook(lambda _, args: (3 * args[0],))
-    assert torch.equal(fused(x), stock(x))
-    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
-    fused = fused_copy(stock)
-    for model in (stock, fused):
-        model.base_model.model.up.lora_dropout["default"] = nn.Tanh()
-        model.base_model.model.down.scaling["default"] = torch.tensor(0.7)
-    assert torch.equal(fused(x), stock(x))
-    stock = stock_lora(Mlp(), **MLP)
-    fused = fused_copy(stock)
-    for model in (stock, fused):
-        model.base_model.model.up.lora_dropout["default"] = nn.Identity()
-        model.base_model.model.up.lora_B["default"].__class__ = Doubled
-        model.base_model.model.down.base_layer.weight.requires_grad_(True)
-    assert torch.equal(fused(x), stock(x))
-    stock = stock_lora(Mlp(), **MLP)
-    fused = fused_copy(stock)
-    for model in (stock, fused):
-        model.base_model.model.up.base_layer.weight.requires_grad_(True)
-        for part in (model.base_model.model.down.lora_A, model.base_model.model.down.lora_B):
-            part.to(torch.bfloat16)  # narrower than x: PEFT rounds x for them
-    assert_same(step(stock, x), step(fused, x))
-    assert not calls
-
-
 class Doubled(nn.Linear):
     """An adapter half that does more than multiply."""
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def _hooks(up, down):
+    up.lora_A["default"].register_forward_hook(lambda _, args, out: 2 * out)
+    down.base_layer.register_forward_pre_hook(lambda _, args: (3 * args[0],))
+
+
+def _other_modules(up, down):
+    up.lora_dropout["default"] = nn.Tanh()
+    down.scaling["default"] = torch.tensor(0.7)
+
+
+def _a_subclass(up, down):
+    up.lora_dropout["default"] = nn.Identity()
+    up.lora_B["default"].__class__ = Doubled
+    down.base_layer.weight.requires_grad_(True)
+
+
+def _narrow_adapters(up, down):
+    up.base_layer.weight.requires_grad_(True)
+    down.lora_A.to(torch.bfloat16), down.lora_B.to(torch.bfloat16)  # narrower than x: PEFT rounds x for them
+
+
+@pytest.mark.parametrize("change", [_hooks, _other_modules, _a_subclass, _narrow_adapters])
+def test_hooks_and_unusual_modules_run_as_in_peft(change, calls):
+    stock = stock_lora(Mlp(), lora_dropout=0.5, **MLP)
+    fused, x = fused_copy(stock), torch.randn(4, 8)
+    for model in (stock, fused):
+        change(model.base_model.model.up, model.base_model.model.down)
+    assert_same(step(stock, x), step(fused, x))
+    assert not calls
 
 
 class Tagged(torch.Tensor):

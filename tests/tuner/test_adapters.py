@@ -85,14 +85,6 @@ def test_status():
     assert status.merged_adapters == []
 
 
-def test_an_inactive_adapter_over_sixteen_bits_stays_frozen():
-    """PEFT widens 16-bit parameters by replacing them, which would make them train."""
-    model = adapted(llama().bfloat16())
-    model.add_adapter("other", config())
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".other" in n)
-    assert {p.dtype for n, p in model.named_parameters() if "asymlora" in n} == {torch.float32}
-
-
 def test_patterns_and_layer_choice():
     model = adapted(
         target_modules=["q_proj", "v_proj", "down_proj"], exclude_modules=["v_proj"], layers_to_transform=[1],

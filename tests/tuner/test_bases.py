@@ -125,19 +125,19 @@ def test_bias(bias, count, tmp_path):
     assert same == (bias != "none")
 
 
-def _bnb():
-    return pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
-
-
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_quantised_base(kind):
-    bnb, plain = _bnb(), nn.Linear(64, 64)
+def _quantised(kind):
+    bnb = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
     if kind == "4bit":
         layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
     else:
         layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    layer.load_state_dict(plain.state_dict())
-    layer = layer.to("cpu")  # quantises
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    return layer.to("cpu")  # quantises
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantised_base(kind):
+    layer = _quantised(kind)
     x = torch.randn(2, 5, 64)
     model = _one(layer)
     with torch.no_grad():
@@ -158,10 +158,7 @@ def test_quantised_base(kind):
 
 def test_four_bit_gradients_after_an_evaluation():
     """On some CPUs bitsandbytes packs weights in evaluation for a kernel without a backward."""
-    bnb, plain = _bnb(), nn.Linear(64, 64)
-    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-    layer.load_state_dict(plain.state_dict())
-    model, grads = _one(layer.to("cpu")), []
+    model, grads = _one(_quantised("4bit")), []
     x = torch.randn(2, 64, requires_grad=True)
     for _ in range(2):
         (grad,) = torch.autograd.grad(model.train()(x, adapter_names=NAMES).sum(), x)

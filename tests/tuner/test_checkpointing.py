@@ -81,13 +81,16 @@ def recomputed():
     return check
 
 
-def test_with_dropout_and_kwargs():
+@pytest.mark.parametrize(
+    ("settings", "names"), [({"lora_dropout": 0.3}, {"adapter_names": ["math", "code"]}), ({"routing": "soft"}, {})]
+)
+def test_with_dropout_and_kwargs_and_soft_routing(settings, names):
     def run(checkpointed):
-        model = adapted(lora_dropout=0.3).train()
+        model = adapted(**settings).train()
         if checkpointed:
             model.gradient_checkpointing_enable({"preserve_rng_state": True})  # use_reentrant left out
         torch.manual_seed(5)
-        model(input_ids=tokens(), labels=tokens(), adapter_names=["math", "code"]).loss.backward()
+        model(input_ids=tokens(), labels=tokens(), **names).loss.backward()
         return adapter_grads(model)
 
     assert_same(run(False), run(True))
@@ -106,17 +109,6 @@ def test_state_changed_between_forward_and_backward():
         loss = loss + 3 * model(input_ids=tokens(), labels=tokens()).loss
         set_task(model, None)
         loss.backward()
-        return adapter_grads(model)
-
-    assert_same(run(False), run(True))
-
-
-def test_soft_routing():
-    def run(checkpointed):
-        model = adapted(routing="soft").train()
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
         return adapter_grads(model)
 
     assert_same(run(False), run(True))

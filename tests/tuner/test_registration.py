@@ -71,17 +71,10 @@ def _python(code: str, *args: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 
 
-def test_peft_imported_later_and_a_config_unpickled_in_a_new_process(tmp_path):
-    config = ALoRAConfig(tasks=["a"], target_modules=["q"])
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
-    out = _python(
-        "import sys; from alora_kernels._peft_hook import register_with_peft as r; r(); r();"
-        "assert 'peft' not in sys.modules; import peft; print(peft.PeftType.ASYMLORA.value);"
-        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path); r();"
-        "assert 'Register' not in type(peft.__spec__.loader).__name__;"
-        f"import pickle; print(pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')).tasks)"
-    )
-    assert out.splitlines() == ["ASYMLORA", "['a']"]
+def test_a_config_unpickled_in_a_new_process(tmp_path):
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(ALoRAConfig(tasks=["a"], target_modules=["q"])))
+    out = _python(f"import pickle; print(pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')).tasks)")
+    assert out == "['a']"
 
 
 def test_other_types_get_their_names_from_peft():
@@ -143,27 +136,29 @@ def test_adapters_of_other_types_are_the_same_with_and_without_us(tmp_path):
     assert said[0].count("adapter_model.safetensors") == 5
 
 
-def test_peft_imported_before():
-    assert _python(
+HIDE_FINDER = (
+    "find = importlib.machinery.PathFinder.find_spec;"
+    "importlib.machinery.PathFinder.find_spec = "
+    "classmethod(lambda c, n, *a: None if n == 'peft' else find(n, *a))"
+)
+#: what a new process does -> what it prints
+PROCESSES = {
+    "PEFT imported before": (
         "import peft; from alora_kernels._peft_hook import register_with_peft as r; r();"
-        "print(peft.PeftType('ASYMLORA').name)"
-    ) == "ASYMLORA"  # fmt: skip
-
-
-def test_a_failing_registration_does_not_break_the_import_of_peft():
-    out = _python(
+        "print(peft.PeftType('ASYMLORA').name)",
+        "ASYMLORA",
+    ),
+    "a failing registration does not break the import of PEFT": (
         "import sys, warnings; from alora_kernels import _peft_hook; _peft_hook.ADAPTER = 'no.such.module';"
         "_peft_hook.register_with_peft(); warnings.simplefilter('ignore');\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always'); import peft\n"
-        "print(any('could not register' in str(w.message) for w in seen), peft.__name__)"
-    )
-    assert out == "True peft"
-
-
-def test_looking_for_peft_first_loses_no_registration():
-    out = _python(
+        "print(any('could not register' in str(w.message) for w in seen), peft.__name__)",
+        "True peft",
+    ),
+    "looking for PEFT first, and asking again, loses no registration": (
         "import copy, importlib, importlib.metadata, importlib.util as u, pathlib, sys, threading, alora_kernels\n"
+        "from alora_kernels._peft_hook import register_with_peft as r; r(); r()\n"
         "from transformers.utils import is_peft_available\n"
         "assert is_peft_available() and importlib.metadata.version('peft') and importlib.metadata.files('peft')\n"
         "spec = [u.find_spec('peft') for _ in range(3)][-1]; copy.deepcopy(spec)\n"
@@ -172,49 +167,43 @@ def test_looking_for_peft_first_loses_no_registration():
         "threads = [threading.Thread(target=importlib.import_module, args=('peft',)) for _ in range(4)]\n"
         "[x.start() for x in threads]; [x.join() for x in threads]\n"
         "import peft; print(peft.PeftType.ASYMLORA.value, 'ASYMLORA' in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)\n"
-        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)\n"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path); r()\n"
         "assert 'Register' not in type(peft.__spec__.loader).__name__\n"
-        "importlib.reload(peft); print(peft.PeftType.ASYMLORA.value)"
-    )
-    assert out.split() == ["ASYMLORA", "True", "ASYMLORA"]
-
-
-def test_an_import_that_fails_first_is_registered_when_it_succeeds():
-    out = _python(
+        "importlib.reload(peft); print(peft.PeftType.ASYMLORA.value)",
+        "ASYMLORA True ASYMLORA",
+    ),
+    "an import that fails first is registered when it succeeds": (
         "import sys; import alora_kernels\n"
         "sys.modules['accelerate'] = None\n"  # PEFT cannot be imported without it
         "try:\n    import peft\nexcept ImportError:\n    print('no')\n"
         "del sys.modules['accelerate']\n"
         "[sys.modules.pop(n) for n in list(sys.modules) if n.partition('.')[0] == 'peft']\n"
-        "import peft; print(peft.PeftType.ASYMLORA.value)"
-    )
-    assert out.split() == ["no", "ASYMLORA"]
-
-
-@pytest.mark.parametrize("missing", ["None", "absent"])
-def test_without_peft_nothing_changes(missing):
-    hide = (
-        "sys.modules['peft'] = None"
-        if missing == "None"
-        else "find = importlib.machinery.PathFinder.find_spec;"
-        "importlib.machinery.PathFinder.find_spec = "
-        "classmethod(lambda c, n, *a: None if n == 'peft' else find(n, *a))"
-    )
-    out = _python(
-        f"import sys, importlib.util, importlib.machinery\n{hide}\nimport alora_kernels\n"
+        "import peft; print(peft.PeftType.ASYMLORA.value)",
+        "no ASYMLORA",
+    ),
+    "PEFT that is blocked": (
+        "import sys\nsys.modules['peft'] = None\nimport alora_kernels\n"
+        "try:\n    import peft\nexcept ModuleNotFoundError as error:\n    print(error.name)",
+        "peft",
+    ),
+    "PEFT that is not installed": (
+        f"import sys, importlib.util, importlib.machinery\n{HIDE_FINDER}\nimport alora_kernels\n"
         "try:\n    import peft\nexcept ModuleNotFoundError as error:\n    print(error.name)\n"
-        + ("" if missing == "None" else "print(importlib.util.find_spec('peft'))\n")
-    )
-    assert out.split() == (["peft"] if missing == "None" else ["peft", "None"])
-
-
-def test_a_thread_that_imports_peft_meanwhile():
-    """The one who comes second waits: there is no moment at which the type is neither registered nor awaited."""
-    out = _python(
+        "print(importlib.util.find_spec('peft'))",
+        "peft None",
+    ),
+    # the one who comes second waits: there is no moment at which the type is neither registered nor awaited
+    "a thread that imports PEFT meanwhile": (
         "import sys, threading, importlib, time\n"
         "peft = threading.Thread(target=importlib.import_module, args=('peft',)); peft.start()\n"
         "while 'peft' not in sys.modules and peft.is_alive(): time.sleep(0.001)\n"
         "import alora_kernels; peft.join()\n"
-        "print(sys.modules['peft'].PeftType.ASYMLORA.value)"
-    )
-    assert out == "ASYMLORA"
+        "print(sys.modules['peft'].PeftType.ASYMLORA.value)",
+        "ASYMLORA",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "printed"), PROCESSES.values(), ids=PROCESSES.keys())
+def test_in_whichever_order_things_are_imported(code, printed):
+    assert _python(code).split() == printed.split()

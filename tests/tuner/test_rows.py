@@ -27,71 +27,61 @@ from ..support.tiny import VOCAB, Mlp, adapted, config, each_row_alone, layers_o
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENCODER_DECODER = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCAB,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
 }  # fmt: skip
 NAMES = ["math", "code", "__base__"]
 
 
 def build(kind: str, **settings: Any) -> Any:
     torch.manual_seed(1)
-    config = getattr(transformers, f"{settings.pop('config', kind.partition('For')[0])}Config")(**settings)
+    family = settings.pop("config", kind.partition("For")[0].removesuffix("LMHeadModel"))
+    config = getattr(transformers, f"{family}Config")(**settings)
     return getattr(transformers, kind)(config).eval()
 
 
-def led() -> Any:
-    lengths = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
-    return build("LEDForConditionalGeneration", **ENCODER_DECODER, **lengths)
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deberta": ("DebertaV2ForSequenceClassification", {
+        **WIDTH, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+        "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_position_embeddings": 64,
+    }),
+    "fsmt": ("FSMTForConditionalGeneration", {
+        **ENCODER_DECODER, "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "langs": ["en", "de"],
+        "max_position_embeddings": 64, "decoder_start_token_id": 0,
+    }),
+    "jamba": ("JambaForCausalLM", {
+        **WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 2,
+    }),
+    "led": ("LEDForConditionalGeneration", {
+        **ENCODER_DECODER, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64,
+        "attention_window": 4,
+    }),
+    "mamba": ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "mixtral": ("MixtralForCausalLM", {**WIDTH, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "nllb_moe": ("NllbMoeForConditionalGeneration", {
+        **ENCODER_DECODER, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64,
+    }),
+    "opt": ("OPTForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16,
+        "max_position_embeddings": 64,
+    }),
+    "qwen_moe": ("Qwen2MoeForCausalLM", {
+        **WIDTH, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16, "num_key_value_heads": 2,
+    }),
+    "swin": ("SwinForImageClassification", {
+        "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+    }),
+    "xlnet": ("XLNetLMHeadModel", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+}  # fmt: skip
 
 
-def nllb_moe() -> Any:
-    experts = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64}
-    return build("NllbMoeForConditionalGeneration", **ENCODER_DECODER, **experts)
-
-
-def xlnet() -> Any:
-    return build("XLNetLMHeadModel", config="XLNet", vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
-
-
-def fsmt() -> Any:
-    sizes = {k: v for k, v in ENCODER_DECODER.items() if k != "vocab_size"}
-    vocab = {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "langs": ["en", "de"], "max_position_embeddings": 64}
-    return build("FSMTForConditionalGeneration", **sizes, **vocab, decoder_start_token_id=0)
-
-
-def deberta() -> Any:
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
-    more = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "max_position_embeddings": 64}
-    return build("DebertaV2ForSequenceClassification", vocab_size=VOCAB, **WIDTH, **relative, **more)
-
-
-def qwen_moe() -> Any:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    more = {"shared_expert_intermediate_size": 16, "num_key_value_heads": 2, "vocab_size": VOCAB}
-    return build("Qwen2MoeForCausalLM", **WIDTH, **experts, **more)
-
-
-def opt() -> Any:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
-    return build("OPTForCausalLM", vocab_size=VOCAB, **sizes, word_embed_proj_dim=16, max_position_embeddings=64)
-
-
-def swin() -> Any:
-    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
-    return build("SwinForImageClassification", **sizes, window_size=4)
-
-
-def mamba() -> Any:
-    return build("MambaForCausalLM", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
-
-
-def jamba() -> Any:
-    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-    more = {"num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 2}
-    return build("JambaForCausalLM", vocab_size=VOCAB, **WIDTH, **layers, **more)
-
-
-def mixtral() -> Any:
-    return build("MixtralForCausalLM", vocab_size=VOCAB, **WIDTH, num_key_value_heads=2, num_local_experts=4)
+def base_of(name: str) -> Any:
+    if name not in BASES:
+        return {"llama": llama, "llava": llava}[name]()
+    kind, settings = BASES[name]
+    vocabulary = {} if name in ("swin", "fsmt") else {"vocab_size": VOCAB}
+    return build(kind, **settings, **vocabulary)
 
 
 def quietly(base: Any, **overrides: Any) -> PeftModel:
@@ -114,10 +104,14 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+ROWS = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
+LENGTHS = [3, 1, 2]
+
+
 @pytest.mark.parametrize("length", [3, 5])
-@pytest.mark.parametrize("base", [xlnet, fsmt, qwen_moe, opt])
+@pytest.mark.parametrize("base", ["xlnet", "fsmt", "qwen_moe", "opt"])
 def test_a_mixed_batch_equals_its_rows_alone(base, length):
-    model = quietly(base())
+    model = quietly(base_of(base))
     given, names = inputs(model.base_model.model, 3, length), NAMES
     mixed = model(**given, adapter_names=names).logits
     (mixed**2).sum().backward()
@@ -136,12 +130,12 @@ def test_a_mixed_batch_equals_its_rows_alone(base, length):
     torch.testing.assert_close(mixed[1], same[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [led, deberta])
+@pytest.mark.parametrize("base", ["led", "deberta"])
 def test_one_lora_per_task_has_the_same_layers_and_rows(base):
     with pytest.warns(UserWarning, match="target modules alone"):
-        model = adapt(base(), Method("lora-per-task", tasks=("math", "code"), task_type=None))
+        model = adapt(base_of(base), Method("lora-per-task", tasks=("math", "code"), task_type=None))
     assert {n for n, m in model.named_modules() if isinstance(m, PerTaskLinear)} == {
-        layer.rows_name for layer in layers_of(quietly(base()))
+        layer.rows_name for layer in layers_of(quietly(base_of(base)))
     }
     generator = torch.Generator().manual_seed(1)
     for layer in model.modules():
@@ -159,17 +153,17 @@ def test_one_lora_per_task_has_the_same_layers_and_rows(base):
 @pytest.mark.parametrize(
     ("base", "left", "why"),
     [
-        (deberta, r"query_proj", "inputs of no row"),
-        (nllb_moe, r"experts\.expert_\*\.fc", "an order that the data decide"),
-        (llava, r"vision_tower", "images or sound have rows of their own"),
-        (jamba, r"mamba\.dt_proj", "their weights are used without calling them"),
-        (mamba, r"mixer\.dt_proj", "their weights are used without calling them"),
+        ("deberta", r"query_proj", "inputs of no row"),
+        ("nllb_moe", r"experts\.expert_\*\.fc", "an order that the data decide"),
+        ("llava", r"vision_tower", "images or sound have rows of their own"),
+        ("jamba", r"mamba\.dt_proj", "their weights are used without calling them"),
+        ("mamba", r"mixer\.dt_proj", "their weights are used without calling them"),
     ],
 )
 def test_what_cannot_be_served_is_left_alone_and_named_once(base, left, why, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = adapted(base(), task_type=None)
+        model = adapted(base_of(base), task_type=None)
     (told,) = [str(w.message) for w in caught if "target modules alone" in str(w.message)]
     assert re.search(f"{why}.*{left}", told)
     excluded = model.peft_config["default"].exclude_modules
@@ -177,17 +171,17 @@ def test_what_cannot_be_served_is_left_alone_and_named_once(base, left, why, tmp
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        again = PeftModel.from_pretrained(base(), tmp_path)
+        again = PeftModel.from_pretrained(base_of(base), tmp_path)
     assert not [w for w in caught if "target modules alone" in str(w.message)]
     assert [layer.rows_name for layer in layers_of(again)] == [layer.rows_name for layer in layers_of(model)]
 
 
 def test_a_learned_router_and_a_single_task_keep_modules_whose_rows_are_unknown():
     for settings in ({"routing": "soft"}, {"tasks": ["only"]}):
-        names = {layer.rows_name for layer in layers_of(quietly(deberta(), **settings))}
+        names = {layer.rows_name for layer in layers_of(quietly(base_of("deberta"), **settings))}
         assert any(name.endswith("query_proj") for name in names)
         assert any("vision_tower" in layer.rows_name for layer in layers_of(quietly(llava(), **settings)))
-    model = quietly(deberta(), tasks=["only"])
+    model = quietly(base_of("deberta"), tasks=["only"])
     given = inputs(model.base_model.model, 2, 5)
     assert model(**given, adapter_names=["only"] * 2).logits.shape == (2, 2)
     with pytest.raises(ValueError, match=r"query_proj: task_ids of shape \(2,\) fit neither"):
@@ -196,14 +190,14 @@ def test_a_learned_router_and_a_single_task_keep_modules_whose_rows_are_unknown(
 
 def test_nothing_left_is_refused_by_name():
     with pytest.raises(ValueError, match=r"cannot adapt these target_modules:\n.*inputs of no row.*query_proj"):
-        adapted(deberta(), task_type=None, target_modules=["query_proj"])
+        adapted(base_of("deberta"), task_type=None, target_modules=["query_proj"])
 
 
-@pytest.mark.parametrize(("base", "target"), [(mamba, "out_proj"), (mamba, "dt_proj"), (jamba, "dt_proj")])
+@pytest.mark.parametrize(("base", "target"), [("mamba", "out_proj"), ("mamba", "dt_proj"), ("jamba", "dt_proj")])
 @pytest.mark.parametrize("settings", [{}, {"tasks": ["only"]}, {"routing": "soft"}])
 def test_weights_that_are_used_without_a_call_are_refused(base, target, settings):
     with pytest.raises(ValueError, match=f"without calling them.*{target}"):
-        adapted(base(), task_type=None, target_modules=["in_proj", target], **settings)
+        adapted(base_of(base), task_type=None, target_modules=["in_proj", target], **settings)
 
 
 EXPERTS = r"mlp\.experts\."
@@ -219,18 +213,18 @@ EXPERTS = r"mlp\.experts\."
 )
 def test_experts_and_routers_that_are_parameters_are_named(targets, count, names):
     with pytest.warns(UserWarning, match=rf"{count} tensors of experts or their routers.* model\.layers\.\*\.{names}"):
-        assert layers_of(adapted(mixtral(), target_modules=targets))
+        assert layers_of(adapted(base_of("mixtral"), target_modules=targets))
 
 
 def test_other_targets_of_such_a_model_are_no_reason_for_a_warning():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "ALoRA")
-        adapted(mixtral(), target_modules=["q_proj", "v_proj"])
+        adapted(base_of("mixtral"), target_modules=["q_proj", "v_proj"])
 
 
-@pytest.mark.parametrize("base", [llama, led, nllb_moe, deberta, swin, mamba])
+@pytest.mark.parametrize("base", ["llama", "led", "nllb_moe", "deberta", "swin", "mamba"])
 def test_the_probe_leaves_nothing_behind(base):
-    model = base().train()
+    model = base_of(base).train()
     tensors = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
     modules, settings, state = dict(model.named_modules()), model.config.to_dict(), torch.get_rng_state()
     assert probe(model)
@@ -243,7 +237,7 @@ def test_the_probe_leaves_nothing_behind(base):
 
 def test_a_model_that_cannot_be_run_keeps_its_modules_and_refuses_what_does_not_fit():
     with torch.device("meta"):
-        base = led()
+        base = base_of("led")
     assert probe(base) is None
     assert {layer.rows for layer in layers_of(quietly(base))} == {None}
 
@@ -260,36 +254,6 @@ def test_a_model_that_is_not_from_transformers_is_not_run():
     assert adapted(Counts(), task_type=None, target_modules=["up"]) and Counts.calls == 0
 
 
-class TimeFirst(nn.Module):
-    """Nobody's model: time first inside, a table that every batch shares, and a running count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.inner, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.register_buffer("calls", torch.zeros(1))
-        self.places = torch.randn(3, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        time_first = torch.tanh(self.first(x)).transpose(0, 1)
-        return self.inner(time_first).transpose(0, 1) + self.table(self.places)[None]
-
-
-def test_a_model_of_ones_own_is_tried_with_its_first_batch():
-    model = adapted(TimeFirst(), task_type=None, target_modules=["first", "inner"])
-    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
-    state = torch.get_rng_state()
-    mixed = model(x, adapter_names=NAMES)
-    assert {layer.rows_name: layer.rows for layer in layers_of(model)} == {"first": "batch", "inner": "time"}
-    assert model.base_model.model.calls == 1 and torch.equal(torch.get_rng_state(), state)
-    for row, name in enumerate(NAMES):
-        torch.testing.assert_close(mixed[row], model(x, adapter_names=[name] * 3)[row])
-    with_table = adapted(TimeFirst(), task_type=None, target_modules=["first", "table"])
-    with pytest.raises(ValueError, match="table: task_ids .* laid out as 'mixed'"):
-        with_table(x, adapter_names=NAMES)
-
-
 def test_a_router_that_returns_several_tensors_is_left_alone():
     text = {**WIDTH, "vocab_size": VOCAB, "num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size_mlp": 48}
     base = build("Llama4ForCausalLM", config="Llama4Text", **text, head_dim=8)
@@ -299,7 +263,7 @@ def test_a_router_that_returns_several_tensors_is_left_alone():
 
 
 def test_a_second_adapter_beside_the_first():
-    model = quietly(led(), target_modules=["key", "fc1"])
+    model = quietly(base_of("led"), target_modules=["key", "fc1"])
     model.add_adapter("other", config(task_type=None, target_modules=["query", "fc1"], r=2))
     model.set_adapter("other")
     each_row_alone(model, inputs(model.base_model.model, 3, 3), NAMES, rtol=1e-4, atol=1e-5)
@@ -326,28 +290,24 @@ class Blocks(nn.Module):
 def test_an_encoder_of_torch(batch_first, training):
     """Time first by default; in evaluation torch has a fast path that reads the weights and would skip the adapters."""
     model = adapted(Blocks(batch_first), task_type=None, target_modules=["linear1", "linear2"]).train(training)
-    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))
-    mixed = each_row_alone(model, {"x": x}, NAMES)
-    assert not torch.allclose(mixed[0], Blocks(batch_first).train(training)(x)[0], atol=1e-3)
-
-
-ROWS = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1))  # as many steps as rows
-
-
-LENGTHS = [3, 1, 2]
+    mixed = each_row_alone(model, {"x": ROWS}, NAMES)
+    assert not torch.allclose(mixed[0], Blocks(batch_first).train(training)(ROWS)[0], atol=1e-3)
 
 
 class Recurrent(nn.Module):
-    """Time first inside, as recurrent layers have it; `take` says how the batch is handed over."""
+    """Nobody's model: time first inside, as recurrent layers have it, a table that every batch shares, and a count."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.first, self.inner, self.rnn = nn.Linear(8, 8), nn.Linear(8, 8), nn.LSTM(8, 8)
+        self.first, self.inner, self.table, self.rnn = *(nn.Linear(8, 8) for _ in range(3)), nn.LSTM(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+        self.places = torch.randn(3, 8)
 
     def forward(self, batch: Any, lengths: Any = None, options: Any = None) -> torch.Tensor:
+        self.calls += 1
         x = batch["x"] if isinstance(batch, dict) else batch[0] if isinstance(batch, tuple) else batch
-        steps = torch.tanh(self.inner(torch.tanh(self.first(x)).transpose(0, 1)))
+        steps = torch.tanh(self.inner(torch.tanh(self.first(x)).transpose(0, 1))) + self.table(self.places)[:, None]
         if lengths is None:
             return self.rnn(steps)[0].transpose(0, 1)
         packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, enforce_sorted=False)
@@ -368,8 +328,10 @@ CALLS = {
 def test_time_first_however_the_batch_is_handed_over(call):
     model = adapted(Recurrent(), task_type=None, target_modules=["first", "inner"])
     args, kwargs = call([0, 1, 2])
+    state = torch.get_rng_state()
     mixed = model(*args, **kwargs, adapter_names=NAMES)
     assert {layer.rows_name: layer.rows for layer in layers_of(model)} == {"first": "batch", "inner": "time"}
+    assert model.base_model.model.calls == 1 and torch.equal(torch.get_rng_state(), state)
     for row, name in enumerate(NAMES):
         same = model(*args, **kwargs, adapter_names=[name] * 3)
         torch.testing.assert_close(mixed[row], same[row])  # one task for all rows, wherever they are
@@ -381,14 +343,16 @@ def test_time_first_however_the_batch_is_handed_over(call):
         model(*args, **kwargs, adapter_names=NAMES[:2])
 
 
-def padded_encoder() -> nn.TransformerEncoder:
-    torch.manual_seed(1)
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+def test_a_table_that_every_batch_shares_takes_no_ids():
+    model = adapted(Recurrent(), task_type=None, target_modules=["first", "table"])
+    with pytest.raises(ValueError, match="table: task_ids .* laid out as 'mixed'"):
+        model(ROWS, adapter_names=NAMES)
 
 
 def test_a_padded_batch_in_an_encoder_of_torch():
     """In evaluation torch makes nested tensors of it, which no linear layer of an adapter can take."""
-    base = padded_encoder().eval()
+    torch.manual_seed(1)
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
     padding = torch.arange(3)[None] >= torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
         wanted = base(ROWS, src_key_padding_mask=padding)
@@ -406,8 +370,7 @@ def test_a_padded_batch_in_an_encoder_of_torch():
 
 
 def test_all_linear_leaves_an_attention_of_torch_alone_where_the_model_could_not_be_tried():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    base = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4))
+    base = build("Siglip2VisionModel", config="Siglip2Vision", **WIDTH, num_patches=16, patch_size=4)
     with pytest.warns(UserWarning, match=r"without calling them.*head\.attention\.out_proj"):
         model = adapted(base, task_type=None)
     names = {layer.rows_name for layer in layers_of(model)}

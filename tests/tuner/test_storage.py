@@ -19,7 +19,7 @@ from alora_kernels.adapters.writer import save_adapter
 from alora_kernels.tuner import ALoRAConfig, set_task
 from alora_kernels.tuner.register import adjust_peft
 
-from ..support.adapters import CONFIG, WEIGHTS
+from ..support.adapters import CONFIG, WEIGHTS, half_written
 from ..support.tiny import Mlp, adapted, assert_same, bert, config, layers_of, llama, logits, tokens
 
 NAMES = ["math", "code"]
@@ -96,15 +96,10 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch,
     save_adapter(old, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def half(tensors, path, **kwargs):
-        with open(path, "wb") as file:
-            file.write(b"half of it")
-        raise KeyboardInterrupt
-
     def no_config(*args, **kwargs):
         raise KeyboardInterrupt
 
-    target = (peft.peft_model, "safe_save_file", half) if broken == "weights" else (json, "dumps", no_config)
+    target = (peft.peft_model, "safe_save_file", half_written) if broken == "weights" else (json, "dumps", no_config)
     with monkeypatch.context() as patch:
         patch.setattr(*target)
         with pytest.raises(KeyboardInterrupt):
@@ -119,12 +114,7 @@ def test_stock_save_pretrained_replaces_the_weights_at_once(tmp_path, monkeypatc
     old.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
 
-    def half(tensors, path, **kwargs):
-        with open(path, "wb") as file:
-            file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(peft.peft_model, "safe_save_file", half)
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", half_written)
     adjust_peft()  # as for the first model, around a writer that breaks midway
     with pytest.raises(KeyboardInterrupt):
         adapted(routing="soft").save_pretrained(tmp_path)
@@ -199,10 +189,7 @@ def test_copies_and_pickles():
 
 
 def test_state_dict_of_the_whole_model():
-    model, other = (
-        adapted(Mlp(), task_type=None, target_modules=["up"]),
-        adapted(Mlp(), task_type=None, target_modules=["up"]),
-    )
+    model, other = (adapted(Mlp(), task_type=None, target_modules=["up"]) for _ in range(2))
     for layer in layers_of(other):
         layer.asymlora_A["default"].weight.data.zero_()
     other.load_state_dict(model.state_dict())
@@ -247,18 +234,12 @@ def test_loading_as_it_was_saved_changes_nothing_else(folder):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (
-            {"tasks": ["math", "code"]},
-            r"tasks, math, code, law there and math, code here.*tasks=\['math',",
-        ),
+        ({"tasks": ["math", "code"]}, r"tasks, math, code, law there and math, code here.*tasks=\['math',"),
         ({"tasks": [*THREE, "art"]}, r"tasks, math, code, law there and math, code, law, art here"),
         ({"tasks": ["math", "code", "poetry"]}, r"tasks, math, code, law there and math, code, poetry here"),
         ({"tasks": 3}, r"tasks, math, code, law there and 0, 1, 2 here"),
         ({"tasks": None, "routing": "soft", "num_experts": 3}, r"routing, 'task' there and 'soft' here"),
-        (
-            {"lora_alpha": 4},
-            r"scaling of model.layers.0.self_attn.q_proj, 2 there and 1 here \(lora_alpha=8 there",
-        ),
+        ({"lora_alpha": 4}, r"scaling of model.layers.0.self_attn.q_proj, 2 there and 1 here \(lora_alpha=8 there"),
         ({"use_rslora": True}, r"2 there and 4 here \(use_rslora=False there and True here"),
         ({"alpha_pattern": {"down_proj": 4}}, r"scaling of model.layers.0.mlp.down_proj, 2 there and 1 here"),
         ({"alpha_pattern": {"layers.1.mlp.up_proj": 4}}, r"scaling of model.layers.1.mlp.up_proj, 2 there and 1 here"),
@@ -344,21 +325,11 @@ def test_other_types_load_as_before(tmp_path):
     assert_same(_state(stock), _state(again))
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        ids = tokens(1, seed=index)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
 def _trainer(model, folder):
-    from alora_kernels import set_task
-
     set_task(model, "law")
     settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1}
-    return Trainer(model, TrainingArguments(str(folder), report_to=[], use_cpu=True, **settings), train_dataset=_Rows())
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8)]
+    return Trainer(model, TrainingArguments(str(folder), report_to=[], use_cpu=True, **settings), train_dataset=rows)
 
 
 def test_a_resumed_training_is_refused_in_another_order(tmp_path):
