@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -205,32 +205,40 @@ def _some(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as it is now."""
+
+    name: str
+    version: int  # grows with every load of the store
+    folder: Path  # it was read from
+    where: Where
+    in_use: int  # running requests that use this version
+    bytes: int  # of its A's in all layers
+    loaded_at: float  # unix time
+    card: TaskCard | None = None  # how it was asked in training, if the folder says
+
+
 @dataclass(eq=False)
 class Record:
     """One version of a task."""
 
-    name: str
-    version: int  # unlike that of any other record of the store
-    folder: Path
-    loaded_at: float
-    card: TaskCard | None = None
+    task: TaskInfo  # as it was loaded
     leases: int = 0  # running requests that use it
     gone: bool = False  # unloaded or replaced: it goes with its last lease
     slot: int | None = None  # while it is on the device
     rows: Rows | None = None  # while it is in host memory
     file: Path | None = None  # once it was on the disk
 
-    @property
-    def where(self) -> Where:
-        """The fastest place that holds it."""
-        if self.slot is not None:
-            return "device"
-        return "host" if self.rows is not None else "disk"
+    def info(self) -> TaskInfo:
+        """The task now; `where` is the fastest place that holds it."""
+        where: Where = "device" if self.slot is not None else "host" if self.rows is not None else "disk"
+        return replace(self.task, where=where, in_use=self.leases)
 
     @property
     def label(self) -> dict[str, str]:
         """The metadata of its file."""
-        return {"task": self.name, "version": str(self.version)}
+        return {"task": self.task.name, "version": str(self.task.version)}
 
 
 class Placement:
@@ -334,7 +342,7 @@ class Placement:
             self._folder = tempfile.TemporaryDirectory(  # mode 700
                 prefix="alora-tasks-", dir=self.spill, ignore_cleanup_errors=True
             )
-        path = Path(self._folder.name) / f"version-{record.version}.safetensors"
+        path = Path(self._folder.name) / f"version-{record.task.version}.safetensors"
         files.write(path, record.rows, record.label)
         record.file = path
 
@@ -346,7 +354,7 @@ class Placement:
                 raise files.DamagedFileError(f"{record.file} holds another task")
         except (OSError, files.DamagedFileError) as error:
             raise AdapterRefusedError(
-                f"task {record.name!r} was moved to the disk and does not come back ({error}): load {record.folder}"
-                " again with replace=True"
+                f"task {record.task.name!r} was moved to the disk and does not come back ({error}): load"
+                f" {record.task.folder} again with replace=True"
             ) from None
         return rows

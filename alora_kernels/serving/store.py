@@ -18,30 +18,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapters.cards import TaskCard, read_task_cards
+from ..adapters.cards import read_task_cards
 from ..adapters.config import AdapterFolderError, refused
 from ..adapters.reader import AdapterFile, read_adapter
 from ..modules.adapter import BASE
 from .openmp import release_workers
 from .request import AdapterRefusedError, NotServingError, UnknownTaskError
-from .slots import Placement, Record, Slots, Where
+from .slots import Placement, Record, Slots, TaskInfo
 
 SHOWN = 20  # names in an error
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as the model: nothing that needs quoting
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """A task as it is now."""
-
-    name: str
-    version: int  # grows with every load of the store
-    folder: Path  # it was read from
-    where: Where
-    in_use: int  # running requests that use this version
-    bytes: int  # of its A's in all layers
-    loaded_at: float  # unix time
-    card: TaskCard | None = None  # how it was asked in training, if the folder says
 
 
 @dataclass(frozen=True, eq=False)  # two leases of one version are two leases
@@ -121,9 +107,6 @@ class TaskStore:
             task: load this one only.
             replace: a name that exists gets the new version; requests that run keep the old one.
 
-        Returns:
-            What was loaded.
-
         Raises:
             AdapterRefusedError: the folder cannot be served, a name is not allowed or taken; nothing has changed.
             NotServingError: the store is closed.
@@ -148,38 +131,36 @@ class TaskStore:
                 with self._lock:
                     self._check_names(file, names, replace)  # another thread may have been faster, or closed the store
                     self._versions += 1
-                    records.append(Record(public, self._versions, file.folder, time.time(), cards.get(own)))
+                    size, now, card = self.bytes_per_task, time.time(), cards.get(own)
+                    info = TaskInfo(public, self._versions, file.folder, "host", 0, size, now, card)
+                    records.append(Record(info))
                     self._placement.add(records[-1], rows)
             with self._lock:
                 self._check_names(file, names, replace)
                 for record in records:
-                    old = self._records.get(record.name)
-                    self._records[record.name] = record
+                    old = self._records.get(record.task.name)
+                    self._records[record.task.name] = record
                     if old is not None:
                         self._retire(old)
-                return [self._info(record) for record in records]
+                return [record.info() for record in records]
         except BaseException:
             with self._lock:
                 for record in records:
-                    if self._records.get(record.name) is not record:
+                    if self._records.get(record.task.name) is not record:
                         self._placement.drop(record)
             raise
 
     def unload(self, name: str) -> TaskInfo:
-        """Forget a task and say what it was: its rows are free when the requests that use them have ended.
-
-        Raises:
-            UnknownTaskError: no such task.
-        """
+        """Forget a task and say what it was, or raise an UnknownTaskError; its rows go with the last that uses them."""
         with self._lock:
-            info = self._info(self._known(name))
+            info = self._known(name).info()
             self._retire(self._records.pop(name))
             return info
 
     def tasks(self) -> list[TaskInfo]:
         """All tasks, in the order of their first load."""
         with self._lock:
-            return [self._info(record) for record in self._records.values()]
+            return [record.info() for record in self._records.values()]
 
     def names(self) -> list[str]:
         """The names of all tasks, in the order of their first load."""
@@ -206,7 +187,7 @@ class TaskStore:
                 return None
             assert record.slot is not None
             record.leases += 1
-            lease = Lease(record.slot, name, record.version)
+            lease = Lease(record.slot, name, record.task.version)
             self._leases[lease] = record
             return lease
 
@@ -255,18 +236,6 @@ class TaskStore:
                 f"a task is called {taken[0]!r} already: give name=... (lora_name over HTTP) for another name, or"
                 " replace=True (load_inplace) for a new version of it",
             )
-
-    def _info(self, record: Record) -> TaskInfo:
-        return TaskInfo(
-            record.name,
-            record.version,
-            record.folder,
-            record.where,
-            record.leases,
-            self.bytes_per_task,
-            record.loaded_at,
-            record.card,
-        )
 
 
 @contextmanager
