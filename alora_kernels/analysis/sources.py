@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,18 @@ from ..text import printable
 from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
 
-# kinds that readers of a unit ask for
-HYDRA, SOFT = "HydraLoRA, one expert", "ALoRA, one expert"
+HYDRA, SOFT, CLIENT = "HydraLoRA, one expert", "ALoRA, one expert", "Fed-ALoRA client, own rank"
+#: kind of unit -> the parts that its folder stacks, a slice for each unit; the parts that its units share
+LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "VeRA": ((), ()),
+    "LoRA": ((), ()),
+    "LoRA per task": (("A", "B"), ()),
+    "ALoRA": (("A",), ()),
+    "ALoRA, one task": (("A",), ("B",)),
+    SOFT: (("A", "router"), ("B",)),
+    HYDRA: (("B",), ("A",)),
+    CLIENT: ((), ()),
+}
 FINAL, UNEQUAL = "final.safetensors", "fed-alora-het"  # of `alora fed`: a client's finished matrices, and the method
 HET = ("A", "M", "B1", "B2", "B")
 LONGEST = 256  # characters of a name that came with a folder
@@ -41,6 +51,7 @@ _VERA = re.compile(re.escape(PREFIX) + r"(.{1,256})\.vera_(lambda_[bd])")
 _HET = re.compile(r"(.{1,256})\.(A|M|B1|B2|B)")
 _SOFT = re.compile(re.escape(PREFIX) + r"(.{1,256})\.asymlora_(A|B|router)(?:\.weight)?")
 _STATE = re.compile(r"(.{1,256})\.lora_([AB])")
+Parts = dict[str, Tensor]
 Found = dict[str, dict[str, tuple[str, tuple[int, ...]]]]  # module -> part -> (key, shape)
 
 
@@ -55,7 +66,7 @@ class Update(NamedTuple):
 class Loaded(NamedTuple):
     """One module of one unit: its matrices by part, and what they do to the weight, if it is s B A."""
 
-    parts: dict[str, Tensor]
+    parts: Parts
     update: Update | None
 
 
@@ -143,11 +154,15 @@ def _words(folder: Path) -> tuple[str, ...]:
     return tuple(_clean(part) for part in reversed(folder.parts))
 
 
+@dataclass
 class _Weights:
     """A safetensors file that was checked, opened again when its numbers are needed."""
 
-    def __init__(self, folder: Path, name: str, stamp: Stamp) -> None:
-        self.folder, self.name, self.stamp = folder, name, stamp
+    folder: Path
+    name: str
+    stamp: Stamp
+    found: Found
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _open(self) -> Any:
@@ -156,47 +171,34 @@ class _Weights:
             raise refused(self.folder, f"{self.name} changed while it was read: start again")
         return safe_open(path, framework="pt")
 
-    def matrix(self, key: str, row: int | None = None) -> Tensor:
-        """A copy of a tensor, or of one slice of it."""
-        return (self._open.get_tensor(key) if row is None else self._open.get_slice(key)[row]).clone()  # type: ignore[no-any-return]
+    def units(
+        self, names: Iterable[tuple[str, ...]], kind: str, base: Any, update: Callable[[str, Parts], Update] | None
+    ) -> list[Unit]:
+        """A unit for each of `names`, in the order of their slices.
 
-    def unit(
-        self,
-        found: Found,
-        names: tuple[str, ...],
-        kind: str,
-        base: Any,
-        *,
-        row: int = 0,
-        stacked: str = "",
-        shared: str = "",
-        scaling: Callable[[str, int], float] | None = None,
-    ) -> Unit:
-        """The unit whose parts are the tensors `found`; `base` is whatever the folder says of it.
-
-        `row` is the unit's slice of the parts that are `stacked`; `scaling` gives s of B A for (module, rank), and is
-        None where the parts are no update.
+        `base` is whatever the folder says of it; `update` makes the change of the weight from a module and its parts.
         """
-        rows = dict.fromkeys(stacked.split(), row)
+        stacked, shared = LAYOUTS[kind]
 
-        def read(module: str) -> Loaded:
-            parts = {part: self.matrix(key, rows.get(part)) for part, (key, _) in found[module].items()}
-            if scaling is None:
-                return Loaded(parts, None)
-            return Loaded(parts, Update(parts["A"], parts["B"], scaling(module, parts["A"].shape[0])))
+        def read(row: int, module: str) -> Loaded:
+            parts = {
+                part: (self._open.get_slice(key)[row] if part in stacked else self._open.get_tensor(key)).clone()
+                for part, (key, _) in self.found[module].items()
+            }
+            return Loaded(parts, None if update is None else update(module, parts))
 
         shapes = {
-            module: {part: shape[1:] if part in rows else shape for part, (_, shape) in parts.items()}
-            for module, parts in found.items()
+            module: {part: shape[1:] if part in stacked else shape for part, (_, shape) in parts.items()}
+            for module, parts in self.found.items()
         }
-        base = _clean(base) if isinstance(base, str) and base else None
-        return Unit(names, kind, self.folder, base, shapes, read, frozenset(shared.split()))
+        base, same = _clean(base) if isinstance(base, str) and base else None, frozenset(shared)
+        return [Unit(own, kind, self.folder, base, shapes, partial(read, row), same) for row, own in enumerate(names)]
 
 
 def _matched(
     folder: Path, name: str, pattern: re.Pattern[str], dimensions: Mapping[str, tuple[int, ...]], checksum: bool = False
-) -> tuple[_Weights, Found, dict[str, str]]:
-    """The file, its tensors whose names match `pattern` (module, part), and with `checksum` its metadata.
+) -> _Weights:
+    """The file with its tensors whose names match `pattern` (module, part), and with `checksum` its metadata.
 
     Other tensors (heads, frozen projections) are left alone. `dimensions`: part -> how many it may have. `checksum`:
     `files.write` made the file. Raises AdapterFolderError: damaged, nothing matches, wrong dimensions, NaN or infinity.
@@ -225,7 +227,7 @@ def _matched(
         raise not_finite(folder, bad)
     if not found:
         raise refused(folder, f"{name} holds nothing that can be compared: is it the right folder?")
-    return _Weights(folder, name, stamp), found, metadata
+    return _Weights(folder, name, stamp, found, metadata)
 
 
 def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list[Unit]:
@@ -235,12 +237,11 @@ def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list
     except AdapterFolderError:  # `read_adapter` says what is wrong
         settings = {}
     if settings.get("peft_type") == "VERA":
-        weights, found, _ = _matched(folder, WEIGHTS, _VERA, {"lambda_b": (1,), "lambda_d": (1,)})
-        return [weights.unit(found, names, "VeRA", settings.get("base_model_name_or_path"))]
+        weights = _matched(folder, WEIGHTS, _VERA, {"lambda_b": (1,), "lambda_d": (1,)})
+        return weights.units([names], "VeRA", settings.get("base_model_name_or_path"), None)
     if settings.get("peft_type") == ALORA and settings.get("routing") == "soft":
         return _soft(folder, names, settings)
     file = read_adapter(folder)
-    weights = _Weights(folder, WEIGHTS, file.stamp)
     alora, several = file.config.kind == "alora", len(file.tasks) > 1
     stack = (len(file.tasks),) if alora else ()
     found = {
@@ -248,15 +249,10 @@ def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list
         for (module, keys), at in zip(file.keys.items(), file.shapes.values(), strict=True)
     }
     kind = "ALoRA, one task" if several else "ALoRA" if alora else "LoRA"
-    options: dict[str, Any] = {"stacked": "A" if alora else "", "shared": "B" if several else ""}
     own_name = not alora or (client and not several)
-    return [
-        weights.unit(
-            found, names if own_name else (_clean(task), *names), kind, file.base, row=row,
-            scaling=lambda module, r: file.scaling[module], **options,
-        )
-        for row, task in enumerate(file.tasks)
-    ]  # fmt: skip
+    of_tasks = [names if own_name else (_clean(task), *names) for task in file.tasks]
+    weights = _Weights(folder, WEIGHTS, file.stamp, found)
+    return weights.units(of_tasks, kind, file.base, lambda module, p: Update(p["A"], p["B"], file.scaling[module]))
 
 
 def _soft(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> list[Unit]:
@@ -264,41 +260,41 @@ def _soft(folder: Path, names: tuple[str, ...], settings: Mapping[str, Any]) -> 
     count = settings.get("num_experts")
     as_tasks = {key: value for key, value in settings.items() if key != "num_experts"}
     config = checked_config(folder, as_tasks | {"routing": "task", "tasks": count})  # as many A as there are experts
-    weights, found, _ = _matched(folder, WEIGHTS, _SOFT, {"A": (3,), "B": (2,), "router": (2,)})
-    for module, parts in found.items():
+    weights = _matched(folder, WEIGHTS, _SOFT, {"A": (3,), "B": (2,), "router": (2,)})
+    for module, parts in weights.found.items():
         a, b, router = (parts[part][1] if part in parts else () for part in ("A", "B", "router"))
         if not (a[:1] == router[:1] == (count,) and a[1:2] == b[1:] == (config.rank(module),) and a[2:] == router[1:]):
             raise refused(folder, f"{module}: A is {list(a)}, B {list(b)}, the router {list(router)}, which is not what"
                           f" {count} experts of rank {config.rank(module)} make; copy the folder again")  # fmt: skip
-    options: dict[str, Any] = {"stacked": "A router", "shared": "B", "scaling": config.scaling}
-    return [
-        weights.unit(found, (f"expert {row}", *names), SOFT, config.base, row=row, **options)
-        for row in range(len(config.tasks))
-    ]
+
+    def update(module: str, parts: Parts) -> Update:
+        return Update(parts["A"], parts["B"], config.scaling(module, len(parts["A"])))
+
+    experts = [(f"expert {i}", *names) for i in range(len(config.tasks))]
+    return weights.units(experts, SOFT, config.base, update)
 
 
 def _stacked(folder: Path, names: tuple[str, ...]) -> list[Unit]:
     """A LoRA per task, or HydraLoRA's experts, which share one A: `[E, R, K]` or `[R, K]`, `[E, N, R]`."""
     method = read_method(folder)
-    weights, found, _ = _matched(folder, STATE, _STATE, {"A": (2, 3), "B": (2, 3)})
+    weights = _matched(folder, STATE, _STATE, {"A": (2, 3), "B": (2, 3)})
     if method is None:
         raise refused(folder, f"holds {STATE} without {SETTINGS}: copy the whole folder")
     hydra = method.name == "hydralora"
-    count = method.num_experts if hydra else len(method.tasks)
-    for module, parts in found.items():
+    labels = [f"expert {i}" for i in range(method.num_experts)] if hydra else [_clean(task) for task in method.tasks]
+    count = len(labels)
+    for module, parts in weights.found.items():
         a, b = (parts[part][1] if part in parts else () for part in "AB")
         if len(b) != 3 or len(a) != 3 - hydra or b[0] != count or a[-2] != b[2] or (not hydra and a[0] != count):
             raise refused(folder, f"{module}: A is {list(a)} and B {list(b)}, which is not what {method.name} of"
                           f" {count} makes; copy the folder again")  # fmt: skip
-    alpha, rslora = method.alpha, method.use_rslora
-    kind, stacked, shared = (HYDRA, "B", "A") if hydra else ("LoRA per task", "A B", "")
-    return [
-        weights.unit(
-            found, (_clean(name), *names), kind, None, row=row, stacked=stacked, shared=shared,
-            scaling=lambda module, r: lora_scaling(alpha, r, rslora),
-        )
-        for row, name in enumerate([f"expert {i}" for i in range(count)] if hydra else method.tasks)
-    ]  # fmt: skip
+
+    def update(_: str, parts: Parts) -> Update:
+        a, b = parts["A"], parts["B"]
+        return Update(a, b, lora_scaling(method.alpha, len(a), method.use_rslora))
+
+    kind = HYDRA if hydra else "LoRA per task"
+    return weights.units([(label, *names) for label in labels], kind, None, update)
 
 
 def _client(folder: Path) -> list[Unit]:
@@ -311,17 +307,16 @@ def _client(folder: Path) -> list[Unit]:
     if (folder / "adapter" / CONFIG).is_file():
         return _adapter(folder / "adapter", names, client=True)
     if (folder / FINAL).is_file():
-        return [_unequal(folder, names)]
+        return _unequal(folder, names)
     why = f"{folder} has neither adapter/{CONFIG} nor {FINAL}, which the end of a run writes"
-    nothing: dict[str, Loaded] = {}
-    return [Unit(names, "unfinished client", folder, None, {}, nothing.__getitem__, why=why)]
+    return [Unit(names, "unfinished client", folder, None, {}, dict[str, Loaded]().__getitem__, why=why)]
 
 
-def _unequal(folder: Path, names: tuple[str, ...]) -> Unit:
+def _unequal(folder: Path, names: tuple[str, ...]) -> list[Unit]:
     """A client of Fed-ALoRA with unequal ranks: its change of the weight is s (B + B2 B1) (M A)."""
-    weights, found, metadata = _matched(folder, FINAL, _HET, dict.fromkeys(HET, (2,)), checksum=True)
-    if metadata.get("method") != UNEQUAL:
-        method = metadata.get("method")
+    weights = _matched(folder, FINAL, _HET, dict.fromkeys(HET, (2,)), checksum=True)
+    found, metadata = weights.found, weights.metadata
+    if (method := metadata.get("method")) != UNEQUAL:
         raise refused(folder, f"{FINAL} is of the method {method!r}, whose clients have an adapter folder"
                       " beside it: copy that too")  # fmt: skip
     for module, parts in found.items():
@@ -330,15 +325,14 @@ def _unequal(folder: Path, names: tuple[str, ...]) -> Unit:
         a, m, b1, b2, b = (parts[part][1] for part in HET)
         if not (a[0] == m[1] == b1[0] == b2[1] and m[0] == b1[1] == b[1] and b2[0] == b[0]):
             raise refused(folder, f"{module}: the shapes in {FINAL} do not fit each other; copy it again")
+        found[module] = {part: parts[part] for part in HET}
     try:  # files of earlier versions do not say s
         s = float(metadata["scaling"]) if "scaling" in metadata else None
     except ValueError:
         raise refused(folder, f"{FINAL} says s is {metadata['scaling'][:40]!r}: copy it again") from None
 
-    def read(module: str) -> Loaded:
-        parts = {part: weights.matrix(found[module][part][0]) for part in HET}
-        b = parts["B"].double() + parts["B2"].double() @ parts["B1"].double()
-        return Loaded(parts, Update(parts["M"].double() @ parts["A"].double(), b, s))
+    def update(_: str, parts: Parts) -> Update:
+        a, m, b1, b2, b = (parts[part].double() for part in HET)
+        return Update(m @ a, b + b2 @ b1, s)
 
-    shapes = {module: {part: parts[part][1] for part in HET} for module, parts in found.items()}
-    return Unit(names, "Fed-ALoRA client, own rank", folder, None, shapes, read)
+    return weights.units([names], CLIENT, None, update)
