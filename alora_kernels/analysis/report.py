@@ -23,13 +23,12 @@ import jinja2
 from .. import files
 from ..text import counted
 from ..version import __version__
-from .figures import Picture, check_matplotlib, pictures
+from .figures import Picture, pictures
 from .gradients import ConflictFile, share_of
 from .table import Analysis, Mean, Row, mean_of, means, measures, named, origins, where
 
 PAIRS, REASONS, UNITS = 24, 40, 64  # lines of a table; the files have all
 PACKAGES = ("torch", "peft", "safetensors", "numpy", "matplotlib")
-SPREAD = "Mean over modules ± standard deviation over modules"
 _OURS = re.compile(r"(similarity(-layers)?|(changes|update)-layers|norms-units|layers-\w+-\w+|conflicts(-\d+)?)\.png")
 
 
@@ -48,11 +47,9 @@ def write_report(analysis: Analysis, folder: str | Path, *, command: str | None 
     Raises:
         ImportError: figures are wanted and matplotlib is missing.
     """
-    if figures:
-        check_matplotlib()
+    drawn = list(pictures(analysis)) if figures else []
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = list(pictures(analysis)) if figures else []
     images = out / "figures"
     for old in [p for p in images.glob("*.png") if _OURS.fullmatch(p.name)]:
         old.unlink()
@@ -79,21 +76,18 @@ def render(analysis: Analysis, drawn: Sequence[Picture] = (), command: str | Non
         title=f"Inside {which([(label,) for label in analysis.labels], 6)}",
         lead=_lead(analysis),
         analysis=analysis,
-        compared_head=("unit", "kind", "rank", "modules", "base", "folder"),
         compared=[
             (unit.label, unit.kind, unit.rank or "–", unit.modules, unit.base or "not said", unit.folder)
             for unit in analysis.units[:UNITS]
         ],
-        spread=SPREAD,
-        pairs_caption=SPREAD + between,
+        between=between,
         pairs_head=("pair", *(column.heading for column in per_pair)),
         pairs=[(" – ".join(pair), *(shown(column.of(pair)) for column in per_pair)) for pair in chosen],
         units_head=("unit", *(column.heading for column in per_unit)),
         units=[(name, *(shown(column.of((name,))) for column in per_unit)) for name in analysis.labels[:UNITS]],
         drawn=drawn,
         conflicts=[_conflict_line(file) for file in analysis.conflicts],
-        missing_caption=f"{counted(len(reasons), 'reason')}; every pair and module count is in not_compared.csv",
-        missing_head=("reason", "part", "measure", "units", "modules", "first of them"),
+        reasons=counted(len(reasons), "reason"),
         missing=[_missing(group) for group in reasons[:REASONS]],
         command=command,
         made_with=_made_with(),
@@ -158,16 +152,11 @@ def pairs(columns: Sequence[Column], most: int) -> tuple[list[tuple[str, ...]], 
 
     Alike by the first subspace overlap, which depends on no basis; by the first column if there is none.
     """
-    every = list(dict.fromkeys(pair for column in columns for pair in column.values))
     if not columns:
         return [], 0
+    every = list(dict.fromkeys(pair for column in columns for pair in column.values))
     by = next((column for column in columns if not math.isnan(column.chance)), columns[0])
-
-    def value(pair: tuple[str, ...]) -> float:
-        mean = by.of(pair).mean
-        return -math.inf if math.isnan(mean) else mean
-
-    every.sort(key=value, reverse=True)
+    every.sort(key=lambda pair: by.of(pair).mean if by.of(pair).known else -math.inf, reverse=True)
     if len(every) <= most:
         return every, 0
     return every[: most - most // 2] + every[-(most // 2) :], len(every) - most

@@ -39,27 +39,17 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One number.
-
-    Attributes:
-        module, layer, kind: where; see `places`.
-        part: "A", "B", "sBA", "W", or what else a unit has.
-        unit1: label of the unit.
-        unit2: what it is compared with: another unit, "zero", "start" or "W0"; blank if nothing.
-        measure: what was measured.
-        value: NaN where it does not exist.
-        chance: what random matrices reach, where that is not zero.
-    """
+    """One number of one module, whose layer and kind `places` says."""
 
     module: str
     layer: int | None
     kind: str
-    part: str
-    unit1: str
-    unit2: str
+    part: str  # "A", "B", "sBA", "W", or what else a unit has
+    unit1: str  # label of the unit
+    unit2: str  # what it is compared with: another unit, "zero", "start" or "W0"; blank if nothing
     measure: str
-    value: float
-    chance: float | None = None
+    value: float  # NaN where it does not exist
+    chance: float | None = None  # what random matrices reach, where that is not zero
 
 
 COLUMNS = Row._fields
