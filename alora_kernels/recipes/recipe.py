@@ -140,9 +140,8 @@ class Recipe(BaseModel):
     def _is_method(cls, method: str) -> str:
         if method not in METHODS:
             close = did_you_mean(method, METHODS)
-            raise ValueError(
-                f"must be one of {', '.join(METHODS)}, got {method!r}" + (f"; {close}" if "?" in close else "")
-            )
+            hint = f"; {close}" if "?" in close else ""
+            raise ValueError(f"must be one of {', '.join(METHODS)}, got {method!r}{hint}")
         return method
 
     @model_validator(mode="before")
@@ -161,11 +160,6 @@ class Recipe(BaseModel):
             routing = own
         return {**values, "method": method, "routing": routing}
 
-    @property
-    def targets(self) -> str | list[str]:
-        """`target_modules` as PEFT takes them."""
-        return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str = "recipe") -> Self:
         """A recipe from settings; a RecipeError, headed by `source`, says each unknown key and wrong value."""
@@ -179,13 +173,12 @@ class Recipe(BaseModel):
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes.keys() & {"method", "routing"}:
             changes = {"method": "alora", "routing": None} | changes
-        return type(self).of({name: getattr(self, name) for name in type(self).model_fields} | changes)
+        return self.of(dict(self) | changes)
 
     def adapters(self, tasks: tuple[str, ...]) -> Method:
         """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
-        same = ("r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules")
-        settings = {name: getattr(self, name) for name in same}
-        return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **settings)
+        same = {"r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules"}
+        return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **self.model_dump(include=same))
 
     def located(self, root: Path) -> Self:
         """The same run with absolute paths: of its files from `root`; the output folder starts from the current one."""

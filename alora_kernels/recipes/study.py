@@ -81,8 +81,10 @@ def study(configs: Sequence[FedConfig]) -> list[Result]:
         ValueError, RuntimeError: as `result`.
     """
     display.quiet()
-    one_per_seed = {config.seed: config for config in reversed(configs)}
-    results = [row for seed in dict.fromkeys(c.seed for c in configs) for row in baselines(one_per_seed[seed])]
+    one_per_seed: dict[int, FedConfig] = {}
+    for config in configs:
+        one_per_seed.setdefault(config.seed, config)
+    results = [row for config in one_per_seed.values() for row in baselines(config)]
     with display.progress("messages") as bar:
         for config in configs:
             total = 2 * len(config.clients) * (config.rounds + 1)  # there and back, and once more to judge the end
@@ -215,7 +217,7 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1.3))
     _clients(left, results, [row.method for row in rows])
     for y, row in enumerate(rows):
-        mean = 100 * sum(row.mean) / len(row.mean)
+        mean = 100 * statistics.fmean(row.mean)
         left.plot([100 * min(row.mean), 100 * max(row.mean)], [y, y], color="black", lw=4, alpha=0.35, zorder=1)
         label = "mean over clients, range over seeds" if y == 0 else None
         left.plot([mean, mean], [y - 0.32, y + 0.32], color="black", lw=2, zorder=1, label=label)
@@ -239,11 +241,10 @@ def _clients(axes: Any, results: Sequence[Result], methods: Sequence[str]) -> No
     clients = list(dict.fromkeys(name for r in results for name in r.accuracy))
     for i, client in enumerate(clients):
         apart = (i - (len(clients) - 1) / 2) * 0.5 / max(len(clients), 4)
-        points = []
-        for y, method in enumerate(methods):
-            values = [r.accuracy[client] for r in results if r.method == method and client in r.accuracy]
-            if values:
-                points.append((100 * sum(values) / len(values), y + apart))
-        xs, ys = zip(*points, strict=True)
+        points = [
+            (100 * statistics.fmean(values), y + apart)
+            for y, method in enumerate(methods)
+            if (values := [r.accuracy[client] for r in results if r.method == method and client in r.accuracy])
+        ]
         style = {"color": plotting.COLOURS[i % 8], "marker": MARKERS[i // 8 % 8 if len(clients) > 8 else i % 8]}
-        axes.plot(xs, ys, ls="", ms=5, label=client, zorder=2, **style)
+        axes.plot(*zip(*points, strict=True), ls="", ms=5, label=client, zorder=2, **style)

@@ -1,8 +1,7 @@
 """Follow a recipe: load, train, judge, save. The steps that `alora train`, `alora eval` and the demo share.
 
-From a `Recipe` to a `Run` (model, tokenizer, encoded rows), a trained adapter folder and scores per task; each step
-prints its own progress. A task is judged by accuracy where it answers with few words, and by the loss of its answers
-where they are texts.
+From a `Recipe` to a `Run` (model, tokenizer, encoded rows), an adapter folder and scores: a task's accuracy where it
+answers with few words, the loss of its answers where they are texts. Each step prints its own progress.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +66,10 @@ class Run:
     """Everything a recipe becomes once loaded.
 
     Attributes:
-        recipe: where it came from.
         method: what the model is adapted with, the rank as the recipe's budget chose it.
         tasks: names in the order of their ids.
         model: the base with the adapter (a `PeftModel` for ALoRA and LoRA).
-        tokenizer: of the base.
-        text: train and test rows as text.
-        train, test: the same rows as token ids.
+        text: train and test rows as text; `train` and `test` are the same rows as token ids.
         words: what each task may answer with; tasks that answer in texts are not in it.
         choices: token ids of these words.
         alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
@@ -332,31 +328,23 @@ def _with_word(run: Run, row: dict[str, Any], answer: str) -> dict[str, Any]:
 
 def show_scores(run: Run, before: Scores | None, after: Scores) -> None:
     """Accuracies beside the majority baseline, losses of texts below, each beside the untuned base if it was judged."""
+    judged = {**({"base, untuned": before} if before else {}), run.label: after}
     if after.accuracy:
-        majority = data.majority_baseline(run.text)
-        shares = [majority, before.accuracy if before else None, after.accuracy]
-        _show(run, "accuracy: choice among the task's label words", ["majority"], shares, percent)
+        shares = {"majority": data.majority_baseline(run.text)} | {name: s.accuracy for name, s in judged.items()}
+        _show(run, "accuracy: choice among the task's label words", shares, percent)
     if after.loss:
-        losses = [before.loss if before else None, after.loss]
-        _show(run, "answers in text: loss per token (perplexity)", [], losses, _with_perplexity)
+        losses = {name: scores.loss for name, scores in judged.items()}
+        _show(run, "answers in text: loss per token (perplexity)", losses, _with_perplexity)
 
 
-def _show(
-    run: Run,
-    title: str,
-    first: list[str],
-    columns: Sequence[Mapping[str, float] | None],
-    form: Callable[[float], str],
-) -> None:
-    """A table with a row per task that the last column knows, and their mean."""
-    known = [column for column in columns if column is not None]
-    names = [name for name in run.tasks if name in known[-1]]
+def _show(run: Run, title: str, columns: Mapping[str, Mapping[str, float]], form: Callable[[float], str]) -> None:
+    """A table with a row per task that the run's own column knows, and their mean."""
+    names = [name for name in run.tasks if name in columns[run.label]]
     counts = Counter(run.test["task"])
-    values = [[name, str(counts[name]), *[form(column[name]) for column in known]] for name in names]
-    means = [form(sum(column[name] for name in names) / len(names)) for column in known]
+    values = [[name, str(counts[name]), *(form(column[name]) for column in columns.values())] for name in names]
+    means = [form(sum(column[name] for name in names) / len(names)) for column in columns.values()]
     rows = [[*row[:-1], f"[bold]{row[-1]}[/bold]"] for row in [*values, ["mean", "", *means]]]
-    untuned = ["base, untuned"] if len(known) == len(columns) else []
-    display.console.print(display.table(title, ("task", "test rows", *first, *untuned, run.label), rows))
+    display.console.print(display.table(title, ("task", "test rows", *columns), rows))
 
 
 def _with_perplexity(loss: float) -> str:
