@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alora_kernels import data
 from alora_kernels.recipes import display
 from tests.support.toyrows import write
 
@@ -14,6 +15,13 @@ from tests.support.toyrows import write
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables in full, whatever terminal the tests run in."""
     monkeypatch.setattr(display.console, "_width", 160)
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads data or a model fails."""
+    for name in ("load_model", "load_tasks"):
+        monkeypatch.setattr(data, name, lambda *_, **__: pytest.fail("loaded before everything was checked"))
 
 
 @pytest.fixture

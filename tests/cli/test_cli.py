@@ -19,7 +19,7 @@ from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import Recipe, load_recipe
 from tests.support.cli import alora, recipe, refused
-from tests.support.toyrows import write
+from tests.support.toyrows import need_data, write
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 RECIPES = [path for path in sorted(PAPER.glob("*.yaml")) if "alora train" in path.read_text()]
@@ -183,11 +183,7 @@ def test_train_resumes(tmp_path, jsonl):
 
 @pytest.mark.parametrize("routing", ["task", "soft"])
 def test_demo_end_to_end(tmp_path, monkeypatch, routing):
-    try:
-        data.load_task("trec", test_size=2)
-        data.load_task("bbc", test_size=2)
-    except data.MissingPackageError as error:
-        pytest.skip(str(error))
+    need_data("trec", "bbc")
     small = Recipe(
         tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4
     )

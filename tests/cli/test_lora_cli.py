@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import csv
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from alora_kernels.adapters.writer import save_adapter
-from alora_kernels.cli import adapters
 
-from ..support.cli import invoke
+from ..support.cli import alora
 from ..support.stock_lora import stock_lora
 from ..support.tiny import Mlp, adapted, llama, logits, tokens
 
 WEIGHTS = "adapter_model.safetensors"
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-app.command("export")(adapters.export_lora)
-app.command("import")(adapters.import_lora)
-
-
-alora = partial(invoke, app)
 
 
 @pytest.fixture

@@ -64,17 +64,6 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.fixture
-def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anything that reads data or a model fails."""
-
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("loaded before the recipe was checked")
-
-    monkeypatch.setattr("alora_kernels.data.load_model", load)
-    monkeypatch.setattr("alora_kernels.data.load_tasks", load)
-
-
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG)
 def test_a_mistake_names_key_value_and_what_is_expected(tmp_path, loads_nothing, text, message):
     path = written(tmp_path, text if text.startswith("tasks:") else f"tasks: [trec]\n{text}")

@@ -17,18 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 from alora_kernels import data
 from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.cli import serve as serve_module
 from alora_kernels.serving import EngineConfig, TaskInfo
 from tests.support.adapters import alora_folder, tiny_base
-from tests.support.cli import invoke
+from tests.support.cli import alora as command_line
 
-app = typer.Typer()
-app.command("serve")(serve_module.serve)
-alora = partial(invoke, app)
+alora = partial(command_line, "serve")
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +38,6 @@ def folder(tmp_path: Path) -> Path:
     """What passes for an adapter until the store looks into it."""
     (tmp_path / "adapter_config.json").write_text("{}")
     return tmp_path
-
-
-@pytest.fixture
-def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load_model", lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.fixture
@@ -126,10 +118,9 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def test_a_real_server_answers_every_task_drains_and_tidies_up(adapter, tmp_path):
-    command = "import sys, typer; from alora_kernels.cli.serve import serve; typer.run(serve)"
     options = ["tiny-random", "--adapter", str(adapter), "--port", "0", "--max-context", "64", "--max-batch", "4"]
     child = subprocess.Popen(
-        [sys.executable, "-c", command, *options],
+        [sys.executable, "-m", "alora_kernels", "serve", *options],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"COLUMNS": "160", "ALORA_API_KEY": "key", "TMPDIR": str(tmp_path)},

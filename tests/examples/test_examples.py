@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from alora_kernels import data
+from ..support.toyrows import need_data
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,14 +21,6 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def need_data() -> None:
-    try:
-        data.load_task("trec", test_size=2)
-        data.load_task("bbc", test_size=2)
-    except data.MissingPackageError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda f: f.stem)
@@ -44,21 +36,21 @@ def test_drop_in_learns_both_tasks():
 
 
 def test_multitask_peft(tmp_path):
-    need_data()
+    need_data("trec", "bbc")
     metrics = load("multitask_peft").main(model="tiny-random", steps=2, batch_size=8, output=str(tmp_path))
     assert {f"eval_accuracy_{task}" for task in ("trec", "movie", "spam", "bbc")} <= set(metrics)
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_soft_routing(tmp_path, monkeypatch):
-    need_data()
+    need_data("trec", "bbc")
     monkeypatch.chdir(tmp_path)
     gates = load("soft_routing").main(model="tiny-random", steps=2, batch_size=4)
     torch.testing.assert_close(gates.sum(-1), torch.ones(2))
 
 
 def test_accelerate_lora(tmp_path):
-    need_data()
+    need_data("trec", "bbc")
     result = load("accelerate_lora").main(model="tiny-random", steps=2, batch_size=4, output=str(tmp_path))
     (loss, _, kept), (stock_loss, _, stock_kept) = result["accelerated"], result["PEFT"]
     assert abs(loss - stock_loss) < 0.1  # other dropout masks

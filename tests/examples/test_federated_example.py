@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from alora_kernels import data
 from alora_kernels.federated import METHODS
 
+from ..support.toyrows import need_data
 from .test_examples import load
 
 TINY = {"model": "tiny-random-encoder", "rounds": 1, "local_steps": 1, "batch_size": 2, "train_size": 8, "test_size": 8}
@@ -16,11 +16,7 @@ TINY = {"model": "tiny-random-encoder", "rounds": 1, "local_steps": 1, "batch_si
 
 @pytest.fixture(autouse=True)
 def _need_data():
-    try:
-        data.load_task("bbc", test_size=2)
-        data.load_task("movie", test_size=2)
-    except data.MissingPackageError as error:
-        pytest.skip(str(error))
+    need_data("bbc", "movie")
 
 
 def test_all_methods_on_four_clients(tmp_path, capsys):

@@ -12,23 +12,16 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server needs the extra `serving`")
 pytest.importorskip("openai", reason="the demo's requests are sent by OpenAI's client")
 
-from alora_kernels import data
 from alora_kernels.recipes import serve_demo
 from alora_kernels.recipes.serve_demo import NOTHING, TASKS, Answer, served
 
+from ..support.toyrows import need_data
 from .test_examples import load
 
 
 @pytest.fixture
 def quick_adapter(tmp_path):
     return serve_demo.adapter_folder("tiny-random", tmp_path)[0]
-
-
-def need_data():
-    try:
-        serve_demo.prompts(1)
-    except data.MissingPackageError as error:
-        pytest.skip(str(error))
 
 
 def gone(pid: int) -> bool:
@@ -40,7 +33,7 @@ def gone(pid: int) -> bool:
 
 
 def test_the_demo(tmp_path, capsys):
-    need_data()
+    need_data(*TASKS)
     answered = load("serve_many_tasks").main(model="tiny-random", requests=12, output=str(tmp_path))
     assert answered == {"trec": 3, "movie": 3, "spam": 2, "bbc": 2, "base": 2}
     shown = " ".join(capsys.readouterr().out.split())
@@ -70,7 +63,7 @@ def test_the_trained_adapter_is_taken_for_its_model_only(tmp_path, monkeypatch):
 
 
 def test_prompts_are_of_the_task_they_go_to():
-    need_data()
+    need_data(*TASKS)
     asked = serve_demo.prompts(10)
     assert [task for task, _ in asked] == [*TASKS, None] * 2
     ends = {"trec": "Type:", "movie": "Sentiment:", "spam": "Spam or ham:", "bbc": "Section:", None: "Type:"}

@@ -1,4 +1,4 @@
-"""A file of texts that tell their label by their letters, so that a random encoder can learn them."""
+"""Rows for tests: files of texts that tell their label by their letters, and data sets that may not be installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import pytest
+
+from alora_kernels import data
+
+
+def need_data(*tasks: str) -> None:
+    """Skip the test where a package with the rows of these tasks is missing."""
+    try:
+        for task in tasks:
+            data.load_task(task, test_size=2)
+    except data.MissingPackageError as error:
+        pytest.skip(str(error))
 
 
 def write(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
