@@ -1,13 +1,9 @@
 """Which rows belong to which task: built once per batch, shared by every layer.
 
 From task ids as the user has them (one per batch row or per token, -1 for the base model alone) to `RowGroups`, as
-kernels want them: for each task the list of its rows. Layers read the ids of the running batch from the routing
-context, `with route(ids): model(x)`.
-
-A `Routing` remembers the groups it built, so a model of 200 layers sorts its ids once. A layer never changes the ids:
-beams and packed rows are expanded here (`expand_ids`), nowhere else. Which dimension of a layer's input is the batch
-cannot be read from its shape: a layer that knows says so (`Layout`); for all others only the first dimension counts,
-and what does not fit is refused.
+kernels want them. Layers read the ids of the running batch from the context, `with route(ids): model(x)`; a `Routing`
+remembers the groups it built, so a model of 200 layers sorts its ids once. Beams and packed rows are expanded here
+(`expand_ids`), nowhere else; what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -101,12 +97,7 @@ class Routing:
         self._checked: set[int] = set()
 
     def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
-        """Row groups for activations of shape `[*leading, K]`, built at the first request.
-
-        Args:
-            leading: the activations' shape without the last dimension.
-            num_tasks: E.
-            device: where the groups are needed; the ids move there once.
+        """Row groups for activations `[*leading, K]` and E tasks on a device, built at the first request.
 
         Raises:
             ValueError: an id is out of range, or the ids do not fit the rows of the layer.
@@ -146,15 +137,7 @@ class Routing:
         return other
 
     def check_batch(self, rows: int, tokens: int | None) -> None:
-        """Raise unless a model's batch has one id per row or token.
-
-        Args:
-            rows: B of the inputs.
-            tokens: how many tokens they hold; None if that is not known.
-
-        Raises:
-            ValueError: with both numbers and the remedy.
-        """
+        """Raise a ValueError, with the remedy, unless a model's batch has one id per row or (None: unknown) token."""
         ids = self.task_ids
         if ids.numel() == tokens or (ids.dim() == 1 and _repeated(rows, ids.numel(), self.repeats)):
             self.one_row = ids.numel() == 1
@@ -209,8 +192,9 @@ def constant_routing(task: int, leading: torch.Size, device: torch.device) -> Ro
 def expand_ids(task_ids: Tensor, leading: torch.Size, repeats: int = 1, layout: Layout | None = None) -> Tensor | None:
     """One id per row of the activations `[*leading, K]` as they are flattened, `[M]`; None if the ids do not fit.
 
-    Ids per batch row, B of them, fit the layouts below; where nothing is known, only the first. Each id counts for
-    `repeats` consecutive rows if the batch has B * repeats, the way `generate` expands its inputs.
+    Which dimension is the batch cannot be read from a shape: a layer that knows says so. Ids per batch row, B of them,
+    fit the layouts below; where nothing is known, only the first. Each id counts for `repeats` consecutive rows if the
+    batch has B * repeats, the way `generate` expands its inputs.
 
     - "batch": `[B, ...]`.
     - "blocks": as many consecutive rows for each batch row: windows `[n B, ...]`, flattened tokens `[B T]`.
@@ -236,11 +220,8 @@ def _per_token(task_ids: Tensor, leading: torch.Size, layout: Layout | None) -> 
             return turned.reshape(-1)
         return task_ids.reshape(-1) if task_ids.shape == leading else None
     packed = len(leading) > 0 and leading[0] == 1
-    if task_ids.shape == leading or packed:
-        return task_ids.reshape(-1)
-    if task_ids.dim() == 1:
-        return None
-    return task_ids.reshape(-1) if len(leading) == 1 or leading[0] == task_ids.shape[0] else None
+    same = task_ids.dim() != 1 and (len(leading) == 1 or leading[0] == task_ids.shape[0])
+    return task_ids.reshape(-1) if task_ids.shape == leading or packed or same else None
 
 
 def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout | None) -> Tensor | None:

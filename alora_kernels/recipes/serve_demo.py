@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import get_peft_model
+
+from .. import data
+from ..adapters.cards import TaskCard, write_task_cards
+from ..adapters.writer import save_adapter
 from ..federated.deploy.processes import Process, Processes, free_port, last_lines
 from ..text import percentile, printable
+from ..tuner import ALoRAConfig, ALoRALayer
 from . import display
 from .demo import RECIPE
 
@@ -57,31 +63,21 @@ def adapter_folder(model: str, output: str | os.PathLike[str]) -> tuple[Path, st
 
 def _random_adapter(model: str, folder: Path) -> None:
     """An ALoRA adapter for the demo's tasks, strong enough that each of them answers in its own way."""
-    import torch
-    from peft import get_peft_model
-
-    from ..adapters.cards import TaskCard, write_task_cards
-    from ..adapters.writer import save_adapter
-    from ..data import TASKS as BUILT_IN
-    from ..data import load_model
-    from ..tuner import ALoRAConfig
-
     display.quiet()
     torch.manual_seed(0)
     config = ALoRAConfig(r=8, tasks=list(TASKS), target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)
-    adapted: Any = get_peft_model(load_model(model)[0], config)
+    adapted: Any = get_peft_model(data.load_model(model)[0], config)
     with torch.no_grad():
-        for layer in (module for module in adapted.modules() if hasattr(module, "asymlora_B")):
-            layer.asymlora_B["default"].weight.normal_(std=0.1)
+        for layer in adapted.modules():
+            if isinstance(layer, ALoRALayer):
+                layer.asymlora_B["default"].weight.normal_(std=0.1)
     save_adapter(adapted, folder)
-    write_task_cards(folder, {task: TaskCard(BUILT_IN[task].template, BUILT_IN[task].labels) for task in TASKS})
+    write_task_cards(folder, {task: TaskCard(data.TASKS[task].template, data.TASKS[task].labels) for task in TASKS})
 
 
 def prompts(count: int) -> list[tuple[str | None, str]]:
     """`count` real test prompts with the task each is for: the demo's tasks in turn, then the base (None)."""
-    from ..data import load_task
-
-    texts = {task: load_task(task, train_size=0, test_size=count)["test"]["prompt"] for task in TASKS}
+    texts = {task: data.load_task(task, train_size=0, test_size=count)["test"]["prompt"] for task in TASKS}
     turn: list[str | None] = [*TASKS, None]
     asked = [turn[i % len(turn)] for i in range(count)]
     return [(task, texts[task or TASKS[0]][i // len(turn)]) for i, task in enumerate(asked)]
@@ -153,11 +149,8 @@ def _numbers(name: str, answers: Sequence[Answer]) -> list[str]:
 
 def memory(address: str) -> str:
     """What the server says its tasks take, in one line."""
-    try:
-        with urllib.request.urlopen(f"{address}/metrics", timeout=5) as reply:
-            lines = [line.split() for line in reply.read().decode().splitlines() if line.startswith("alora_bytes_")]
-    except urllib.error.HTTPError as error:
-        return f"/metrics answered {error.code}"
+    with urllib.request.urlopen(f"{address}/metrics", timeout=5) as reply:
+        lines = [line.split() for line in reply.read().decode().splitlines() if line.startswith("alora_bytes_")]
     numbers = {name: float(value) / 1e6 for name, value in lines}
     task, shared = numbers["alora_bytes_per_task"], numbers["alora_bytes_shared"]
     lora = task + shared
