@@ -236,11 +236,7 @@ class FedConfig(_Frozen):
         return self.dp is not None and self.dp.side == "client"
 
     def client(self, name: str) -> ClientConfig:
-        """The client of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """The client of that name; ConfigError if there is none."""
         for client in self.clients:
             if client.name == name:
                 return client

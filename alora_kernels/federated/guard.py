@@ -200,7 +200,10 @@ class _Round:
         A late or a further reply is reported by itself and takes nothing from its node.
         """
         node, answers = reply.metadata.src_node_id, reply.metadata.reply_to_message_id
-        reason = _error_line(reply) if reply.has_error() else None
+        reason = None
+        if reply.has_error():
+            lines = (reply.error.reason or "").strip().splitlines()
+            reason = lines[-1].strip() if lines else f"error {reply.error.code} without a reason"
         sent = self.sent.get(node)
         if sent is None and reason is not None:  # Flower answers for nodes it lost, from an id that is not theirs
             sent = next((each for each in self.sent.values() if each.message.metadata.message_id == answers), None)
@@ -317,11 +320,6 @@ class _Round:
             "seconds": entry.seconds,
             **measured,
         }
-
-
-def _error_line(reply: Message) -> str:
-    lines = (reply.error.reason or "").strip().splitlines()
-    return lines[-1].strip() if lines else f"error {reply.error.code} without a reason"
 
 
 def _short(text: str, length: int = REASON) -> str:

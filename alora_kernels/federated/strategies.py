@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
-from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 import flwr.serverapp.strategy as flower
@@ -58,21 +57,19 @@ class QFedAvg(_KeepsDtype, flower.QFedAvg):
 
 
 #: name -> class; the others of Flower's need more than the shared arrays
-STRATEGIES: Mapping[str, type[flower.FedAvg]] = MappingProxyType(
-    {
-        "fedavg": flower.FedAvg,
-        "fedavgm": flower.FedAvgM,
-        "fedadam": FedAdam,
-        "fedadagrad": flower.FedAdagrad,
-        "fedyogi": flower.FedYogi,
-        "fedmedian": flower.FedMedian,
-        "fedtrimmedavg": flower.FedTrimmedAvg,
-        "krum": flower.Krum,
-        "multikrum": flower.MultiKrum,
-        "bulyan": flower.Bulyan,
-        "qfedavg": QFedAvg,
-    }
-)
+STRATEGIES: Mapping[str, type[flower.FedAvg]] = {
+    "fedavg": flower.FedAvg,
+    "fedavgm": flower.FedAvgM,
+    "fedadam": FedAdam,
+    "fedadagrad": flower.FedAdagrad,
+    "fedyogi": flower.FedYogi,
+    "fedmedian": flower.FedMedian,
+    "fedtrimmedavg": flower.FedTrimmedAvg,
+    "krum": flower.Krum,
+    "multikrum": flower.MultiKrum,
+    "bulyan": flower.Bulyan,
+    "qfedavg": QFedAvg,
+}
 
 _OURS = {
     **dict.fromkeys(
