@@ -12,10 +12,10 @@ from typing import Any
 import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
-import strategyfakes
 import torch
+import wirefakes
 from flwr.app import ArrayRecord, ConfigRecord
-from strategyfakes import arrays_of, grid_of, play, record_of, wandering
+from wirefakes import arrays_of, grid_of, play, record_of, wandering
 
 from alora_kernels import files
 from alora_kernels.federated import state, wire
@@ -33,7 +33,7 @@ SETTINGS: dict[str, DpSettings | None] = {
 
 def build(name: str = "fedavg", dp: DpSettings | None = None, **options: Any) -> Any:
     """Five of eight nodes are sampled, so that Python's generator matters."""
-    return strategyfakes.build(name, dp, population=8, **{"fraction_train": 5 / 8, **options})
+    return wirefakes.build(name, dp, population=8, **{"fraction_train": 5 / 8, **options})
 
 
 def adaptive(cls: Any, inner: Any) -> Any:
@@ -210,8 +210,8 @@ def test_other_privacy_settings(tmp_path: Path, now: DpSettings, words: str) -> 
 
 
 def test_a_run_may_go_on_with_a_smaller_quorum(tmp_path: Path) -> None:
-    save(tmp_path, strategyfakes.build("fedadam", population=8))
-    smaller = strategyfakes.build("fedadam", nodes=3, population=8, fraction_train=0.5)
+    save(tmp_path, wirefakes.build("fedadam", population=8))
+    smaller = wirefakes.build("fedadam", nodes=3, population=8, fraction_train=0.5)
     state.restore(state.load(tmp_path), smaller)
     assert (smaller.min_train_nodes, smaller.min_available_nodes, smaller.fraction_train) == (3, 3, 0.5)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy
 from torch import nn
 
 from alora_kernels.federated import Limits, Outcome, Participant
 from alora_kernels.federated.config import StrategyConfig
+from alora_kernels.federated.model import matrices
 
 
 def go(folder: Path, spoil: dict[str, toy.Change], **changes: object) -> Outcome:
@@ -64,9 +66,7 @@ def of_rank_three(p: Participant) -> Participant:
 
 SILENT = "^ValueError, see the client's log$"  # a client's text stays at home
 FAULTS = {
-    "raises, ann": ("ann", raising("row 17: patient John Doe"), SILENT),
-    "raises, bob": ("bob", raising("row 17: patient John Doe"), SILENT),
-    "raises, cyd": ("cyd", raising("row 17: patient John Doe"), SILENT),
+    **{f"raises, {name}": (name, raising("row 17: patient John Doe"), SILENT) for name in toy.NAMES},
     "another base model": (
         "bob",
         lambda p: replace(p, base=toy.fingerprint(OtherNet())),
@@ -160,3 +160,89 @@ def test_different_seeds_are_told_apart(tmp_path):
     outcome = go(tmp_path / "out", {"ann": lambda _: toy.participant(other, "ann")})
     assert outcome.status == "finished" and outcome.rejections == []  # its own A is its own affair
     assert not np.array_equal(outcome.arrays["proj.B"], go(tmp_path / "plain", {}).arrays["proj.B"])
+
+
+# ---- what a method trains nowhere stays as it is, whatever evaluation and training do to the model
+
+
+def everybody(change: toy.Change) -> dict[str, toy.Change]:
+    return dict.fromkeys(toy.NAMES, change)
+
+
+@pytest.mark.parametrize("method", ["fedit", "ffa-lora", "fedsa-lora", "fedsa-vera", "fed-alora", "local"])
+def test_an_evaluation_without_the_adapter_changes_nothing(method, tmp_path):
+    """It compares with the base model, through PEFT's own context."""
+    models: dict[str, list[nn.Module]] = {name: [] for name in toy.NAMES}
+
+    def seen(p: Participant) -> Participant:
+        models[p.name].append(p.model)
+        return p
+
+    def looks_at_the_base(p: Participant) -> Participant:
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            with model.disable_adapter():
+                p.evaluate(model)
+            return dict(p.evaluate(model))
+
+        return replace(seen(p), evaluate=evaluate)
+
+    plain = go(tmp_path / "plain", everybody(seen), method=method)
+    looked = go(tmp_path / "looked", everybody(looks_at_the_base), method=method)
+    assert looked.status == "finished" and looked.rejections == []
+    toy.same(looked.arrays, plain.arrays)
+    assert looked.final == plain.final
+    spec = toy.config(tmp_path, method).spec
+    for both in models.values():
+        one, other = (matrices(model, spec) for model in both)
+        assert all(torch.equal(one[key].tensor, other[key].tensor) for key in one)
+
+
+def test_frozen_values_come_back_before_every_round(tmp_path):
+    """Whatever an evaluation leaves in the frozen A."""
+
+    def spoils(p: Participant) -> Participant:
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            scores = dict(p.evaluate(model))
+            for key, matrix in matrices(model, toy.config(tmp_path, "ffa-lora").spec).items():
+                if key.endswith(".A") and asked.get(p.name):  # after training: the next round begins with it
+                    matrix.tensor.data.add_(1.0)
+                asked[p.name] = not asked.get(p.name, False)
+            return scores
+
+        return replace(p, evaluate=evaluate)
+
+    asked: dict[str, bool] = {}
+    plain = go(tmp_path / "plain", {}, method="ffa-lora")
+    found = go(tmp_path / "spoilt", everybody(spoils), method="ffa-lora")
+    toy.same(found.arrays, plain.arrays)
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "fed-alora-het"])
+def test_training_that_moves_a_frozen_part_is_refused_by_name(method, tmp_path):
+    def drifts(p: Participant) -> Participant:
+        def train(model: nn.Module) -> None:
+            p.train(model)
+            frozen = {"ffa-lora": "lora_A", "fed-alora-het": "lora_B"}[method]
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name.removesuffix(".default.weight").endswith(frozen):
+                    tensor.data.add_(0.1)
+
+        return replace(p, train=train)
+
+    outcome = go(tmp_path / "out", {"bob": drifts}, method=method, rounds=1)
+    (refused,) = outcome.rejections
+    assert re.match(rf"client bob: local training changed proj\..*{method}.*disable_adapter", refused["reason"])
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_in_which_nobody_trained_is_not_finished(rounds, tmp_path):
+    """All clients are empty, for fewer rounds than patience; with rows, resumed, it is the run it should have been."""
+    changes = {"rounds": rounds, "guard": Limits(quorum=2, deadline=30.0, patience=3)}
+    outcome = go(tmp_path / "out", everybody(raising("rows must be >= 1, got 0")), **changes)
+    assert (outcome.status, outcome.rounds) == ("stopped", 0)
+    assert "without a quorum" in str(outcome.reason) and "node 1: ValueError" in str(outcome.reason)
+    assert not (tmp_path / "out" / "final.safetensors").exists()
+    resumed = toy.go(toy.config(tmp_path / "out", **changes), resume=True)
+    whole = go(tmp_path / "whole", {}, **changes)
+    assert resumed.status == "finished"
+    toy.same(resumed.arrays, whole.arrays)

@@ -8,16 +8,16 @@ import logging
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.app import Array, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian, strategy_utils
+from wirefakes import SPEC, Clock, failing, guarded, honest, initial, messages, start, update
 
 from alora_kernels.federated import wire
 from alora_kernels.federated.config import Limits
 from alora_kernels.federated.guard import GuardedGrid, QuorumError
 from alora_kernels.federated.local import InProcessGrid
 from alora_kernels.federated.strategies import FedAdam
-from tests.federated.wirefakes import SPEC, Clock, ScriptedGrid, failing, guarded, honest, initial, messages, update
 
 HONEST = {1: honest, 2: honest, 3: honest}
 KEY = "layer.B"
@@ -27,9 +27,9 @@ def silent(message: Message) -> None:
     return None
 
 
-def from_node(node: int):
+def from_node(node: int, made=honest):
     def answer(message: Message) -> Message:
-        reply = honest(message)
+        reply = made(message)
         reply.metadata.__dict__["_src_node_id"] = node
         return reply
 
@@ -77,9 +77,9 @@ def test_replies_are_dense_and_sorted_by_client_name():
 def test_factors_are_accepted_and_equal_to_dense():
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(8, 2)).astype("float32") / 4, rng.normal(size=(2, 4)).astype("float32") / 4
-    start = initial()
-    dense = {KEY: start[KEY] + left @ right, "other.B": start["other.B"]}
-    factors = {KEY + wire.LEFT: left, KEY + wire.RIGHT: right, "other.B": start["other.B"]}
+    other = {"other.B": initial()["other.B"]}
+    dense = {KEY: initial()[KEY] + left @ right, **other}
+    factors = {KEY + wire.LEFT: left, KEY + wire.RIGHT: right, **other}
     grid, events = guarded({1: lambda m: honest(m, arrays=dense), 2: lambda m: honest(m, arrays=factors)})
     first, second = grid.send_and_receive(messages([1, 2]))
     assert first.content["arrays"] == second.content["arrays"]
@@ -207,12 +207,7 @@ def test_one_node_cannot_answer_for_another():
 
 
 def test_an_error_flower_makes_for_a_lost_node_is_that_node_s():
-    def lost(message: Message) -> Message:
-        reply = failing("node unavailable")(message)
-        reply.metadata.__dict__["_src_node_id"] = 777
-        return reply
-
-    grid, events = guarded({1: honest, 2: honest, 3: lost})
+    grid, events = guarded({1: honest, 2: honest, 3: from_node(777, failing("node unavailable"))})
     assert len(grid.send_and_receive(messages([1, 2, 3]))) == 2
     assert len(events) == 4 and (events[2]["node"], events[2]["reason"]) == (3, "node unavailable")
 
@@ -228,9 +223,7 @@ def test_a_client_keeps_its_name_in_events_when_it_fails(caplog):
 
 
 def test_a_method_that_sends_no_arrays_still_has_rounds():
-    alone = dataclasses.replace(SPEC, method="local", arrays={})
-    events: list[dict] = []
-    grid = GuardedGrid(ScriptedGrid(dict(HONEST)), alone, Limits(), run="r", on_event=events.append)
+    grid, events = guarded(HONEST, spec=dataclasses.replace(SPEC, method="local", arrays={}))
     result = FedAvg().start(grid, initial_arrays=wire.to_record({}), num_rounds=1)
     assert [event["accepted"] for event in events if event["event"] == "round"] == [3, 3]
     assert events[3]["bytes_up"] == events[3]["bytes_down"] == 0 and len(result.arrays) == 0
@@ -258,12 +251,7 @@ def test_everything_else_is_forwarded():
         (lambda: messages([1, 1]), "two messages to node 1"),
         (lambda: messages([1], 1) + messages([2], 2), r"rounds \[1, 2\] in one call"),
         (lambda: [Message(RecordDict({"weights": wire.to_record(initial())}), 1, "train")], "arrayrecord_key='arrays'"),
-        (
-            lambda: [
-                Message(RecordDict({"arrays": wire.to_record(initial()), "config": ConfigRecord()}), 1, "train"),
-            ],
-            "lacks an integer 'server-round'",
-        ),
+        (lambda: messages([1], number="first"), "lacks an integer 'server-round'"),
         (lambda: messages([1], arrays={KEY: initial()[KEY]}), r"missing \['other.B'\]"),
         (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 1), "float32")}), r"has shape \(8, 1\)"),
         (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 4))}), "has dtype float64, agreed is float32"),
@@ -284,12 +272,10 @@ def test_a_number_without_a_dimension_keeps_its_shape():
 def test_fewer_than_the_quorum_is_a_void_round_and_arrays_stay():
     bad = failing("ValueError: no")
     grid, events = guarded({1: honest, 2: bad, 3: bad})
-    start = wire.to_record(initial())
-    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
-    result = strategy.start(grid, initial_arrays=start, num_rounds=2)
+    result = start(grid, 3, rounds=2)
     rounds = [event for event in events if event["event"] == "round"]
     assert [(r["void"], r["accepted"]) for r in rounds] == [(True, 1), (True, 1)]
-    assert all(message.content["arrays"] == start for message in grid._grid.sent)
+    assert all(message.content["arrays"] == wire.to_record(initial()) for message in grid._grid.sent)
     assert not result.train_metrics_clientapp
 
 
@@ -335,9 +321,8 @@ def test_flower_s_endless_wait_for_nodes_ends(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(strategy_utils, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
     grid, _ = guarded(HONEST, Limits(deadline=20), clock=clock)
-    strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=5)
     with pytest.raises(QuorumError, match=r"3 nodes are connected and no further one came in 21 s .* 2 replies"):
-        strategy.start(grid, initial_arrays=wire.to_record(initial()), num_rounds=1)
+        start(grid, 5)
     assert clock.now == 121 and not grid._grid.sent
 
 
@@ -385,8 +370,7 @@ def test_norm_cap_and_largest_weight_can_be_set():
 
 def test_fedadam_s_arrays_go_out_as_agreed():
     grid, events = guarded(HONEST)
-    strategy = FedAdam(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3, eta=0.01)
-    result = strategy.start(grid, initial_arrays=wire.to_record(initial()), num_rounds=2)
+    result = start(grid, 3, rounds=2, cls=FedAdam, eta=0.01)
     assert {array.dtype for array in result.arrays.values()} == {"float32"}
     assert {a.dtype for message in grid._grid.sent for a in message.content["arrays"].values()} == {"float32"}
     assert all(event["accepted"] for event in events if event["event"] == "client") and len(events) == 8
@@ -411,6 +395,5 @@ def test_the_mean_does_not_depend_on_the_order_of_arrival():
         grid, _ = guarded(dict.fromkeys(range(1, 8), honest))
         inner = grid._grid.send_and_receive
         grid._grid.send_and_receive = lambda m, inner=inner, order=order, timeout=None: inner(m)[::order]
-        strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=7, min_available_nodes=7)
-        means.append(strategy.start(grid, initial_arrays=wire.to_record(initial()), num_rounds=1).arrays)
+        means.append(start(grid, 7).arrays)
     assert means[0] == means[1]

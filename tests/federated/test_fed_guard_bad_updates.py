@@ -9,14 +9,13 @@ import pickle
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.strategy import FedMedian
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from alora_kernels.federated import wire
-from tests.federated.wirefakes import (
+from wirefakes import (
     SPEC,
     ScriptedGrid,
+    arrays_of,
     content,
     failing,
     guarded,
@@ -25,21 +24,18 @@ from tests.federated.wirefakes import (
     messages,
     numbers,
     record,
+    start,
     update,
 )
+
+from alora_kernels.federated import wire
 
 KEY = "layer.B"
 
 
-def npy(value: np.ndarray, **options) -> bytes:
+def npy(value: np.ndarray, save=np.save, **options) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, value, **options)
-    return buffer.getvalue()
-
-
-def npz(value: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, value)
+    save(buffer, value, **options)
     return buffer.getvalue()
 
 
@@ -59,7 +55,7 @@ def full(value: float, shape: tuple[int, ...] = (8, 4), dtype: str = "float32") 
     return np.full(shape, value, dtype)
 
 
-GOOD = npy(full(0.5))
+GOOD, ARCHIVE = npy(full(0.5)), npy(full(0.5), np.savez)
 ARRAYS = [  # name, what stands in the place of layer.B [8, 4] float32, reason
     ("NaN", full(np.nan), "layer.B has values that are not finite"),
     ("inf", full(-np.inf), "layer.B has values that are not finite"),
@@ -83,7 +79,7 @@ ARRAYS = [  # name, what stands in the place of layer.B [8, 4] float32, reason
     ("cut off", declared(GOOD[:-1]), "layer.B does not decode"),
     ("pickle", declared(pickle.dumps([1.0])), "layer.B does not decode"),
     ("array of objects", declared(npy(np.array([[1.0]], object), allow_pickle=True)), "layer.B does not decode"),
-    ("zip archive", declared(npz(full(0.5))), "layer.B is an archive"),
+    ("zip archive", declared(ARCHIVE), "layer.B is an archive"),
     ("header of 4 PB", declared(header_only((10**15,))), "Unable to allocate"),
     ("other serialisation", declared(GOOD, stype="torch"), "Unsupported serialization type"),
     ("too many bytes", declared(GOOD + bytes(2000)), "layer.B has 2256 bytes, agreed are 128"),
@@ -178,22 +174,21 @@ TABLE = [
 ]
 
 
+def updates_of(nodes) -> list[dict[str, np.ndarray]]:
+    """What the honest clients of these nodes reply."""
+    return [update(message, message.metadata.dst_node_id) for message in messages(nodes)]
+
+
 def mean_of(nodes) -> dict[str, np.ndarray]:
-    """The mean as FedAvg takes it, of the honest clients of these nodes, equal weights."""
-    updates = [update(message, message.metadata.dst_node_id) for message in messages(nodes)]
-    total: dict[str, np.ndarray] = {}
-    for arrays in updates:
-        for key, value in arrays.items():
-            total[key] = total[key] + value * (10 / 30) if key in total else value * (10 / 30)
-    return total
+    """The mean as FedAvg takes it, of the honest clients of three nodes, equal weights."""
+    updates = updates_of(nodes)
+    return {key: sum(arrays[key] * (10 / 30) for arrays in updates) for key in updates[0]}
 
 
 @pytest.mark.parametrize(("bad", "reason"), [pytest.param(bad, reason, id=name) for name, bad, reason in TABLE])
 def test_is_refused_with_its_reason_and_the_mean_is_the_others(bad, reason, caplog):
     grid, events = guarded({1: honest, 2: honest, 3: bad, 4: honest})
-    result = FedAvg(fraction_evaluate=0.0, min_train_nodes=4, min_available_nodes=4).start(
-        grid, initial_arrays=wire.to_record(initial()), num_rounds=1
-    )
+    result = start(grid, 4)
     *clients, total = events
     assert [event["accepted"] for event in clients] == [True, True, False, True]
     assert reason in clients[2]["reason"] and len(clients[2]["reason"]) <= 300
@@ -211,9 +206,8 @@ def test_is_refused_with_its_reason_and_the_mean_is_the_others(bad, reason, capl
 def test_the_median_over_the_guard_is_the_others(name):
     value = next(value for case, value, _ in ARRAYS if case == name)
     grid, _ = guarded({1: honest, 2: honest, 3: with_arrays({KEY: value}), 4: honest})
-    strategy = FedMedian(fraction_evaluate=0.0, min_train_nodes=4, min_available_nodes=4)
-    result = strategy.start(grid, initial_arrays=wire.to_record(initial()), num_rounds=1)
-    updates = [update(message, message.metadata.dst_node_id) for message in messages([1, 2, 4])]
+    result = start(grid, 4, cls=FedMedian)
+    updates = updates_of([1, 2, 4])
     for key, array in result.arrays.items():
         expected = np.median(np.stack([arrays[key] for arrays in updates]), axis=0)
         np.testing.assert_array_equal(array.numpy(), expected, strict=True)
@@ -221,9 +215,7 @@ def test_the_median_over_the_guard_is_the_others(name):
 
 def unguarded(bad) -> dict[str, np.ndarray]:
     """Flower's mean without a guard, of one honest and one bad client."""
-    strategy = FedAvg(fraction_evaluate=0.0)
-    result = strategy.start(ScriptedGrid({1: bad, 2: honest}), initial_arrays=wire.to_record(initial()), num_rounds=1)
-    return {key: array.numpy() for key, array in result.arrays.items()}
+    return arrays_of(start(ScriptedGrid({1: bad, 2: honest}), 2).arrays)
 
 
 def test_without_the_guard_a_nan_is_the_mean():
@@ -237,7 +229,7 @@ def test_without_the_guard_a_shape_that_broadcasts_is_averaged():
 
 def test_without_the_guard_a_negative_weight_takes_over():
     mean = unguarded(with_metrics({wire.EXAMPLES: -9}))[KEY]
-    bad, honest_one = (update(message, message.metadata.dst_node_id)[KEY] for message in messages([1, 2]))
+    bad, honest_one = (arrays[KEY] for arrays in updates_of([1, 2]))
     np.testing.assert_allclose(mean, 10 * honest_one - 9 * bad, rtol=1e-4, atol=1e-5)
 
 
@@ -248,7 +240,7 @@ odd_arrays = st.builds(
     dtype=st.sampled_from(["float32", "float64", "bfloat16", "O", ""]) | st.text(max_size=4),
     shape=st.lists(dimensions, max_size=3).map(tuple) | st.just((8, 4)) | st.just((6, 2)),
     stype=st.sampled_from(["numpy.ndarray", "torch", ""]),
-    data=st.binary(max_size=64) | st.sampled_from([GOOD, GOOD[:-3], npy(full(np.nan)), pickle.dumps(1), npz(full(1))]),
+    data=st.binary(max_size=64) | st.sampled_from([GOOD, GOOD[:-3], npy(full(np.nan)), pickle.dumps(1), ARCHIVE]),
 )
 floats = st.floats(width=32) | st.floats(-1, 1, width=32)
 well_typed = st.lists(floats, min_size=44, max_size=44).map(
@@ -278,7 +270,7 @@ def test_nothing_raises_and_nothing_gets_in_that_was_not_agreed(arrays, metrics,
     assert len(replies) == 2 + events[2]["accepted"]
     if events[2]["accepted"]:
         assert not extra
-        got = {key: array.numpy() for key, array in replies[2].content["arrays"].items()}
+        got = arrays_of(replies[2].content["arrays"])
         assert {key: (str(a.dtype), a.shape) for key, a in got.items()} == dict(SPEC.arrays)
         assert all(np.isfinite(value).all() for value in got.values())
         exact = sum(((got[key].astype(float) - sent[key]) ** 2).sum() for key in got)

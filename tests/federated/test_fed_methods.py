@@ -194,11 +194,6 @@ def test_who_draws_what():
         assert not torch.equal(first("fed-alora-het", "ann")[key], first("fed-alora-het", "bob")[key])
 
 
-def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match=r"unknown federated method 'fedavg'; known are fedit, ffa-lora"):
-        share_spec("fedavg")
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cost_in_words_is_the_formula(method):
     layer, r, d_m = LayerShape(11, 7), 3, 5

@@ -171,19 +171,6 @@ def test_a_division_by_zero_in_training_is_the_client_s(side, tmp_path):
     assert {e["reason"] for e in outcome.rejections} == {"ZeroDivisionError, see the client's log"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"dp": DpSettings(**DP)}, "weights: equal"),
-        ({"dp": DpSettings(**DP), "weights": "equal", "method": "local"}, "nothing travels"),
-        ({"secagg": True}, "secure aggregation is not offered"),
-    ],
-)
-def test_settings_that_promise_what_is_not_there_are_refused(changes, says, tmp_path):
-    with pytest.raises(ValueError, match=says):
-        toy.config(tmp_path, **changes)
-
-
 def test_accounting_of_other_strategies_is_refused(tmp_path):
     config = toy.config(
         tmp_path / "out", dp=DpSettings(**DP), weights="equal", strategy=StrategyConfig(name="fedmedian")
