@@ -37,9 +37,9 @@ class KeepAbsentTasks:
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        self.optimizer = stepping(optimizer)
+        self.optimizer = _stepping(optimizer)
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []  # absent?, values, state
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []  # absent `[E]`, values, state
         self._told: set[str] = set()
         self._handles = (
             self.optimizer.register_step_pre_hook(self._remember),
@@ -54,18 +54,19 @@ class KeepAbsentTasks:
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        watched = [p for p in self._parameters if p.grad is not None and id(p) in stepped]
-        if self._parameters and not watched:
+        self._before = []
+        for p in self._parameters:
+            if p.grad is not None and id(p) in stepped:
+                absent = (p.grad == 0).flatten(1).all(1)  # now: the step may write into the gradient
+                state = {key: value.clone() for key, value in tensors_of(optimizer, p)}
+                self._before.append((p, absent, p.detach().clone(), state))
+        if self._parameters and not self._before:
             self._tell_once(
                 "elsewhere",
                 f"{type(optimizer).__name__} steps other tensors than the model's A matrices (an optimiser inside it or"
                 " a sharded copy does), so tasks that a batch does not hold are not kept as they are: choose another"
                 " optimiser, such as optim='adamw_torch', or say keep_absent_tasks=False",
             )
-        self._before = [
-            (p, _absent(p), p.detach().clone(), {key: value.clone() for key, value in tensors_of(optimizer, p)})
-            for p in watched
-        ]
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -83,13 +84,17 @@ class KeepAbsentTasks:
             views = {key: by_task(value, p, coded=coded) for key, value in state.items()}
             mixed = [key for key, view in views.items() if view is None and changed(state[key], before[key])]
             for key, view in views.items():
-                # codes without their scale would mean other numbers
-                if view is not None and not (mixed and state[key].dtype.itemsize == 1):
-                    old = by_task(before[key], p, coded=coded)
-                    assert old is not None
+                old, is_code = by_task(before[key], p, coded=coded), state[key].dtype.itemsize == 1
+                if view is not None and old is not None and not (mixed and is_code):  # codes need their scale
                     _put_back(view, old, absent)
             if mixed:
-                self._tell_once("mixed", _mixed(optimizer, p, mixed))
+                self._tell_once(
+                    "mixed",
+                    f"{type(optimizer).__name__} keeps {', '.join(mixed)} of an A of shape {tuple(p.shape)} for several"
+                    " tasks together, so moments of tasks that a batch does not hold decay (their matrices stay as they"
+                    " are): choose an optimiser with state per entry, such as optim='adamw_torch', a rank for which r *"
+                    " in_features is a multiple of 256 for 8-bit state, or say keep_absent_tasks=False",
+                )
         self._before = []
 
     def _tell_once(self, kind: str, text: str) -> None:
@@ -98,7 +103,7 @@ class KeepAbsentTasks:
             warnings.warn(text, stacklevel=2)
 
 
-def stepping(optimizer: Any) -> Optimizer:
+def _stepping(optimizer: Any) -> Optimizer:
     """The optimiser that runs torch's hooks, below accelerate's wrapper; TypeError if there is none."""
     inner = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
@@ -123,18 +128,10 @@ def by_task(value: Tensor, p: Tensor, *, coded: bool = False) -> Tensor | None:
         return value
     if shape[1:] == tuple(p.shape):
         return value.transpose(0, 1)
-    blocks = shape[-1] if shape else 0
-    if not coded or not 1 <= len(shape) <= 2 or not blocks or p.numel() % blocks:
-        return None
-    if p[0].numel() % (p.numel() // blocks):  # a block reaches across two tasks
+    blocks = shape[-1] if coded and 1 <= len(shape) <= 2 else 0
+    if not blocks or p.numel() % blocks or p[0].numel() % (p.numel() // blocks):  # the last: one reaches across tasks
         return None
     return value.view(tasks, -1) if len(shape) == 1 else value.view(shape[0], tasks, -1).transpose(0, 1)
-
-
-def _absent(p: nn.Parameter) -> Tensor:
-    """Which tasks have a gradient of zero, `[E]`; asked before the step, which may write into the gradient."""
-    assert p.grad is not None
-    return (p.grad == 0).flatten(1).all(1)
 
 
 def _put_back(target: Tensor, old: Tensor, absent: Tensor) -> None:
@@ -149,12 +146,3 @@ def tensors_of(optimizer: Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Ten
                 yield f"{key}.{name}", getattr(value, name)
         elif isinstance(value, Tensor) and value.numel() > 1:
             yield key, value
-
-
-def _mixed(optimizer: Optimizer, p: Tensor, keys: list[str]) -> str:
-    return (
-        f"{type(optimizer).__name__} keeps {', '.join(keys)} of an A of shape {tuple(p.shape)} for several tasks"
-        " together, so moments of tasks that a batch does not hold decay (their matrices stay as they are): choose an"
-        " optimiser with state per entry, such as optim='adamw_torch', a rank for which r * in_features is a multiple"
-        " of 256 for 8-bit state, or say keep_absent_tasks=False"
-    )

@@ -1,7 +1,5 @@
 """From rows of a tokenised dataset, of different lengths, to one padded batch that mixes tasks, and the tasks' ids.
 
-`ALoRATrainer` and every evaluation use it; it works with any `DataLoader` and with transformers' own Trainer.
-
 A row's logits must not depend on its neighbours. Encoders read their first position, so they are padded on the right;
 language models that can be told positions are padded on the left, so that answers end in the last columns and the
 vocabulary-sized logits are computed there only. `BatchRules` says which.
@@ -73,37 +71,37 @@ class TaskCollator:
                 raise ValueError(
                     f"input_ids of row {row} of the batch have shape {tuple(ids.shape)}, not one token or more"
                 )
-        lengths = [len(ids) for ids in rows]
-        length = self._rounded(max(lengths))
-        if self.rules.leaks and min(lengths) < length:
+        lengths, input_ids = [len(ids) for ids in rows], self._pad("input_ids", rows, self.pad_token_id)
+        if self.rules.leaks and min(lengths) < input_ids.shape[1]:
             warnings.warn(
                 f"layers of {self.rules.leaks} let padding change the tokens beside it: rows are not scored as they are"
                 " alone, unless all rows of a batch have one length",
                 stacklevel=2,
             )
-        batch = {"input_ids": _pad("input_ids", rows, length, self.pad_token_id, self.rules.pad_left)}
-        batch |= self._mask(features, lengths, length)
+        batch = {"input_ids": input_ids, **self._mask(features, lengths, input_ids.shape[1])}
         for name in dict.fromkeys(name for feature in features for name in feature):
             if name not in ("input_ids", "attention_mask", "task", *LABELS):
-                column = self._column(name, [f.get(name) for f in features], lengths, length)
+                column = self._column(name, [f.get(name) for f in features], lengths)
                 batch |= {} if column is None else {name: column}
         labels = next((name for name in LABELS if features[0].get(name) is not None), None)
         if labels is not None:
-            batch["labels"] = self._labels(labels, [f.get(labels) for f in features], lengths, length)
+            batch["labels"] = self._labels(labels, [f.get(labels) for f in features], lengths)
         if self.tasks:
             batch[self.ids_name] = task_ids_from_names([f["task"] for f in features], self.tasks)
         return batch
 
-    def _knows(self, name: str) -> bool:
-        return self.rules.columns is None or name in self.rules.columns
-
-    def _rounded(self, length: int) -> int:
-        """The least multiple that holds the length."""
-        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+    def _pad(self, name: str, tensors: Sequence[Tensor], value: float, *, right: bool = False) -> Tensor:
+        """Rows filled along their first dimension, on the rules' side or the right, to the least multiple."""
+        length = -(-max(len(tensor) for tensor in tensors) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        left, filled = self.rules.pad_left and not right, []
+        for tensor in tensors:
+            fill = tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)
+            filled.append(torch.cat([fill, tensor] if left else [tensor, fill]))
+        return _stack(name, filled)
 
     def _mask(self, features: Sequence[Mapping[str, Any]], lengths: Sequence[int], length: int) -> dict[str, Tensor]:
         """`attention_mask`, and the positions that follow from it where padding is on the left."""
-        if not self._knows("attention_mask"):
+        if not self.rules.takes("attention_mask"):
             if not self.rules.causal and any(n != length for n in lengths):
                 raise ValueError(
                     f"the model takes no attention_mask, so padding would change a row of {min(lengths)} tokens beside"
@@ -111,29 +109,25 @@ class TaskCollator:
                 )
             return {}
         given = [f.get("attention_mask") for f in features]
-        ones = [[1] * n if mask is None else mask for n, mask in zip(lengths, given, strict=True)]
-        masks = _tensors("attention_mask", ones)
+        masks = _tensors("attention_mask", [[1] * n if m is None else m for n, m in zip(lengths, given, strict=True)])
         if any(m.dim() != 1 for m in masks) or not _per_token(masks, lengths):
             raise ValueError("attention_mask must have one entry per token of input_ids in every row")
-        mask = _pad("attention_mask", [m.long() for m in masks], length, 0, self.rules.pad_left)
+        mask = self._pad("attention_mask", [m.long() for m in masks], 0)
         if self.rules.pad_left and self.rules.positions and "position_ids" not in features[0]:
             return {"attention_mask": mask, "position_ids": positions(mask)}
         return {"attention_mask": mask}
 
-    def _column(self, name: str, values: list[Any], lengths: Sequence[int], length: int) -> Tensor | None:
+    def _column(self, name: str, values: list[Any], lengths: Sequence[int]) -> Tensor | None:
         """One of the other columns as a tensor, None where the model has no use for it."""
         said = next((value for value in values if value is not None), None)
-        if not self._knows(name) or said is None or (self.rules.columns is None and isinstance(said, str)):
+        if not self.rules.takes(name) or said is None or (self.rules.columns is None and isinstance(said, str)):
             return None
         tensors = _tensors(name, values)
         if name.startswith("decoder_") and all(t.dim() for t in tensors):  # a sequence of its own
-            fill = self.pad_token_id if name == "decoder_input_ids" else 0
-            return _pad(name, tensors, self._rounded(max(len(t) for t in tensors)), fill, left=False)
-        if _per_token(tensors, lengths):
-            return _pad(name, tensors, length, FILL.get(name, 0), self.rules.pad_left)
-        return _stack(name, tensors)
+            return self._pad(name, tensors, self.pad_token_id if name == "decoder_input_ids" else 0, right=True)
+        return self._pad(name, tensors, FILL.get(name, 0)) if _per_token(tensors, lengths) else _stack(name, tensors)
 
-    def _labels(self, name: str, values: list[Any], lengths: Sequence[int], length: int) -> Tensor:
+    def _labels(self, name: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
         """Labels in the form the model's own loss takes: of rows, of tokens, or a sequence of their own."""
         tensors, rules = _tensors(name, values), self.rules
         if len({t.dim() for t in tensors}) > 1:
@@ -142,27 +136,27 @@ class TaskCollator:
             return _labels_of_rows(_stack(name, tensors), rules)
         tensors = [t.long() if t.dtype == torch.bool else t for t in tensors]
         if rules.encoder_decoder:
-            return _pad(name, tensors, self._rounded(max(t.shape[0] for t in tensors)), IGNORED, left=False)
+            return self._pad(name, tensors, IGNORED, right=True)
         floats = tensors[0].is_floating_point()
-        if _per_token(tensors, lengths):
-            if floats and any(n != length for n in lengths):
-                raise ValueError(
-                    f"column {name!r} holds floats per token, for which there is no value that a loss ignores: use"
-                    " batches of rows of one length"
-                )
-            labels = _pad(name, tensors, length, IGNORED, rules.pad_left)
-            if rules.shifts:  # nothing comes before a first token but padding
-                starts = torch.tensor([length - n if rules.pad_left else 0 for n in lengths])
-                labels[torch.arange(len(lengths)), starts] = IGNORED
-            return labels
-        if floats:
-            return _stack(name, tensors)
-        row = next(i for i, t in enumerate(tensors) if t.shape[0] != lengths[i])
-        raise ValueError(
-            f"column {name!r} of row {row} of the batch has {tensors[row].shape[0]} labels for {lengths[row]} tokens of"
-            " input_ids: give one per token with -100 where nothing is asked, or one per row; several per row"
-            " (a classifier's) and a sequence of their own (an encoder-decoder's) need TaskCollator(..., model=model)"
-        )
+        if not _per_token(tensors, lengths):
+            if floats:
+                return _stack(name, tensors)
+            row = next(i for i, t in enumerate(tensors) if len(t) != lengths[i])
+            raise ValueError(
+                f"column {name!r} of row {row} of the batch has {len(tensors[row])} labels for {lengths[row]} tokens of"
+                " input_ids: give one per token with -100 where nothing is asked, or one per row; several per row (a"
+                " classifier's) and a sequence of their own (an encoder-decoder's) need TaskCollator(..., model=model)"
+            )
+        labels = self._pad(name, tensors, IGNORED)
+        if floats and any(n != labels.shape[1] for n in lengths):
+            raise ValueError(
+                f"column {name!r} holds floats per token, for which there is no value that a loss ignores: use batches"
+                " of rows of one length"
+            )
+        if rules.shifts:  # nothing comes before a first token but padding
+            starts = torch.tensor([labels.shape[1] - n if rules.pad_left else 0 for n in lengths])
+            labels[torch.arange(len(lengths)), starts] = IGNORED
+        return labels
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -221,15 +215,6 @@ def _stack(name: str, tensors: Sequence[Tensor]) -> Tensor:
             " equal nor one entry per token of input_ids; leave it out, or give a data_collator that knows it"
         )
     return torch.stack(list(tensors))
-
-
-def _pad(name: str, tensors: Sequence[Tensor], length: int, value: float, left: bool) -> Tensor:
-    """Rows filled to one length along their first dimension."""
-    filled = []
-    for tensor in tensors:
-        fill = tensor.new_full((length - tensor.shape[0], *tensor.shape[1:]), value)
-        filled.append(torch.cat([fill, tensor] if left else [tensor, fill]))
-    return _stack(name, filled)
 
 
 def _per_token(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:

@@ -1,13 +1,9 @@
-"""How well a model answers, task by task, on mixed batches.
-
-From a model, encoded rows (`input_ids`, `labels`, `task`) and the words each task may answer with to accuracy per task;
-where answers are texts, to the loss per token of the right one. `judging` and `batches` serve any other judge too.
+"""How well a model answers, task by task, on mixed batches: accuracy of words, loss of texts.
 
 For words the row is cut before its answer and the whole words compete by their likelihood: the choice a user of a
-classifier sees, and the same question for the untuned base, which rarely says exactly the right word of its own accord.
-A log-probability is at most 0, so what is known of a word bounds the whole of it from above. The word with the highest
-bound is looked at until it is known whole; then no other can be likelier. Words of one token need the prompt alone, and
-so does every word whose first token is already out of the race.
+classifier sees, and the same question for the untuned base. A log-probability is at most 0, so what is known of a word
+bounds the whole of it from above. The word with the highest bound is looked at until it is known whole; then no other
+can be likelier. Words of one token need the prompt alone, and so does every word that its first token rules out.
 """
 
 from __future__ import annotations
@@ -23,16 +19,17 @@ from torch import Tensor, nn
 
 from ..routing import route
 from .collator import TaskCollator
-from .loss import kept_positions, next_labels, predictable, row_losses
+from .loss import kept_positions, label_counts, next_labels, predictable, row_losses
 from .rules import IGNORED
 
+Row = Mapping[str, Any]
 Word = tuple[int, ...]
 
 
 @torch.no_grad()
 def choice_accuracy(
     model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     choices: Mapping[str, Sequence[Sequence[int] | int]],
     *,
     tasks: Sequence[str] | None,
@@ -106,7 +103,7 @@ def _log_probabilities(
 @torch.no_grad()
 def answer_loss(
     model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     *,
     tasks: Sequence[str] | None,
     pad_token_id: int = 0,
@@ -132,8 +129,9 @@ def answer_loss(
         for chunk, batch in batches(model, _judged(rows), collate, batch_size):
             labels = predictable(batch.pop("labels"), batch["attention_mask"])
             keep = kept_positions(labels)
-            losses, counts, _ = row_losses(_logits(model, batch, tasks, keep), next_labels(labels[:, keep]))
-            for row, value in zip(chunk, (losses / counts).tolist(), strict=True):
+            asked = next_labels(labels[:, keep])
+            losses, _ = row_losses(_logits(model, batch, tasks, keep), asked)
+            for row, value in zip(chunk, (losses / label_counts(asked)).tolist(), strict=True):
                 found[row["task"]].append(value)
             on_batch(len(chunk))
     return {task: _mean(values) for task, values in found.items()}
@@ -148,9 +146,6 @@ def judging(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-Row = Mapping[str, Any]
 
 
 def batches(
@@ -188,12 +183,10 @@ class Question:
         right: the number of the right word; None if the row answers with none of them.
     """
 
-    def __init__(
-        self, row: Mapping[str, Any], words: Sequence[Word], eos_token_id: int | None, per_token: bool
-    ) -> None:
-        labels = as_list(row["labels"])
-        start = first_label(labels) or 0
-        self.task, self.prompt, self.words = row["task"], as_list(row["input_ids"])[:start], words
+    def __init__(self, row: Row, words: Sequence[Word], eos_token_id: int | None, per_token: bool) -> None:
+        labels = torch.as_tensor(row["labels"]).tolist()
+        start = _first_label(labels) or 0
+        self.task, self.prompt, self.words = row["task"], torch.as_tensor(row["input_ids"]).tolist()[:start], words
         self.context: Word = ()
         self._lengths = [len(word) if per_token else 1 for word in words]
         self._known = [0] * len(words)  # tokens of each word
@@ -219,19 +212,13 @@ class Question:
         return best if self._known[best] == len(self.words[best]) else None
 
 
-def first_label(labels: Sequence[int]) -> int | None:
+def _first_label(labels: Sequence[int]) -> int | None:
     """Position of the first label that follows a token; None without one."""
     return next((i for i, label in enumerate(labels) if i and label != IGNORED), None)
 
 
-def as_list(values: Any) -> list[int]:
-    """Ids as Python's, from a list, an array or a tensor."""
-    return torch.as_tensor(values).tolist()
-
-
-def _judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that ask for something; says how many do not."""
-    kept = [row for row in rows if first_label(as_list(row["labels"])) is not None]
+def _judged(rows: Sequence[Row]) -> list[Row]:
+    kept = [row for row in rows if _first_label(torch.as_tensor(row["labels"]).tolist()) is not None]
     if len(kept) < len(rows):
         warnings.warn(
             f"{len(rows) - len(kept)} of {len(rows)} rows are left out: no label in them follows a token", stacklevel=3

@@ -1,8 +1,5 @@
 """The loss of a batch, row by row where the model's own loss is a cross entropy of its labels, and its sums by task.
 
-From a model and a batch with labels to the model's outputs, its mean loss and what each row scored; from many batches
-to loss and accuracy of each task. `ALoRATrainer` logs them, `evaluate` takes the loss of answers that are texts.
-
 Which loss a model has is not guessed: two rows of the first batch are run once with labels, and the value the model
 gives is compared with the cross entropy of its logits, shifted by one token and not. What agrees with neither is left
 to the model, and there is no loss per task then.
@@ -21,27 +18,18 @@ from .rules import IGNORED, BatchRules
 from .tasks import all_per_row
 
 UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
-LOSS, LABELS, MEANS, RIGHT, ROWS = range(5)  # the sums of a task
 TRIALS = 4  # at most so many calls for a head with a label per row
 FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
 
 
 class Scored(NamedTuple):
-    """What one call of the model gave.
-
-    Attributes:
-        outputs: of the model.
-        mean: its loss, a mean over the labels of the batch.
-        losses: sum of the negative log-likelihoods of each row's labels `[B]`; None where the loss is another one.
-        counts: labels of each row `[B]`.
-        right: whether the largest logit is right at every label `[B]`; None where `losses` is.
-    """
+    """What one call of the model gave."""
 
     outputs: Any
-    mean: Tensor
-    losses: Tensor | None
-    counts: Tensor
-    right: Tensor | None
+    mean: Tensor  # the model's loss, a mean over the labels of the batch
+    losses: Tensor | None  # sum of the negative log-likelihoods of each row's labels `[B]`; None of another loss
+    counts: Tensor  # labels of each row `[B]`
+    right: Tensor | None  # whether the largest logit is right at every label `[B]`; None where `losses` is
 
 
 class ModelLoss:
@@ -54,7 +42,7 @@ class ModelLoss:
     """
 
     def __init__(self, rules: BatchRules) -> None:
-        self.rules, self.shifts = rules, bool(rules.shifts)
+        self.rules, self.shifts = rules, rules.shifts
         self.by_rows: bool | None = None
         self._labelled = rules.needs_labels  # without labels it gives something else, or nothing
 
@@ -86,10 +74,8 @@ class ModelLoss:
         `call` is the model, routed for the rows it gets; a batch with images or the like is run whole. `agree` gives
         the largest verdict of all processes, which must run the model equally often.
         """
-        if self.by_rows is not None:
-            return
         labels = inputs["labels"]
-        if labels.is_floating_point() or labels.dim() > 2:
+        if self.by_rows is not None or labels.is_floating_point() or labels.dim() > 2:
             return
         rows = label_counts(labels).topk(min(2, len(labels))).indices
         if labels.dim() == 1:  # one label per row: several rows, for several classes
@@ -130,8 +116,12 @@ class ModelLoss:
     def _compare(self, outputs: Any, labels: Tensor) -> int:
         """What the value of the model's loss says of it: `UNKNOWN`, `ALIGNED`, `SHIFTED` or `OTHER`."""
         own, logits, extra = (_value(outputs, name) for name in ("loss", "logits", "aux_loss"))
-        if own is None or logits is None or not _fits(logits, labels):
+        if own is None or logits is None or logits.shape[:-1] != labels.shape:
             return OTHER
+        classes = labels[labels != IGNORED]
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < logits.shape[-1]:
+            return OTHER
+        same_sum = 1e-5 if own.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(own.dtype).eps
         agreed = []
         for shifts in (False, True)[: labels.dim()]:
             aligned = next_labels(labels) if shifts else labels
@@ -139,7 +129,7 @@ class ModelLoss:
                 return UNKNOWN  # no label to tell by: another batch will
             by_class = logits.flatten(0, -2).to(own.dtype)  # rounded as the model rounds
             mean = self._balanced(F.cross_entropy(by_class, aligned.flatten(), ignore_index=IGNORED), extra)
-            if torch.isclose(own.double(), mean.double(), rtol=_tolerance(own)):
+            if torch.isclose(own.double(), mean.double(), rtol=same_sum):
                 agreed.append(SHIFTED if shifts else ALIGNED)
         if len(agreed) == 2:
             return UNKNOWN  # uniform logits: both agree
@@ -156,16 +146,24 @@ class ModelLoss:
         counts = label_counts(self.counted(inputs))
         if not self.by_rows:
             outputs = model(**known | {"labels": labels})
-            return Scored(outputs, _own(outputs, counts), None, counts, None)
+            own, logits = _value(outputs, "loss"), _value(outputs, "logits")
+            if own is None:
+                raise ValueError(
+                    "the model gives no loss for these labels: choose a class with a head for the task, or pass"
+                    " compute_loss_func to the trainer"
+                )
+            if logits is not None and not counts.any():  # a mean over nothing is no number
+                own = logits.sum() * 0.0
+            return Scored(outputs, own, None, counts, None)
         if not self._wants_labels(known):
             del known["labels"]
-        chooses = self.shifts and self.rules.columns is not None and "logits_to_keep" in self.rules.columns
+        chooses = self.shifts and "logits_to_keep" in (self.rules.columns or ())
         if chooses and not (all_logits or self._labelled or isinstance(model, nn.DataParallel)):
             known["logits_to_keep"] = kept_positions(labels)
             labels = labels[:, known["logits_to_keep"]]
         outputs = model(**known)
         aligned = next_labels(labels) if self.shifts else labels
-        losses, _, right = row_losses(outputs["logits"], aligned, label_smoothing)
+        losses, right = row_losses(outputs["logits"], aligned, label_smoothing)
         mean = losses.sum() / counts.sum().clamp_min(1)
         return Scored(outputs, self._balanced(mean, _value(outputs, "aux_loss")), losses, counts, right)
 
@@ -174,23 +172,18 @@ class ModelLoss:
         return mean if extra is None else mean + self.rules.balancing * extra
 
 
-def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`Scored.losses` and `Scored.right` of each row, and between them its number of labels.
-
-    From logits `[B, T, V]`, or `[B, V]` of a classifier of rows, and labels `[B, T]` or `[B]`: what the logits at the
-    same place are asked for, -100 where nothing is.
-    """
+def row_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`Scored.losses` and `.right` of logits `[B, T, V]` or `[B, V]` and labels of the same places, -100 for none."""
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} cannot be aligned: they"
             " must have the same rows and positions; nothing in a batch may have another first dimension than its rows"
         )
-    counts = label_counts(labels)
     by_class = logits.movedim(-1, 1).float()
     losses = F.cross_entropy(by_class, labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
     right = (logits.argmax(-1) == labels) | (labels == IGNORED)
     rows = len(labels)
-    return losses.view(rows, -1).sum(1), counts, right.view(rows, -1).all(1)
+    return losses.view(rows, -1).sum(1), right.view(rows, -1).all(1)
 
 
 def label_counts(labels: Tensor) -> Tensor:
@@ -222,35 +215,12 @@ def kept_positions(labels: Tensor) -> Tensor:
     return torch.arange(max(first, 1) - 1, last + 1, device=labels.device)
 
 
-def _own(outputs: Any, counts: Tensor) -> Tensor:
-    """The model's loss; zero for a batch without labels, whose mean is no number."""
-    loss, logits = _value(outputs, "loss"), _value(outputs, "logits")
-    if loss is None:
-        raise ValueError(
-            "the model gives no loss for these labels: choose a class with a head for the task, or pass"
-            " compute_loss_func to the trainer"
-        )
-    return logits.sum() * 0.0 if logits is not None and not counts.any() else loss
-
-
 def _value(outputs: Any, name: str) -> Tensor | None:
-    """A tensor among a model's outputs; a plain tuple begins with the loss."""
+    """A plain tuple begins with the loss."""
     if isinstance(outputs, tuple):
         return outputs[0] if name == "loss" else None
     value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
     return value if isinstance(value, Tensor) else None
-
-
-def _fits(logits: Tensor, labels: Tensor) -> bool:
-    """Whether the labels are classes that the logits at the same places choose from."""
-    classes = labels[labels != IGNORED]
-    within = not len(classes) or (int(classes.min()) >= 0 and int(classes.max()) < logits.shape[-1])
-    return logits.shape[:-1] == labels.shape and within
-
-
-def _tolerance(loss: Tensor) -> float:
-    """Within which one mean of the same numbers equals another."""
-    return 1e-5 if loss.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(loss.dtype).eps
 
 
 class TaskSums:
@@ -258,7 +228,7 @@ class TaskSums:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.rows = tuple(names), 0
-        self._sums = torch.zeros(5, len(self.names), dtype=torch.float64)
+        self._sums = torch.zeros(5, len(self.names), dtype=torch.float64)  # rows as `add` stacks them
         self._unlabelled = torch.zeros((), dtype=torch.long)
 
     def add(self, task_ids: Tensor, counts: Tensor, losses: Tensor | None, right: Tensor | None) -> None:
@@ -285,14 +255,14 @@ class TaskSums:
     def logs(self) -> dict[str, float]:
         """Mean loss per label of each task that came."""
         columns = zip(self.names, self._sums.T.tolist(), strict=True)
-        return {f"loss_{name}": sums[LOSS] / sums[LABELS] for name, sums in columns if sums[LABELS]}
+        return {f"loss_{name}": loss / labels for name, (loss, labels, *_) in columns if labels}
 
     def metrics(self) -> dict[str, float]:
         """Loss per label and exact-match accuracy of each task, rows alike, and the mean accuracy over tasks."""
         found: dict[str, float] = {}
-        for name, sums in zip(self.names, self._sums.T.tolist(), strict=True):
-            if sums[ROWS]:
-                found[f"loss_{name}"] = sums[MEANS] / sums[ROWS]
-                found[f"accuracy_{name}"] = sums[RIGHT] / sums[ROWS]
-        each = [value for key, value in found.items() if key.startswith("accuracy_")]
+        each = []
+        for name, (_, _, means, right, rows) in zip(self.names, self._sums.T.tolist(), strict=True):
+            if rows:
+                each.append(right / rows)
+                found |= {f"loss_{name}": means / rows, f"accuracy_{name}": right / rows}
         return {**found, "accuracy": sum(each) / len(each)} if each else {}

@@ -1,7 +1,6 @@
-"""What a model expects of a batch, read from its class: which columns, where padding goes, what labels are.
+"""What a model, wrapped by PEFT or not, expects of a batch: its columns, where padding goes, what labels are.
 
-From a transformers model, wrapped by PEFT or not, to the `BatchRules` that `TaskCollator` pads by and `ModelLoss` reads
-the loss by.
+Read from its class. `TaskCollator` pads by it, `ModelLoss` reads the loss by it.
 """
 
 from __future__ import annotations
@@ -23,39 +22,26 @@ LEAKS = {"convbert", "prophetnet"}  # a convolution over masked tokens; the othe
 
 @dataclass(frozen=True)
 class BatchRules:
-    """What a batch must look like; the defaults are those of a causal language model that nothing is known of.
+    """What a batch must look like; the defaults are those of a causal language model that nothing is known of."""
 
-    Attributes:
-        columns: arguments of the forward; None where any column may pass.
-        pad_left: whether short rows are filled on the left.
-        positions: whether a batch padded on the left needs `position_ids`, and is exact with them.
-        causal: whether a token sees only those before it, so that padding on the right needs no mask.
-        shifts: whether the label at t is compared with what position t - 1 predicts; None where nothing is known.
-        encoder_decoder: labels are a sequence of their own.
-        labels: the number of labels of a classifier of rows, else None.
-        problem: `config.problem_type`, and "regression" for a classifier of rows with one label.
-        pad_token_id: of the model's config, where it names a token.
-        needs_labels: whether the forward cannot be called without.
-        counts_rows: whether the loss is a mean over rows, however many labels they have (CTC).
-        balancing: the weight of the balancing loss that a mixture of experts returns.
-        leaks: the model's type, where its own layers let padding change the tokens beside it.
-        model: the name of the class.
-    """
+    columns: frozenset[str] | None = None  # arguments of the forward; None where any column may pass
+    pad_left: bool = True  # short rows are filled on the left
+    positions: bool = True  # a batch padded on the left needs `position_ids`, and is exact with them
+    causal: bool = True  # a token sees only those before it, so that padding on the right needs no mask
+    shifts: bool = False  # the label at t is known to be compared with what position t - 1 predicts
+    encoder_decoder: bool = False  # labels are a sequence of their own
+    labels: int | None = None  # number of labels of a classifier of rows
+    problem: str | None = None  # `config.problem_type`, and "regression" for a classifier of rows with one label
+    pad_token_id: int | None = None  # of the model's config, where it names a token
+    needs_labels: bool = False  # the forward cannot be called without
+    counts_rows: bool = False  # the loss is a mean over rows, however many labels they have (CTC)
+    balancing: float = 0.0  # weight of the balancing loss that a mixture of experts returns
+    leaks: str | None = None  # the model's type, where its own layers let padding change the tokens beside it
+    model: str = ""  # name of the class
 
-    columns: frozenset[str] | None = None
-    pad_left: bool = True
-    positions: bool = True
-    causal: bool = True
-    shifts: bool | None = None
-    encoder_decoder: bool = False
-    labels: int | None = None
-    problem: str | None = None
-    pad_token_id: int | None = None
-    needs_labels: bool = False
-    counts_rows: bool = False
-    balancing: float = 0.0
-    leaks: str | None = None
-    model: str = ""
+    def takes(self, name: str) -> bool:
+        """Whether the forward may be given a column."""
+        return self.columns is None or name in self.columns
 
     @classmethod
     def of(cls, model: Any) -> BatchRules:
@@ -69,7 +55,8 @@ class BatchRules:
         labels = getattr(config, "num_labels", None) if name.endswith("ForSequenceClassification") else None
         parameters = inspect.signature(base.forward).parameters
         columns = _columns(parameters)
-        causal, shifts = _is_causal(base, config), _shifts(base, config)
+        two_texts = bool(getattr(config, "is_encoder_decoder", False))
+        causal, shifts = not two_texts and _is_causal(name, kind), not two_texts and _shifts(base)
         # Left padding lets the answers of a language model end in the last columns. It is exact where positions can be
         # given and nothing but masked attention looks at other tokens; padding on the right is exact in any decoder.
         given = {"position_ids", "attention_mask"} <= (columns or set()) and "pixel_values" not in (columns or ())
@@ -81,7 +68,7 @@ class BatchRules:
             positions=told,
             causal=causal,
             shifts=shifts,
-            encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+            encoder_decoder=two_texts,
             labels=labels,
             problem=getattr(config, "problem_type", None) or ("regression" if labels == 1 else None),
             pad_token_id=pad if isinstance(pad, int) and 0 <= pad < size else None,
@@ -117,28 +104,25 @@ def _columns(parameters: Any) -> frozenset[str] | None:
 def _only_attends(base: Any, config: Any) -> bool:
     """Whether no layer carries a state from token to token, which padding before them would enter."""
     kinds = getattr(config, "layer_types", None) or ()
-    carries = [kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear")]
+    carries = any(not kind.endswith("attention") or kind.startswith("linear") for kind in kinds)
     return not carries and not getattr(base, "_is_stateful", False)
 
 
-def _is_causal(base: Any, config: Any) -> bool:
-    """Whether the class is a decoder; families with a masked language model are encoders, the unknown is believed."""
-    kind = getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False) or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return False
-    return not kind or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _is_language_model(base)
-
-
-def _is_language_model(base: Any) -> bool:
-    name = type(base).__name__
+def _is_language_model(name: str) -> bool:
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "CausalLM" in name or "LMHead" in name
 
 
-def _shifts(base: Any, config: Any) -> bool:
-    """Whether the loss of the class compares position t with label t + 1, as far as its source tells."""
-    if getattr(config, "is_encoder_decoder", False):
+def _is_causal(name: str, kind: str | None) -> bool:
+    """Whether the class is a decoder; families with a masked language model are encoders, the unknown is believed."""
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return False
-    if LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is not ForCausalLMLoss and not _is_language_model(base):
+    return not kind or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _is_language_model(name)
+
+
+def _shifts(base: Any) -> bool:
+    """Whether the loss of the class compares position t with label t + 1, as far as its source tells."""
+    known = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    if not known and not _is_language_model(type(base).__name__):
         return False
     try:
         source = inspect.getsource(inspect.unwrap(type(base).forward))

@@ -1,16 +1,11 @@
 """Tasks as a model has them and as a dataset names them: the table of names, the routing of a batch, the order of rows.
 
-`ALoRATrainer` checks the names of model and dataset against each other here before training, and routes each batch.
-The layers are ALoRA's or those of a method it is compared with; the sampler works with any `DataLoader`.
-
 The numbers in a batch count the names of one table, the collator's. Which adapter is active, and in which order it has
-its tasks, may change after the collator was made, so each batch is routed by the names its numbers stand for. No rows
-are read that are costly to make.
+its tasks, may change afterwards, so each batch is routed by the names. No rows are read that are costly to make.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,30 +22,28 @@ from ..tuner.router import BatchRouting
 
 Tables = dict[str, tuple[str, ...]]
 DROP_IN = ""  # drop-in layers have one table and no adapter's name
+KINDS = (ALoRALayer, FusedALoRALinear, AdaptedLinear)
 NOT_KNOWN = -2
 PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_attention_mask")
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # one entry per row in the shape of input_ids
 
 
-def task_layers(model: nn.Module) -> list[nn.Module]:
+def task_layers(model: nn.Module) -> list[Any]:
     """The layers that may be routed by ids."""
-    kinds = (ALoRALayer, FusedALoRALinear, AdaptedLinear)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if isinstance(module, KINDS)]
 
 
-def active_tables(layers: Iterable[nn.Module]) -> Tables:
+def active_tables(layers: Iterable[Any]) -> Tables:
     """Adapter -> its task names, for each adapter that is active now and picks by ids; `DROP_IN` for drop-in layers."""
     tables: Tables = {}
     for module in layers:
         if isinstance(module, ALoRALayer):
             specs = module.asymlora_spec
             tables.update({n: specs[n].tasks for n in module.active_adapters if n in specs and specs[n].tasks})
-            continue
-        tasks = module.tasks if isinstance(module, FusedALoRALinear | AdaptedLinear) else ()
-        if tasks and tables.setdefault(DROP_IN, tasks) != tasks:
+        elif module.tasks and tables.setdefault(DROP_IN, module.tasks) != module.tasks:
             raise ValueError(
-                f"some layers have the tasks {', '.join(tables[DROP_IN])}, others {', '.join(tasks)}: a batch has one"
-                " id per row, so give all layers the same tasks in the same order"
+                f"some layers have the tasks {', '.join(tables[DROP_IN])}, others {', '.join(module.tasks)}: a batch"
+                " has one id per row, so give all layers the same tasks in the same order"
             )
     return tables
 
@@ -62,7 +55,7 @@ def names_of(tables: Tables) -> tuple[str, ...]:
 
 def check_adapted(model: nn.Module) -> None:
     """Raise ValueError unless the model has something to train for tasks: ALoRA layers, or any PEFT adapter."""
-    kinds = (FusedALoRALinear, AdaptedLinear, BaseTunerLayer)
+    kinds = (*KINDS, BaseTunerLayer)
     if not getattr(model, "peft_config", None) and not any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError(
             "the model has no ALoRA layer: wrap it with get_peft_model(model, ALoRAConfig(...)), add an adapter with"
@@ -73,15 +66,13 @@ def check_adapted(model: nn.Module) -> None:
 
 def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
     """What each task has for itself in a routed model: the stacked A `[E, R, K]`, and B where they are stacked too."""
-    for module in model.modules():
-        if isinstance(module, ALoRALayer):
-            routed = {name for name, spec in module.asymlora_spec.items() if spec.tasks}
-            mine = [(name, p) for name, p in module.named_parameters() if routed & set(name.split("."))]
-        elif isinstance(module, FusedALoRALinear | AdaptedLinear) and module.tasks:
-            mine = list(module.named_parameters())
-        else:
-            continue
-        yield from (p for name, p in mine if ("lora_A" in name or "lora_B" in name) and p.dim() == 3)
+    for module in task_layers(model):
+        specs = module.asymlora_spec if isinstance(module, ALoRALayer) else {}
+        routed = {name for name, spec in specs.items() if spec.tasks}
+        for name, p in module.named_parameters():
+            mine = routed & set(name.split(".")) if isinstance(module, ALoRALayer) else module.tasks
+            if mine and ("lora_A" in name or "lora_B" in name) and p.dim() == 3:
+                yield p
 
 
 def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Routing:
@@ -134,16 +125,13 @@ def side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def all_per_row(inputs: Mapping[str, Any]) -> bool:
     """Whether a batch holds nothing but tensors that are known to have one entry per row."""
-    input_ids = inputs.get("input_ids")
-    if not isinstance(input_ids, Tensor):
-        return False
-
-    def is_per_row(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.shape[:1] != input_ids.shape[:1]:
-            return False
-        return name in PER_ROW or (name in PER_TOKEN and value.shape == input_ids.shape)
-
-    return all(is_per_row(name, value) for name, value in inputs.items())
+    shape = getattr(inputs.get("input_ids"), "shape", None)
+    return shape is not None and all(
+        isinstance(value, Tensor)
+        and value.shape[:1] == shape[:1]
+        and (name in PER_ROW or (name in PER_TOKEN and value.shape == shape))
+        for name, value in inputs.items()
+    )
 
 
 def task_column(name: str, dataset: Any, *, read_rows: bool = False) -> list[Any] | None:
@@ -274,7 +262,9 @@ class TaskBalancedSampler(Sampler[int]):
         self._members: dict[str | int, list[int]] = {}
         for index, task in enumerate(tasks):
             self._members.setdefault(plain_task(task), []).append(index)
-        self.counts = _shares({task: len(m) for task, m in self._members.items()}, temperature)
+        weights = {task: len(members) ** (1.0 / temperature) for task, members in self._members.items()}
+        scale = len(tasks) / sum(weights.values())
+        self.counts = {task: max(1, round(weight * scale)) for task, weight in weights.items()}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of this epoch; called by the trainer, also when it resumes."""
@@ -295,11 +285,3 @@ class TaskBalancedSampler(Sampler[int]):
             places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
             placed += zip(places.tolist(), (members[i] for i in order), strict=True)
         return iter([index for _, index in sorted(placed)])
-
-
-def _shares(sizes: dict[str | int, int], temperature: float) -> Counter[str | int]:
-    """How many draws each task gets in an epoch; together about as many as there are examples."""
-    total = sum(sizes.values())
-    weights = {task: size ** (1.0 / temperature) for task, size in sizes.items()}
-    scale = total / sum(weights.values())
-    return Counter({task: max(1, round(weight * scale)) for task, weight in weights.items()})

@@ -1,9 +1,8 @@
 """`ALoRATrainer`: transformers' Trainer for batches that mix tasks.
 
-It takes a model with ALoRA layers (the PEFT tuner or `FusedALoRALinear`) and a dataset with a `task` column, and logs
-the loss of each task, in evaluations its accuracy too. What is added is small: the collator turns names into ids,
-`compute_loss` sets the routing context around the model call, and the model's own loss is taken by rows, where it can
-be, so that each task's share can be logged. Everything else, resume included, is Trainer's own.
+What is added is small: the collator turns names into ids, `compute_loss` sets the routing context around the model
+call, and the model's own loss is taken by rows, where it can be, so that each task's share can be logged. Everything
+else, resume included, is Trainer's own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
-from .loss import ModelLoss, Scored, TaskSums
+from .loss import ModelLoss, TaskSums
 from .rules import BatchRules, base_model, text_config
 from .tasks import (
     TaskBalancedSampler,
@@ -157,7 +156,7 @@ class ALoRATrainer(Trainer):
         mask = known.get("attention_mask")
         if self._rules.positions and isinstance(mask, Tensor) and mask.dim() == 2:
             known.setdefault("position_ids", positions(mask))
-        if self._rules.columns is not None and "position_ids" not in self._rules.columns:
+        if not self._rules.takes("position_ids"):
             known.pop("position_ids", None)
         return known
 
@@ -188,7 +187,10 @@ class ALoRATrainer(Trainer):
         with self._routing(task_ids):
             scored = self._losses[training](model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
         if task_ids is not None:
-            self._add(self._trained if training else self._evaluated, task_ids, scored)
+            rows = task_ids, scored.counts, scored.losses, scored.right
+            if not training and scored.losses is not None and task_ids.dim() == 1:  # of several processes each row once
+                rows = self.accelerator.gather_for_metrics(rows)
+            (self._trained if training else self._evaluated).add(*rows)
         loss = scored.mean
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None:  # the share of this batch in the labels of the step
@@ -262,7 +264,7 @@ class ALoRATrainer(Trainer):
         return optimizer
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, which makes one more step of a finished run that is resumed inside an epoch."""
+        """Trainer's makes one more step of a finished run that is resumed inside an epoch."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -274,19 +276,11 @@ class ALoRATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """As Trainer's, every adapter under its own name."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or not load_adapters(self.model, str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
     # ------------------------------------------------------------------------------------------- logs and evaluation
-
-    def _add(self, sums: TaskSums, task_ids: Tensor, scored: Scored) -> None:
-        """Note what the rows of a batch scored; of an evaluation by several processes, once for each row."""
-        rows = (task_ids, scored.counts, scored.losses, scored.right)
-        if sums is self._evaluated and scored.losses is not None and task_ids.dim() == 1:
-            rows = self.accelerator.gather_for_metrics(rows)
-        sums.add(*rows)
 
     def _tell_unlabelled(self, sums: TaskSums, where: str) -> None:
         if sums.unlabelled and where not in self._told:
@@ -298,9 +292,8 @@ class ALoRATrainer(Trainer):
             )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; every process logs the tasks of all."""
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._trained.sum_over(self.accelerator)
+            self._trained.sum_over(self.accelerator)  # every process logs the tasks of all
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -341,25 +334,24 @@ class ALoRATrainer(Trainer):
 
 
 def load_adapters(model: Any, folder: str) -> bool:
-    """Read every adapter of the model that a checkpoint holds, each under its own name.
+    """Read every adapter of the model that a checkpoint of Trainer's holds, each under its own name.
 
     transformers looks for the best model in the folder itself only, reads it into the first active adapter whatever
     that is called, leaves one adapter active, and cannot read an adapter that `model.add_adapter` made. Here which
     adapters are active and which are trained stays as it was.
 
-    The folder is one that Trainer saved: the adapter "default" in it, others in folders of their names. False for a
-    model without adapters and for a checkpoint that is not one of adapters: those are Trainer's. ValueError if an
-    active adapter is not in the checkpoint, or what is there does not fit it.
+    False for a model without adapters and for a checkpoint that is not one of adapters: those are Trainer's. ValueError
+    if an active adapter is not in the checkpoint, or what is there does not fit it.
     """
-    names = list(getattr(model, "peft_config", None) or ())
-    if not names or not Path(folder).is_dir():
+    names, whole = list(getattr(model, "peft_config", None) or ()), Path(folder)
+    if not names or not whole.is_dir():
         return False
     wrapped, active = isinstance(model, PeftModel), active_adapters(model)
     # the folder itself holds "default"; transformers saves its one active adapter there, whatever it is called
     root = "default" if "default" in names and wrapped else active[0] if len(active) == 1 else ""
-    places = {name: Path(folder, name) if _holds(Path(folder, name)) else Path(folder) for name in names}
-    found = {name: place for name, place in places.items() if _holds(place) and (place != Path(folder) or name == root)}
-    if not found and not any(_holds(place) for place in (Path(folder), *Path(folder).iterdir())):
+    places = {name: whole / name if _holds(whole / name) or name != root else whole for name in names}
+    found = {name: place for name, place in places.items() if _holds(place)}
+    if not found and not any(_holds(place) for place in (whole, *whole.iterdir())):
         return False
     missing = [name for name in active if name not in found]
     if missing:
@@ -367,14 +359,14 @@ def load_adapters(model: Any, folder: str) -> bool:
             f"{folder} has no weights of the active adapter {', '.join(missing)}: make the adapter under the name that"
             " it was saved with, or another one active"
         )
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for name, place in found.items():
-        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         if wrapped:
             model.load_adapter(str(place), name, is_trainable=True)
         else:
             _load_native(model, name, place)
-        for parameter, value in trained.items():
-            parameter.requires_grad_(value)
+    for parameter, value in trained.items():
+        parameter.requires_grad_(value)
     return True
 
 
