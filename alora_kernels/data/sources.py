@@ -170,30 +170,18 @@ def _read_hub(source: str, subset: str | None, split: str) -> Rows:
     import datasets
 
     try:
-        return _NamedClasses(datasets.load_dataset(source, subset, split=split))
+        table = datasets.load_dataset(source, subset, split=split)
     except OSError as error:
         raise ConnectionError(
             f"could not load data set {source!r} from the Hugging Face hub. Check the id and the network "
             f"(HF_HUB_OFFLINE, HF_TOKEN for gated data), or give the path of a .jsonl file. Cause: {error}"
         ) from error
+    classes = {name: kind.names for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
 
+    def named(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Class numbers as names; none and -1 (unlabelled) as None."""
+        for column, names in classes.items():
+            batch[column] = [None if number is None or number < 0 else names[number] for number in batch[column]]
+        return batch
 
-class _NamedClasses(Sequence[Mapping[str, Any]]):
-    """A `datasets.Dataset` whose `ClassLabel` columns read as names; class -1 (unlabelled) reads as None."""
-
-    def __init__(self, table: Any) -> None:
-        import datasets
-
-        self._table = table
-        self._classes = {
-            name: feature.names for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)
-        }
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = dict(self._table[index])
-        for column, names in self._classes.items():
-            row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
-        return row
+    return table.with_transform(named)

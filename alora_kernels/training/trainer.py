@@ -135,9 +135,9 @@ class ALoRATrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Tasks spread evenly where the tasks of the rows are known; Trainer's other orders as it has them."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(dataset)
-        column = task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
+        column = None
+        if self.args.train_sampling_strategy == "random":
+            column = task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
         if column is None:
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
