@@ -21,29 +21,17 @@ IGNORE = -100
 
 @dataclass
 class Lost:
-    """What rows lose on their way from a source to token ids, counted by task, or by source where it is a whole one's.
+    """What rows lose on their way from a source to token ids, by task, or by source where it is a whole one's."""
 
-    Attributes:
-        repeated: rows left out because their task has the same prompt already.
-        contradicting: those of them with another answer.
-        limited: source -> (training rows taken, rows it has), where `train_size` leaves some out.
-        capped: source -> (test rows taken, test rows asked for), where half of its rows are fewer.
-        moved: test rows that train, since their task has no others.
-        untrained: test rows left out because their task has no training row.
-        cut: rows whose prompt lost its middle.
-        encoded: rows turned into token ids.
-        max_length: tokens that the cut rows were cut to.
-    """
-
-    repeated: Counter[str] = field(default_factory=Counter)
-    contradicting: Counter[str] = field(default_factory=Counter)
-    limited: dict[str, tuple[int, int]] = field(default_factory=dict)
-    capped: dict[str, tuple[int, int]] = field(default_factory=dict)
-    moved: Counter[str] = field(default_factory=Counter)
-    untrained: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
-    encoded: Counter[str] = field(default_factory=Counter)
-    max_length: int = 0
+    repeated: Counter[str] = field(default_factory=Counter)  # rows left out: their task has the same prompt already
+    contradicting: Counter[str] = field(default_factory=Counter)  # those of them with another answer
+    limited: dict[str, tuple[int, int]] = field(default_factory=dict)  # training rows taken, of how many (`train_size`)
+    capped: dict[str, tuple[int, int]] = field(default_factory=dict)  # test rows taken, of how many asked for (half)
+    moved: Counter[str] = field(default_factory=Counter)  # test rows that train, since their task has no others
+    untrained: Counter[str] = field(default_factory=Counter)  # test rows left out: their task has no training row
+    cut: Counter[str] = field(default_factory=Counter)  # rows whose prompt lost its middle
+    encoded: Counter[str] = field(default_factory=Counter)  # rows turned into token ids
+    max_length: int = 0  # tokens that the cut rows were cut to
 
     def lines(self) -> list[str]:
         """One line for each kind of loss that occurred."""

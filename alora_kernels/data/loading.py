@@ -1,7 +1,5 @@
 """From a task's name to train and test splits of prompt, answer and task, which `encoding` takes.
 
-Also the score of guessing on them, and how their tasks were asked. For recipes, examples, benchmarks and tests.
-
 All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
 test rows first and the train rows next. So test and train of a task share no prompt, and the test rows do not change
 with `train_size`. The same prompt under two tasks counts twice: only the task tells such rows apart.

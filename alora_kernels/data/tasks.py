@@ -87,25 +87,15 @@ def read_bbc(path: Path) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Task:
-    """One built-in task.
+    """One built-in task."""
 
-    Attributes:
-        name: key in `TASKS` and value of the `task` column.
-        labels: the words the model may answer.
-        template: prompt with a `{text}` placeholder; the answer follows it after one space.
-        package: import name of the data package.
-        path: file or folder inside that package.
-        reader: turns that file into `(text, label)` pairs.
-        max_words: longer texts are cut after so many words (40 words are about 60 tokens).
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    template: str
-    package: str
-    path: str
-    reader: Callable[[Path], Iterator[tuple[str, str]]]
-    max_words: int = 40
+    name: str  # key in `TASKS` and value of the `task` column
+    labels: tuple[str, ...]  # the words the model may answer
+    template: str  # prompt with a `{text}` placeholder; the answer follows it after one space
+    package: str  # import name of the data package
+    path: str  # file or folder inside that package
+    reader: Callable[[Path], Iterator[tuple[str, str]]]  # turns that file into `(text, label)` pairs
+    max_words: int = 40  # longer texts are cut after so many words (40 words are about 60 tokens)
 
     def rows(self) -> list[dict[str, str]]:
         """All rows as `{"text": ..., "label": ...}`, in file order, texts on one line. Raises MissingPackageError."""

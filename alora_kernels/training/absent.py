@@ -1,8 +1,7 @@
 """Tasks that a batch does not hold keep their A as it is: two hooks around the step of any torch optimiser.
 
-All A of a layer are one tensor, so a momentum optimiser would move an absent task along its old gradient and
-weight decay would shrink it, more often the rarer the task. What stays shared is the optimiser's step count (bias
-correction), which is one number per tensor.
+All A of a layer are one tensor, so momentum would move an absent task along its old gradient and weight decay would
+shrink it, more often the rarer the task. What stays shared is the optimiser's step count, one number per tensor.
 """
 
 from __future__ import annotations

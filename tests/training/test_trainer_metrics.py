@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from alora_kernels.training import ALoRATrainer, TaskCollator
+from tests.support import families, trainers
 from tests.support.trainers import TASKS, arguments, logs_of, own_loss, peft_model, rows, texts, trainer_on
 
 
@@ -88,16 +89,6 @@ def test_evaluate_gives_what_stock_trainer_gives_and_the_tasks(tmp_path, name):
     assert {f"eval_{kind}_{task}" for kind in ("loss", "accuracy") for task in TASKS} <= set(got)
 
 
-def test_loss_and_accuracy_of_a_task_are_means_over_its_rows_alone(tmp_path):
-    data = texts(10)
-    trainer = ours(tmp_path, data)
-    metrics = trainer.evaluate()
-    for task in TASKS:
-        mine = [i for i, name in enumerate(data["task"]) if name == task]
-        losses = [own_loss(trainer.model, data.select([i])) for i in mine]
-        assert metrics[f"eval_loss_{task}"] == pytest.approx(np.mean(losses), rel=1e-5)
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 def test_predict_gives_stock_trainers_logits(tmp_path, labelled):
     data = texts(10) if labelled else texts(10).remove_columns("labels")
@@ -167,3 +158,24 @@ def test_the_best_model_can_be_chosen_by_a_tasks_metric(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_metric is not None
+
+
+class Generating(ALoRATrainer, Seq2SeqTrainer):
+    """Beside transformers' trainer predictions are generated, each row with its task."""
+
+
+def test_predictions_are_generated_as_for_the_rows_alone(tmp_path):
+    model = families.build("T5", "seq2seq")
+    examples = families.rows(model, "seq2seq")
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=8, report_to="none", use_cpu=True
+    )
+    trainer = Generating(model=model, args=args, processing_class=trainers.tokenizer())
+    found = trainer.predict(Dataset.from_list(examples))
+    for row, predicted in zip(examples, found.predictions.tolist(), strict=True):
+        alone = model.generate(
+            input_ids=torch.tensor([row["input_ids"]]), max_length=8, adapter_names=[row["task"]]
+        )[0].tolist()  # fmt: skip
+        assert predicted[: len(alone)] == alone
+    loss = trainers.rows_alone(model, examples, "seq2seq")[1]
+    torch.testing.assert_close(found.metrics["test_loss"], loss, rtol=1e-4, atol=1e-5)
