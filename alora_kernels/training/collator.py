@@ -8,7 +8,7 @@ vocabulary-sized logits are computed there only. `BatchRules` says which.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -230,9 +230,7 @@ class WithTasks:
     tokenizer that pads where the model cannot bear it is warned of.
     """
 
-    def __init__(
-        self, collator: Callable[[list[Any]], Any], tasks: Sequence[str], rules: BatchRules | None = None
-    ) -> None:
+    def __init__(self, collator: Any, tasks: Sequence[str], rules: BatchRules | None = None) -> None:
         self.collator, self.tasks = collator, tuple(tasks)
         self.tokenizer = getattr(collator, "tokenizer", None)  # which Trainer saves with the model
         side = getattr(self.tokenizer, "padding_side", None)

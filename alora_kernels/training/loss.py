@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .rules import IGNORED, BatchRules
 from .tasks import all_per_row
 
+Call = Callable[[dict[str, Any]], Any]  # a batch in, the model's outputs
 UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
 TRIALS = 4  # at most so many calls for a head with a label per row
 FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
@@ -63,12 +64,7 @@ class ModelLoss:
         """Whether the forward must be given the labels; some decoders make their input of them."""
         return self._labelled or (self.rules.encoder_decoder and "decoder_input_ids" not in inputs)
 
-    def learn(
-        self,
-        call: Callable[[dict[str, Any]], Any],
-        inputs: Mapping[str, Any],
-        agree: Callable[[int], int] = lambda verdict: verdict,
-    ) -> None:
+    def learn(self, call: Call, inputs: Mapping[str, Any], agree: Callable[[int], int] = int) -> None:
         """Find out what the model's loss is, from a few rows; nothing is drawn from the generators.
 
         `call` is the model, routed for the rows it gets; a batch with images or the like is run whole. `agree` gives
@@ -93,7 +89,7 @@ class ModelLoss:
         self.by_rows = {UNKNOWN: None, OTHER: False}.get(verdict, True)
         self.shifts = verdict == SHIFTED if self.by_rows else self.shifts
 
-    def _try_classes(self, call: Callable[[dict[str, Any]], Any], few: dict[str, Any], outputs: Any) -> int:
+    def _try_classes(self, call: Call, few: dict[str, Any], outputs: Any) -> int:
         """The verdict on labels of all classes in turn: a mean over labels of one class does not show its weight."""
         labels, classes = few["labels"], outputs["logits"].shape[-1]
         asked, verdict = labels != IGNORED, SHIFTED if self.shifts else ALIGNED
@@ -105,7 +101,7 @@ class ModelLoss:
             verdict = max(verdict, self._compare(call(few | {"labels": other}), other))
         return verdict
 
-    def _try_without_labels(self, call: Callable[[dict[str, Any]], Any], few: dict[str, Any], outputs: Any) -> None:
+    def _try_without_labels(self, call: Call, few: dict[str, Any], outputs: Any) -> None:
         """Whether the model, asked without labels, gives what the loss is made of."""
         if self._wants_labels(few):
             return

@@ -1,9 +1,4 @@
-"""The models of the table, by family: how each is built, what its rows look like, what is expected of it.
-
-In:   configs of transformers; no network, no files.
-Out:  `CASES`, one per line of docs/models.md; `Case.build` gives a tiny model with random weights.
-Who:  `judge` and `checks` run them, `table` prints them, `test_models` asserts them.
-"""
+"""`CASES`, the models of docs/models.md by family: how each is built, its rows, what is expected of it."""
 
 from __future__ import annotations
 
@@ -22,41 +17,23 @@ PAD, BOS, EOS = 1, 2, 3  # 1: the padding id of RoBERTa's family, whose position
 
 @dataclass(frozen=True)
 class Case:
-    """One model of the table.
+    """One model of the table."""
 
-    Attributes:
-        model: class name in transformers.
-        family: heading under which users look for it.
-        settings: arguments of its config.
-        rows: which rows it takes, see `rows`.
-        task_type: as in PEFT.
-        targets: `target_modules`; None is PEFT's default for the model.
-        generates: whether `generate` is judged.
-        aux: whether the model adds a loss of its own (load balancing of experts).
-        refused: a regular expression that the error of `get_peft_model` matches, if it is refused.
-        merge_refused: part of the message, if a merge is refused.
-        variant: what sets it apart, in words.
-        exclude_modules: as in PEFT.
-        pad: the padding id.
-        pads_left: whether its tokenizer pads on the left.
-        dtype: float64 unless the model itself computes something else there.
-    """
-
-    model: str
-    family: str
-    settings: Callable[[], Any]
-    rows: str
-    task_type: str | None
-    targets: str | tuple[str, ...] | None = "all-linear"
-    generates: bool = False
-    aux: bool = False
-    refused: str = ""
-    merge_refused: str = ""
-    variant: str = ""
-    exclude_modules: tuple[str, ...] = ()
+    model: str  # class name in transformers
+    family: str  # heading under which users look for it
+    settings: Callable[[], Any]  # arguments of its config
+    rows: str  # which rows it takes, see `judge`
+    task_type: str | None  # as in PEFT
+    targets: str | tuple[str, ...] | None = "all-linear"  # `target_modules`; None is PEFT's default for the model
+    generates: bool = False  # whether `generate` is judged
+    aux: bool = False  # whether the model adds a loss of its own (load balancing of experts)
+    refused: str = ""  # a regular expression that the error of `get_peft_model` matches, if it is refused
+    merge_refused: str = ""  # part of the message, if a merge is refused
+    variant: str = ""  # what sets it apart, in words
+    exclude_modules: tuple[str, ...] = ()  # as in PEFT
     pad: int = PAD
-    pads_left: bool = False
-    dtype: torch.dtype = torch.float64
+    pads_left: bool = False  # whether its tokenizer pads on the left
+    dtype: torch.dtype = torch.float64  # unless the model itself computes something else there
 
     @property
     def name(self) -> str:

@@ -1,9 +1,4 @@
-"""What users do with a model besides a mixed batch: stock LoRA, saving, merging, generating; and the list of checks.
-
-In:   a case of the table.
-Out:  `CHECKS`: name -> what measures the largest relative error of a case, 0 where all is right.
-Who:  `test_models` and `table`.
-"""
+"""What users do with a model besides a mixed batch: stock LoRA, saving, merging, generating; and the list of checks."""
 
 from __future__ import annotations
 
@@ -24,7 +19,6 @@ from .cases import Case
 from .judge import (
     EVEN,
     LENGTHS,
-    MIXED,
     SQUARE,
     TASKS,
     adapted,
@@ -69,10 +63,10 @@ def stock_lora(case: Case, task: int) -> PeftModel:
     return lora
 
 
-def stock(case: Case, lengths: Sequence[int] = LENGTHS) -> float:
+def stock(case: Case) -> float:
     """One task for all rows: the same batch through stock PEFT LoRA with that task's A and the shared B."""
     model, lora = adapted(case)[0], stock_lora(case, TASKS.index("green"))
-    batch = batch_of(case, make_rows(case, lengths, ["green"] * len(lengths)))
+    batch = batch_of(case, make_rows(case, LENGTHS, ["green"] * 4))
     return difference(torch.cat(said(model, batch, batch["task_ids"])), torch.cat(said(lora, batch)))
 
 
@@ -90,18 +84,14 @@ def saving(case: Case) -> float:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(loaded[name], parameter), name
-    batch = batch_of(case, make_rows(case, LENGTHS, MIXED))
+    batch = batch_of(case, make_rows(case, LENGTHS))
     return difference(
         torch.cat(said(again, batch, batch["task_ids"])), torch.cat(said(model, batch, batch["task_ids"]))
     )
 
 
 def merging(case: Case) -> float:
-    """One task merged into the base; the same as unmerged.
-
-    Raises:
-        ValueError: the merge is refused.
-    """
+    """One task merged into the base; the same as unmerged. ValueError if the merge is refused."""
     model, again = adapted(case)[0], reloaded(case)
     batch = batch_of(case, make_rows(case, LENGTHS, ["green"] * 4))
     alora_kernels.set_task(again, "green")
@@ -113,10 +103,10 @@ GENERATE: tuple[dict[str, int], ...] = ({}, {"num_beams": 2}, {"num_beams": 2, "
 NEW = 4  # tokens per text
 
 
-def generating(case: Case, lengths: Sequence[int] = SQUARE) -> float:
+def generating(case: Case) -> float:
     """Texts of a mixed batch and of its rows alone: greedy, with beams, and several texts per row."""
     model = adapted(case)[0].eval()
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in make_rows(case, lengths, MIXED)]
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in make_rows(case, SQUARE)]
     try:
         for options in GENERATE:
             texts = _generate(case, model, rows, options)
@@ -166,14 +156,14 @@ def excluded(case: Case) -> tuple[str, ...]:
 
 
 def _values(case: Case) -> float:
-    return max(values(case, lengths, MIXED[: len(lengths)]) for lengths in (LENGTHS, SQUARE, EVEN, [2, 2], [1, 4]))
+    return max(values(case, lengths) for lengths in (LENGTHS, SQUARE, EVEN, [2, 2], [1, 4]))
 
 
 def _training(case: Case) -> float:
     return max(training(case, lengths) for lengths in (LENGTHS, SQUARE, EVEN))
 
 
-CHECKS: dict[str, Callable[[Case], float]] = {
+CHECKS: dict[str, Callable[[Case], float]] = {  # name -> the largest relative error of a case, 0 where all is right
     "mixed batch": _values,
     "training": _training,
     "the model's own loss": own_loss,

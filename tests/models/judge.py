@@ -1,11 +1,8 @@
 """One model's mixed batch beside its rows alone, rows as a user's data set has them: outputs, loss and gradients.
 
-In:   a case of the table.
-Out:  the largest differences found, relative to the largest entry of what is right; the caller asserts.
-Who:  `checks`, which adds what else users do with a model.
-
-"Alone" is the same row as a batch of one, unpadded, with its task, through the model's own forward and loss. The mixed
-batch goes the way of `ALoRATrainer`: its data loader, its collator, its `compute_loss`.
+Differences are the largest found, relative to the largest entry of what is right; the caller asserts. "Alone" is the
+same row as a batch of one, unpadded, with its task, through the model's own forward and loss. The mixed batch goes the
+way of `ALoRATrainer`: its data loader, its collator, its `compute_loss`.
 """
 
 from __future__ import annotations
@@ -38,12 +35,12 @@ PATCHES = 4  # of an image of 8 x 8 pixels
 FIRST = 4  # ids below are special
 
 
-def make_rows(case: Case, lengths: Sequence[int], tasks: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+def make_rows(case: Case, lengths: Sequence[int], tasks: Sequence[str] = MIXED) -> list[dict[str, Any]]:
     """Rows of these lengths, one task each."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return [
         _row(case.rows, length, number, generator) | {"task": task}
-        for number, (length, task) in enumerate(zip(lengths, tasks, strict=True))
+        for number, (length, task) in enumerate(zip(lengths, tasks, strict=False))
     ]
 
 
@@ -134,20 +131,6 @@ def targets_of(case: Case) -> Any:
     return list(case.targets) if isinstance(case.targets, tuple) else case.targets
 
 
-def config(case: Case, **more: Any) -> ALoRAConfig:
-    """Three tasks, B not zero."""
-    return ALoRAConfig(
-        r=4,
-        lora_alpha=8,
-        tasks=TASKS,
-        target_modules=targets_of(case),
-        exclude_modules=list(case.exclude_modules) or None,
-        task_type=case.task_type,
-        init_weights=False,
-        **more,
-    )
-
-
 @cache
 def adapted(case: Case) -> tuple[PeftModel, tuple[str, ...]]:
     """The model with its adapter, and the warnings it gave."""
@@ -155,7 +138,11 @@ def adapted(case: Case) -> tuple[PeftModel, tuple[str, ...]]:
     torch.manual_seed(5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = get_peft_model(base, config(case))
+        settings = ALoRAConfig(  # B is not zero
+            r=4, lora_alpha=8, tasks=TASKS, target_modules=targets_of(case), init_weights=False,
+            exclude_modules=list(case.exclude_modules) or None, task_type=case.task_type,
+        )  # fmt: skip
+        model = get_peft_model(base, settings)
     return model.train(), tuple(str(w.message) for w in caught)
 
 
@@ -201,13 +188,13 @@ def batch_of(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, **floating}
 
 
-def call(model: Any, batch: dict[str, Any], names: Any = None, **more: Any) -> Any:
+def call(model: Any, batch: dict[str, Any], names: Any = None) -> Any:
     """The model's own forward on a batch, logits for all positions."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     known = inspect.signature(base.forward).parameters
     inputs = {k: v for k, v in batch.items() if k in known and k not in ("task_ids", "logits_to_keep")}
     routed = {} if names is None else {"adapter_names": names}
-    return model(**inputs, **routed, **more)
+    return model(**inputs, **routed)
 
 
 @torch.no_grad()
@@ -228,17 +215,17 @@ def said(model: Any, batch: dict[str, Any], names: Any = None) -> list[Tensor]:
     return [row[real.bool()] for row, real in zip(logits, mask, strict=True)]
 
 
-def values(case: Case, lengths: Sequence[int], names: Sequence[str] = MIXED, seed: int = 0) -> float:
+def values(case: Case, lengths: Sequence[int]) -> float:
     """Mixed batch and rows alone: largest difference of what the model says."""
-    model, rows = adapted(case)[0], make_rows(case, lengths, names, seed)
+    model, rows = adapted(case)[0], make_rows(case, lengths)
     batch = batch_of(case, rows)
     right = [said(model, alone(row, case.dtype), [row["task"]])[0] for row in rows]
     return max(difference(*pair) for pair in zip(said(model, batch, batch["task_ids"]), right, strict=True))
 
 
-def base_values(case: Case, lengths: Sequence[int] = LENGTHS) -> float:
+def base_values(case: Case) -> float:
     """The same for the model without any adapter: what is its own doing."""
-    model, rows = case.build(), make_rows(case, lengths, MIXED)
+    model, rows = case.build(), make_rows(case, LENGTHS)
     right = [said(model, alone(row, case.dtype))[0] for row in rows]
     return max(difference(*pair) for pair in zip(said(model, padded(case, rows)), right, strict=True))
 
@@ -279,18 +266,18 @@ def with_aux(case: Case) -> Iterator[None]:
             config.output_router_logits = False
 
 
-def training(case: Case, lengths: Sequence[int] = LENGTHS, names: Sequence[str] = MIXED) -> float:
+def training(case: Case, lengths: Sequence[int]) -> float:
     """The trainer's loss and gradients on the mixed batch, and those of the rows alone, weighed by their labels."""
-    model, rows, trainer = adapted(case)[0], make_rows(case, lengths, names), trainer_of(case)
+    model, rows, trainer = adapted(case)[0], make_rows(case, lengths), trainer_of(case)
     mixed = trainer.compute_loss(model, batch_of(case, rows))
     counts = torch.tensor([label_count(case, row) for row in rows])
     losses = torch.stack([call(model, alone(row, case.dtype), [row["task"]]).loss for row in rows])
     return _compared(model, mixed, (losses * counts).sum() / counts.sum())
 
 
-def own_loss(case: Case, lengths: Sequence[int] = LENGTHS) -> float:
+def own_loss(case: Case) -> float:
     """The trainer's loss on a batch and the model's own on the same batch, losses over the whole batch included."""
-    model, batch = adapted(case)[0], batch_of(case, make_rows(case, lengths, MIXED))
+    model, batch = adapted(case)[0], batch_of(case, make_rows(case, LENGTHS))
     with with_aux(case):
         trainer = trainer_of.__wrapped__(case)  # a new one: it may have learned how the loss was without
         own = call(model, batch, batch["task_ids"]).loss

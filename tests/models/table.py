@@ -1,9 +1,4 @@
-"""docs/models.md: "Which models work", from what the checks measure.
-
-In:   the cases.
-Out:  the page; a line says works, works without some modules, or refused with the message.
-Who:  `python -m tests.models --write-docs`, and the test that the committed page is what the checks give.
-"""
+"""docs/models.md, "Which models work", from what the checks measure: `python -m tests.models --write-docs`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 
 from .cases import CASES, Case
 from .checks import checks_of, excluded, measured, merging
-from .judge import LENGTHS, MIXED, adapted, base_values, batch_of, make_rows, said
+from .judge import LENGTHS, adapted, base_values, batch_of, make_rows, said
 from .table import PAGE, TOLERANCE, line
 
 ADAPTED = [case for case in CASES if not case.refused]
@@ -34,7 +34,7 @@ def test_a_merge_that_is_refused(case: Case) -> None:
 def test_the_judge_would_see_a_wrong_task(case: Case) -> None:
     """The rows of the batch under another order of tasks are far away, so a mix-up cannot pass for rounding."""
     model = adapted(case)[0]
-    batch = batch_of(case, make_rows(case, LENGTHS, MIXED))
+    batch = batch_of(case, make_rows(case, LENGTHS))
     right, other = (said(model, batch, ids) for ids in (batch["task_ids"], batch["task_ids"].roll(1)))
     for one, two in zip(right, other, strict=True):
         assert (one - two).abs().max() > 0.01 * one.abs().max()
