@@ -219,9 +219,9 @@ def _per_token(task_ids: Tensor, leading: torch.Size, layout: Layout | None) -> 
         if layout == "steps" or turned.shape == leading[:2]:
             return turned.reshape(-1)
         return task_ids.reshape(-1) if task_ids.shape == leading else None
-    packed = len(leading) > 0 and leading[0] == 1
-    same = task_ids.dim() != 1 and (len(leading) == 1 or leading[0] == task_ids.shape[0])
-    return task_ids.reshape(-1) if task_ids.shape == leading or packed or same else None
+    fits = task_ids.shape == leading or leading[:1] == (1,)  # packed
+    fits = fits or (task_ids.dim() != 1 and (len(leading) == 1 or leading[0] == task_ids.shape[0]))
+    return task_ids.reshape(-1) if fits else None
 
 
 def _per_row(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout | None) -> Tensor | None:
