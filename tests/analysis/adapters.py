@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +20,23 @@ from ..support.adapters import PREFIX, Matrices, alora, written
 Q, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def randn64(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+randn64 = partial(randn, dtype=torch.float64)
+
+
+def compared(*folders: Path, **options: Any) -> Analysis:
+    """The comparison of all units of some folders."""
+    return compare_units([unit for folder in folders for unit in units(folder)], **options)
 
 
 def study_of(folder: Path, tasks: Sequence[str], layers: int = 3, **more: str) -> Analysis:
     """The comparison of the tasks of an ALoRA adapter at two modules per layer."""
     modules = [name.format(n) for n in range(layers) for name in (Q, UP)]
     a = {m: randn(len(tasks), 2, 8, seed=i) for i, m in enumerate(modules)}
-    return compare_units(units(alora(folder, tasks, a, {m: randn(6, 2) for m in modules}, **more)))
+    return compared(alora(folder, tasks, a, {m: randn(6, 2) for m in modules}, **more))
 
 
 def vera(path: Path, d: Matrices, b: Matrices) -> Path:
@@ -60,8 +66,8 @@ def orthogonal(k: int = 12, r: int = 2, count: int = 3) -> list[Tensor]:
     return [basis[i * r : (i + 1) * r].clone() for i in range(count)]
 
 
-def turned(angle: float, k: int = 12, r: int = 2) -> tuple[Tensor, Tensor]:
-    """Two matrices `[r, k]` whose principal angles are all the given one."""
-    p, q, _ = orthogonal(k, r)
-    theta = torch.tensor(angle, dtype=torch.float64)
+def turned(angles: Sequence[float], k: int = 12) -> tuple[Tensor, Tensor]:
+    """Two matrices of as many rows as there are angles, which are their principal angles, in a random basis of R^k."""
+    p, q = orthogonal(k, len(angles), 2)
+    theta = torch.tensor(angles, dtype=torch.float64)[:, None]
     return p, theta.cos() * p + theta.sin() * q

@@ -20,6 +20,7 @@ from alora_kernels.data import load_model
 from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.tuner import ALoRAConfig
 
+from ..support.refusals import refused
 from .test_gradients import TASKS, towards, toy_batches
 
 
@@ -150,31 +151,26 @@ def test_gradients_that_are_not_finite_are_named_and_do_not_end_the_training(tmp
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.state.global_step == 4 and read(tmp_path / "c.csv") == []
-    said = [r.getMessage() for r in caplog.records if "conflicts not measured" in r.getMessage()]
-    assert (
-        len(said) == 1 and "step 4" in said[0] and "layers.0.self_attn.q_proj.lora_A.default.weight (copy)" in said[0]
-    )
-    assert "more" in said[0]
+    (said,) = [r.getMessage() for r in caplog.records if "conflicts not measured" in r.getMessage()]
+    assert "step 4" in said and "layers.0.self_attn.q_proj.lora_A.default.weight (copy)" in said and "more" in said
 
 
 def test_the_callback_names_what_is_wrong(tmp_path):
     batches = toy_batches()
-    with pytest.raises(ValueError, match="at least two, got up"):
-        ConflictCallback(towards, {"up": batches["up"]}, tmp_path / "c.csv")
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        ConflictCallback(towards, batches, tmp_path / "c.csv", every=0)
+    refused("at least two, got up", ConflictCallback, towards, {"up": batches["up"]}, tmp_path / "c.csv")
+    refused("every must be at least 1, got 0", ConflictCallback, towards, batches, tmp_path / "c.csv", every=0)
     (tmp_path / "old.csv").write_text("step\n1\n")
     trainer = make_trainer("lora", tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
     callback = watched(trainer, tmp_path / "old.csv")
-    with pytest.raises(ValueError, match="old.csv holds an earlier run's rows"):
-        trainer.train()
+    refused("old.csv holds an earlier run's rows", trainer.train)
     assert (tmp_path / "old.csv").read_text() == "step\n1\n"
     trainer.remove_callback(callback)
     trainer.train()
     resumed = make_trainer("lora", tmp_path / "run", max_steps=2)
     watched(resumed, tmp_path / "old.csv")
-    with pytest.raises(ValueError, match=r"not a file of conflicts: its columns are \['step'\]"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    columns = r"not a file of conflicts: its columns are \['step'\]"
+    refused(columns, resumed.train, resume_from_checkpoint=checkpoint)
 
 
 def test_probe_batches_are_the_first_rows_of_each_task():
@@ -184,9 +180,6 @@ def test_probe_batches_are_the_first_rows_of_each_task():
     assert got["next"] == [data[1]["input_ids"], data[4]["input_ids"]]
     assert got == probe_batches([data[i] for i in range(len(data))], lambda found: [r["input_ids"] for r in found], 2)
     assert [len(b) for b in probe_batches(data, list, 100).values()] == [6, 6, 6]
-    with pytest.raises(ValueError, match="column `task`"):
-        probe_batches(data.remove_columns("task"), list)
-    with pytest.raises(ValueError, match="column `task`"):
-        probe_batches([], list)
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        probe_batches(data, list, 0)
+    refused("column `task`", probe_batches, data.remove_columns("task"), list)
+    refused("column `task`", probe_batches, [], list)
+    refused("size must be at least 1", probe_batches, data, list, 0)

@@ -23,7 +23,8 @@ from alora_kernels.analysis.sources import units
 from alora_kernels.analysis.table import where
 
 from ..support.adapters import alora, lora
-from .adapters import UP, Q, het, orthogonal, randn, turned, unequal, vera
+from ..support.refusals import refused
+from .adapters import UP, Q, compared, het, orthogonal, randn, turned, unequal, vera
 
 M = UP.format(0)
 
@@ -37,21 +38,21 @@ def one(rows, part, measure, **fields):
 def loras(tmp_path, matrices, **more):
     """One LoRA folder per A, all with the same random B."""
     b = {M: randn(9, 2, seed=3)}
-    return [u for i, a in enumerate(matrices) for u in units(lora(tmp_path / f"l{i}", {M: a}, b, **more))]
+    return compared(*(lora(tmp_path / f"l{i}", {M: a}, b, **more) for i, a in enumerate(matrices)))
 
 
 def test_the_same_a_is_one_and_an_orthogonal_a_is_zero(tmp_path):
     p, q, _ = orthogonal()
-    study = compare_units(units(alora(tmp_path / "a", ["x", "y", "z"], {M: torch.stack([p, p, q])}, {M: randn(5, 2)})))
+    study = compared(alora(tmp_path / "a", ["x", "y", "z"], {M: torch.stack([p, p, q])}, {M: randn(5, 2)}))
     for measure in ("cosine", "overlap"):
         assert one(study.similarity, "A", measure, unit2="y") == pytest.approx(1.0, abs=1e-6)
         assert one(study.similarity, "A", measure, unit1="x", unit2="z") == pytest.approx(0.0, abs=1e-6)
 
 
 def test_turned_spaces_overlap_by_the_squared_cosine_in_any_basis(tmp_path):
-    p, q = turned(0.7)
+    p, q = turned([0.7, 0.7])
     basis = torch.linalg.qr(randn(2, 2).double()).Q
-    study = compare_units(loras(tmp_path, [p, basis @ (3 * q)]))
+    study = loras(tmp_path, [p, basis @ (3 * q)])
     row = where(study.similarity, "A", "overlap")[0]
     assert row.value == pytest.approx(math.cos(0.7) ** 2, abs=1e-12)
     assert row.chance == pytest.approx(2 / 12)
@@ -61,9 +62,9 @@ def test_turned_spaces_overlap_by_the_squared_cosine_in_any_basis(tmp_path):
 
 
 def test_b_is_compared_by_its_columns(tmp_path):
-    p, q = (t.float() for t in turned(0.4))
+    p, q = (t.float() for t in turned([0.4, 0.4]))
     folders = [lora(tmp_path / name, {M: randn(2, 5)}, {M: t.T.contiguous()}) for name, t in (("x", p), ("y", q))]
-    study = compare_units([u for f in folders for u in units(f)])
+    study = compared(*folders)
     row = where(study.similarity, "B", "overlap")[0]
     assert row.value == pytest.approx(math.cos(0.4) ** 2, abs=1e-6) and row.chance == pytest.approx(2 / 12)
 
@@ -101,24 +102,22 @@ def test_a_start_is_found_by_name_or_is_the_only_one(tmp_path):
     zero = {M: torch.zeros(5, 2)}
     stack = {name: torch.stack([t["x"], t["y"]]) for name, t in (("before", before), ("after", after))}
     alora(tmp_path / "start", ["x", "y"], {M: stack["before"]}, zero)
-    study = compare_units(
-        units(alora(tmp_path / "end", ["x", "y"], {M: stack["after"]}, {M: randn(5, 2)})), tmp_path / "start"
-    )
+    end = alora(tmp_path / "end", ["x", "y"], {M: stack["after"]}, {M: randn(5, 2)})
+    study = compared(end, init=tmp_path / "start")
     assert one(study.changes, "A", "relative_magnitude", unit1="x") == pytest.approx(1.0, abs=1e-6)
     assert one(study.changes, "A", "direction", unit1="x") == pytest.approx(0.0, abs=1e-6)
     assert one(study.changes, "A", "direction", unit1="y") == pytest.approx(2.0, abs=1e-6)
     assert one(study.changes, "A", "overlap", unit1="y") == pytest.approx(1.0, abs=1e-6)
     assert math.isnan(one(study.changes, "B", "direction", unit1="x"))
     only = units(lora(tmp_path / "seed", {M: before["x"]}, zero))
-    trained = units(lora(tmp_path / "one", {M: after["x"]}, {M: randn(5, 2)}))
-    found = compare_units(trained, only)
+    found = compared(lora(tmp_path / "one", {M: after["x"]}, {M: randn(5, 2)}), init=only)
     assert one(found.changes, "A", "relative_magnitude", unit2="start") == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_start_that_fits_nothing_is_refused_and_one_that_fits_in_part_is_said(tmp_path):
     trained = units(alora(tmp_path / "end", ["x", "y"], {M: randn(2, 2, 12)}, {M: randn(5, 2)}))
-    with pytest.raises(ValueError, match="start of none of the units: it has p, q"):
-        compare_units(trained, alora(tmp_path / "s", ["p", "q"], {M: randn(2, 2, 12)}, {M: randn(5, 2)}))
+    other = alora(tmp_path / "s", ["p", "q"], {M: randn(2, 2, 12)}, {M: randn(5, 2)})
+    refused("start of none of the units: it has p, q", compare_units, trained, other)
     half = units(alora(tmp_path / "h", ["x", "q"], {M: randn(2, 3, 12)}, {M: randn(5, 3)}))
     study = compare_units(trained, half)
     reasons = {(s.unit1, s.part): s.reason for s in study.skipped if s.unit2 == "start"}
@@ -128,9 +127,8 @@ def test_a_start_that_fits_nothing_is_refused_and_one_that_fits_in_part_is_said(
 
 def test_unequal_ranks_have_overlaps_but_no_cosine_and_other_modules_are_named(tmp_path):
     more = UP.format(1)
-    one_ = units(lora(tmp_path / "one", {M: randn(2, 12), more: randn(2, 12)}, {M: randn(9, 2), more: randn(9, 2)}))
-    two = units(lora(tmp_path / "two", {M: randn(4, 12, seed=1)}, {M: randn(9, 4, seed=1)}))
-    study = compare_units([*one_, *two])
+    one_ = lora(tmp_path / "one", {M: randn(2, 12), more: randn(2, 12)}, {M: randn(9, 2), more: randn(9, 2)})
+    study = compared(one_, lora(tmp_path / "two", {M: randn(4, 12, seed=1)}, {M: randn(9, 4, seed=1)}))
     assert {row.measure for row in study.similarity} == {"overlap"}
     assert where(study.similarity, "A", "overlap")[0].chance == pytest.approx(4 / 12)
     reasons = {(s.part, s.measure): (s.reason, s.modules) for s in study.skipped}
@@ -139,7 +137,7 @@ def test_unequal_ranks_have_overlaps_but_no_cosine_and_other_modules_are_named(t
 
 
 def test_one_shared_b_is_not_compared_with_itself(tmp_path):
-    study = compare_units(units(alora(tmp_path / "a", ["x", "y"], {M: randn(2, 2, 12)}, {M: randn(5, 2)})))
+    study = compared(alora(tmp_path / "a", ["x", "y"], {M: randn(2, 2, 12)}, {M: randn(5, 2)}))
     assert not [row for row in study.similarity if row.part == "B"]
     assert [(s.part, s.reason) for s in study.skipped] == [("B", "one matrix: the units of this folder share it")]
     assert any("share one B" in note for note in study.notes)
@@ -148,7 +146,7 @@ def test_one_shared_b_is_not_compared_with_itself(tmp_path):
 def test_zero_matrices_have_no_direction_and_other_widths_no_common_space(tmp_path):
     b = {M: torch.zeros(5, 2)}
     folders = [lora(tmp_path / "x", {M: randn(2, 12)}, b), lora(tmp_path / "y", {M: randn(2, 10)}, b)]
-    study = compare_units([u for f in folders for u in units(f)])
+    study = compared(*folders)
     assert study.similarity == []
     reasons = {(s.part, s.measure): s.reason for s in study.skipped}
     assert reasons["B", "all"] == "all zeros: it has no direction"
@@ -161,7 +159,7 @@ def test_vera_has_cosines_only_and_nothing_in_common_with_lora(tmp_path):
     vx = vera(tmp_path / "vx", {M: d}, {M: torch.tensor([1.0, 0.0, 0.0])})
     vy = vera(tmp_path / "vy", {M: -d}, {M: torch.tensor([1.0, 1.0, 0.0])})
     other = lora(tmp_path / "l", {M: randn(2, 12)}, {M: randn(3, 2)})
-    study = compare_units([u for f in (vx, vy, other) for u in units(f)])
+    study = compared(vx, vy, other)
     assert one(study.similarity, "lambda_d", "cosine") == pytest.approx(-1.0)
     assert one(study.similarity, "lambda_b", "cosine") == pytest.approx(math.sqrt(0.5))
     assert {row.measure for row in study.similarity} == {"cosine"}
@@ -178,7 +176,7 @@ def test_clients_of_unequal_rank_are_compared_by_every_part_they_have(tmp_path):
         parts = het(M, r, seed=seed)
         parts[f"{M}.B2"].zero_()
         unequal(run / name, parts)
-    study = compare_units(units(tmp_path / "run"), base={M: randn(7, 5)})
+    study = compared(tmp_path / "run", base={M: randn(7, 5)})
     measured = {(row.part, row.measure) for row in study.similarity}
     assert measured == {("A", "overlap"), ("M", "overlap"), ("B1", "overlap"), ("B", "cosine"), ("B", "overlap")}
     assert one(study.similarity, "B", "overlap") == pytest.approx(1.0)
@@ -194,14 +192,14 @@ def test_an_unfinished_client_is_said(tmp_path):
     run = tmp_path / "run" / "clients" / "abc"
     lora(run / "done" / "adapter", {M: randn(2, 12)}, {M: randn(5, 2)})
     (run / "late").mkdir()
-    study = compare_units(units(tmp_path / "run"))
+    study = compared(tmp_path / "run")
     assert study.labels == ["done", "late"]
     assert [(s.unit1, s.part) for s in study.skipped if "neither adapter" in s.reason] == [("late", "all")]
 
 
 def test_bases_that_differ_are_a_note_before_the_numbers(tmp_path):
     a, b = {M: randn(2, 12)}, {M: randn(5, 2)}
-    study = compare_units([*units(lora(tmp_path / "x", a, b)), *units(lora(tmp_path / "y", a, b, base="other"))])
+    study = compared(lora(tmp_path / "x", a, b), lora(tmp_path / "y", a, b, base="other"))
     assert any("different bases (other, tiny)" in note for note in study.notes)
     assert any("one pair" in note for note in study.notes)
 
@@ -234,21 +232,18 @@ def test_the_base_may_be_a_model_and_a_base_that_fits_nothing_is_refused(tmp_pat
     (left,) = study.skipped
     assert left.reason == "the base's weight is [6, 12] of torch.float32, not [5, 12] of a floating dtype"
     for wrong in ({"other": linear.weight}, nn.Linear(2, 2), Block(nn.ReLU())):
-        with pytest.raises(ValueError, match="none of the adapted modules"):
-            compare_units(found, base=wrong)
+        refused("none of the adapted modules", compare_units, found, base=wrong)
 
 
 def test_nothing_and_the_same_thing_twice_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="units is empty"):
-        compare_units([])
+    refused("units is empty", compare_units, [])
     found = units(lora(tmp_path / "x", {M: randn(2, 12)}, {M: randn(5, 2)}))
-    with pytest.raises(ValueError, match="given twice"):
-        compare_units([*found, *units(tmp_path / "x")])
+    refused("given twice", compare_units, [*found, *units(tmp_path / "x")])
 
 
 def test_progress_counts_modules(tmp_path):
     modules = [Q.format(0), UP.format(0), Q.format(1)]
     folder = lora(tmp_path / "x", {m: randn(2, 12) for m in modules}, {m: randn(5, 2) for m in modules})
     seen = []
-    compare_units(units(folder), progress=lambda done, total: seen.append((done, total)))
+    compared(folder, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-import sys
 
 import pytest
 import torch
 
 from alora_kernels.analysis import figures
-from alora_kernels.analysis.comparison import compare_units
 from alora_kernels.analysis.gradients import COLUMNS, share_of
-from alora_kernels.analysis.sources import units
 
 from ..support.adapters import alora, lora
-from .adapters import UP, randn, study_of, vera
+from .adapters import UP, compared, randn, study_of, vera
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 from PIL import Image
@@ -43,8 +40,7 @@ def test_every_measure_with_numbers_has_a_picture(tmp_path):
 def test_words_name_the_extremes_and_the_level_of_chance(tmp_path):
     p, q = torch.eye(8)[:2], torch.eye(8)[2:4]
     a = {UP.format(n): torch.stack([p, p, q]) for n in range(2)}
-    study = compare_units(units(alora(tmp_path / "a", ["x", "y", "z"], a, {m: randn(6, 2) for m in a})))
-    found = drawn(study)
+    found = drawn(compared(alora(tmp_path / "a", ["x", "y", "z"], a, {m: randn(6, 2) for m in a})))
     assert "subspace overlap of A: highest x with y, 1.000; lowest x with z, 0.000" in found["similarity"].alt
     assert "subspace overlap of A 0.250" in found["similarity"].caption
     assert "chance 0.250" in found["similarity-layers"].alt
@@ -58,10 +54,10 @@ def test_one_pair_says_that_there_is_no_spread(tmp_path):
 def test_one_unit_and_vectors_and_modules_without_numbers(tmp_path):
     single = drawn(study_of(tmp_path / "a", ("x",)))
     assert "similarity" not in single and "update-layers" in single
-    both = [u for n in "pq" for u in units(vera(tmp_path / n, {UP.format(0): randn(2)}, {UP.format(0): randn(6)}))]
-    assert set(drawn(compare_units(both))) == {"similarity", "similarity-layers", "changes-layers", "norms-units"}
-    flat = [u for n in "rs" for u in units(lora(tmp_path / n, {"up": randn(2, 8)}, {"up": randn(6, 2)}))]
-    assert set(drawn(compare_units(flat))) == {"similarity"}
+    both = compared(*(vera(tmp_path / n, {UP.format(0): randn(2)}, {UP.format(0): randn(6)}) for n in "pq"))
+    assert set(drawn(both)) == {"similarity", "similarity-layers", "changes-layers", "norms-units"}
+    flat = compared(*(lora(tmp_path / n, {"up": randn(2, 8)}, {"up": randn(6, 2)}) for n in "rs"))
+    assert set(drawn(flat)) == {"similarity"}
 
 
 def test_names_cannot_become_formulas_and_many_units_fit(tmp_path):
@@ -81,22 +77,15 @@ def test_conflicts_are_drawn_from_the_file_beside_the_adapter(tmp_path):
     (tmp_path / "run" / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "run" / "image.csv").write_bytes(b"\xff\xfe\x00")
     folder = alora(tmp_path / "run" / "adapter", ["x"], {UP.format(0): randn(1, 2, 8)}, {UP.format(0): randn(6, 2)})
-    study = compare_units(units(folder))
+    study = compared(folder)
     (file,) = study.conflicts
     assert file.why == "" and len(file.rows) == 8 and share_of(file.rows) == pytest.approx(1 / 6)
     picture = drawn(study)["conflicts"]
     assert "up_proj B 0.167" in picture.alt and "up_proj A 0.5" in picture.alt
     (folder / "broken.csv").write_text("\n".join([*lines, "30,short"]))
     (folder / "empty.csv").write_text(lines[0])
-    whys = [file.why for file in compare_units(units(folder)).conflicts]
+    whys = [file.why for file in compared(folder).conflicts]
     assert "does not read as gradient conflicts" in whys[0] and "no row" in whys[1] and whys[2] == ""
-
-
-def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
-    study = study_of(tmp_path / "a", TASKS)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        next(figures.pictures(study))
 
 
 def test_a_and_b_of_one_kind_have_one_colour_and_b_is_drawn_through():

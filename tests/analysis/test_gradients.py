@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from alora_kernels.analysis import NotFiniteError, compare, task_conflicts, task
 from alora_kernels.data import load_model
 from alora_kernels.tuner import ALoRAConfig
 
+from ..support.refusals import refused
 from .adapters import randn64 as randn
 
 TASKS = ["copy", "next", "zero"]
@@ -39,11 +41,10 @@ def test_opposite_gradients_conflict(dtype, device):
 
 
 def test_orthogonal_and_equal_gradients_do_not_conflict():
-    one, other = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, -1.0]])
-    assert compare({"x": one, "y": other}).conflicts == 0
-    assert compare({"x": one, "y": other}).cosine[0, 1] == 0.0
-    assert compare({"x": one, "y": 3 * one}).conflicts == 0
-    assert compare({"x": one, "y": 3 * one}).cosine[0, 1] == pytest.approx(1.0)
+    one = torch.tensor([[1.0, 1.0]])
+    for other, cosine in ((torch.tensor([[1.0, -1.0]]), 0.0), (3 * one, pytest.approx(1.0))):
+        got = compare({"x": one, "y": other})
+        assert (got.conflicts, got.cosine[0, 1]) == (0, cosine)
 
 
 @pytest.mark.parametrize("degrees", [1, 60, 89, 91, 120, 179])
@@ -112,10 +113,8 @@ def test_invariances(tasks, n, seed, scales):
 def test_compare_names_what_is_wrong():
     g = randn(2, 3)
     for too_few, named in (({}, "none"), ({"only": g}, "only")):
-        with pytest.raises(ValueError, match=f"at least two, got {named}"):
-            compare(too_few)
-    with pytest.raises(ValueError, match=r"one shape, got \{'x': \[2, 3\], 'y': \[3, 2\]\}"):
-        compare({"x": g, "y": g.T})
+        refused(f"at least two, got {named}", compare, too_few)
+    refused(r"one shape, got \{'x': \[2, 3\], 'y': \[3, 2\]\}", compare, {"x": g, "y": g.T})
     with pytest.raises(NotFiniteError, match=r"layers.3.q_proj B not finite: \['y'\]"):
         compare({"x": g, "y": g * float("nan")}, module="layers.3.q_proj", parameter="B")
 
@@ -150,20 +149,11 @@ def toy_batches() -> dict[str, dict[str, Tensor]]:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-    return (
-        grads, [m.training for m in model.modules()], torch.get_rng_state(), random.getstate(),
-        [np.random.get_state()[1].copy(), np.random.get_state()[2]],
-    )  # fmt: skip
-
-
-def assert_same(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
-    for name, grad in before[0].items():
-        assert (grad is None) == (after[0][name] is None)
-        assert grad is None or torch.equal(grad, after[0][name])
-    assert before[1] == after[1]
-    assert torch.equal(before[2], after[2]) and before[3] == after[3] and before[4][1] == after[4][1]
-    assert np.array_equal(before[4][0], after[4][0])
+    """Gradients, modes and random states, as what can be compared."""
+    grads = {name: None if p.grad is None else p.grad.tolist() for name, p in model.named_parameters()}
+    _, key, place, *_ = np.random.get_state()
+    modes = [m.training for m in model.modules()]
+    return grads, modes, torch.get_rng_state().tolist(), random.getstate(), key.tolist(), place
 
 
 def test_gradients_are_those_of_eval_mode_by_hand():
@@ -194,13 +184,10 @@ def test_everything_is_left_as_found(fails):
         return value
 
     before = state_of(model)
-    with torch.no_grad():  # a caller may be inside one
-        if fails:
-            with pytest.raises(RuntimeError, match="on purpose"):
-                task_gradients(model, toy_batches(), loss)
-        else:
-            task_gradients(model, toy_batches(), loss)
-    assert_same(before, state_of(model))
+    failing = pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext()
+    with torch.no_grad(), failing:  # a caller may be inside one
+        task_gradients(model, toy_batches(), loss)
+    assert state_of(model) == before
     assert model.lora_A.grad is not None and model.lora_B.grad is None
 
 
@@ -224,26 +211,20 @@ def test_a_loss_that_does_not_reach_a_matrix_has_a_gradient_of_zero():
 
 def test_task_gradients_name_what_is_wrong():
     model, batches = Toy(), toy_batches()
-    with pytest.raises(ValueError, match="batches is empty"):
-        task_gradients(model, {}, towards)
-    with pytest.raises(ValueError, match=r"trainable parameters of the model, got \['lora_C'\]"):
-        task_gradients(model, batches, towards, ["lora_A", "lora_C"])
-    with pytest.raises(ValueError, match=r"for task 'up' it returned shape \[5, 4\]"):
-        task_gradients(model, batches, lambda m, b: m(b["x"]))
-    with pytest.raises(ValueError, match="it returned float"):
-        task_gradients(model, batches, lambda m, b: 1.0)
-    with pytest.raises(ValueError, match="no trainable asymlora_A/B"):
-        task_gradients(nn.Linear(2, 2), batches, towards)
+    refused("batches is empty", task_gradients, model, {}, towards)
+    unknown = r"trainable parameters of the model, got \['lora_C'\]"
+    refused(unknown, task_gradients, model, batches, towards, ["lora_A", "lora_C"])
+    refused(r"for task 'up' it returned shape \[5, 4\]", task_gradients, model, batches, lambda m, b: m(b["x"]))
+    refused("it returned float", task_gradients, model, batches, lambda m, b: 1.0)
+    refused("no trainable asymlora_A/B", task_gradients, nn.Linear(2, 2), batches, towards)
     with pytest.raises(ValueError, match="at least two, got up"):
         task_conflicts(model, {"up": batches["up"]}, lambda m, b: pytest.fail("computed in vain"))
     model.lora_A.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"got \['lora_A'\]"):
-        task_gradients(model, batches, towards, ["lora_A"])
+    refused(r"got \['lora_A'\]", task_gradients, model, batches, towards, ["lora_A"])
     batches["down"]["target"] = batches["down"]["target"] * float("nan")
     before = state_of(model)
-    with pytest.raises(NotFiniteError, match=r"infinity: lora_B \(down\)$"):
-        task_gradients(model, batches, towards)
-    assert_same(before, state_of(model))
+    refused(r"infinity: lora_B \(down\)$", task_gradients, model, batches, towards, error=NotFiniteError)
+    assert state_of(model) == before
 
 
 def stack(**kind: Any) -> nn.Module:
@@ -298,14 +279,13 @@ def test_what_is_shared_is_known_before_there_are_gradients():
 @pytest.mark.parametrize("kind", ["lora", "vera", "task", "soft"])
 def test_names_of_every_tuner(kind):
     base, _ = load_model("tiny-random")
+    both = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     config = {
-        "lora": lambda: LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
-        "vera": lambda: VeraConfig(r=2, target_modules=["q_proj"]),
-        "task": lambda: ALoRAConfig(r=2, tasks=TASKS, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        "soft": lambda: ALoRAConfig(
-            r=2, num_experts=2, routing="soft", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-        ),
-    }[kind]()
+        "lora": LoraConfig(**both),
+        "vera": VeraConfig(r=2, target_modules=["q_proj"]),
+        "task": ALoRAConfig(tasks=TASKS, task_type="CAUSAL_LM", **both),
+        "soft": ALoRAConfig(num_experts=2, routing="soft", task_type="CAUSAL_LM", **both),
+    }[kind]
     model = get_peft_model(base, config, adapter_name="mine")
     batches = {t: {"input_ids": torch.randint(3, 90, (2, 5)), "ids": torch.tensor([i, i])} for i, t in enumerate(TASKS)}
 
@@ -314,13 +294,9 @@ def test_names_of_every_tuner(kind):
             return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
 
     records = task_conflicts(model, batches, loss)
-    prefix = "base_model.model.model.layers"
-    if kind == "vera":
-        places = [(f"{prefix}.{i}.self_attn.q_proj", p) for i in (0, 1) for p in ("lambda_b", "lambda_d")]
-    else:
-        modules = [f"{prefix}.{i}.self_attn.{m}" for i in (0, 1) for m in ("q_proj", "v_proj")]
-        places = [(m, p) for m in modules for p in "AB"]
-    assert [(r.module, r.parameter) for r in records] == places
+    targets, parts = (["q_proj"], ["lambda_b", "lambda_d"]) if kind == "vera" else (["q_proj", "v_proj"], ["A", "B"])
+    modules = [f"base_model.model.model.layers.{i}.self_attn.{m}" for i in (0, 1) for m in targets]
+    assert [(r.module, r.parameter) for r in records] == [(m, p) for m in modules for p in parts]
     per_task = {r.parameter for r in records if not r.shared}
     assert per_task == ({"A"} if kind == "task" else set())
     live = "lambda_b" if kind == "vera" else "B"  # B is zero at the start: everything else has no gradient yet
@@ -339,8 +315,7 @@ def test_two_trainable_adapters_are_not_mixed_up():
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return model(**batch, labels=batch["input_ids"]).loss
 
-    with pytest.raises(ValueError, match="q_proj has several trainable adapters"):
-        task_conflicts(model, batches, loss)
+    refused("q_proj has several trainable adapters", task_conflicts, model, batches, loss)
     names = [n for n, _ in model.named_parameters() if ".second." in n]
     assert len(task_conflicts(model, batches, loss, names)) == 4
 

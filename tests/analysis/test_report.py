@@ -6,14 +6,11 @@ import re
 import sys
 from html.parser import HTMLParser
 
-import pytest
-
-from alora_kernels.analysis.comparison import compare_units
 from alora_kernels.analysis.report import render, write_report
-from alora_kernels.analysis.sources import units
 
 from ..serving import chromium
 from ..support.adapters import lora
+from ..support.refusals import refused
 from . import adapters
 from .adapters import UP, randn
 
@@ -82,15 +79,14 @@ def test_the_report_is_one_file_and_figures_of_an_earlier_run_go(tmp_path):
 def test_a_report_without_figures_needs_no_matplotlib(tmp_path, monkeypatch):
     study = study_of(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="--no-figures"):
-        write_report(study, tmp_path / "out")
+    refused("pip install matplotlib.*--no-figures", write_report, study, tmp_path / "out", error=ImportError)
     assert not (tmp_path / "out").exists()
     assert write_report(study, tmp_path / "out", figures=False).exists()
 
 
 def test_one_unit_and_nothing_left_out(tmp_path):
-    study = compare_units(units(lora(tmp_path / "only", {UP.format(0): randn(2, 8)}, {UP.format(0): randn(6, 2)})))
-    text = Tags(render(study)).text
+    only = lora(tmp_path / "only", {UP.format(0): randn(2, 8)}, {UP.format(0): randn(6, 2)})
+    text = Tags(render(adapters.compared(only))).text
     assert "There is one unit" in text and "No pair could be compared" in text
     assert "Everything was compared with everything" in text
 

@@ -8,25 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from alora_kernels.analysis.comparison import compare_units
+from alora_kernels.analysis import table
 from alora_kernels.analysis.report import Column, groups, number, pair_columns, pairs, shown, unit_columns, which
-from alora_kernels.analysis.sources import units
-from alora_kernels.analysis.table import (
-    COLUMNS,
-    SKIPPED,
-    Mean,
-    Row,
-    mean_of,
-    means,
-    measures,
-    over_layers,
-    square,
-    where,
-    write_csv,
-)
+from alora_kernels.analysis.table import Mean, Row, mean_of, means, measures, over_layers, square, where, write_csv
 
 from ..support.adapters import alora, lora
-from .adapters import UP, Q, randn
+from .adapters import UP, Q, compared, randn
 
 NAN = math.nan
 
@@ -43,9 +30,9 @@ def test_means_leave_out_what_does_not_exist():
 
 def test_squares_are_symmetric_with_an_empty_diagonal():
     rows = [row(value=0.2), row(value=0.4, layer=1), row("z", "x", 0.9), row("y", "z", NAN)]
-    table = square(rows, ["x", "y", "z"])
+    found = square(rows, ["x", "y", "z"])
     expected = np.array([[NAN, 0.3, 0.9], [0.3, NAN, NAN], [0.9, NAN, NAN]])
-    np.testing.assert_allclose(table, expected)
+    np.testing.assert_allclose(found, expected)
 
 
 def test_layers_and_units():
@@ -71,11 +58,11 @@ def test_files_are_whole_and_blank_where_there_is_no_number(tmp_path):
 def test_save_writes_every_row(tmp_path):
     modules = [Q.format(0), UP.format(0), Q.format(1)]
     a, b = {m: randn(3, 2, 8, seed=i) for i, m in enumerate(modules)}, {m: randn(6, 2) for m in modules}
-    study = compare_units(units(alora(tmp_path / "a", ["x", "y", "z"], a, b)))
+    study = compared(alora(tmp_path / "a", ["x", "y", "z"], a, b))
     files = study.save(tmp_path / "out" / "deep")
     assert [f.name for f in files] == ["similarity.csv", "changes.csv", "norms.csv", "not_compared.csv"]
     similarity = list(csv.DictReader(files[0].open()))
-    assert tuple(similarity[0]) == COLUMNS
+    assert tuple(similarity[0]) == table.COLUMNS
     assert len(similarity) == len(study.similarity) == 3 * 3 * 2  # modules, pairs, cosine and overlap of A
     first = study.similarity[0]
     assert similarity[0]["module"] == first.module and similarity[0]["layer"] == "0"
@@ -84,7 +71,7 @@ def test_save_writes_every_row(tmp_path):
     assert {r["unit2"] for r in changes} == {"zero"} and any(r["value"] == "" for r in changes)
     assert len(study.rows) == sum(len(list(csv.DictReader(f.open()))) for f in files[:3])
     left = list(csv.DictReader(files[3].open()))
-    assert tuple(left[0]) == SKIPPED and left[0]["modules"] == "3"
+    assert tuple(left[0]) == table.SKIPPED and left[0]["modules"] == "3"
 
 
 def test_summaries(tmp_path):
@@ -92,7 +79,7 @@ def test_summaries(tmp_path):
     shared, other = randn(2, 8), randn(2, 8, seed=1)
     for name, a in (("x", shared), ("y", shared), ("z", other)):
         lora(tmp_path / name, dict.fromkeys(modules, a), {m: randn(6, 2, seed=ord(name)) for m in modules})
-    study = compare_units([u for name in "xyz" for u in units(tmp_path / name)])
+    study = compared(*(tmp_path / name for name in "xyz"))
     columns = pair_columns(study)
     assert [c.title for c in columns][:2] == ["cosine of A", "subspace overlap of A"]
     assert columns[1].chance == pytest.approx(2 / 8)
@@ -105,7 +92,7 @@ def test_summaries(tmp_path):
 
 
 def test_reasons_are_grouped(tmp_path):
-    study = compare_units(units(alora(tmp_path / "a", list("pqr"), {"up": randn(3, 2, 8)}, {"up": randn(6, 2)})))
+    study = compared(alora(tmp_path / "a", list("pqr"), {"up": randn(3, 2, 8)}, {"up": randn(6, 2)}))
     (group,) = groups(study)
     assert (group.part, len(group.units), group.modules) == ("B", 3, ["up"])
     assert which(group.units) == "p with q, p with r and 1 more"
@@ -115,13 +102,6 @@ def test_reasons_are_grouped(tmp_path):
 def test_numbers_as_text():
     assert shown(Mean(0.5, 0.25, 0, 1, 3)) == "0.500 ± 0.250"
     assert shown(Mean(0.5, NAN, 0, 1, 1)) == "0.500" and shown(mean_of([])) == "–"
-    shown_as = {
-        0.0: "0.000",
-        3e-16: "0.000",
-        0.01389: "0.0139",
-        0.00001: "1e-05",
-        -0.05: "-0.0500",
-        12345.6: "1.235e+04",
-    }
+    shown_as = {0.0: "0.000", 3e-16: "0.000", 0.01389: "0.0139", 1e-5: "1e-05", -0.05: "-0.0500", 12345.6: "1.235e+04"}
     assert {value: number(value) for value in shown_as} == shown_as
     assert Column("t", {}).values == {}

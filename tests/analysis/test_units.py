@@ -22,7 +22,12 @@ from alora_kernels.text import clipped, printable
 from alora_kernels.tuner import ALoRAConfig
 
 from ..support.adapters import CONFIG, PREFIX, WEIGHTS, alora, lora
+from ..support.refusals import refused
 from .adapters import UP, Q, het, randn, unequal, vera
+
+
+def unreadable(message, folder):
+    refused(message, units, folder, error=AdapterFolderError)
 
 
 def test_each_task_of_an_alora_folder_is_a_unit(tmp_path):
@@ -84,11 +89,9 @@ def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
         assert torch.equal(parts["A"], a) and torch.equal(parts["B"], model.up.lora_B[row]) and update.s == 2.0
         assert unit.shapes["up"] == {"A": (2, 8), "B": (6, 2)}
     (tmp_path / "alone" / "method.json").unlink()
-    with pytest.raises(ValueError, match="holds neither method.json"):
-        units(tmp_path / "alone")
+    refused("holds neither method.json", units, tmp_path / "alone")
     save_method(model, tmp_path / "alone", replace(method, tasks=("x", "y", "z"), num_experts=3))
-    with pytest.raises(AdapterFolderError, match=f"not what {name} of 3 makes"):
-        units(tmp_path / "alone")
+    unreadable(f"not what {name} of 3 makes", tmp_path / "alone")
 
 
 def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_path):
@@ -116,8 +119,7 @@ def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_pa
     assert any("giving it all the weight" in note for note in study.notes)
     file = tmp_path / "run" / "adapter" / CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts": 2}))
-    with pytest.raises(AdapterFolderError, match="not what 2 experts of rank"):
-        units(tmp_path / "run")
+    unreadable("not what 2 experts of rank", tmp_path / "run")
 
 
 def test_a_federated_run_is_a_unit_per_client(tmp_path):
@@ -129,8 +131,7 @@ def test_a_federated_run_is_a_unit_per_client(tmp_path):
     assert [amazon.name, nyt.name, amazon.rank, nyt.rank] == ["amazon", "nyt", 4, 2]
     assert amazon.shared == frozenset() and not late.shapes and "final.safetensors" in late.why
     assert units(tmp_path / "run" / "clients" / "abc" / "nyt")[0].name == "nyt"
-    with pytest.raises(AdapterFolderError, match="late has neither adapter"):
-        units(tmp_path / "run" / "clients" / "abc" / "late")
+    unreadable("late has neither adapter", tmp_path / "run" / "clients" / "abc" / "late")
 
 
 def test_clients_of_unequal_rank(tmp_path):
@@ -146,72 +147,58 @@ def test_clients_of_unequal_rank(tmp_path):
     unequal(folder / "three", het("layer.0.up", 2), scaling="2.0")
     assert units(folder / "three")[0].read("layer.0.up").update.s == 2.0
     unequal(folder / "four", het("layer.0.up", 2), scaling="two")
-    with pytest.raises(AdapterFolderError, match="says s is 'two'"):
-        units(folder / "four")
+    unreadable("says s is 'two'", folder / "four")
 
 
 def test_what_is_none_of_these_is_refused_with_what_was_sought(tmp_path):
-    with pytest.raises(AdapterFolderError, match=r"no such folder: give an adapter folder .*federated run"):
-        units(tmp_path / "nowhere")
+    unreadable(r"no such folder: give an adapter folder .*federated run", tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterFolderError, match="is a file"):
-        units(tmp_path / "file")
+    unreadable("is a file", tmp_path / "file")
     lora(tmp_path / "a" / "movie", {"up": randn(2, 4)}, {"up": randn(3, 2)})
-    with pytest.raises(AdapterFolderError, match=r"none of what can be looked into.*give its subfolders: movie"):
-        units(tmp_path / "a")
+    unreadable(r"none of what can be looked into.*give its subfolders: movie", tmp_path / "a")
     (tmp_path / "run" / "clients" / "abc" / "late").mkdir(parents=True)
-    with pytest.raises(AdapterFolderError, match="no client has finished"):
-        units(tmp_path / "run")
+    unreadable("no client has finished", tmp_path / "run")
     (tmp_path / "prompt").mkdir()
     (tmp_path / "prompt" / CONFIG).write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
     (tmp_path / "prompt" / WEIGHTS).write_bytes(b"")
-    with pytest.raises(AdapterFolderError, match="only ASYMLORA"):
-        units(tmp_path / "prompt")
+    unreadable("only ASYMLORA", tmp_path / "prompt")
 
 
 def test_numbers_that_are_not_finite_are_named_by_their_layer(tmp_path):
     bad = randn(2, 4)
     bad[0, 0] = torch.nan
-    good = {UP.format(0): randn(2, 4), UP.format(1): bad}
-    with pytest.raises(AdapterFolderError, match=r"layers\.1\.mlp\.up_proj holds numbers that are not finite"):
-        units(lora(tmp_path / "l", good, {m: randn(3, 2) for m in good}))
+    some = {UP.format(0): randn(2, 4), UP.format(1): bad}
+    folder = lora(tmp_path / "l", some, {m: randn(3, 2) for m in some})
+    unreadable(r"layers\.1\.mlp\.up_proj holds numbers that are not finite", folder)
     many = {UP.format(i): bad for i in range(7)}
-    with pytest.raises(AdapterFolderError, match=r"layers\.0.*layers\.4\.mlp\.up_proj and 2 more hold numbers"):
-        units(lora(tmp_path / "m", many, {m: randn(3, 2) for m in many}))
-    with pytest.raises(AdapterFolderError, match="lambda_b of up holds numbers that are not finite"):
-        units(vera(tmp_path / "v", {"up": randn(2)}, {"up": torch.tensor([1.0, torch.inf])}))
+    folder = lora(tmp_path / "m", many, {m: randn(3, 2) for m in many})
+    unreadable(r"layers\.0.*layers\.4\.mlp\.up_proj and 2 more hold numbers", folder)
+    folder = vera(tmp_path / "v", {"up": randn(2)}, {"up": torch.tensor([1.0, torch.inf])})
+    unreadable("lambda_b of up holds numbers that are not finite", folder)
     parts = het("up", 2)
     parts["up.M"][0, 0] = torch.nan
-    with pytest.raises(AdapterFolderError, match="M of up holds numbers"):
-        units(unequal(tmp_path / "clients" / "abc" / "one", parts))
+    unreadable("M of up holds numbers", unequal(tmp_path / "clients" / "abc" / "one", parts))
 
 
 def test_damaged_files_are_refused(tmp_path):
     folder = vera(tmp_path / "v", {"up": randn(2)}, {"up": randn(3)})
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
-    with pytest.raises(AdapterFolderError, match="does not read"):
-        units(folder)
+    unreadable("does not read", folder)
     save_file({"other": randn(2)}, folder / WEIGHTS)
-    with pytest.raises(AdapterFolderError, match="nothing that can be compared"):
-        units(folder)
+    unreadable("nothing that can be compared", folder)
     save_file({f"{PREFIX}up.vera_lambda_b": randn(2, 2)}, folder / WEIGHTS)
-    with pytest.raises(AdapterFolderError, match=r"lambda_b has shape \[2, 2\]"):
-        units(folder)
+    unreadable(r"lambda_b has shape \[2, 2\]", folder)
     client = unequal(tmp_path / "clients" / "abc" / "one", het("up", 2), method="fedit")
-    with pytest.raises(AdapterFolderError, match="of the method 'fedit'"):
-        units(client)
+    unreadable("of the method 'fedit'", client)
     parts = het("up", 2)
     unequal(client, parts | {"up.M": randn(4, 2)})
-    with pytest.raises(AdapterFolderError, match="do not fit each other"):
-        units(client)
+    unreadable("do not fit each other", client)
     unequal(client, {key: value for key, value in parts.items() if key != "up.B1"})
-    with pytest.raises(AdapterFolderError, match="up must have A, M, B1, B2, B"):
-        units(client)
+    unreadable("up must have A, M, B1, B2, B", client)
     data = bytearray((client / "final.safetensors").read_bytes())
     data[-2] ^= 0xFF
     (client / "final.safetensors").write_bytes(data)
-    with pytest.raises(AdapterFolderError, match="checksum"):
-        units(client)
+    unreadable("checksum", client)
 
 
 def test_a_file_that_changes_between_check_and_use_is_refused(tmp_path):
@@ -220,8 +207,7 @@ def test_a_file_that_changes_between_check_and_use_is_refused(tmp_path):
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {f"{PREFIX}up.lora_A.weight": randn(2, 4, seed=1)}, folder / "new")
     os.replace(folder / "new", folder / WEIGHTS)
-    with pytest.raises(AdapterFolderError, match="changed while it was read"):
-        unit.read("up")
+    refused("changed while it was read", unit.read, "up", error=AdapterFolderError)
 
 
 def test_names_from_strangers_stay_on_one_line(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from alora_kernels.adapters.method import METHODS, SETTINGS, STATE, read_method
 from alora_kernels.baselines.methods import adapt, load_method, save_method, trained
 from tests.baselines.adaptations import PLAIN, adapted, adapted_layers, answers, method
+from tests.support.refusals import refused
 from tests.support.tiny import llama
 
 
@@ -45,36 +46,30 @@ def test_a_folder_of_peft_without_our_settings_loads(tmp_path):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_bad_folders(name, tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither method.json nor adapter_config.json"):
-        load_method(llama(), tmp_path)
+    refused(r"holds neither method.json nor adapter_config.json", load_method, llama(), tmp_path)
     save_method(adapted(name), tmp_path, method(name))
     with pytest.raises(ValueError, match=r"has no model.layers.1.* which this model needs: load it on the base"):
         one_layer = adapted(name, llama(layers=1))
         save_method(one_layer, tmp_path / "small", method(name))
         load_method(llama(), tmp_path / "small")
-    with pytest.raises(ValueError, match=r"has model.layers.1.* more that this model has no place for"):
-        load_method(llama(layers=1), tmp_path)
+    refused(r"has model.layers.1.* more that this model has no place for", load_method, llama(layers=1), tmp_path)
     with pytest.raises(ValueError, match=r"is \(.*\) in the file but \(.*\) here; load it on the base"):
         load_method(llama(intermediate_size=40), tmp_path)
     whole = (tmp_path / STATE).read_bytes()
     (tmp_path / STATE).write_bytes(whole[:100])
-    with pytest.raises(ValueError, match="does not read"):
-        load_method(llama(), tmp_path)
+    refused("does not read", load_method, llama(), tmp_path)
     (tmp_path / STATE).unlink()
-    with pytest.raises(ValueError, match="is missing: method.json alone is no adapter"):
-        load_method(llama(), tmp_path)
+    refused("is missing: method.json alone is no adapter", load_method, llama(), tmp_path)
     for text in ("{", "[]", "{}", '{"settings": {"name": "vera"}}', '{"settings": {"nam": 1}}', '{"settings": []}'):
         (tmp_path / SETTINGS).write_text(text)
-        with pytest.raises(ValueError, match="is not what `alora train` writes"):
-            load_method(llama(), tmp_path)
+        refused("is not what `alora train` writes", load_method, llama(), tmp_path)
 
 
 def test_a_refused_load_gives_the_base_back(tmp_path):
     save_method(adapted("hydralora"), tmp_path, method("hydralora"))
     base = llama(layers=1)
     weight, want = base.model.layers[0].mlp.up_proj.weight, answers(base)
-    with pytest.raises(ValueError, match="no place for"):
-        load_method(base, tmp_path)
+    refused("no place for", load_method, base, tmp_path)
     assert not adapted_layers(base) and base.model.layers[0].mlp.up_proj.weight is weight
     assert torch.equal(answers(base), want)
     base.save_pretrained(tmp_path / "base")  # all of it, not only what would have trained
