@@ -1,8 +1,7 @@
 """Figures and the README's tables from the CSV files: `python -m bench plot`.
 
-PNG files are written beside the CSV files, the README's blocks `bench-cpu`, `bench-gpu` and `bench-static` anew (the
-last holds predictions, which need triton). Of several runs of the same case the newest counts. CI only compares the
-README, with `--check`.
+Of several runs of the same case the newest counts. The block `bench-static` holds predictions, which need triton. CI
+only compares the README, with `--check`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Gradients of the matrices A and of the router, the last step of the backward: d^T x, per task or over all rows.
 
-d is the gradient of the skinny products: dh under task routing, dp under soft routing. A program owns one task, one
-block of K and a share of the task's rows, and walks down them. Shares exist only to fill the chip when tasks and K
-blocks are few; their partial sums lie in planes that are summed in a fixed order. No atomics, so nothing needs
-zero-filling and results repeat bit for bit.
+d is dh under task routing, dp under soft routing. A program owns one task, one block of K and a share of the task's
+rows; shares exist only to fill the chip, and their partial sums are added in a fixed order, without atomics.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Decoding: forward of the whole layer in one launch for few rows of many tasks, under the plan "one_pass".
 
-Reading w is all the time there is, and next to it the A of every row's task: 64 tasks of rank 16 are a quarter of a
-4096x4096 w. So both streams run at once. The first pieces of work are one row and one slice of K each: a row times the
-A of its task is no matrix product, so it is multiplied and summed in registers, and the partial sum goes to a plane.
-The other pieces are tiles of the GEMM; each waits for all planes before its last step and adds them in a fixed order.
+The first pieces of work are one row and one slice of K each, multiplied in registers: 64 A of rank 16 are a quarter of
+a 4096x4096 w, so both are read at once. The others are tiles of the GEMM, which wait for the planes before their last
+step.
 """
 
 from __future__ import annotations

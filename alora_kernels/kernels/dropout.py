@@ -1,8 +1,7 @@
 """Dropout without a stored mask: entry (m, k) of x is kept or not by a counter-based generator.
 
-Every kernel asks `dropout_keep` for the mask of its tile, so forward and backward agree. Philox gives four 32-bit
-numbers per counter (k // 4, m); the lane k % 4 belongs to column k. The counters are two 32-bit words, so tensors
-beyond 2^32 elements do not repeat. The mask depends on the original row number only, never on the tile.
+Every kernel asks `dropout_keep` for the mask of its tile, so forward and backward agree: lane k % 4 of philox at the
+counters (k // 4, m), two 32-bit words, where m is the original row number.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Gradient of the input: the base GEMM backwards and the low-rank part, of each row's task or of all experts.
 
-What dropout masks comes first, because it must not touch dy w; the main loop adds on top. The router saw x before
-dropout, so its product is added after the mask. Under task routing programs take consecutive positions of
-`groups.order` through pointers, gather rows of dy and scatter rows of dx. Descriptors fetch consecutive rows only;
-there a program takes the rows as they come, and walks whatever tasks it meets.
+What dropout masks comes first, because it must not touch dy w; the router, which saw x before dropout, after the mask.
+Through pointers task routing takes positions of `groups.order`; descriptors fetch consecutive rows only.
 """
 
 from __future__ import annotations

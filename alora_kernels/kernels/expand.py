@@ -1,10 +1,8 @@
-"""The product with the shared B, which knows nothing about routing: `h b^T` beside the base GEMM, and its backward.
+"""The product with the shared B, which knows nothing about routing: `h b^T` with the base GEMM, and its backward.
 
-Forward, after a shrink: the base GEMM with the low-rank product as its last K-step. y is written once, where separate
-launches would write the base output, read it back and write it again. Backward, the first step: dy is the largest
-tensor of the pass, and dh and db both need all of it, so they come from one pass over dy. A program keeps one block of
-columns of b, walks down a chunk of rows, and writes partial sums: dh of its column block to one plane, db of its row
-chunk to another. The planes are summed in a fixed order, so results repeat bit for bit.
+y is written once, where separate launches would write the base output, read it back and write it again. In the backward
+dh and db come from one pass over dy, its largest tensor, as partial sums: dh per block of columns, db per chunk of
+rows.
 """
 
 from __future__ import annotations

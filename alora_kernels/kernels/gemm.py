@@ -1,11 +1,8 @@
 """What every GEMM of this package shares: the tile, the operands, the loops over K (or N) and over the rank.
 
-`out = left @ right + low rank` is one kernel in two orientations: only strides differ. `expand` and the one-pass
-kernels loop over K, then over R, the two dx kernels over R, then over N. Through pointers, rows are not masked (the
-caller clamps their numbers), columns and the contraction are, unless the tile divides them. Descriptors need no masks
-and no address arithmetic: what lies outside the matrix is read as zero and never written. Chips without a copy engine
-use pointers, because Triton turns a descriptor into masked loads there that are not pipelined (the compiler spills 640
-bytes a thread on sm_80).
+Through pointers, rows are not masked (the caller clamps their numbers), columns and the contraction are, unless the
+tile divides them. Descriptors need no masks. Chips without a copy engine use pointers: there Triton turns a descriptor
+into masked loads that are not pipelined (640 bytes spilled a thread on sm_80).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The one door through which every Triton kernel is launched.
 
-A grid of zero programs is skipped here, so no launcher needs to special-case an empty batch. Tensors on the meta device
-have shapes and strides but no data: running a launcher on them inside `recording(chip)` yields exactly the launches a
-GPU of that kind would get. Ahead-of-time compilation (`bench static`) and tests that count launches read them.
+Tensors on the meta device have no data: running a launcher on them inside `recording(chip)` yields exactly the launches
+a GPU of that kind would get. Ahead-of-time compilation (`bench static`) and tests that count launches read them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Forward of the whole layer in one launch: plan "one_pass", on chips with a copy engine.
 
-Every tile waits for the flag of its row block only before its last step, h b^T, and whatever raises flags comes a group
-of row blocks ahead, so that h is ready when it is wanted. Task routing: the tile in the first column of a row block,
-the *leader*, streams the block's rows of x anyway, and also multiplies them by the A of the block's first task: BLOCK_R
-columns next to BLOCK_N. Further tasks of the block cost it another pass over its rows. Soft routing: the products of
-all experts are too wide for that, so some pieces of work are nothing but `shrink_soft` for BLOCK_P rows.
+Every tile waits for the flag of its row block only before its last step, h b^T. Task routing: the first tile of a row
+block, the *leader*, multiplies the rows it streams by their A too. Soft routing: pieces of `shrink_soft` are work of
+their own. Both run a group of row blocks ahead of who needs their h.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Forward of the layer, first half: the skinny products of x, routed.
 
-Task routing: a program takes consecutive positions of `groups.order`, so it meets few tasks, and streams x once per
-task it meets. Results of different tasks never mix: a task whose A holds NaN does not disturb its neighbours in the
-same block. Soft routing: all products, the gate and their mixture in one launch, with one pass over x while the
-products of all experts fit in `block_n` columns. More are taken in chunks: the first pass makes the logits, each
-further one a chunk.
+Task routing: a program takes positions of `groups.order` and streams x once per task it meets; results of different
+tasks never mix, NaN included. Soft routing: all products, the gate and their mixture in one launch; experts beyond
+`block_n` columns are taken in chunks, each another pass over x.
 """
 
 from __future__ import annotations

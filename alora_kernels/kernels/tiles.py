@@ -1,9 +1,8 @@
 """Tile sizes: frozen data, one row per (kernel, chip or kind of chip, bytes per element).
 
 The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of shared memory
-per program (consumer cards, gfx942) and unknown ones share the rows called "other"; the interpreter has its own, so
-that tests at small sizes go round every loop more than once. What `bench tune` measured on a chip (`tuned.py`) comes
-before the table.
+per program (consumer cards, gfx942) and unknown ones are "other". What `bench tune` measured on a chip (`tuned.py`)
+comes before the table.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The custom ops: what `torch.compile`, autograd and the profiler see. Only `ops.functional` calls them.
 
-`alora::linear -> (y, h, p)` and `alora::shrink -> (h, p)` have h and p as outputs only because the backward needs them.
-Each has its backward as a second op, so a compiled graph holds one opaque node a pass. Nothing of size `[M, N]` is
-saved, nothing per expert of size `[M, K]`. Task ids, their order and the seed of dropout are tensors, so new ids or a
-new seed never recompile.
+`alora::linear` and `alora::shrink` give h and p only because the backward needs them; each backward is a second op, so
+a compiled graph holds one opaque node a pass. Nothing of size `[M, N]` is saved, nothing per expert of size `[M, K]`.
+Task ids, their order and the seed of dropout are tensors, so new ones never recompile.
 """
 
 from __future__ import annotations

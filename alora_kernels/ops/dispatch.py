@@ -1,12 +1,10 @@
 """Which code computes the layer, and in which of several ways: the backend and its plan.
 
-The ops ask once per call, Triton's backend once per pass for a plan; `alora doctor` prints both with reasons. The
-caller's wish (`backend=`) comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch elsewhere.
-Triton runs on a CPU only in its interpreter, which is exact but slow: for tests, not for work. A wish may name a plan,
-"triton:one_pass", for tests and measurements. Without one, what was measured on a chip (`kernels/tuned.py`) decides for
-it, and without a measurement a rule: our own GEMM on chips it was written for, where sizes are multiples of 16; the
-vendor's GEMM everywhere else, which can only lose the low-rank part's own time. The one-pass kernels are never taken
-without a measurement: programs that wait for each other deserve a proof on the chip itself.
+The caller's wish (`backend=`) comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch
+elsewhere; Triton runs on a CPU only in its interpreter, for tests. Without a plan in the wish ("triton:one_pass") a
+measurement on the chip (`kernels/tuned.py`) decides, else a rule: our own GEMM on chips it was written for, where sizes
+are multiples of 16; the vendor's elsewhere, which can only lose the low-rank part's own time. The one-pass kernels are
+never taken without a measurement: programs that wait for each other deserve a proof on the chip itself.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The layer in torch calls: the backend of CPUs and of every device Triton does not serve.
 
-B is hoisted out of the sum over experts, so the base product and the expand are ordinary matrix products
-whatever the routing; the low-rank part is accumulated into their result in place. Skinny products of 16-bit x and
-float32 adapters are taken in float32 (`products`): h, dh and the adapter's gradients are float32 numbers. Task routing
-picks rows in one of the ways of `torch_rows`; nothing loops over tokens. Under soft routing one product with x makes
-all of p, and the gate is kept in the place of the logits, so that the backward needs no second softmax.
+B is hoisted out of the sum over experts, so base product and expand are ordinary products, and the low-rank part is
+accumulated in place. Skinny products of 16-bit x and float32 adapters are float32 (`products`). Task routing picks rows
+as `torch_rows` says. Under soft routing the gate replaces the logits in p: the backward needs no softmax.
 """
 
 from __future__ import annotations

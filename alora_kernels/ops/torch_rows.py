@@ -1,9 +1,8 @@
 """Which rows of a batch meet which matrix A, in torch calls: the row layouts of the torch backend.
 
-Rows grouped by task are `Whole`, one task for all rows; `Slots`, one batched product for all tasks; or a list of the
-tasks with the rows of each, one product per entry. A product of a few rows takes 3 us and the calls around it 12, so
-for small batches a layout saves calls. It is chosen by the number of rows of each task, never by what x or A hold, and
-kept for the batch's other layers: working it out takes 30 to 80 us, a fifth of a 768 x 768 layer with 32 rows.
+A product of a few rows takes 3 us and the calls around it 12, so for small batches a layout saves calls. It is chosen
+by the number of rows of each task, never by what x or A hold, and kept for the batch's other layers: working it out
+takes 30 to 80 us, a fifth of a 768 x 768 layer with 32 rows.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Slots(NamedTuple):
         return flat if self.taken is None else flat.index_select(0, self.taken)
 
 
-Layout = Whole | Slots | list[tuple[int, Rows]]
+Layout = Whole | Slots | list[tuple[int, Rows]]  # the last: one product for each task and its rows
 
 
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the batch's tensors

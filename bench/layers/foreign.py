@@ -1,9 +1,8 @@
 """Multi-LoRA kernels of other projects, where the user has them installed: LoRAFusion, vLLM, SGLang.
 
-The calls follow the signatures in the projects' public repositories (LoRAFusion `ops/multi_lora.py`, vLLM
-`lora/ops/triton_ops`, SGLang `lora/triton_ops`), which are internal to them and change: a call that no longer fits is
-reported as failed, one that computes something else as wrong; neither is timed. Metadata is made once per batch, as
-those projects do. vLLM and SGLang serve only: they have no backward. Nothing of theirs is in this repository.
+The calls follow the signatures in the projects' public repositories, which are internal to them and change: what no
+longer fits is reported as failed, what computes something else as wrong; neither is timed. Metadata is made once per
+batch, as those projects do. Nothing of theirs is in this repository.
 """
 
 from __future__ import annotations

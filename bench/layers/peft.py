@@ -1,9 +1,7 @@
 """Stock PEFT: one LoRA, a mixed batch of LoRAs, and Poly, each PEFT's own layer around an `nn.Linear`.
 
-A problem's tensors are copied into PEFT's parameters, the frozen weight is shared. PEFT widens adapters over a 16-bit
-base to float32 by default and is then slower: here they keep the problem's dtype (`autocast_adapter_dtype=False`).
-Poly's router runs in eval mode, because in training it samples its weights, which no float64 truth can match; that
-spares it one small draw.
+PEFT widens adapters over a 16-bit base to float32 by default and is then slower: here they keep the problem's dtype.
+Poly's router runs in eval mode, because in training it samples its weights, which no float64 truth can match.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """One layer problem: a function as a plain formula, random tensors, the truth in float64, and how far off one may be.
 
 Alternatives to ALoRA compute other functions (one LoRA, one B per task, a mixture of B), so a time is only comparable
-together with the name of its function: every row of a result says which one it is. The rule is `tests/compare.py`'s:
-err <= 2 x the error of the plain formula in the same dtype + tiny, for the output and every gradient that is asked
-for, errors relative to the tensor's largest entry.
+together with the name of its function. The rule of errors is that of `tests/compare.py`.
 """
 
 from __future__ import annotations

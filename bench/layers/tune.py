@@ -1,9 +1,7 @@
 """`python -m bench tune`: measure tiles and plans on this GPU and write them to `alora_kernels/kernels/tuned.py`.
 
-First the tiles: each is verified against float64 and timed beside the others of its kernel, interleaved, with a cold L2
-cache. Then, with the best tiles in place, the plans: the forward plan by the time of the forward, dx and overlap by
-what forward + backward takes beyond it. A challenger replaces what is in use only if it is 1 % faster. `--check` only
-compiles all candidates for a chip, without a GPU, and says which spill or do not fit.
+First the tiles, then, with the best tiles in place, the plans: the forward plan by the time of the forward, dx and
+overlap by what forward + backward takes beyond it. `--check` only compiles all candidates for a chip, without a GPU.
 """
 
 from __future__ import annotations

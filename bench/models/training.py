@@ -1,10 +1,8 @@
 """A training step of a language model over a mixed batch: one fused pass against stock PEFT task by task.
 
-On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape with random weights (the row's
-note says which); on GPUs some layers of a Llama 3 8B. As in the demo only an answer at the end of each row is
-supervised, and the head computes no other logits. Stock PEFT refuses `adapter_names` in training, so it runs the tasks
-one after the other. Judged are the loss and the gradient of every A and B. The frozen model sends gradients down to its
-embeddings and trains nothing.
+On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape with random weights; on GPUs
+some layers of a Llama 3 8B. As in the demo only an answer at the end of each row is supervised. Stock PEFT refuses
+`adapter_names` in training. Judged are the loss and the gradient of every A and B.
 """
 
 from __future__ import annotations

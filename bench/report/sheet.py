@@ -1,8 +1,7 @@
 """A CSV file that grows row by row and reads back, for any record that is a frozen dataclass.
 
-The fields of the class are the columns, in their order; `field(metadata={"column": "pass"})` names one that Python
-cannot. A field is a str, an int, a float or a `float | None`, which is empty where it is None; floats keep six digits.
-Every row is on disk when `add` returns, so that an interrupted run keeps what it measured.
+Its fields are the columns; `field(metadata={"column": "pass"})` names one that Python cannot. A field is a str, an int,
+a float or a `float | None`, which is empty where it is None; floats keep six digits.
 """
 
 from __future__ import annotations

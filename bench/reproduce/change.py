@@ -1,8 +1,7 @@
 """`before-after`: what training moves, A or B, length or direction? (ALoRA, Fig. 2)
 
-LoRA on each task by itself; A and B at the start, early on, and at the end. B begins at zero and has no direction
-there, so both are compared with the state after a tenth of the steps as well. Who turns W0 is asked by putting one
-factor back: with A as at its start, how much of the turn is left?
+LoRA on each task by itself. B begins at zero and has no direction there, so A and B are compared with the state after a
+tenth of the steps as well. Who turns W0: with A put back to its start, how much of the turn is left?
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`fedsa`: are A more alike across clients than B, and less so where their data differ? (FedSA-LoRA, Fig. 2 to 5)
 
-One task split over clients label by label with Dirichlet(alpha); LoRA, rsLoRA, VeRA; no communication. All clients
-begin from the same adapter and head, as in the paper, and see their own rows in their own order. Of VeRA the trained
-vectors take the places of the matrices: d scales the frozen A's rows, b the frozen B's.
+One task split over clients label by label with Dirichlet(alpha), no communication; all begin from the same adapter and
+head, as in the paper. Of VeRA the trained vectors take the places of the matrices: d scales the frozen A's rows, b the
+frozen B's.
 """
 
 from __future__ import annotations

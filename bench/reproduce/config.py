@@ -1,8 +1,7 @@
 """What an experiment is run with: `configs/NAME.yaml`, or another path, as frozen data.
 
 The hash covers what the file sets differently from the defaults, so a row in a CSV says which settings it belongs to
-and a new field leaves old rows valid. A new default for an old field would not: add a field instead. Seeds are not
-part of the hash, more of them add rows to the same table.
+and a new field leaves old rows valid. A new default for an old field would not: add a field instead.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 delta-m is the mean relative change of accuracy against single-task training, in percent, below zero better. A LoRA per
 task is single-task training: no task's gradient reaches another's A, B or head, and every task gets the same batches.
-Seconds are of training on this machine, beside whatever else it did.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`sharing`: do tasks fight more over a shared A or over a shared B? (ALoRA, Fig. 3)
 
-Several tasks at once, with B shared (ALoRA), with A shared (a B per task), and HydraLoRA, whose B are shared too,
-through its router. A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed
-rows in eval mode, is below zero. Nothing is measured before the first step: B is zero there and A has no gradient.
+A pair conflicts in a matrix where the cosine of the two tasks' gradients, each on its own fixed rows in eval mode, is
+below zero. HydraLoRA's B are shared too, through its router. Nothing is measured before the first step: B is zero there
+and A has no gradient.
 """
 
 from __future__ import annotations

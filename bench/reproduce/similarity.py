@@ -1,8 +1,7 @@
 """`init-similarity`: are A alike because tasks are, or because they began alike? (ALoRA, Fig. 1)
 
-Two tasks, LoRA; each seed trains three adapters: both tasks from one seed, the first also from another. The cosine
-compares entries and so depends on the basis that the initialisation picked; the overlap of the spaces does not. Rows of
-A span inputs, columns of B outputs; chance is what random spaces of this rank share.
+Each seed trains three adapters: both tasks from one seed, the first also from another. The cosine compares entries and
+so depends on the basis that the initialisation picked; the overlap of the spaces does not.
 """
 
 from __future__ import annotations

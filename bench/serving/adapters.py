@@ -1,8 +1,7 @@
 """Random adapters for `bench serving`, as an ALoRA folder and as stock LoRAs, and what stock PEFT says is right.
 
-Speed does not depend on the numbers, so they are random: one B, an A per task. They are large enough that another task
-gives other tokens, else a check of the tokens would find nothing. Copies of the base share its weights: only where a
-provider changes them (merging) does it get its own.
+Speed does not depend on the numbers: one B, an A per task, so large that another task gives other tokens. Copies of the
+base share its weights; a provider that merges gets its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Many tasks from one server, beside what stock PEFT can do: `python -m bench serving` (`--quick` for a first look).
 
-Random adapters of rank 8 on all linear layers, real prompts of 24 to 64 tokens, greedy answers of a fixed length,
-float32. Every provider's tokens are compared with stock PEFT before anything is timed. Rows go to
+Random adapters of rank 8 on all linear layers, real prompts, greedy answers of a fixed length, float32. Rows go to
 bench/results/serving/, where `bench plot`, which knows one kind of row, does not look.
 """
 

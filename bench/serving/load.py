@@ -1,9 +1,5 @@
 """The load of `bench serving`: which prompts, which tasks, how many at once, and what came of it.
 
-The loop is closed: `concurrency` requests are in flight until none is left to send. Whatever serves must first have
-answered a wave that does not count; the counted run begins and ends with an idle server, for all providers alike, so
-its first wave of prompts and its tail are in the numbers.
-
     identical   every request asks for task 0, all tasks are loaded
     uniform     rounds in random order: a wave of 16 requests over 16 tasks has each task once
     zipf        task k with a probability proportional to (k + 1)^-1.1

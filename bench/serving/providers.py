@@ -2,9 +2,8 @@
 
 ours, mixed batches         one `Engine`; the T tasks of the load are loaded and stay on the device
 ours, base alone            the same engine without a task: the ceiling
-one task at a time          stock LoRAs and transformers' own continuous batching. The task of the oldest request is
-                            next: `set_adapter`, then all that wait for this task in one batch. The manager lives
-                            through the whole run; `generate_batch` would set up its cache for every batch
+one task at a time          stock LoRAs and transformers' own continuous batching, whose manager lives through the
+                            whole run: the task of the oldest request is next, with all that wait for it
 ..., merged                 the same with the LoRA merged into the weights before each batch, and taken out after it
 PEFT mixed generate         `generate(adapter_names=...)` over left-padded waves; all answers have the same length
                             here, so nobody waits for a longer one

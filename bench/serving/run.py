@@ -1,8 +1,7 @@
 """Measures providers under loads: verify each, then repeats in shuffled order, a row each, on disk as they come.
 
-What is wrong, cannot run or fails is a row too, and the run goes on. Nothing is timed whose tokens were not found
-right; and some of what was timed is judged again, because only then requests come and go at different moments. Every
-repeat starts its server anew and lets it answer a short wave first.
+Nothing is timed whose tokens were not found right; and some of what was timed is judged again, because only then
+requests come and go at different moments. Every repeat starts its server anew and lets it answer a short wave first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation: from recorded launches to what the compiler made of them, for every chip.
 
 Each case of `cases` runs launchers on meta tensors inside `recording(chip)`, so what is compiled is what that chip
-would be asked to run: the same tiles, flags and alignments. Equal launches are compiled once. A variant takes half a
-second to compile; its instructions are counted in batches, because the disassembler starts slowly.
+would be asked to run. Equal launches are compiled once; instructions are counted in batches, because the disassembler
+starts slowly.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """What every kernel costs before it ever runs: launches against the roofline, and what the compiler made of it.
 
-No GPU is needed; `TRITON_INTERPRET` must be unset. Run `python -m bench static`, or with `--all`, `--chip sm_90`,
-`--kernel expand`, `--roofline-only`, `--json FILE`. The table of a release is kept:
-`python -m bench static --csv bench/results/static/compiled.csv`. `tests/compile` fails on a spill or on too much shared
-memory.
+`python -m bench static`, without a GPU and without `TRITON_INTERPRET`. The table of a release is kept: `python -m bench
+static --csv bench/results/static/compiled.csv`.
 """
 
 from __future__ import annotations

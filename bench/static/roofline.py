@@ -1,9 +1,8 @@
 """What each plan launches, and how fast that could be at best: a prediction, not a measurement.
 
-The op's own code runs on meta tensors: kernels are recorded (`kernels.recording`) and torch's operators seen on their
-way to the dispatcher, so the list is what a GPU would be asked to do. FLOPs of a kernel follow from which of the
-letters it is given; its bytes are its tensors, each once: what caches save or tiles read twice is not in it.
-Plans that run small kernels beside large ones ("+overlap") are not here: a sum of times cannot tell them apart.
+The op's own code runs on meta tensors: kernels are recorded, torch's operators seen on their way to the dispatcher.
+FLOPs of a kernel follow from which of the letters it is given; its bytes are its tensors, each once. Plans with
+"+overlap" are not here: a sum of times cannot tell them apart.
 """
 
 from __future__ import annotations
