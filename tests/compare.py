@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from alora_kernels import reference
+from alora_kernels import alora_delta, reference
 from alora_kernels.ops.dispatch import interpreting
 
 Layer = Callable[..., Tensor]
@@ -70,6 +71,13 @@ def problem(
         given["task_ids"] = (torch.randint(-1, e, tuple(leading)) if ids is None else ids).to(device)
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
     return Problem(leaves, rand(n, k) / k**0.5, given)
+
+
+def over_a_base(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`alora_delta` as a layer; a clone is no view: the base may be overwritten."""
+    return alora_delta(x, a, b, base=nn.functional.linear(x, weight, bias).clone(), **options)
 
 
 def assert_as_good_as_torch(

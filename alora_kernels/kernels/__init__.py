@@ -27,26 +27,7 @@ from .shrink import shrink_soft, shrink_task
 from .tiles import chip_of
 
 __all__ = [
-    "Dropout",
-    "Launch",
-    "chip_of",
-    "da_soft",
-    "da_task",
-    "decode",
-    "dropout_mask",
-    "dx_soft",
-    "dx_task",
-    "expand",
-    "expand_backward",
-    "gate_backward",
-    "one_pass_soft",
-    "one_pass_task",
-    "plain_gemm",
-    "recording",
-    "shrink_soft",
-    "shrink_task",
-    "sum_partials",
-    "takes_decode",
-    "takes_one_pass_soft",
-    "takes_one_pass_task",
-]
+    "Dropout", "Launch", "chip_of", "da_soft", "da_task", "decode", "dropout_mask", "dx_soft", "dx_task", "expand",
+    "expand_backward", "gate_backward", "one_pass_soft", "one_pass_task", "plain_gemm", "recording", "shrink_soft",
+    "shrink_task", "sum_partials", "takes_decode", "takes_one_pass_soft", "takes_one_pass_task",
+]  # fmt: skip

@@ -75,11 +75,6 @@ def shrink(x: Tensor, adapter: Adapter, backend: str) -> Tensor:
     return _shrink(x, adapter, backend).h
 
 
-def add_expanded_(base: Tensor, h: Tensor, b: Tensor) -> Tensor:
-    """base += h b^T in place, differentiable."""
-    return cast(Tensor, _AddExpanded.apply(base, h, b))
-
-
 def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str
 ) -> tuple[Tensor, Saved]:
@@ -261,3 +256,6 @@ class _AddExpanded(torch.autograd.Function):
             dh = product(rows, b, 1.0) if ctx.needs_input_grad[1] else None
             db = transposed_product(rows, h) if ctx.needs_input_grad[2] else None
         return dy, dh, db
+
+
+add_expanded_ = _AddExpanded.apply

@@ -1,8 +1,8 @@
 """The load of `bench serving`: which prompts, which tasks, how many at once, and what came of it.
 
-    identical   every request asks for task 0, all tasks are loaded
-    uniform     rounds in random order: a wave of 16 requests over 16 tasks has each task once
-    zipf        task k with a probability proportional to (k + 1)^-1.1
+identical   every request asks for task 0, all tasks are loaded
+uniform     rounds in random order: a wave of 16 requests over 16 tasks has each task once
+zipf        task k with a probability proportional to (k + 1)^-1.1
 """
 
 from __future__ import annotations

@@ -11,20 +11,20 @@ from alora_kernels import kernels as ak
 from alora_kernels.kernels.tiles import chip_of, tile_for
 from alora_kernels.routing import RowGroups
 
-from .cases import DEVICE, Case, Layer
+from .cases import DEVICE, Case, Layer, meta
 
 META = torch.device("meta")
 
 
 def meta_layer(e: int = 8, r: int = 16) -> dict[str, torch.Tensor]:
-    shapes = {"x": (512, 256), "w": (384, 256), "a": (e, r, 256), "b": (384, r), "router": (e, 256), "h": (512, r)}
-    return {name: torch.empty(*shape, dtype=torch.bfloat16, device=META) for name, shape in shapes.items()}
+    shapes = {"x": (512, 256), "w": (384, 256), "a": (e, r, 256), "b": (384, r), "router": (e, 256)}
+    return {name: meta(*shape) for name, shape in shapes.items()}
 
 
 def test_meta_tensors_are_recorded_not_run() -> None:
     t = meta_layer()
-    ids = torch.empty(512, dtype=torch.int32, device=META)
-    groups = RowGroups(ids, ids, torch.empty(9, dtype=torch.int32, device=META))
+    ids = meta(512, dtype=torch.int32)
+    groups = RowGroups(ids, ids, meta(9, dtype=torch.int32))
     with ak.recording("sm_90") as launches:
         h = ak.shrink_task(t["x"], t["a"], groups, scaling=1.0)
         y = ak.expand(t["x"], t["w"], None, h, t["b"])
@@ -69,13 +69,9 @@ def test_repeats_are_bit_identical(case: Case) -> None:
         dh, db = ak.expand_backward(t.dy, t.b, h, scaling=0.3)
         dp = ak.gate_backward(dh, p, case.e, dtype=torch.float32)
         return [
-            h,
-            p,
+            *(h, p, dh, db, dp),
             ak.shrink_task(t.x, t.a, t.groups, scaling=0.3, dropout=t.drop),
             ak.expand(t.x, t.w, t.bias, h, t.b),
-            dh,
-            db,
-            dp,
             ak.dx_task(t.dy, t.w, dh, t.a, t.groups, dtype=torch.float32, dropout=t.drop),
             ak.dx_soft(t.dy, t.w, dp, t.a, t.router, dtype=torch.float32, dropout=t.drop),
             ak.da_task(dh, t.x, t.groups, case.e, dropout=t.drop, dtype=torch.float32),

@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from alora_kernels import alora_delta, alora_linear, reference
-from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
-
-
-def over_a_base(x, weight, a, b, *, bias=None, **options):
-    base = F.linear(x, weight, bias).clone()  # a clone is no view: may be overwritten
-    return alora_delta(x, a, b, base=base, **options)
+from tests.compare import assert_as_good_as_torch, over_a_base, problem, skip_unless_runnable
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from alora_kernels import alora_delta, alora_linear, reference
+from alora_kernels import alora_linear, reference
 from alora_kernels.ops import products
-from tests.compare import Problem, assert_within_twice, problem
+from tests.compare import Problem, assert_within_twice, over_a_base, problem
 from tests.ops.test_torch_rows import BATCHES
 
 LOWS = [torch.bfloat16, torch.float16]
@@ -51,10 +51,6 @@ def stock_step(p: Problem, low: torch.dtype) -> dict[str, Tensor]:
     stock = Problem({"x": p.leaves["x"], "a": a, "b": b, "bias": bias}, p.weight)
     step = stock.step(forward)
     return {**step, "da": torch.cat([step["da"][None], torch.zeros(E - 1, R, K)])}
-
-
-def over_a_base(x, weight, a, b, *, bias=None, **options):
-    return alora_delta(x, a, b, base=nn.functional.linear(x, weight, bias).clone(), **options)
 
 
 OPS = {"linear": alora_linear, "delta": over_a_base}
