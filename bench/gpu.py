@@ -106,11 +106,5 @@ def main(
         )
         raise typer.Exit(1)
     out = out or RESULTS / f"{slug(torch.cuda.get_device_name())}.csv"
-    common: dict[str, Any] = {
-        "out": out,
-        "repeats": repeats,
-        "denominator": "frozen",
-        "targets": GPU_TARGETS,
-        "clock": CudaClock(),
-    }
-    measure("gpu", "cuda", chosen, modes, **common)
+    known: Any = {"denominator": "frozen", "targets": GPU_TARGETS, "clock": CudaClock()}
+    measure("gpu", "cuda", chosen, modes, out=out, repeats=repeats, **known)

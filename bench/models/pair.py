@@ -52,19 +52,9 @@ def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any)
 
 def eight_billion(layers: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
     """Llama 3 8B by its shapes, with fewer layers and random weights."""
-    return partial(
-        llama,
-        device,
-        dtype,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        rope_theta=500000.0,
-        max_position_embeddings=8192,
-    )
+    widths = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}
+    return partial(llama, device, dtype, num_hidden_layers=layers, **widths, **heads)
 
 
 class Pair(ABC):

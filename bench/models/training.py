@@ -35,15 +35,8 @@ def base_model() -> Any:
         from alora_kernels.data import load_model
 
         return load_model("smollm2-135m")[0]
-    return llama(
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
+    depth: Any = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return llama(hidden_size=576, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True, **depth)
 
 
 def smollm_note() -> str:
