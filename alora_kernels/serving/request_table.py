@@ -12,16 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .request import Completion, FinishReason, Generation, NotServingError, Piece, QueueFullError
 from .sampling import Row
+from .store import Lease, TaskStore
 from .text import TextStream
-
-if TYPE_CHECKING:
-    from .store import Lease, TaskStore
 
 State = Literal["new", "ready", "draining", "stopped", "failed"]
 WINDOW = 2.0  # seconds over which tokens per second are counted

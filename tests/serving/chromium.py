@@ -1,11 +1,7 @@
 """A browser for tests: Debian's or any other Chromium, driven by Playwright's pip package.
 
-In:   what is installed. `ALORA_REQUIRE_BROWSER=1` (CI) makes its absence a failure instead of a skip.
-Out:  `launched()`, a browser; `watched(page)`, what a page did wrong; `colours(png)`.
-Who:  tests of the playground and of reports in HTML.
-
-While Playwright runs, its thread counts as inside an event loop and `asyncio.run` fails there: keep the browser no
-longer than one test module.
+`ALORA_REQUIRE_BROWSER=1` (CI) makes its absence a failure instead of a skip. While Playwright runs, its thread counts
+as inside an event loop and `asyncio.run` fails there: keep the browser no longer than one test module.
 """
 
 from __future__ import annotations
@@ -72,17 +68,11 @@ def launched() -> Iterator[Browser]:
 
 @dataclass
 class Seen:
-    """What a page did.
+    """What a page did."""
 
-    Attributes:
-        errors: of its console and exceptions nobody caught.
-        origins: of everything it asked for.
-        posts: bodies it sent.
-    """
-
-    errors: list[str] = field(default_factory=list)
-    origins: set[str] = field(default_factory=set)
-    posts: list[Any] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # of its console, and exceptions nobody caught
+    origins: set[str] = field(default_factory=set)  # of everything it asked for
+    posts: list[Any] = field(default_factory=list)  # bodies it sent
 
 
 def watched(page: Page) -> Seen:

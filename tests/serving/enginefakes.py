@@ -130,31 +130,17 @@ class NotingTable(RequestTable):
 
 
 class FakeEngine(Engine):
-    """See the module.
-
-    Args:
-        tasks: names besides the base.
-        config: limits; max_context must be named.
-        words: an answer has so many, unless max_tokens ends it earlier.
-        delay: seconds a step takes; in each step every running request gets a word.
-        chat_template: of the tokenizer; None: it has none.
-        echo: an answer begins with the prompt.
-
-    Attributes:
-        faults: task -> what its submission raises, or "boom": it fails after its first token.
-        submitted: prompt, task and settings of everything that was taken.
-        refuse_next: submit raises these first, one each.
-    """
+    """See the module. `max_context` of a config must be named."""
 
     def __init__(
         self,
         tasks: Sequence[str] = ("movie", "spam"),
         config: EngineConfig | None = None,
         *,
-        words: int = 4,
-        delay: float = 0.0,
+        words: int = 4,  # an answer has so many, unless max_tokens ends it earlier
+        delay: float = 0.0,  # seconds a step takes; in each step every running request gets a word
         chat_template: str | None = None,
-        echo: bool = False,
+        echo: bool = False,  # an answer begins with the prompt
     ) -> None:
         self.config = config or EngineConfig(max_batch=32, max_waiting=64, max_context=64)
         self.store, self.tokenizer = FakeStore(tasks), FakeTokenizer(chat_template)
@@ -162,9 +148,9 @@ class FakeEngine(Engine):
         self._table = NotingTable(self.config.max_waiting, self.config.max_batch, [], None)
         self.metrics = self._table.metrics
         self.words, self.delay, self.echo, self.allowed = words, delay, echo, 10**9
-        self.faults: dict[str, Exception | str] = {}
-        self.submitted: list[tuple[Any, str | None, Sampling]] = []
-        self.refuse_next: list[Exception] = []
+        self.faults: dict[str, Exception | str] = {}  # task -> what submit raises, or "boom": after its first token
+        self.submitted: list[tuple[Any, str | None, Sampling]] = []  # prompt, task and settings of what was taken
+        self.refuse_next: list[Exception] = []  # submit raises these first, one each
         self.stats_asked = 0
         self._gate = threading.Event()
         self._gate.set()

@@ -1,9 +1,4 @@
-"""What the playground must do on any server, in a real browser.
-
-In:   a subclass with a fixture `page_server`, the address of a server with the tasks movie, spam and news; a fixture
-      `browser` of its module, made by `chromium.launched`.
-Out:  `PageContract`, tests to inherit; the steps they are made of.
-Who:  test_serve_page.py: the real HTTP application around a fake engine; test_serve_page_engine.py: the real engine.
+"""What the playground must do on any server, in a real browser: `PageContract`, tests to inherit.
 
 Waiting is done by locators. `page.wait_for_function` looks again with `eval`, which the page's policy forbids: it works
 only where the first look succeeds.
@@ -81,13 +76,11 @@ def runs(page: Any, url: str, wanted: int) -> None:
 class PageContract:
     """Holds on every server with the tasks movie, spam and news; a subclass gives `page_server`, the address of one.
 
-    Attributes:
-        several: tokens of answers that take long enough to run side by side.
-        endless: tokens of an answer that takes far longer than a few clicks.
+    Its module gives `browser`, made by `chromium.launched`.
     """
 
-    several = 40
-    endless = 900
+    several = 40  # tokens of answers that take long enough to run side by side
+    endless = 900  # of an answer that takes far longer than a few clicks
 
     @pytest.fixture
     def context(self, browser: Any) -> Iterator[Any]:

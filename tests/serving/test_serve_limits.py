@@ -152,9 +152,8 @@ def test_json_that_is_not(engine, content):
     [
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -3}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"), ({"temperature": -1}, "temperature"),
-        ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
-        ({"seed": 2**63}, "seed"), ({"seed": 2**63 - 1, "n": 2}, "seed"), ({"seed": 1.5}, "seed"),
+        ({"temperature": "1"}, "temperature"), ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"), ({"seed": 2**63 - 1, "n": 2}, "seed"),
         ({"stop": ""}, "stop"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ["a"] * 65}, "stop"), ({"stop": 3}, "stop"),
         ({"stop": [3]}, "stop.0"), ({"stream": "yes"}, "stream"), ({"stream_options": {}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"), ({"model": 3}, "model"),
@@ -162,11 +161,7 @@ def test_json_that_is_not(engine, content):
         ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {}}, "prompt"), ({"prompt": None}, "prompt"),
         ({"prompt": [True]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [1.0]}, "prompt"),
         ({"prompt": ["x"] * 65}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": "x " * 64}, "prompt"),
-        ({"prompt": [10**30]}, "prompt"), ({"prompt": [5000]}, "prompt"), ({"logprobs": 3}, "logprobs"),
-        ({"echo": True}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
-        ({"logit_bias": {"1": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.1}, "presence_penalty"), ({"frequency_penalty": 1}, "frequency_penalty"),
-        ({"tools": [{}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": [10**30]}, "prompt"), ({"prompt": [5000]}, "prompt"), ({"tools": [{}]}, "tools"),
         ({"temprature": 1}, "temprature"), ({"messages": []}, "messages"),
     ],
 )  # fmt: skip
@@ -197,14 +192,6 @@ def test_a_missing_field_is_named_and_messages_are_needed(engine):
     assert refused(post(engine, prompt="x"), 400, "model")["param"] == "model"
     assert refused(post(engine, CHAT, model="movie", messages=[]), 400)["param"] == "messages"
     assert refused(post(engine, CHAT, model="movie", messages=[{}] * 1025), 400)["param"].startswith("messages")
-
-
-def test_neutral_values_change_nothing(engine):
-    neutral = {"best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": "", "tools": [], "n": None,
-               "presence_penalty": 0.0, "frequency_penalty": 0, "response_format": {"type": "text"}, "user": "u",
-               "temperature": None, "stop": None, "seed": None, "max_tokens": None, "stream": None, "top_logprobs": 0,
-               "tool_choice": "none", "parallel_tool_calls": True, "metadata": {"a": "b"}, "store": False}  # fmt: skip
-    assert post(engine, **ASK, **neutral).json()["choices"] == post(engine, **ASK).json()["choices"]
 
 
 # ------------------------------------------------------------------ anything at all

@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import httpx
@@ -249,49 +245,3 @@ def test_adapters_come_go_and_are_refused_while_requests_run(serve, truth, root,
     assert gone.status_code == 200 and late.status_code == 404
     assert json.loads(rest[-1][6:])["choices"][0]["finish_reason"] == "length"  # the one that ran went on to its end
     assert empty(engine)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.timeout(900)  # seconds on an idle machine, minutes beside busy neighbours
-def test_sigterm_lets_the_command_finish_its_answers(folder):
-    port = free_port()
-    command = [sys.executable, "-m", "alora_kernels", "serve", "tiny-random"]
-    command += ["--adapter", str(folder), "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            deadline = time.monotonic() + 600
-            while True:
-                assert process.poll() is None, process.stdout.read()
-                assert time.monotonic() < deadline, "the server did not start"
-                try:
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    time.sleep(0.1)
-            answer = ""
-            fields = body(0, model="movie", max_tokens=400, stream=True)
-            with httpx.stream("POST", f"{url}/v1/completions", json=fields, timeout=60) as response:
-                finish = None
-                for n, line in enumerate(response.iter_lines()):
-                    if n == 2:
-                        process.send_signal(signal.SIGTERM)
-                        try:
-                            while httpx.get(f"{url}/health", timeout=60).status_code == 200:
-                                assert time.monotonic() < deadline + 120, "it does not drain"
-                            late = httpx.post(f"{url}/v1/completions", json=body(1, model="spam"), timeout=60)
-                            assert late.status_code == 503
-                        except httpx.TransportError:
-                            pass  # the socket is closed already: refused as well
-                    if line.startswith("data: {"):
-                        choice = json.loads(line[6:])["choices"][0]
-                        answer, finish = answer + choice["text"], choice["finish_reason"] or finish
-            assert finish == "length" and answer
-            assert process.wait(120) == 0
-        finally:
-            process.kill()

@@ -1,7 +1,4 @@
-"""The playground in a real browser on the real engine: nothing between the button and the model is a fake.
-
-In:   the tiny random model with three tasks, behind the real application and uvicorn.
-Out:  the contract of the page, and what only a model can show: that a card has its own task's text.
+"""The playground in a real browser on the real engine: the contract, and that a card has its own task's text.
 
 The model has no end of text, so an answer has as many tokens as are asked for. A step takes a few milliseconds here,
 so answers that must still run after some clicks get nearly the whole context.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ def gpt2() -> Any:
 
 def mlp_stack(folder: Path, capacity: int = 3, **options: Any) -> Slots:
     return Slots(Mlp(), read_adapter(folder), capacity, **options)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
+
+
+@pytest.fixture
+def stack(folder) -> Slots:
+    return mlp_stack(folder)
 
 
 def rows_of(stack: Slots) -> dict[str, torch.Tensor]:
@@ -84,8 +95,8 @@ def test_conv1d_and_stock_lora(tmp_path, make):
     assert float((ours - logits(base, ids)).abs().max()) > 1e-3 * size
 
 
-def test_a_call_that_says_no_task_is_refused_even_with_one_slot(tmp_path):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), 1)
+def test_a_call_that_says_no_task_is_refused_even_with_one_slot(folder):
+    stack = mlp_stack(folder, 1)
     with pytest.raises(ValueError, match="this call says none"):
         stack.model(torch.ones(2, 8))
     with route(torch.tensor([0, -1])):
@@ -163,15 +174,13 @@ def test_only_exactly_the_named_modules_are_adapted(tmp_path):
     assert [n for n, m in stack.model.named_modules() if isinstance(m, ALoRALayer)] == ["up"]
 
 
-def test_building_leaves_the_random_state_alone(tmp_path):
-    folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
+def test_building_leaves_the_random_state_alone(folder):
     before = torch.get_rng_state()
     mlp_stack(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_stack_made_in_inference_mode_can_be_written_outside(tmp_path):
-    folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
+def test_a_stack_made_in_inference_mode_can_be_written_outside(folder):
     with torch.inference_mode():
         stack, file = mlp_stack(folder), read_adapter(folder)
     stack.write(0, file.matrices("math"))
@@ -188,8 +197,7 @@ def assert_as_before(model: nn.Module, fresh: nn.Module) -> None:
     assert not model._forward_pre_hooks and "peft_config" not in vars(model)
 
 
-def test_remove_gives_the_model_back(tmp_path):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
+def test_remove_gives_the_model_back(stack):
     stack.remove()
     assert_as_before(stack.model, Mlp())
     stack.model(torch.ones(1, 8)).sum().backward()
@@ -210,46 +218,42 @@ def _with_up(up: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "why"), BAD_BASES)
-def test_a_base_that_does_not_fit_is_refused_untouched(tmp_path, make, why):
-    folder, base = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), make()
+def test_a_base_that_does_not_fit_is_refused_untouched(folder, make, why):
+    base = make()
     with pytest.raises(AdapterFolderError, match=why):
         Slots(base, read_adapter(folder), 2)
     assert_as_before(base, make())
 
 
-def test_numbers_that_the_dtype_cannot_hold(tmp_path):
-    folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
+def test_numbers_that_the_dtype_cannot_hold(folder):
     stack = mlp_stack(folder, dtype=torch.float16)
     change_weights(folder, lambda t: t["base_model.model.up.asymlora_A.weight"].fill_(1e6))
     with pytest.raises(AdapterFolderError, match=r"up holds a number too large for torch\.float16"):
         stack.rows(read_adapter(folder), "math")
-    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B.weight"].fill_(1e6))
+    up_b(lambda b: b.fill_(1e6))(folder)
     base = Mlp()
     with pytest.raises(AdapterFolderError, match=r"too large for torch\.float16"):
         Slots(base, read_adapter(folder), 2, torch.float16)
     assert_as_before(base, Mlp())
 
 
-def test_a_build_that_fails_halfway_gives_the_model_back(tmp_path, monkeypatch):
+def test_a_build_that_fails_halfway_gives_the_model_back(folder, monkeypatch):
     def out_of_memory(*args: Any) -> None:
         raise MemoryError
 
-    folder, base = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), Mlp()
+    base = Mlp()
     monkeypatch.setattr(module, "AdapterSpec", out_of_memory)
     with pytest.raises(MemoryError):
         Slots(base, read_adapter(folder), 2)
     assert_as_before(base, Mlp())
 
 
-def test_a_model_with_adapters(tmp_path):
-    folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)
-    stack = mlp_stack(folder)
+def test_a_model_with_adapters(folder, stack):
     with pytest.raises(ValueError, match="has adapters already"):
         Slots(stack.model, read_adapter(folder), 2)
 
 
-def test_write_refuses_other_matrices_and_writes_none_of_them(tmp_path):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
+def test_write_refuses_other_matrices_and_writes_none_of_them(stack):
     before = rows_of(stack)
     for wrong in ({"down": torch.ones(4, 16)}, {"down": torch.ones(4, 16), "up": torch.ones(4, 9)},
                   {"down": torch.ones(4, 16), "up": torch.ones(5, 8)}):  # fmt: skip
@@ -258,42 +262,33 @@ def test_write_refuses_other_matrices_and_writes_none_of_them(tmp_path):
     assert all(torch.equal(a, before[m]) for m, a in rows_of(stack).items())
 
 
-def double_b(folder: Path) -> None:
-    change_weights(folder, lambda t: t["base_model.model.up.asymlora_B.weight"].mul_(1.5))
+def up_b(change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
+    return lambda folder: change_weights(folder, lambda t: change(t["base_model.model.up.asymlora_B.weight"]))
+
+
+def other_folder(tmp_path: Path, base: nn.Module | None = None, **settings: Any) -> Path:
+    """One with the same B, but for the settings."""
+    return alora_folder(tmp_path / "b", base or Mlp(), ["code"], **({"seed": 1, "seed_b": 0} | MLP | settings))
 
 
 UNFIT = [
     (dict(base_name="other"), None, "trained on 'other' but this store serves 'tiny-random'"),
     (dict(target_modules=["up"]), None, "missing down"),
+    (dict(base=_with_up(nn.Linear(6, 16))), None, "up maps 6 features to 16 but the base maps 8 to 16"),
     (dict(r=8), None, "rank 8 does not fit the stack's rank 4 at"),
     (dict(seed_b=5), None, "its B differs from the B that all tasks share.*alora import"),
     (dict(lora_alpha=9), None, r"largest relative difference 0\.11 at"),
-    ({}, double_b, r"largest relative difference 0\.33 at up"),
+    ({}, up_b(lambda b: b.mul_(1.5)), r"largest relative difference 0\.33 at up"),
+    (dict(alpha_pattern={"up": 1e308}), up_b(lambda b: b.fill_(1e30)), "its B differs.* nan at up"),  # infinite s B
 ]
 
 
 @pytest.mark.parametrize(("settings", "spoil", "why"), UNFIT)
-def test_folders_that_do_not_fit(tmp_path, settings, spoil, why):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
-    other = alora_folder(tmp_path / "b", Mlp(), ["code"], **({"seed": 1, "seed_b": 0} | MLP | settings))
+def test_folders_that_do_not_fit(tmp_path, stack, settings, spoil, why):
+    other = other_folder(tmp_path, **settings)
     if spoil:
         spoil(other)
     with pytest.raises(AdapterFolderError, match=why):
-        stack.fit(read_adapter(other))
-
-
-def test_an_infinite_s_b_is_not_the_shared_one(tmp_path):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
-    other = alora_folder(tmp_path / "b", Mlp(), ["code"], seed=1, seed_b=0, alpha_pattern={"up": 1e308}, **MLP)
-    change_weights(other, lambda t: t["base_model.model.up.asymlora_B.weight"].fill_(1e30))
-    with pytest.raises(AdapterFolderError, match="its B differs.* nan at up"):
-        stack.fit(read_adapter(other))
-
-
-def test_other_shapes_do_not_fit(tmp_path):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
-    other = alora_folder(tmp_path / "b", _with_up(nn.Linear(6, 16)), ["code"], **MLP)
-    with pytest.raises(AdapterFolderError, match="up maps 6 features to 16 but the base maps 8 to 16"):
         stack.fit(read_adapter(other))
 
 
@@ -306,14 +301,12 @@ def test_at_most_five_modules_are_listed(llama, tmp_path):
 
 
 @pytest.mark.parametrize("base_name", [None, "tiny-random"])
-def test_folders_that_fit(tmp_path, base_name):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP))
-    stack.fit(read_adapter(alora_folder(tmp_path / "b", Mlp(), ["x"], seed=1, seed_b=0, base_name=base_name, **MLP)))
+def test_folders_that_fit(tmp_path, stack, base_name):
+    stack.fit(read_adapter(other_folder(tmp_path, base_name=base_name)))
 
 
-def test_a_scale_folded_into_b_fits(tmp_path):
-    folder = alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP)  # s = 2
-    stack, b = mlp_stack(folder), read_adapter(folder).b
+def test_a_scale_folded_into_b_fits(tmp_path, folder, stack):
+    b = read_adapter(folder).b  # s = 2
     folded = lora_folder(tmp_path / "folded", Mlp(), lora_alpha=4, **MLP)  # s = 1
     change_weights(folded, lambda t: t.update({f"base_model.model.{m}.lora_B.weight": 2 * b[m] for m in b}))
     stack.fit(read_adapter(folded))
@@ -323,11 +316,10 @@ def test_a_scale_folded_into_b_fits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_b_in_16_bits_fits_to_rounding(tmp_path, dtype):
-    stack = mlp_stack(alora_folder(tmp_path / "a", Mlp(), ["math"], **MLP), dtype=dtype)
-    other = alora_folder(tmp_path / "b", Mlp(), ["x"], seed=1, seed_b=0, **MLP)
+def test_b_in_16_bits_fits_to_rounding(tmp_path, folder, dtype):
+    stack, other = mlp_stack(folder, dtype=dtype), other_folder(tmp_path)
     stack.fit(read_adapter(other))
-    change_weights(other, lambda t: t["base_model.model.up.asymlora_B.weight"].mul_(1.03))
+    up_b(lambda b: b.mul_(1.03))(other)
     with pytest.raises(AdapterFolderError, match="its B differs"):
         stack.fit(read_adapter(other))
 

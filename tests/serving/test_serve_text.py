@@ -11,6 +11,7 @@ from alora_kernels.data import load_model
 from alora_kernels.serving.text import TextStream
 
 BROKEN = "\ufffd"
+HALF = "half of ☀"
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +98,24 @@ def test_bytes_that_are_no_text_spoil_neither_neighbour(before, after, cut, junk
     assert said.startswith(tail.decode() + "a") and said.endswith("b")
 
 
-@pytest.mark.parametrize("stop", ["wörld", " done", "日本", "\n\n", "H"])
-def test_a_stop_text_ends_the_answer_before_it_and_none_of_it_is_shown(tokenizer, stop):
-    ids = tokenizer(TEXT)["input_ids"]
-    pieces, rest, stream = in_steps(tokenizer, ids, stop=(stop, "never there"))
-    assert stream.stopped and rest == ""
-    assert "".join(pieces) == TEXT[: TEXT.index(stop)]
+@pytest.mark.parametrize(
+    ("text", "stops", "shown", "rest"),
+    [
+        *(
+            (TEXT, (stop, "never there"), TEXT[: TEXT.index(stop)], None)
+            for stop in ("wörld", " done", "日本", "\n\n", "H")
+        ),
+        ("one two three four", ("four", "two", "three"), "one ", None),  # the first in the text
+        ("so it was: STO", ("STOP",), "so it was: ", "STO"),  # only looked like one
+        ("so: STOP" + HALF, ("STOP" + BROKEN,), "so: ", None),  # is there when the end sets it free
+    ],
+)
+def test_a_stop_text_ends_the_answer_before_it_and_none_of_it_is_shown(tokenizer, text, stops, shown, rest):
+    ids = tokenizer(text.removesuffix(HALF))["input_ids"]
+    ids += tokenizer("☀")["input_ids"][:-1] if text.endswith(HALF) else []
+    pieces, left, stream = in_steps(tokenizer, ids, stop=stops)
+    assert stream.stopped == (rest is None)
+    assert ("".join(pieces), left) == (shown, rest or "")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
@@ -115,24 +128,6 @@ def test_a_stop_text_may_begin_with_the_character_that_the_prompt_began(kind):
     assert stream.stopped and "".join(pieces) + rest == ""
     pieces, rest, stream = in_steps(tokenizer, ids[cut:], ids[:cut], stop=("done",))  # the prompt's own text
     assert not stream.stopped and "".join(pieces) + rest == "日本 next"
-
-
-def test_a_stop_text_is_found_in_what_the_end_sets_free(tokenizer):
-    ids = tokenizer("so: STOP")["input_ids"] + tokenizer("☀")["input_ids"][:-1]
-    pieces, rest, stream = in_steps(tokenizer, ids, stop=("STOP" + BROKEN,))
-    assert stream.stopped and "".join(pieces) + rest == "so: "
-
-
-def test_the_first_of_several_stop_texts_wins(tokenizer):
-    ids = tokenizer("one two three four")["input_ids"]
-    pieces, _, _ = in_steps(tokenizer, ids, stop=("four", "two", "three"))
-    assert "".join(pieces) == "one "
-
-
-def test_what_only_looked_like_a_stop_text_is_shown_in_the_end(tokenizer):
-    ids = tokenizer("so it was: STO")["input_ids"]
-    pieces, rest, stream = in_steps(tokenizer, ids, stop=("STOP",))
-    assert not stream.stopped and rest == "STO" and "".join(pieces) == "so it was: "
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,9 +1,5 @@
 """Tokenizers of every kind that decodes in its own way, built in memory, over one small alphabet.
 
-In:   nothing.
-Out:  `KINDS`: name -> a tokenizer as transformers wraps it; `added`: the true text of an answer.
-Who:  test_serve_text.py, test_serve_engine.py.
-
 Real vocabularies differ in size only: what matters to streaming is how pieces become text.
 """
 

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,15 +53,10 @@ async def submit(
     try:
         await run_sync(all_of_them)
     except BaseException:
-        cancel(taken)
+        for generation in taken:
+            generation.cancel()
         raise
     return taken
-
-
-def cancel(generations: Iterable[Generation]) -> None:
-    """End what still runs."""
-    for generation in generations:
-        generation.cancel()
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,8 @@ async def _while_connected(generations: Sequence[Generation], receive: Receive) 
             tasks.start_soon(watch)
             yield tasks
     finally:
-        cancel(generations)
+        for generation in generations:
+            generation.cancel()
 
 
 async def answer(reply: Reply, receive: Receive) -> Response:
