@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -23,7 +23,6 @@ from . import wire
 from .config import Limits
 
 log = logging.getLogger("alora_kernels.federated")
-Kind = Literal["train", "evaluate"]
 REASON = 300  # characters of a reason: it may quote what a client sent
 NAME = 100  # characters of a client's name
 
@@ -155,7 +154,7 @@ class _Round:
     shapes that merely broadcast.
     """
 
-    kind: Kind
+    kind: str
     number: int
     spec: wire.WireSpec
     limits: Limits
@@ -352,7 +351,7 @@ def _stamp(messages: Iterable[Message], spec: wire.WireSpec, limits: Limits, run
     numbers = {_round_number(message) for message in messages}
     if len(numbers) > 1:
         raise ValueError(f"messages of rounds {sorted(numbers)} in one call; send one round at a time")
-    current = _Round(cast(Kind, kinds.pop()), numbers.pop(), spec, limits)
+    current = _Round(kinds.pop(), numbers.pop(), spec, limits)
     agreed: dict[int, wire.NDArrays] = {}
     for message in messages:
         node = message.metadata.dst_node_id

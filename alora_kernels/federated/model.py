@@ -230,7 +230,7 @@ def layer_shapes(model: nn.Module, spec: ShareSpec) -> list[LayerShape]:
     """(in_features, out_features) of every adapted layer."""
     paths = {key.rpartition(".")[0] for key, m in matrices(model, spec).items() if m.role != "head"}
     modules: dict[str, Any] = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
-    bases = [getattr(modules[path], "base_layer", modules[path]) for path in sorted(paths)]
+    bases = [modules[path].base_layer for path in sorted(paths)]
     return [LayerShape(layer.in_features, layer.out_features) for layer in bases]
 
 

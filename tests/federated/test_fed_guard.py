@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 from flwr.app import Array, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedMedian, strategy_utils
 from wirefakes import SPEC, Clock, failing, guarded, honest, initial, messages, start, update
 
@@ -235,12 +237,15 @@ def test_no_messages_no_round():
 
 
 def test_everything_else_is_forwarded():
-    grid, _ = guarded(HONEST)
-    grid.set_run("a run")
-    assert grid._grid.chosen == "a run" and grid.run == "the run"
-    assert grid.push_messages("m") == ("pushed", "m") and grid.pull_messages("i") == ("pulled", "i")
-    assert grid.create_message("c", "train", 1, "g") == ("created", ("c", "train", 1, "g"))
-    assert grid.get_node_ids() == [1, 2, 3] and [node.node_id for node in grid.get_nodes()] == [3, 2, 1]
+    inner = create_autospec(Grid, instance=True)
+    inner.get_node_ids.return_value = [3, 1, 2]
+    grid = GuardedGrid(inner, SPEC, Limits(), run="r", on_event=print)
+    assert grid.get_node_ids() == [1, 2, 3] and grid.run is inner.run
+    for name in ("set_run", "push_messages", "pull_messages"):
+        assert getattr(grid, name)("it") is getattr(inner, name).return_value
+        getattr(inner, name).assert_called_once_with("it")
+    assert grid.create_message("c", "train", 1, "g") is inner.create_message.return_value
+    assert grid.get_nodes() is inner.get_nodes.return_value
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy_reference as reference
@@ -19,11 +20,19 @@ from alora_kernels.files import read as read_arrays
 
 ROUNDS = 3
 RANKS = {"ann": 1, "bob": 2, "cyd": 4}
+ROWS = np.array([len(toy.data_of(name)[0]) for name in toy.NAMES], dtype=float)
+WEIGHTS = ROWS / ROWS.sum()
 
 
 def config_for(folder: Path, method: str, **changes: object) -> FedConfig:
     ranks = [{"name": name, "rank": rank} for name, rank in RANKS.items()]
     return toy.config(folder, method, **({"clients": ranks} if method == "fed-alora-het" else {}) | changes)
+
+
+def begun(method: str, **how: Any) -> dict[str, torch.Tensor]:
+    """First values of a client's matrices, by key."""
+    spec = share_spec(method)
+    return {key: m.tensor.detach() for key, m in matrices(adapt(toy.Net(), spec, **how), spec).items()}
 
 
 def models(config: FedConfig) -> dict[str, reference.Lora]:
@@ -81,17 +90,13 @@ def shared_sent_back(config: FedConfig) -> tuple[Outcome, list[dict[str, np.ndar
 
 def test_ffa_mean_of_b_is_the_mean_of_the_updates(tmp_path):
     """One frozen A: mean_i(B_i) A = mean_i(B_i A). With FedIT, where A moves too, it is not."""
-    weights = np.array([len(toy.data_of(name)[0]) for name in toy.NAMES], dtype=float)
-    weights /= weights.sum()
     gaps = {}
     for method in ("ffa-lora", "fedit"):
         config = config_for(tmp_path / method, method, rounds=1)
         outcome, replies = shared_sent_back(config)
-        frozen = (
-            matrices(adapt(toy.Net(), config.spec, rank=config.rank), config.spec)["proj.A"].tensor.detach().numpy()
-        )
+        frozen = begun(method, rank=config.rank)["proj.A"].numpy()
         updates = [r["proj.B"] @ r.get("proj.A", frozen) for r in replies]
-        mean = sum(w * u for w, u in zip(weights, updates))
+        mean = sum(w * u for w, u in zip(WEIGHTS, updates))
         product = outcome.arrays["proj.B"] @ outcome.arrays.get("proj.A", frozen)
         gaps[method] = np.abs(mean - product).max() / np.abs(mean).max()
     assert gaps["ffa-lora"] < 1e-14
@@ -101,12 +106,10 @@ def test_ffa_mean_of_b_is_the_mean_of_the_updates(tmp_path):
 def test_unequal_ranks_mean_is_the_sum_of_the_weighted_products(tmp_path):
     """mean_i(B + B2_i B1_i) = B + sum_i w_i B2_i B1_i, with factors on the wire where they are smaller."""
     outcome, replies = shared_sent_back(config_for(tmp_path / "out", "fed-alora-het", rounds=1))
-    weights = np.array([len(toy.data_of(name)[0]) for name in toy.NAMES], dtype=float)
-    weights /= weights.sum()
     forms = [sorted(key.removeprefix("proj.B") for key in reply) for reply in replies]
     assert forms == [[".left", ".right"], [""], [""]]  # rank 1: 1 (3 + 3) < 9 floats; rank 2: 12 > 9
     products = [r["proj.B"] if "proj.B" in r else r["proj.B.left"] @ r["proj.B.right"] for r in replies]
-    np.testing.assert_allclose(outcome.arrays["proj.B"], sum(w * p for w, p in zip(weights, products)), rtol=1e-13)
+    np.testing.assert_allclose(outcome.arrays["proj.B"], sum(w * p for w, p in zip(WEIGHTS, products)), rtol=1e-13)
 
 
 def test_a_step_of_unequal_ranks_equals_autograd_on_the_formula():
@@ -180,18 +183,11 @@ def test_a_client_ends_with_an_adapter_that_peft_loads(method, tmp_path):
 
 def test_who_draws_what():
     """A of FedIT is the same for all; A of Fed-ALoRA is each client's own; frozen A of FFA-LoRA is the same for all."""
-
-    def first(method: str, client: str, seed: int = 0) -> dict[str, torch.Tensor]:
-        spec = share_spec(method)
-        return {
-            k: m.tensor.detach() for k, m in matrices(adapt(toy.Net(), spec, client=client, seed=seed), spec).items()
-        }
-
-    for method, same in (("fedit", True), ("ffa-lora", True), ("fedsa-lora", True), ("fed-alora", False)):
-        assert torch.equal(first(method, "ann")["proj.A"], first(method, "bob")["proj.A"]) is same
-    assert not torch.equal(first("fedit", "ann")["proj.A"], first("fedit", "ann", seed=1)["proj.A"])
-    for key in ("proj.A", "proj.M", "proj.B1"):
-        assert not torch.equal(first("fed-alora-het", "ann")[key], first("fed-alora-het", "bob")[key])
+    common = [(method, "proj.A", True) for method in ("fedit", "ffa-lora", "fedsa-lora")]
+    own = [("fed-alora", "proj.A", False), *(("fed-alora-het", f"proj.{role}", False) for role in ("A", "M", "B1"))]
+    for method, key, same in common + own:
+        assert torch.equal(begun(method, client="ann")[key], begun(method, client="bob")[key]) is same
+    assert not torch.equal(begun("fedit")["proj.A"], begun("fedit", seed=1)["proj.A"])
 
 
 @pytest.mark.parametrize("method", METHODS)

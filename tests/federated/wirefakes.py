@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from alora_kernels.federated import wire
@@ -101,11 +100,11 @@ def failing(reason: str) -> Answer:
     return lambda message: Message(Error(code=2, reason=reason), reply_to=message)
 
 
-class ScriptedGrid(Grid):
+class ScriptedGrid(InProcessGrid):
     """Nodes 1 to n; `answers[node]` makes the reply, several, or none. Arrival is in reverse order of the nodes."""
 
     def __init__(self, answers: Mapping[int, Answer]) -> None:
-        InProcessGrid(ClientApp(), 1)  # makes this process a server process, so that messages can be made
+        super().__init__(ClientApp(), len(answers))
         self.answers = dict(answers)
         self.nodes: list[int] = sorted(answers, reverse=True)
         self.sent: list[Message] = []
@@ -124,22 +123,6 @@ class ScriptedGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
-
-    def set_run(self, run: Any) -> None:
-        self.chosen = run
-
-    @property
-    def run(self) -> Any:
-        return "the run"
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Any:
-        return ("created", args)
-
-    def push_messages(self, messages: Any) -> Any:
-        return ("pushed", messages)
-
-    def pull_messages(self, message_ids: Any) -> Any:
-        return ("pulled", message_ids)
 
 
 class Clock:
