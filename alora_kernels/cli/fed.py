@@ -207,14 +207,14 @@ def _table(settings: FedConfig) -> Iterator[None]:
 
 def _report(folder: Path) -> None:
     """The table of a run, and the plot beside its ledger."""
-    from ..federated import plot, view
+    from ..federated import view
     from ..federated.log import read
     from ..federated.server import LEDGER, PLOT
 
     events = read(folder / LEDGER)
     display.console.print(view.summary(events))
     try:
-        plot.plot(events, folder / PLOT)
+        view.plot(events, folder / PLOT)
     except ImportError as error:
         typer.echo(f"no plot: {error}", err=True)
     typer.echo(f"everything is in {folder}")

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
 
 from matplotlib.figure import Figure
 
-from alora_kernels.federated.plot import SPACING, plot, spread
+from alora_kernels.federated.view import SPACING, plot, spread
 from tests.federated.ledgerfakes import REASON, SILENT, one_round, run_event, whole_run
 
 LOST = [

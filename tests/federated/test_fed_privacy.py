@@ -187,7 +187,7 @@ def refuse(*a, **k): raise AssertionError('a socket was opened')
 socket.socket.connect = socket.socket.bind = socket.create_connection = socket.getaddrinfo = refuse
 import alora_kernels.federated as federated
 federated.run, federated.FedConfig, federated.adapt
-import alora_kernels.federated.deploy, alora_kernels.federated.view, alora_kernels.federated.plot
+import alora_kernels.federated.deploy, alora_kernels.federated.view
 assert os.environ['FLWR_TELEMETRY_ENABLED'] == '0' and os.environ['RAY_USAGE_STATS_ENABLED'] == '0'
 assert 'ray' not in sys.modules
 """
