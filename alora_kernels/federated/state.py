@@ -79,13 +79,16 @@ class PrivateStore:
         """
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
-        path = self._folder(run, client) / f"round-{round:06d}.safetensors"
+        folder = self._folder(run, client)
+        path = folder / f"round-{round:06d}.safetensors"
         remedy = f"make room or give access to {self.folder} and let the client take part again"
         with _disk(StoreError, f"could not commit {path}", f"earlier rounds are untouched, {remedy}"):
             files.write(path, arrays, _label(run, client, round, spec_hash))
         what = f"{path} is committed but other rounds could not be deleted"
-        with _disk(StoreError, what, f"give access to {path.parent}"):
-            self._prune(run, client, round)
+        with _disk(StoreError, what, f"give access to {folder}"):
+            rounds = _rounds(folder)
+            for n in rounds.keys() - sorted(n for n in rounds if n <= round)[-self.keep :]:
+                rounds[n].unlink(missing_ok=True)  # another process may have been faster
         return path
 
     def load(self, run: str, client: str, before: int, spec_hash: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -94,8 +97,9 @@ class PrivateStore:
         None if nothing was committed before it: with fewer than `keep` rounds on the disk none was ever dropped.
         BehindError if only later rounds are there, StoreError for a damaged file or one of another spec, run or client.
         """
-        with _disk(StoreError, f"could not read {self._folder(run, client)}", "give access to it"):
-            rounds = self._rounds(run, client)
+        folder = self._folder(run, client)
+        with _disk(StoreError, f"could not read {folder}", "give access to it"):
+            rounds = _rounds(folder)
         latest = max((n for n in rounds if n < before), default=None)
         if latest is not None:
             return latest, self._read(rounds[latest], _label(run, client, latest, spec_hash), before)
@@ -104,7 +108,7 @@ class PrivateStore:
         kept = ", ".join(map(str, sorted(rounds)))
         raise BehindError(
             f"client {client} has rounds {kept} but the server asks for round {before}: its checkpoint is older "
-            f"than what this client keeps; resume from a later checkpoint, or delete {self._folder(run, client)} "
+            f"than what this client keeps; resume from a later checkpoint, or delete {folder} "
             f"to begin the private half anew (keep={self.keep} rounds stay; raise it above the rounds between "
             "two checkpoints)"
         )
@@ -134,19 +138,12 @@ class PrivateStore:
                 )
         return self.folder / run / client
 
-    def _rounds(self, run: str, client: str) -> dict[int, Path]:
-        folder = self._folder(run, client)
-        if not folder.exists():
-            return {}
-        found = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
-        return {int(match[1]): path for match, path in found if match}
 
-    def _prune(self, run: str, client: str, newest: int) -> None:
-        rounds = self._rounds(run, client)
-        kept = sorted((n for n in rounds if n <= newest), reverse=True)[: self.keep]
-        for n, path in rounds.items():
-            if n not in kept:
-                path.unlink(missing_ok=True)  # another process may have been faster
+def _rounds(folder: Path) -> dict[int, Path]:
+    if not folder.exists():
+        return {}
+    found = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in found if match}
 
 
 def _label(run: str, client: str, round: int, spec_hash: str) -> dict[str, str]:

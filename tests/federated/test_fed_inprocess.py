@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -15,11 +18,15 @@ from alora_kernels.federated.local import InProcessGrid
 from tests.federated.wirefakes import initial, messages
 
 
+def app_of(train: Callable[[Message, Context], Any]) -> ClientApp:
+    app = ClientApp()
+    app.train()(train)
+    return app
+
+
 def adding_app() -> ClientApp:
     """Adds the partition's number to every array and counts its rounds in its state."""
-    app = ClientApp()
 
-    @app.train()
     def train(message: Message, context: Context) -> Message:
         seen = context.state.config_records.get("seen", ConfigRecord({"rounds": 0}))["rounds"] + 1
         context.state["seen"] = ConfigRecord({"rounds": seen})
@@ -28,25 +35,21 @@ def adding_app() -> ClientApp:
         metrics = MetricRecord({wire.EXAMPLES: 1, "rounds": seen})
         return Message(RecordDict({"arrays": wire.to_record(arrays), "metrics": metrics}), reply_to=message)
 
-    return app
+    return app_of(train)
 
 
 def test_fedavg_runs_on_it_and_contexts_stay_between_rounds():
-    grid, start = InProcessGrid(adding_app(), 3), initial()
-    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
-    result = strategy.start(grid, initial_arrays=wire.to_record(start), num_rounds=2)
-    for key, array in result.arrays.items():  # partitions add 0, 1 and 2: one per round in the mean
-        np.testing.assert_allclose(array.numpy(), start[key] + 2, rtol=1e-6)
-    assert result.train_metrics_clientapp[2]["rounds"] == 2
-    assert [context.state["seen"]["rounds"] for context in grid.contexts.values()] == [2, 2, 2]
-
-
-def test_two_equal_runs_give_equal_bits():
-    ends = []
+    ends, start = [], initial()
     for _ in range(2):
+        grid = InProcessGrid(adding_app(), 3)
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
-        ends.append(strategy.start(InProcessGrid(adding_app(), 3), wire.to_record(initial()), num_rounds=1).arrays)
-    assert ends[0] == ends[1]
+        result = strategy.start(grid, initial_arrays=wire.to_record(start), num_rounds=2)
+        for key, array in result.arrays.items():  # partitions add 0, 1 and 2: one per round in the mean
+            np.testing.assert_allclose(array.numpy(), start[key] + 2, rtol=1e-6)
+        assert result.train_metrics_clientapp[2]["rounds"] == 2
+        assert [context.state["seen"]["rounds"] for context in grid.contexts.values()] == [2, 2, 2]
+        ends.append(result.arrays)
+    assert ends[0] == ends[1]  # equal runs give equal bits
 
 
 def test_the_numbers_of_a_node_reach_its_client():
@@ -65,9 +68,7 @@ def test_the_numbers_of_a_node_reach_its_client():
 
 def test_no_object_crosses_the_wire():
     got: list[Message] = []
-    app = ClientApp()
 
-    @app.train()
     def train(message: Message, context: Context) -> Message:
         got.append(message)
         message.content["config"]["server-round"] = -1
@@ -76,7 +77,7 @@ def test_no_object_crosses_the_wire():
 
     sent = messages([1, 2])
     before = sent[0].content["arrays"].copy()
-    replies = InProcessGrid(app, 2).send_and_receive(sent)
+    replies = InProcessGrid(app_of(train), 2).send_and_receive(sent)
     assert sent[0].content["arrays"] == before and sent[0].content["config"]["server-round"] == 1
     assert "layer.B" in before and "layer.B" not in replies[0].content["arrays"]
     for message, reply in zip(got, replies, strict=True):
@@ -137,10 +138,8 @@ def test_push_then_pull_runs_a_client_once():
     ids=["raises", "returns no message", "cannot be serialised"],
 )
 def test_a_client_that_fails_becomes_an_error_reply(train, reason):
-    app = ClientApp()
-    app.train()(train)
     sent = messages([1])
-    (reply,) = InProcessGrid(app, 1).send_and_receive(sent)
+    (reply,) = InProcessGrid(app_of(train), 1).send_and_receive(sent)
     assert reply.has_error() and not reply.has_content()
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert reply.error.reason.startswith(reason)
@@ -148,14 +147,11 @@ def test_a_client_that_fails_becomes_an_error_reply(train, reason):
 
 
 def test_an_interrupt_passes():
-    app = ClientApp()
-
-    @app.train()
     def train(message: Message, context: Context) -> Message:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        InProcessGrid(app, 1).send_and_receive(messages([1]))
+        InProcessGrid(app_of(train), 1).send_and_receive(messages([1]))
 
 
 def test_bad_input_names_the_argument():
@@ -167,15 +163,11 @@ def test_bad_input_names_the_argument():
     assert not grid.contexts[1].state.config_records
 
 
-def test_the_run_can_be_set_and_goes_into_messages():
-    grid = InProcessGrid(ClientApp(), 1)
+def test_the_run_can_be_set_and_goes_into_messages_and_a_node_can_go_away():
+    grid = InProcessGrid(ClientApp(), 2)
     grid.set_run(Run.create_empty(run_id=42))
     message = grid.create_message(RecordDict({"a": ArrayRecord()}), "train", 1, "7", ttl=5.0)
     assert grid.run.run_id == message.metadata.run_id == 42
     assert (message.metadata.group_id, message.metadata.ttl, message.metadata.dst_node_id) == ("7", 5.0, 1)
-
-
-def test_a_node_can_go_away():
-    grid = InProcessGrid(ClientApp(), 2)
     del grid.contexts[1]
     assert grid.get_node_ids() == [2]

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,6 +59,11 @@ def test_a_round_gets_the_scores_of_its_accepted_clients(tmp_path):
     assert final["metrics"]["worst_client"] == "bob"
 
 
+def test_a_metric_that_is_not_finite_stays_out_of_the_scores(tmp_path):
+    events = written(tmp_path / "l", [run_event(), *one_round(1, {"ann": (0.5, math.nan), "bob": (0.3, 0.4)})])
+    assert (events[-1]["before"]["mean"], events[-1]["after"]["mean"]) == (0.4, 0.4)
+
+
 def test_a_round_without_accepted_clients_has_null_scores_and_without_a_run_none(tmp_path):
     events = written(tmp_path / "l", [run_event(), *one_round(1, {}, {"ann": REASON, "bob": SILENT})])
     assert events[-1]["after"] == {
@@ -80,11 +86,6 @@ def test_lines_are_strict_json_with_a_time(tmp_path):
     assert (strict[1]["before"]["accuracy"], strict[1]["after"]["accuracy"]) == (None, None)
     assert (strict[1]["seconds"], strict[1]["examples"], strict[2]["list"]) == (1.5, 7, [1, None])
     assert all(event["time"].endswith("+00:00") for event in strict)
-
-
-def test_a_metric_that_is_not_finite_stays_out_of_the_scores(tmp_path):
-    events = written(tmp_path / "l", [run_event(), *one_round(1, {"ann": (0.5, math.nan), "bob": (0.3, 0.4)})])
-    assert (events[-1]["before"]["mean"], events[-1]["after"]["mean"]) == (0.4, 0.4)
 
 
 def test_an_event_needs_a_name_and_a_ledger_is_not_overwritten(tmp_path):
@@ -140,13 +141,11 @@ def test_resuming_earlier_forgets_the_later_resumption(tmp_path):
 
 
 def test_a_round_without_its_closing_line_is_played_again(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ledger"):
+        Ledger(tmp_path / "ledger", resume_from=1)
     events = [run_event(), *one_round(1, {"ann": (0.1, 0.2)}), client_event(1, "bob")]
-    assert len(written(tmp_path / "l", events)) == 4
-    assert len(written(tmp_path / "l", [], resume_from=1)) == 3
-
-
-def full(handle):
-    raise OSError(errno.ENOSPC, "No space left on device")
+    assert len(written(tmp_path / "ledger", events)) == 4
+    assert len(written(tmp_path / "ledger", [], resume_from=1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -157,16 +156,11 @@ def full(handle):
 def test_a_failed_resumption_leaves_the_old_file(tmp_path, monkeypatch, at, error):
     before = written(tmp_path / "l", whole_run())
     if at == 1:
-        monkeypatch.setattr(module.os, "fsync", full)
+        monkeypatch.setattr(module.os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises((ValueError, OSError), match=error):
         Ledger(tmp_path / "l", resume_from=at)
     assert read(tmp_path / "l") == before
     assert os.listdir(tmp_path) == ["l"]
-
-
-def test_resuming_without_a_ledger(tmp_path):
-    with pytest.raises(FileNotFoundError, match="ledger"):
-        Ledger(tmp_path / "ledger", resume_from=1)
 
 
 # ---- a full disk
