@@ -103,17 +103,14 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: another line is no event; the message has its number.
     """
-    *lines, rest = Path(path).read_bytes().split(b"\n")
-    events = []
+    lines, events = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         try:
             events.append(_decode(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no event of a ledger: {error}") from None
-    try:
-        return [*events, _decode(rest)]  # whole but for its line end
-    except ValueError:
-        return events
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is no event of a ledger: {error}") from None
+    return events
 
 
 def _decode(line: bytes) -> dict[str, Any]:
