@@ -57,16 +57,6 @@ def test_a_run_its_folder_and_its_table(config, tmp_path):
     assert "ann" in alora("show", out, "--follow")  # ends at once: the run has ended
 
 
-def test_a_second_run_is_refused_and_resume_goes_on(config, tmp_path):
-    alora("run", config)
-    assert "--resume" in refused("run", config)
-    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
-    alora("run", config, "--resume")
-    events = read(tmp_path / "out" / "ledger.jsonl")
-    assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
-    alora("run", config, "--output", tmp_path / "elsewhere")
-
-
 def rounds_shown(said: str) -> list[str]:
     return re.findall(r"round (\d)/\d", said)
 
@@ -92,6 +82,9 @@ def test_an_earlier_run_is_neither_shown_as_new_nor_replaced_by_accident(config,
 
     config.write_text(config.read_text().replace("rounds: 2", "rounds: 3"))
     assert rounds_shown(alora("run", config, "--resume")) == ["3"]
+    events = read(out / "ledger.jsonl")
+    assert [e["round"] for e in events if e["event"] == "round" and e["kind"] == "train"] == [1, 2, 3]
+    alora("run", config, "--output", tmp_path / "elsewhere")
 
 
 def test_the_papers_configuration_reads():

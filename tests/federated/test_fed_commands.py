@@ -40,15 +40,11 @@ ELSEWHERE = "203.0.113.7"
 AWKWARD = 'method: fed-alora\nnote: "a \\"quoted\\" \\\\ path, \'single\' and ümlaut"\nclients:\n  - {name: a}\n'
 
 
-def test_flower_accepts_the_folder_and_gives_the_text_back(tmp_path):
+def test_flower_accepts_the_folder_and_only_the_two_files_travel(tmp_path):
     folder = apps.write_app(tmp_path / "app", AWKWARD, resume=True)
     config, warnings = load_and_validate(folder / "pyproject.toml")
     assert warnings == []
     assert config["tool"]["flwr"]["app"]["config"] == {"config": AWKWARD, "resume": True}
-
-
-def test_only_the_two_files_travel(tmp_path):
-    folder = apps.write_app(tmp_path, AWKWARD)
     (folder / "secret.py").write_text("")
     (folder / "rows.jsonl").write_text("{}")
     names = set(zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))).namelist())
@@ -208,28 +204,28 @@ def handshake(files: commands.Certificates, name: str, ca: Path) -> str:
     return str(caller.getpeercert()["subject"])  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "fed.example.org"])
-def test_the_certificate_holds_for_its_hosts_and_for_this_machine(tmp_path, name):
-    files = commands.make_certificates(tmp_path, ["fed.example.org"])
-    assert "federation server" in handshake(files, name, files.ca)
-
-
-def test_the_certificate_holds_for_nobody_else(tmp_path):
-    files, other = (commands.make_certificates(tmp_path / name) for name in ("one", "two"))
+def test_the_certificate_holds_for_its_hosts_and_this_machine_and_for_nobody_else(tmp_path):
+    files, other = (commands.make_certificates(tmp_path / name, ["fed.example.org"]) for name in ("one", "two"))
+    for name in ("localhost", "127.0.0.1", "fed.example.org"):
+        assert "federation server" in handshake(files, name, files.ca)
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         handshake(files, "other.example.org", files.ca)
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(files, "localhost", other.ca)
 
 
-def test_only_the_owner_reads_private_files_and_the_authority_keeps_no_key(tmp_path):
-    files = commands.make_certificates(tmp_path / "tls")
-    private, public = commands.make_node_key(tmp_path / "tls", "clinic")
-    assert {file.name for file in (tmp_path / "tls").iterdir()} == {
-        "ca.pem", "server.pem", "server.key", "clinic", "clinic.pub"
-    }  # fmt: skip
-    modes = [stat.S_IMODE(file.stat().st_mode) for file in (files.key, private, files.ca, public)]
-    assert modes == [0o600, 0o600, 0o644, 0o644]
+def test_only_the_owner_reads_private_files_and_nothing_is_overwritten(tmp_path):
+    commands.make_certificates(tmp_path)
+    commands.make_node_key(tmp_path, "clinic")
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    secret, open_ = dict.fromkeys(("server.key", "clinic"), 0o600), ("ca.pem", "server.pem", "clinic.pub")
+    assert modes == secret | dict.fromkeys(open_, 0o644)  # the authority keeps no key
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"ca\.pem exists"):
+        commands.make_certificates(tmp_path)
+    with pytest.raises(FileExistsError, match="clinic exists"):
+        commands.make_node_key(tmp_path, "clinic")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_node_keys_are_what_flower_reads(tmp_path):
@@ -239,17 +235,6 @@ def test_node_keys_are_what_flower_reads(tmp_path):
     assert uses_nist_ec_curve(pair)
     assert public.read_text().startswith("ecdsa-sha2-nistp384 ")
     assert public.read_text().endswith(" clinic\n")
-
-
-def test_nothing_is_overwritten(tmp_path):
-    commands.make_certificates(tmp_path)
-    commands.make_node_key(tmp_path, "clinic")
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"ca\.pem exists"):
-        commands.make_certificates(tmp_path)
-    with pytest.raises(FileExistsError, match="clinic exists"):
-        commands.make_node_key(tmp_path, "clinic")
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_authority_signs_once(tmp_path):

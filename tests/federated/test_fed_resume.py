@@ -82,22 +82,14 @@ def test_a_killed_server_resumes_to_the_same_arrays(variant, after, tmp_path, mo
 
 
 def test_more_rounds_later_are_the_same_as_more_rounds_at_once(tmp_path):
-    whole = toy.go(config_for(tmp_path / "whole", "fedavg"))
+    config = config_for(tmp_path / "whole", "fedavg")
+    whole = toy.go(config)
     toy.go(config_for(tmp_path / "cut", "fedavg", rounds=2))
     same(whole, toy.go(config_for(tmp_path / "cut", "fedavg"), resume=True))
-
-
-def test_a_finished_run_resumes_to_itself(tmp_path):
-    config = config_for(tmp_path / "out", "fedavg")
-    same(toy.go(config), toy.go(config, resume=True))
-
-
-def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    config = config_for(tmp_path / "out", "fedavg")
-    before = toy.go(config)
     with pytest.raises(FileExistsError, match="--resume, replace it with --overwrite, or choose another output"):
         toy.go(config)
-    assert read(config.output / LEDGER) == before.events
+    assert read(config.output / LEDGER) == whole.events
+    same(whole, toy.go(config, resume=True))  # a finished run resumes to itself
 
 
 def test_killed_before_the_first_checkpoint(tmp_path, monkeypatch):
@@ -119,13 +111,10 @@ def test_a_ledger_with_rounds_and_no_checkpoint_is_not_touched(tmp_path):
     assert read(config.output / LEDGER) == events
 
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(state.CheckpointError):
-        toy.go(config_for(tmp_path / "out", "fedavg"), resume=True)
-
-
 @pytest.mark.parametrize("change", [{"rank": 3}, {"method": "ffa-lora"}, {"seed": 1}])
-def test_resuming_with_another_configuration_is_refused(change, tmp_path):
+def test_resuming_nothing_or_with_another_configuration_is_refused(change, tmp_path):
+    with pytest.raises(state.CheckpointError, match="there is no checkpoint"):
+        toy.go(config_for(tmp_path / "out", "fedavg"), resume=True)
     toy.go(config_for(tmp_path / "out", "fedavg", rounds=1))
     with pytest.raises(state.CheckpointError, match="same configuration"):
         toy.go(config_for(tmp_path / "out", "fedavg", **change), resume=True)

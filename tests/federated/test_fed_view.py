@@ -128,8 +128,7 @@ def test_clients_cannot_write_on_the_terminal(tmp_path):
 
 
 def test_the_summary_compares_untuned_and_final(tmp_path):
-    events = written(tmp_path / "l", whole_run())
-    lines = shown(summary(events))
+    lines = shown(summary(written(tmp_path / "l", whole_run())))
     assert lines[0].endswith("| finished | accuracy")
     assert line_of(lines, "ann") == ["ann", "0.200", "0.500", "+0.300", "50", "1.2", "kB", "300", "B", "▁▃▆█", "0"]
     assert line_of(lines, "delta-m")[1:3] == ["+0.0%", "-112.5%"]  # +150 % and +75 %
@@ -228,7 +227,7 @@ def test_watch_on_a_terminal_ends_with_the_table(tmp_path):
     assert "finished" in last and "delta-m" in last
 
 
-def test_watch_of_a_file_that_was_cut_by_a_resumption(tmp_path):
+def test_watch_of_a_file_that_was_cut_by_a_resumption_or_damaged(tmp_path):
     events = whole_run()
     written(tmp_path / "l", events)
     calls = []
@@ -241,9 +240,6 @@ def test_watch_of_a_file_that_was_cut_by_a_resumption(tmp_path):
 
     lines, _ = watched(tmp_path / "l", until=lambda: len(calls) == 2, sleep=resume)
     assert [re.search(r"round (\d)", line)[1] for line in lines] == ["1", "2", "3", "2"]
-
-
-def test_watch_stops_at_damage(tmp_path):
     (tmp_path / "l").write_text("nonsense\n")
     with pytest.raises(ValueError, match="line 1"):
         watched(tmp_path / "l")
