@@ -50,23 +50,23 @@ def test_every_method_trains_its_own_part_on_shared_weights(method, model, toy):
     assert one.base == two.base == base_fingerprint(config)
 
 
+def trained(config, seed):
+    """Metrics of a fresh participant before and after a round."""
+    client = participant(config, "c0")
+    before = client.evaluate(client.model)
+    with seeded(seed):
+        client.train(client.model)
+    return before, client.evaluate(client.model)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_round_repeats_under_the_same_seed(model, toy):
-    losses = []
-    for _ in range(2):
-        client = participant(config_of(toy, model=model), "c0")
-        with seeded(5):
-            client.train(client.model)
-        losses.append(client.evaluate(client.model)["loss"])
-    assert losses[0] == losses[1]
+    config = config_of(toy, model=model)
+    assert trained(config, 5) == trained(config, 5)
 
 
 def test_training_learns(toy):
-    client = participant(config_of(toy, local_steps=40, batch_size=16, train_size=150), "c0")
-    before = client.evaluate(client.model)
-    with seeded(0):
-        client.train(client.model)
-    after = client.evaluate(client.model)
+    before, after = trained(config_of(toy, local_steps=40, batch_size=16, train_size=150), 0)
     assert after["loss"] < 0.5 * before["loss"]
     assert after["accuracy"] > 0.9  # two letters against two others; about half are right before
 
@@ -79,9 +79,8 @@ def test_encoder_metrics_by_hand(toy):
         head.bias.copy_(torch.tensor([0.0, 1.0]))  # labels sorted: cold, hot
     hot = list(data.load_task(str(toy), train_size=40, test_size=24)["test"]["answer"]).count("hot") / 24
     log_p = torch.log_softmax(torch.tensor([0.0, 1.0]), 0)
-    measured = client.evaluate(client.model)
-    assert measured["accuracy"] == pytest.approx(hot)
-    assert measured["loss"] == pytest.approx(float(-hot * log_p[1] - (1 - hot) * log_p[0]), rel=1e-5)
+    loss = pytest.approx(float(-hot * log_p[1] - (1 - hot) * log_p[0]), rel=1e-5)
+    assert client.evaluate(client.model) == {"accuracy": pytest.approx(hot), "loss": loss}
 
 
 def test_causal_metrics_agree_with_the_trainers_judge(toy):

@@ -16,17 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import (
-    CONNECTION,
-    LOOPBACK,
-    Certificates,
-    check_name,
-    connect,
-    environment,
-    existing,
-    program,
-    superlink_command,
-)
+from . import commands
+from .commands import CONNECTION, LOOPBACK, Certificates
 from .processes import LAST, FlowerError, Process, Processes, check_port, follow, free_port, last_lines, wait_healthy
 
 COMPLETED = "finished:completed"
@@ -58,9 +49,9 @@ def register(home: Path, public_key: Path, client: str) -> None:
         AlreadyRegisteredError: the SuperLink knows the key, from an earlier start with the same database.
         FlowerError: no such file, a key that Flower does not take, or no server.
     """
-    key = str(existing(public_key, "make_node_key"))
+    key = str(commands.existing(public_key, "make_node_key"))
     try:
-        _flwr(home, "supernode", "register", key, CONNECTION, "--name", check_name(client))
+        _flwr(home, "supernode", "register", key, CONNECTION, "--name", commands.check_name(client))
     except FlowerError as error:
         if KNOWN_KEY in str(error):
             raise AlreadyRegisteredError(f"{public_key} is registered already") from None
@@ -90,8 +81,8 @@ def submit_and_wait(
     options = ["--federation-config", " ".join(f"{k}={v}" for k, v in federation.items())] if federation else []
     run_id = int(_flwr(home, "run", str(Path(app).resolve()), CONNECTION, *options)["run-id"])
     log = Path(home) / "logs" / f"run-{run_id}.log"
-    command = [program("flwr"), "log", str(run_id), CONNECTION, "--stream"]
-    process = Process(f"run {run_id}", command, {**environment(home), "PYTHONUNBUFFERED": "1"}, log)
+    command = [commands.program("flwr"), "log", str(run_id), CONNECTION, "--stream"]
+    process = Process(f"run {run_id}", command, {**commands.environment(home), "PYTHONUNBUFFERED": "1"}, log)
     try:
         follow(process, echo, seconds)
     except BaseException:  # a deadline or Ctrl-C: the run must not go on alone
@@ -153,13 +144,13 @@ def start_superlink(
     Raises:
         FlowerError: the port is in use, or the SuperLink ended; quotes its log.
     """
-    command = superlink_command(home, host=host, port=port, certificates=certificates)
+    command = commands.superlink_command(home, host=host, port=port, certificates=certificates)
     check_port(host, port)
-    process = processes.start("superlink", command, environment(home))
+    process = processes.start("superlink", command, commands.environment(home))
     near = LOOPBACK if host in ("0.0.0.0", "::") else host
     ca = certificates.ca if certificates else None
     wait_healthy(process, f"{'https' if ca else 'http'}://{near}:{port}/health", ca)
-    connect(home, f"{near}:{port}", ca)
+    commands.connect(home, f"{near}:{port}", ca)
     return process
 
 
@@ -183,7 +174,7 @@ def run_client(
     begin = time.monotonic()
     while True:
         with Processes(Path(home) / "logs") as processes:
-            process = processes.start(client, command, environment(home))
+            process = processes.start(client, command, commands.environment(home))
             code = follow(process, echo, None)
         with process.open_log() as log:
             refused = REFUSED in log.read()
@@ -201,10 +192,10 @@ def explain(log: Path) -> str:
 
 def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
     """The JSON answer of a `flwr` command."""
-    command = [program("flwr"), *arguments, "--format", "json"]
+    command = [commands.program("flwr"), *arguments, "--format", "json"]
     called = "flwr " + " ".join(arguments[:2])
     try:
-        env = environment(home)
+        env = commands.environment(home)
         done = subprocess.run(
             command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLI_SECONDS
         )
