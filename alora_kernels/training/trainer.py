@@ -23,25 +23,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
+from . import tasks
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, TaskSums
 from .rules import BatchRules, base_model, text_config
-from .tasks import (
-    TaskBalancedSampler,
-    active_tables,
-    batch_routing,
-    check_adapted,
-    check_class_label,
-    check_datasets,
-    check_order,
-    names_in,
-    names_of,
-    side_by_side,
-    stacked_a,
-    task_column,
-    task_layers,
-)
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
 DIVIDES_AGAIN = not hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -71,21 +57,21 @@ class ALoRATrainer(Trainer):
         own_collator = (args[2] if len(args) > 2 else kwargs.get("data_collator")) is None
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
         super().__init__(*args, **kwargs)
-        check_adapted(self.model)
+        tasks.check_adapted(self.model)
         self._rules = BatchRules.of(self.model)
-        self._layers = task_layers(self.model)
-        tables = active_tables(self._layers)
+        self._layers = tasks.task_layers(self.model)
+        tables = tasks.active_tables(self._layers)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         given = () if own_collator else tuple(getattr(self.data_collator, "tasks", ()))
-        self.tasks: tuple[str, ...] = given or names_of(tables) or (not tables and names_in(datasets)) or ()
+        self.tasks: tuple[str, ...] = given or tasks.names_of(tables) or (not tables and tasks.names_in(datasets)) or ()
         self._counts_ours = not given  # what the ids of a batch count is our table, which may grow
         if own_collator:
             self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self._rules)
         elif not isinstance(self.data_collator, TaskCollator | WithTasks):
             self.data_collator = WithTasks(self.data_collator, self.tasks, self._rules)
-        check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
+        tasks.check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
         if tables:
-            check_datasets(datasets, self.tasks, tables)
+            tasks.check_datasets(datasets, self.tasks, tables)
         CheckpointGuard.install(base_model(self.model))
         self._keeper: KeepAbsentTasks | None = None
         self._optimized: set[int] | None = None
@@ -112,7 +98,7 @@ class ALoRATrainer(Trainer):
     @property
     def routed(self) -> bool:
         """Whether an active adapter picks its matrices by the ids of the batch."""
-        return bool(active_tables(self._layers))
+        return bool(tasks.active_tables(self._layers))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As Trainer's, with the routing kept by checkpointing."""
@@ -124,12 +110,12 @@ class ALoRATrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
-        self._layers = task_layers(self.model)
-        names = tuple(dict.fromkeys([*self.tasks, *names_of(active_tables(self._layers))]))
+        self._layers = tasks.task_layers(self.model)
+        names = tuple(dict.fromkeys([*self.tasks, *tasks.names_of(tasks.active_tables(self._layers))]))
         if self._counts_ours and names != self.tasks:
             self.tasks = self.data_collator.tasks = names
             self._trained = TaskSums(names)
-        check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
+        tasks.check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -137,18 +123,18 @@ class ALoRATrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         column = None
         if self.args.train_sampling_strategy == "random":
-            column = task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
+            column = tasks.task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
         if column is None:
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
+        return tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         """Routing by the names that the ids stand for: which adapters are active may have changed."""
-        tables = active_tables(self._layers) if task_ids is not None else {}
+        tables = tasks.active_tables(self._layers) if task_ids is not None else {}
         if task_ids is None or not tables:
             return contextlib.nullcontext()
-        return route(batch_routing(task_ids, self.tasks, tables))
+        return route(tasks.batch_routing(task_ids, self.tasks, tables))
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch as this model's forward takes it, with positions where padding on the left moves them."""
@@ -181,7 +167,7 @@ class ALoRATrainer(Trainer):
                 given: Any = super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
             return (self._undivided(given[0]), given[1]) if return_outputs else self._undivided(given)
         if training and self.routed and not return_outputs:
-            inputs = side_by_side(inputs)
+            inputs = tasks.side_by_side(inputs)
         task_ids, smoothing = inputs.get("task_ids"), self.args.label_smoothing_factor if training else 0.0
         all_logits = return_outputs and self._all_logits
         with self._routing(task_ids):
@@ -219,8 +205,6 @@ class ALoRATrainer(Trainer):
 
     def _agreed(self, verdict: int) -> int:
         """The largest of all processes: they must run the model and gather its scores equally often."""
-        if self.accelerator.num_processes == 1:
-            return verdict
         return int(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).max())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -258,9 +242,8 @@ class ALoRATrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
             self._keeper.remove()
-            self._keeper = None
-        if self.keep_absent_tasks and self.routed:
-            self._keeper = KeepAbsentTasks(optimizer, stacked_a(self.model))
+        keeps = self.keep_absent_tasks and self.routed
+        self._keeper = KeepAbsentTasks(optimizer, tasks.stacked_a(self.model)) if keeps else None
         return optimizer
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -315,8 +298,8 @@ class ALoRATrainer(Trainer):
         """As Trainer's, with loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
         self._evaluated = TaskSums(self.tasks)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        tasks = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics().items()}
-        output = output._replace(metrics={**tasks, **(output.metrics or {})})  # a caller's own metrics come first
+        ours = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics().items()}
+        output = output._replace(metrics={**ours, **(output.metrics or {})})  # a caller's own metrics come first
         self._tell_unlabelled(self._evaluated, f"of the {description.lower()}")
         return output
 
