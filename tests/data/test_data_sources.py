@@ -248,18 +248,22 @@ def test_files_that_do_not_read(tmp_path, name, text, message):
         load_task(str(tmp_path / name), test_size=1)
 
 
-def test_a_file_that_is_not_there():
+def test_a_file_that_is_not_there(jsonl):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         load_task("nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        load_task(TaskSpec("sums", jsonl(*rows(8)), test_split="gone.jsonl"))
 
 
-def test_a_file_may_have_its_test_rows_in_another(jsonl):
+@pytest.mark.parametrize("kind", ["file", "hub"])
+def test_test_rows_of_their_own_are_taken_out_of_train(kind, jsonl, hub):
     train, test = jsonl(*rows(8), name="train.jsonl"), jsonl(*rows(3), name="test.jsonl")
+    if kind == "hub":
+        train, test = "me/sums", "dev"
+        hub["train"], hub["dev"] = datasets.Dataset.from_list(rows(8)), datasets.Dataset.from_list(rows(3))
     splits = load_task(TaskSpec("sums", train, test_split=test), test_size=200)
     assert (splits["test"].num_rows, splits["train"].num_rows) == (3, 5)
     assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
-    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
-        load_task(TaskSpec("sums", train, test_split="gone.jsonl"))
 
 
 def test_templates_are_checked():
@@ -283,15 +287,6 @@ def test_a_hub_data_set_reads_class_names(hub):
     hub["train"] = datasets.Dataset.from_dict({"sentence": ["s", "t"], "label": [-1, -1]}, features=features)
     with pytest.raises(ValueError, match="labelled split"):
         load_task(spec, test_size=1)
-
-
-def test_a_test_split_of_its_own_takes_rows_out_of_train(hub):
-    hub["train"] = datasets.Dataset.from_list(rows(8))
-    hub["dev"] = datasets.Dataset.from_list(rows(3))
-    splits = load_task(TaskSpec("sums", "me/sums", test_split="dev"), test_size=200)
-    assert splits["test"].num_rows == 3
-    assert splits["train"].num_rows == 5
-    assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
 
 
 def test_a_hub_out_of_reach(monkeypatch):

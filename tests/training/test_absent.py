@@ -18,19 +18,12 @@ SHAPE = (4, 8, 256)
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def bitsandbytes(name: str, **options: Any) -> Make:
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return getattr(pytest.importorskip("bitsandbytes").optim, name)(parameters, lr=0.01, **options)
-
-    return make
+def of(library: str, name: str, **options: Any) -> Make:
+    """An optimiser with quantised state, whose library may not be installed."""
+    return lambda parameters: getattr(pytest.importorskip(library), name)(parameters, lr=0.01, **options)
 
 
-def torchao(name: str) -> Make:
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        library = pytest.importorskip("torchao.optim", reason="quantised state as tensors of their own kind")
-        return getattr(library, name)(parameters, lr=0.01, weight_decay=0.1)
-
-    return make
+BNB, AO = "bitsandbytes.optim", "torchao.optim"
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -60,14 +53,14 @@ OPTIMISERS: dict[str, Make] = {
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
     "adafactor-torch": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "adafactor": lambda p: Adafactor(p, lr=0.01, relative_step=False, scale_parameter=False, beta1=0.9),
-    "lion": bitsandbytes("Lion", betas=(0.9, 0.99)),
-    "adamw-8bit": bitsandbytes("AdamW8bit"),
-    "lion-8bit": bitsandbytes("Lion8bit"),
-    "sgd-8bit": bitsandbytes("SGD8bit", momentum=0.9),
-    "ademamix-8bit": bitsandbytes("AdEMAMix8bit"),
-    "torchao-8bit": torchao("AdamW8bit"),
-    "torchao-4bit": torchao("AdamW4bit"),
-    "torchao-fp8": torchao("AdamWFp8"),
+    "lion": of(BNB, "Lion", betas=(0.9, 0.99)),
+    "adamw-8bit": of(BNB, "AdamW8bit"),
+    "lion-8bit": of(BNB, "Lion8bit"),
+    "sgd-8bit": of(BNB, "SGD8bit", momentum=0.9),
+    "ademamix-8bit": of(BNB, "AdEMAMix8bit"),
+    "torchao-8bit": of(AO, "AdamW8bit", weight_decay=0.1),
+    "torchao-4bit": of(AO, "AdamW4bit", weight_decay=0.1),
+    "torchao-fp8": of(AO, "AdamWFp8", weight_decay=0.1),
 }
 
 

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    ConvBertConfig,
-    ConvBertForTokenClassification,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
-    FNetConfig,
-    FNetForSequenceClassification,
-    XLNetConfig,
-    XLNetForSequenceClassification,
-)
+import transformers as tf
 
 from alora_kernels import route
 from alora_kernels.training import TaskCollator
@@ -75,7 +65,7 @@ def test_where_padding_goes(family, head, left, positions):
 def test_a_head_that_reads_the_last_token_is_padded_on_the_left():
     sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "num_labels": 3}
     torch.manual_seed(0)
-    model = XLNetForSequenceClassification(XLNetConfig(**sizes)).eval()
+    model = tf.XLNetForSequenceClassification(tf.XLNetConfig(**sizes)).eval()
     examples = [{"input_ids": [7, 8, 9, 10, 11], "task": "a"}, {"input_ids": [12, 13], "task": "a"}]
     batch = TaskCollator(5, TASKS, model=model)(examples)
     del batch["task_ids"]
@@ -86,7 +76,7 @@ def test_a_head_that_reads_the_last_token_is_padded_on_the_left():
 
 def test_padding_that_nothing_masks_is_refused():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
-    collate = TaskCollator(0, TASKS, model=FNetForSequenceClassification(FNetConfig(**sizes)))
+    collate = TaskCollator(0, TASKS, model=tf.FNetForSequenceClassification(tf.FNetConfig(**sizes)))
     same = [{"input_ids": [7, 8], "task": "a"}, {"input_ids": [9, 8], "task": "b"}]
     assert set(collate(same)) == {"input_ids", "task_ids"}
     with pytest.raises(ValueError, match="takes no attention_mask.*a row of 1 tokens beside 2"):
@@ -95,7 +85,7 @@ def test_padding_that_nothing_masks_is_refused():
 
 def test_layers_that_let_padding_in_are_named():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = ConvBertForTokenClassification(ConvBertConfig(**sizes, intermediate_size=48, embedding_size=16))
+    model = tf.ConvBertForTokenClassification(tf.ConvBertConfig(**sizes, intermediate_size=48, embedding_size=16))
     collate = TaskCollator(0, TASKS, model=model)
     collate([{"input_ids": [7, 8], "task": "a"}, {"input_ids": [9, 8], "task": "b"}])  # nothing to say
     with pytest.warns(UserWarning, match="layers of convbert let padding change the tokens beside it"):
@@ -104,9 +94,9 @@ def test_layers_that_let_padding_in_are_named():
 
 def test_a_model_of_two_texts_is_an_encoder_decoder():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    part = BertConfig(**sizes, intermediate_size=48)
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(part, part, decoder_start_token_id=1, pad_token_id=0)
-    rules = BatchRules.of(EncoderDecoderModel(config))
+    part = tf.BertConfig(**sizes, intermediate_size=48)
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(part, part, decoder_start_token_id=1, pad_token_id=0)
+    rules = BatchRules.of(tf.EncoderDecoderModel(config))
     assert rules.encoder_decoder
     assert not rules.pad_left
     assert not rules.shifts

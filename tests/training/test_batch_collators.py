@@ -6,16 +6,8 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset, IterableDataset
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithFlattening,
-    DataCollatorWithPadding,
-    Trainer,
-    default_data_collator,
-)
 
 from alora_kernels import route
 from alora_kernels.training import ALoRATrainer, TaskCollator
@@ -31,24 +23,24 @@ def check_step(model, examples, head, folder, collator) -> None:
     """One step with the collator has the gradient of the rows alone."""
     want = rows_alone(model, examples, head)
     dataset = Dataset.from_list(examples)
-    if isinstance(collator, DataCollatorForLanguageModeling):
+    if isinstance(collator, tf.DataCollatorForLanguageModeling):
         dataset = dataset.remove_columns("labels")  # it makes them of input_ids
     assert_step(step(model, dataset, folder, collator, **HALVES), want)
 
 
 @pytest.mark.parametrize(("family", "head", "collator"), [
-    ("T5", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer())),
-    ("T5", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer(), model=model.get_base_model())),
-    ("Bart", "seq2seq", lambda model: DataCollatorForSeq2Seq(tokenizer())),
-    ("Bert", "row", lambda model: DataCollatorWithPadding(tokenizer())),
-    ("Bert", "token", lambda model: DataCollatorForTokenClassification(tokenizer())),
-    ("Llama", "token", lambda model: DataCollatorForTokenClassification(tokenizer("left"))),
-    ("GPT2", "token", lambda model: DataCollatorForTokenClassification(tokenizer("left"))),
-    ("GPT2", "row", lambda model: DataCollatorWithPadding(tokenizer("left"))),
-    ("Llama", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
-    ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
-    ("GPT2", "lm", lambda model: DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
-    ("Llama", "lm", lambda model: DataCollatorForSeq2Seq(tokenizer("left"))),
+    ("T5", "seq2seq", lambda model: tf.DataCollatorForSeq2Seq(tokenizer())),
+    ("T5", "seq2seq", lambda model: tf.DataCollatorForSeq2Seq(tokenizer(), model=model.get_base_model())),
+    ("Bart", "seq2seq", lambda model: tf.DataCollatorForSeq2Seq(tokenizer())),
+    ("Bert", "row", lambda model: tf.DataCollatorWithPadding(tokenizer())),
+    ("Bert", "token", lambda model: tf.DataCollatorForTokenClassification(tokenizer())),
+    ("Llama", "token", lambda model: tf.DataCollatorForTokenClassification(tokenizer("left"))),
+    ("GPT2", "token", lambda model: tf.DataCollatorForTokenClassification(tokenizer("left"))),
+    ("GPT2", "row", lambda model: tf.DataCollatorWithPadding(tokenizer("left"))),
+    ("Llama", "lm", lambda model: tf.DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
+    ("GPT2", "lm", lambda model: tf.DataCollatorForLanguageModeling(tokenizer("left"), mlm=False)),
+    ("GPT2", "lm", lambda model: tf.DataCollatorForLanguageModeling(tokenizer(), mlm=False)),
+    ("Llama", "lm", lambda model: tf.DataCollatorForSeq2Seq(tokenizer("left"))),
 ], ids=[
     "T5-seq2seq", "T5-seq2seq-model", "Bart-seq2seq", "Bert-padding", "Bert-tagger", "Llama-tagger-left",
     "GPT2-tagger-left", "GPT2-row-left",
@@ -67,7 +59,7 @@ def test_padding_that_a_model_cannot_bear_is_warned_of(tmp_path, family, head):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ALoRATrainer(
-                model=model, args=sgd(tmp_path), data_collator=DataCollatorWithPadding(tokenizer(side)),
+                model=model, args=sgd(tmp_path), data_collator=tf.DataCollatorWithPadding(tokenizer(side)),
                 train_dataset=Dataset.from_list(rows(model, head)),
             )  # fmt: skip
         assert sum("set tokenizer.padding_side = 'right'" in str(w.message) for w in caught) == warned
@@ -76,8 +68,8 @@ def test_padding_that_a_model_cannot_bear_is_warned_of(tmp_path, family, head):
 def test_rows_joined_to_one_keep_their_tasks(tmp_path):
     for family in ("Llama", "GPT2"):
         model = build(family, "lm")
-        check_step(model, rows(model, "lm"), "lm", tmp_path, DataCollatorWithFlattening())
-        batch = WithTasks(DataCollatorWithFlattening(), TASKS)(rows(model, "lm"))
+        check_step(model, rows(model, "lm"), "lm", tmp_path, tf.DataCollatorWithFlattening())
+        batch = WithTasks(tf.DataCollatorWithFlattening(), TASKS)(rows(model, "lm"))
         assert batch["task_ids"].tolist() == [[0] * 9 + [1] * 3 + [0] * 6 + [1] * 2]
 
 
@@ -86,7 +78,7 @@ def test_the_default_collator_takes_rows_of_one_length(tmp_path):
     examples = [{"input_ids": [5, 6, 7], "label": 1, "task": "a"}, {"input_ids": [7, 6, 5], "label": 2, "task": "b"}]
     renamed = [{"input_ids": r["input_ids"], "labels": r["label"], "task": r["task"]} for r in examples]
     want, _ = rows_alone(model, renamed, "row")
-    got, _ = step(model, examples, tmp_path, default_data_collator, per_device_train_batch_size=2)
+    got, _ = step(model, examples, tmp_path, tf.default_data_collator, per_device_train_batch_size=2)
     assert_close(got, want)
 
 
@@ -128,7 +120,7 @@ def test_our_collator_under_stock_trainer(tmp_path, family, head, stream):
     want = rows_alone(model, examples, head)
     collate = TaskCollator(0, TASKS, model=model, ids_name="adapter_names")
     dataset = IterableDataset.from_generator(lambda: iter(examples)) if stream else examples
-    assert_step(step(model, dataset, tmp_path, collate, Trainer, remove_unused_columns=False, **WHOLE), want)
+    assert_step(step(model, dataset, tmp_path, collate, tf.Trainer, remove_unused_columns=False, **WHOLE), want)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

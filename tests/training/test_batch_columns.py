@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    LayoutLMConfig,
-    LayoutLMForTokenClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+import transformers as tf
 
 from alora_kernels.training import TaskCollator
 from tests.support.families import T5, WIDTH, build
@@ -26,7 +18,7 @@ def with_column(name, first, second):
 
 
 def classifier(**changes):
-    return BertForSequenceClassification(BertConfig(vocab_size=64, **WIDTH, **{"num_labels": 3, **changes}))
+    return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, **WIDTH, **{"num_labels": 3, **changes}))
 
 
 def collator(model):
@@ -60,10 +52,10 @@ def test_a_pair_in_a_batch_is_the_pair_alone():
 
 
 def test_boxes_per_token_and_values_per_row():
-    layout = LayoutLMForTokenClassification(LayoutLMConfig(vocab_size=64, **WIDTH))
+    layout = tf.LayoutLMForTokenClassification(tf.LayoutLMConfig(vocab_size=64, **WIDTH))
     boxes = collator(layout)(with_column("bbox", np.arange(12).reshape(3, 4), [[1, 2, 3, 4]]))["bbox"]
     assert boxes.tolist()[1] == [[1, 2, 3, 4], [0] * 4, [0] * 4]
-    spans = BertForQuestionAnswering(BertConfig(vocab_size=64, **WIDTH))
+    spans = tf.BertForQuestionAnswering(tf.BertConfig(vocab_size=64, **WIDTH))
     assert collator(spans)(with_column("start_positions", 2, np.int64(0)))["start_positions"].tolist() == [2, 0]
     embeds = collator(spans)(with_column("inputs_embeds", np.ones((3, 2)), np.ones((1, 2))))["inputs_embeds"]
     assert embeds.shape == (2, 3, 2)
@@ -71,7 +63,7 @@ def test_boxes_per_token_and_values_per_row():
 
 
 def test_decoder_inputs_have_their_own_length():
-    model = T5ForConditionalGeneration(T5Config(vocab_size=64, **T5))
+    model = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=64, **T5))
     examples = with_column("decoder_input_ids", [0], [0, 4, 5, 6])
     for row, labels in zip(examples, ([9], torch.tensor([9, 8, 7, 6])), strict=True):
         row["labels"] = labels

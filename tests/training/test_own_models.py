@@ -8,24 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-)
 
 from alora_kernels import route
 from alora_kernels.training import ALoRATrainer, TaskCollator
@@ -37,7 +23,7 @@ from tests.support.families import TASKS, build, rows
 from tests.support.trainers import CONFIG, assert_close, logs_of, sgd, step, texts, trainer_on
 
 
-class Weighted(BertForSequenceClassification):
+class Weighted(tf.BertForSequenceClassification):
     """One class weighs more, which a mean over labels of one class does not show."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
@@ -108,7 +94,7 @@ def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
     """CTC: labels of a row do not count one by one."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     front = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
-    config = Wav2Vec2Config(
+    config = tf.Wav2Vec2Config(
         vocab_size=20, **sizes, **front, feat_extract_norm="layer", num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=2, ctc_loss_reduction="mean", mask_time_prob=0.0, layerdrop=0.0,
         hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
@@ -128,7 +114,7 @@ def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
     for size, accumulate in ((8, 1), (2, 4)):
         torch.manual_seed(0)
         adapted = ALoRAConfig(r=2, tasks=TASKS, target_modules=["q_proj", "v_proj"], init_weights=False)
-        model = get_peft_model(Wav2Vec2ForCTC(config), adapted)
+        model = get_peft_model(tf.Wav2Vec2ForCTC(config), adapted)
         gradient, log = step(
             model, examples, tmp_path, collate, per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential",
@@ -171,7 +157,7 @@ def test_processes_agree_on_a_loss_and_run_the_model_equally_often():
     assert calls[0] == calls[1] > 0
 
 
-class PenalisedLlama(LlamaForCausalLM):
+class PenalisedLlama(tf.LlamaForCausalLM):
     """A model that adds a term of its own to the loss."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
@@ -181,33 +167,29 @@ class PenalisedLlama(LlamaForCausalLM):
         return outputs
 
 
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5)
-MAKE = {
-    "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(**CONFIG, num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
-                      router_aux_loss_coef=0.5)
-    ),
-    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**CONFIG, num_key_value_heads=2, head_dim=16, moe_intermediate_size=16, **EXPERTS)
-    ),
-    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**CONFIG, num_key_value_heads=2, **EXPERTS)),
-    "a term of its own": lambda: PenalisedLlama(LlamaConfig(**CONFIG)),
-    "switch": lambda: SwitchTransformersForConditionalGeneration(
-        SwitchTransformersConfig(vocab_size=32, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=2, num_experts=4,
-                                 decoder_start_token_id=0, dropout_rate=0.0, router_jitter_noise=0.0,
-                                 output_router_logits=True)
-    ),
-}  # fmt: skip
+ROUTER = dict(num_key_value_heads=2, output_router_logits=True, router_aux_loss_coef=0.5)
+EXPERTS = ROUTER | dict(num_experts=4, num_experts_per_tok=2)
+SWITCH = dict(
+    vocab_size=32, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=2, num_experts=4, decoder_start_token_id=0,
+    dropout_rate=0.0, router_jitter_noise=0.0, output_router_logits=True,
+)  # fmt: skip
+MODELS = {
+    "mixtral": (tf.MixtralForCausalLM, CONFIG | ROUTER | dict(num_local_experts=4)),
+    "qwen3-moe": (tf.Qwen3MoeForCausalLM, CONFIG | EXPERTS | dict(head_dim=16, moe_intermediate_size=16)),
+    "olmoe": (tf.OlmoeForCausalLM, CONFIG | EXPERTS),
+    "a term of its own": (PenalisedLlama, CONFIG),
+    "switch": (tf.SwitchTransformersForConditionalGeneration, SWITCH),
+}
 PLAIN = 3.6  # about ln(32): what the cross entropy of a random model is
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", MODELS)
 def test_the_loss_and_its_gradients_are_the_models_own(tmp_path, kind):
     torch.manual_seed(0)
     targets = ["q", "v"] if kind == "switch" else ["q_proj", "v_proj"]
-    model = get_peft_model(
-        MAKE[kind](), ALoRAConfig(r=2, tasks=trainers.TASKS, target_modules=targets, init_weights=False)
-    )
+    model_class, settings = MODELS[kind]
+    config = ALoRAConfig(r=2, tasks=trainers.TASKS, target_modules=targets, init_weights=False)
+    model = get_peft_model(model_class(model_class.config_class(**settings)), config)
     data = texts(6)
     trainer = trainer_on(tmp_path, data, model, max_steps=1, eval_dataset=data)
     batch = trainer.data_collator(list(data))

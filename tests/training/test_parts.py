@@ -69,12 +69,6 @@ def test_collator_pads_left_and_names_tasks():
     assert TaskCollator(0, ["a", "b"], pad_to_multiple_of=4)(FEATURES)["input_ids"].shape == (3, 8)
 
 
-def test_collator_takes_ids_and_class_labels():
-    batch = TaskCollator(0, ["a", "b"])([{"input_ids": [1], "labels": 3, "task": 1}])
-    assert batch["labels"].tolist() == [3]
-    assert batch["task_ids"].tolist() == [1]
-
-
 def test_collator_errors():
     with pytest.raises(KeyError, match="no 'task', only input_ids"):
         TaskCollator(0, ["a"])([{"input_ids": [1]}])

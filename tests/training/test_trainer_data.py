@@ -219,7 +219,7 @@ def test_values_and_gradients_do_not_depend_on_the_order(tmp_path, kind, monkeyp
     sort = side_by_side
     moved = []
     for function in (lambda b: moved.append(not torch.equal(sort(b)["task_ids"], b["task_ids"])) or sort(b), dict):
-        monkeypatch.setattr("alora_kernels.training.trainer.side_by_side", function)
+        monkeypatch.setattr("alora_kernels.training.tasks.side_by_side", function)
         model.train()
         model.zero_grad()
         loss = trainer.compute_loss(model, dict(batch))
