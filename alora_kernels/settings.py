@@ -1,10 +1,8 @@
 """Settings files: YAML read as people mean it, and every mistake in it said at once.
 
-For the recipes of `alora train` and the configurations of federated runs, which are pydantic models: a mistake is one
-line with the key's path, the value and the remedy.
-
-PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false, `12:30` is 750, and the second of two equal keys
-wins without a word. Here scalars follow YAML 1.2, and a key that is given twice is refused.
+For recipes and federated configurations, which are pydantic models: a mistake is one line with the key's path, the
+value and the remedy. PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false, `12:30` is 750, and the
+second of two equal keys wins without a word; here scalars follow YAML 1.2, and a key that is given twice is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ EXPONENT = r"[eE][-+]?[0-9]+"
 FLOAT = re.compile(
     rf"^[-+]?((\.[0-9]+|[0-9][0-9_]*\.[0-9]*)({EXPONENT})?|[0-9]+{EXPONENT}|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
 )
-SCALARS = (  # the first that matches counts
-    ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
-    ("float", FLOAT, list("-+.0123456789")),
-    ("merge", re.compile(r"^<<$"), ["<"]),
-)
+SCALARS = {
+    "null": re.compile(r"^(~|null|Null|NULL|)$"),
+    "bool": re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"),
+    "float": FLOAT,
+    "merge": re.compile(r"^<<$"),
+}
 SHOWN = 60  # characters of a wrong value
 PLAIN = {  # pydantic's words -> ours
     "Input should be": "must be",
@@ -70,9 +68,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML takes for something else than text."""
 
 
-for _name, _pattern, _first in SCALARS:
-    _Loader.add_implicit_resolver(TAG + _name, _pattern, _first)
-_Dumper.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"))
+for _name, _pattern in SCALARS.items():
+    _Loader.add_implicit_resolver(TAG + _name, _pattern, None)
+_Dumper.add_implicit_resolver(f"{TAG}float", FLOAT, None)
 
 
 def read_yaml(text: str | bytes) -> Any:
@@ -121,11 +119,9 @@ def _mistake(error: Any, model: type[BaseModel]) -> str:
     message = "must be a name or a mapping of settings" if error["type"] == "dataclass_type" else message
     for theirs, ours in PLAIN.items():
         message = message.replace(theirs, ours)
-    value = repr(error["input"])
-    help_text = fields.get(path[-1], "") if path else ""
-    return f"{prefix}{message}, got {value if len(value) <= SHOWN else value[:SHOWN] + '...'}" + (
-        f" ({help_text})" if help_text else ""
-    )
+    value, purpose = repr(error["input"]), fields.get(path[-1]) if path else None
+    shortened = value if len(value) <= SHOWN else value[:SHOWN] + "..."
+    return f"{prefix}{message}, got {shortened}" + (f" ({purpose})" if purpose else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -61,6 +61,7 @@ def analyze(
     alora analyze runs/fed --init runs/start   (the clients of a federated run, against what they began with)
     """
     with command():
+        from .. import data
         from ..analysis.comparison import compare_units
         from ..analysis.figures import check_matplotlib
         from ..analysis.report import write_report
@@ -72,7 +73,10 @@ def analyze(
             raise ValueError(f"--out {out} is a file: give the path of a folder")
         found = [unit for folder in folders for unit in units(folder)]
         start = units(init) if init is not None else None
-        model = _load(base) if base is not None else None
+        model = None
+        if base is not None:
+            with display.err.status(f"loading {base} ..."):
+                model = data.load_model(base)[0]
         with _bar("comparing", "modules") as moved:
             study = compare_units(found, start, model, progress=moved)
         study.save(out)
@@ -87,13 +91,6 @@ def _command(folders: list[Path], out: Path, init: Path | None, base: str | None
     words += [] if init is None else ["--init", str(init)]
     words += [] if base is None else ["--base", base]
     return shlex.join(words + ([] if figures else ["--no-figures"]))
-
-
-def _load(name: str) -> Any:
-    from .. import data
-
-    with display.err.status(f"loading {name} ..."):
-        return data.load_model(name)[0]
 
 
 @contextmanager

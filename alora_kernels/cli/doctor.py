@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import itertools
 import os
 import platform
 
@@ -53,11 +53,10 @@ def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     from ..kernels import chip_of
 
     rows = []
-    for m in (64, 8192):
-        for routing in ("task", "soft"):
-            plan, reason = explain_plan(chip_of(device), routing, 2, m, 4096, 4096)
-            beside = ", small kernels on a side stream" if plan.overlap else ""
-            rows.append((str(device), f"{routing}, {m} rows", f"{plan.forward}; dx {plan.dx}{beside}", reason))
+    for m, routing in itertools.product((64, 8192), ("task", "soft")):
+        plan, reason = explain_plan(chip_of(device), routing, 2, m, 4096, 4096)
+        beside = ", small kernels on a side stream" if plan.overlap else ""
+        rows.append((str(device), f"{routing}, {m} rows", f"{plan.forward}; dx {plan.dx}{beside}", reason))
     return rows
 
 
@@ -66,11 +65,11 @@ def doctor() -> None:
     print_ = display.console.print
     rows = [(name, _version(name) or "[yellow]not installed[/yellow]") for name in PACKAGES]
     print_(display.table(f"Python {platform.python_version()}, {platform.platform()}", ("package", "version"), rows))
-    backends = [(str(d), _device_name(d), *_choice(d)) for d in _devices()]
+    chosen = {device: _choice(device) for device in _devices()}
+    backends = [(str(device), _device_name(device), *choice) for device, choice in chosen.items()]
     print_(display.table("devices", ("device", "what", "backend", "because"), backends, left=4))
-    gpus = [device for device in _devices() if device.type == "cuda" and _choice(device)[0].startswith("triton")]
-    if gpus:
-        plans = [row for device in gpus for row in _plans(device)]
+    gpus = [device for device, (backend, _) in chosen.items() if device.type == "cuda" and backend.startswith("triton")]
+    if plans := [row for device in gpus for row in _plans(device)]:
         print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))
     pins = dict(PINS.values())
     data = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -98,21 +97,6 @@ def test_which_answers_are_texts(answers, texts):
     assert train._are_texts(Counter(answers)) == texts
 
 
-def test_train_then_eval_a_users_own_file(tmp_path, jsonl):
-    out = alora("train", recipe(tmp_path, jsonl))
-    assert "even" in out
-    assert "odd" in out
-    adapter = tmp_path / "run" / "adapter"
-    assert {"adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "losses.json"} <= {
-        p.name for p in adapter.iterdir()
-    }
-    again = alora("eval", str(adapter), "--base")
-    rows = [line.split("│") for line in out.splitlines() if line.startswith("│ even")]
-    rows_again = [line.split("│") for line in again.splitlines() if line.startswith("│ even")]
-    assert rows[0][-2] == rows_again[0][-2]  # the same accuracy from the saved adapter
-    assert "base, untuned" in again
-
-
 def test_labels_of_any_words(tmp_path, jsonl):
     """First tokens are shared, one word begins another, and one answer is seen in the test rows alone."""
     words = ["New", "New York", "New Jersey", "Nowhere"]
@@ -168,17 +152,6 @@ def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
     assert all(line in out for line in lines)
     judged = alora("eval", str(tmp_path / "run" / "adapter"))
     assert all(line in judged for line in lines)
-
-
-def test_train_resumes(tmp_path, jsonl):
-    path = recipe(tmp_path, jsonl, save_steps=2)
-    assert "no checkpoint in" in refused("train", str(path), "--resume")
-    alora("train", str(path))
-    weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "run" / "adapter")
-    alora("train", str(path), "--resume")
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize("routing", ["task", "soft"])

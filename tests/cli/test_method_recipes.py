@@ -19,6 +19,7 @@ from alora_kernels.recipes.recipe import Recipe, load_recipe
 from tests.support.cli import alora, recipe, refused
 from tests.support.toyrows import write
 
+WEIGHTS = "adapter_model.safetensors"
 SMALL = {"num_experts": 2, "lora_dropout": 0.1, "warmup_steps": 0, "save_steps": 2}
 
 
@@ -73,8 +74,10 @@ def test_train_again_resume_and_eval(tmp_path, jsonl, method):
 
 
 def test_the_default_is_alora_as_before(tmp_path, jsonl):
-    alora("train", str(recipe(tmp_path, jsonl, **SMALL)))
-    default = weights(tmp_path / "run" / "adapter")
+    alora("train", recipe(tmp_path, jsonl, **SMALL))
+    adapter = tmp_path / "run" / "adapter"
+    assert {WEIGHTS, "adapter_config.json", "recipe.yaml", "losses.json"} <= {path.name for path in adapter.iterdir()}
+    default = weights(adapter)
     _, named = run(tmp_path, jsonl, "alora")
     assert all(torch.equal(v, weights(named)[name]) for name, v in default.items())
 
