@@ -1,20 +1,35 @@
-"""All methods through one call: the same layers, the same head, the same data, adapters that train."""
+"""All methods through one call: the same layers, the same head, the same data, adapters that train.
+
+Their parameters counted before anything is built; their folders, which give the same answers again or say what to do.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import TrainingArguments
 
-from alora_kernels.adapters.method import METHODS, ROUTED, Method
+from alora_kernels import route
+from alora_kernels.adapters.method import METHODS, ROUTED, SETTINGS, STATE, Method, read_method
 from alora_kernels.baselines.methods import (
     adapt,
     base_alone,
+    load_method,
     parameters_of,
+    rank_for,
+    save_method,
     target_shapes,
     tasks_of,
     trainable_parameters,
@@ -23,9 +38,41 @@ from alora_kernels.baselines.methods import (
 from alora_kernels.modules.adapter import AdaptedLinear
 from alora_kernels.training import ALoRATrainer
 from alora_kernels.tuner import ALoRAConfig
-from tests.baselines.adaptations import PLAIN, TASKS, adapted, adapted_layers, answers, method
 from tests.support.refusals import refused
 from tests.support.tiny import bert, gpt2, llama, logits, tokens
+
+TASKS = ("math", "code", "law")
+PLAIN = ("lora-per-task", "hydralora")
+
+
+def method(name: str, **changes: Any) -> Method:
+    return Method(name, **{"tasks": TASKS, "r": 4, "num_experts": 2, **changes})
+
+
+def adapted(name: str, base: Any = None, *, zero_b: bool = False, **changes: Any) -> Any:
+    """A model of one method; its B are not zero, so that adapters do something."""
+    torch.manual_seed(5)
+    model = adapt(llama() if base is None else base, method(name, **changes)).eval()
+    if not zero_b:
+        with torch.no_grad():
+            for key, parameter in trained(model).items():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> set[str]:
+    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    return {
+        name.removeprefix(prefix)
+        for name, m in model.named_modules()
+        if isinstance(m, AdaptedLinear | BaseTunerLayer) and name != "base_model"
+    }
+
+
+def answers(model: nn.Module, ids: list[int] | None = None) -> torch.Tensor:
+    with route(torch.tensor(ids or [0, 1, 2, -1])):
+        return logits(model, tokens(4))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), r".*\.1\.mlp\.(up|down)_proj", None])
@@ -176,3 +223,116 @@ def test_adapters_do_not_stack():
 )
 def test_bad_methods(changes, message):
     refused(message, Method, **{"name": "lora-per-task", "tasks": ("a", "b"), **changes})
+
+
+def test_counts_by_hand():
+    one = [(10, 7)]
+    want = {"alora": 3 * 40 + 28, "alora-soft": 2 * 40 + 28 + 20, "lora": 68, "lora-per-task": 3 * 68,
+            "hydralora": 40 + 2 * 28 + 20}  # fmt: skip
+    for name, number in want.items():
+        assert parameters_of(name, 4, one, tasks=3, num_experts=2) == number
+        assert parameters_of(name, 4, one * 5, tasks=3, num_experts=2) == 5 * number
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.integers(1, 64),
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
+def test_no_rank_is_nearer(name, r, shapes, tasks, experts):
+    def off(rank: int) -> int:
+        sizes = {"tasks": tasks, "num_experts": experts}
+        return abs(parameters_of(name, rank, shapes, **sizes) - parameters_of("alora", r, shapes, **sizes))
+
+    try:
+        chosen = rank_for(name, r, shapes, tasks=tasks, num_experts=experts)
+    except ValueError:
+        assert off(0) <= off(1)
+        return
+    assert chosen >= 1
+    best = min(range(64 * 10 + 1), key=lambda rank: (off(rank), rank))
+    assert chosen == best
+    if name == "alora":
+        assert chosen == r
+
+
+def test_a_budget_below_rank_one_says_which_r_would_do():
+    wide = [(10, 1000)]
+    with pytest.raises(ValueError, match=r"lora-per-task needs 9090 .* r=1 and 9 tasks: give r of at least (\d+)") as e:
+        rank_for("lora-per-task", 1, wide, tasks=9, num_experts=2)
+    enough = int(str(e.value).split("at least ")[1].split(",")[0])
+    assert rank_for("lora-per-task", enough, wide, tasks=9, num_experts=2) == 1
+    refused("budget", rank_for, "lora-per-task", enough - 1, wide, tasks=9, num_experts=2)
+    refused("no layer is adapted", rank_for, "lora", 1, [], tasks=9, num_experts=2)
+
+
+def test_importing_the_budget_imports_nothing_heavy():
+    code = "import sys, alora_kernels.adapters.method; print({'peft', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_and_loaded(name, tmp_path):
+    model = adapted(name, modules_to_save=("lm_head",))
+    with torch.no_grad():
+        next(p for key, p in trained(model).items() if "lm_head" in key).add_(0.1)
+    want = answers(model)
+    save_method(model, tmp_path, method(name, modules_to_save=("lm_head",)), {"budget": "rank"})
+    assert json.loads((tmp_path / SETTINGS).read_text())["record"] == {"budget": "rank"}
+    assert read_method(tmp_path) == method(name, modules_to_save=("lm_head",))
+    assert torch.equal(answers(load_method(llama(), tmp_path).eval()), want)
+    assert (tmp_path / STATE).exists() == (name in PLAIN)
+
+
+def test_another_method_in_the_same_folder_replaces_the_first(tmp_path):
+    for name in ("alora", "hydralora", "lora", "lora-per-task"):
+        model = adapted(name)
+        save_method(model, tmp_path, method(name))
+        assert {p.name for p in tmp_path.glob("*.safetensors")} == {
+            STATE if name in PLAIN else "adapter_model.safetensors"
+        }
+        assert torch.equal(answers(load_method(llama(), tmp_path).eval()), answers(model))
+
+
+def test_a_folder_of_peft_without_our_settings_loads(tmp_path):
+    model = adapted("lora")
+    model.save_pretrained(tmp_path)
+    assert read_method(tmp_path) is None
+    assert torch.equal(answers(load_method(llama(), tmp_path).eval()), answers(model))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_bad_folders(name, tmp_path):
+    refused(r"holds neither method.json nor adapter_config.json", load_method, llama(), tmp_path)
+    save_method(adapted(name), tmp_path, method(name))
+    with pytest.raises(ValueError, match=r"has no model.layers.1.* which this model needs: load it on the base"):
+        one_layer = adapted(name, llama(layers=1))
+        save_method(one_layer, tmp_path / "small", method(name))
+        load_method(llama(), tmp_path / "small")
+    refused(r"has model.layers.1.* more that this model has no place for", load_method, llama(layers=1), tmp_path)
+    with pytest.raises(ValueError, match=r"is \(.*\) in the file but \(.*\) here; load it on the base"):
+        load_method(llama(intermediate_size=40), tmp_path)
+    whole = (tmp_path / STATE).read_bytes()
+    (tmp_path / STATE).write_bytes(whole[:100])
+    refused("does not read", load_method, llama(), tmp_path)
+    (tmp_path / STATE).unlink()
+    refused("is missing: method.json alone is no adapter", load_method, llama(), tmp_path)
+    for text in ("{", "[]", "{}", '{"settings": {"name": "vera"}}', '{"settings": {"nam": 1}}', '{"settings": []}'):
+        (tmp_path / SETTINGS).write_text(text)
+        refused("is not what `alora train` writes", load_method, llama(), tmp_path)
+
+
+def test_a_refused_load_gives_the_base_back(tmp_path):
+    save_method(adapted("hydralora"), tmp_path, method("hydralora"))
+    base = llama(layers=1)
+    weight, want = base.model.layers[0].mlp.up_proj.weight, answers(base)
+    refused("no place for", load_method, base, tmp_path)
+    assert not adapted_layers(base) and base.model.layers[0].mlp.up_proj.weight is weight
+    assert torch.equal(answers(base), want)
+    base.save_pretrained(tmp_path / "base")  # all of it, not only what would have trained
+    assert torch.equal(answers(type(base).from_pretrained(tmp_path / "base")), want)
+    assert adapted_layers(adapt(base, method("lora")))
