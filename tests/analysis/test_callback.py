@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,21 +20,8 @@ from alora_kernels.training import ALoRATrainer, TaskCollator
 from alora_kernels.tuner import ALoRAConfig
 
 from ..support.refusals import refused
+from ..support.trainers import rows
 from .test_gradients import TASKS, towards, toy_batches
-
-
-def rows(count: int = 18) -> Dataset:
-    """Three tasks on the same inputs with different answers."""
-    generator = torch.Generator().manual_seed(0)
-    out: dict[str, list] = {"input_ids": [], "labels": [], "task": []}
-    for i in range(count):
-        prompt = torch.randint(3, 30, (4,), generator=generator).tolist()
-        task = TASKS[i % 3]
-        answer = {"copy": prompt[-1], "next": prompt[-1] + 1, "zero": 1}[task]
-        out["input_ids"].append([*prompt, answer])
-        out["labels"].append([-100] * 4 + [answer])
-        out["task"].append(task)
-    return Dataset.from_dict(out)
 
 
 def plain_collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -55,13 +41,13 @@ def make_trainer(kind: str, folder: Path, **changes: Any) -> Trainer:
     targets = ["q_proj", "v_proj"]
     if kind == "alora":
         config: Any = ALoRAConfig(r=2, lora_dropout=0.3, tasks=TASKS, target_modules=targets, task_type="CAUSAL_LM")
-        return ALoRATrainer(model=get_peft_model(base, config), args=args, train_dataset=rows())
+        return ALoRATrainer(model=get_peft_model(base, config), args=args, train_dataset=rows(18))
     config = LoraConfig(r=2, lora_dropout=0.3, target_modules=targets, task_type="CAUSAL_LM")
-    return Trainer(model=get_peft_model(base, config), args=args, train_dataset=rows(), data_collator=plain_collate)
+    return Trainer(model=get_peft_model(base, config), args=args, train_dataset=rows(18), data_collator=plain_collate)
 
 
 def watched(trainer: Trainer, path: Path, every: int = 2) -> ConflictCallback:
-    batches = probe_batches(rows(), trainer.data_collator, 3)
+    batches = probe_batches(rows(18), trainer.data_collator, 3)
     callback = ConflictCallback(trainer.compute_loss, batches, path, every=every)
     trainer.add_callback(callback)
     return callback
@@ -142,7 +128,7 @@ def test_a_resumed_run_has_the_rows_of_one_that_never_stopped(tmp_path):
 
 def test_gradients_that_are_not_finite_are_named_and_do_not_end_the_training(tmp_path, caplog):
     trainer = make_trainer("lora", tmp_path)
-    bad = probe_batches(rows(), trainer.data_collator, 2)
+    bad = probe_batches(rows(18), trainer.data_collator, 2)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return trainer.compute_loss(model, batch) * float("nan")
@@ -174,7 +160,7 @@ def test_the_callback_names_what_is_wrong(tmp_path):
 
 
 def test_probe_batches_are_the_first_rows_of_each_task():
-    data = rows()
+    data = rows(18)
     got = probe_batches(data, lambda found: [row["input_ids"] for row in found], 2)
     assert list(got) == TASKS
     assert got["next"] == [data[1]["input_ids"], data[4]["input_ids"]]

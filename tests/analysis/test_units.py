@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.method import Method
@@ -21,7 +20,7 @@ from alora_kernels.baselines.methods import adapt, save_method
 from alora_kernels.text import clipped, printable
 from alora_kernels.tuner import ALoRAConfig
 
-from ..support.adapters import CONFIG, PREFIX, WEIGHTS, alora, lora
+from ..support.adapters import CONFIG, PREFIX, WEIGHTS, Mlp, alora, change_config, lora
 from ..support.refusals import refused
 from .adapters import UP, Q, het, randn, unequal, vera
 
@@ -64,18 +63,10 @@ def test_vera_gives_its_two_vectors_and_leaves_projections_alone(tmp_path):
     assert unit.shapes["up"] == {"lambda_b": (6,), "lambda_d": (2,)} and unit.rank is None
 
 
-class Net(nn.Module):
-    """Two layers to adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
-
-
 @pytest.mark.parametrize(("name", "labels"), [("lora-per-task", ["x", "y"]), ("hydralora", ["expert 0", "expert 1"])])
 def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
     method = Method(name, tasks=("x", "y"), r=2, num_experts=2, target_modules=("up",), task_type=None)
-    model = adapt(Net(), method)
+    model = adapt(Mlp(), method)
     with torch.no_grad():
         model.up.lora_B.normal_()
     for folder in (tmp_path / "run" / "adapter", tmp_path / "alone"):
@@ -87,7 +78,7 @@ def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
         parts, update = unit.read("up")
         a = model.up.lora_A if name == "hydralora" else model.up.lora_A[row]
         assert torch.equal(parts["A"], a) and torch.equal(parts["B"], model.up.lora_B[row]) and update.s == 2.0
-        assert unit.shapes["up"] == {"A": (2, 8), "B": (6, 2)}
+        assert unit.shapes["up"] == {"A": (2, 8), "B": (16, 2)}
     (tmp_path / "alone" / "method.json").unlink()
     refused("holds neither method.json", units, tmp_path / "alone")
     save_method(model, tmp_path / "alone", replace(method, tasks=("x", "y", "z"), num_experts=3))
@@ -95,17 +86,16 @@ def test_methods_that_peft_does_not_hold(name, labels, tmp_path):
 
 
 def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_path):
-    config = ALoRAConfig(
-        r=2, num_experts=3, routing="soft", lora_alpha=3, rank_pattern={"down": 4}, target_modules=["up", "down"]
-    )
-    model = get_peft_model(Net(), config)
+    how = {"r": 2, "lora_alpha": 3, "rank_pattern": {"down": 4}, "target_modules": ["up", "down"]}
+    config = ALoRAConfig(num_experts=3, routing="soft", **how)
+    model = get_peft_model(Mlp(), config)
     with torch.no_grad():
         model.base_model.up.asymlora_B["default"].weight.normal_()
     model.save_pretrained(str(tmp_path / "run" / "adapter"))
     experts = units(tmp_path / "run")
     assert [unit.name for unit in experts] == ["expert 0", "expert 1", "expert 2"]
     assert experts[0].names[1] == "run" and experts[0].shared == {"B"} and experts[0].rank == 4
-    assert experts[0].shapes["up"] == {"A": (2, 8), "B": (6, 2), "router": (8,)}
+    assert experts[0].shapes["up"] == {"A": (2, 8), "B": (16, 2), "router": (8,)}
     for row, unit in enumerate(experts):
         layer = model.base_model.up
         parts, update = unit.read("up")
@@ -117,8 +107,7 @@ def test_each_expert_of_a_soft_alora_is_a_unit_with_its_row_of_the_router(tmp_pa
     assert {row[3] for row in study.similarity} == {"A", "router"}
     assert any("soft ALoRA folder share one B" in note for note in study.notes)
     assert any("giving it all the weight" in note for note in study.notes)
-    file = tmp_path / "run" / "adapter" / CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts": 2}))
+    change_config(tmp_path / "run" / "adapter", num_experts=2)
     unreadable("not what 2 experts of rank", tmp_path / "run")
 
 
