@@ -1,9 +1,4 @@
-"""Gradient conflicts while a model trains, from fixed probe batches to a CSV with a row per matrix every n steps.
-
-For transformers' Trainer and ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`. The batches are
-given (`gradients.probe_batches`, best of held-out rows) and the same at every step, so that a curve shows the model
-changing and not the data. Training with the callback gives bit for bit the weights of training without it.
-"""
+"""Gradient conflicts while a model trains, from fixed probe batches to a CSV with a row per matrix every n steps."""
 
 from __future__ import annotations
 
@@ -24,13 +19,17 @@ logger = logging.getLogger(__name__)
 class ConflictCallback(TrainerCallback):
     """Measure `gradients.task_conflicts` after every n-th optimiser step and append it to a CSV.
 
+    For transformers' Trainer and ours: `trainer.add_callback(ConflictCallback(trainer.compute_loss, ...))`. Training
+    with the callback gives bit for bit the weights of training without it.
+
     Columns: `step`, `module`, `parameter` ("A", "B"), `sharing` ("shared" or "per task"), `norm` (mean over tasks),
     `conflicts`, `pairs`. A measurement costs one forward and backward per task. Gradients that are not finite are
     named in a warning, and that step has no rows. Under several processes only the first measures.
 
     Args:
         loss: `(model, batch) -> scalar`; `trainer.compute_loss`.
-        batches: task -> batch.
+        batches: task -> batch, best of held-out rows (`gradients.probe_batches`); the same at every step, so that a
+            curve shows the model changing and not the data.
         path: of the CSV. A resumed run drops rows after its checkpoint and appends.
         every: steps between measurements.
         parameters: as for `gradients.task_gradients`.

@@ -1,9 +1,7 @@
 """What training did to a weight: how far its columns moved (`Change`), which singular values s B A has (`Spectrum`).
 
 Columns run along dim 0, as in the paper: column c of W [N, K] is what input c does to all outputs. Work goes through
-the matrix in blocks of columns, so neither a float64 copy nor the merged weight of a large layer is ever whole. Nor is
-s B A: with B = Q_b T_b and A^T = Q_a T_a it is Q_b (s T_b T_a^T) Q_a^T, and the Q do not change singular values, so
-what is decomposed is [R, R] (SmolLM2's 1536 x 576 at r = 8: 64 numbers instead of 884,736).
+the matrix in blocks of columns, so neither a float64 copy nor the merged weight of a large layer is ever whole.
 """
 
 from __future__ import annotations
@@ -151,6 +149,8 @@ def update_spectrum(a: Tensor, b: Tensor, scaling: float = 1.0) -> Spectrum:
         TypeError, ValueError: not finite floating matrices, or of different ranks.
     """
     right, left = _factors(a, b)
+    # with B = Q_b T_b and A^T = Q_a T_a it is Q_b (s T_b T_a^T) Q_a^T, and the Q do not change singular values: what is
+    # decomposed is [R, R] (SmolLM2's 1536 x 576 at r = 8: 64 numbers instead of 884,736)
     small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
     return _spectrum(torch.linalg.svdvals(_finite(scaling) * small))
 

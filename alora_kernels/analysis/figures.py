@@ -1,10 +1,8 @@
-"""Figures of an `Analysis`: heat maps of pairs, curves over the layers, gradient conflicts over the steps.
-
-`report` writes the `Picture`s as files and puts them into its page. matplotlib is imported when the first is drawn.
+"""Figures of an `Analysis` for `report`: heat maps of pairs, curves over the layers, gradient conflicts over the steps.
 
 Colours of heat maps begin at zero. Over all modules they reach 0.1 at least, so that what is near nothing looks like
 nothing; layer by layer they end at the largest value, so that layers can be told apart. The level of chance, where it
-is not zero, is dotted: in the scale of a heat map, across a curve's panel. Beyond seven lines the dashes change.
+is not zero, is dotted: in the scale of a heat map, across a curve's panel.
 """
 
 from __future__ import annotations

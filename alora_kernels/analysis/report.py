@@ -1,9 +1,7 @@
 """One page that shows an `Analysis`: what was compared, how to read it, tables, figures, what is missing and why.
 
-Writes `report.html`, complete in itself, and the figures as PNG beside it. `alora analyze` prints the same columns.
-
-Names of tasks, folders and modules come from strangers: the template escapes every text, and the page's own policy
-would run nothing even if it did not.
+`alora analyze` prints the same columns. Names of tasks, folders and modules come from strangers: the template escapes
+every text, and the page's own policy would run nothing even if it did not.
 """
 
 from __future__ import annotations

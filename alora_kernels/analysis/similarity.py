@@ -1,11 +1,8 @@
 """How alike two matrices A_i, A_j [R, K] (or B^T) are: as vectors, and as the subspaces their rows span.
 
-The two answer different questions. B A = (B Q^T)(Q A) for every rotation Q of the rank, so the cosine depends on a
-basis that training picked by accident (the common initialisation), while the overlap does not. Neither is small by
-itself: r random directions of K overlap by r / K, so a number means something beside `chance`.
-
-Everything in this package is measured in float64, for numbers here are differences of nearly equal ones: an adapter
-moves a column of W0 by 1e-3 of its length, which is 5e-7 in 1 - cos, and float32 resolves 6e-8.
+B A = (B Q^T)(Q A) for every rotation Q of the rank, so the cosine depends on a basis that training picked by accident
+(the common initialisation), while the overlap does not. Neither is small by itself: see `chance`. All of the package
+measures in float64: a column of W0 moves by 1e-3 of its length, 5e-7 in 1 - cos, and float32 resolves 6e-8.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class _TaskLinear(AdaptedLinear):
         count = len(self.tasks)
         self.lora_A = self._empty(*(() if self.one_a else (count,)), r, self.in_features)
         self.lora_B = self._empty(count, self.out_features, r)
-        reset_adapter_(self.lora_A.detach().view(-1, r, self.in_features), self.lora_B)
+        reset_adapter_(self.lora_A.detach().unsqueeze(0) if self.one_a else self.lora_A, self.lora_B)
 
     def _groups(self, leading: torch.Size, device: torch.device) -> RowGroups:
         """The rows by task, from the routing context; without one all rows are of the single task, if it is one."""

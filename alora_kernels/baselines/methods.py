@@ -109,8 +109,7 @@ def _targets(model: nn.Module, method: Method, findings: Findings) -> dict[str, 
 
 def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[str, nn.Linear]:
     """The same, all of them plain `nn.Linear`."""
-    targets = _targets(model, method, findings)
-    linears: dict[str, nn.Linear] = {}
+    targets: Any = _targets(model, method, findings)
     for name, module in targets.items():
         check_target(module, model.get_submodule(name.rpartition(".")[0]), name, method.num_routed)
         if type(module) is not nn.Linear or hooked(module):
@@ -119,8 +118,7 @@ def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[s
                 f"{name} is a {kind}: {method.name} replaces plain nn.Linear layers of an untouched model. Load the"
                 " base without adapters, quantisation and offloading, name other target_modules, or use alora or lora"
             )
-        linears[name] = module
-    return linears
+    return targets
 
 
 def _heads(model: nn.Module, method: Method) -> list[nn.Module]:
@@ -188,13 +186,11 @@ def as_large_as_alora(method: Method, shapes: Shapes) -> Method:
 
 
 def parameters_of(method: str, r: int, shapes: Iterable[tuple[int, int]], *, tasks: int, num_experts: int) -> int:
-    """How many parameters a method's adapters have.
+    """How many parameters a method's adapters have; `method` is a key of `METHODS`, `shapes` has (K, N) of each layer.
 
     Formula, per layer of K inputs and N outputs, with T tasks and E experts:
         alora `T r K + N r`; alora-soft `E r K + N r + E K`; lora `r K + N r`; lora-per-task `T (r K + N r)`;
         hydralora `r K + E N r + E K`.
-
-    `method` is a key of `METHODS`, `shapes` holds (K, N) of each adapted layer.
     """
     check_method(method)
     copies_of_a = {"alora": tasks, "lora-per-task": tasks, "alora-soft": num_experts}.get(method, 1)
