@@ -105,7 +105,15 @@ def adapt(
     model = _build(base, spec, names, rank, lora_alpha or 2 * rank, d_m, seed)
     for parameter in trained:
         parameter.requires_grad_(True)
-    _begin(model, spec, seed, client)
+    for key, (role, tensor) in matrices(model, spec).items():
+        rule = spec.roles[role]
+        if rule.begins == "kaiming":  # not from how the model was built: the same on every machine, under every engine
+            words = (client, key) if rule.lives == "private" else (key,)
+            tensor.data.copy_(torch.from_numpy(kaiming(tuple(tensor.shape), seed_of(seed, *words))))
+        elif rule.begins == "zeros":
+            tensor.data.zero_()
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(rule.lives != "frozen")
     return model.eval()
 
 
@@ -147,24 +155,6 @@ def matrices(model: nn.Module, spec: ShareSpec) -> dict[str, Matrix]:
         elif tensor.requires_grad:
             found[name] = Matrix("head", tensor)
     return dict(sorted(found.items()))
-
-
-@torch.no_grad()
-def _begin(model: nn.Module, spec: ShareSpec, seed: int, client: str) -> None:
-    """Give matrices their first values, and say which of them the optimiser sees.
-
-    Values come from (seed, key) or (seed, client, key), not from how the model was built: they are the same on every
-    machine and under every engine, which is what lets frozen parts stay at home.
-    """
-    for key, (role, tensor) in matrices(model, spec).items():
-        rule = spec.roles[role]
-        if rule.begins == "kaiming":
-            words = (client, key) if rule.lives == "private" else (key,)
-            tensor.copy_(torch.from_numpy(kaiming(tuple(tensor.shape), seed_of(seed, *words))))
-        elif rule.begins == "zeros":
-            tensor.zero_()
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(rule.lives != "frozen")
 
 
 def values(model: nn.Module, spec: ShareSpec, *lives: Lives) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import flwr.serverapp.strategy as flower
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import Strategy
@@ -26,6 +26,8 @@ from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 from . import wire
 from .config import NO_SECAGG, DpSettings
 from .state import layers
+
+Aggregated = tuple[ArrayRecord | None, MetricRecord | None]
 
 
 class _KeepsDtype(flower.FedAvg):
@@ -37,14 +39,10 @@ class _KeepsDtype(flower.FedAvg):
         self.dtypes = {key: array.dtype for key, array in arrays.items()}
         return super().configure_train(server_round, arrays, *rest)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is not None and self.dtypes is not None:
-            arrays = ArrayRecord(
-                {key: Array(array.numpy().astype(self.dtypes[key], copy=False)) for key, array in arrays.items()}
-            )
+            arrays = wire.to_record({k: a.numpy().astype(self.dtypes[k], copy=False) for k, a in arrays.items()})
         return arrays, metrics
 
 
@@ -203,9 +201,7 @@ class _NoScalars(Strategy):
 class ServerSideClipping(_NoScalars, flower.DifferentialPrivacyServerSideFixedClipping):
     """Flower's, for arrays that it does clip, and for updates of norm zero, which stay zero."""
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         """Flower's, which divides by norms: a NumPy number over zero is infinity, and min(1, inf) clips nothing."""
         norm, self.clipping_norm = self.clipping_norm, np.float64(self.clipping_norm)
         try:
@@ -265,8 +261,5 @@ def clip(message: Message, context: Context, call_next: ClientAppCallable) -> Me
 
 def privacy_spent(strategy: Strategy) -> dict[str, Any] | None:
     """Epsilon so far, with delta and the number of releases; None where nobody counts."""
-    for layer in layers(strategy):
-        spent = layer.privacy_spent() if hasattr(layer, "privacy_spent") else None
-        if spent is not None:
-            return dataclasses.asdict(spent)
-    return None
+    spent = (layer.privacy_spent() for layer in layers(strategy) if hasattr(layer, "privacy_spent"))
+    return next((dataclasses.asdict(each) for each in spent if each is not None), None)
