@@ -53,10 +53,7 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
 
 
 def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskCard]:
-    """Task -> card, of the tasks that have one; nothing, after a warning, of a file that is not as it was written.
-
-    The only card is that of the only task whatever it is called, since a stock LoRA is called as its folder is.
-    """
+    """Task -> card, of the tasks that have one; nothing, after a warning, of a file that is not as it was written."""
     path = Path(folder, FILE)
     if not path.exists():
         return {}
@@ -65,7 +62,7 @@ def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskC
     except AdapterFolderError as error:
         log.warning("%s", error)
         return {}
-    if len(tasks) == len(cards) == 1:
+    if len(tasks) == len(cards) == 1:  # whatever it is called: a stock LoRA is called as its folder is
         return {tasks[0]: next(iter(cards.values()))}
     return {task: cards[task] for task in tasks if task in cards}
 

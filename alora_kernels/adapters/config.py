@@ -96,10 +96,7 @@ class AdapterConfig:
 
 
 def json_of(path: Path, limit: int) -> Any:
-    """What a JSON file of at most so many bytes holds.
-
-    An OverflowError says that it is longer; an OSError, ValueError or RecursionError that it does not read.
-    """
+    """What a JSON file of at most so many bytes holds; an OverflowError says that it is longer."""
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig
 
 from ..text import NAME
 from ..tuner import ALoRAConfig, ALoRALayer
-from ..tuner.config import unwrapped
+from ..tuner.config import PREFIX, unwrapped
 from .cards import TaskCard, read_task_cards, write_task_cards
 from .config import AdapterConfig, checked_config
-from .reader import PREFIX, read_adapter
+from .reader import read_adapter
 from .writer import check_replaceable, target_names, write_adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.32)

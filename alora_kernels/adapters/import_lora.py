@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..modules.adapter import task_names
-from ..tuner.config import SECTION, ALoRAConfig
+from ..tuner.config import PREFIX, SECTION, ALoRAConfig
 from .cards import read_task_cards, write_task_cards
-from .reader import PREFIX, AdapterFile, Factors, Shape, read_adapter
+from .reader import AdapterFile, Factors, Shape, read_adapter
 from .writer import check_replaceable, target_names, write_adapter
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names

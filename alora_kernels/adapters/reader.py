@@ -20,10 +20,9 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tuner.config import CONFIG, PICKLE, WEIGHTS, unwrapped
+from ..tuner.config import CONFIG, PICKLE, PREFIX, WEIGHTS, unwrapped
 from .config import AdapterConfig, AdapterFolderError, Kind, checked_config, not_finite, read_settings, refused
 
-PREFIX = "base_model.model."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_NAME = 256  # characters of a module's name: patterns are matched against it
 _KEYS = {
@@ -94,7 +93,7 @@ class AdapterFile:
     @cached_property
     def b(self) -> dict[str, Tensor]:
         """Module -> B `[N, R]`, read when first asked for."""
-        with self._checked() as file:
+        with _opened(self.folder, self.stamp) as (file, _):
             return {module: file.get_tensor(parts["B"]).clone() for module, parts in self.keys.items()}
 
     def matrices(self, task: str) -> dict[str, Tensor]:
@@ -106,7 +105,7 @@ class AdapterFile:
             listed = ", ".join(map(repr, self.tasks[:20]))
             raise refused(self.folder, f"has no task {task!r}: it has {listed}; ask for one of these")
         row = self.tasks.index(task)
-        with self._checked() as file:
+        with _opened(self.folder, self.stamp) as (file, _):
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
 
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
@@ -114,7 +113,7 @@ class AdapterFile:
 
         `base` are its parameters; names that it lacks and quantised ones are not compared. Raises as `matrices`.
         """
-        with self._checked() as file:
+        with _opened(self.folder, self.stamp) as (file, _):
             for name, key in self.copies.items():
                 own = base.get(name)
                 if own is None or not own.is_floating_point() or own.is_meta:
@@ -132,15 +131,8 @@ class AdapterFile:
     def factors(self, module: str) -> Factors:
         """A of the first task, B and s of one module; only these are read. Raises as `matrices`."""
         parts = self.keys[module]
-        with self._checked() as file:
+        with _opened(self.folder, self.stamp) as (file, _):
             return Factors(_a(file, self.config, parts["A"], 0), file.get_tensor(parts["B"]), self.scaling[module])
-
-    @contextmanager
-    def _checked(self) -> Iterator[Any]:
-        with _opened(self.folder) as (file, stamp):
-            if stamp != self.stamp:
-                raise refused(self.folder, f"{WEIGHTS} changed while it was read: load the folder again")
-            yield file
 
 
 def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
@@ -186,11 +178,13 @@ def _look(folder: Path) -> None:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Any, Stamp]]:
+def _opened(folder: Path, checked: Stamp | None = None) -> Iterator[tuple[Any, Stamp]]:
     """The folder's weights and which file they are; what safetensors says of a damaged file becomes a refusal."""
     path = folder / WEIGHTS
     try:
         stamp = stamp_of(path)
+        if checked not in (None, stamp):
+            raise refused(folder, f"{WEIGHTS} changed while it was read: load the folder again")
         with safe_open(path, framework="pt") as file:
             yield file, stamp
     except AdapterFolderError:

@@ -21,10 +21,10 @@ from torch import Tensor
 from .. import files
 from ..adapters.config import AdapterFolderError, checked_config, not_finite, read_settings, refused
 from ..adapters.method import SETTINGS, STATE, read_method
-from ..adapters.reader import PREFIX, Stamp, read_adapter, stamp_of
+from ..adapters.reader import Stamp, read_adapter, stamp_of
 from ..modules.adapter import lora_scaling
 from ..text import printable
-from ..tuner.config import CONFIG, WEIGHTS, unwrapped
+from ..tuner.config import CONFIG, PREFIX, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
 
 HYDRA, SOFT, CLIENT = "HydraLoRA, one expert", "ALoRA, one expert", "Fed-ALoRA client, own rank"

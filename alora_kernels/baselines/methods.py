@@ -57,7 +57,7 @@ def adapt(model: Any, method: Method) -> Any:
     model.requires_grad_(False)
     for name, linear in targets.items():
         layer = _layer(linear, method)
-        layer.rows_name, layer.rows = name, rows_of(name, model.get_submodule(name.rpartition(".")[0]), findings)
+        layer.rows_name, layer.rows = name, rows_of(model, name, findings)
         model.set_submodule(name, layer)
     for head in heads:
         head.requires_grad_(True)
@@ -111,7 +111,7 @@ def _replaceable(model: nn.Module, method: Method, findings: Findings) -> dict[s
     """The same, all of them plain `nn.Linear`."""
     targets: Any = _targets(model, method, findings)
     for name, module in targets.items():
-        check_target(module, model.get_submodule(name.rpartition(".")[0]), name, method.num_routed)
+        check_target(model, name, method.num_routed)
         if type(module) is not nn.Linear or hooked(module):
             kind = type(module).__name__ + (" with hooks" if type(module) is nn.Linear else "")
             raise ValueError(

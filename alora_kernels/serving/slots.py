@@ -174,7 +174,7 @@ def _check_model(model: nn.Module, file: AdapterFile) -> None:
         raise refused(file.folder, f"the base has no {', '.join(missing[:SHOWN])} ({len(missing)} modules missing)")
     for name, (n, _, k) in file.shapes.items():
         try:
-            check_target(modules[name], modules[name.rpartition(".")[0]], name, tasks=2)
+            check_target(model, name, tasks=2)
             own_k, own_n = features(modules[name])
         except ValueError as error:
             raise refused(file.folder, str(error)) from None

@@ -34,15 +34,10 @@ _reported: WeakSet[Any] = WeakSet()  # layers whose reason was already given
 
 @dataclass(frozen=True)
 class Accelerated:
-    """What `accelerate` did, by module name.
+    """What `accelerate` did, by module name."""
 
-    Attributes:
-        layers: LoRA layers that run the fused op, those of earlier calls included.
-        skipped: LoRA layers that keep PEFT's forward -> the reason.
-    """
-
-    layers: list[str]
-    skipped: dict[str, str]
+    layers: list[str]  # LoRA layers that run the fused op, those of earlier calls included
+    skipped: dict[str, str]  # LoRA layers that keep PEFT's forward -> the reason
 
     def __str__(self) -> str:
         return f"{len(self.layers)} LoRA layers run the fused op{_reasons(self.skipped)}"

@@ -21,6 +21,7 @@ from ..modules.adapter import lora_scaling, task_names
 from .register import NAME, extend_str_enum
 
 WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md"
+PREFIX = "base_model.model."  # of names in a file
 IMPORT = "import alora_kernels"
 SECTION = f"""
 ## Loading
@@ -166,10 +167,7 @@ class ALoRAConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, whole or not at all; arguments as in PEFT.
 
-        Called by PEFT right after it wrote the weights, it also adds the import line to the model card.
-
-        Raises:
-            ValueError: the weights beside it were saved as a pickle (`safe_serialization=False`).
+        PEFT calls it after the weights: then it adds the import line to the model card, and refuses a pickle.
         """
         by_peft, card = "auto_mapping_dict" in kwargs, Path(save_directory, CARD)
         if by_peft and Path(save_directory, PICKLE).exists():

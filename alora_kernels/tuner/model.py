@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..routing import current_routing, route
 from .base_layer import guard_gradients
-from .config import ALoRAConfig, unwrapped
+from .config import PREFIX, ALoRAConfig, unwrapped
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
 from .probe import Finding, probe
 from .register import Source, adjust_peft, source_read
@@ -34,7 +34,6 @@ DIMENSIONS = {
     "asymlora_B": "(out_features, r)",
     "asymlora_router": "(experts, in_features)",
 }
-PREFIX = "base_model.model."
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")  # of transformers' Trainer, beside an adapter or above its folder
 _OURS = re.compile(r"(.+)\.asymlora_(?:A|B|router)(?:\..+)?")
 
@@ -64,7 +63,7 @@ class ALoRAModel(BaseTuner):
         leave_out(model, peft_config, self.findings, tasks)
         tell_fused_experts(model, peft_config)
         for name in targets_of(model, peft_config):
-            check_target(model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]), name, tasks)
+            check_target(model, name, tasks)
 
     def _create_and_replace(
         self,
@@ -79,7 +78,7 @@ class ALoRAModel(BaseTuner):
         """Add the adapter to a target, which becomes an `ALoRALinear` unless it is one."""
         if parameter_name is not None:
             raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
-        check_target(target, parent, current_key, len(peft_config.tasks or ()))
+        check_target(self.model, current_key, len(peft_config.tasks or ()))
         r, scaling = peft_config.settings_at(current_key)
         if isinstance(target, ALoRALinear):
             target.update_layer(adapter_name, r, scaling, peft_config)
@@ -87,7 +86,7 @@ class ALoRAModel(BaseTuner):
         new = ALoRALinear(target, adapter_name, r, scaling, peft_config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter starts inactive
-        new.rows_name, new.rows = current_key, rows_of(current_key, parent, self.findings)
+        new.rows_name, new.rows = current_key, rows_of(self.model, current_key, self.findings)
         if isinstance(parent, nn.TransformerEncoderLayer):
             new.register_forward_pre_hook(listened_to)
             keep_dense(self.model)
@@ -151,11 +150,7 @@ class ALoRAModel(BaseTuner):
             return model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The base model's generate_batch, for calls that need no ids: one task, or the one that `set_task` fixed.
-
-        Raises:
-            ValueError: adapter_names, or a call inside of `route`: its batches change from step to step, in a thread.
-        """
+        """The base model's generate_batch, for calls that need no ids; a ValueError for others."""
         if adapter_names is not None or current_routing() is not None:
             raise ValueError(
                 "generate_batch mixes tokens of requests that come and go, so it cannot take adapter_names or the ids"
@@ -243,9 +238,7 @@ def fitted(
 ) -> dict[str, Tensor]:
     """The file's tensors, by their names in the model, as this model has them: A's rows in the order of its tasks.
 
-    Raises:
-        ValueError: no such adapter; other shapes; from a folder: another kind of adapter, other tasks, modules or
-            scalings, or another order of tasks where an optimizer goes on. An adapter made for the file goes then.
+    A ValueError if they are no adapter for this model, or for its optimizer; an adapter made for the file goes then.
     """
     layers = {
         name.removeprefix(PREFIX): module

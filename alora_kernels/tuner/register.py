@@ -27,10 +27,7 @@ NAME = "ASYMLORA"
 
 
 def extend_str_enum(cls: type[enum.Enum], name: str) -> Any:
-    """The member `name` (value = name) of a `class X(str, Enum)`, added if it is missing.
-
-    The new member pickles, copies, iterates and compares as those written in the class body (Python 3.11 to 3.13).
-    """
+    """The member `name` (value = name) of a `class X(str, Enum)`, added as if written there (Python 3.11 to 3.13)."""
     if name in cls.__members__:
         return cls[name]
     member = str.__new__(cls, name)  # type: ignore[type-var]

@@ -85,11 +85,10 @@ def _ids(names: Sequence[Any], tasks: tuple[str, ...]) -> Tensor:
 
 
 def batch_shape(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int | None] | None:
-    """(rows, tokens) of the batch that a model is called with; None if no argument tells.
+    """(rows, tokens) of the batch that a model is called with; None if no argument tells, tokens None if it is no text.
 
-    The tokens are None where the inputs are no text. A vision-language model's images are not its rows, so the names
-    decide; of a model that uses none of them, its first tensor is the batch, also inside of a dict, list or tuple.
-    `names` are the parameters of the model's forward, for its positional arguments.
+    A vision-language model's images are not its rows, so names decide; of a model that uses none of `INPUTS`, its first
+    tensor is the batch, also inside of a dict, list or tuple. `names` are for the positional arguments.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():

@@ -33,8 +33,9 @@ REASONS: Mapping[str | None, str] = {
     "unreached": "a batch of the model's main input does not reach them, and images or sound have rows of their own",
     "shared": "they see inputs of no row, such as a table of positions",
     "mixed": "they see rows in an order that the data decide, as routed experts do",
+    "several": "they return more than one tensor, as some routers do",
 }
-SEVERAL = "they return more than one tensor, as some routers do"
+ALWAYS = {DIRECT, REASONS["several"]}  # whether or not rows matter
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}  # names that older versions had
 
@@ -45,31 +46,30 @@ def targets_of(model: nn.Module, config: Any) -> list[str]:
     return [name for name, _ in outside_adapters(model) if name and check_target_module_exists(matching, name)]
 
 
-def check_target(module: nn.Module, parent: nn.Module, name: str, tasks: int) -> None:
+def check_target(model: nn.Module, name: str, tasks: int) -> None:
     """Raise a ValueError with the remedy unless it is a linear layer that ids of so many tasks can be used at."""
-    base = base_of(module)
+    base, parent = base_of(model.get_submodule(name)), _parent(model, name)
     kind, leave_out = type(base).__name__, f"leave it out of target_modules or add it to exclude_modules: {name!r}"
     if isinstance(base, nn.Embedding):
-        raise ValueError(
-            f"{name} is an {kind}: ALoRA adapts linear layers. To train it, put it in modules_to_save, or {leave_out}"
-        )
-    if isinstance(base, nn.modules.conv._ConvNd):
-        raise ValueError(
-            f"{name} is a {kind}: ALoRA adapts linear layers; of a convolution adapt the linear layers around it and"
-            f" {leave_out}"
-        )
-    if isinstance(parent, nn.MultiheadAttention) or isinstance(base, nn.MultiheadAttention):
-        raise ValueError(
-            f"{name} belongs to nn.MultiheadAttention, which multiplies by its weights without calling a layer, so an"
-            f" adapter would do nothing: {leave_out}, or use a model with separate projection layers"
-        )
-    if not (isinstance(base, nn.Linear | Conv1D) or _says_features(base)):
-        raise ValueError(f"{name} is a {kind}, which is not a linear layer: {leave_out}")
-    if ROUTED_EXPERT.search(name + ".") and tasks > 1:
-        raise ValueError(
-            f"{name} is a routed expert: it sees rows of the batch in another order, so task ids would not fit them."
-            f' Use routing="soft" for it, or {leave_out}'
-        )
+        why = f"is an {kind}: ALoRA adapts linear layers. To train it, put it in modules_to_save, or {leave_out}"
+    elif isinstance(base, nn.modules.conv._ConvNd):
+        around = "ALoRA adapts linear layers; of a convolution adapt the linear layers around it and"
+        why = f"is a {kind}: {around} {leave_out}"
+    elif isinstance(parent, nn.MultiheadAttention) or isinstance(base, nn.MultiheadAttention):
+        reads = "which multiplies by its weights without calling a layer, so an adapter would do nothing"
+        why = f"belongs to nn.MultiheadAttention, {reads}: {leave_out}, or use a model with separate projection layers"
+    elif not (isinstance(base, nn.Linear | Conv1D) or _says_features(base)):
+        why = f"is a {kind}, which is not a linear layer: {leave_out}"
+    elif ROUTED_EXPERT.search(name + ".") and tasks > 1:
+        order = "it sees rows of the batch in another order, so task ids would not fit them"
+        why = f'is a routed expert: {order}. Use routing="soft" for it, or {leave_out}'
+    else:
+        return
+    raise ValueError(f"{name} {why}")
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _says_features(base: nn.Module) -> bool:
@@ -82,12 +82,13 @@ def _says_features(base: nn.Module) -> bool:
         return False
 
 
-def rows_of(name: str, parent: nn.Module, findings: Mapping[str, Finding] | None) -> Layout | None:
+def rows_of(model: nn.Module, name: str, findings: Mapping[str, Finding] | None) -> Layout | None:
     """Where the rows are in what a module is given, by the probe or by a parent that says so; None if nobody knows."""
+    parent = _parent(model, name)
     if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return "batch" if parent.self_attn.batch_first else "time"
     finding: Any = (findings or {}).get(name)
-    return None if finding in REASONS or finding == "several" else finding
+    return None if finding in REASONS else finding
 
 
 def listened_to(module: nn.Module, args: Any) -> None:
@@ -115,17 +116,17 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
     reasons: dict[str, str] = {}
     for name in targets:
         finding = None if findings is None else findings.get(name)
-        of_attention = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        of_attention = isinstance(_parent(model, name), nn.MultiheadAttention)
         if (everything and of_attention) or _used_directly(model, name, finding):
             reasons[name] = DIRECT
-        elif finding == "several":
-            reasons[name] = SEVERAL
-        elif tasks > 1 and (finding in REASONS or ROUTED_EXPERT.search(f"{name}.")):
-            reasons[name] = REASONS[finding] if finding in REASONS else REASONS["mixed"]
+        elif finding == "several" or (tasks > 1 and finding in REASONS):
+            reasons[name] = REASONS[finding]
+        elif tasks > 1 and ROUTED_EXPERT.search(f"{name}."):
+            reasons[name] = REASONS["mixed"]
     if not reasons:
         return
     text = _text(reasons)
-    if len(reasons) == len(targets) or (not everything and {DIRECT, SEVERAL} & set(reasons.values())):
+    if len(reasons) == len(targets) or (not everything and ALWAYS & set(reasons.values())):
         raise ValueError(f"ALoRA cannot adapt these target_modules:\n{text}")
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, reasons)])
@@ -139,8 +140,7 @@ def leave_out(model: nn.Module, config: Any, findings: Mapping[str, Finding] | N
 
 def _used_directly(model: nn.Module, name: str, finding: Finding | None) -> bool:
     """Whether a module that holds this one computes with its weight itself."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent, leaf = _parent(model, name), name.rpartition(".")[2]
     like_lora: Any = SimpleNamespace(peft_type="LORA")
     try:  # state-space models, by PEFT's own list
         _check_lora_target_modules_mamba(like_lora, model, leaf)
@@ -161,7 +161,7 @@ def _text(reasons: Mapping[str, str]) -> str:
     for reason, names in by_reason(reasons).items():
         shown = _patterns(names) if len(names) > EXAMPLES else names
         lines.append(f"- {len(names)}, because {reason}: {some(shown, EXAMPLES)}")
-    if set(reasons.values()) - {DIRECT, SEVERAL}:
+    if set(reasons.values()) - ALWAYS:
         lines.append('A learned router (routing="soft") or an adapter with one task needs no rows and can have them.')
     return "\n".join(lines)
 
