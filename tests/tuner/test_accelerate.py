@@ -24,6 +24,14 @@ def calls(monkeypatch):
     return spy_on_the_op(monkeypatch)
 
 
+def _as_good(stock: PeftModel, x: torch.Tensor, dtype: torch.dtype, calls: list[int], layers: int) -> dict:
+    """Output and gradients of an accelerated copy, no worse than PEFT's against float64; so many layers ran the op."""
+    ours = step(fused_copy(stock), x)
+    assert len(calls) == layers
+    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), dtype)
+    return ours
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -31,10 +39,7 @@ def test_values_and_gradients(settings, dtype, backend, device, calls, monkeypat
     skip_unless_runnable(backend, device, dtype)
     monkeypatch.setenv("ALORA_BACKEND", backend)
     stock = stock_lora(Mlp().to(device, dtype), autocast_adapter_dtype=False, **(MLP | settings))
-    x = torch.randn(3, 5, 8).to(device, dtype)
-    ours = step(fused_copy(stock), x)
-    assert len(calls) == 2
-    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), dtype)
+    _as_good(stock, torch.randn(3, 5, 8).to(device, dtype), dtype, calls, layers=2)
 
 
 def test_a_bias_of_the_adapter_where_the_base_has_none(calls):
@@ -42,19 +47,13 @@ def test_a_bias_of_the_adapter_where_the_base_has_none(calls):
     base.up = nn.Linear(8, 16, bias=False)
     with pytest.warns(match="no bias"):
         stock = stock_lora(base, lora_bias=True, **MLP)
-    x = torch.randn(5, 8)
-    ours = step(fused_copy(stock), x)
-    assert len(calls) == 2
-    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), torch.float32)
+    _as_good(stock, torch.randn(5, 8), torch.float32, calls, layers=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_whole_model(dtype, calls):
     stock = stock_lora(llama().to(dtype), autocast_adapter_dtype=False)
-    x = torch.randn(2, 6, 32).to(dtype)
-    ours = step(fused_copy(stock), x)
-    assert len(calls) == 14
-    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), dtype)
+    _as_good(stock, torch.randn(2, 6, 32).to(dtype), dtype, calls, layers=14)
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
@@ -62,11 +61,7 @@ def test_a_whole_model(dtype, calls):
 def test_float32_adapters_over_a_sixteen_bit_base(dtype, lora_bias, calls):
     """PEFT's default: output and every gradient as good as PEFT's, which takes the low-rank path in float32."""
     stock = stock_lora(nn.Sequential(nn.Linear(64, 48)).to(dtype), target_modules=["0"], lora_bias=lora_bias)
-    x = torch.randn(40, 64).to(dtype)
-    ours = step(fused_copy(stock), x)
-    assert len(calls) == 1
-    no_worse(ours, step(stock, x), step(deepcopy(stock).double(), x.double()), dtype)
-    for name, grad in ours.items():
+    for name, grad in _as_good(stock, torch.randn(40, 64).to(dtype), dtype, calls, layers=1).items():
         if "lora_A" in name or "lora_B.default.weight" in name:
             assert grad.dtype == torch.float32 and (grad != grad.to(dtype).float()).float().mean() > 0.5, name
 

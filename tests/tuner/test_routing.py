@@ -16,7 +16,6 @@ from ..support.tiny import (
     adapted,
     adapter_grads,
     bert,
-    config,
     each_row_alone,
     gpt2,
     layers_of,
@@ -257,15 +256,6 @@ def test_a_model_that_is_not_from_transformers():
     each_row_alone(model, {"x": x}, NAMES)
     with pytest.raises(ValueError, match="but the batch has 3 rows"):
         model(x, adapter_names=["math"])
-
-
-def test_target_parameters_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"target_parameters \['mlp.experts.down_proj'\]: ALoRA adapts layers"):
-        config(target_parameters=["mlp.experts.down_proj"])
-
-
-def test_int_tasks_are_named_by_number():
-    assert config(tasks=3).tasks == ["0", "1", "2"]
 
 
 def test_compiled_model_is_correct():
