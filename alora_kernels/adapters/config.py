@@ -135,7 +135,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
     base, revision, rslora = (settings.get(n) for n in ("base_model_name_or_path", "revision", "use_rslora"))
     if not isinstance(rslora or False, bool):
         raise refused(where, f"{CONFIG} is not valid: use_rslora must be true or false, got {str(rslora)[:80]!r}")
-    r = int(_number(where, "r", settings.get("r", 8), whole=True))  # 8: what PEFT takes where nothing is said
+    r = _number(where, "r", settings.get("r", 8), whole=True)  # 8: what PEFT takes where nothing is said
     alpha = settings.get("lora_alpha", None if kind == "alora" else 8)
     ranks = _pattern(where, "rank_pattern", settings.get("rank_pattern"), whole=True)
     task_type, targets = settings.get("task_type"), settings.get("target_modules")
@@ -148,7 +148,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
         r=r,
         alpha=2 * r if alpha is None and kind == "alora" else _number(where, "lora_alpha", alpha),
         rslora=bool(rslora),
-        ranks={key: int(value) for key, value in ranks.items()},
+        ranks=ranks,
         alphas=_pattern(where, "alpha_pattern", settings.get("alpha_pattern")),
         task_type=task_type if isinstance(task_type, str) else None,
         revision=revision if isinstance(revision, str) else None,
@@ -198,15 +198,15 @@ def _tasks(where: Path | str, settings: Mapping[str, Any]) -> tuple[str, ...]:
         raise refused(where, f"{CONFIG} is not valid: {str(error)[:200]}") from None
 
 
-def _number(where: Path | str, name: str, value: Any, whole: bool = False) -> float:
+def _number(where: Path | str, name: str, value: Any, whole: bool = False) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or (whole and (not isinstance(value, int) or value < 1)):
         wanted = "a whole number >= 1" if whole else "a finite number"
         raise refused(where, f"{CONFIG} is not valid: {name} must be {wanted}, got {repr(value)[:80]}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
-def _pattern(where: Path | str, name: str, value: Any, whole: bool = False) -> dict[str, float]:
+def _pattern(where: Path | str, name: str, value: Any, whole: bool = False) -> dict[str, Any]:
     """A pattern's keys, which PEFT matches as regular expressions: `(a+)+b` would keep a processor busy for years."""
     if not isinstance(value or {}, dict):
         raise refused(where, f"{CONFIG} is not valid: {name} must map modules to numbers, got {str(value)[:80]}")

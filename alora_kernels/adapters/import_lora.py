@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..modules.adapter import task_names
-from ..tuner.config import PREFIX, SECTION, ALoRAConfig
+from ..tuner.config import CONFIG, PREFIX, SECTION, ALoRAConfig
 from .cards import read_task_cards, write_task_cards
 from .reader import AdapterFile, Factors, Shape, read_adapter
 from .writer import check_replaceable, target_names, write_adapter
@@ -239,8 +239,8 @@ def _config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
     """Of the new adapter; adapters that name no base or no task type are taken to fit."""
     bases = {task: adapter.base for task, adapter in adapters.items()}
     types = {task: adapter.config.task_type for task, adapter in adapters.items()}
-    names = "If these are one model under several names, make base_model_name_or_path equal in their"
-    base = _common(bases, "on", "for different base models", f"{names} adapter_config.json")
+    remedy = "If these are one model under several names, make base_model_name_or_path equal in their"
+    base = _common(bases, "on", "for different base models", f"{remedy} {CONFIG}")
     task_type = _common(types, "is", "of different task types", "Import them separately")
     settings: Any = {"base_model_name_or_path": base, "task_type": task_type, "inference_mode": True}
     return ALoRAConfig(r=r, lora_alpha=r, tasks=list(adapters), **settings)

@@ -177,9 +177,10 @@ class ALoRAConfig(PeftConfig):
             )
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
-            text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
-            if by_peft and IMPORT not in text:
-                Path(folder, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
+            if by_peft:
+                text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
+                if IMPORT not in text:
+                    Path(folder, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
