@@ -86,57 +86,52 @@ def reading(source: Source) -> Iterator[None]:
         source_read.reset(token)
 
 
-def _takes_id_tensors(search: Callable[..., Any]) -> Callable[..., Any]:
+def _search_adapter_names(search: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's search for its own aLoRA in `adapter_names`, which asks a tensor of ids for its truth value and fails."""
-
-    @functools.wraps(search)
-    def searched(model: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = any(config.peft_type == NAME for config in model.peft_config.values())
-        if ours and isinstance(kwargs.get("adapter_names"), torch.Tensor):
-            return kwargs  # a tensor holds no adapter name
-        return search(model, *args, **kwargs)
-
-    return searched
+    ours = any(config.peft_type == NAME for config in model.peft_config.values())
+    if ours and isinstance(kwargs.get("adapter_names"), torch.Tensor):
+        return kwargs  # a tensor holds no adapter name
+    return search(model, *args, **kwargs)
 
 
-def _replaces_at_once(save: Callable[..., None]) -> Callable[..., None]:
+def _save_file(save: Callable[..., None], tensors: Any, filename: str, *args: Any, **kwargs: Any) -> None:
     """PEFT's writer of weights, which writes into the final file: ALoRA's replace it by one rename."""
-
-    @functools.wraps(save)
-    def saved(tensors: Any, filename: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if not any(".asymlora_" in name for name in tensors):
-            save(tensors, filename, *args, **kwargs)
-            return
-        path = Path(filename)
-        with written_whole(path.parent) as folder:
-            save(tensors, os.path.join(folder, path.name), *args, **kwargs)
-
-    return saved
+    if not any(".asymlora_" in name for name in tensors):
+        save(tensors, filename, *args, **kwargs)
+        return
+    path = Path(filename)
+    with written_whole(path.parent) as folder:
+        save(tensors, os.path.join(folder, path.name), *args, **kwargs)
 
 
-def _says_what_it_reads(load: Callable[..., Any]) -> Callable[..., Any]:
+def _load_adapter(
+    load: Callable[..., Any], self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
     """`PeftModel.load_adapter`, for ALoRA's tuner to know the folder; nobody else listens."""
+    # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
+    new = adapter_name not in self.peft_config or "key_mapping" in kwargs
+    with reading(Source(str(model_id), adapter_name, kwargs, new)):
+        return load(self, model_id, adapter_name, *args, **kwargs)
 
-    @functools.wraps(load)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
-        new = adapter_name not in self.peft_config or "key_mapping" in kwargs
-        with reading(Source(str(model_id), adapter_name, kwargs, new)):
-            return load(self, model_id, adapter_name, *args, **kwargs)
 
-    return load_adapter
+def _wrapped(function: Callable[..., Any], ours: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return ours(function, *args, **kwargs)
+
+    return wrapped
 
 
 def adjust_peft() -> None:
     """Wrap the functions of PEFT that ALoRA needs changed; those that are wrapped already are left alone."""
-    for owner, name, wrap in (
-        (peft_model, "get_alora_offsets_for_forward", _takes_id_tensors),
-        (peft_model, "get_alora_offsets_for_generate", _takes_id_tensors),
-        (peft_model, "safe_save_file", _replaces_at_once),
-        (PeftModel, "load_adapter", _says_what_it_reads),
+    for owner, name, ours in (
+        (peft_model, "get_alora_offsets_for_forward", _search_adapter_names),
+        (peft_model, "get_alora_offsets_for_generate", _search_adapter_names),
+        (peft_model, "safe_save_file", _save_file),
+        (PeftModel, "load_adapter", _load_adapter),
     ):
         function = getattr(owner, name)
         if not hasattr(function, "adjusted_for"):
-            wrapped: Any = wrap(function)
+            wrapped = _wrapped(function, ours)
             wrapped.adjusted_for = NAME
             setattr(owner, name, wrapped)
