@@ -27,9 +27,6 @@ NAMES = ["math", "code"]
 class Doubled(nn.Linear):
     """A subclass with a forward of its own: merged, the low-rank part would count twice."""
 
-    def __init__(self) -> None:
-        super().__init__(8, 6)
-
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -53,7 +50,7 @@ def _low_rank(model, x, ids):
     )
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Linear(8, 6, bias=False), Doubled(), Conv1D(6, 8)])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Linear(8, 6, bias=False), Doubled(8, 6), Conv1D(6, 8)])
 @pytest.mark.parametrize("grad", [True, False])
 def test_every_kind_of_base(layer, grad):
     x = torch.randn(2, 3, 8)
@@ -309,8 +306,8 @@ def test_packing_is_undone_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -
 class MadeAnew(nn.Linear):
     """Its weight is dequantised at every look, so that a weight put into it is lost."""
 
-    def __init__(self) -> None:
-        super().__init__(8, 6)
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
         self.packed = self._parameters.pop("weight").detach().clone()
 
     @property
@@ -321,8 +318,8 @@ class MadeAnew(nn.Linear):
 class Cached(nn.Linear):
     """Its weight can be set, and its forward goes on with another copy."""
 
-    def __init__(self) -> None:
-        super().__init__(8, 6)
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
         self.packed = self.weight.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -332,14 +329,11 @@ class Cached(nn.Linear):
 class Plain(nn.Linear):
     """A subclass that computes as its parent."""
 
-    def __init__(self) -> None:
-        super().__init__(8, 6)
-
 
 @pytest.mark.parametrize("kind", [MadeAnew, Cached, Doubled])
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
 def test_a_merge_that_would_be_lost_is_refused_by_name(kind: type[nn.Module], how: str) -> None:
-    model, x = _one(kind(), first=nn.Linear(8, 8)), torch.randn(2, 8)
+    model, x = _one(kind(8, 6), first=nn.Linear(8, 8)), torch.randn(2, 8)
     with torch.no_grad():
         mixed, base = model(x, adapter_names=NAMES), model(x, adapter_names=["__base__"] * 2)
     assert not torch.allclose(mixed, base, atol=1e-2)
@@ -352,7 +346,7 @@ def test_a_merge_that_would_be_lost_is_refused_by_name(kind: type[nn.Module], ho
 
 
 def test_a_subclass_that_computes_as_linear_is_merged() -> None:
-    model, x = _one(Plain(), first=nn.Linear(8, 8)), torch.randn(2, 8)
+    model, x = _one(Plain(8, 6), first=nn.Linear(8, 8)), torch.randn(2, 8)
     set_task(model, "math")
     with torch.no_grad():
         wanted = model(x)
