@@ -10,13 +10,9 @@ from typing import Any
 def names_later(
     package: str, where: Mapping[str, str], *, needs: Sequence[str] = (), remedy: str = ""
 ) -> Callable[[str], Any]:
-    """A module-level `__getattr__`.
+    """The `__getattr__` of a package whose names are defined `where`: name -> module below it.
 
-    Args:
-        package: `__name__` of the package.
-        where: name -> the module, below the package, that defines it.
-        needs: libraries that may be missing.
-        remedy: what the ImportError says when one of them is.
+    If one of the libraries it `needs` is missing, the ImportError says the `remedy`.
 
     Example:
         >>> __getattr__ = names_later(__name__, {"Engine": "engine"})

@@ -47,10 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary folder to write into; its files replace those in `folder` when the block ends well.
+    """A temporary folder to write into; its files replace those in `folder` if the block ends well, else nothing does.
 
-    Files are renamed one by one, weights before config. If the block raises, the files in `folder` are untouched.
-    The temporary folder lies inside `folder`: only within one file system is a rename atomic.
+    Files are renamed one by one, weights before config, within one file system: only there is a rename atomic.
     """
     final = Path(folder).resolve()
     if final.is_file():

@@ -1,6 +1,6 @@
 """One look for all figures: palette, themes, panels, PNG. matplotlib's global state and its windows are never touched.
 
-For analyses, federations, studies and benchmarks. matplotlib is imported when the first figure is drawn.
+It is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ def figure(width: float, height: float, *, dpi: int = DPI, layout: str | None = 
     return made
 
 
-def panels(count: int, columns: int, *, width: float = 4.2, height: float = 2.9) -> tuple[Figure, list[Any]]:
-    """A figure of `count` tidy panels in rows of `columns`, each `width` times `height` inches."""
+def panels(count: int, columns: int) -> tuple[Figure, list[Any]]:
+    """A figure of `count` tidy panels in rows of `columns`, each 4.2 times 2.9 inches."""
     lines = -(-count // columns)
-    made = figure(width * columns, height * lines)
+    made = figure(4.2 * columns, 2.9 * lines)
     axes = list(made.subplots(lines, columns, squeeze=False).flatten())
-    for axis in axes[:count]:
-        tidy(axis)
+    tidy(*axes[:count])
     for axis in axes[count:]:
         axis.set_axis_off()
     return made, axes[:count]

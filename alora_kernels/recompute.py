@@ -1,10 +1,9 @@
 """Activation checkpoints: running a part of a model again, in the backward pass, with the routing of its forward.
 
-Users wrap what they checkpoint in `keep_routing`, the tuner does it for transformers; layers ask `replayed_state`.
-
-The recomputation runs long after the forward: `adapter_names` is gone, `route` blocks are left, `set_task`
-and `set_adapter` may have changed. So each checkpointed segment is run, both times, in a copy of the
-context it was first called in, and every layer in it notes on the first run what it read from the model.
+Users wrap what they checkpoint in `keep_routing`, the tuner does it for transformers. The recomputation runs long after
+the forward: `adapter_names` is gone, `route` blocks are left, `set_task` and `set_adapter` may have changed. So each
+checkpointed segment is run, both times, in a copy of the context it was first called in, and every layer in it notes
+on the first run what it read from the model.
 """
 
 from __future__ import annotations

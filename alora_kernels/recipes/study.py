@@ -74,11 +74,7 @@ class Row:
 def study(configs: Sequence[FedConfig]) -> list[Result]:
     """Every run, with a progress bar, after what needs no training: one pair of baselines per seed.
 
-    Args:
-        configs: one per method and seed, each with an output folder of its own.
-
-    Raises:
-        ValueError, RuntimeError: as `result`.
+    There is a configuration per method and seed, each with an output folder of its own. Raises as `result`.
     """
     display.quiet()
     one_per_seed: dict[int, FedConfig] = {}

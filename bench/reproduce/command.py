@@ -56,7 +56,7 @@ def units(config: Config, kind: Any, rows: Sequence[Number]) -> list[tuple[int, 
 
 def perform(config: Config, out: Path) -> bool:
     """Run what is missing and draw the figure beside the CSV; False after Ctrl-C."""
-    from alora_kernels.recipes.display import progress, quiet, say  # it loads transformers
+    from alora_kernels.recipes.display import progress, quiet, say
 
     quiet()
     kind = module_of(config.experiment)
