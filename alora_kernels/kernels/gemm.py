@@ -77,20 +77,16 @@ def operands(left: Tensor | None, right: Tensor | None, out: Tensor, *, transpos
     left is `[M, L]`, out `[M, C]`, right `[L, C]` or, if transposed, `[C, L]`: forward multiplies by w^T, backward by
     w. Without a base product left and right are both None; one alone is a ValueError. `masks` as in `gemm_tile`.
     """
-    if left is None or right is None:
-        if (left is None) != (right is None):
-            raise ValueError("give both dy and w, or neither")
-        tile, block_m = gemm_tile(*out.shape, 0, out.device, out.dtype, masks=masks, descriptors=False)
-        flags = {"DESCRIPTORS": False, "PARTS": 1, "EVEN_COLS": out.shape[1] % tile.block_n == 0, "EVEN_DEPTH": True}
-        return Operands(None, None, out, (0, 0, 0, 0), tile, block_m, flags)
-    depth = left.shape[1]
+    if (left is None) != (right is None):
+        raise ValueError("give both dy and w, or neither")
+    depth = 0 if left is None else left.shape[1]
     small = out.shape[0] <= tile_for("gemm_small", out.device, out.dtype).block_m
-    through = not small and describable(left, right, out)
+    through = left is not None and right is not None and not small and describable(left, right, out)
     tile, block_m = gemm_tile(*out.shape, depth, out.device, out.dtype, masks=masks, descriptors=through)
     if not through:
+        strides = (0, 0, 0, 0) if left is None or right is None else (*left.stride(), *right.stride())
         even = {"EVEN_COLS": out.shape[1] % tile.block_n == 0, "EVEN_DEPTH": depth % tile.block_k == 0}
-        flags = {"DESCRIPTORS": False, "PARTS": 1, **even}
-        return Operands(left, right, out, (*left.stride(), *right.stride()), tile, block_m, flags)
+        return Operands(left, right, out, strides, tile, block_m, {"DESCRIPTORS": False, "PARTS": 1, **even})
     steps = (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
     described = (
         describe(left, (block_m, tile.block_k)),
