@@ -29,44 +29,34 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider, one case, one pass, one mode: see the constants above, and `origin` for the columns of the run.
+    """One provider, one case, one pass, one mode: see the constants above, and `origin` for the columns of the run."""
 
-    Attributes:
-        command: "cpu" or "gpu".
-        case: what was asked, e.g. "decode 768"; targets name it.
-        computes: the function of `bench.layers.problem` that this provider computes.
-        p20_ms, p50_ms, p80_ms: percentiles of the runs; empty where nothing was timed.
-        peak_mb: MB above what was allocated before the call; GPUs only.
-        worst_error, allowed_error: of the tensor that is nearest to (or furthest beyond) what is allowed.
-        note: what a reader must know, e.g. that the weights are random.
-    """
-
-    command: str = ""
+    command: str = ""  # "cpu" or "gpu"
     commit: str = ""
     date: str = ""
     device: str = ""
     torch: str = ""
     triton: str = ""
-    case: str = ""
+    case: str = ""  # what was asked, e.g. "decode 768"; targets name it
     routing: str = ""
     direction: str = field(default="", metadata={"column": "pass"})
     mode: str = EAGER
     provider: str = ""
-    computes: str = ""
+    computes: str = ""  # the function of `bench.layers.problem` that this provider computes
     m: int = 0
     k: int = 0
     n: int = 0
     r: int = 0
     e: int = 0
     dtype: str = ""
-    p20_ms: float | None = None
+    p20_ms: float | None = None  # percentiles of the runs; empty where nothing was timed
     p50_ms: float | None = None
     p80_ms: float | None = None
-    peak_mb: float | None = None
-    worst_error: float | None = None
+    peak_mb: float | None = None  # above what was allocated before the call; GPUs only
+    worst_error: float | None = None  # of the tensor that is nearest to (or furthest beyond) what is allowed
     allowed_error: float | None = None
     status: str = OK
-    note: str = ""
+    note: str = ""  # what a reader must know, e.g. that the weights are random
 
     @property
     def timed(self) -> bool:

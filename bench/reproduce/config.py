@@ -27,53 +27,34 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of one experiment; None is a value that the file leaves out.
+    """The settings of one experiment; None is a value that the file leaves out."""
 
-    Attributes:
-        experiment: key of `command.EXPERIMENTS`.
-        model: "minilm", "tiny-random-encoder", a folder or a hub id of an encoder.
-        tasks: built-in tasks, `.jsonl` files, hub ids, or mappings with the fields of `data.TaskSpec`.
-        seeds: of everything that is drawn: rows, adapters, heads, order of batches.
-        r, lora_alpha, num_experts, lora_dropout: of the adapters; lora_alpha defaults to 2 r.
-        target_modules: as PEFT has it; defaults to all linear layers.
-        budget: "rank", or "parameters": ranks that train about as many parameters as ALoRA of rank r, s unchanged.
-        steps, batch_size, learning_rate: AdamW with a constant rate; batch_size rows of each task in a step.
-        train_size, test_size, max_length: rows per task, tokens per row.
-        every: steps between two measurements of gradients.
-        probe_size: rows per task in these measurements.
-        early: share of the steps after which the "early" state is taken.
-        alphas: of the Dirichlet distribution that splits the labels over clients.
-        variants: adapters that clients train: "lora", "rslora", "vera".
-        vera_r, vera_learning_rate: VeRA's own, whose vectors need larger steps.
-        rounds, local_steps: of federated training.
-    """
-
-    experiment: str
-    model: str
-    tasks: tuple[str | TaskSpec, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    experiment: str  # key of `command.EXPERIMENTS`
+    model: str  # "minilm", "tiny-random-encoder", a folder or a hub id of an encoder
+    tasks: tuple[str | TaskSpec, ...]  # built-in tasks, `.jsonl` files, hub ids, or fields of `data.TaskSpec`
+    seeds: tuple[int, ...] = (0, 1, 2)  # of everything that is drawn: rows, adapters, heads, order of batches
     methods: tuple[str, ...] = ()
     r: int | None = None
-    lora_alpha: float | None = None
+    lora_alpha: float | None = None  # defaults to 2 r
     num_experts: int = 4
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
-    budget: str = "rank"
+    target_modules: tuple[str, ...] = ()  # as PEFT has it; defaults to all linear layers
+    budget: str = "rank"  # or "parameters": ranks that train about as many as ALoRA of rank r, s unchanged
     steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    train_size: int | None = 2000
+    batch_size: int | None = None  # rows of each task in a step
+    learning_rate: float | None = None  # AdamW's, constant
+    train_size: int | None = 2000  # rows per task
     test_size: int = 200
-    max_length: int = 64
-    every: int = 10
-    probe_size: int = 32
-    early: float = 0.1
+    max_length: int = 64  # tokens per row
+    every: int = 10  # steps between two measurements of gradients
+    probe_size: int = 32  # rows per task in these measurements
+    early: float = 0.1  # share of the steps after which the "early" state is taken
     clients: int = 3
-    alphas: tuple[float, ...] = ()
-    variants: tuple[str, ...] = ("lora",)
+    alphas: tuple[float, ...] = ()  # of the Dirichlet distribution that splits the labels over clients
+    variants: tuple[str, ...] = ("lora",)  # adapters that clients train: "lora", "rslora", "vera"
     vera_r: int = 256
-    vera_learning_rate: float = 2e-2
-    rounds: int | None = None
+    vera_learning_rate: float = 2e-2  # VeRA's own, whose vectors need larger steps
+    rounds: int | None = None  # of federated training
     local_steps: int | None = None
 
     @property

@@ -20,24 +20,11 @@ PROVIDERS = (OURS, BASE, SERIAL, MERGED, MIXED)
 
 @dataclass(frozen=True)
 class Repeat:
-    """One repeat of one provider under one load.
-
-    Attributes:
-        date: start of the run.
-        popularity, tasks, concurrency, requests, new_tokens: see `load.Load`.
-        tokens_per_second: generated tokens over the wall time from the first submission to the last end.
-        first_p50_ms, first_p95_ms: from a request's arrival to its first token.
-        latency_p50_ms, latency_p95_ms: from a request's arrival to its end.
-        batch_mean: requests in service, averaged over the wall time.
-        adapter_mb: what the weights of all tasks take, the shared B once; for PEFT a LoRA per task.
-        checked, equal: tokens compared with stock PEFT, and the share that is its most likely token; the others are
-            ties within rounding, or the row is "wrong".
-        status: "ok", "wrong", "not available: ..." or "failed: ...".
-    """
+    """One repeat of one provider under one load."""
 
     command: str = "serving"
     commit: str = ""
-    date: str = ""
+    date: str = ""  # start of the run
     device: str = ""
     torch: str = ""
     transformers: str = ""
@@ -46,22 +33,22 @@ class Repeat:
     dtype: str = ""
     r: int = 0
     provider: str = ""
-    popularity: str = ""
+    popularity: str = ""  # to new_tokens: see `load.Load`
     tasks: int = 0
     concurrency: int = 0
     requests: int = 0
     new_tokens: int = 0
     repeat: int = 0
-    tokens_per_second: float | None = None
-    first_p50_ms: float | None = None
+    tokens_per_second: float | None = None  # generated, from the first submission to the last end
+    first_p50_ms: float | None = None  # from a request's arrival to its first token
     first_p95_ms: float | None = None
-    latency_p50_ms: float | None = None
+    latency_p50_ms: float | None = None  # from a request's arrival to its end
     latency_p95_ms: float | None = None
-    batch_mean: float | None = None
-    adapter_mb: float | None = None
-    checked: int = 0
-    equal: float | None = None
-    status: str = OK
+    batch_mean: float | None = None  # requests in service, averaged over the wall time
+    adapter_mb: float | None = None  # what the weights of all tasks take, the shared B once; for PEFT a LoRA per task
+    checked: int = 0  # tokens compared with stock PEFT
+    equal: float | None = None  # share that is its most likely token; the others are ties, or the row is "wrong"
+    status: str = OK  # or "wrong", "not available: ...", "failed: ..."
     note: str = ""
 
     @property

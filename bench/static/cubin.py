@@ -26,32 +26,20 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 class Chip:
     """What the compiler and the occupancy need to know of a chip.
 
-    Attributes:
-        target: as Triton names it.
-        image: as the disassembler names it; "" for AMD.
-        shared_limit: bytes of shared memory one program may have.
-        shared: bytes that all programs of a multiprocessor share.
-        reserved: bytes that the system takes of it for each program.
-        registers: 32-bit registers of one lane in one of the four partitions, all warps together.
-        granule: warps are given registers in multiples of this, per lane.
-        warps: warps that fit in one partition at most.
-        programs: programs that fit on a multiprocessor at most.
-        tensor_columns: columns of tensor memory; 0 where there is none.
-
     Source: tables "technical specifications per compute capability" of the CUDA C++ programming guide; "CDNA3
     instruction set architecture" and LLVM's AMDGPU guide for gfx942.
     """
 
     target: GPUTarget
-    image: str
-    shared_limit: int
-    shared: int
-    reserved: int
-    registers: int
-    granule: int
-    warps: int
-    programs: int
-    tensor_columns: int = 0
+    image: str  # as the disassembler names it; "" for AMD
+    shared_limit: int  # bytes of shared memory one program may have
+    shared: int  # bytes that all programs of a multiprocessor share
+    reserved: int  # bytes that the system takes of it for each program
+    registers: int  # 32-bit registers of one lane in one of the four partitions, all warps together
+    granule: int  # warps are given registers in multiples of this, per lane
+    warps: int  # that fit in one partition at most
+    programs: int  # that fit on a multiprocessor at most
+    tensor_columns: int = 0  # of tensor memory; 0 where there is none
 
 
 CHIPS = {

@@ -31,19 +31,12 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True)
 class Rates:
-    """What the chip is assumed to reach.
+    """What the chip is assumed to reach."""
 
-    Attributes:
-        tflops: products, 10^12 FLOP/s; 790 is what large bf16 products reach on an H200, of 989 in its data sheet.
-        tbps: memory, 10^12 B/s; 4.3 of 4.8 in the data sheet.
-        launch_us: time between the end of one kernel and the beginning of the next.
-        ours: speed of our own products relative to torch's.
-    """
-
-    tflops: float = 790.0
-    tbps: float = 4.3
-    launch_us: float = 3.0
-    ours: float = 1.0
+    tflops: float = 790.0  # 10^12 FLOP/s: what large bf16 products reach on an H200, of 989 in its data sheet
+    tbps: float = 4.3  # 10^12 B/s of memory, of 4.8 in the data sheet
+    launch_us: float = 3.0  # from the end of one kernel to the beginning of the next
+    ours: float = 1.0  # speed of our own products relative to torch's
 
 
 @dataclass(frozen=True)
@@ -88,27 +81,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One pass of one layer under one plan.
-
-    Attributes:
-        plan: its name; plans with the same launches share a prediction: "one_pass, two_launch".
-        default: whether the op takes this plan when nobody asks for one.
-        steps: its launches.
-        flops: what the formula needs; less than the steps' sum where something is computed twice.
-        fewest: bytes if each input were read once, each result (and what backward needs) written once.
-        microseconds: predicted.
-        frozen: the same of the frozen layer alone: y = x w^T, or dx = dy w.
-    """
+    """One pass of one layer under one plan."""
 
     layer: Layer
     direction: str
-    plan: str
-    default: bool
+    plan: str  # plans with the same launches share a prediction: "one_pass, two_launch"
+    default: bool  # whether the op takes this plan when nobody asks for one
     steps: tuple[Step, ...]
-    flops: int
-    fewest: int
+    flops: int  # what the formula needs; less than the steps' sum where something is computed twice
+    fewest: int  # bytes if each input were read once, each result (and what backward needs) written once
     microseconds: float
-    frozen: float
+    frozen: float  # microseconds of the frozen layer alone: y = x w^T, or dx = dy w
 
     @property
     def moved(self) -> int:
