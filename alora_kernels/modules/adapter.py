@@ -104,21 +104,14 @@ class AdaptedLinear(nn.Module):
         linear: the layer to replace; only a plain `nn.Linear`.
         r, lora_alpha, use_rslora, lora_dropout: as in `FusedALoRALinear`.
 
-    Attributes:
-        weight, bias: the frozen base.
-        tasks: task names; empty where ids of the batch do not matter.
-        enabled: False leaves the base alone.
-        rows_name: the layer's name in the model, if somebody told it.
-        rows: where the batch rows are in what the layer is given; None if nobody knows.
-
     Raises:
         TypeError: linear is something else, such as a quantised layer.
         ValueError: r < 1, or a dropout that is no probability.
     """
 
-    tasks: tuple[str, ...] = ()
-    rows_name: str | None = None
-    rows: Layout | None = None
+    tasks: tuple[str, ...] = ()  # empty where ids of the batch do not matter
+    rows_name: str | None = None  # the layer's name in the model, if somebody told it
+    rows: Layout | None = None  # where the batch rows are in what the layer is given; None if nobody knows
 
     def __init__(
         self,
@@ -144,7 +137,7 @@ class AdaptedLinear(nn.Module):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.enabled = True
+        self.enabled = True  # False leaves the base alone
         self.train(linear.training)
 
     def _empty(self, *shape: int) -> nn.Parameter:

@@ -23,19 +23,11 @@ class BackendError(RuntimeError):
 
 
 class Plan(NamedTuple):
-    """How Triton computes one layer.
+    """How Triton computes one layer; `kernels/README.md` has a table of them."""
 
-    Attributes:
-        forward: "one_pass": one launch. "two_launch": the shrink, then a GEMM whose last step is the expand.
-            "base_first": the vendor's GEMM, then y += h b^T. "low_rank_first": y = h b^T, to which the vendor's
-            GEMM adds.
-        dx: "fused": one launch. "low_rank_first": the low-rank part, then the vendor's GEMM adds dy w to it.
-        overlap: small kernels (shrink before base_first, da beside dx) run on a side stream.
-    """
-
-    forward: str
-    dx: str
-    overlap: bool = False
+    forward: str  # "one_pass", "two_launch", "base_first" or "low_rank_first"
+    dx: str  # "fused": one launch; "low_rank_first": the low-rank part, then the vendor's GEMM adds dy w to it
+    overlap: bool = False  # small kernels (shrink before base_first, da beside dx) run on a side stream
 
 
 class Backend(NamedTuple):

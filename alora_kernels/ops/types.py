@@ -64,16 +64,10 @@ class Adapter(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward keeps for the backward, besides x.
+    """What the forward keeps for the backward, besides x; only the backend that made p reads it."""
 
-    Attributes:
-        h: `[M, R]`, already times s; in x's dtype, on the torch backend in the wider one of x and the adapter.
-        p: skinny products, unscaled, and logits `[M, E*R + E]` in `acc_dtype`; empty for task routing. Only the
-            backend that made it reads it (torch keeps the gate where the logits were).
-    """
-
-    h: Tensor
-    p: Tensor
+    h: Tensor  # [M, R], already times s; in x's dtype, on the torch backend in the wider one of x and the adapter
+    p: Tensor  # [M, E*R + E] in `acc_dtype`, unscaled products beside logits (in torch the gate); empty for tasks
 
 
 class Needs(NamedTuple):
