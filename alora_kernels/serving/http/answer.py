@@ -85,7 +85,7 @@ class Reply:
 
     def whole(self) -> Json:
         """The reply at once, when all have ended."""
-        choices = [{"index": index, **self.choice(one.result())} for index, one in enumerate(self.generations)]
+        choices = [{"index": index, **self.choice(one.result(0))} for index, one in enumerate(self.generations)]
         return self._start(self.object, choices) | {"usage": self._usage()}
 
     def chunk(self, index: int, choice: Json) -> Json:
@@ -104,7 +104,7 @@ class Reply:
     def _usage(self) -> dict[str, int]:
         """Token counts; a prompt counts once however many answers it has."""
         prompt = sum(one.prompt_tokens for one in self.generations[:: self.choices])
-        completion = sum(one.result().completion_tokens for one in self.generations)
+        completion = sum(one.result(0).completion_tokens for one in self.generations)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -180,7 +180,7 @@ class EventStream(Response):
                 async with aclosing(aiter(generation)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         if piece.finish_reason in FAILED:
-                            raise _failure(generation.result())
+                            raise _failure(generation.result(0))
                         await write(index, reply.parts(piece))
             except Exception as error:  # the status is sent: the client is told in the stream
                 if not isinstance(error, ApiError):
