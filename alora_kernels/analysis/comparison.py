@@ -126,7 +126,8 @@ def _weights(base: nn.Module | Mapping[str, Tensor], at: Mapping[str, Place]) ->
     if isinstance(base, nn.Module):
         layers: dict[str, Any] = {n: m for n, m in base.named_modules(remove_duplicate=False) if n in at}
         base = {
-            name: layer.weight.detach().T if type(layer).__name__ == "Conv1D" else layer.weight.detach()  # GPT-2's
+            # GPT-2's is [K, N]
+            name: layer.weight.detach().T if type(layer).__name__ == "Conv1D" else layer.weight.detach()
             for name, layer in layers.items()
             if isinstance(getattr(layer, "weight", None), Tensor)
         }

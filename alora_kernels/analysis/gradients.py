@@ -141,7 +141,9 @@ def task_gradients(
     out: dict[str, dict[str, Tensor]] = {name: {} for name in chosen}
     with _as_found(model):
         for task, batch in batches.items():
-            value = loss(model, _on(device, batch))
+            if isinstance(batch, Mapping):
+                batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            value = loss(model, batch)
             if not isinstance(value, Tensor) or value.dim() > 0:
                 shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss must return a scalar tensor; for task {task!r} it returned {shown}")
@@ -237,12 +239,6 @@ def _as_found(model: nn.Module) -> Iterator[None]:
                 module.training = training
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    if not isinstance(batch, Mapping):
-        return batch
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 class Measured(NamedTuple):

@@ -27,17 +27,14 @@ from ..text import printable
 from ..tuner.config import CONFIG, PREFIX, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
 
-HYDRA, SOFT, CLIENT = "HydraLoRA, one expert", "ALoRA, one expert", "Fed-ALoRA client, own rank"
+HYDRA, SOFT = "HydraLoRA, one expert", "ALoRA, one expert"
 #: kind of unit -> the parts that its folder stacks, a slice for each unit; the parts that its units share
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "VeRA": ((), ()),
-    "LoRA": ((), ()),
     "LoRA per task": (("A", "B"), ()),
     "ALoRA": (("A",), ()),
     "ALoRA, one task": (("A",), ("B",)),
     SOFT: (("A", "router"), ("B",)),
     HYDRA: (("B",), ("A",)),
-    CLIENT: ((), ()),
 }
 FINAL, UNEQUAL = "final.safetensors", "fed-alora-het"  # of `alora fed`: a client's finished matrices, and the method
 HET = ("A", "M", "B1", "B2", "B")
@@ -178,7 +175,7 @@ class _Weights:
 
         `base` is whatever the folder says of it; `update` makes the change of the weight from a module and its parts.
         """
-        stacked, shared = LAYOUTS[kind]
+        stacked, shared = LAYOUTS.get(kind, ((), ()))
 
         def read(row: int, module: str) -> Loaded:
             parts = {
@@ -335,4 +332,4 @@ def _unequal(folder: Path, names: tuple[str, ...]) -> list[Unit]:
         a, m, b1, b2, b = (parts[part].double() for part in HET)
         return Update(m @ a, b + b2 @ b1, s)
 
-    return weights.units([names], CLIENT, None, update)
+    return weights.units([names], "Fed-ALoRA client, own rank", None, update)
