@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
-from .config import AdapterFolderError, json_of, refused
+from .config import json_of, refused
 
 log = logging.getLogger("alora_kernels.task_cards")
 FILE = "adapter_tasks.json"
@@ -40,10 +40,10 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
     for task, card in cards.items():
         fields = asdict(card) | {"answers": list(card.answers)}
         try:
-            _card(folder, task, fields)
+            _card(task, fields)
             good[task] = fields
-        except AdapterFolderError as error:
-            log.warning("%s", error)
+        except ValueError as error:
+            _warn(folder, error)
     if not good:
         Path(folder, FILE).unlink(missing_ok=True)
         return
@@ -58,58 +58,58 @@ def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskC
     if not path.exists():
         return {}
     try:
-        cards = {task: _card(folder, task, fields) for task, fields in _content(folder, path).items()}
-    except AdapterFolderError as error:
-        log.warning("%s", error)
+        cards = {task: _card(task, fields) for task, fields in _content(path).items()}
+    except ValueError as error:
+        _warn(folder, error)
         return {}
     if len(tasks) == len(cards) == 1:  # whatever it is called: a stock LoRA is called as its folder is
         return {tasks[0]: next(iter(cards.values()))}
     return {task: cards[task] for task in tasks if task in cards}
 
 
-def _content(folder: str | Path, path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe would never end
-        raise _wrong(folder, "is no file")
+        raise ValueError("is no file")
     try:
         content = json_of(path, MAX_BYTES)
     except OverflowError:
-        raise _wrong(folder, f"is longer than {MAX_BYTES} bytes") from None
+        raise ValueError(f"is longer than {MAX_BYTES} bytes") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _wrong(folder, f"does not read ({str(error)[:200]})") from None
+        raise ValueError(f"does not read ({str(error)[:200]})") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
-        raise _wrong(folder, "must be an object whose 'tasks' is an object")
+        raise ValueError("must be an object whose 'tasks' is an object")
     version, tasks = content.get("version"), content["tasks"]
     if type(version) is not int or version != VERSION:
-        raise _wrong(folder, f"has version {str(version)[:40]}, and only {VERSION} is known")
+        raise ValueError(f"has version {str(version)[:40]}, and only {VERSION} is known")
     return tasks
 
 
-def _card(folder: str | Path, task: str, fields: Any) -> TaskCard:
+def _card(task: str, fields: Any) -> TaskCard:
     where = f"tasks[{task[:80]!r}]"
     if not isinstance(fields, dict):
-        raise _wrong(folder, f"{where} must be an object, not {type(fields).__name__}")
+        raise ValueError(f"{where} must be an object, not {type(fields).__name__}")
     answers = fields.get("answers", [])
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
-        raise _wrong(folder, f"{where}.answers must be a list of at most {MAX_ANSWERS} texts")
-    checked = tuple(_text(folder, f"{where}.answers", answer) for answer in answers)
+        raise ValueError(f"{where}.answers must be a list of at most {MAX_ANSWERS} texts")
+    checked = tuple(_text(f"{where}.answers", answer) for answer in answers)
     given = {name: fields[name] for name in ("template", "sample") if fields.get(name) is not None}
-    texts = {name: _text(folder, f"{where}.{name}", text) for name, text in given.items()}
+    texts = {name: _text(f"{where}.{name}", text) for name, text in given.items()}
     try:
         list(string.Formatter().parse(texts.get("template", "")))
     except ValueError as error:
-        raise _wrong(folder, f"{where}.template has braces that do not match ({error})") from None
+        raise ValueError(f"{where}.template has braces that do not match ({error})") from None
     return TaskCard(answers=checked, **texts)
 
 
-def _text(folder: str | Path, where: str, text: Any) -> str:
+def _text(where: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise _wrong(folder, f"{where} must be a text that is not empty, not {str(text)[:40]!r}")
+        raise ValueError(f"{where} must be a text that is not empty, not {str(text)[:40]!r}")
     if len(text) > MAX_TEXT:
-        raise _wrong(folder, f"{where} has more than {MAX_TEXT} characters")
+        raise ValueError(f"{where} has more than {MAX_TEXT} characters")
     if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t" for c in text):
-        raise _wrong(folder, f"{where} has control characters or halves of characters")
+        raise ValueError(f"{where} has control characters or halves of characters")
     return text
 
 
-def _wrong(folder: str | Path, what: str) -> AdapterFolderError:
-    return refused(Path(folder), f"{FILE} {what}: write it again, or delete it; the adapter works without")
+def _warn(folder: str | Path, why: ValueError) -> None:
+    log.warning("%s", refused(Path(folder), f"{FILE} {why}: write it again, or delete it; the adapter works without"))
