@@ -309,17 +309,17 @@ def test_a_good_round_restores_patience_and_evaluation_does_not():
         grid.send_and_receive(messages([1, 2], 4))
 
 
-def test_many_reasons_are_cut_short():
-    bad = {node: failing(f"reason {node}") for node in range(1, 9)}
-    grid, _ = guarded(bad, Limits(patience=1))
-    with pytest.raises(QuorumError, match=r"node 5: reason 5; and 3 more$"):
-        grid.send_and_receive(messages(bad))
-
-
-def test_too_few_sampled_says_so():
-    grid, _ = guarded(HONEST, Limits(quorum=3, patience=1))
-    with pytest.raises(QuorumError, match="Every reply was accepted: sample more nodes"):
-        grid.send_and_receive(messages([1, 2]))
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ({node: failing(f"reason {node}") for node in range(1, 9)}, r"node 5: reason 5; and 3 more$"),
+        (dict.fromkeys((1, 2), honest), "Every reply was accepted: sample more nodes"),
+    ],
+)
+def test_many_reasons_are_cut_short_and_too_few_sampled_says_so(answers, says):
+    grid, _ = guarded(answers, Limits(quorum=3, patience=1))
+    with pytest.raises(QuorumError, match=says):
+        grid.send_and_receive(messages(answers))
 
 
 def test_flower_s_endless_wait_for_nodes_ends(monkeypatch):
@@ -365,12 +365,10 @@ def test_limits_that_nothing_could_pass(bad):
 
 
 def test_norm_cap_and_largest_weight_can_be_set():
-    grid, events = guarded(HONEST, Limits(quorum=1, norm_cap=1e-3, max_examples=9))
-    assert grid.send_and_receive(messages([1, 2])) == []
-    assert "num-examples is 10, outside (0, 9]" in events[0]["reason"]
-    grid, events = guarded(HONEST, Limits(quorum=1, norm_cap=1e-3))
-    assert grid.send_and_receive(messages([1, 2])) == []
-    assert events[0]["reason"].endswith("the cap is 0.001")
+    for changes, says in (({"max_examples": 9}, "num-examples is 10, outside (0, 9]"), ({}, "the cap is 0.001")):
+        grid, events = guarded(HONEST, Limits(quorum=1, norm_cap=1e-3, **changes))
+        assert grid.send_and_receive(messages([1, 2])) == []
+        assert events[0]["reason"].endswith(says)
 
 
 def test_fedadam_s_arrays_go_out_as_agreed():
