@@ -194,9 +194,8 @@ def _table(settings: FedConfig) -> Iterator[None]:
 
     done, now = threading.Event(), datetime.now(UTC)
     since = now.replace(microsecond=now.microsecond // 1000 * 1000)  # a ledger's times are cut to milliseconds
-    path, console = settings.output / LEDGER, display.err
-    shown = partial(view.watch, path, until=done.is_set, console=console, since=since)
-    thread = threading.Thread(target=shown, daemon=True)
+    how = {"until": done.is_set, "console": display.err, "since": since}
+    thread = threading.Thread(target=view.watch, args=(settings.output / LEDGER,), kwargs=how, daemon=True)
     thread.start()
     try:
         yield

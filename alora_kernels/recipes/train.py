@@ -70,8 +70,7 @@ class Run:
         tasks: names in the order of their ids.
         model: the base with the adapter (a `PeftModel` for ALoRA and LoRA).
         text: train and test rows as text; `train` and `test` are the same rows as token ids.
-        words: what each task may answer with; tasks that answer in texts are not in it.
-        choices: token ids of these words.
+        choices: task -> the words it may answer with -> their token ids; tasks that answer in texts are not in it.
         alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
     """
 
@@ -83,7 +82,6 @@ class Run:
     text: DatasetDict
     train: Dataset
     test: Dataset
-    words: dict[str, list[str]]
     choices: dict[str, dict[str, tuple[int, ...]]]
     alora_parameters: int
 
@@ -180,13 +178,12 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
         test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
-    words = _words(text)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
-    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
+    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in _words(text).items()}
     for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, words, choices, count)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count)
 
 
 def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[str, ...]:
@@ -371,5 +368,6 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     save_method(run.model, folder, run.method, record)
     run.recipe.save(folder)
     routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
-    write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, run.words) if routed else {})
+    words = {task: list(ids) for task, ids in run.choices.items()}
+    write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, words) if routed else {})
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
