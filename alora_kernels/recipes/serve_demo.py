@@ -87,7 +87,7 @@ def prompts(count: int) -> list[tuple[str | None, str]]:
 def served(model: str, adapter: Path, log: Path) -> Iterator[tuple[str, Process]]:
     """`alora serve` on a free port of this machine until the end of the block: its address and process.
 
-    `log` gets all that it prints.
+    `log`, a file whose name ends in `.log`, gets all that it prints.
 
     Raises:
         RuntimeError: it ended, or did not answer in three minutes; quotes the end of its log.
@@ -101,10 +101,10 @@ def served(model: str, adapter: Path, log: Path) -> Iterator[tuple[str, Process]
         _wait_ready(process, f"{address}/health")
         yield address, process
         if (code := process.exit_code) is not None:
-            raise _failed(f"the server ended by itself with exit code {code}", log)
+            raise _failed(f"the server ended by itself with exit code {code}", process.log)
         process.stop(STOPPING)
         if (code := process.exit_code) not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            raise _failed(f"the server ended with exit code {code} after SIGTERM", log)
+            raise _failed(f"the server ended with exit code {code} after SIGTERM", process.log)
 
 
 def _wait_ready(process: Process, url: str) -> None:
