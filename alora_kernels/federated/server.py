@@ -68,7 +68,7 @@ def serve(
                 run.play(guard, ledger)
                 run.judge(guard)
                 status, reason = "finished", None
-            except (QuorumError, PrivacyBudgetExhausted, OSError) as error:
+            except (QuorumError, PrivacyBudgetExhausted, FloatingPointError, OSError) as error:
                 reason = str(error)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
@@ -140,6 +140,7 @@ class _Run:
 
         def after(round_: int, arrays: ArrayRecord) -> None:  # Flower asks after every aggregation, and once before
             if round_ > 0:
+                self._check_finite(first + round_, arrays)
                 if spent := privacy_spent(self.strategy):
                     ledger.write({"event": "privacy", "round": first + round_, **spent})
                 self.save(first + round_, arrays)
@@ -157,6 +158,16 @@ class _Run:
             self.done = first
             self.save(first, self.arrays)
             raise guard.nothing_done
+
+    def _check_finite(self, round_: int, arrays: ArrayRecord) -> None:
+        """A FloatingPointError if an aggregation made no numbers of finite replies; the last round stays saved."""
+        for key, array in arrays.items():
+            if not np.isfinite(array.numpy()).all():
+                raise FloatingPointError(
+                    f"the strategy {self.config.strategy.name} made values that are not finite of the replies of round"
+                    f" {round_} ({key}): round {self.done} is kept; check the strategy's options (qfedavg takes a power"
+                    " of its train_loss_key, which must not be negative)"
+                )
 
     def judge(self, guard: GuardedGrid) -> None:
         """Every client judges the last shared arrays, which no round did, and saves its finished adapter."""

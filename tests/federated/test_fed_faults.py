@@ -13,9 +13,10 @@ import torch
 import toy
 from torch import nn
 
-from alora_kernels.federated import Limits, Outcome, Participant
+from alora_kernels.federated import Limits, Outcome, Participant, state
 from alora_kernels.federated.config import StrategyConfig
 from alora_kernels.federated.model import matrices
+from alora_kernels.federated.wire import BEFORE
 
 
 def go(folder: Path, spoil: dict[str, toy.Change], **changes: object) -> Outcome:
@@ -246,3 +247,16 @@ def test_a_run_in_which_nobody_trained_is_not_finished(rounds, tmp_path):
     whole = go(tmp_path / "whole", {}, **changes)
     assert resumed.status == "finished"
     toy.same(resumed.arrays, whole.arrays)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_strategy_that_makes_no_numbers_stops_the_run_and_leaves_the_last_round(tmp_path):
+    """q-FedAvg raises the metric to the power q; the toy's score is below zero, as log-likelihoods are."""
+    said = "qfedavg made values that are not finite of the replies of round 1 (proj.B): round 0 is kept"
+    options = {"client_learning_rate": 0.1, "q": 0.5, "train_loss_key": f"{BEFORE}score"}
+    config = toy.config(tmp_path, strategy=StrategyConfig(name="qfedavg", options=options))
+    outcome = toy.go(config)
+    assert (outcome.status, outcome.rounds) == ("stopped", 0)
+    assert outcome.reason is not None and said in outcome.reason
+    assert all(np.isfinite(values).all() for values in state.load(tmp_path).arrays.values())
+    assert toy.go(config, resume=True).reason == outcome.reason
