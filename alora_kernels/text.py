@@ -23,6 +23,12 @@ def clipped(text: str, width: int) -> str:
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
 
 
+def listed(names: Iterable[str], most: int) -> str:
+    """The names, `most` of them: "a, b and 3 more"."""
+    known = list(names)
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+
+
 def size(count: float) -> str:
     """12345678 bytes as "12.3 MB"."""
     for unit in ("B", "kB", "MB", "GB"):

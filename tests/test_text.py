@@ -2,7 +2,7 @@
 
 import pytest
 
-from alora_kernels.text import NAME, clipped, percent, percentile, printable, size
+from alora_kernels.text import NAME, clipped, listed, percent, percentile, printable, size
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,8 @@ def test_allowed_names(name):
 @pytest.mark.parametrize("name", ["x" * 65, "", ".a", "a/b", "a b", "ä"])
 def test_refused_names(name):
     assert not NAME.fullmatch(name)
+
+
+def test_a_long_list_is_its_first_names_and_a_count():
+    assert [listed("abc", most) for most in (1, 2, 3)] == ["a and 2 more", "a, b and 1 more", "a, b, c"]
+    assert listed([], 2) == ""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from peft.utils.other import get_pattern_key
 
 from ..modules.adapter import lora_scaling, task_names
+from ..text import listed
 from ..tuner.config import CONFIG, unwrapped
 from ..tuner.register import NAME as ALORA
 
@@ -65,9 +66,8 @@ def refused(where: Path | str, why: str) -> AdapterFolderError:
 
 def not_finite(where: Path | str, found: Sequence[str]) -> AdapterFolderError:
     """The error for modules with NaN or infinity, all of them counted and the first few named."""
-    names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     verb = "holds" if len(found) == 1 else "hold"
-    return refused(where, f"{names} {verb} numbers that are not finite: train it again with a lower rate")
+    return refused(where, f"{listed(found, 5)} {verb} numbers that are not finite: train it again with a lower rate")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..text import listed
 from .similarity import double, unit_vector
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -155,8 +156,7 @@ def task_gradients(
                 by_task[task] = gradient.detach()
     bad = [f"{n} ({t})" for n, by_task in out.items() for t, g in by_task.items() if not bool(g.isfinite().all())]
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise NotFiniteError(f"gradients with NaN or infinity: {', '.join(bad[:5])}{more}")
+        raise NotFiniteError(f"gradients with NaN or infinity: {listed(bad, 5)}")
     return out
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jinja2
 
 from .. import files
-from ..text import counted
+from ..text import counted, listed
 from ..version import __version__
 from .figures import Picture, pictures
 from .gradients import ConflictFile, share_of
@@ -223,5 +223,4 @@ def number(value: float) -> str:
 
 def which(units: Sequence[tuple[str, ...]], most: int = 2) -> str:
     """Pairs or units by name, the first few of many."""
-    names = [" with ".join(unit) for unit in units[:most]]
-    return ", ".join(names) + (f" and {len(units) - most} more" if len(units) > most else "")
+    return listed((" with ".join(unit) for unit in units), most)

@@ -20,7 +20,7 @@ import typer
 
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
-from ..text import size
+from ..text import listed, size
 from . import DTYPES, command, dtype_of
 
 if TYPE_CHECKING:
@@ -174,12 +174,11 @@ def _show(store: TaskStore, config: ServerConfig, port: int) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{port}"
     tasks = store.tasks()
-    names = ", ".join(task.name for task in tasks[:SHOWN])
-    more = f" and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
+    names = listed((task.name for task in tasks), SHOWN)
     each, shared = store.bytes_per_task, store.bytes_shared
     lines = [
         f"[bold]{escape(address)}[/bold]   page at /, OpenAI's interface at /v1, /metrics",
-        escape(f"base: {config.base_model_id}; tasks: {names}{more}"),
+        escape(f"base: {config.base_model_id}; tasks: {names}"),
         f"{size(each)} a task and {size(shared)} shared B; as separate LoRAs {size(each + shared)} a task",
     ]
     display.console.print(Panel.fit("\n".join(lines)))

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..text import listed
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_STOPS = 4
 INT64 = range(-(2**63), 2**63)
@@ -35,8 +37,7 @@ class UnknownTaskError(ServingError):
     """No such task among the names that exist."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
-        listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-        super().__init__(f"no model or task is called {name!r}: known are {listed or 'none'}")
+        super().__init__(f"no model or task is called {name!r}: known are {listed(known, 20) or 'none'}")
         self.name, self.known = name, tuple(known)
 
 

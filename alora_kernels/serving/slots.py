@@ -28,6 +28,7 @@ from .. import files
 from ..adapters.cards import TaskCard
 from ..adapters.config import refused
 from ..adapters.reader import AdapterFile
+from ..text import listed
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..tuner.base_layer import features
 from ..tuner.layer import AdapterSpec
@@ -197,12 +198,8 @@ def _cast(file: AdapterFile, module: str, tensor: Tensor, dtype: torch.dtype) ->
 
 def _some(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     """The first few names that are missing or too many."""
-    parts = []
-    for title, names in (("missing", wanted.keys() - found.keys()), ("extra", found.keys() - wanted.keys())):
-        if names:
-            shown = ", ".join(sorted(names)[:SHOWN])
-            parts.append(f"{title} {shown}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""))
-    return "; ".join(parts)
+    differing = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys()}
+    return "; ".join(f"{title} {listed(sorted(names), SHOWN)}" for title, names in differing.items() if names)
 
 
 @dataclass(frozen=True)

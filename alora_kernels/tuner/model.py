@@ -21,6 +21,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..routing import current_routing, route
+from ..text import listed
 from .base_layer import guard_gradients
 from .config import PREFIX, ALoRAConfig, unwrapped
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
@@ -304,10 +305,8 @@ def _check_modules(source: Source, layers: Mapping[str, ALoRALayer], tensors: Ma
     found = {match[1].removeprefix(PREFIX) for key in tensors if (match := _OURS.fullmatch(key))}
     if found == layers.keys():
         return
-    there, here = (
-        ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-        for names in (found - layers.keys(), layers.keys() - found)
-    )
+    extra = found - layers.keys(), layers.keys() - found
+    there, here = (listed(sorted(names), 5) or "none" for names in extra)
     raise ValueError(
         f"{source} differ in the modules they adapt, only there: {there}; only here: {here}; load it on the base it was"
         " trained on, with its own target_modules"
