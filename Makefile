@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## ruff: rules and format
 types: $(INSTALLED)  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## all that CI runs
+check: lint types test  ## lint, types, tests
 
 bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)
