@@ -128,6 +128,15 @@ def test_follow_passes_on_every_line_once(tmp_path):
     assert seen == [f"line {i}" for i in range(5)]
 
 
+def test_follow_waits_for_the_rest_of_a_character(tmp_path):
+    write = "sys.stdout.buffer.write({!r}); sys.stdout.flush()"
+    halves = write.format(b"caf\xc3"), "time.sleep(3 * 0.2)", write.format(b"\xa9 open\nlast")
+    seen: list[str] = []
+    process = Process("halves", python("import sys, time", *halves), os.environ, tmp_path / "log")
+    assert module.follow(process, seen.append, 120) == 0
+    assert seen == ["caf\u00e9 open"]
+
+
 @pytest.mark.parametrize(("said", "remedy"), runs.REMEDIES.items())
 def test_a_client_that_ends_says_what_to_do(tmp_path, said, remedy):
     with pytest.raises(FlowerError) as raised:

@@ -185,13 +185,14 @@ def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: fl
 
 def follow(process: Process, echo: Callable[[str], object] | None, seconds: float | None) -> int:
     """Pass on a process's log line by line until it ends with this exit code; a FlowerError after `seconds`."""
-    rest = ""
     with process.open_log() as log:
         for code in process.looks(seconds):
-            *lines, rest = (rest + log.read()).split("\n")
-            if echo:
-                for line in lines:
-                    echo(line)
+            at = log.tell()
+            while (line := log.readline()).endswith("\n"):
+                at = log.tell()
+                if echo:
+                    echo(line[:-1])
+            log.seek(at)  # half a line is read again when it is whole: it may end within a character
             if code is not None:
                 return code
     raise FlowerError(f"{process.name} still runs after {seconds:.0f} s:\n{last_lines(process.log)}")
