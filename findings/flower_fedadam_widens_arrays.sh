@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Flower: one round of six built-in strategies over float32 arrays, two clients, with NumPy 2.
 # Guess: what comes back has the dtype that was sent, so every round moves the same bytes.
-# Seen: FedAdam and QFedAvg give float64, the other four float32. A NumPy number of float64 (the bias-corrected rate, the
-# sum of the clients' weights) is no weak scalar under NumPy 2 and widens the arrays it meets. From round 2 on twice the bytes
+# Seen: FedAdam and QFedAvg give float64, the other four float32. A NumPy number of float64 (the bias-corrected rate, a
+# power of the loss) is no weak scalar under NumPy 2 and widens the arrays it meets. From round 2 on twice the bytes
 # travel, and a client that loads what it gets without a cast trains in float64 or refuses.
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
