@@ -262,9 +262,8 @@ class _Round:
 
     def _arrays(self, record: ArrayRecord, sent: wire.NDArrays) -> ArrayRecord:
         dense, arrays = wire.expand(record, self.spec, sent)
-        for key, value in arrays.items():
-            if not np.isfinite(value).all():
-                raise wire.WireError(f"{key} has values that are not finite")
+        if (key := wire.not_finite(arrays)) is not None:
+            raise wire.WireError(f"{key} has values that are not finite")
         with np.errstate(over="ignore", invalid="ignore"):  # in float64 1e30 squared is a number, or inf
             squares = [np.square(np.subtract(arrays[key], sent[key], dtype=np.float64)).sum() for key in sent]
         norm, cap = math.sqrt(sum(map(float, squares))), self.limits.norm_cap

@@ -161,13 +161,12 @@ class _Run:
 
     def _check_finite(self, round_: int, arrays: ArrayRecord) -> None:
         """A FloatingPointError if an aggregation made no numbers of finite replies; the last round stays saved."""
-        for key, array in arrays.items():
-            if not np.isfinite(array.numpy()).all():
-                raise FloatingPointError(
-                    f"the strategy {self.config.strategy.name} made values that are not finite of the replies of round"
-                    f" {round_} ({key}): round {self.done} is kept; check the strategy's options (qfedavg takes a power"
-                    " of its train_loss_key, which must not be negative)"
-                )
+        if (key := wire.not_finite({k: array.numpy() for k, array in arrays.items()})) is not None:
+            raise FloatingPointError(
+                f"the strategy {self.config.strategy.name} made values that are not finite of the replies of round"
+                f" {round_} ({key}): round {self.done} is kept; check the strategy's options (qfedavg takes a power"
+                " of its train_loss_key, which must not be negative)"
+            )
 
     def judge(self, guard: GuardedGrid) -> None:
         """Every client judges the last shared arrays, which no round did, and saves its finished adapter."""

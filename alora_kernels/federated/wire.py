@@ -72,6 +72,11 @@ def finite(value: object) -> bool:
         return False
 
 
+def not_finite(arrays: NDArrays) -> str | None:
+    """The key of the first array with NaN or infinity."""
+    return next((key for key, values in arrays.items() if not np.isfinite(values).all()), None)
+
+
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of the numbers of an array, without its header."""
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
