@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: A client, a run, an exported task: a file name everywhere, and a value in Flower's node configuration.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -27,6 +27,11 @@ def listed(names: Iterable[str], most: int) -> str:
     """The names, `most` of them: "a, b and 3 more"."""
     known = list(names)
     return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The same without the count: "a, b, ..."."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def size(count: float) -> str:

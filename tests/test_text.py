@@ -2,7 +2,7 @@
 
 import pytest
 
-from alora_kernels.text import NAME, clipped, listed, percent, percentile, printable, size
+from alora_kernels.text import NAME, clipped, listed, percent, percentile, printable, size, some
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,5 @@ def test_refused_names(name):
 
 def test_a_long_list_is_its_first_names_and_a_count():
     assert [listed("abc", most) for most in (1, 2, 3)] == ["a and 2 more", "a, b and 1 more", "a, b, c"]
-    assert listed([], 2) == ""
+    assert listed([], 2) == some([], 2) == ""
+    assert [some("abc", most) for most in (1, 2, 3)] == ["a, ...", "a, b, ...", "a, b, c"]

@@ -140,7 +140,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
     ranks = _pattern(where, "rank_pattern", settings.get("rank_pattern"), whole=True)
     task_type, targets = settings.get("task_type"), settings.get("target_modules")
     narrowed = settings.get("exclude_modules") or settings.get("layers_to_transform") is not None
-    listed = bool(targets) and isinstance(targets, list | set) and all(isinstance(name, str) for name in targets)
+    by_name = bool(targets) and isinstance(targets, list | set) and all(isinstance(name, str) for name in targets)
     return AdapterConfig(
         kind=kind,
         tasks=_tasks(where, settings) if kind == "alora" else (Path(where).name,),
@@ -152,7 +152,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
         alphas=_pattern(where, "alpha_pattern", settings.get("alpha_pattern")),
         task_type=task_type if isinstance(task_type, str) else None,
         revision=revision if isinstance(revision, str) else None,
-        targets=frozenset(map(unwrapped, targets or ())) if listed and not narrowed else None,
+        targets=frozenset(map(unwrapped, targets or ())) if by_name and not narrowed else None,
     )
 
 

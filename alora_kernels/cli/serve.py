@@ -20,7 +20,7 @@ import typer
 
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
-from ..text import listed, size
+from ..text import listed, size, some
 from . import DTYPES, command, dtype_of
 
 if TYPE_CHECKING:
@@ -192,8 +192,7 @@ def how_asked(tasks: Sequence[TaskInfo]) -> list[str]:
     for name, card in [(task.name, task.card) for task in tasks[:SHOWN]]:
         if card is None or not card.template:
             continue
-        words = [" ".join(answer.split())[:WIDE] for answer in card.answers[:SHOWN]]
-        answers = ", ".join(words) + (", ..." if len(card.answers) > SHOWN else "")
+        answers = some([" ".join(answer.split())[:WIDE] for answer in card.answers], SHOWN)
         template = card.template if len(card.template) <= WIDE else card.template[:WIDE] + "…"
         lines.append(
             f"{name} answers {json.dumps(template, ensure_ascii=False)}{f' with {answers}' if answers else ''}"

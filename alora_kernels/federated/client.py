@@ -20,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
 
 from .. import files
+from ..text import some
 from . import model as adapters
 from . import wire
 from .config import FedConfig
@@ -132,10 +133,9 @@ class Client:
             self.participant.train(self._model)
         after = adapters.matrices(self._model, self._share)
         if moved := [key for key, values in before.items() if not torch.equal(after[key].tensor, values)]:
-            shown = ", ".join(moved[:3]) + ", ..." * (len(moved) > 3)
             raise DriftError(
-                f"client {self.name}: local training changed {shown}, which {self.config.method} trains nowhere:"
-                " give its optimiser only parameters that require a gradient when training begins"
+                f"client {self.name}: local training changed {some(moved, 3)}, which {self.config.method} trains"
+                " nowhere: give its optimiser only parameters that require a gradient when training begins"
                 " (PEFT's disable_adapter() thaws what it enables again)"
             )
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..ops import alora_linear
 from ..routing import constant_routing
+from ..text import some
 from .base_layer import hooked, only_multiplies, takes_fused_op
 from .layer import ALoRALayer
-from .targets import by_reason, some
+from .targets import by_reason
 
 EXAMPLES = 3  # names shown for each reason
 KINDS: tuple[tuple[type, str], ...] = (

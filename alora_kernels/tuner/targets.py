@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..routing import Layout
+from ..text import some
 from .base_layer import base_of, outside_adapters, quantization_backend
 from .probe import Finding
 
@@ -172,11 +173,6 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return names
-
-
-def some(names: Sequence[str], most: int) -> str:
-    """The first few names."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _patterns(names: Iterable[str]) -> list[str]:

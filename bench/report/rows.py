@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from alora_kernels.text import counted
+
 OK, WRONG, OUT_OF_MEMORY = "ok", "wrong", "out of memory"
 NOT_AVAILABLE, FAILED = "not available: ", "failed: "
 FORWARD, BOTH = "forward", "forward+backward"
@@ -107,8 +109,7 @@ def newest(
 
 def origin(device: str, *packages: str) -> dict[str, Any]:
     """Columns that are the same for a whole run: when, on what, and with which code and versions it was measured."""
-    threads = torch.get_num_threads()
-    cpu = f"{_cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
+    cpu = f"{_cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
     return {
         "commit": commit(),
         "date": datetime.now().isoformat(sep=" ", timespec="seconds"),

@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
+from alora_kernels.text import counted
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -50,7 +52,7 @@ class Sheet(Generic[RowT]):
 
     @property
     def summary(self) -> str:
-        return f"{self.count} row{'' if self.count == 1 else 's'} written to {self.path}"
+        return f"{counted(self.count, 'row')} written to {self.path}"
 
 
 def read(path: Path, kind: type[RowT]) -> list[RowT]:
