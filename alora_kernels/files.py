@@ -34,6 +34,12 @@ class DamagedFileError(ValueError):
     """A file that is cut short, changed, or not one of ours."""
 
 
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A draft to write, which takes the place of `path` at the end of the block; after an error nothing has changed."""

@@ -22,15 +22,17 @@ def authors_loop(
 ) -> Tensor:  # fmt: skip
     """The layer of the paper's release: one full `[M, N]` branch per expert, weighted and summed.
 
-    Formula: `y = x W0^T + bias + sum_e s g_e (B (A_e x))`.
+    Formula: `y = x W0^T + bias + sum_e s g_e (B (A_e x))`. Where the adapters are wider than x, it and the sum are as
+    wide, as in PEFT.
 
     Source: Ban & Ji 2025, the released layer's structure (its class body is not copied).
     """
-    g = _gate(x, lora_A, **routing)
+    wide = x.to(lora_A.dtype)
+    g = _gate(wide, lora_A, **routing)
     y = F.linear(x, weight, bias)
     for e, a in enumerate(lora_A):
-        y = y + g[..., e, None] * F.linear(F.linear(x, a), lora_B) * scaling
-    return y
+        y = y + g[..., e, None] * F.linear(F.linear(wide, a), lora_B) * scaling
+    return y.to(x.dtype)
 
 
 def hoisted(

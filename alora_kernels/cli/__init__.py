@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,13 @@ import typer
 
 from .. import recipes as recipes  # first of all: it keeps bitsandbytes quiet
 from ..ops.dispatch import BackendError
+from ..precision import AUTO, DTYPES
 from ..recipes.display import quiet
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
+WISHES = (AUTO, *DTYPES)
 
 
 @contextmanager
@@ -32,9 +33,15 @@ def command(*errors: type[Exception]) -> Iterator[None]:
 
 def dtype_of(name: str) -> torch.dtype:
     """What `--dtype` names."""
-    import torch
+    return DTYPES[_known(name, DTYPES)]
 
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+
+def wish_of(name: str) -> str:
+    """What `--dtype` of a base names: `auto` too."""
+    return _known(name, WISHES)
+
+
+def _known(name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise ValueError(f"--dtype must be one of {', '.join(names)}, got {name!r}")
+    return name

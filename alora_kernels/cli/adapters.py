@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..precision import DTYPES
 from ..recipes import display
 from ..recipes.display import say
 from ..text import counted, size
-from . import DTYPES, command, dtype_of
+from . import command, dtype_of
 
 if TYPE_CHECKING:
     from ..adapters.export import ExportReport

@@ -36,6 +36,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished adapter in --output")] = False,
     seed: Annotated[int, typer.Option(help="of data, adapter and order")] = 0,
     model: Annotated[str | None, typer.Option(help="another base: a folder, a hub id, or tiny-random")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the base: auto, float32, bfloat16; default auto")] = None,
     compare: Annotated[bool, typer.Option(help="measure tokens/s beside unfused PEFT and the authors' loop")] = True,
 ) -> None:
     """Fine-tune SmolLM2-135M on four real tasks at once, answer a mixed batch, measure (under 6 minutes, 2 cores)."""
@@ -46,7 +47,9 @@ def demo(
         if output is not None:
             claim(output, overwrite=overwrite)
         folder = str(output) if output else None
-        recipe = recipes.RECIPE.instead(routing=routing, steps=steps, output=folder, seed=seed, model=model)
+        recipe = recipes.RECIPE.instead(
+            routing=routing, steps=steps, output=folder, seed=seed, model=model, dtype=dtype
+        )
         recipes.run(recipe, compare=compare)
 
 
@@ -60,6 +63,7 @@ def train(
         str | None, typer.Option(help=f"instead of the recipe's: {', '.join(METHODS)}", metavar="METHOD")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="folder, instead of the recipe's")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the base: auto, float32, bfloat16; or the recipe's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")] = False,
 ) -> None:
     """Train as a recipe says, judge every task, save the adapter in the folder `adapter` of the output folder.
@@ -72,7 +76,7 @@ def train(
         from ..recipes import train as recipes
         from ..recipes.recipe import load_recipe
 
-        recipe = load_recipe(config).instead(method=method, output=str(output) if output else None)
+        recipe = load_recipe(config).instead(method=method, output=str(output) if output else None, dtype=dtype)
         folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
     typer.echo(f"adapter saved: {folder}")
 
@@ -81,6 +85,7 @@ def train(
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder written by `alora train` or `alora demo`")],
     base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
+    dtype: Annotated[str | None, typer.Option(help="of the base: auto, float32, bfloat16; default as trained")] = None,
 ) -> None:
     """Judge a saved adapter on its tasks' test rows: accuracy, or loss where answers are texts.
 
@@ -89,7 +94,7 @@ def evaluate(
     with command():
         from ..recipes import train as recipes
 
-        recipes.evaluate(adapter, base=base)
+        recipes.evaluate(adapter, base=base, dtype=dtype)
 
 
 app.command()(doctor)

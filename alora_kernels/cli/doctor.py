@@ -9,6 +9,7 @@ import platform
 
 import torch
 
+from .. import precision
 from ..data.packages import PINS
 from ..ops.dispatch import ENV, explain, explain_plan, interpreting
 from ..recipes import display
@@ -48,6 +49,11 @@ def _choice(device: torch.device) -> tuple[str, str]:
         return "none", str(error)
 
 
+def _dtype(device: torch.device) -> tuple[str, str]:
+    choice = precision.explain(device)
+    return choice.name, choice.reason
+
+
 def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     """Which plan a bf16 layer of 4096 x 4096 takes on a GPU, and why."""
     from ..kernels import chip_of
@@ -68,6 +74,8 @@ def doctor() -> None:
     chosen = {device: _choice(device) for device in _devices()}
     backends = [(str(device), _device_name(device), *choice) for device, choice in chosen.items()]
     print_(display.table("devices", ("device", "what", "backend", "because"), backends, left=4))
+    dtypes = [(str(device), *_dtype(device)) for device in chosen]
+    print_(display.table("a frozen base whose dtype is auto", ("device", "dtype", "because"), dtypes, left=3))
     gpus = [device for device, (backend, _) in chosen.items() if device.type == "cuda" and backend.startswith("triton")]
     if plans := [row for device in gpus for row in _plans(device)]:
         print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))

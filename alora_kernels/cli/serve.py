@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import precision
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
 from ..text import listed, size, some
-from . import DTYPES, command, dtype_of
+from . import WISHES, command, wish_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..serving import Engine, EngineConfig, TaskInfo, TaskStore
     from ..serving.http import ServerConfig
 
@@ -55,7 +54,7 @@ def serve(
     resident: Annotated[int, typer.Option(help="tasks on the device at most", min=1)] = 64,
     host_tasks: Annotated[int | None, typer.Option(help="further tasks in memory; the rest on disk", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default by device")] = None,
+    dtype: Annotated[str, typer.Option(help=f"of the base: {', '.join(WISHES)}; alora doctor explains auto")] = "auto",
     drain_timeout: Annotated[float, typer.Option(help="seconds running requests have after SIGTERM", min=0)] = 60.0,
     served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
 ) -> None:
@@ -85,7 +84,7 @@ def serve(
             resident=resident,
             host_tasks=host_tasks,
             device=device,
-            dtype=dtype_of(dtype) if dtype else None,
+            dtype=wish_of(dtype),
         )
         config = ServerConfig(
             base_model_id=served_name or model,
@@ -119,11 +118,11 @@ def open_engine(
     resident: int,
     host_tasks: int | None,
     device: str,
-    dtype: torch.dtype | None,
+    dtype: str,
 ) -> Iterator[tuple[Engine, TaskStore]]:
     """Load the base, put the tasks in; the engine runs until the end of the block.
 
-    The device "auto" is a GPU if there is one; dtype None is bfloat16 on a GPU, else float32.
+    The device "auto" is a GPU if there is one; the dtype is a wish as `precision.explain` takes it.
     """
     import torch
 
@@ -137,9 +136,10 @@ def open_engine(
             raise RuntimeError("no CUDA or ROCm device here")
     except RuntimeError as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from None
-    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    chosen = precision.explain(place, dtype)
+    display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     with display.err.status(f"loading {model} and {len(adapters)} adapter folders ..."):
-        base, tokenizer = data.load_model(model, dtype=dtype)
+        base, tokenizer = data.load_model(model, dtype=chosen.dtype)
         base.to(place)  # type: ignore[arg-type]
         store = TaskStore.open(base, adapters, resident=resident, host=host_tasks)
     with closing(store), Engine(base, tokenizer, store, config) as engine:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import cache_dir
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -141,12 +143,6 @@ def use_distinct_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", tokenizer.unk_token)
     free = [token for token in spare if token in known and token != tokenizer.eos_token]
     tokenizer.pad_token = free[0] if free else tokenizer.eos_token
-
-
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
 
 
 def built_once(name: str, build: Callable[[Path], None]) -> Path:

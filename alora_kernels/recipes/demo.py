@@ -7,10 +7,12 @@ logits first. Unfused PEFT trains a mixed batch task by task, because stock PEFT
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 
 from .. import data
 from ..baselines import formulas
+from ..baselines.methods import adapt, trained
 from ..modules.adapter import BASE
+from ..precision import DTYPES
 from ..routing import Routing, current_routing, route
 from ..text import printable
 from ..training import TaskCollator
@@ -33,6 +37,7 @@ from .train import Run
 
 FUSED, UNFUSED, LOOP = "ALoRA, fused", "PEFT LoRA, unfused", "authors' loop"
 ROUNDS = 3
+SAME = 1e-6  # of the largest logit: rounding that differs by luck
 
 RECIPE = Recipe(
     tasks=("trec", "movie", "spam", "bbc"),
@@ -100,21 +105,21 @@ def answer_mixed_batch(job: Run) -> None:
 
 
 def compare_speeds(run: Run) -> None:
-    """Build the alternatives, check that they agree, time them in turn, print the table."""
-    with display.err.status("building the unfused models for the comparison ..."):
-        models = {FUSED: run.model, LOOP: _loop_model(run), UNFUSED: _peft_model(run)}
+    """Tokens per second beside the alternatives: all in the dtype of the run, then all in float32."""
+    for name in dict.fromkeys((run.recipe.dtype, "float32")):
+        _compare(run, name)
+
+
+def _compare(run: Run, dtype: str) -> None:
+    """Build the models in a dtype, check that they agree, time them in turn, print the table."""
+    with display.err.status(f"building the unfused models in {dtype} for the comparison ..."):
+        models = _models(run, DTYPES[dtype])
         batch = _batch(run)
         steps = {name: _steps(name, model, batch, run) for name, model in models.items()}
-        truth = steps[FUSED][1]()
-        for name, (_, infer) in steps.items():
-            worst = float((infer() - truth).abs().max() / truth.abs().max())
-            if (name != UNFUSED or run.recipe.routing == "task") and not worst < 1e-3:
-                raise ValueError(
-                    f"{name} does not compute the same logits as the fused model (off by {worst:.1e}): not timed"
-                )
+        _check(run, models, batch)
     tokens = int(batch["attention_mask"].sum())
     speeds = [
-        _tokens_per_second({name: step[i] for name, step in steps.items()}, tokens, kind)
+        _tokens_per_second({name: step[i] for name, step in steps.items()}, tokens, f"{kind}, {dtype}")
         for i, kind in enumerate(("forward + backward", "mixed inference"))
     ]
     rows = [
@@ -129,12 +134,40 @@ def compare_speeds(run: Run) -> None:
     rows_in, seconds = batch["input_ids"].shape[0], f"p50 of {ROUNDS} interleaved rounds"
     display.console.print(
         display.table(
-            f"tokens/s, one batch of {rows_in} rows over {len(run.tasks)} tasks ({tokens} tokens), {seconds}",
+            f"tokens/s in {dtype}, a batch of {rows_in} rows over {len(run.tasks)} tasks ({tokens} tokens); {seconds}",
             ("model", "fwd + bwd", "fused is", "mixed inference", "fused is"),
             rows,
             caption=f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; {note}",
         )
     )
+
+
+def _models(run: Run, dtype: torch.dtype) -> dict[str, Any]:
+    """The trained model and its alternatives with a base in this dtype; adapters are float32 in all of them."""
+    fused = run.model
+    if DTYPES[run.recipe.dtype] != dtype:
+        fused = adapt(_base(run, dtype), run.method).to(run.model.device)
+        fused.load_state_dict(trained(run.model), strict=False)
+    same = replace(run, model=fused)
+    return {FUSED: fused, LOOP: _loop_model(same, dtype), UNFUSED: _peft_model(same, dtype)}
+
+
+def _check(run: Run, models: dict[str, Any], batch: dict[str, Any]) -> None:
+    """Refuse to time a model whose logits are further from float64's than twice stock torch's own are."""
+    stock = UNFUSED if run.recipe.routing == "task" else LOOP  # PEFT has no soft-routed LoRA
+    truth = _steps(stock, copy.deepcopy(models[stock]).double(), batch, run)[1]()
+    own = _distance(_steps(stock, models[stock], batch, run)[1](), truth)
+    for name in {FUSED, LOOP} - {stock}:
+        off = _distance(_steps(name, models[name], batch, run)[1](), truth)
+        if not off <= 2 * own + SAME:
+            raise ValueError(
+                f"{name} does not compute the same logits as {stock} (off by {off:.1e} where that one's own rounding is"
+                f" {own:.1e}): not timed"
+            )
+
+
+def _distance(logits: Tensor, truth: Tensor) -> float:
+    return float((logits.double() - truth).abs().max() / truth.abs().max())
 
 
 def _tokens_per_second(cases: dict[str, Callable[[], object]], tokens: int, kind: str) -> dict[str, float]:
@@ -164,7 +197,10 @@ def _batch(run: Run, rows_per_task: int = 3) -> dict[str, Any]:
 
 
 def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Callable[[], object], Callable[[], Tensor]]:
-    """One training pass and one inference pass of a model on the batch."""
+    """One training pass and one inference pass of a model on the batch.
+
+    The fused model trains by the trainer's loss, the others by the same labels' cross entropy, each in its best way.
+    """
     inputs = {k: v for k, v in batch.items() if k != "task_ids"}
     labels = inputs.pop("labels")
     keep = kept_positions(labels)
@@ -176,9 +212,14 @@ def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Call
         logits = model(**part, logits_to_keep=keep).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum")
 
+    trainer = train.trainer_for(replace(run, model=model), save=False) if name == FUSED else None
+
     def learn() -> None:
         model.train()
         model.zero_grad()
+        if trainer is not None:
+            trainer.compute_loss(model, dict(batch)).backward()
+            return
         if mixed_peft:  # stock PEFT: one adapter at a time
             for index, task in enumerate(run.tasks):
                 model.set_adapter(task)
@@ -219,20 +260,24 @@ def _layers(run: Run) -> dict[str, ALoRALayer]:
     return {name: m for name, m in run.model.base_model.model.named_modules() if isinstance(m, ALoRALayer)}
 
 
-def _loop_model(run: Run) -> Any:
+def _base(run: Run, dtype: torch.dtype) -> Any:
+    model: Any = data.load_model(run.recipe.model, dtype=dtype)[0]
+    return model.requires_grad_(False)
+
+
+def _loop_model(run: Run, dtype: torch.dtype) -> Any:
     """A fresh base with the authors' loop in every adapted layer."""
-    model: Any = data.load_model(run.recipe.model)[0]
-    model.requires_grad_(False)
+    model = _base(run, dtype)
     for name, layer in _layers(run).items():
         model.set_submodule(name, LoopLinear(model.get_submodule(name), layer, run.model.active_adapter))
     return model.to(run.model.device)
 
 
-def _peft_model(run: Run) -> Any:
+def _peft_model(run: Run, dtype: torch.dtype) -> Any:
     """Stock PEFT: one LoRA per task with that task's A and the shared B (soft routing: a single LoRA)."""
     names = run.tasks if run.recipe.routing == "task" else ("default",)
     config, adapter = LoraConfig(**run.method.shared_options), run.model.active_adapter
-    model: Any = get_peft_model(data.load_model(run.recipe.model)[0], config, adapter_name=names[0])
+    model: Any = get_peft_model(_base(run, dtype), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():

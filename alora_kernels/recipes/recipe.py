@@ -89,6 +89,9 @@ class Recipe(BaseModel):
 
     tasks: tuple[Entry, ...] = _says("a list of built-in tasks, files, hub ids, or mappings with name and source")
     model: Name = _says("smollm2-135m, tiny-random, a folder, or a hub id", "smollm2-135m")
+    dtype: Literal["auto", "float32", "bfloat16"] = _says(
+        "of the frozen base; auto is bfloat16 where the chip multiplies it faster; adapters are float32", "auto"
+    )
     output: Name = _says("folder for checkpoints and the adapter", "runs/alora")
     method: str = _says(", ".join(METHODS), "alora")
     budget: Literal["rank", "parameters"] = _says(

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .. import data
+from .. import data, precision
 from ..adapters.cards import write_task_cards
 from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
@@ -106,12 +106,15 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     return folder / ADAPTER
 
 
-def evaluate(adapter: Path, *, base: bool = False) -> None:
-    """Judge an adapter that `run` saved, and the untuned base too if asked."""
+def evaluate(adapter: Path, *, base: bool = False, dtype: str | None = None) -> None:
+    """Judge an adapter that `run` saved, and the untuned base too if asked; in the dtype of its training or another."""
     if not (adapter / FILE).exists():
         near = f", {adapter / ADAPTER}" if (adapter / ADAPTER / FILE).exists() else ""
         raise ValueError(f"{adapter} has no {FILE}: give the adapter folder that `alora train` or `demo` wrote{near}")
-    job = load(load_recipe(adapter / FILE, root=Path()), adapter)  # older copies hold paths from here
+    recipe = load_recipe(adapter / FILE, root=Path())  # older copies hold paths from here
+    if recipe.dtype == precision.AUTO:  # and no dtype: they were trained in this one
+        recipe = recipe.instead(dtype="float32")
+    job = load(recipe.instead(dtype=dtype), adapter)
     before = judge(job, "base, untuned", base_only=True) if base else None
     show_scores(job, before, judge(job, job.label))
 
@@ -154,13 +157,20 @@ def clear(folder: Path) -> None:
 
 
 def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None) -> Run:
-    """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on."""
+    """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on.
+
+    The run's recipe has the dtype that `auto` became, so that the copy beside the adapter says it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = precision.explain(device, recipe.dtype)
+    recipe = recipe.instead(dtype=chosen.name)
     lost = data.Lost()
     with display.err.status("reading data ..."):
         text = data.load_tasks(
             recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
         )
-    base, tokenizer = data.load_model(recipe.model)  # says itself what takes long
+    display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
+    base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text, resume)
         method = recipe.adapters(tasks)
@@ -175,7 +185,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None)
             method = read_method(adapter) or method
             model = load_method(base, adapter)
             tasks = tasks_of(model) or tasks
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
         train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
         test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import route
-from alora_kernels.data.packages import cache_dir
+from alora_kernels.files import cache_dir
 
 from ..report.rows import BOTH, GRAPH
 from .pair import FROZEN, FUSED, ModelWork, Pair, Setting, Step, llama

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_doctor_says_what_and_why():
 def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
     monkeypatch.setattr(doctor, "_device_name", lambda device: "some chip")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_999")
     text = " ".join(alora("doctor").split())
     assert "task, 8192 rows" in text
@@ -132,7 +135,7 @@ def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):
     write(jsonl, ({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]} for i in range(20)))
     model, tokenizer = data.load_model("tiny-random")
     tokenizer.eos_token = None
-    monkeypatch.setattr(data, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(data, "load_model", lambda name, dtype: (model, tokenizer))
     monkeypatch.setattr(train, "trainer_for", lambda *_, **__: pytest.fail("trained first"))
     assert "some of its label words begin others" in refused("train", recipe(tmp_path, jsonl))
 
@@ -154,25 +157,28 @@ def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
     assert all(line in judged for line in lines)
 
 
-@pytest.mark.parametrize("routing", ["task", "soft"])
-def test_demo_end_to_end(tmp_path, monkeypatch, routing):
+@pytest.mark.parametrize(("routing", "dtype"), [("task", "bfloat16"), ("soft", "float32")])
+def test_demo_end_to_end(tmp_path, monkeypatch, routing, dtype):
     need_data("trec", "bbc")
     small = Recipe(
         tasks=demo_module.RECIPE.tasks, steps=2, batch_size=8, train_size=40, test_size=8, max_length=80, r=4
     )
     monkeypatch.setattr(demo_module, "RECIPE", small)
     monkeypatch.setattr("alora_kernels.recipes.demo.ROUNDS", 1)
-    out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path))
+    out = alora("demo", "--model", "tiny-random", "--routing", routing, "--output", str(tmp_path), "--dtype", dtype)
     assert "majority" in out
     assert "one generate call" in out
     assert ("__base__" in out) == (routing == "task")
     assert "PEFT LoRA, unfused" in out
     assert "authors' loop" in out
+    assert "tokens/s in float32" in out and ("tokens/s in bfloat16" in out) == (dtype == "bfloat16")
+    assert load_recipe(tmp_path / "adapter" / "recipe.yaml").dtype == dtype
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_other_bad_input(tmp_path):
     assert "must be 'task' or 'soft'" in refused("demo", "--routing", "hard")
+    assert "must be 'auto', 'float32' or 'bfloat16'" in refused("demo", "--dtype", "float16")
     (tmp_path / "r.yaml").write_text("tasks: [trek]\nmodel: tiny-random")
     assert "trek" in refused("train", str(tmp_path / "r.yaml"))
     (tmp_path / "empty").mkdir()

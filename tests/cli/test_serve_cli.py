@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from alora_kernels import data
 from alora_kernels.adapters.cards import TaskCard, write_task_cards
@@ -62,7 +61,7 @@ def test_options_become_settings(started, folder):
     model, adapters, sizes = opening.args
     assert (model, adapters) == ("tiny-random", [folder])
     assert sizes == EngineConfig(max_batch=4, max_context=99, cache_tokens=500)
-    assert opening.keywords == {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": torch.float32}
+    assert opening.keywords == {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": "float32"}
     assert (config.base_model_id, config.port, config.max_body_bytes) == ("tiny", 0, 1 << 19)
     assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (folder.resolve(),))
     assert "localhost" in config.allowed_hosts
@@ -83,7 +82,7 @@ def test_keys_come_from_options_or_the_environment_and_open_every_host_name(star
     [
         (["--host", "0.0.0.0"], "--allow-anonymous"),
         (["--host", "::"], "--api-key KEY"),
-        (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--dtype", "int8"], "--dtype must be one of auto, float32"),
         (["--adapter", "/no/such"], "/no/such is not a folder"),
         (["--adapter-root", "/no/such"], "/no/such is not a folder"),
         (["--rate-limit", "often"], "60/minute"),

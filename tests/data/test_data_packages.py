@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from alora_kernels.data import MissingPackageError, load_encoder, load_model, load_task, packages
-from alora_kernels.data.packages import built_once, cache_dir, use_distinct_pad
+from alora_kernels.data.packages import built_once, use_distinct_pad
+from alora_kernels.files import cache_dir
 
 
 @pytest.fixture

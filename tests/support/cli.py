@@ -26,8 +26,8 @@ refused = partial(invoke, app, code=2)
 
 def recipe(folder: Path, jsonl: Path, **more: object) -> Path:
     """A recipe file for the tasks of a user's own file."""
-    lines = {"tasks": f"[{{name: parity, source: {jsonl}}}]", "model": "tiny-random", "output": str(folder / "run"),
-             "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, **more}  # fmt: skip
+    lines = {"tasks": f"[{{name: parity, source: {jsonl}}}]", "model": "tiny-random", "dtype": "float32",
+             "output": str(folder / "run"), "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, **more}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
     return path
