@@ -173,6 +173,32 @@ class ConstantRouting(Routing):
         """Nothing to check: the task is that of every row."""
 
 
+class PickedRouting(Routing):
+    """The ids of some rows of activations, for a layer that is given these rows alone.
+
+    Args:
+        whole: routing of the batch.
+        leading: shape of the activations without features, `[B, T]`.
+        rows: which of their rows, as they are flattened, `[P]`.
+
+    Raises:
+        ValueError: the ids do not fit the activations.
+    """
+
+    def __init__(self, whole: Routing, leading: torch.Size, rows: Tensor) -> None:
+        ids = whole.task_ids
+        each = ids.expand(leading.numel()) if ids.numel() == 1 else expand_ids(ids, leading, whole.repeats, "batch")
+        if each is None:
+            raise ValueError(_misfit(ids, leading, whole.repeats, "batch", None))
+        super().__init__(each[rows.to(each.device)])
+        self._whole, self._leading, self._rows, self._checked = whole, leading, rows, whole._checked
+
+    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
+        """As `Routing.for_tasks`, of the rows."""
+        whole = self._whole.for_tasks(tasks)
+        return self if whole is self._whole else PickedRouting(whole, self._leading, self._rows)
+
+
 @lru_cache(maxsize=4)  # prefill and decoding shapes; each entry is 8 bytes per token
 def _cached(task: int, leading: torch.Size, device: torch.device, inference: bool) -> Routing:
     return ConstantRouting(task)

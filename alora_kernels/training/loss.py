@@ -7,6 +7,7 @@ to the model, and there is no loss per task then.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,21 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .output_head import OutputHead, find_head
 from .rules import IGNORED, BatchRules
 from .tasks import all_per_row
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[[dict[str, Any]], Any]  # a batch in, the model's outputs
 UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
 TRIALS = 4  # at most so many calls for a head with a label per row
 FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
+FEW_TOKENS = 64  # of a row that is tried: 2 rows of 1024 tokens and a vocabulary of 128k are 3.2 GB of logits
 
 
 class Scored(NamedTuple):
     """What one call of the model gave."""
 
-    outputs: Any
+    outputs: Any  # with logits of no class where the output layer was asked at the labels only
     mean: Tensor  # the model's loss, a mean over the labels of the batch
-    losses: Tensor | None  # sum of the negative log-likelihoods of each row's labels `[B]`; None of another loss
+    losses: Tensor | None  # sum of the negative log-likelihoods of each row's labels `[B]`, for sums by task alone:
+    # gradients are those of `mean`; None of another loss
     counts: Tensor  # labels of each row `[B]`
     right: Tensor | None  # whether the largest logit is right at every label `[B]`; None where `losses` is
 
@@ -40,11 +46,15 @@ class ModelLoss:
         shifts: whether position t is compared with the label of t + 1.
         by_rows: whether the loss is the cross entropy of labels and logits, and a mixture of experts' balancing loss
             where the model returns one; None until it was tried.
+        head: the output layer that is asked at the labels only, where that was proven to be the same.
+        whole_because: why all logits are computed instead; empty where they are not.
     """
 
     def __init__(self, rules: BatchRules) -> None:
         self.rules, self.shifts = rules, rules.shifts
         self.by_rows: bool | None = None
+        self.head: OutputHead | None = None
+        self.whole_because = "no model was tried"
         self._labelled = rules.needs_labels  # without labels it gives something else, or nothing
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -64,11 +74,14 @@ class ModelLoss:
         """Whether the forward must be given the labels; some decoders make their input of them."""
         return self._labelled or (self.rules.encoder_decoder and "decoder_input_ids" not in inputs)
 
-    def learn(self, call: Call, inputs: Mapping[str, Any], agree: Callable[[int], int] = int) -> None:
+    def learn(
+        self, call: Call, inputs: Mapping[str, Any], agree: Callable[[int], int] = int, model: Any = None
+    ) -> None:
         """Find out what the model's loss is, from a few rows; nothing is drawn from the generators.
 
         `call` is the model, routed for the rows it gets; a batch with images or the like is run whole. `agree` gives
-        the largest verdict of all processes, which must run the model equally often.
+        the largest verdict of all processes, which must run the model equally often. With `model`, its wrappers
+        included, a language model's output layer is tried too.
         """
         labels = inputs["labels"]
         if self.by_rows is not None or labels.is_floating_point() or labels.dim() > 2:
@@ -76,7 +89,9 @@ class ModelLoss:
         rows = label_counts(labels).topk(min(2, len(labels))).indices
         if labels.dim() == 1:  # one label per row: several rows, for several classes
             rows = torch.arange(max(2, len(labels)), device=labels.device) % len(labels)
-        few = {name: value[rows] for name, value in inputs.items()} if all_per_row(inputs) else dict(inputs)
+        few = dict(inputs)
+        if all_per_row(inputs):
+            few = _few_tokens({name: value[rows] for name, value in inputs.items()})
         devices = [labels.device] if labels.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             outputs = call(few)
@@ -84,6 +99,7 @@ class ModelLoss:
             if self.by_rows:
                 self._settle(agree(self._try_classes(call, few, outputs)))
                 self._try_without_labels(call, few, outputs)
+                self._try_head(call, few, model, agree)
 
     def _settle(self, verdict: int) -> None:
         self.by_rows = {UNKNOWN: None, OTHER: False}.get(verdict, True)
@@ -108,6 +124,21 @@ class ModelLoss:
         bare = call({name: value for name, value in few.items() if name != "labels"})
         shapes = [[getattr(_value(o, name), "shape", None) for name in ("logits", "aux_loss")] for o in (outputs, bare)]
         self._labelled = shapes[0] != shapes[1]
+
+    def _try_head(self, call: Call, few: dict[str, Any], model: Any, agree: Callable[[int], int]) -> None:
+        """Whether the output layer can be asked at the labels only, in every process."""
+        try:
+            if model is None or self._wants_labels(few):
+                raise ValueError("the model must be called with its labels" if model is not None else "no model given")
+            head = find_head(model)
+            head.prove(lambda: call({name: value for name, value in few.items() if name != "labels"}))
+            self.head, self.whole_because = head, ""
+        except Exception as error:  # whatever it is, all logits are the way that is known to be right
+            self.whole_because = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if agree(ALIGNED if self.head is not None else OTHER) == OTHER and self.head is not None:
+            self.head, self.whole_because = None, "another process cannot"
+        if self.whole_because:
+            logger.info("all logits are computed for the loss: %s", self.whole_because)
 
     def _compare(self, outputs: Any, labels: Tensor) -> int:
         """What the value of the model's loss says of it: `UNKNOWN`, `ALIGNED`, `SHIFTED` or `OTHER`."""
@@ -136,7 +167,7 @@ class ModelLoss:
     ) -> Scored:
         """The loss of a batch that holds what the forward knows, with `labels`; smoothing is for losses by rows.
 
-        Without `all_logits` a language model may leave out those that no label asks for.
+        Without `all_logits` a language model's logits are computed at the labels only, or some are left out.
         """
         known, labels = dict(inputs), self.labels(inputs)
         counts = label_counts(self.counted(inputs))
@@ -153,6 +184,8 @@ class ModelLoss:
             return Scored(outputs, own, None, counts, None)
         if not self._wants_labels(known):
             del known["labels"]
+        if self.head is not None and not all_logits:
+            return self._at_labels(self.head, lambda: model(**known), labels, label_smoothing)
         chooses = self.shifts and "logits_to_keep" in (self.rules.columns or ())
         if chooses and not (all_logits or self._labelled or isinstance(model, nn.DataParallel)):
             known["logits_to_keep"] = kept_positions(labels)
@@ -162,6 +195,17 @@ class ModelLoss:
         losses, right = row_losses(outputs["logits"], aligned, label_smoothing)
         mean = losses.sum() / counts.sum().clamp_min(1)
         return Scored(outputs, self._balanced(mean, _value(outputs, "aux_loss")), losses, counts, right)
+
+    def _at_labels(self, head: OutputHead, call: Callable[[], Any], labels: Tensor, label_smoothing: float) -> Scored:
+        """As `__call__`, with the logits of labelled positions alone."""
+        outputs, given = head.capture(call)
+        aligned = next_labels(labels) if self.shifts else labels
+        found, asked = head.losses(given, aligned, label_smoothing)
+        rows, counts = asked // labels.shape[1], label_counts(labels)
+        losses = found.losses.new_zeros(len(labels)).index_add(0, rows, found.losses)
+        wrong = torch.zeros_like(counts).index_add(0, rows, (~found.right).to(counts.dtype))
+        mean = self._balanced(found.total / counts.sum().clamp_min(1), _value(outputs, "aux_loss"))
+        return Scored(outputs, mean, losses, counts, wrong == 0)
 
     def _balanced(self, mean: Tensor, extra: Tensor | None) -> Tensor:
         """A mean with the balancing loss of a mixture of experts, where the model gives one."""
@@ -209,6 +253,19 @@ def kept_positions(labels: Tensor) -> Tensor:
     asked = (labels != IGNORED).any(0).nonzero()
     first, last = (int(asked[0]), int(asked[-1])) if len(asked) else (length - 1, length - 1)
     return torch.arange(max(first, 1) - 1, last + 1, device=labels.device)
+
+
+def _few_tokens(few: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last tokens of each row up to its last label, where everything is one entry per token or per row."""
+    labels = few["labels"]
+    if labels.dim() != 2 or any(v.dim() > 2 or (v.dim() == 2 and v.shape != labels.shape) for v in few.values()):
+        return few
+    length = labels.shape[1]
+    width = min(length, FEW_TOKENS)
+    places = torch.arange(length, device=labels.device)
+    last = torch.where(label_counts(labels) > 0, places.where(labels != IGNORED, 0).amax(1), length - 1)
+    columns = (last[:, None] - width + 1).clamp_min(0) + places[:width]
+    return {name: value.gather(1, columns) if value.dim() == 2 else value for name, value in few.items()}
 
 
 def _value(outputs: Any, name: str) -> Tensor | None:

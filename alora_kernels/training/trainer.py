@@ -200,7 +200,7 @@ class ALoRATrainer(Trainer):
 
         loss = self._losses[model.training]
         if "task_ids" in inputs or current_routing() is None:  # ids set by a caller are those of all rows
-            loss.learn(call, inputs, self._agreed)
+            loss.learn(call, inputs, self._agreed, model)
         return bool(loss.by_rows)
 
     def _agreed(self, verdict: int) -> int:
