@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ..records import Dropout, acc_dtype
 from ..routing import RowGroups
+from . import packed
 from .dispatch import Plan
 from .products import add_product_, product, transposed_product, without_autocast
 from .torch_rows import Rows, Slots, Whole, layout_of
 from .types import Adapter, Grads, Needs, Saved, wider
-
-HAS_MKL = torch.backends.mkl.is_available()
-TRANSPOSED = (1 << 18, 1 << 20)  # entries of the smallest weights for `_prefers_transposed`
 
 
 def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
@@ -37,12 +35,12 @@ def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
     return (bits >= dropped - 32768).view(x.shape).to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
-def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
-    """out[rows] += scaling * left right, in place."""
+def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor) -> None:
+    """out[rows] += left right, in place."""
     if isinstance(rows, slice):
-        add_product_(out[rows], left, right, scaling)
+        add_product_(out[rows], left, right)
     else:
-        _add(out, rows, product(left, right, scaling))
+        _add(out, rows, left @ right)
 
 
 def _add(out: Tensor, rows: Rows, part: Tensor) -> None:
@@ -53,11 +51,12 @@ def _add(out: Tensor, rows: Rows, part: Tensor) -> None:
         out.index_add_(0, rows, part)
 
 
-def drop(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
-    """What the low-rank path sees of x, and the mask; x itself without dropout."""
-    if dropout is None:
+def drop(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+    """What the low-rank path sees of x, and the mask; x itself without dropout, else as wide as the adapter."""
+    if adapter.dropout is None:
         return x, None
-    mask = dropout_mask(x, dropout)
+    x = x.to(wider(x, adapter.a, adapter.router))
+    mask = dropout_mask(x, adapter.dropout)
     return x * mask, mask
 
 
@@ -69,13 +68,13 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tens
     if isinstance(layout, Slots):
         # [T, C, K] [T, K, R]
         left, right = layout.lay(x), layout.matrices(a).transpose(1, 2)
-        slots = torch.baddbmm(x.new_empty(()), left, right, beta=0, alpha=scaling)
+        slots = torch.baddbmm(a.new_empty(()), left.to(a.dtype), right, beta=0, alpha=scaling)
         if layout.back is not None:
             return slots.flatten(0, 1).index_select(0, layout.back)
-        return x.new_zeros(x.shape[0], a.shape[1]).index_copy_(0, layout.rows, layout.collect(slots))
-    h = x.new_zeros(x.shape[0], a.shape[1])
+        return a.new_zeros(x.shape[0], a.shape[1]).index_copy_(0, layout.rows, layout.collect(slots))
+    h = a.new_zeros(x.shape[0], a.shape[1])
     for task, rows in layout:
-        _accumulate(h, rows, x[rows], a[task].t(), scaling)
+        h[rows] = product(x[rows], a[task].t(), scaling)
     return h
 
 
@@ -93,8 +92,11 @@ def _parts(p: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 def _soft_products(x: Tensor, dropped: Tensor, adapter: Adapter) -> Tensor:
     """p with the gate in the place of the logits, in `acc_dtype`; one product with x unless there is dropout."""
-    a, router = _factors(adapter, x.dtype)
-    p = x @ torch.cat((a, router)).t() if dropped is x else torch.cat((dropped @ a.t(), x @ router.t()), dim=1)
+    a, router = _factors(adapter, wider(x, adapter.a, adapter.router))
+    if dropped is x:
+        p = product(x, torch.cat((a, router)).t(), 1.0)
+    else:
+        p = torch.cat((product(dropped, a.t(), 1.0), product(x, router.t(), 1.0)), dim=1)
     p = p.to(acc_dtype(x.dtype))
     _, gate = _parts(p, adapter)
     gate.copy_(torch.softmax(gate.t().contiguous(), dim=0).t())  # experts first: four times faster on CPUs
@@ -111,35 +113,24 @@ def _mixture(p: Tensor, adapter: Adapter) -> Tensor:
 @without_autocast
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
-    x = x.to(wider(x, adapter.a, adapter.router))
-    dropped, _ = drop(x, adapter.dropout)
+    dropped, _ = drop(x, adapter)
+    dtype = wider(x, adapter.a, adapter.router)
     if adapter.router is None:
-        h = shrink_task(dropped, adapter.a.to(x.dtype), adapter.task_groups, adapter.scaling)
+        h = shrink_task(dropped, adapter.a.to(dtype), adapter.task_groups, adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
     p = _soft_products(x, dropped, adapter)
-    return Saved(_mixture(p, adapter).to(x.dtype), p)
+    return Saved(_mixture(p, adapter).to(dtype), p)
 
 
 def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
-    """x w^T + bias; with few rows as (w x^T)^T, which MKL shares out better between threads.
+    """x w^T + bias.
 
-    That rounds otherwise than `F.linear`, so it is not done where base-only rows are to equal the base bit for bit.
+    A packed weight rounds otherwise than `F.linear`, so it is not taken where base-only rows are to equal the base bit
+    for bit.
     """
-    if not _prefers_transposed(x, w) or (groups is not None and groups.offsets[0].item() > 0):
+    if groups is not None and groups.offsets[0].item() > 0:
         return F.linear(x, w, bias)
-    transposed = torch.mm(w, x.t()).t()
-    return transposed.contiguous() if bias is None else torch.add(transposed, bias, out=x.new_empty(transposed.shape))
-
-
-def _prefers_transposed(x: Tensor, w: Tensor) -> bool:
-    """Whether the transposed product is the faster one; measured with two threads (LOG.md).
-
-    2 to 4 rows: 1.3 to 2.5 times as fast; 16 to 128 rows of a weight from 2^20 entries: 1.05 to 1.7 times.
-    """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not HAS_MKL or torch.get_num_threads() == 1:
-        return False
-    rows, size = x.shape[0], w.numel()
-    return (2 <= rows <= 4 and size >= TRANSPOSED[0]) or (16 <= rows <= 128 and size >= TRANSPOSED[1])
+    return packed.linear(x, w, bias)
 
 
 @without_autocast
@@ -168,10 +159,10 @@ def task_backward(
             _accumulate(dx, rows, dh_rows, a[task])
         elif dx is not None and mask is not None:
             _add(dx, rows, (dh_rows @ a[task]) * mask[rows])
-        if da is not None and da.dtype == dh.dtype:
+        if da is not None and da.dtype == dh.dtype == dropped.dtype:
             da[task].addmm_(dh_rows.t(), dropped[rows])
         elif da is not None:  # runs of 16-bit rows are summed in float32
-            da[task] += dh_rows.t() @ dropped[rows]
+            da[task] += transposed_product(dh_rows, dropped[rows])
     return da
 
 
@@ -187,7 +178,7 @@ def _slots_backward(
     if not wanted:
         return None
     # [T, R, C] [T, C, K]
-    da = torch.bmm(dh_slots.transpose(1, 2), layout.lay(dropped))
+    da = torch.bmm(dh_slots.transpose(1, 2), layout.lay(dropped).to(dh.dtype))
     return da if layout.tasks is None else torch.zeros_like(a).index_copy_(0, layout.tasks, da)
 
 
@@ -214,8 +205,8 @@ def _soft_backward(
     wanted: bool,
 ) -> Grads:
     """Add the low-rank part to dx in place; the gradients of a and router, if wanted."""
-    dp = _gate_backward(dh.to(p.dtype), p, adapter).to(x.dtype)
-    a, router = _factors(adapter, x.dtype)
+    dp = _gate_backward(dh.to(p.dtype), p, adapter).to(dh.dtype)
+    a, router = _factors(adapter, dh.dtype)
     low, logits = dp.split([a.shape[0], router.shape[0]], 1)
     if dx is not None and mask is None:
         add_product_(dx, dp, torch.cat((a, router)))
@@ -224,8 +215,8 @@ def _soft_backward(
     if not wanted:
         return Grads(dx, None, None)
     if mask is not None:
-        return Grads(dx, (low.t() @ dropped).view_as(adapter.a), logits.t() @ x)
-    da, drouter = (dp.t() @ x).split([a.shape[0], router.shape[0]])
+        return Grads(dx, (low.t() @ dropped).view_as(adapter.a), transposed_product(logits, x))
+    da, drouter = transposed_product(dp, x).split([a.shape[0], router.shape[0]])
     return Grads(dx, da.view_as(adapter.a), drouter.clone())  # outputs of an op must not share memory
 
 
@@ -236,11 +227,10 @@ def shrink_backward(
     """Gradients of `shrink` from the gradient of the UNSCALED h; the low-rank part of dx is added to dx in place."""
     if dx is None and needs.x:
         dx = torch.zeros_like(x)
-    x = x.to(wider(x, adapter.a, adapter.router))
-    dh = dh.to(x.dtype)
-    dropped, mask = drop(x, adapter.dropout)
+    dh = dh.to(wider(x, adapter.a, adapter.router))
+    dropped, mask = drop(x, adapter)
     if adapter.router is None:
-        da = task_backward(dx, dh, adapter.a.to(x.dtype), adapter.task_groups, dropped, mask, needs.a)
+        da = task_backward(dx, dh, adapter.a.to(dh.dtype), adapter.task_groups, dropped, mask, needs.a)
         grads = Grads(dx, da, None)
     else:
         grads = _soft_backward(dx, dh, x, saved.p, adapter, dropped, mask, needs.a or needs.router)
@@ -253,7 +243,7 @@ def linear_backward(
 ) -> tuple[Grads, Tensor | None]:
     """Gradients of `linear` for x, a, router and b: dx = dy w + dp [a; router], db = dy^T h."""
     db = transposed_product(dy, saved.h).to(b.dtype) if needs.b else None
-    dx = dy @ w if needs.x else None
+    dx = packed.matmul(dy, w) if needs.x else None
     if not (needs.x or needs.a or needs.router):
         return Grads(None, None, None), db
     dh = product(dy, b, adapter.scaling)

@@ -123,9 +123,10 @@ def test_only_one_of_a_and_b_is_float32() -> None:
             assert (ours[key].double() - t).abs().max() <= 2**-6 * max(1.0, t.abs().max()), key
 
 
-def test_blocks_of_rows_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("low", LOWS, ids=str)
+def test_blocks_of_rows_are_put_together(monkeypatch: pytest.MonkeyPatch, low: torch.dtype) -> None:
     monkeypatch.setattr(products, "BLOCK", 50)  # rows of 18 and 24 entries: two at a time
-    p = mixed_problem((41,), torch.bfloat16, "task", torch.arange(41) % E)
+    p = mixed_problem((41,), low, "task", torch.arange(41) % E)
     truth, own = p.to(torch.float64).step(reference.alora_linear), p.step(reference.alora_linear)
     for op in OPS.values():
         assert_within_twice(p.step(op, backend="torch"), own, truth, tiny=1e-6)
@@ -138,3 +139,15 @@ def test_the_compiled_op_knows_its_dtypes() -> None:
         eager, ours = p.step(alora_linear, backend="torch"), p.step(compiled, backend="torch")
         for key, t in eager.items():
             torch.testing.assert_close(ours[key], t)
+
+
+def test_a_large_sum_in_bf16_is_rounded_once() -> None:
+    """Products of halves instead of a float32 copy: the error is the last rounding's, also where addends cancel."""
+    rows, width = 300, products.BLOCK // 256
+    left, right = torch.randn(rows, R), torch.randn(R, width)
+    out = (left @ right).neg().to(torch.bfloat16) + torch.randn(rows, width).to(torch.bfloat16) / 64
+    truth = out.double() + 0.75 * left.double() @ right.double()
+    wide = out.float().addmm(left, right, alpha=0.75).to(torch.bfloat16)
+    found = products.add_product_(out.clone(), left, right, 0.75)
+    assert out.numel() > products.BLOCK
+    assert (found.double() - truth).abs().max() <= 1.01 * (wide.double() - truth).abs().max() + 2**-15

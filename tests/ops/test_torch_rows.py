@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_kernels import alora_linear
-from alora_kernels.ops import torch_backend
 from alora_kernels.ops.torch_rows import Slots, Whole, layout_of
 from alora_kernels.routing import Routing, group_rows
 from tests.compare import assert_as_good_as_torch, problem
@@ -145,41 +144,3 @@ def test_an_id_that_names_no_task_gets_the_base():
             assert set(ids[layout.rows].tolist()) == {0, 1}
         else:
             assert [task for task, _ in layout] == [0, 1]
-
-
-@pytest.fixture
-def turned(monkeypatch):
-    """Small weights take the turned product as large ones do."""
-    monkeypatch.setattr(torch_backend, "TRANSPOSED", (1, 1))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    taken = []
-    product = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda w, x: taken.append(w.shape) or product(w, x))
-    return taken
-
-
-@pytest.mark.skipif(not torch_backend.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("routing", ["task", "soft"])
-def test_the_turned_base_product(turned, routing, bias):
-    p = problem((16,), 24, 18, 4, 3, routing=routing, dtype=torch.float32, ids=torch.arange(16) % 3, bias=bias)
-    assert_as_good_as_torch(p, alora_linear, torch.float32, backend="torch")
-    assert turned == [(18, 24)]
-    y = alora_linear(p.leaves["x"], p.weight, p.leaves["a"], p.leaves["b"], router=p.leaves.get("router"), **p.given)
-    assert y.is_contiguous()
-
-
-@pytest.mark.skipif(not torch_backend.HAS_MKL, reason="this torch has no MKL, so nothing is turned")
-def test_what_is_not_turned(turned, monkeypatch):
-    def call(ids, dtype=torch.float32):
-        p = problem((len(ids),), 24, 18, 4, 3, routing="task", dtype=dtype, ids=ids)
-        p.step(alora_linear)
-        return len(turned)
-
-    for rows in (0, 1, 5, 15, 129):  # too few or too many
-        assert call(torch.zeros(rows).long()) == 0
-    assert call(torch.zeros(16).long(), torch.float64) == 0
-    assert call(torch.tensor([-1] + [0] * 15)) == 0  # a base-only row is the base bit for bit
-    assert [call(torch.zeros(rows).long()) for rows in (2, 4, 16, 128)] == [1, 2, 3, 4]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert call(torch.zeros(16).long()) == 4
