@@ -1,6 +1,6 @@
 """A language model twice over the same numbers, with our tuner and with stock PEFT, one LoRA per task.
 
-Both adapters have the dtype of the base, which is stock PEFT's faster way in 16 bits. What is right is stock PEFT in
+Without `widens` both adapters have the dtype of the base, stock PEFT's faster way in 16 bits. Right is stock PEFT in
 float64; what is allowed is twice the error of stock PEFT in the same dtype, over the worst of all tensors.
 """
 
@@ -20,8 +20,10 @@ import alora_kernels
 
 from ..report.rows import Row
 from ..run import Check, Ready, made_ready
+from .worker import llama
 
-FROZEN, FUSED = "frozen", "fused"
+FROZEN, FUSED, ONE = "frozen", "fused", "PEFT LoRA, one for all tasks"
+SMALLER = {FROZEN: "frozen", ONE: "lora"}  # what does less than several adapters -> what it computes
 TINY = 1e-6
 Step = Callable[[], Sequence[Tensor]]
 
@@ -41,15 +43,6 @@ class Setting:
     device: str = "cpu"
 
 
-def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
-    """A Llama with random weights; `shape` is that of `transformers.LlamaConfig`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype)
-
-
 def eight_billion(layers: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
     """Llama 3 8B by its shapes, with fewer layers and random weights."""
     widths = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192}
@@ -65,6 +58,7 @@ class Pair(ABC):
     """
 
     training = True  # the mode of all models
+    widens = False  # whether adapters over 16 bits are float32, as PEFT and our recipes have them by default
     stock_name: str
 
     def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
@@ -89,8 +83,8 @@ class Pair(ABC):
         return 2 * worst_of(self.results(self.stock_name, self.step_of(self.stock_name)()), self.truth)[0] + TINY
 
     def check(self, name: str, outputs: Sequence[Tensor]) -> Check:
-        """What came of a step against the truth; of the frozen model, transformers' own: numbers, that is all."""
-        if name == FROZEN:
+        """What came of a step against the truth; of stock code that computes less, whether it is numbers at all."""
+        if name in SMALLER:
             return Check(0.0 if bool(outputs[0].isfinite().all()) else float("nan"), 0.0, "output")
         return judged(self.results(name, outputs), self.truth, self.allowed)
 
@@ -105,10 +99,9 @@ class Pair(ABC):
 
         torch.manual_seed(0)
         s = self.setting
-        config = alora_kernels.ALoRAConfig(
-            r=s.r, lora_alpha=s.alpha, tasks=s.tasks, target_modules="all-linear", init_weights=False
-        )
-        model: Any = get_peft_model(self._base(), config, autocast_adapter_dtype=False)
+        options: Any = {"r": s.r, "lora_alpha": s.alpha, "target_modules": "all-linear"}
+        config = alora_kernels.ALoRAConfig(**options, tasks=self.tasks, init_weights=False)
+        model: Any = get_peft_model(self._base(), config, autocast_adapter_dtype=self.widens)
         with torch.no_grad():
             for layer in (m for m in model.modules() if hasattr(m, "asymlora_B")):
                 layer.asymlora_B["default"].weight.mul_(0.1)  # a correction of the base, as after training
@@ -121,9 +114,9 @@ class Pair(ABC):
 
         s = self.setting
         config = LoraConfig(r=s.r, lora_alpha=s.alpha, target_modules="all-linear")
-        model: Any = get_peft_model(self._base(), config, adapter_name="0", autocast_adapter_dtype=False)
+        model: Any = get_peft_model(self._base(), config, adapter_name="0", autocast_adapter_dtype=self.widens)
         for task in range(1, s.tasks):
-            model.add_adapter(str(task), config, autocast_adapter_dtype=False)
+            model.add_adapter(str(task), config, autocast_adapter_dtype=self.widens)
         with torch.no_grad():
             for name, layer in self.layers():
                 lora = model.get_submodule(name)
@@ -134,6 +127,11 @@ class Pair(ABC):
 
     def double(self) -> Any:
         return copy.deepcopy(self.stock).double()
+
+    @property
+    def tasks(self) -> Any:
+        """Of our adapter: their number, or their names."""
+        return self.setting.tasks
 
     @cached_property
     def ids(self) -> Tensor:
@@ -170,7 +168,7 @@ class ModelWork:
 class ModelCandidate:
     def __init__(self, name: str, models: Pair) -> None:
         self.name, self._models = name, models
-        self.computes = "frozen" if name == FROZEN else "task"
+        self.computes = SMALLER.get(name, "task")
 
     def reason(self, direction: str, mode: str) -> str | None:
         return self._models.reason(self.name, mode)

@@ -2,7 +2,8 @@
 
 On CPUs SmolLM2-135M where the demo has left it in the cache, else a Llama of its shape with random weights; on GPUs
 some layers of a Llama 3 8B. As in the demo only an answer at the end of each row is supervised. Stock PEFT refuses
-`adapter_names` in training. Judged are the loss and the gradient of every A and B.
+`adapter_names` in training; "one for all tasks" gives all rows to one of its LoRAs. Judged are the loss and the
+gradient of every A and B.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from alora_kernels import route
 from alora_kernels.files import cache_dir
 
 from ..report.rows import BOTH, GRAPH
-from .pair import FROZEN, FUSED, ModelWork, Pair, Setting, Step, llama
+from .pair import FROZEN, FUSED, ONE, ModelWork, Pair, Setting, Step
+from .worker import llama
 
 STOCK = "PEFT LoRA task by task"
-MODELS = (FUSED, STOCK)
+PLAIN = f"{STOCK}, labels="  # the loss left to the model, which computes all logits
+MODELS = (FUSED, STOCK, ONE)
 SMALL = Setting("training step", tasks=4, rows=12, tokens=32)
 
 
@@ -30,13 +33,18 @@ def in_cache() -> bool:
     return any(cache_dir().glob("smollm2-135m-*"))
 
 
-def base_model() -> Any:
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> Any:
     if in_cache():
         from alora_kernels.data import load_model
 
-        return load_model("smollm2-135m")[0]
-    depth: Any = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    return llama(hidden_size=576, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True, **depth)
+        return load_model("smollm2-135m", dtype=dtype)[0]
+    return llama(dtype=dtype, **SMOLLM2)
 
 
 def smollm_note() -> str:
@@ -47,7 +55,7 @@ def smollm_note() -> str:
 
 def training_work(
     names: Sequence[str] = MODELS,
-    base: Callable[[], Any] = base_model,
+    base: Callable[[], Any] | None = None,
     setting: Setting = SMALL,
     *,
     width: int = 576,
@@ -55,7 +63,8 @@ def training_work(
 ) -> ModelWork:
     """The mixed training step of these models; a step takes seconds, not milliseconds, so 4 rounds by default."""
     m, note = setting.rows * setting.tokens, smollm_note() if note is None else note
-    return ModelWork(names, Training(base, setting), BOTH, m=m, width=width, note=note, repeats=1 / 15)
+    models = Training(base or partial(base_model, setting.dtype), setting)
+    return ModelWork(names, models, BOTH, m=m, width=width, note=note, repeats=1 / 15)
 
 
 class Training(Pair):
@@ -73,6 +82,8 @@ class Training(Pair):
     def step(self, name: str) -> tuple[Tensor]:
         if name == STOCK:
             return (self._task_by_task(self.stock),)
+        if name == ONE:
+            return (self._task_by_task(self.stock, [self.tokens]),)
         if name == FROZEN:
             return (self._through_frozen(),)
         self.fused.zero_grad()
@@ -104,7 +115,7 @@ class Training(Pair):
             found[f"{path} B"] = torch.stack([lora.lora_B[str(t)].weight.grad for t in tasks]).sum(0)
         return found
 
-    def _loss(self, model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
+    def _loss(self, model: Any, tokens: Any, **inputs: Any) -> Tensor:
         """Loss of the answers' tokens, summed, so that parts of a batch add up."""
         s = self.setting
         logits = model(**inputs or {"input_ids": tokens}, logits_to_keep=self._before_answers, use_cache=False).logits
@@ -119,17 +130,17 @@ class Training(Pair):
         return torch.arange(s.tokens - s.answer - 1, s.tokens - 1, device=s.device)
 
     @cached_property
-    def _rows_of(self) -> list[Tensor]:
+    def _rows_of(self) -> Sequence[Any]:
         """The rows of each task: picking them by a mask would make the host wait for the GPU."""
         return [self.tokens[self.ids == task] for task in range(self.setting.tasks)]
 
-    def _task_by_task(self, model: Any) -> Tensor:
-        """What stock PEFT can do with a mixed batch: one adapter after the other, each on its rows."""
+    def _task_by_task(self, model: Any, parts: Sequence[Any] | None = None, **how: Any) -> Tensor:
+        """What stock PEFT can do with a mixed batch: one adapter after the other, each on its part of the rows."""
         model.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.setting.device)
-        for task, rows in enumerate(self._rows_of):
+        for task, rows in enumerate(parts or self._rows_of):
             model.set_adapter(str(task))
-            loss = self._loss(model, rows)
+            loss = self._loss(model, rows, **how)
             loss.backward()
             total += loss.detach()
         return total

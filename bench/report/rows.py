@@ -54,7 +54,7 @@ class Row:
     p20_ms: float | None = None  # percentiles of the runs; empty where nothing was timed
     p50_ms: float | None = None
     p80_ms: float | None = None
-    peak_mb: float | None = None  # above what was allocated before the call; GPUs only
+    peak_mb: float | None = None  # above what was allocated before the call; on CPUs of a whole process, or empty
     worst_error: float | None = None  # of the tensor that is nearest to (or furthest beyond) what is allowed
     allowed_error: float | None = None
     status: str = OK

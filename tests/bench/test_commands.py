@@ -33,7 +33,9 @@ def test_help(command):
     ("arguments", "named", "alternatives"),
     [
         (("cpu", "--provider", "nobody"), "'nobody'", ("fused", "HydraLoRA", "PEFT LoRA task by task")),
-        (("cpu", "--section", "nowhere"), "'nowhere'", ("layer", "decode", "training")),
+        (("cpu", "--section", "nowhere"), "'nowhere'", ("layer", "decode", "training", "demo", "memory")),
+        (("cpu", "--dtype", "float8"), "'float8'", ("float32", "bfloat16")),
+        (("cpu", "--build", "nothing", "--build-venv", "x"), "no commit nothing", ("--build",)),
         (("gpu", "--provider", "nobody"), "'nobody'", ("fused:one_pass", "vLLM")),
         (("gpu", "--case", "nothing"), "'nothing'", ("decode 64", "tasks 1024")),
         (("gpu", "--mode", "lazy"), "'lazy'", ("eager", "cuda graph")),
@@ -42,7 +44,7 @@ def test_help(command):
 def test_an_unknown_name_is_answered_with_those_there_are(arguments, named, alternatives):
     code, said = invoke(*arguments)
     assert code == 2
-    assert "unknown" in said or "no case" in said
+    assert "unknown" in said or "no c" in said
     for name in (named, *alternatives):
         assert name in said
 
@@ -59,7 +61,8 @@ def test_without_a_gpu_the_other_commands_are_named():
 def test_a_layer_from_end_to_end(tmp_path):
     out = tmp_path / "cpu.csv"
     code, said = invoke(
-        "cpu", "--section", "layer", "--provider", "fused", "--provider", "hoisted", *SMALL, "--out", str(out)
+        *("cpu", "--section", "layer", "--provider", "fused", "--provider", "hoisted", "--dtype", "float32"),
+        *(*SMALL, "--out", str(out)),
     )
     assert code == 0, said
     rows = read(out, Row)
@@ -82,7 +85,12 @@ def test_sections_choose_cases():
     names = [*cpu.LAYER, *cpu.DECODE]
     assert [w.row.case for w in cpu.works(["layer"], names, shape)] == ["layer soft", "layer task"]
     assert [w.row.case for w in cpu.works(["decode"], names, shape)] == ["decode 768", "decode 2048"]
-    assert cpu.works(["training"], ["frozen"], shape) == []
+    assert cpu.works(["training", "memory"], ["frozen"], shape) == []
+    both = [
+        (w.row.case, w.row.dtype) for w in cpu.works(["decode", "training"], [*names, *cpu.DEMO], shape, cpu.DTYPES)
+    ]
+    assert both[1:3] == [("decode 2048", "float32"), ("decode 768, bfloat16", "bfloat16")]
+    assert both[-2:] == [("training step", "float32"), ("training step, bfloat16", "bfloat16")]
 
 
 def test_gpu_cases_begin_with_the_plain_gemm():

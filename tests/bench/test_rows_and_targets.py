@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bench import gpu
-from bench.cpu import LAYER, SECTIONS, works
+from bench.cpu import DEMO, DTYPES, LAYER, SECTIONS, works
 from bench.layers.providers import PROVIDERS
 from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row, newest, origin, slug
 from bench.report.targets import CPU_TARGETS, GPU_TARGETS, between, judge
@@ -75,7 +75,7 @@ def test_every_target_asks_for_something_that_is_run():
     run = {}
     shape = {"m": 32, "k": 8, "n": 8, "e": 2, "r": 2}
     on_gpu = [*gpu.works(), *gpu.models(gpu.MODELS, 1)]
-    for work in [*works(list(SECTIONS), [*LAYER, *PROVIDERS, "PEFT LoRA task by task"], shape), *on_gpu]:
+    for work in [*works(SECTIONS, [*LAYER, *PROVIDERS, *DEMO], shape, DTYPES), *on_gpu]:
         for direction in work.directions:
             run[work.row.case, direction] = {candidate.name for candidate in work.candidates()}
     for target in (*CPU_TARGETS, *GPU_TARGETS):
