@@ -118,7 +118,7 @@ class Segments:
 
 
 def _alike(segments: list[Bounds]) -> list[list[Bounds]]:
-    """Segments in groups that filling up to the longest makes at most half as costly again."""
+    """Segments in groups; filling up makes none half as costly again, nor a segment costlier by another tile."""
     groups: list[list[Bounds]] = []
     real = keys = 0
     for one in sorted(segments, key=lambda s: (s[1] - s[0], s[3] - s[2]), reverse=True):
@@ -126,8 +126,9 @@ def _alike(segments: list[Bounds]) -> list[list[Bounds]]:
         cost = (queries + GATHER) * length
         if groups:
             first = groups[-1][0]  # which has the most queries
-            filled = (len(groups[-1]) + 1) * (first[1] - first[0] + GATHER) * max(keys, length)
-            if filled <= min(CELLS, max(1.5 * (real + cost), real + cost + SPARE)):
+            each = (first[1] - first[0] + GATHER) * max(keys, length)
+            together = (len(groups[-1]) + 1) * each <= min(CELLS, max(1.5 * (real + cost), real + cost + SPARE))
+            if together and each - cost <= SPARE:
                 groups[-1].append(one)
                 real, keys = real + cost, max(keys, length)
                 continue
