@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .output_head import OutputHead, find_head
+from .output_head import OutputHead, find_head, output_layer
 from .rules import IGNORED, BatchRules
 from .tasks import all_per_row
 
@@ -55,6 +55,7 @@ class ModelLoss:
         self.by_rows: bool | None = None
         self.head: OutputHead | None = None
         self.whole_because = "no model was tried"
+        self._tried: Any = None  # the output layer of the last trial
         self._labelled = rules.needs_labels  # without labels it gives something else, or nothing
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -84,7 +85,8 @@ class ModelLoss:
         included, a language model's output layer is tried too.
         """
         labels = inputs["labels"]
-        if self.by_rows is not None or labels.is_floating_point() or labels.dim() > 2:
+        again = self.by_rows and model is not None and output_layer(model) is not self._tried
+        if (self.by_rows is not None and not again) or labels.is_floating_point() or labels.dim() > 2:
             return
         rows = label_counts(labels).topk(min(2, len(labels))).indices
         if labels.dim() == 1:  # one label per row: several rows, for several classes
@@ -94,11 +96,13 @@ class ModelLoss:
             few = _few_tokens({name: value[rows] for name, value in inputs.items()})
         devices = [labels.device] if labels.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            outputs = call(few)
-            self._settle(agree(self._compare(outputs, few["labels"])))
-            if self.by_rows:
-                self._settle(agree(self._try_classes(call, few, outputs)))
-                self._try_without_labels(call, few, outputs)
+            if not again:
+                outputs = call(few)
+                self._settle(agree(self._compare(outputs, few["labels"])))
+                if self.by_rows:
+                    self._settle(agree(self._try_classes(call, few, outputs)))
+                    self._try_without_labels(call, few, outputs)
+            if self.by_rows and model is not None:
                 self._try_head(call, few, model, agree)
 
     def _settle(self, verdict: int) -> None:
@@ -127,18 +131,37 @@ class ModelLoss:
 
     def _try_head(self, call: Call, few: dict[str, Any], model: Any, agree: Callable[[int], int]) -> None:
         """Whether the output layer can be asked at the labels only, in every process."""
+        self.head, self._tried = None, output_layer(model)
         try:
-            if model is None or self._wants_labels(few):
-                raise ValueError("the model must be called with its labels" if model is not None else "no model given")
+            if self._wants_labels(few):
+                raise ValueError("the model must be called with its labels")
             head = find_head(model)
             head.prove(lambda: call({name: value for name, value in few.items() if name != "labels"}))
-            self.head, self.whole_because = head, ""
+            self.head, why = head, ""
         except Exception as error:  # whatever it is, all logits are the way that is known to be right
-            self.whole_because = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if agree(ALIGNED if self.head is not None else OTHER) == OTHER and self.head is not None:
-            self.head, self.whole_because = None, "another process cannot"
-        if self.whole_because:
-            logger.info("all logits are computed for the loss: %s", self.whole_because)
+            why = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if agree(OTHER if why else ALIGNED) == OTHER:
+            self.head, why = None, why or "another process cannot do without"
+        self._tell(why)
+
+    def _tell(self, why: str) -> None:
+        if why and why != self.whole_because:
+            logger.info("all logits are computed for the loss: %s", why)
+        self.whole_because = why
+
+    def _head_of(self, model: Any) -> OutputHead | None:
+        """The output layer as it is now, if it is the one that was proven and can still be asked by position."""
+        if self.head is None:
+            return None
+        try:
+            head = find_head(model)
+            if head.module is not self._tried:
+                raise ValueError("the model has another output layer than the one that was tried")
+        except ValueError as why:
+            self._tell(f"{why}")
+            return None
+        self.whole_because = ""
+        return head
 
     def _compare(self, outputs: Any, labels: Tensor) -> int:
         """What the value of the model's loss says of it: `UNKNOWN`, `ALIGNED`, `SHIFTED` or `OTHER`."""
@@ -184,8 +207,9 @@ class ModelLoss:
             return Scored(outputs, own, None, counts, None)
         if not self._wants_labels(known):
             del known["labels"]
-        if self.head is not None and not all_logits:
-            return self._at_labels(self.head, lambda: model(**known), labels, label_smoothing)
+        head = None if all_logits else self._head_of(model)
+        if head is not None:
+            return self._at_labels(head, lambda: model(**known), labels, label_smoothing)
         chooses = self.shifts and "logits_to_keep" in (self.rules.columns or ())
         if chooses and not (all_logits or self._labelled or isinstance(model, nn.DataParallel)):
             known["logits_to_keep"] = kept_positions(labels)

@@ -161,7 +161,7 @@ class OutputHead:
 
 def find_head(model: Any) -> OutputHead:
     """The output layer of a model, wrapped or not; a ValueError with the reason if it cannot be asked by position."""
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = _inside(model)
     if not isinstance(inside, PreTrainedModel | PeftModel):
         raise ValueError(f"{type(inside).__name__} is around the model, or is no model of transformers")
     base = base_model(inside)
@@ -169,13 +169,23 @@ def find_head(model: Any) -> OutputHead:
         raise ValueError("the model is compiled")
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError("the model is an encoder and a decoder")
-    module = base.get_output_embeddings()
+    module = output_layer(model)
     if module is None:
         raise ValueError(f"{type(base).__name__} names no output embeddings")
     head = OutputHead(module, text_config(base.config))
     if inside is not model and (head.trained or model.static_graph):
         raise ValueError("DistributedDataParallel must see the output layer train in the forward, or a static graph")
     return head
+
+
+def output_layer(model: Any) -> Any:
+    """What a model names as its output layer, None without one; which one that is may change with its adapters."""
+    base = base_model(_inside(model))
+    return base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+
+
+def _inside(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _linear_of(module: Any) -> Any:
