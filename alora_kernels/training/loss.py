@@ -25,7 +25,7 @@ Call = Callable[[dict[str, Any]], Any]  # a batch in, the model's outputs
 UNKNOWN, ALIGNED, SHIFTED, OTHER = range(4)  # verdicts on a loss; of several processes the largest counts
 TRIALS = 4  # at most so many calls for a head with a label per row
 FEW_CLASSES = 512  # heads that may weight their classes; a vocabulary is larger
-FEW_TOKENS = 64  # of a row that is tried: 2 rows of 1024 tokens and a vocabulary of 128k are 3.2 GB of logits
+FEW_TOKENS = 32  # of a row that is tried: 2 rows of 1024 tokens and a vocabulary of 128k are 3.2 GB of logits
 
 
 class Scored(NamedTuple):

@@ -238,8 +238,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
     """Equal to rounding of their dtype, measured at the largest number of each row."""
     if one.shape != other.shape:
         return False
-    largest = other.abs().amax(-1, keepdim=True).double()
-    error = (one.double() - other.double()).abs() / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    wide = torch.promote_types(other.dtype, torch.float32)
+    largest = other.abs().amax(-1, keepdim=True).to(wide).clamp_min(torch.finfo(torch.float32).tiny)
+    error = (one.to(wide) - other.to(wide)).abs_().div_(largest)
     return bool((error <= 16 * torch.finfo(other.dtype).eps + 1e-4).all())
 
 
