@@ -149,7 +149,7 @@ class ModelLoss:
             logger.info("all logits are computed for the loss: %s", why)
         self.whole_because = why
 
-    def _head_of(self, model: Any) -> OutputHead | None:
+    def head_of(self, model: Any) -> OutputHead | None:
         """The output layer as it is now, if it is the one that was proven and can still be asked by position."""
         if self.head is None:
             return None
@@ -186,14 +186,21 @@ class ModelLoss:
         return agreed[0] if agreed else OTHER
 
     def __call__(
-        self, model: Any, inputs: Mapping[str, Any], label_smoothing: float = 0.0, *, all_logits: bool = True
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        *,
+        all_logits: bool = True,
+        counts: Tensor | None = None,
     ) -> Scored:
         """The loss of a batch that holds what the forward knows, with `labels`; smoothing is for losses by rows.
 
-        Without `all_logits` a language model's logits are computed at the labels only, or some are left out.
+        Without `all_logits` a language model's logits are computed at the labels only, or some are left out. `counts`
+        are the labels of each row where rows lie side by side in one, as `packing` puts them for a model with a `head`.
         """
         known, labels = dict(inputs), self.labels(inputs)
-        counts = label_counts(self.counted(inputs))
+        counts = label_counts(self.counted(inputs)) if counts is None else counts
         if not self.by_rows:
             outputs = model(**known | {"labels": labels})
             own, logits = _value(outputs, "loss"), _value(outputs, "logits")
@@ -207,9 +214,9 @@ class ModelLoss:
             return Scored(outputs, own, None, counts, None)
         if not self._wants_labels(known):
             del known["labels"]
-        head = None if all_logits else self._head_of(model)
+        head = None if all_logits else self.head_of(model)
         if head is not None:
-            return self._at_labels(head, lambda: model(**known), labels, label_smoothing)
+            return self._at_labels(head, lambda: model(**known), labels, counts, label_smoothing)
         chooses = self.shifts and "logits_to_keep" in (self.rules.columns or ())
         if chooses and not (all_logits or self._labelled or isinstance(model, nn.DataParallel)):
             known["logits_to_keep"] = kept_positions(labels)
@@ -220,13 +227,15 @@ class ModelLoss:
         mean = losses.sum() / counts.sum().clamp_min(1)
         return Scored(outputs, self._balanced(mean, _value(outputs, "aux_loss")), losses, counts, right)
 
-    def _at_labels(self, head: OutputHead, call: Callable[[], Any], labels: Tensor, label_smoothing: float) -> Scored:
+    def _at_labels(
+        self, head: OutputHead, call: Callable[[], Any], labels: Tensor, counts: Tensor, label_smoothing: float
+    ) -> Scored:
         """As `__call__`, with the logits of labelled positions alone."""
         outputs, given = head.capture(call)
         aligned = next_labels(labels) if self.shifts else labels
-        found, asked = head.losses(given, aligned, label_smoothing)
-        rows, counts = asked // labels.shape[1], label_counts(labels)
-        losses = found.losses.new_zeros(len(labels)).index_add(0, rows, found.losses)
+        found = head.losses(given, aligned, label_smoothing)
+        rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)  # labels come row after row
+        losses = found.losses.new_zeros(len(counts)).index_add(0, rows, found.losses)
         wrong = torch.zeros_like(counts).index_add(0, rows, (~found.right).to(counts.dtype))
         mean = self._balanced(found.total / counts.sum().clamp_min(1), _value(outputs, "aux_loss"))
         return Scored(outputs, mean, losses, counts, wrong == 0)

@@ -76,8 +76,8 @@ class OutputHead:
             raise RuntimeError(f"the output layer was called {len(given)} times in one call of the model")
         return outputs, given[0]
 
-    def losses(self, given: Given, labels: Tensor, label_smoothing: float = 0.0) -> tuple[PositionLosses, Tensor]:
-        """Losses of the labelled positions, and which these are in the flattened labels `[B, T]`."""
+    def losses(self, given: Given, labels: Tensor, label_smoothing: float = 0.0) -> PositionLosses:
+        """Losses of the labelled positions, as they come in the flattened labels `[B, T]`."""
         if given.hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"hidden states of shape {tuple(given.hidden.shape)} and labels of shape {tuple(labels.shape)} cannot"
@@ -85,7 +85,7 @@ class OutputHead:
             )
         asked = (labels.flatten() != IGNORED).nonzero()[:, 0]
         hidden = given.hidden.flatten(0, -2)[asked.to(given.hidden.device)]
-        return self._losses(hidden, labels.flatten()[asked], self._head(given, asked), label_smoothing), asked
+        return self._losses(hidden, labels.flatten()[asked], self._head(given, asked), label_smoothing)
 
     def _losses(self, hidden: Tensor, labels: Tensor, head: Head, label_smoothing: float = 0.0) -> PositionLosses:
         vocabulary = _linear_of(self.module).out_features
@@ -121,13 +121,14 @@ class OutputHead:
 
         def spread(hidden: Tensor) -> Tensor:
             logits = forward(hidden)
-            largest = logits.flatten(0, -2).abs().amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+            largest = logits.flatten(0, -2).abs().amax(-1, keepdim=True)
+            largest = largest.masked_fill(largest == 0, 1)  # masked padding whose embedding is 0
             sizes = torch.logspace(0, SPREAD, len(largest), base=2, device=logits.device)[:, None]
             factors = (sizes / largest.float()).to(logits.dtype)
             seen.append((_given(hidden), factors))
             return (logits.flatten(0, -2) * factors).view_as(logits)
 
-        with _without_dropout(self.module):
+        with without_dropout(self.module):
             with _forward_of(self.module, spread):
                 outputs = call()
             if len(seen) != 1:
@@ -224,7 +225,8 @@ def _forward_of(module: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every part back to the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

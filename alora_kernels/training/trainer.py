@@ -26,7 +26,8 @@ from ..tuner.register import Source, reading
 from . import tasks
 from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
-from .loss import ModelLoss, TaskSums
+from .loss import ModelLoss, Scored, TaskSums
+from .packing import Packing
 from .rules import BatchRules, base_model, text_config
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
@@ -41,6 +42,8 @@ class ALoRATrainer(Trainer):
         task_temperature: 1 draws every example once; larger values let small tasks come more often, see
             `TaskBalancedSampler`.
         keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
+        padding_free: train on the tokens of a batch side by side, without padding; None: on CPUs. Only where the first
+            batch proves that losses and gradients stay the same; `packing.padded_because` says why it does not.
         **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`.
 
     Raises:
@@ -52,10 +55,16 @@ class ALoRATrainer(Trainer):
     data_collator: Any
 
     def __init__(
-        self, *args: Any, task_temperature: float = 1.0, keep_absent_tasks: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        task_temperature: float = 1.0,
+        keep_absent_tasks: bool = True,
+        padding_free: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         own_collator = (args[2] if len(args) > 2 else kwargs.get("data_collator")) is None
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
+        self.packing = Packing(padding_free)
         super().__init__(*args, **kwargs)
         tasks.check_adapted(self.model)
         self._rules = BatchRules.of(self.model)
@@ -170,8 +179,14 @@ class ALoRATrainer(Trainer):
             inputs = tasks.side_by_side(inputs)
         task_ids, smoothing = inputs.get("task_ids"), self.args.label_smoothing_factor if training else 0.0
         all_logits = return_outputs and self._all_logits
-        with self._routing(task_ids):
-            scored = self._losses[training](model, self._model_inputs(inputs), smoothing, all_logits=all_logits)
+
+        def run(given: dict[str, Any], counts: Tensor | None = None) -> Scored:
+            known = self._model_inputs(given)
+            with self._routing(given.get("task_ids")):
+                return self._losses[training](model, known, smoothing, all_logits=all_logits, counts=counts)
+
+        packs = training and not return_outputs
+        scored = self.packing(run, inputs, model, self._losses[training]) if packs else run(inputs)
         if task_ids is not None:
             rows = task_ids, scored.counts, scored.losses, scored.right
             if not training and scored.losses is not None and task_ids.dim() == 1:  # of several processes each row once

@@ -85,7 +85,10 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**options, **changes})
 
 
-OWN = ("eval_dataset", "data_collator", "callbacks", "compute_metrics", "task_temperature", "keep_absent_tasks")
+OWN = (
+    "eval_dataset", "data_collator", "callbacks", "compute_metrics", "task_temperature", "keep_absent_tasks",
+    "padding_free",
+)  # fmt: skip
 
 
 def trainer_on(folder: Path, data: Any, model: nn.Module | None = None, **changes: Any) -> ALoRATrainer:

@@ -1,0 +1,230 @@
+"""Training batches without padding: the tokens of all rows side by side in one row, each row attending to itself.
+
+A batch that mixes tasks holds rows of the longest task, so that a third of the demo's slots are padding whatever the
+order of rows is. Packed, no product, norm or attention sees it. Whether a model computes the same that way is proven
+on rows of the first batch, in values, gradients and independence of the rows; else batches stay padded, and
+`Packing.padded_because` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..ops.attention import Segments, segment_attention, unsupported
+from .collator import positions
+from .loss import ModelLoss, Scored, label_counts
+from .output_head import without_dropout
+from .rules import IGNORED, base_model
+from .tasks import all_per_row
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[dict[str, Any], Tensor | None], Scored]  # a batch, and labels of each row where they are packed
+NAME = "alora_segments"  # of our attention among transformers' own
+REPLACED = ("sdpa", "eager")  # attention that a user did not choose for what only it can do
+TRIED = 3  # rows of the proof: the longest, the shortest and one between
+SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative errors of a row's loss; four roundings in 16 bits
+LOOSER = 5.0  # that of a gradient
+UNTOUCHED = 1e-5  # relative change of a row's loss when another row changes: sums of the same numbers
+
+_running: ContextVar[tuple[Segments, bool]] = ContextVar("alora_segments")  # and whether gradients are recorded
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch in one row."""
+
+    inputs: dict[str, Tensor]  # each `[1, L]`
+    segments: Segments
+    counts: Tensor  # labels of each row `[B]`
+
+
+def pack(inputs: dict[str, Any], labels: Tensor) -> Packed | None:
+    """The tokens of a padded batch side by side; None where masked places lie between tokens or have labels.
+
+    Args:
+        inputs: `input_ids` `[B, T]`, `attention_mask` `[B, T]` if anything is padded, and other columns as
+            `all_per_row` knows them.
+        labels: `[B, T]`, -100 at every row's first token.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    starts = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if (starts > 1).any() or (labels[~mask] != IGNORED).any():
+        return None
+    columns = {"position_ids": positions(mask.long())} | inputs | {"labels": labels}
+    columns.pop("attention_mask", None)
+    if "task_ids" in columns:
+        columns["task_ids"] = columns["task_ids"][:, None].expand_as(ids)
+    bounds = [0, *mask.sum(1).cumsum(0).tolist()]
+    flat = {name: value[mask][None] for name, value in columns.items()}
+    return Packed(flat, Segments(bounds, device=ids.device), label_counts(labels))
+
+
+class Packing:
+    """Runs a training batch packed where that was proven to be the same, and padded elsewhere.
+
+    Attributes:
+        padded_because: why batches stay padded; empty where they do not, None until a batch was tried.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = wanted  # None: on CPUs
+        self.padded_because: str | None = "padding_free=False" if wanted is False else None
+
+    def __call__(self, run: Run, inputs: dict[str, Any], model: Any, loss: ModelLoss) -> Scored:
+        """Loss of a batch that `run` routes and computes."""
+        elsewhere = self.wanted is None and inputs["labels"].device.type != "cpu"
+        if self.padded_because or elsewhere or loss.by_rows is None:
+            return run(inputs, None)
+        base = base_model(model)
+        why = _cannot(model, base, inputs, loss)
+        if why is None and self.padded_because is None:
+            why = self._tried(run, inputs, model, loss)
+            if why is None and self.padded_because is None:
+                return run(inputs, None)  # too few rows to tell by: another batch will
+        if why is not None:
+            self._stay_padded(why)
+            return run(inputs, None)
+        packed = pack(inputs, loss.labels(inputs))
+        return run(inputs, None) if packed is None else _run_packed(run, packed, base.config)
+
+    def _stay_padded(self, why: str) -> None:
+        self.padded_because = why
+        if self.wanted:
+            warnings.warn(f"batches stay padded although padding_free=True: {why}", stacklevel=2)
+        logger.info("training batches stay padded: %s", why)
+
+    def _tried(self, run: Run, inputs: dict[str, Any], model: nn.Module, loss: ModelLoss) -> str | None:
+        """Why the model cannot be given packed rows, after it was given some; `padded_because` is "" if it can."""
+        labels = loss.labels(inputs)
+        lengths = inputs.get("attention_mask", torch.ones_like(labels)).sum(1).masked_fill(label_counts(labels) == 0, 0)
+        rows = lengths.argsort(descending=True)[: int((lengths > 0).sum())]
+        if len(rows) < 2:
+            return None
+        rows = torch.stack([rows[0], rows[-1], *rows[1:-1][len(rows) // 2 - 1 :][: TRIED - 2]])
+        few = {name: value[rows] for name, value in inputs.items()}
+        packed = pack(few, loss.labels(few))
+        if packed is None:
+            return None
+        try:
+            devices = [labels.device] if labels.is_cuda else []
+            with without_dropout(model), torch.random.fork_rng(devices):
+                why = _difference(run, few, packed, model)
+        except Exception as error:  # whatever it is, padding is the way that is known to be right
+            why = f"{type(error).__name__}: {error}"
+        self.padded_because = why or ""
+        return why
+
+
+def _cannot(model: Any, base: Any, inputs: dict[str, Any], loss: ModelLoss) -> str | None:
+    """What can be told without a try."""
+    if not loss.by_rows or loss.head_of(model) is None:
+        return "all logits are computed for the loss"
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        return f"{type(model).__name__} is around the model"
+    if not loss.rules.positions or not loss.shifts:
+        return f"{type(base).__name__} is no language model that can be told positions"
+    if getattr(base.config, "sub_configs", None):
+        return f"{type(base).__name__} has several configs"
+    if base.config._attn_implementation not in REPLACED:
+        return f"attention is {base.config._attn_implementation!r}"
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        return "activations are checkpointed"
+    if not all_per_row(inputs) or inputs["labels"].dim() != 2:
+        return "a batch holds more than tokens"
+    return None
+
+
+def _difference(run: Run, few: dict[str, Any], packed: Packed, model: nn.Module) -> str | None:
+    """How packed rows differ from padded ones, beyond rounding."""
+    config, trained = base_model(model).config, [p for p in model.parameters() if p.requires_grad]
+
+    def measured(run_one: Callable[[], Scored]) -> tuple[Tensor, list[Tensor | None]]:
+        with torch.enable_grad():
+            scored = run_one()
+            grads = torch.autograd.grad(scored.mean, trained, allow_unused=True)
+        assert scored.losses is not None
+        return torch.cat([scored.losses, scored.mean.view(1)]).detach().double(), list(grads)
+
+    padded, right = measured(lambda: run(few, None))
+    found, ours = measured(lambda: _run_packed(run, packed, config))
+    device = few["input_ids"].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = autocast or next(model.parameters()).dtype
+    same = SAME.get(dtype, 4 * torch.finfo(dtype).eps)
+    if not torch.allclose(found, padded, rtol=same, atol=0):
+        return f"losses of packed rows are {found.tolist()}, of padded ones {padded.tolist()}"
+    largest = max((float(g.norm()) for g in right if g is not None), default=0.0)
+    for one, other in zip(ours, right, strict=True):
+        if (one is None) != (other is None):
+            return "other tensors get a gradient"
+        if one is not None and other is not None:
+            error, norm = float((one.double() - other.double()).norm()), float(other.norm())
+            if not error <= LOOSER * same * max(norm, 0.01 * largest):
+                return f"a gradient of norm {norm:.3g} differs by {error:.3g}"
+    ids, first = packed.inputs["input_ids"], packed.segments.q_bounds[1]
+    changed = ids.clone()
+    changed[:, :first] = (ids[:, :first] + 1) % (ids.max() + 1)
+    beside = Packed(packed.inputs | {"input_ids": changed}, packed.segments, packed.counts)
+    with torch.no_grad():
+        after = _run_packed(run, beside, config).losses
+    assert after is not None
+    if not torch.allclose(after[1:].double(), found[1:-1], rtol=UNTOUCHED, atol=0):
+        return "the loss of a packed row depends on the row before it"
+    return None
+
+
+def _run_packed(run: Run, packed: Packed, config: Any) -> Scored:
+    with _attention(config, packed.segments):
+        return run(packed.inputs, packed.counts)
+
+
+@contextlib.contextmanager
+def _attention(config: Any, segments: Segments) -> Iterator[None]:
+    """Our attention in the layers of a model, for these segments; what was there before is put back."""
+    AttentionInterface.register(NAME, _attend)
+    before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled()))
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _running.reset(token)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in a layer, `[1, H, L, D]` each; a ValueError for what would have to be ignored."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    refused = unsupported(options, sys.maxsize) or ("a mask" if attention_mask is not None else None)
+    if refused or not causal:
+        raise ValueError(f"{type(module).__name__} asks for {refused or 'attention to later tokens'}")
+    segments, recorded = _running.get()
+    if recorded != torch.is_grad_enabled():  # a second forward would run without these segments
+        raise ValueError("activations are checkpointed")
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
+    return segment_attention(q, k, v, segments, scaling=scaling, dropout_p=dropout)[None], None
