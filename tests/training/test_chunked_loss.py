@@ -91,7 +91,7 @@ def assert_same(loss: ModelLoss, model: nn.Module, batch: dict, smoothing: float
 def test_loss_and_gradients_are_those_of_all_logits(kind, dtype, monkeypatch):
     if dtype == torch.float64 and "moe" in kind:
         pytest.skip("its experts do not multiply in float64")
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(chunked_loss, "CHUNK", 5)
     model, batch = model_of(kind, dtype), batch_of()
     loss = learned(model, batch)
     assert loss.whole_because == ""
@@ -125,7 +125,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_of_all_positions_never_exist(monkeypatch):
     size = 1009
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * size * 5)
+    monkeypatch.setattr(chunked_loss, "CHUNK", 5)
     model, batch = model_of("llama", vocab_size=size), batch_of(4, 60)
     loss = learned(model, batch)
     sizes = {}

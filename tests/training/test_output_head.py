@@ -20,6 +20,7 @@ from alora_kernels.training.chunked_loss import chunked_cross_entropy
 from alora_kernels.training.loss import ModelLoss, row_losses
 from alora_kernels.training.tasks import NamedRouting
 from alora_kernels.tuner import ALoRAConfig
+from tests.support.trainers import texts, trainer_on
 from tests.training.test_chunked_loss import VOCABULARY, assert_same, batch_of, learned, model_of, scored
 
 TASKS = ["a", "b", "c"]
@@ -28,7 +29,7 @@ IDS = {"row": torch.tensor([0, 2, 1, 0]), "token": torch.arange(36).view(4, 9) %
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(chunked_loss, "CHUNK", 5)
 
 
 def adapted(base: nn.Module, **settings: Any) -> Any:
@@ -292,3 +293,19 @@ def test_a_label_that_is_no_class_is_refused(label):
     hidden, weight = torch.ones(2, 8), torch.ones(VOCABULARY, 8)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         chunked_cross_entropy(hidden, torch.tensor([0, label]), lambda h, at: F.linear(h, weight), VOCABULARY)
+
+
+def test_the_trainer_asks_by_position_and_gives_logits_to_who_wants_them(tmp_path):
+    data = texts(6)
+    trainer = trainer_on(tmp_path, data, max_steps=1, eval_dataset=data)
+    batch = trainer.data_collator(list(data))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert trainer._losses[True].whole_because == ""
+    _, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert outputs["logits"].shape[-1] == 32
+    metrics = trainer.evaluate()
+    assert trainer._losses[False].whole_because == ""
+    want = trainer.predict(data).metrics  # all logits
+    for name in (f"loss_{task}" for task in trainer.tasks):
+        assert metrics[f"eval_{name}"] == pytest.approx(want[f"test_{name}"], rel=1e-5)
