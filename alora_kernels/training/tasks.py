@@ -24,6 +24,8 @@ Tables = dict[str, tuple[str, ...]]
 DROP_IN = ""  # drop-in layers have one table and no adapter's name
 KINDS = (ALoRALayer, FusedALoRALinear, AdaptedLinear)
 NOT_KNOWN = -2
+BALANCED = ("random", "group_by_length")  # values of train_sampling_strategy that mix tasks
+MEGABATCH = 50  # batches that rows of similar length are looked for in, as transformers does
 PER_ROW = ("input_ids", "labels", "task_ids", "decoder_input_ids", "decoder_attention_mask")
 PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # one entry per row in the shape of input_ids
 
@@ -163,6 +165,16 @@ def task_column(name: str, dataset: Any, *, read_rows: bool = False) -> list[Any
     return [_task_of(name, dataset[i]) for i in range(len(dataset))]
 
 
+def row_lengths(dataset: Any, column: str) -> list[int]:
+    """Tokens of every row: what a column of the dataset says, or the number of its `input_ids`."""
+    names = getattr(dataset, "column_names", None) or ()
+    if column in names:
+        return [int(length) for length in dataset.with_format(None)[column]]
+    if "input_ids" in names:
+        return [len(ids) for ids in dataset.with_format(None)["input_ids"]]
+    return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+
+
 def _task_of(name: str, row: Any) -> Any:
     if not isinstance(row, Mapping):
         raise ValueError(f"a row of {name} is a {type(row).__name__}: give mappings with `input_ids`, `labels`, `task`")
@@ -223,7 +235,7 @@ def check_order(dataset: Any, strategy: str, temperature: float) -> None:
     if isinstance(dataset, Mapping):
         raise ValueError(f"train_dataset holds {', '.join(map(str, dataset))}: pass one of them, or join them")
     stream = isinstance(dataset, IterableDataset)
-    if temperature != 1.0 and (stream or strategy != "random"):
+    if temperature != 1.0 and (stream or strategy not in BALANCED):
         reason = "a stream has its own order" if stream else f"train_sampling_strategy is {strategy!r}"
         raise ValueError(
             f"task_temperature={temperature} draws rows task by task, but {reason}: leave it at 1"
@@ -242,23 +254,39 @@ class TaskBalancedSampler(Sampler[int]):
     Formula: task t gets a share of the epoch proportional to `n_t ** (1 / temperature)`. At 1 every example is
     drawn once; towards infinity all tasks come equally often.
 
+    With lengths, rows of similar length come together without changing what an epoch draws: within some batches' rows
+    each task's shortest go to one batch, its longest to another, so that every batch keeps its mix of tasks.
+
     Args:
         tasks: the task of each example, a name or an id; a tensor or an array of ids is grouped by value.
         temperature: T >= 1.
         seed: with the epoch it determines the order.
+        lengths: tokens of each example; None: batches mix lengths.
+        batch_size: rows of a batch, where lengths are given.
 
     Raises:
-        ValueError: no examples, or a temperature below 1.
+        ValueError: no examples, a temperature below 1, or not one length per example.
 
     Source: temperature-scaled mixing, Raffel et al. 2020 (T5), section 3.5.2.
     """
 
-    def __init__(self, tasks: Sequence[str | int], *, temperature: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str | int],
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         if len(tasks) == 0:
             raise ValueError("the training set is empty")
         if temperature < 1.0:
             raise ValueError(f"temperature must be at least 1 (1 keeps the sizes), got {temperature}")
-        self.seed, self.epoch = seed, 0
+        if lengths is not None and len(lengths) != len(tasks):
+            raise ValueError(f"{len(tasks)} examples need as many lengths, got {len(lengths)}")
+        self.seed, self.epoch, self._lengths, self._batch_size = seed, 0, lengths, batch_size
+        self._task_of = [plain_task(task) for task in tasks] if lengths is not None else []
         self._members: dict[str | int, list[int]] = {}
         for index, task in enumerate(tasks):
             self._members.setdefault(plain_task(task), []).append(index)
@@ -284,4 +312,19 @@ class TaskBalancedSampler(Sampler[int]):
             # the j-th draw of a task lands in the j-th of count equal slices of the epoch
             places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
             placed += zip(places.tolist(), (members[i] for i in order), strict=True)
-        return iter([index for _, index in sorted(placed)])
+        drawn = [index for _, index in sorted(placed)]
+        return iter(drawn if self._lengths is None else self._by_length(drawn, self._lengths, generator))
+
+    def _by_length(self, drawn: list[int], lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """The same rows; place by place in its task's order of lengths, a batch holds what is equally far along."""
+        size, many = self._batch_size, max(1, min(len(drawn) // (4 * self._batch_size), MEGABATCH)) * self._batch_size
+        for start in range(0, len(drawn), many):
+            rows = drawn[start : start + many]
+            by_task: dict[Any, list[int]] = {}
+            for row in sorted(rows, key=lambda row: lengths[row]):
+                by_task.setdefault(self._task_of[row], []).append(row)
+            along = [((i + 0.5) / len(of), row) for of in by_task.values() for i, row in enumerate(of)]
+            ordered = [row for _, row in sorted(along, key=lambda pair: pair[0])]
+            whole = len(ordered) // size
+            for batch in [*torch.randperm(whole, generator=generator).tolist(), whole]:  # the last may be short
+                yield from ordered[batch * size : (batch + 1) * size]

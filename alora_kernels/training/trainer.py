@@ -44,7 +44,8 @@ class ALoRATrainer(Trainer):
         keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
         padding_free: train on the tokens of a batch side by side, without padding; None: on CPUs. Only where the first
             batch proves that losses and gradients stay the same; `packing.padded_because` says why it does not.
-        **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`.
+        **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`. With the training argument
+            `train_sampling_strategy="group_by_length"` a batch holds rows of similar length, tasks mixed as ever.
 
     Raises:
         ValueError: a dataset without a `task` column, or with a task the active adapters do not have; an order of rows
@@ -128,15 +129,17 @@ class ALoRATrainer(Trainer):
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Tasks spread evenly where the tasks of the rows are known; Trainer's other orders as it has them."""
+        """Tasks spread evenly where they are known, also where rows are grouped by length; else as Trainer has it."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        column = None
-        if self.args.train_sampling_strategy == "random":
+        column, strategy = None, self.args.train_sampling_strategy
+        if strategy in tasks.BALANCED:
             column = tasks.task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
         if column is None:
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed)
+        lengths = tasks.row_lengths(dataset, self.args.length_column_name) if strategy != "random" else None
+        order: dict[str, Any] = {"lengths": lengths, "batch_size": self.args.train_batch_size}
+        return tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed, **order)
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         """Routing by the names that the ids stand for: which adapters are active may have changed."""

@@ -13,6 +13,25 @@ from alora_kernels.training.loss import kept_positions
 TASKS = ["big"] * 90 + ["small"] * 30
 
 
+def test_similar_lengths_share_a_batch_and_every_batch_keeps_its_mix():
+    tasks = ["short"] * 400 + ["long"] * 200
+    lengths = [1 + i % 40 for i in range(400)] + [100 + i % 40 for i in range(200)]
+    plain, grouped = (TaskBalancedSampler(tasks, seed=1, lengths=x, batch_size=24) for x in (None, lengths))
+    for epoch in (0, 1):
+        plain.set_epoch(epoch), grouped.set_epoch(epoch)
+        order = list(grouped)
+        assert order == list(grouped) and sorted(order) == sorted(plain)
+        batches = [order[start : start + 24] for start in range(0, 600, 24)]
+        assert all(7 <= sum(tasks[i] == "long" for i in batch) <= 9 for batch in batches)
+        for task in ("short", "long"):
+            spans = [[lengths[i] for i in batch if tasks[i] == task] for batch in batches]
+            assert sum(max(span) - min(span) for span in spans) / len(spans) < 12  # of 40
+    means = [sum(lengths[i] for i in batch) for batch in batches]
+    assert means != sorted(means)  # batches come in no order
+    with pytest.raises(ValueError, match="600 examples need as many lengths, got 3"):
+        TaskBalancedSampler(tasks, lengths=[1, 2, 3])
+
+
 def test_sampler_draws_everything_once_and_mixes():
     sampler = TaskBalancedSampler(TASKS, seed=1)
     order = list(sampler)

@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from alora_kernels.training import TaskBalancedSampler
 from alora_kernels.training.tasks import side_by_side
@@ -120,13 +119,33 @@ def test_making_a_trainer_does_not_read_the_data(tmp_path):
     assert isinstance(trainer_on(tmp_path, costly, task_temperature=5)._get_train_sampler(), TaskBalancedSampler)
 
 
+def _spread(order: Any, data: Any) -> float:
+    """Slots of padding in batches of six."""
+    lengths = [len(data[i]["input_ids"]) for i in order]
+    return sum(max(batch) * len(batch) - sum(batch) for batch in _batches(lengths, 6))
+
+
+def _batches(rows: Any, size: int) -> list[list[int]]:
+    every = list(rows)
+    return [every[start : start + size] for start in range(0, len(every), size)]
+
+
 def test_orders_are_trainers_own_or_refused(tmp_path):
     def sampler(strategy: str, data: Any, **options: Any) -> Any:
         return trainer_on(tmp_path, data, train_sampling_strategy=strategy, **options)._get_train_sampler()
 
     assert isinstance(sampler("random", rows(9)), TaskBalancedSampler)
     assert isinstance(sampler("sequential", rows(9)), SequentialSampler)
-    assert isinstance(sampler("group_by_length", rows(9)), LengthGroupedSampler)
+    for data in (rows(90), rows(90).to_list()):
+        grouped, plain = (
+            sampler("group_by_length", data, task_temperature=2),
+            sampler("random", data, task_temperature=2),
+        )
+        assert sorted(grouped) == sorted(plain) and list(grouped) != list(plain)
+        assert _spread(grouped, data) < 0.7 * _spread(plain, data)
+    told = rows(90).add_column("length", [i % 2 for i in range(90)])
+    alike = [len({i % 2 for i in batch}) == 1 for batch in _batches(sampler("group_by_length", told), 6)]
+    assert sum(alike) >= 8  # of 15: within three batches one has both lengths
     assert sorted(i for batch in sampler("batch_rebalance", rows(9)) for i in batch) == list(range(9))
     with pytest.raises(ValueError, match="task_temperature=2 draws rows task by task, but train_sampling_strategy is"):
         sampler("sequential", rows(9), task_temperature=2)
