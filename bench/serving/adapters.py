@@ -151,6 +151,17 @@ class Truth:
                 return Check(tokens, equal, f"{where} is {worst:.1e} of the largest logit below the most likely one")
         return Check(tokens, equal)
 
+    def answer(self, request: Request, new_tokens: int) -> tuple[list[int], list[float]]:
+        """The greedy answer, and how far each token was above the next best one, as a share of the largest logit."""
+        tokens: list[int] = []
+        margins = []
+        for _ in range(new_tokens):
+            logits = self._logits(request, [*tokens, 0])[-1]
+            best = logits.topk(2)
+            tokens.append(int(best.indices[0]))
+            margins.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
+        return tokens, margins
+
     @torch.no_grad()
     def _logits(self, request: Request, tokens: Sequence[int]) -> Tensor:
         """[n, V]: of each generated token's place."""
@@ -162,3 +173,34 @@ class Truth:
             self._adapters.fill(self._model, self._adapters.name(0), request.task)
             self._held = request.task
         return self._model(input_ids=ids, logits_to_keep=len(tokens)).logits[0]
+
+
+class GreedyTruth(Truth):
+    """For servers that answer in text: how much of each is stock PEFT's greedy answer, until the first tie.
+
+    `tie`, a share of the largest logit, is as far as the dtype of the servers may move two of them.
+    """
+
+    def __init__(self, base: Any, adapters: Adapters, tokenizer: Any, tie: float = TIE) -> None:
+        super().__init__(base, adapters)
+        self._tokenizer, self._tie = tokenizer, tie
+        self._known: dict[tuple[Request, int], tuple[list[int], list[float]]] = {}
+
+    def check(self, outcomes: Sequence[Outcome], new_tokens: int) -> Check:
+        """Whether every answer leaves stock PEFT's only where that one hesitated."""
+        tokens = equal = 0
+        for outcome in outcomes:
+            key = (outcome.request, new_tokens)
+            if key not in self._known:
+                self._known[key] = self.answer(*key)
+            ids, margins = self._known[key]
+            same = next((n for n in range(new_tokens, 0, -1) if outcome.text.startswith(self._text(ids[:n]))), 0)
+            tokens, equal = tokens + new_tokens, equal + same
+            # half a character's tokens show as one sign that another end of it changes: it begins up to two before
+            if len(outcome.tokens) != new_tokens or (same < new_tokens and min(margins[same : same + 3]) > self._tie):
+                said = f"task {outcome.request.task}: {outcome.text!r} instead of {self._text(ids)!r}"
+                return Check(tokens, equal, f"{said}, {len(outcome.tokens)} tokens")
+        return Check(tokens, equal)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

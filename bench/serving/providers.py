@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,6 +69,7 @@ class Provider(Protocol):
     """One way to answer."""
 
     name: str
+    extras: Mapping[str, float | None]  # further columns of the row of its last call
 
     def missing(self, load: Load) -> str | None: ...  # why it takes no part under this load
 
@@ -78,6 +79,8 @@ class Provider(Protocol):
 
 
 class Ours:
+    extras: Mapping[str, float | None] = {}
+
     def __init__(self, stage: Stage, *, base: bool = False) -> None:
         self._stage, self._base, self.name = stage, base, BASE if base else OURS
 
@@ -124,6 +127,8 @@ async def _closed_loop(
 class Stock:
     """What the providers with a stock LoRA for each task have in common."""
 
+    extras: Mapping[str, float | None] = {}
+
     def __init__(self, stage: Stage, name: str) -> None:
         self._stage, self.name = stage, name
 
@@ -161,8 +166,8 @@ class Serial(Stock):
             taken = time.perf_counter() - start
             with self._holding(model, self._stage.adapters.name(requests[batch[0]].task or 0)):
                 for i, first, end, tokens in self._batch(manager, batch, requests, new_tokens):
-                    moments = (moment - arrived[i] for moment in (taken, first - start, end - start))
-                    outcomes[i] = Outcome(requests[i], tokens, *moments)
+                    up, began, ended = (moment - arrived[i] for moment in (taken, first - start, end - start))
+                    outcomes[i] = Outcome(requests[i], tokens, up, began, ended)
             arrived += [time.perf_counter() - start] * len(batch)
         return [outcomes[i] for i in range(len(requests))]
 

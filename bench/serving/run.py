@@ -29,10 +29,10 @@ class Job:
     @property
     def row(self) -> dict[str, object]:
         load = self.load
-        note = "the tasks of the load play no part" if self.provider.name == BASE else ""
+        note = {"note": "the tasks of the load play no part"} if self.provider.name == BASE else {}
         sizes = {name: getattr(load, name) for name in ("popularity", "tasks", "concurrency", "requests", "new_tokens")}
         adapter_mb = self.provider.adapter_bytes(load) / 1e6
-        return {"provider": self.provider.name, **sizes, "adapter_mb": adapter_mb, "note": note}
+        return {"provider": self.provider.name, **sizes, "adapter_mb": adapter_mb, **note}
 
     @property
     def title(self) -> str:
@@ -87,7 +87,8 @@ class Runner:
             check = self.truth.check(_some(outcomes, load.concurrency), load.new_tokens)
         except Exception as error:
             return self._add(job, repeat=repeat, status=_failure(error))
-        return self._add(job, check, repeat=repeat, **({} if check.wrong else numbers(outcomes, wall)))
+        measured = numbers(outcomes, wall) | dict(job.provider.extras)
+        return self._add(job, check, repeat=repeat, **({} if check.wrong else measured))
 
     def _add(self, job: Job, check: Check | None = None, **columns: object) -> bool:
         """Write a row; whether it is a good one."""
