@@ -1,7 +1,7 @@
-"""Figures and the README's tables from the CSV files: `python -m bench plot`.
+"""Figures and the tables of README and docs/cpu.md from the CSV files: `python -m bench plot`.
 
-Of several runs of the same case the newest counts. The block `bench-static` holds predictions, which need triton. CI
-only compares the README, with `--check`.
+Of several runs of the same case the newest counts. A block goes to the page that has its markers. The block
+`bench-static` holds predictions, which need triton. CI only compares the pages, with `--check`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .report.rows import RESULTS, ROOT, Row, grouped, newest
 from .report.sheet import read
 from .report.targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
 from .run import checked
+from .serving import page as serving
 
 PREDICTED = RESULTS / "static" / "predicted.png"
 _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
@@ -63,39 +64,56 @@ def predictions() -> list[Any]:
     return list(roofline.predict_all(roofline.Rates()))
 
 
-def rewritten(text: str, results: dict[Path, list[Row]], readme_folder: Path) -> str:
-    """The README's text with a block per command, its CSV files one after the other."""
+def rewritten(pages: list[Path], results: dict[Path, list[Row]], servers: Path) -> dict[Path, str]:
+    """The pages' texts with a block per command, its CSV files one after the other; CSVs of servers in `servers`."""
+    texts = {page: page.read_text() for page in pages}
+    commands = {f"bench-{rows[0].command}" for rows in results.values()}
+    for name in sorted(commands):
+        if not any(_begins(name) in text for text in texts.values()):
+            texts[pages[0]] = readme.replace_block(texts[pages[0]], name, "")  # says what is missing
+    return {page: _with_blocks(text, results, page.resolve().parent, servers) for page, text in texts.items()}
+
+
+def _begins(name: str) -> str:
+    return f"<!-- {name}:begin -->"
+
+
+def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, servers: Path) -> str:
     blocks: dict[str, list[str]] = {}
     for path, rows in results.items():
         command = rows[0].command
-        link = Path(os.path.relpath(path.resolve().parent, readme_folder)).as_posix()
+        link = Path(os.path.relpath(path.resolve().parent, folder)).as_posix()
         files = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
         content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command == "cpu")
         blocks.setdefault(command, []).append(content)
     if predicts(text):
         from .static import predicted, roofline
 
-        link = Path(os.path.relpath(PREDICTED, readme_folder)).as_posix()
+        link = Path(os.path.relpath(PREDICTED, folder)).as_posix()
         blocks["static"] = [predicted.block(predictions(), roofline.Rates(), link)]
+    if _begins("bench-peer") in text and (found := serving.blocks(servers, folder)):
+        blocks["peer"] = found
     for command, contents in blocks.items():
-        text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
+        if _begins(f"bench-{command}") in text:
+            text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
     return text
 
 
 def main(
     results: Annotated[Path, typer.Option(help="folder of the CSV files; figures are written there")] = RESULTS,
     readme_file: Annotated[Path, typer.Option("--readme", help="file whose blocks are rewritten")] = ROOT / "README.md",
-    check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if the README is out of date")] = False,
+    docs: Annotated[Path, typer.Option(help="another one")] = ROOT / "docs" / "cpu.md",
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if a page is out of date")] = False,
 ) -> None:
-    """Figures and the README's tables from the results."""
+    """Figures and the tables of README and docs from the results."""
     found = load(results)
-    old = readme_file.read_text()
-    new: str = checked("--readme", rewritten, old, found, readme_file.resolve().parent)
+    pages = [page for page in (readme_file, docs) if page.exists()]
+    new: dict[Path, str] = checked("--readme", rewritten, pages, found, results / "serving")
     if check:
-        if new != old:
-            typer.echo(f"{readme_file} is out of date: run `python -m bench plot`", err=True)
+        if old := [str(page) for page, text in new.items() if text != page.read_text()]:
+            typer.echo(f"{', '.join(old)} is out of date: run `python -m bench plot`", err=True)
             raise typer.Exit(1)
-        typer.echo(f"{readme_file} agrees with {', '.join(path.name for path in found)}")
+        typer.echo(f"{', '.join(map(str, new))} agree with {', '.join(path.name for path in found)}")
         return
     checked(None, check_matplotlib)
     for path, rows in found.items():
@@ -105,10 +123,11 @@ def main(
             else:
                 figures.times(families(rows)[name], results / file)
             typer.echo(f"wrote {results / file}")
-    if predicts(new):
+    if any(map(predicts, new.values())):
         from .static import predicted, roofline
 
         predicted.draw(predictions(), PREDICTED, roofline.Rates())
         typer.echo(f"wrote {PREDICTED}")
-    readme_file.write_text(new)
-    typer.echo(f"rewrote the tables of {readme_file}")
+    for page, text in new.items():
+        page.write_text(text)
+    typer.echo(f"rewrote the tables of {', '.join(map(str, new))}")

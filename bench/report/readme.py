@@ -91,7 +91,7 @@ def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Targ
         if row.tokens_per_second is not None:
             cells += [f"{row.tokens_per_second:,.0f}", "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"]
         asked = on_row(row, FUSED, rows, targets)
-        lines.append(line(*cells, "" if asked is None else f"{asked.target.bound(asked.target.must)}: {_met(asked)}"))
+        lines.append(line(*cells, "" if asked is None else f"{asked.target.bound(asked.target.must)}: {met(asked)}"))
     return "\n".join(lines)
 
 
@@ -99,10 +99,11 @@ def _target_table(verdicts: Sequence[Verdict]) -> str:
     lines = ["| case | pass | ratio | must | aim | measured | met |", "|---|---|---|---:|---:|---:|---|"]
     for v in verdicts:
         t = v.target
-        measured, met = ("not measured", v.reason) if v.measured is None else (f"{v.measured:.2f}", _met(v))
-        lines.append(line(t.case, t.direction, t.ratio_of, t.bound(t.must), t.bound(t.aim), measured, met))
+        found = ("not measured", v.reason) if v.measured is None else (f"{v.measured:.2f}", met(v))
+        lines.append(line(t.case, t.direction, t.ratio_of, t.bound(t.must), t.bound(t.aim), *found))
     return "\n".join(lines)
 
 
-def _met(verdict: Verdict) -> str:
+def met(verdict: Verdict) -> str:
+    """Whether a target was met, in a table's words."""
     return {None: "", True: "met", False: "**missed**"}[verdict.met]

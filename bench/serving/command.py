@@ -134,13 +134,19 @@ def version_of(venv: Path | None) -> str:
     return found[-1].name.removesuffix(".dist-info").replace("-", " ") if found else "no vLLM"
 
 
+SERVER_COLUMNS = (
+    "server", "dtype", "busy", "tokens/s", "tokens/CPU s", "CPU ms/token", "latency ms", "resident MB", "start-up s",
+    "equal tokens",
+)  # fmt: skip
+
+
 def of_servers(found: Sequence[Repeat]) -> Table:
     """Medians of two servers, a line per dtype and number of busy neighbours."""
     first = found[0] if found else Repeat()
     table = tables.table(
         f"{first.model}, {first.requests} requests of {first.new_tokens} tokens over {first.tasks} tasks",
-        ("server", "dtype", "busy"),
-        ("tokens/s", "tokens/CPU s", "CPU ms/token", "latency ms", "resident MB", "start-up s", "equal tokens"),
+        SERVER_COLUMNS[:3],
+        SERVER_COLUMNS[3:],
         caption=f"{first.device}, torch {first.torch}, {first.commit}; {first.note}; medians of the repeats",
     )
     for row in found:

