@@ -167,7 +167,8 @@ def fitted(name: str, folder: Path, rows: Dataset, **changes) -> dict[str, torch
     options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no",
                "report_to": "none", "disable_tqdm": True, "use_cpu": True, "weight_decay": 0.1, **changes}  # fmt: skip
     model = adapted(name, lora_dropout=0.2)
-    ALoRATrainer(model=model, args=TrainingArguments(output_dir=str(folder), **options), train_dataset=rows).train()
+    args = TrainingArguments(output_dir=str(folder), **options)
+    ALoRATrainer(model=model, args=args, train_dataset=rows, padding_free=False).train()  # bits are compared
     return {key: p.detach().clone() for key, p in trained(model).items()}
 
 
