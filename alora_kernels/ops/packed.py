@@ -1,8 +1,8 @@
 """Products of few rows with a frozen weight on a CPU, whose weight is laid out once as oneDNN multiplies it fastest.
 
 A step of decoding reads every weight from memory once, and `F.linear` lays it out anew each time: for 16 rows packed
-weights take 0.58 of the time in bf16 and 0.6 to 0.75 in float32; for 1000 rows 0.95 (LOG.md). A copy is as large as its
-weight, made when few rows first meet it, and gone with it. `ALORA_PACK_ROWS` says how many rows are few: 0 never packs.
+weights take two thirds of the time; for 1000 rows 0.95 (LOG.md). A copy is as large as its weight, made when few rows
+first meet it, and gone with it. `ALORA_PACK_ROWS`, read at import, says how many rows are few: 0 never packs.
 
 A copy is used while version counter, address and dtype of the weight and a sample of its entries are as they were, else
 it is made anew. What goes past the counter, a write through `.data`, is seen only if it reaches the sample.
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ENV = "ALORA_PACK_ROWS"
-FEW = 128
+FEW = int(os.environ.get(ENV, "128"))
 SMALLEST = 1 << 16  # entries of a weight: below, the calls take longer than the product
-DEPTH = 384  # longest sum of one float32 product: oneDNN's error grows with it, to 3.2 times MKL's at 2048
-SAMPLE = 64
+# longest sum of one float32 product: the error grows with it, to 2.2 times that of MKL at 576 and 3.2 at 2048
+DEPTH = 1024
+SAMPLE = 8  # entries far apart, each a miss of the cache: 64 took a fifth of a small product
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+DTYPES = (
+    (torch.float32, torch.bfloat16) if AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+)
 
 
 class Pack(NamedTuple):
@@ -60,12 +64,10 @@ def nbytes() -> int:
 
 def _packs(x: Tensor, w: Tensor) -> bool:
     """Whether this product is one for packed weights: by kinds and sizes alone, so that equal calls give equal bits."""
-    if type(w) is not nn.Parameter or w.requires_grad or not AVAILABLE or w.device.type != "cpu":
+    if not 0 < x.shape[0] <= FEW or type(w) is not nn.Parameter or w.requires_grad or not AVAILABLE:
         return False
-    if not 0 < x.shape[0] <= int(os.environ.get(ENV, FEW)) or w.numel() < SMALLEST:
-        return False
-    known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return known and w.dtype == x.dtype and w.is_contiguous() and not w.is_inference()
+    known = w.device.type == "cpu" and w.dtype in DTYPES and w.dtype == x.dtype and w.numel() >= SMALLEST
+    return known and w.is_contiguous() and not w.is_inference()
 
 
 def _pack(kept: WeakTensorKeyDictionary, w: Tensor, laid: Tensor) -> Pack:
@@ -90,7 +92,9 @@ def _parts(laid: Tensor) -> list[tuple[slice, Tensor]]:
 
 def _product(x: Tensor, pack: Pack, bias: Tensor | None) -> Tensor:
     (columns, first), *rest = pack.parts
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x[:, columns], first, bias, "none", [], "")
+    if not rest:
+        return torch.ops.mkldnn._linear_pointwise.default(x, first, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x[:, columns], first, bias, "none", [], "")
     for columns, part in rest:
         y = torch.ops.mkldnn._linear_pointwise.binary(x[:, columns], y, part, None, "add")
     return y
