@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import cpu, gpu, plot
+from . import accuracy, cpu, gpu, plot
 from .reproduce import command as reproduce
 from .serving import command as serving
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
+app.command("accuracy")(accuracy.main)
 app.command("plot")(plot.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)

@@ -133,7 +133,7 @@ def _base_of(config: FedConfig) -> _Base:
 
 @lru_cache(maxsize=2)
 def _base(name: str, kind: str, values: bool) -> _Base:
-    """Model and tokenizer, read once per process; the hash is of what all clients have in common."""
+    """Model and tokenizer, read once per process; the hash is of what all clients have in common: hence float32."""
     model: Any
     if kind == "encoder":
         model, tokenizer = data.load_encoder(name, num_labels=2)

@@ -22,7 +22,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return done.exit_code, " ".join(plain.split())
 
 
-@pytest.mark.parametrize("command", [(), ("cpu",), ("gpu",), ("plot",)])
+@pytest.mark.parametrize("command", [(), ("cpu",), ("gpu",), ("plot",), ("accuracy",)])
 def test_help(command):
     code, said = invoke(*command, "--help")
     assert code == 0
