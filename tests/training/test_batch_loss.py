@@ -173,3 +173,13 @@ def test_a_batch_with_images_is_tried_whole():
     loss.by_rows = None
     loss.learn(lambda few: seen.append(len(few["input_ids"])), batch | {"pixel_values": torch.ones(4, 3, 8, 8)})
     assert seen == [2, 4]
+
+
+def test_row_losses_are_as_exact_as_torchs_with_the_classes_last():
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(2, 3, 30_000), torch.randint(0, 30_000, (2, 3))
+    leaves = {dtype: logits.detach().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64)}
+    row_losses(leaves[torch.float32], labels)[0].sum().backward()
+    nn.functional.cross_entropy(leaves[torch.float64].flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    wanted = leaves[torch.float64].grad
+    assert (leaves[torch.float32].grad.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
