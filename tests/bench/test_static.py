@@ -222,8 +222,10 @@ def test_the_first_line_says_predicted_and_every_plan_has_a_ratio() -> None:
 
 
 def test_plot_writes_them_between_their_markers(tmp_path: Path) -> None:
-    text = "a\n<!-- bench-static:begin -->\nold\n<!-- bench-static:end -->\nb\n"
-    new = plot.rewritten(text, {}, tmp_path)
-    assert "PREDICTED, not measured" in new and "old" not in new
-    assert new.startswith("a\n") and new.endswith("b\n")
-    assert plot.rewritten("no markers", {}, tmp_path) == "no markers"
+    page, plain = tmp_path / "page.md", tmp_path / "plain.md"
+    page.write_text("a\n<!-- bench-static:begin -->\nold\n<!-- bench-static:end -->\nb\n")
+    plain.write_text("no markers")
+    new = plot.rewritten([page, plain], {}, tmp_path)
+    assert "PREDICTED, not measured" in new[page] and "old" not in new[page]
+    assert new[page].startswith("a\n") and new[page].endswith("b\n")
+    assert new[plain] == "no markers"
