@@ -72,7 +72,7 @@ class Segments:
         device: torch.device | str = "cpu",
     ) -> None:
         self.q_bounds, self.k_bounds = list(q_bounds), list(q_bounds if k_bounds is None else k_bounds)
-        self.side_by_side, self._places, self._device = k_places is None, k_places, torch.device(device)
+        self.places, self._device = k_places, torch.device(device)
         if self.q_bounds[:1] != [0] or self.k_bounds[:1] != [0] or len(self.q_bounds) != len(self.k_bounds):
             raise ValueError(
                 f"bounds begin at 0 and are as many of queries as of keys, got {self.q_bounds} and {self.k_bounds}"
@@ -104,7 +104,7 @@ class Segments:
         unseen, q_real, k_real = j > (i + keys - queries)[..., None], i < queries, j < keys
         places = k0 + j.minimum(keys - 1)
         hidden = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None]
-        k_rows = places if self._places is None else self._places.cpu()[places]
+        k_rows = places if self.places is None else self.places.cpu()[places]
         none_fills = bool(q_real.all())
         return _Tile(
             q_rows=(q0 + i.minimum(queries - 1)).to(self._device),
@@ -113,7 +113,7 @@ class Segments:
             q_real=None if none_fills else q_real.flatten().nonzero().squeeze(1).to(self._device),
             k_real=None if k_real.all() else k_real.flatten().nonzero().squeeze(1).to(self._device),
             filling=None if none_fills else ~q_real[:, None, :, None].to(self._device),
-            shares_keys=shares_keys or not self.side_by_side,
+            shares_keys=shares_keys or self.places is not None,
         )
 
 
@@ -193,11 +193,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: give a multiple")
     queries, keys = segments.q_bounds[-1], segments.k_bounds[-1]
-    if len(q) != queries or (segments.side_by_side and len(k) != keys):
+    if len(q) != queries or (segments.places is None and len(k) != keys):
         raise ValueError(f"{len(q)} queries and {len(k)} keys, but the segments have {queries} and {keys}")
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float, dropout_p: float) -> Tensor:
+    if segments.places is not None:
+        k, v = (t.index_select(0, segments.places.to(t.device)) for t in (k, v))
     lengths = [[b - a for a, b in pairwise(bounds)] for bounds in (segments.q_bounds, segments.k_bounds)]
     parts = []
     for one_q, one_k, one_v in zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True):

@@ -73,12 +73,11 @@ def _packs(x: Tensor, w: Tensor) -> bool:
 def _pack(kept: WeakTensorKeyDictionary, w: Tensor, laid: Tensor) -> Pack:
     """The copy of w as it is now; laid is w or its transpose, `[outputs, inputs]`."""
     state = (w._version, w.data_ptr(), w.dtype, w.shape)
+    sample = torch.as_strided(w, (SAMPLE,), (w.numel() // SAMPLE,))
     pack: Pack | None = kept.get(w)
-    step = w.numel() // SAMPLE
-    if pack is None or pack.state != state or not torch.equal(torch.as_strided(w, (SAMPLE,), (step,)), pack.sample):
+    if pack is None or pack.state != state or not torch.equal(sample, pack.sample):
         with torch.no_grad():
-            sample = torch.as_strided(w, (SAMPLE,), (step,)).clone()
-            pack = kept[w] = Pack(state, sample, tuple(_parts(laid.detach())))
+            pack = kept[w] = Pack(state, sample.clone(), tuple(_parts(laid.detach())))
     return pack
 
 

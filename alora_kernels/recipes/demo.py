@@ -38,6 +38,7 @@ from .train import Run
 FUSED, UNFUSED, LOOP = "ALoRA, fused", "PEFT LoRA, unfused", "authors' loop"
 ROUNDS = 3
 SAME = 1e-6  # of the largest logit: rounding that differs by luck
+Steps = tuple[Callable[[], object], Callable[[], Tensor]]  # a training pass, an inference pass
 
 RECIPE = Recipe(
     tasks=("trec", "movie", "spam", "bbc"),
@@ -116,7 +117,7 @@ def _compare(run: Run, dtype: str) -> None:
         models = _models(run, DTYPES[dtype])
         batch = _batch(run)
         steps = {name: _steps(name, model, batch, run) for name, model in models.items()}
-        _check(run, models, batch)
+        _check(run, models, steps, batch)
     tokens = int(batch["attention_mask"].sum())
     speeds = [
         _tokens_per_second({name: step[i] for name, step in steps.items()}, tokens, f"{kind}, {dtype}")
@@ -152,13 +153,13 @@ def _models(run: Run, dtype: torch.dtype) -> dict[str, Any]:
     return {FUSED: fused, LOOP: _loop_model(same, dtype), UNFUSED: _peft_model(same, dtype)}
 
 
-def _check(run: Run, models: dict[str, Any], batch: dict[str, Any]) -> None:
+def _check(run: Run, models: dict[str, Any], steps: dict[str, Steps], batch: dict[str, Any]) -> None:
     """Refuse to time a model whose logits are further from float64's than twice stock torch's own are."""
     stock = UNFUSED if run.recipe.routing == "task" else LOOP  # PEFT has no soft-routed LoRA
     truth = _steps(stock, copy.deepcopy(models[stock]).double(), batch, run)[1]()
-    own = _distance(_steps(stock, models[stock], batch, run)[1](), truth)
+    own = _distance(steps[stock][1](), truth)
     for name in {FUSED, LOOP} - {stock}:
-        off = _distance(_steps(name, models[name], batch, run)[1](), truth)
+        off = _distance(steps[name][1](), truth)
         if not off <= 2 * own + SAME:
             raise ValueError(
                 f"{name} does not compute the same logits as {stock} (off by {off:.1e} where that one's own rounding is"
@@ -196,7 +197,7 @@ def _batch(run: Run, rows_per_task: int = 3) -> dict[str, Any]:
     return {k: v.to(run.model.device) for k, v in batch.items()}
 
 
-def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> tuple[Callable[[], object], Callable[[], Tensor]]:
+def _steps(name: str, model: Any, batch: dict[str, Any], run: Run) -> Steps:
     """One training pass and one inference pass of a model on the batch.
 
     The fused model trains by the trainer's loss, the others by the same labels' cross entropy, each in its best way.

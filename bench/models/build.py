@@ -56,6 +56,13 @@ def install(commit: str, folder: Path) -> Path:
     return python
 
 
+def missing(name: str, python: Path | None) -> str | None:
+    """Why a provider cannot run: the other commit, whose interpreter nobody named."""
+    if name != BUILD or python is not None:
+        return None
+    return "needs --build-venv DIR, the folder in which it is or will be installed"
+
+
 @dataclass
 class Worker:
     """A process with one `worker` job, started when needed, of the Python `python` or of this one and this checkout."""

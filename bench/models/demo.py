@@ -25,7 +25,7 @@ from alora_kernels.training.loss import kept_positions, next_labels
 
 from ..report.rows import BOTH
 from ..run import Check
-from .build import BUILD, Worker
+from .build import BUILD, Worker, missing
 from .pair import FUSED, ONE, ModelWork, Setting, judged
 from .training import PLAIN, SMOLLM2, STOCK, Training, base_model, in_cache, smollm_note
 from .worker import adapter_numbers, trainer_step
@@ -72,9 +72,7 @@ class DemoStep(Training):
         self._python, self._exact = python, exact or self
 
     def reason(self, name: str, mode: str) -> str | None:
-        if name == BUILD and self._python is None:
-            return "needs --build-venv DIR, the folder in which it is or will be installed"
-        return super().reason(name, mode)
+        return missing(name, self._python) or super().reason(name, mode)
 
     def step(self, name: str) -> tuple[Tensor]:
         if name == FUSED:

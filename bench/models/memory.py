@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..report.rows import BOTH, Row
 from ..run import Check, Ready
-from .build import BUILD, Worker
+from .build import BUILD, Worker, missing
 from .pair import FUSED, judged
 
 MODELS = (FUSED, BUILD)
@@ -80,9 +80,7 @@ class MemoryCandidate:
     computes: str = "task"
 
     def reason(self, direction: str, mode: str) -> str | None:
-        if self.name == BUILD and self.worker.python is None:
-            return "needs --build-venv DIR, the folder in which it is or will be installed"
-        return None
+        return missing(self.name, self.worker.python)
 
     def prepare(self, direction: str, mode: str) -> Ready:
         self.worker.step()

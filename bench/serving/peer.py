@@ -38,9 +38,8 @@ from .run import Job, Runner
 
 HOST = "127.0.0.1"
 STARTING = 300.0  # seconds a server may take until it is healthy
-CACHE = (
-    512 * 2**20
-)  # bytes of vLLM's cache, its own default is half of the memory; ours holds the running requests alone
+# bytes of vLLM's cache, whose default is half of the memory; ours holds the running requests alone
+CACHE = 512 * 2**20
 TIES = {"float32": 1e-4, "bfloat16": 0.03}  # of the largest logit, as two programs of that dtype may differ
 
 

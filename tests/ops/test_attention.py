@@ -104,6 +104,16 @@ def test_keys_may_lie_anywhere_and_be_shared():
         torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-12)
 
 
+def test_dropout_reads_the_same_keys_of_a_cache():
+    q, k, v = tensors(DECODE)
+    order = torch.randperm(len(k), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    wanted = segment_attention(q, k, v, plan(DECODE), dropout_p=0.2)
+    torch.manual_seed(1)
+    places = order.argsort()
+    assert torch.equal(segment_attention(q, k[order], v[order], plan(DECODE, k_places=places), dropout_p=0.2), wanted)
+
+
 def test_layouts_of_transformers_are_taken():
     q, k, v = (t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in tensors(TRAINING))
     assert not q.is_contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,24 @@ def assert_step(
 def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w9"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", mask_token="w3", padding_side=side)
+
+
+def two_processes(process: Callable[[int, Callable[[int], int]], None]) -> None:
+    """Run `process(rank, agree)` as two threads; `agree` gives both the larger of their verdicts, as a gather does."""
+    barrier, verdicts = threading.Barrier(2, timeout=60), [0, 0]
+
+    def run(rank: int) -> None:
+        def agree(verdict: int) -> int:
+            verdicts[rank] = verdict
+            barrier.wait()
+            largest = max(verdicts)
+            barrier.wait()
+            return largest
+
+        process(rank, agree)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

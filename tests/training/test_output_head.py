@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from alora_kernels.training.chunked_loss import chunked_cross_entropy
 from alora_kernels.training.loss import ModelLoss, row_losses
 from alora_kernels.training.tasks import NamedRouting
 from alora_kernels.tuner import ALoRAConfig
-from tests.support.trainers import texts, trainer_on
+from tests.support.trainers import texts, trainer_on, two_processes
 from tests.training.test_chunked_loss import VOCABULARY, assert_same, batch_of, learned, model_of, scored
 
 TASKS = ["a", "b", "c"]
@@ -231,25 +231,13 @@ def test_what_is_not_finite_is_so_in_loss_and_gradient(value):
 
 def test_all_processes_ask_by_position_or_none():
     models, found = [model_of("llama"), hooked()], ["", ""]
-    barrier, verdicts = threading.Barrier(2, timeout=60), [0, 0]
 
-    def process(rank: int) -> None:
-        def agree(verdict: int) -> int:
-            verdicts[rank] = verdict
-            barrier.wait()
-            largest = max(verdicts)
-            barrier.wait()
-            return largest
-
+    def process(rank: int, agree: Callable[[int], int]) -> None:
         loss = ModelLoss(learned(models[rank], batch_of()).rules)
         loss.learn(lambda few: models[rank](**few), batch_of(), agree, models[rank])
         found[rank] = loss.whole_because
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    two_processes(process)
     assert found[0] == "another process cannot do without"
     assert "hooks" in found[1]
 

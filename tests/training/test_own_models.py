@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from alora_kernels.training.rules import BatchRules
 from alora_kernels.tuner import ALoRAConfig
 from tests.support import trainers
 from tests.support.families import TASKS, build, rows
-from tests.support.trainers import CONFIG, assert_close, logs_of, sgd, step, texts, trainer_on
+from tests.support.trainers import CONFIG, assert_close, logs_of, sgd, step, texts, trainer_on, two_processes
 
 
 class Weighted(tf.BertForSequenceClassification):
@@ -127,17 +127,10 @@ def test_a_mean_of_rows_is_cut_by_rows(tmp_path):
 
 def test_processes_agree_on_a_loss_and_run_the_model_equally_often():
     """One of two has a first batch without labels: forwards of DDP and gathers of scores must not differ."""
-    barrier, verdicts, calls, found = threading.Barrier(2, timeout=60), [0, 0], [0, 0], [None, None]
+    calls, found = [0, 0], [None, None]
     models = [build("Llama", "lm") for _ in range(2)]
 
-    def process(rank: int) -> None:
-        def agree(verdict: int) -> int:
-            verdicts[rank] = verdict
-            barrier.wait()
-            largest = max(verdicts)
-            barrier.wait()
-            return largest
-
+    def process(rank: int, agree: Callable[[int], int]) -> None:
         def call(few: dict[str, Tensor]):
             calls[rank] += 1
             return models[rank](**few)
@@ -148,11 +141,7 @@ def test_processes_agree_on_a_loss_and_run_the_model_equally_often():
             loss.learn(call, {"input_ids": ids, "labels": torch.full_like(ids, -100) if rank else ids}, agree)
         found[rank] = (loss.by_rows, loss.shifts)
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    two_processes(process)
     assert found == [(True, True)] * 2
     assert calls[0] == calls[1] > 0
 
