@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from .layers.layer import LayerWork
+from .layers.layer import layer_work
 from .layers.problem import Case
 from .layers.providers import PROVIDERS, find
 from .models import build, memory, training
-from .models.pair import Setting
+from .models.pair import Setting, model_work
 from .report.rows import BOTH, EAGER, FORWARD, RESULTS
 from .report.targets import CPU_TARGETS, FUSED, in_dtype
 from .run import Work, checked, choose, measure
@@ -51,25 +52,26 @@ def works(
         for name, dtype in named.items():
             for routing in ("soft", "task"):
                 case = Case(in_dtype(f"layer {routing}", name), routing, **sizes, dtype=dtype)
-                chosen.append(LayerWork(case, providers, [BOTH]))
+                chosen.append(layer_work(case, providers, [BOTH]))
     if "decode" in sections:
         providers = find(set(DECODE) & set(names))
         for name, dtype in named.items():
             for size in (768, 2048):
                 title = in_dtype(f"decode {size}", name)
                 case = Case(title, "task", m=32, k=size, n=size, e=32, dtype=dtype, layout="rows")
-                chosen.append(LayerWork(case, providers, [FORWARD], repeats=2))  # a call takes a tenth of a layer's
+                chosen.append(layer_work(case, providers, [FORWARD], 2))  # a call takes a tenth of a layer's
     in_training, in_demo, in_memory = (
         [name for name in models if name in names] for models in (training.MODELS, DEMO, memory.MODELS)
     )
-    if "training" in sections and in_training:
-        chosen += [training.training_work(in_training, setting=s) for s in _settings(training.SMALL, named)]
+    for s in _settings(training.SMALL, named) if "training" in sections and in_training else ():
+        step = training.Training(partial(training.base_model, s.dtype), s)
+        chosen.append(model_work(in_training, step, width=576, note=training.smollm_note()))
     if "demo" in sections and in_demo:
         from .models import demo  # it reads the recipe, and with it half of the package
 
         chosen += demo.demo_works(in_demo, _settings(demo.STEP, named), python)
     if "memory" in sections and in_memory:
-        chosen += [memory.MemoryWork(case, in_memory, python) for case in memory.SHARES]
+        chosen += [memory.memory_work(case, in_memory, python) for case in memory.SHARES]
     return chosen
 
 

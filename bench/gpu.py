@@ -16,11 +16,11 @@ import typer
 
 from alora_kernels.ops.dispatch import PLANS
 
-from .layers.layer import LayerWork
+from .layers.layer import layer_work
 from .layers.problem import Case
 from .layers.providers import PROVIDERS, find
 from .models import decoding, training
-from .models.pair import FROZEN, Setting, eight_billion
+from .models.pair import FROZEN, Setting, eight_billion, model_work
 from .report.rows import FORWARD, MODES, PASSES, RESULTS, slug
 from .report.targets import DOWN, GPU_TARGETS, SQUARE, UP
 from .run import Work, choose, measure
@@ -58,18 +58,18 @@ def models(names: Sequence[str], layers: int) -> list[Work]:
     found: list[Work] = []
     if in_step:
         note = f"{shape}; {STEP.rows} rows of {STEP.tokens} tokens, the last {STEP.answer} supervised"
-        found.append(training.training_work(in_step, base, STEP, width=width, note=note))
+        found.append(model_work(in_step, training.Training(base, STEP), width=width, note=note))
     if in_decode:
         note = f"{shape}; {TOKEN.tokens} tokens of context"
-        found.append(decoding.decoding_work(in_decode, base, TOKEN, width=width, note=note))
+        found.append(model_work(in_decode, decoding.Decoding(base, TOKEN), width=width, note=note))
     return found
 
 
-def works(names: Sequence[str] = tuple(PROVIDERS)) -> list[LayerWork]:
+def works(names: Sequence[str] = tuple(PROVIDERS)) -> list[Work]:
     """All cases with the chosen providers; those that the most targets ask about come first."""
 
-    def work(case: Case, providers: Sequence[str], directions: Sequence[str] = PASSES) -> LayerWork:
-        return LayerWork(case, find(set(providers) & set(names)), directions)
+    def work(case: Case, providers: Sequence[str], directions: Sequence[str] = PASSES) -> Work:
+        return layer_work(case, find(set(providers) & set(names)), directions)
 
     every = [work(_case(f"gemm {size}", "task", size, e=1), _PLAIN, [FORWARD]) for size in _SIZES]
     every += [work(_case(f"task {SQUARE}", "task"), TASK), work(_case(f"soft {SQUARE}", "soft"), SOFT)]
@@ -77,7 +77,7 @@ def works(names: Sequence[str] = tuple(PROVIDERS)) -> list[LayerWork]:
     every += [work(_case(f"decode {m}", "task", m=m, e=64, layout="rows"), DECODE, [FORWARD]) for m in (1, 8, 32, 64)]
     every += [work(_case(f"tasks {e}", "task", e=e), SWEEP) for e in (1, 8, 64, 1024)]
     every.append(work(_case(f"task E=4 {SQUARE}", "task", e=4), FOUR))
-    return [w for w in every if w.providers]
+    return [w for w in every if w.candidates()]
 
 
 def main(

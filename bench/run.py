@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import typer
@@ -58,18 +58,18 @@ def made_ready(step: Callable[[], Any], device: str, mode: str, judge: Callable[
     return Ready(run, judge(run()), peak)
 
 
-class Candidate(Protocol):
+@dataclass(frozen=True)
+class Candidate:
     """One provider of one case: `reason` says why it takes no part in a pass and mode, `prepare` builds and judges."""
 
     name: str
     computes: str
-
-    def reason(self, direction: str, mode: str) -> str | None: ...
-
-    def prepare(self, direction: str, mode: str) -> Ready: ...
+    reason: Callable[[str, str], str | None]
+    prepare: Callable[[str, str], Ready]
 
 
-class Work(Protocol):
+@dataclass(frozen=True)
+class Work:
     """A case (its columns in `row`) with its candidates, of which nothing is built yet.
 
     `repeats` is a factor on the rounds the user asked for: short calls want more of them.
@@ -77,9 +77,8 @@ class Work(Protocol):
 
     row: Row
     directions: Sequence[str]
-    repeats: float
-
-    def candidates(self) -> Sequence[Candidate]: ...
+    candidates: Callable[[], Sequence[Candidate]]
+    repeats: float = 1.0
 
 
 class Runner:

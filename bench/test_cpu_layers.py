@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from .cpu import works
-from .layers.layer import LayerCandidate, LayerWork
 from .layers.providers import PROVIDERS
 from .report.rows import EAGER
+from .run import Candidate, Work
 
 TIMED = ("frozen", "fused", "hoisted", "authors' loop", "PEFT LoRA", "PEFT mixed batch")
 SHAPE = {"m": 512, "k": 768, "n": 768, "e": 8, "r": 16}
@@ -24,13 +24,12 @@ def _entries() -> list[Any]:
     return [
         pytest.param(work, candidate, id=f"{work.row.case}-{candidate.name}")
         for work in chosen
-        if isinstance(work, LayerWork)
         for candidate in work.candidates()
     ]
 
 
 @pytest.mark.parametrize(("work", "candidate"), _entries())
-def test_layer(benchmark: Any, work: LayerWork, candidate: LayerCandidate) -> None:
+def test_layer(benchmark: Any, work: Work, candidate: Candidate) -> None:
     direction = work.directions[0]
     if (reason := candidate.reason(direction, EAGER)) is not None:
         pytest.skip(f"{candidate.name}: {reason}")

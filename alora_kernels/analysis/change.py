@@ -40,13 +40,9 @@ class Change:
 def column_change(before: Tensor, after: Tensor) -> Change:
     """The change from one matrix to another.
 
-    Formula: `dM = mean_c | ||w'_c|| - ||w_c|| |`, `dD = mean_c (1 - cos(w'_c, w_c))`.
-
-    Args:
-        before, after: `[N, K]`; pass the transpose to measure rows.
-
-    Raises:
-        TypeError, ValueError: not finite floating matrices of one shape.
+    Formula: `dM = mean_c | ||w'_c|| - ||w_c|| |`, `dD = mean_c (1 - cos(w'_c, w_c))`; before and after are `[N, K]`,
+    pass the transpose to measure rows. Raises TypeError or ValueError unless both are finite floating matrices of one
+    shape.
 
     Source: Liu et al. 2024, DoRA, weight decomposition analysis.
     """
@@ -57,16 +53,9 @@ def column_change(before: Tensor, after: Tensor) -> Change:
 
 
 def merged_change(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Change:
-    """The change from W0 to W0 + s B A, without building either product or sum whole.
+    """The change from W0 `[N, K]` to W0 + s B A, without building either product or sum whole.
 
-    Args:
-        w: `[N, K]`.
-        a: `[R, K]`, one task's.
-        b: `[N, R]`.
-        scaling: s.
-
-    Raises:
-        TypeError, ValueError: not finite floating matrices, or shapes that do not fit.
+    a `[R, K]` is one task's, b is `[N, R]`. Raises as `column_change`, and ValueError for shapes that do not fit.
     """
     w = checked("w", w)
     right, left = _factors(a, b)
@@ -131,23 +120,12 @@ class Spectrum:
 
 
 def matrix_spectrum(matrix: Tensor) -> Spectrum:
-    """The spectrum of a matrix `[N, K]`.
-
-    Raises:
-        TypeError, ValueError: not a finite floating matrix.
-    """
+    """The spectrum of a matrix `[N, K]`; TypeError or ValueError unless it is finite and floating."""
     return _spectrum(torch.linalg.svdvals(exact("matrix", matrix)))
 
 
 def update_spectrum(a: Tensor, b: Tensor, scaling: float = 1.0) -> Spectrum:
-    """The spectrum of s B A.
-
-    Args:
-        a, b, scaling: as for `merged_change`.
-
-    Raises:
-        TypeError, ValueError: not finite floating matrices, or of different ranks.
-    """
+    """The spectrum of s B A; arguments and errors as for `merged_change`."""
     right, left = _factors(a, b)
     # with B = Q_b T_b and A^T = Q_a T_a it is Q_b (s T_b T_a^T) Q_a^T, and the Q do not change singular values: what is
     # decomposed is [R, R] (SmolLM2's 1536 x 576 at r = 8: 64 numbers instead of 884,736)

@@ -49,9 +49,6 @@ def compare_units(
         base: the base model, or module -> W0 `[N, K]`, for the change from W0 to W0 + s B A.
         progress: called with (modules done, modules) after each module.
 
-    Returns:
-        Rows, reasons, notes.
-
     Raises:
         ValueError: no unit; the same one twice; no start or no weight fits any of them.
     """

@@ -117,19 +117,17 @@ def two_tasks(by_task: Mapping[str, Any]) -> tuple[str, ...]:
 def task_gradients(
     model: nn.Module, batches: Mapping[str, Any], loss: Loss, parameters: Sequence[str] | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """The gradient of each task's loss, one forward and backward per task.
+    """The gradient of each task's loss by one forward and backward: parameter -> task -> gradient in its dtype.
 
     The model's `.grad`, training modes and the random states of torch, numpy and Python are left as found, also after
     an error. Costs T times the memory of the parameters. Sharded models (FSDP, ZeRO-3) are not supported.
 
     Args:
-        model: on its device, in any mode.
         batches: task -> batch; tensors of a mapping are moved to the model's device, the mapping is copied.
         loss: `(model, batch) -> scalar`, e.g. `trainer.compute_loss`; sets the routing if the model needs one.
+            Gradients
+            of what it does not depend on are zeros.
         parameters: names as in `model.named_parameters()`. Default: every trainable A, B and VeRA vector.
-
-    Returns:
-        parameter -> task -> gradient in the parameter's dtype; zeros where the loss does not depend on it.
 
     Raises:
         NotFiniteError: NaN or infinity; tasks and modules are named.
@@ -181,15 +179,11 @@ def task_conflicts(
 
 
 def probe_batches(rows: Any, collate: Callable[[list[Any]], Any], size: int = 8) -> dict[str, Any]:
-    """One batch per task from a data set: its first `size` rows, the same ones in every run.
+    """One batch per task from a data set: its first `size` rows, or all it has, the same ones in every run.
 
     Args:
-        rows: a `datasets.Dataset` or a sequence of mappings, with a column `task`.
+        rows: a `datasets.Dataset` or a sequence of mappings, with a column `task`; a ValueError without it.
         collate: rows -> batch, e.g. `trainer.data_collator`.
-        size: rows per task; a task with fewer gives what it has.
-
-    Raises:
-        ValueError: size below 1, or rows without a task.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")

@@ -31,19 +31,10 @@ _OURS = re.compile(r"(similarity(-layers)?|(changes|update)-layers|norms-units|l
 
 
 def write_report(analysis: Analysis, folder: str | Path, *, command: str | None = None, figures: bool = True) -> Path:
-    """Write figures (PNG) and `report.html`, one file without anything from elsewhere.
+    """Write figures (PNG) and `report.html`, one file without anything from elsewhere, into a folder; gives the page.
 
-    Args:
-        analysis: what was found.
-        folder: made if needed; figures of an earlier run that this one does not have are removed.
-        command: what made it, for the reader who wants to make it again.
-        figures: without them matplotlib is not needed.
-
-    Returns:
-        The page.
-
-    Raises:
-        ImportError: figures are wanted and matplotlib is missing.
+    Figures of an earlier run that this one does not have are removed. `command` is what made it, for the reader who
+    wants to make it again. An ImportError if figures are wanted and matplotlib is missing.
     """
     drawn = list(pictures(analysis)) if figures else []
     out = Path(folder)

@@ -21,19 +21,10 @@ class IncomparableError(ValueError):
 
 
 def cosine(p: Tensor, q: Tensor) -> float:
-    """Cosine similarity of two matrices read as vectors.
+    """Cosine similarity of two matrices of one shape, read as vectors.
 
-    Formula: `<p, q> / (||p||_F ||q||_F)`.
-
-    Args:
-        p, q: of the same shape.
-
-    Returns:
-        In [-1, 1]; nan if either is all zeros (B before its first step).
-
-    Raises:
-        IncomparableError: different shapes.
-        TypeError, ValueError: not finite floating matrices.
+    Formula: `<p, q> / (||p||_F ||q||_F)`, in [-1, 1]; nan if either is all zeros (B before its first step). Raises
+    IncomparableError for different shapes, TypeError or ValueError unless both are finite floating matrices.
     """
     left, right = exact("p", p), exact("q", q)
     if left.shape != right.shape:
@@ -51,22 +42,15 @@ def unit_vector(values: Tensor) -> Tensor:
 def subspace_overlap(p: Tensor, q: Tensor, *, tolerance: float | None = None) -> float:
     """Mean squared cosine of the principal angles between two row spaces.
 
-    Formula: `||V_p V_q^T||_F^2 / min(rank p, rank q)`, the rows of V an orthonormal basis of the row space.
+    Formula: `||V_p V_q^T||_F^2 / min(rank p, rank q)`, the rows of V an orthonormal basis of the row space. In [0, 1]:
+    0 orthogonal, 1 if one space holds the other; nan if either matrix is all zeros. See `chance`.
 
     Args:
-        p: `[r1, K]`; for B pass B^T.
-        q: `[r2, K]`.
+        p, q: `[r1, K]` and `[r2, K]`; for B pass B^T. Raises as `cosine`, IncomparableError for different K.
         tolerance: a direction counts while its singular value exceeds this share of the Frobenius norm. Default: eps
             of the matrix's dtype. Rounding to that dtype moves no singular value by more than eps / 2 of the norm
             (Weyl), so what stays below is rounding. Give it for numbers that were coarser before, e.g. 2**-7 for
             bfloat16 weights held in float32.
-
-    Returns:
-        In [0, 1]: 0 orthogonal, 1 if one space holds the other; nan if either matrix is all zeros. See `chance`.
-
-    Raises:
-        IncomparableError: different K.
-        TypeError, ValueError: not finite floating matrices.
 
     Source: Hu et al. 2022, LoRA, section 7.2, with all directions.
     """
@@ -88,17 +72,10 @@ def row_basis(name: str, matrix: Tensor, tolerance: float | None) -> Tensor:
 
 
 def chance(r1: int, r2: int, K: int) -> float:
-    """The overlap that two independent random subspaces have on average.
+    """The overlap that two independent random subspaces of ranks r1 and r2 have on average; ValueError below 1.
 
-    Formula: `max(d1, d2) / K`, d = min(r, K). The projection on a random subspace has the mean `(d2 / K) I`, so
-    `E ||V_p V_q^T||_F^2 = trace(P_p) d2 / K = d1 d2 / K`, which `subspace_overlap` divides by min(d1, d2).
-
-    Args:
-        r1, r2: their ranks.
-        K: length of the rows.
-
-    Raises:
-        ValueError: any below 1.
+    Formula: `max(d1, d2) / K`, d = min(r, K). The projection on a random subspace has the mean `(d2 / K) I`, so `E
+    ||V_p V_q^T||_F^2 = trace(P_p) d2 / K = d1 d2 / K`, which `subspace_overlap` divides by min(d1, d2).
     """
     if min(r1, r2, K) < 1:
         raise ValueError(f"r1, r2 and K must be at least 1, got {r1}, {r2}, {K}")
@@ -106,17 +83,10 @@ def chance(r1: int, r2: int, K: int) -> float:
 
 
 def pairwise(matrices: Sequence[Tensor] | Tensor, function: Callable[[Tensor, Tensor], float]) -> Tensor:
-    """A symmetric function of every pair.
+    """A symmetric function of every pair, such as `cosine`: `[n, n]` in float64 on the CPU, the diagonal measured too.
 
-    Args:
-        matrices: n of them, e.g. a stacked A `[E, R, K]` itself.
-        function: `cosine`, `subspace_overlap`, or another that is symmetric.
-
-    Returns:
-        `[n, n]` in float64 on the CPU, the diagonal measured too; nan where the shapes cannot be compared.
-
-    Raises:
-        TypeError, ValueError: not finite floating matrices; the index is named.
+    `matrices` may be a stacked A `[E, R, K]` itself. nan where shapes cannot be compared; raises TypeError or
+    ValueError, naming the index, unless all are finite floating matrices.
     """
     items = list(matrices)
     for i, matrix in enumerate(items):

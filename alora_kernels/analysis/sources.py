@@ -104,18 +104,12 @@ class Unit:
 
 
 def units(path: str | Path) -> list[Unit]:
-    """What there is to compare in a folder.
+    """What there is to compare in a folder: at least one unit; clients that never finished have no shapes, and say why.
 
-    Args:
-        path: an ALoRA or LoRA-per-task folder (a unit per task), a soft ALoRA or HydraLoRA folder (a unit per expert),
-            a LoRA or VeRA folder (one unit), a federated run (a unit per client), or one client's folder in it; also
-            the output folder of `alora train`.
-
-    Returns:
-        At least one; clients that never finished have no shapes, and say why.
-
-    Raises:
-        AdapterFolderError: none of these, damaged, or numbers that are not finite; the folder and module are named.
+    `path` is an ALoRA or LoRA-per-task folder (a unit per task), a soft ALoRA or HydraLoRA folder (a unit per expert),
+    a LoRA or VeRA folder (one unit), a federated run (a unit per client), one client's folder in it, or the output
+    folder of `alora train`. An AdapterFolderError names folder and module of what is none of these, damaged, or not
+    finite.
     """
     folder = Path(os.path.abspath(path))
     if not folder.exists():

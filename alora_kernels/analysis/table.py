@@ -112,14 +112,7 @@ class Analysis:
         return [*self.similarity, *self.changes, *self.norms]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `similarity.csv`, `changes.csv`, `norms.csv` and `not_compared.csv`.
-
-        Args:
-            folder: made if needed; files of these names are replaced.
-
-        Returns:
-            The files.
-        """
+        """Write `similarity.csv`, `changes.csv`, `norms.csv` and `not_compared.csv`, replacing files of these names."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         left = ((*s[:5], len(s.modules), s.modules[0] if s.modules else "") for s in self.skipped)

@@ -62,21 +62,14 @@ def encode(
     """Tokenise `prompt + " " + answer + eos`; labels are -100 except on answer and eos.
 
     A row that is too long loses the middle of its prompt: its first words say what is asked, its last ones are the cue
-    for the answer, which is never cut.
+    for the answer, which is never cut. `lost` counts such rows.
 
     Args:
-        dataset: string columns `prompt`, `answer` and `task`.
-        tokenizer: of the model that will be trained.
-        max_length: most tokens of a row, answer and eos included.
-        lost: counts the rows that are cut.
+        dataset: string columns `prompt`, `answer` and `task`, or a ValueError; a TypeError for a `DatasetDict`.
+        max_length: most tokens of a row; a ValueError if an answer and its eos leave no room for a prompt token.
 
     Returns:
-        A data set with `input_ids`, `attention_mask`, `labels` (each `[length]`, integers) and `task`. The first label
-        that is not -100 is the first token of the answer.
-
-    Raises:
-        TypeError: a `DatasetDict` was given.
-        ValueError: a column is missing, or an answer leaves no room for a prompt token.
+        A data set with `input_ids`, `attention_mask`, `labels` (each `[length]`, integers) and `task`.
     """
     from datasets import Dataset, Features, List, Value
 
@@ -115,18 +108,9 @@ def encode(
 def word_tokens(
     labels: Iterable[str], tokenizer: PreTrainedTokenizerBase, cue: str = "Answer:"
 ) -> dict[str, tuple[int, ...]]:
-    """Ids of each label after a space, as `encode` puts them after a prompt, without eos.
+    """Ids of each label after a space, as `encode` puts them after the prompt `cue`: label -> ids, without eos.
 
-    Args:
-        labels: label words, e.g. `labels_of("trec")`.
-        tokenizer: of the model that answers.
-        cue: a prompt that they follow.
-
-    Returns:
-        Label -> ids, in the order given.
-
-    Raises:
-        ValueError: two labels have the same tokens, so that no model can tell them apart.
+    A ValueError for two labels of the same tokens: no model could tell them apart.
     """
     words = list(dict.fromkeys(labels))
     cues = [cue] * len(words)
@@ -142,11 +126,7 @@ def word_tokens(
 
 
 def first_tokens(labels: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Id of each label's first token, for whoever has the model choose by one; all else as `word_tokens`.
-
-    Raises:
-        ValueError: two labels begin with the same token.
-    """
+    """Id of each label's first token, for whoever has the model choose by one; a ValueError where two begin alike."""
     taken: dict[int, str] = {}
     for label, (first, *_) in word_tokens(labels, tokenizer).items():
         if taken.setdefault(first, label) != label:

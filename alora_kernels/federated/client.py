@@ -219,18 +219,9 @@ def fit(
     lr: float,
     weight_decay: float = 0.0,
 ) -> float:
-    """One round of local training with a fresh AdamW.
+    """One round of local training with a fresh AdamW; gives the mean loss over the batches.
 
-    Args:
-        model: in any mode; it is put in training mode and left in evaluation mode.
-        batches, loss: the batches of this round, and the loss of one.
-        lr, weight_decay: AdamW's.
-
-    Returns:
-        The mean loss over the batches.
-
-    Raises:
-        ValueError: no batch.
+    The model may be in any mode and is left in evaluation mode. No batch at all is a ValueError.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
@@ -249,11 +240,7 @@ def fit(
 
 
 def shuffled(rows: int, steps: int, batch_size: int) -> Iterator[Tensor]:
-    """Row numbers of `steps` batches, without replacement within an epoch, from torch's generator.
-
-    Raises:
-        ValueError: rows, steps or batch_size below one.
-    """
+    """Row numbers of `steps` batches, without replacement within an epoch, from torch's generator; all at least 1."""
     if min(rows, steps, batch_size) < 1:
         raise ValueError(f"rows, steps and batch_size must be >= 1, got {rows}, {steps}, {batch_size}")
     left = torch.empty(0, dtype=torch.int64)

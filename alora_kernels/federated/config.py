@@ -31,9 +31,6 @@ class Limits:
             mean square change of 1 per value.
         max_examples: largest weight a client may claim.
         patience: rounds in a row without a quorum before the run stops.
-
-    Raises:
-        ValueError: a limit that nothing could pass.
     """
 
     quorum: int = 2
@@ -67,9 +64,6 @@ class DpSettings:
         side: who clips, "server" or "client" (which then must be trusted to).
         accounting: keep count of epsilon. It needs plain fedavg, equal weights, and every sampled client's reply: a
             round with one missing is void. Without it there is noise but no statement about privacy.
-
-    Raises:
-        ValueError: a value outside its range.
     """
 
     noise_multiplier: float
@@ -125,12 +119,7 @@ class ClientConfig(_Frozen):
 
 
 class StrategyConfig(_Frozen):
-    """A Flower strategy.
-
-    Attributes:
-        name: "fedavg", "fedmedian", "krum", "fedadam", ...: see `strategies.build_strategy`.
-        options: the strategy's own arguments.
-    """
+    """A Flower strategy by name ("fedmedian", see `strategies.build_strategy`), and its own arguments."""
 
     name: str = "fedavg"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -255,11 +244,7 @@ class FedConfig(_Frozen):
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "configuration") -> FedConfig:
-        """Parse YAML; `source` is what to call the text in errors.
-
-        Raises:
-            ConfigError: not YAML, not a mapping, unknown keys or wrong values; one line per mistake.
-        """
+        """Parse YAML, called `source` in errors; a ConfigError says every mistake, one a line."""
         try:
             values = read_yaml(text)
         except ValueError as error:
@@ -282,11 +267,7 @@ class FedConfig(_Frozen):
 
 
 def load_config(path: Path) -> FedConfig:
-    """Read a configuration file.
-
-    Raises:
-        ConfigError: it cannot be read, or is wrong.
-    """
+    """Read a configuration file; a ConfigError if it cannot be read, or is wrong."""
     try:
         text = path.read_text()
     except OSError as error:

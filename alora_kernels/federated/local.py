@@ -34,13 +34,9 @@ log = logging.getLogger("alora_kernels.federated")
 class InProcessGrid(Grid):
     """All clients in this process, as nodes 1 to num_nodes; one `client_app` answers for all, told apart by contexts.
 
-    Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there.
-
-    Args:
-        on_message: called with a copy of every message, to a client and back, as read from the bytes that travel.
-
-    Attributes:
-        contexts: node id -> its `Context`, which stays between messages; deleting one takes the node away.
+    Creating a grid makes this process Flower's server process: `Message(...)` takes its sender from there. `on_message`
+    gets a copy of every message, to a client and back, as read from the bytes that travel. `contexts`, node id ->
+    `Context`, stay between messages; deleting one takes the node away.
     """
 
     def __init__(

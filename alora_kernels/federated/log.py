@@ -97,11 +97,7 @@ class Ledger:
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The events of a ledger in the order of their writing, of a run in progress too.
 
-    Half a last line, which a running or killed process leaves, is left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another line is no event; the message has its number.
+    Half a last line, which a running or killed process leaves, is left out; any other that is no event is a ValueError.
     """
     lines, events = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, start=1):

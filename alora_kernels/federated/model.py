@@ -225,15 +225,10 @@ def layer_shapes(model: nn.Module, spec: ShareSpec) -> list[LayerShape]:
 
 
 def fingerprint(base: nn.Module, *, heads: Sequence[str] = (), data: bool = False) -> str:
-    """A hash of a base model, before it is adapted.
+    """SHA-256 over the names and shapes of a base model's weights, in hexadecimal, before it is adapted.
 
-    Args:
-        base: the model.
-        heads: modules left out, because clients may differ in them.
-        data: hash the values of the weights too, in their own dtype; reads the whole model.
-
-    Returns:
-        SHA-256 over names and shapes, in hexadecimal.
+    `heads` are left out, because clients may differ in them. `data` hashes values too, in their own dtype: it reads
+    them.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(base.named_parameters()):

@@ -36,12 +36,7 @@ LEDGER, PLOT = "ledger.jsonl", "rounds.png"
 
 @dataclass(frozen=True)
 class Template:
-    """What the server knows of the model.
-
-    Attributes:
-        model: an adapted model with the shapes of the clients' (its private half is not used).
-        base: `fingerprint` of its base.
-    """
+    """What the server knows of the model: one adapted as the clients' are, and the `fingerprint` of its base."""
 
     model: nn.Module
     base: str

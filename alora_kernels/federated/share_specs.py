@@ -121,14 +121,9 @@ METHODS: Mapping[str, ShareSpec] = MappingProxyType({spec.name: spec for spec in
 
 
 def share_spec(name: str, *, head: Lives = "private") -> ShareSpec:
-    """The method with that name.
+    """The method with that name; classifier heads stay with their clients ("private") or are averaged too ("shared").
 
-    Args:
-        name: a key of `METHODS`.
-        head: "private" keeps classifier heads with their clients; "shared" averages them as well.
-
-    Raises:
-        ValueError: no such method; the message lists the known ones.
+    A ValueError for another name, which lists the known ones, or another kind of head.
     """
     if name not in METHODS:
         raise ValueError(f"unknown federated method {name!r}; known are {', '.join(METHODS)}")

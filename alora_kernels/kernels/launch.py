@@ -39,12 +39,7 @@ _recording: ContextVar[Recording | None] = ContextVar("alora_kernels_recording",
 def recording(chip: str) -> Iterator[list[Launch]]:
     """Record what launchers would launch for meta tensors, as if the device were `chip` ("sm_90", "gfx942").
 
-    Yields:
-        The launches, in order; the list grows while the block runs.
-
-    Example:
-        >>> with recording("sm_90") as launches:
-        ...     expand(x.to("meta"), w.to("meta"), None, h.to("meta"), b.to("meta"))
+    Yields the list of launches, which grows while the block runs.
     """
     token = _recording.set(Recording(chip, []))
     try:

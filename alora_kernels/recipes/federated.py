@@ -43,12 +43,8 @@ def participant(config: FedConfig, client_name: str, *, data_file: str | Path | 
     """One client of a run, with its data; its metrics are `accuracy` and `loss` on its test rows.
 
     `data_file` is the client's own `.jsonl` file with `prompt` and `answer`, instead of the task the configuration
-    names; if that task is a built-in one, answers must be among its label words.
-
-    Raises:
-        ConfigError: the configuration has no such client, no data for it, an unclear kind of model, other metrics, or
-            a shared head over different label words.
-        MissingPackageError, OSError, ValueError: model or data cannot be read; see `data`.
+    names; if that task is a built-in one, answers must be among its label words. A ConfigError for what the
+    configuration lacks or has wrong; for model and data see `data`.
     """
     client = config.client(client_name)
     _check(config)

@@ -79,11 +79,7 @@ def _says(text: str, default: Any = ..., **limits: Any) -> Any:
 
 
 class Recipe(BaseModel):
-    """One training run.
-
-    Raises:
-        ValidationError: wrong values, all of them; `load_recipe` says them in plain words.
-    """
+    """One training run; a ValidationError has all wrong values, which `load_recipe` says in plain words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

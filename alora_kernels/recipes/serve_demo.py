@@ -87,10 +87,8 @@ def prompts(count: int) -> list[tuple[str | None, str]]:
 def served(model: str, adapter: Path, log: Path) -> Iterator[tuple[str, Process]]:
     """`alora serve` on a free port of this machine until the end of the block: its address and process.
 
-    `log`, a file whose name ends in `.log`, gets all that it prints.
-
-    Raises:
-        RuntimeError: it ended, or did not answer in three minutes; quotes the end of its log.
+    `log`, a file whose name ends in `.log`, gets all that it prints; a RuntimeError quotes its end if the server ended,
+    or did not answer in three minutes.
     """
     port = free_port()
     address, command = f"http://{HOST}:{port}", [sys.executable, "-m", "alora_kernels", "serve", model]

@@ -104,9 +104,7 @@ def baselines(config: FedConfig) -> list[Result]:
 def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message: None) -> Result:
     """Run a configuration in this process, or read the run that its folder holds; `on_message` sees every message.
 
-    Raises:
-        ValueError: the folder holds a run of another configuration.
-        RuntimeError: the run stopped early, and why.
+    A ValueError if the folder holds a run of another configuration, a RuntimeError if the run stopped early.
     """
     folder, text = config.output, config.to_yaml()
     kept = folder / CONFIG

@@ -38,17 +38,12 @@ def chunked_cross_entropy(
 ) -> PositionLosses:
     """Losses of positions whose logits are computed chunk by chunk, forward and backward.
 
-    Formula:
-        total = sum_p CE(head(h_p), l_p), in float32 like `row_losses`. Where gradients are asked for they are made with
-        the losses, d total / d h `[P, H]` and the sums for what the head trains; the backward pass only scales them.
+    Formula: `total = sum_p CE(head(h_p), l_p)`, in float32 like `row_losses`. Where gradients are asked for they are
+    made with the losses, d total / d h `[P, H]` and the sums for what the head trains; the backward pass only scales
+    them.
 
-    Args:
-        hidden: inputs of the output layer at the positions, `[P, H]`.
-        labels: their labels `[P]`, each in 0 .. vocabulary - 1.
-        head: logits `[C, V]` of hidden states `[C, H]`; told which slice of the positions they are.
-        vocabulary: V.
-        trained: leaf tensors that `head` reads and that need a gradient.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+    `hidden` are inputs of the output layer `[P, H]`, labels `[P]` are in 0 .. vocabulary - 1; `trained` are the leaf
+    tensors that `head` reads.
     """
     wanted = torch.is_grad_enabled()
     trained = [tensor for tensor in trained if tensor.requires_grad]

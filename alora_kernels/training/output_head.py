@@ -36,14 +36,9 @@ class Given(NamedTuple):
 
 
 class OutputHead:
-    """An output layer and what the model does to its logits: `softcap(scale * layer(h))`.
+    """An output layer and what the model does to its logits: `softcap(scale * layer(h))`, both read from its config.
 
-    Args:
-        module: the layer, as `get_output_embeddings` gives it.
-        config: of the text model; scale and cap are read from it.
-
-    Raises:
-        ValueError: a layer that cannot be asked by position, with the reason.
+    A ValueError, with the reason, for a layer that cannot be asked by position.
     """
 
     def __init__(self, module: Any, config: Any) -> None:

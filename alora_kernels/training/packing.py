@@ -52,12 +52,9 @@ class Packed:
 
 
 def pack(inputs: dict[str, Any], labels: Tensor) -> Packed | None:
-    """The tokens of a padded batch side by side; None where masked places lie between tokens or have labels.
+    """The tokens of a padded batch, which is `all_per_row`, side by side; labels are -100 at every row's first token.
 
-    Args:
-        inputs: `input_ids` `[B, T]`, `attention_mask` `[B, T]` if anything is padded, and other columns as
-            `all_per_row` knows them.
-        labels: `[B, T]`, -100 at every row's first token.
+    None where masked places lie between tokens or have labels.
     """
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..report.rows import BOTH, FORWARD, GRAPH, PASSES, Row
-from ..run import Check, Ready, made_ready
+from ..run import Candidate, Check, Ready, Work, made_ready
 from .problem import Case, Problem
 
 
@@ -70,42 +70,34 @@ class Provider:
     uncapturable: str | None = None
 
 
-class LayerWork:
-    """One layer and the providers that compute something for its routing."""
+def layer_work(
+    case: Case, providers: Sequence[Provider], directions: Sequence[str] = PASSES, repeats: float = 1
+) -> Work:
+    """One layer and the providers that compute something for its routing, over one problem that all of them share."""
+    sizes = {letter: getattr(case, letter) for letter in "mknre"}
+    row = Row(case=case.name, routing=case.routing, dtype=str(case.dtype).removeprefix("torch."), **sizes)
 
-    def __init__(
-        self, case: Case, providers: Sequence[Provider], directions: Sequence[str] = PASSES, repeats: float = 1
-    ) -> None:
-        self.case, self.providers, self.directions, self.repeats = case, providers, directions, repeats
-        sizes = {letter: getattr(case, letter) for letter in "mknre"}
-        self.row = Row(case=case.name, routing=case.routing, dtype=str(case.dtype).removeprefix("torch."), **sizes)
+    def candidates() -> list[Candidate]:
+        problem = cache(lambda: Problem(case))  # drawn when the first of them needs it
+        return [_candidate(case, problem, p) for p in providers if case.routing in p.computes]
 
-    def candidates(self) -> Sequence[LayerCandidate]:
-        """Providers of this routing, over one problem that is drawn when the first of them needs it."""
-        problem = cache(lambda: Problem(self.case))
-        return [LayerCandidate(self.case, problem, p) for p in self.providers if self.case.routing in p.computes]
+    return Work(row, directions, candidates, repeats)
 
 
-class LayerCandidate:
-    def __init__(self, case: Case, problem: Callable[[], Problem], provider: Provider) -> None:
-        self.name, self.computes = provider.name, provider.computes[case.routing]
-        self._case, self._problem, self._provider = case, problem, provider
+def _candidate(case: Case, problem: Callable[[], Problem], provider: Provider) -> Candidate:
+    computes, layer = provider.computes[case.routing], cache(lambda: provider.build(problem()))
 
-    def reason(self, direction: str, mode: str) -> str | None:
-        if direction == BOTH and not self._provider.trains:
+    def reason(direction: str, mode: str) -> str | None:
+        if direction == BOTH and not provider.trains:
             return "it has no backward"
-        if mode == GRAPH and self._provider.uncapturable:
-            return self._provider.uncapturable
-        return self._provider.missing(self._case)
+        if mode == GRAPH and provider.uncapturable:
+            return provider.uncapturable
+        return provider.missing(case)
 
-    def prepare(self, direction: str, mode: str) -> Ready:
-        problem, layer = self._problem(), self._layer
-
+    def prepare(direction: str, mode: str) -> Ready:
         def judge(outputs: Sequence[Tensor]) -> Check:
-            return problem.check(self.computes, layer.named(outputs), gradients=direction == BOTH)
+            return problem().check(computes, layer().named(outputs), gradients=direction == BOTH)
 
-        return made_ready(layer.step(direction, problem.tensor("dy")), self._case.device, mode, judge)
+        return made_ready(layer().step(direction, problem().tensor("dy")), case.device, mode, judge)
 
-    @cached_property
-    def _layer(self) -> Layer:
-        return self._provider.build(self._problem())
+    return Candidate(provider.name, computes, reason, prepare)

@@ -20,7 +20,7 @@ import alora_kernels
 from alora_kernels.baselines import formulas
 from alora_kernels.ops.dispatch import PLANS
 
-from . import foreign, peft, rivals
+from . import rivals
 from .layer import Layer, Provider, over
 from .problem import Case, Problem
 
@@ -87,15 +87,15 @@ _ALL = (
     Provider("hoisted compiled", _ALORA, _compiled, missing=_no_compiler),
     Provider("authors' loop", _ALORA, partial(_alora, formulas.authors_loop)),
     Provider("grouped by task", {"task": "task"}, partial(_alora, formulas.grouped_by_task), uncapturable=_READS_IDS),
-    Provider("PEFT LoRA", _LORA, peft.lora),
-    Provider("PEFT mixed batch", _MULTI, peft.mixed_batch, trains=False, uncapturable=_COPIES_ROWS),
-    Provider("PEFT Poly", {"task": "poly"}, peft.poly, uncapturable=_READS_IDS),
+    Provider("PEFT LoRA", _LORA, rivals.peft_lora),
+    Provider("PEFT mixed batch", _MULTI, rivals.peft_mixed_batch, trains=False, uncapturable=_COPIES_ROWS),
+    Provider("PEFT Poly", {"task": "poly"}, rivals.peft_poly, uncapturable=_READS_IDS),
     Provider("HydraLoRA", {"soft": "hydra"}, rivals.hydra),
     Provider("grouped_mm multi-LoRA", _MULTI, rivals.grouped, missing=rivals.grouped_missing),
     Provider("Unsloth-style addmm", _LORA, rivals.addmm),
-    Provider("LoRAFusion", _MULTI, foreign.lorafusion, missing=foreign.missing("lorafusion")),
-    Provider("vLLM", _MULTI, foreign.vllm, trains=False, missing=foreign.missing("vllm")),
-    Provider("SGLang", _MULTI, foreign.sglang, trains=False, missing=foreign.missing("sglang")),
+    Provider("LoRAFusion", _MULTI, rivals.lorafusion, missing=rivals.not_here("lorafusion")),
+    Provider("vLLM", _MULTI, rivals.vllm, trains=False, missing=rivals.not_here("vllm")),
+    Provider("SGLang", _MULTI, rivals.sglang, trains=False, missing=rivals.not_here("sglang")),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 

@@ -31,7 +31,7 @@ from ..run import Check, Ready, choose
 from ..static import aot
 from ..timing import CudaClock, Timing, interleaved, release
 from . import candidates
-from .layer import LayerWork
+from .layer import layer_work
 from .problem import Case
 from .providers import find
 
@@ -111,7 +111,7 @@ def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, 
         dtype=torch.bfloat16, layout="rows" if decoding else "runs", device="cuda",
     )  # fmt: skip
     directions = [FORWARD] if decoding else [FORWARD, BOTH]
-    work = LayerWork(case, find([f"fused:{name}" for name in PLANS]), directions)
+    work = layer_work(case, find([f"fused:{name}" for name in PLANS]), directions)
     seconds: dict[str, dict[str, float]] = {}
     said: dict[str, str] = {}
     for direction in directions:

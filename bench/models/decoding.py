@@ -6,7 +6,7 @@ the next token's logits; the truth is taken over the whole context, row by row u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,21 +17,19 @@ from alora_kernels import route
 
 from ..layers.providers import PROVIDERS
 from ..report.rows import FORWARD, GRAPH
-from .pair import FROZEN, FUSED, ModelWork, Pair, Setting, Step
+from .pair import FROZEN, FUSED, Pair, Step
 
 STOCK = "PEFT mixed batch"
 MODELS = (FROZEN, FUSED, STOCK)
 
 
-def decoding_work(
-    names: Sequence[str], base: Callable[[], Any], setting: Setting, *, width: int, note: str
-) -> ModelWork:
-    return ModelWork(names, Decoding(base, setting), FORWARD, m=setting.rows, width=width, note=note)
-
-
 class Decoding(Pair):
-    training = False
+    direction, training = FORWARD, False
     stock_name = STOCK
+
+    @property
+    def m(self) -> int:
+        return self.setting.rows  # a token of each
 
     def reason(self, name: str, mode: str) -> str | None:
         return PROVIDERS[STOCK].uncapturable if mode == GRAPH and name == STOCK else None

@@ -23,10 +23,9 @@ from alora_kernels.recipes.demo import RECIPE
 from alora_kernels.training import TaskBalancedSampler, TaskCollator
 from alora_kernels.training.loss import kept_positions, next_labels
 
-from ..report.rows import BOTH
-from ..run import Check
+from ..run import Check, Work
 from .build import BUILD, Worker, missing
-from .pair import FUSED, ONE, ModelWork, Setting, judged
+from .pair import FUSED, ONE, Setting, judged, model_work
 from .training import PLAIN, SMOLLM2, STOCK, Training, base_model, in_cache, smollm_note
 from .worker import adapter_numbers, trainer_step
 
@@ -65,7 +64,7 @@ def demo_rows() -> Rows:
 class DemoStep(Training):
     """The step of all providers; `exact` is the same in float32, for the other commit, which runs in `python`."""
 
-    widens = True
+    widens, repeats = True, 1 / 12
 
     def __init__(self, setting: Setting, python: Path | None, exact: DemoStep | None = None) -> None:
         super().__init__(partial(base_model, setting.dtype), setting)
@@ -142,7 +141,7 @@ class DemoStep(Training):
         return F.cross_entropy(logits.flatten(0, 1), aligned.flatten(), reduction="sum") / total
 
 
-def demo_works(names: Sequence[str], settings: Sequence[Setting], python: Path | None) -> list[ModelWork]:
+def demo_works(names: Sequence[str], settings: Sequence[Setting], python: Path | None) -> list[Work]:
     """The step in each setting, which differ in case and dtype; `python` finds the other commit's package."""
     exact = DemoStep(STEP, python)
     found, data = [], "" if in_cache() else "; random rows of such lengths"
@@ -151,7 +150,5 @@ def demo_works(names: Sequence[str], settings: Sequence[Setting], python: Path |
         note = f"{smollm_note()}; {setting.rows} rows of at most {setting.tokens} tokens{data}; adapters in float32"
         if python is not None:
             note += f"; {BUILD} always in float32"
-        found.append(
-            ModelWork(names, models, BOTH, m=setting.rows * setting.tokens, width=576, note=note, repeats=1 / 12)
-        )
+        found.append(model_work(names, models, width=576, note=note))
     return found

@@ -7,7 +7,6 @@ whole process, libraries included, up to the end of its first step. Loss and gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..report.rows import BOTH, Row
-from ..run import Check, Ready
+from ..run import Candidate, Ready, Work
 from .build import BUILD, Worker, missing
 from .pair import FUSED, judged
 
@@ -40,48 +39,30 @@ def job(every: int) -> dict[str, Any]:
     return {"shape": SHAPE, "adapter": adapter, "numbers": None, "rows": rows}
 
 
-class MemoryWork:
-    """A `run.Work`: the step with one share of labels."""
+def memory_work(case: str, names: Sequence[str], python: Path | None) -> Work:
+    """The step with one share of labels; the others must find what the first provider found."""
+    row = Row(
+        case=case, routing="task", m=ROWS * TOKENS, k=SHAPE["hidden_size"], n=SHAPE["vocab_size"], r=8, e=TASKS,
+        dtype="float32",
+        note=f"{SHAPE['num_hidden_layers']} layers, n is the vocabulary; peak of the process in its first step",
+    )  # fmt: skip
 
-    directions: Sequence[str] = (BOTH,)
-    repeats = 0.0  # memory is what counts: one step to warm up, one that is timed
+    def candidates() -> list[Candidate]:
+        given, agreed = job(SHARES[case]), dict[str, Tensor]()
+        return [candidate(name, Worker(given, python if name == BUILD else None), agreed) for name in names]
 
-    def __init__(self, case: str, names: Sequence[str], python: Path | None) -> None:
-        self.names, self._python, self._every = names, python, SHARES[case]
-        width = SHAPE["hidden_size"]
-        self.row = Row(
-            case=case, routing="task", m=ROWS * TOKENS, k=width, n=SHAPE["vocab_size"], r=8, e=TASKS, dtype="float32",
-            note=f"{SHAPE['num_hidden_layers']} layers, n is the vocabulary; peak of the process in its first step",
-        )  # fmt: skip
-
-    def candidates(self) -> Sequence[MemoryCandidate]:
-        """Both of one comparison."""
-        given, agreed = job(self._every), Agreed()
-        pythons = {FUSED: None, BUILD: self._python}
-        return [MemoryCandidate(name, Worker(given, pythons[name]), agreed) for name in self.names]
+    # no rounds: memory is what counts, so one step warms up and one is timed
+    return Work(row, [BOTH], candidates, repeats=0.0)
 
 
-class Agreed:
-    """What the first provider found, which the others must find too."""
+def candidate(name: str, worker: Worker, agreed: dict[str, Tensor]) -> Candidate:
+    """A provider in its own process; `agreed` is what the first one found, in float64."""
 
-    results: dict[str, Tensor]
+    def prepare(direction: str, mode: str) -> Ready:
+        worker.step()
+        got = worker.results()
+        if not agreed:
+            agreed.update({name: t.double() for name, t in got.items()})
+        return Ready(worker.step, judged(got, agreed, ALLOWED), worker.peak_mb)
 
-    def check(self, got: dict[str, Tensor]) -> Check:
-        if not hasattr(self, "results"):
-            self.results = got
-        return judged(got, {name: t.double() for name, t in self.results.items()}, ALLOWED)
-
-
-@dataclass
-class MemoryCandidate:
-    name: str
-    worker: Worker
-    agreed: Agreed
-    computes: str = "task"
-
-    def reason(self, direction: str, mode: str) -> str | None:
-        return missing(self.name, self.worker.python)
-
-    def prepare(self, direction: str, mode: str) -> Ready:
-        self.worker.step()
-        return Ready(self.worker.step, self.agreed.check(self.worker.results()), self.worker.peak_mb)
+    return Candidate(name, "task", lambda direction, mode: missing(name, worker.python), prepare)

@@ -19,7 +19,7 @@ from torch import Tensor
 import alora_kernels
 
 from ..report.rows import Row
-from ..run import Check, Ready, made_ready
+from ..run import Candidate, Check, Ready, Work, made_ready
 from .worker import llama
 
 FROZEN, FUSED, ONE = "frozen", "fused", "PEFT LoRA, one for all tasks"
@@ -57,12 +57,19 @@ class Pair(ABC):
     PEFT the most, which has a module per adapter. A subclass says what a step is, and what is right.
     """
 
+    direction: str  # the pass that a step is
+    repeats = 1.0  # see `run.Work`
     training = True  # the mode of all models
     widens = False  # whether adapters over 16 bits are float32, as PEFT and our recipes have them by default
     stock_name: str
 
     def __init__(self, base: Callable[[], Any], setting: Setting) -> None:
         self._base, self.setting = base, setting
+
+    @property
+    def m(self) -> int:
+        """Tokens of a step."""
+        return self.setting.rows * self.setting.tokens
 
     @abstractmethod
     def reason(self, name: str, mode: str) -> str | None: ...  # why a model takes no part in a mode
@@ -148,34 +155,19 @@ class Pair(ABC):
         return [(path, m) for path, m in self.fused.named_modules() if hasattr(m, "asymlora_A")]
 
 
-class ModelWork:
-    """A `run.Work`: a step of whole models of m tokens; `width`, the hidden size, stands in the columns k and n."""
+def model_work(names: Sequence[str], models: Pair, *, width: int, note: str) -> Work:
+    """A step of whole models; `width`, the hidden size, stands in the columns k and n."""
+    s = models.setting
+    shape: dict[str, Any] = {"m": models.m, "k": width, "n": width, "r": s.r, "e": s.tasks}
+    row = Row(case=s.case, routing="task", dtype=str(s.dtype).removeprefix("torch."), note=note, **shape)
 
-    def __init__(
-        self, names: Sequence[str], models: Pair, direction: str, *, m: int, width: int, note: str, repeats: float = 1
-    ) -> None:
-        s, self.names, self.models = models.setting, names, models
-        self.directions: Sequence[str] = (direction,)
-        self.repeats = repeats
-        shape = {"m": m, "k": width, "n": width, "r": s.r, "e": s.tasks, "dtype": str(s.dtype).removeprefix("torch.")}
-        self.row = Row(case=s.case, routing="task", note=note, **shape)  # type: ignore[arg-type]
+    def candidate(name: str) -> Candidate:
+        def prepare(direction: str, mode: str) -> Ready:
+            return made_ready(models.step_of(name), s.device, mode, partial(models.check, name))
 
-    def candidates(self) -> Sequence[ModelCandidate]:
-        """Nothing is built before a candidate is prepared."""
-        return [ModelCandidate(name, self.models) for name in self.names]
+        return Candidate(name, SMALLER.get(name, "task"), lambda direction, mode: models.reason(name, mode), prepare)
 
-
-class ModelCandidate:
-    def __init__(self, name: str, models: Pair) -> None:
-        self.name, self._models = name, models
-        self.computes = SMALLER.get(name, "task")
-
-    def reason(self, direction: str, mode: str) -> str | None:
-        return self._models.reason(self.name, mode)
-
-    def prepare(self, direction: str, mode: str) -> Ready:
-        models = self._models
-        return made_ready(models.step_of(self.name), models.setting.device, mode, partial(models.check, self.name))
+    return Work(row, [models.direction], lambda: [candidate(name) for name in names], models.repeats)
 
 
 def judged(got: dict[str, Tensor], truth: dict[str, Tensor], allowed: float) -> Check:

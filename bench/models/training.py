@@ -8,7 +8,7 @@ gradient of every A and B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from alora_kernels import route
 from alora_kernels.files import cache_dir
 
 from ..report.rows import BOTH, GRAPH
-from .pair import FROZEN, FUSED, ONE, ModelWork, Pair, Setting, Step
+from .pair import FROZEN, FUSED, ONE, Pair, Setting, Step
 from .worker import llama
 
 STOCK = "PEFT LoRA task by task"
@@ -53,23 +53,10 @@ def smollm_note() -> str:
     return f"all layers of SmolLM2-135M{weights}; k and n are its hidden size"
 
 
-def training_work(
-    names: Sequence[str] = MODELS,
-    base: Callable[[], Any] | None = None,
-    setting: Setting = SMALL,
-    *,
-    width: int = 576,
-    note: str | None = None,
-) -> ModelWork:
-    """The mixed training step of these models; a step takes seconds, not milliseconds, so 4 rounds by default."""
-    m, note = setting.rows * setting.tokens, smollm_note() if note is None else note
-    models = Training(base or partial(base_model, setting.dtype), setting)
-    return ModelWork(names, models, BOTH, m=m, width=width, note=note, repeats=1 / 15)
-
-
 class Training(Pair):
     """Forward and backward of the whole batch, gradients in `.grad`."""
 
+    direction, repeats = BOTH, 1 / 15  # a step takes seconds, not milliseconds: 4 rounds by default
     stock_name = STOCK
 
     def reason(self, name: str, mode: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from bench.models import build, demo, memory, training
 from bench.models.build import BUILD, Worker
-from bench.models.pair import ONE
+from bench.models.pair import ONE, model_work
 from bench.report.rows import BOTH, EAGER, ROOT
 
 TINY = {
@@ -56,17 +56,20 @@ def test_a_venv_holds_the_commit_and_nothing_is_taken_twice(python, tmp_path):
         build.install("nothing", tmp_path / "new")
 
 
-def test_every_provider_steps_in_both_dtypes_and_a_spoilt_build_is_seen(tiny, python):
+def test_every_provider_steps_in_both_dtypes_and_a_spoilt_build_is_seen(tiny, python, monkeypatch):
     settings = [demo.STEP, replace(demo.STEP, case="demo step, bfloat16", dtype=torch.bfloat16)]
     names = (*training.MODELS, training.PLAIN, BUILD)
-    works = demo.demo_works(names, settings, python)
-    for work in works:
+    made = []
+    monkeypatch.setattr(
+        demo, "model_work", lambda names, step, **told: made.append(step) or model_work(names, step, **told)
+    )
+    for work in demo.demo_works(names, settings, python):
         assert "random rows" in work.row.note and "always in float32" in work.row.note
         for candidate in work.candidates():
             ready = candidate.prepare(BOTH, EAGER)
             assert ready.check.ok, (work.row.case, candidate.name, ready.check)
             ready.run()
-    exact, other = (work.models for work in works)
+    exact, other = made
     assert other.fused.dtype == torch.bfloat16
     assert {p.dtype for n, p in other.fused.named_parameters() if "asymlora" in n} == {torch.float32}
     assert other.rows is exact.rows and "worker" not in other.__dict__  # one process serves both
@@ -82,22 +85,25 @@ def test_without_a_folder_for_it_the_build_says_what_it_needs(tiny):
     one, other = work.candidates()
     assert one.computes == "lora" and one.reason(BOTH, EAGER) is None
     assert "--build-venv" in other.reason(BOTH, EAGER)
-    assert "--build-venv" in memory.MemoryWork("memory all labelled", [BUILD], None).candidates()[0].reason(BOTH, EAGER)
+    (other,) = memory.memory_work("memory all labelled", [BUILD], None).candidates()
+    assert "--build-venv" in other.reason(BOTH, EAGER)
 
 
 def test_memory_is_of_a_fresh_process_and_results_must_agree(tiny, python, monkeypatch):
     ballast = torch.ones(200_000_000)  # 800 MB of this process, which its children must not be charged with
-    work = memory.MemoryWork("memory 1 in 8 labelled", memory.MODELS, python)
+    workers: list[Worker] = []
+    monkeypatch.setattr(memory, "Worker", lambda *given: workers.append(Worker(*given)) or workers[-1])
+    work = memory.memory_work("memory 1 in 8 labelled", memory.MODELS, python)
     ours, theirs = work.candidates()
-    assert [sum(label != -100 for label in row["labels"]) for row in ours.worker.job["rows"]] == [2] * 8
+    assert [sum(label != -100 for label in row["labels"]) for row in workers[0].job["rows"]] == [2] * 8
     first = ours.prepare(BOTH, EAGER)
     assert first.check.ok and 100 < first.peak_mb < 800 + 0 * ballast.numel()
     assert theirs.prepare(BOTH, EAGER).check.ok
-    wrong = {name: t + 1 for name, t in theirs.worker.results().items()}
-    monkeypatch.setattr(theirs.worker, "results", lambda: wrong)
+    wrong = {name: t + 1 for name, t in workers[1].results().items()}
+    monkeypatch.setattr(workers[1], "results", lambda: wrong)
     assert not theirs.prepare(BOTH, EAGER).check.ok
-    process = ours.worker._process
-    del work, ours, first  # `first` holds the worker's step
+    process = workers[0]._process
+    del work, ours, first, workers[0]  # `first` holds the worker's step
     assert process.poll() == 0  # no process stays behind
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bench import gpu, timing
 from bench.__main__ import app
-from bench.layers.layer import LayerWork
+from bench.layers.layer import layer_work
 from bench.layers.problem import Case
 from bench.layers.providers import find
 from bench.models.pair import llama
@@ -68,7 +68,7 @@ def test_every_case_from_end_to_end_with_a_faked_device(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_both_modes_on_a_gpu(tmp_path):
     case = Case("small", "task", m=512, k=256, n=512, e=4, dtype=torch.bfloat16, device="cuda")
-    work = LayerWork(case, find(["frozen", "fused", "hoisted", "Unsloth-style addmm"]))
+    work = layer_work(case, find(["frozen", "fused", "hoisted", "Unsloth-style addmm"]))
     sheet = Sheet(tmp_path / "out.csv", Row)
     rows = Runner(sheet, {}, repeats=5, clock=timing.CudaClock()).run([work], MODES)
     assert len(rows) == 4 * 2 * 2

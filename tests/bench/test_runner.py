@@ -11,7 +11,7 @@ import typer
 
 from bench import run as runs
 from bench.layers import providers
-from bench.layers.layer import LayerWork, Provider
+from bench.layers.layer import Provider, layer_work
 from bench.layers.problem import Case
 from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row
 from bench.report.sheet import Sheet, read
@@ -31,7 +31,7 @@ def run(works: list[Work], path: Path, modes: tuple[str, ...] = (EAGER,)) -> dic
 
 
 def test_rows_say_everything(tmp_path):
-    work = LayerWork(Case("small", "task", m=32, k=8, n=8, r=2, e=2), providers.find(["fused", "hoisted"]), [BOTH])
+    work = layer_work(Case("small", "task", m=32, k=8, n=8, r=2, e=2), providers.find(["fused", "hoisted"]), [BOTH])
     rows = run([work], tmp_path / "out.csv")
     row = rows["fused"]
     assert (row.case, row.routing, row.computes, row.direction, row.mode) == ("small", "task", "task", BOTH, EAGER)
@@ -51,7 +51,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(tmp_path):
 
     wrong = Provider("wrong", {"task": "task"}, off_by_a_little)
     case = Case("small", "task", m=32, k=8, n=8, r=2, e=2)
-    rows = run([LayerWork(case, [*providers.find(["fused"]), wrong], [FORWARD])], tmp_path / "out.csv")
+    rows = run([layer_work(case, [*providers.find(["fused"]), wrong], [FORWARD])], tmp_path / "out.csv")
     assert rows["wrong"].status == "wrong"
     assert rows["wrong"].p50_ms is None
     assert rows["wrong"].worst_error > rows["wrong"].allowed_error
@@ -94,7 +94,7 @@ def test_what_fails_or_is_not_there_says_why(tmp_path):
 
 
 def test_what_has_no_backward_or_no_graph_takes_no_part_in_it():
-    work = LayerWork(
+    work = layer_work(
         Case("small", "task", m=32, k=8, n=8, r=2, e=2), providers.find(["PEFT mixed batch", "grouped by task"])
     )
     grouped, mixed = work.candidates()

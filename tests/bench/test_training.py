@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.models import decoding, training
-from bench.models.pair import FROZEN, FUSED, ONE, ModelWork, Setting, eight_billion, judged, llama
-from bench.models.training import MODELS, STOCK, training_work
+from bench.models import training
+from bench.models.decoding import MODELS as DECODING
+from bench.models.decoding import Decoding
+from bench.models.pair import FROZEN, FUSED, ONE, Setting, eight_billion, judged, llama, model_work
+from bench.models.training import MODELS, SMALL, STOCK, Training
 from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH
 
 
@@ -19,11 +21,12 @@ def tiny() -> Any:
 
 
 @pytest.fixture(scope="module")
-def work() -> ModelWork:
-    return training_work(base=tiny)
+def models() -> Training:
+    return Training(tiny, SMALL)
 
 
-def test_both_models_are_right(work):
+def test_both_models_are_right(models):
+    work = model_work(MODELS, models, width=32, note="")
     for candidate in work.candidates():
         ready = candidate.prepare(BOTH, EAGER)
         assert ready.check.ok, (candidate.name, ready.check)
@@ -31,8 +34,7 @@ def test_both_models_are_right(work):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != ONE])  # which computes less
-def test_a_spoilt_gradient_is_seen(work, name):
-    models = work.models
+def test_a_spoilt_gradient_is_seen(models, name):
     results = models.results(name, models.step_of(name)())
     assert len(results) == 1 + 2 * 14  # the loss, A and B of seven layers in each of two blocks
     assert judged(results, models.truth, models.allowed).ok
@@ -42,8 +44,7 @@ def test_a_spoilt_gradient_is_seen(work, name):
         assert check.where == spoilt
 
 
-def test_steps_do_not_accumulate(work):
-    models = work.models
+def test_steps_do_not_accumulate(models):
     for name in (FUSED, STOCK):
         first = {k: t.clone() for k, t in models.results(name, models.step_of(name)()).items()}
         again = models.results(name, models.step_of(name)())
@@ -53,24 +54,20 @@ def test_steps_do_not_accumulate(work):
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_row_says_which_weights(cached, monkeypatch):
     monkeypatch.setattr(training, "in_cache", lambda: cached)
-    assert ("random weights" in training_work().row.note) == (not cached)
+    assert ("random weights" in training.smollm_note()) == (not cached)
 
 
 def test_the_frozen_model_is_beside_them_and_no_step_is_captured():
-    (frozen,) = training_work((FROZEN,), base=tiny).candidates()
+    models = Training(tiny, SMALL)
+    (frozen,) = model_work([FROZEN], models, width=32, note="").candidates()
     assert frozen.computes == "frozen" and frozen.prepare(BOTH, EAGER).check.ok
     assert "eager" in str(frozen.reason(BOTH, GRAPH)) and frozen.reason(BOTH, EAGER) is None
-    assert not any(p.grad is not None for p in frozen._models.frozen.parameters())
+    assert not any(p.grad is not None for p in models.frozen.parameters())
 
 
-@pytest.fixture(scope="module")
-def decode() -> ModelWork:
-    return decoding.decoding_work(
-        decoding.MODELS, tiny, Setting("model decode", tasks=5, rows=5, tokens=9), width=32, note=""
-    )
-
-
-def test_every_request_decodes_under_its_own_task(decode):
+def test_every_request_decodes_under_its_own_task():
+    models = Decoding(tiny, Setting("model decode", tasks=5, rows=5, tokens=9))
+    decode = model_work(DECODING, models, width=32, note="")
     assert decode.row.m == 5 and decode.row.e == 5
     for candidate in decode.candidates():
         assert candidate.reason(FORWARD, EAGER) is None
@@ -78,7 +75,6 @@ def test_every_request_decodes_under_its_own_task(decode):
         assert ready.check.ok, (candidate.name, ready.check)
         first, again = (ready.run()[0] for _ in range(2))
         assert torch.equal(first, again)  # the same work at every call
-    models = decode.models
     right = models.step_of(FUSED)()[0]
     base = models.step_of(FROZEN)()[0]
     assert not models.check(FUSED, [base]).ok

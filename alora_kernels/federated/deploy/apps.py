@@ -46,16 +46,11 @@ __all__ = ["client", "server"]  # Flower looks the names up here, without import
 
 
 def write_app(folder: Path, config: str, *, resume: bool = False, server: str = SERVER, client: str = CLIENT) -> Path:
-    """Write a folder that `flwr run` accepts, and return it.
+    """Write a folder that `flwr run` accepts, and return it; `pyproject.toml` and `app.py` in it are replaced.
 
-    Args:
-        folder: made if missing; `pyproject.toml` and `app.py` in it are replaced.
-        config: text of the configuration, which both apps find as `context.run_config["config"]`.
-        resume: whether the server goes on from its checkpoint; `context.run_config["resume"]`.
-        server, client: "module:name" of the two apps, importable on the server and on every client.
-
-    Raises:
-        ValueError: a reference that is not "module:name", or a configuration that TOML cannot hold as a literal.
+    Both apps find the text of the configuration as `context.run_config["config"]`, and under "resume" whether the
+    server goes on from its checkpoint. `server` and `client` are "module:name", importable on every machine. A
+    ValueError for other references, or a configuration that TOML cannot hold as a literal.
     """
     if not (_REFERENCE.fullmatch(server) and _REFERENCE.fullmatch(client)):
         raise ValueError(f"server and client must be 'module:name', got {server!r} and {client!r}")

@@ -59,14 +59,9 @@ def superlink_command(
 ) -> list[str]:
     """Program and arguments of a server's SuperLink; other machines reach its clients' interface only, see `superlink`.
 
-    Args:
-        home: folder of the run; the database is `<home>/superlink.db`, so registered keys survive a restart.
-        host, port: where to listen; "0.0.0.0" for clients on other machines.
-        certificates: for TLS, and only clients whose key was registered; None: a simulation, on this machine only.
-
-    Raises:
-        ValueError: no certificates and a host that is not this machine.
-        FlowerError: Flower is not installed, or a certificate file is missing.
+    `<home>/superlink.db` keeps registered keys over a restart; `host` is "0.0.0.0" for clients on other machines.
+    Certificates mean TLS, and only clients whose key was registered; without them it is a simulation on this machine,
+    and another host a ValueError. A FlowerError if Flower or a certificate file is missing.
     """
     program("flower-superlink")
     command = [sys.executable, "-m", "alora_kernels.federated.deploy.superlink", "--host", host, "--port", str(port)]
@@ -93,18 +88,10 @@ def supernode_command(
 ) -> list[str]:
     """Program and arguments of a client's SuperNode.
 
-    Args:
-        client: its name, the same after every restart.
-        server: "host:port" of the SuperLink, a name or address in its certificate.
-        ca: the `ca.pem` it got from the server; nobody else is trusted.
-        key: its private key.
-        state_dir: folder that keeps its private parts.
-        config: its own copy of the configuration; without it the server's counts, and with it what is shared.
-        data: its own data file.
-
-    Raises:
-        ValueError: a name or path that Flower's node configuration cannot hold.
-        FlowerError: Flower is not installed, or a file is missing.
+    `client` is its name, the same after every restart; `server` the SuperLink's "host:port", a name or address in its
+    certificate; `ca` the `ca.pem` it got from there, so that nobody else is trusted; `key` its private key; `state_dir`
+    keeps its private parts. Without a `config` of its own the server's counts; with it, it says what is shared. A
+    ValueError for a name or path that Flower's node configuration cannot hold, a FlowerError for what is missing.
     """
     node = {"client": check_name(client), "state-dir": str(Path(state_dir).resolve())}
     for what, file in (("config", config), ("data", data)):
@@ -142,18 +129,11 @@ class Certificates:
 
 
 def make_certificates(folder: Path, hosts: Iterable[str] = LOCAL, days: int = 365) -> Certificates:
-    """An authority and a server certificate signed by it.
+    """An authority and a server certificate signed by it, valid for so many days.
 
-    The authority's own key is never written: a new server certificate means a new `ca.pem` for everyone.
-
-    Args:
-        folder: where to write; made if missing.
-        hosts: names and addresses under which clients reach the server; this machine's own are added.
-        days: how long both are valid.
-
-    Raises:
-        ValueError: days below one.
-        FileExistsError: one of the files is there already.
+    The authority's own key is never written: a new server certificate means a new `ca.pem` for everyone. `hosts` are
+    the names and addresses under which clients reach the server; this machine's own are added. A ValueError for days
+    below one, a FileExistsError if one of the files is there already.
     """
     if days < 1:
         raise ValueError(f"days must be >= 1, got {days}")

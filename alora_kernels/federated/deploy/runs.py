@@ -45,9 +45,7 @@ class AlreadyRegisteredError(FlowerError):
 def register(home: Path, public_key: Path, client: str) -> None:
     """Tell the SuperLink a client's public key; from then on the client may take part.
 
-    Raises:
-        AlreadyRegisteredError: the SuperLink knows the key, from an earlier start with the same database.
-        FlowerError: no such file, a key that Flower does not take, or no server.
+    An AlreadyRegisteredError if it knows the key from an earlier start with the same database, else a FlowerError.
     """
     key = str(commands.existing(public_key, "make_node_key"))
     try:
@@ -66,17 +64,11 @@ def submit_and_wait(
     echo: Echo | None = None,
     seconds: float | None = None,
 ) -> Path:
-    """Start a run and follow it to its end; gives the file of its log.
+    """Start a run of an app folder and follow it to its end; gives the file of its log, whose lines `echo` gets.
 
-    Args:
-        home: folder of the run, connected (`connect`) to a SuperLink.
-        app: app folder.
-        federation: settings of a simulation, such as `{"num-supernodes": 4}`.
-        echo: gets the run's log line by line.
-        seconds: deadline, after which the run is stopped.
-
-    Raises:
-        FlowerError: the app was refused, the run crashed, was stopped or took too long; quotes the end of the log.
+    `home` is connected (`connect`) to a SuperLink; `federation` are settings of a simulation, such as
+    `{"num-supernodes": 4}`. After `seconds` the run is stopped. A FlowerError, with the end of the log, if the app was
+    refused or the run did not complete.
     """
     options = ["--federation-config", " ".join(f"{k}={v}" for k, v in federation.items())] if federation else []
     run_id = int(_flwr(home, "run", str(Path(app).resolve()), CONNECTION, *options)["run-id"])
@@ -115,15 +107,9 @@ def run_ray(
 ) -> Path:
     """Simulate a federation on this machine with Ray and leave nothing running; the rest as `submit_and_wait`.
 
-    Args:
-        num_clients: number of simulated nodes; each finds its number as `context.node_config["partition-id"]`.
-        home: folder for database, logs and Flower's home.
-        cpus: processor cores per client; as many clients run at once as fit into the machine.
-        gpus: share of a GPU per client.
-
-    Raises:
-        ValueError: no client, or no core for it.
-        FlowerError: Flower or Ray is not installed, or the run did not complete; quotes the log.
+    Each node finds its number as `context.node_config["partition-id"]`. `home` gets database, logs and Flower's home. A
+    client takes so many cores and such a share of a GPU; as many run at once as fit into the machine. A ValueError for
+    no client, or no core for it; a FlowerError if Flower or Ray is missing.
     """
     if num_clients < 1 or cpus < 1 or gpus < 0:
         raise ValueError(f"num_clients and cpus must be >= 1 and gpus >= 0, got {num_clients}, {cpus}, {gpus}")
@@ -139,11 +125,7 @@ def run_ray(
 def start_superlink(
     processes: Processes, home: Path, *, host: str = LOOPBACK, port: int, certificates: Certificates | None = None
 ) -> Process:
-    """Start a SuperLink, wait until it answers, and connect the home to it; arguments as `superlink_command`.
-
-    Raises:
-        FlowerError: the port is in use, or the SuperLink ended; quotes its log.
-    """
+    """Start a SuperLink (`superlink_command`), wait until it answers, connect the home to it; else a FlowerError."""
     command = commands.superlink_command(home, host=host, port=port, certificates=certificates)
     check_port(host, port)
     process = processes.start("superlink", command, commands.environment(home))
@@ -160,16 +142,8 @@ def run_client(
     """Run a client's SuperNode (`supernode_command`) until it is stopped; logs to `<home>/logs/<client>.log`.
 
     A SuperLink refuses a client that it does not know, and for a minute one that crashed, because it still counts the
-    dead process as connected. The SuperNode ends in both cases, so it is started again until `patience` is over.
-
-    Args:
-        client, command: its name, and the command of its SuperNode.
-        home: folder of Flower's files and logs on this machine.
-        echo: gets the log line by line.
-        patience: seconds for which a refusal is no reason to give up.
-
-    Raises:
-        FlowerError: it ended on its own; says what to do where the log tells why.
+    dead process as connected. The SuperNode ends in both cases, so it is started again until `patience` is over. A
+    FlowerError if it ended on its own: it says what to do where the log tells why.
     """
     begin = time.monotonic()
     while True:
