@@ -44,13 +44,18 @@ def figure(width: float, height: float, *, dpi: int = DPI, layout: str | None = 
 
 def panels(count: int, columns: int) -> tuple[Figure, list[Any]]:
     """A figure of `count` tidy panels in rows of `columns`, each 4.2 times 2.9 inches."""
-    lines = -(-count // columns)
-    made = figure(4.2 * columns, 2.9 * lines)
-    axes = list(made.subplots(lines, columns, squeeze=False).flatten())
-    tidy(*axes[:count])
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return made, axes[:count]
+    made = figure(4.2 * columns, 2.9 * -(-count // columns))
+    axes = grid(made, count, columns)
+    tidy(*axes)
+    return made, axes
+
+
+def grid(made: Figure, count: int, columns: int, **options: Any) -> list[Any]:
+    """Axes in rows of so many columns; what is left of the last row is empty."""
+    axes = list(made.subplots(-(-count // columns), columns, squeeze=False, **options).flatten())
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return axes[:count]
 
 
 def tidy(*axes: Any) -> None:

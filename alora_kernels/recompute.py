@@ -28,9 +28,6 @@ def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Give the result to an activation checkpoint, one for each forward.
 
-    Args:
-        function: what the checkpoint runs now and again in the backward pass.
-
     Example:
         >>> y = checkpoint(keep_routing(block), x, use_reentrant=False)
     """

@@ -9,15 +9,10 @@ from torch import Tensor
 
 
 class Dropout(NamedTuple):
-    """Dropout of the low-rank path's input: the mask is a function of the seed alone.
+    """Dropout of the low-rank path's input: the mask is a function of the seed alone."""
 
-    Attributes:
-        p: probability that an entry of x is dropped, 0 .. 1.
-        seed: one int64 on x's device, drawn from torch's generator of that device.
-    """
-
-    p: float
-    seed: Tensor
+    p: float  # probability that an entry of x is dropped, 0 .. 1
+    seed: Tensor  # one int64 on x's device, drawn from torch's generator of that device
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

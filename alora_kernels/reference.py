@@ -12,21 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gate(x: Tensor, num_experts: int, router: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """How much each expert counts for each row.
+def gate(x: Tensor, num_experts: int, router: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
+    """How much each expert counts for each row: `[..., E]` in x's dtype.
 
     Formula: `softmax(x router^T)` (soft routing) or the one-hot of the task id (task routing).
 
-    Args:
-        x: activations `[..., K]`.
-        num_experts: E.
-        router: router weight `[E, K]`, or None.
-        task_ids: one id per row of the batch `[batch]` or per token `x.shape[:-1]`; -1 gives a row of zeros.
-
-    Returns:
-        The gate `[..., E]`, in x's dtype.
-
-    Source: Ban & Ji 2025, section on ALoRA (router); one-hot is its fixed-task case.
+    x is `[..., K]`, router `[E, K]`; there is an id per row of the batch or per token, and -1 gives a row of zeros.
     """
     if router is not None:
         return F.softmax(F.linear(x, router.to(x.dtype)), dim=-1)

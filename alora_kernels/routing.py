@@ -24,16 +24,11 @@ class RowGroups(NamedTuple):
 
     The rows of task t are `order[offsets[t]:offsets[t + 1]]`; rows that belong to no task (id -1) are
     `order[:offsets[0]]`. Within a group rows keep their order, so equal ids give equal groups.
-
-    Attributes:
-        ids: task of each row `[M]`, int32.
-        order: row numbers sorted by task `[M]`, int32.
-        offsets: where each task's rows begin in `order`, `[E + 1]`, int32.
     """
 
-    ids: Tensor
-    order: Tensor
-    offsets: Tensor
+    ids: Tensor  # task of each row `[M]`, int32
+    order: Tensor  # row numbers sorted by task `[M]`, int32
+    offsets: Tensor  # where each task's rows begin in `order`, `[E + 1]`, int32
 
 
 def group_rows(ids: Tensor, num_tasks: int) -> RowGroups:
@@ -97,11 +92,7 @@ class Routing:
         self._checked: set[int] = set()
 
     def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
-        """Row groups for activations `[*leading, K]` and E tasks on a device, built at the first request.
-
-        Raises:
-            ValueError: an id is out of range, or the ids do not fit the rows of the layer.
-        """
+        """Row groups for activations `[*leading, K]` and E tasks, made at first request; ValueError for a misfit."""
         key = (leading, num_tasks, device, self.layout)
         if key not in self._groups:
             if num_tasks not in self._checked:
@@ -120,11 +111,9 @@ class Routing:
         return self
 
     def at(self, layer: object, layout: Layout | None = None) -> Routing:
-        """The same ids for one layer, which is named in errors; what was built for one layer serves all of its layout.
+        """The same ids for one layer, which errors name; what was built for one layer serves all of its layout.
 
-        Args:
-            layer: its `rows_name`, or else its repr, names it.
-            layout: where the batch rows are in what the layer is given; None if nobody knows, see `expand_ids`.
+        `layer` has a `rows_name`, or is named by its repr; for `layout`, None where nobody knows it, see `expand_ids`.
         """
         placed = copy.copy(self)
         placed.layer, placed.layout = layer, layout
@@ -174,16 +163,7 @@ class ConstantRouting(Routing):
 
 
 class PickedRouting(Routing):
-    """The ids of some rows of activations, for a layer that is given these rows alone.
-
-    Args:
-        whole: routing of the batch.
-        leading: shape of the activations without features, `[B, T]`.
-        rows: which of their rows, as they are flattened, `[P]`.
-
-    Raises:
-        ValueError: the ids do not fit the activations.
-    """
+    """The ids of some rows `[P]` of activations `[B, T, ...]`, for a layer that is given these rows alone."""
 
     def __init__(self, whole: Routing, leading: torch.Size, rows: Tensor) -> None:
         ids = whole.task_ids

@@ -74,11 +74,7 @@ _Dumper.add_implicit_resolver(f"{TAG}float", FLOAT, None)
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a YAML text holds; bytes may be UTF-8 or UTF-16, with or without a byte order mark.
-
-    Raises:
-        ValueError: not YAML, or a key given twice in one mapping; the message names line and column.
-    """
+    """What a YAML text holds (bytes: UTF-8 or UTF-16); a ValueError, with line and column, if not or for equal keys."""
     try:
         return yaml.load(text, _Loader)  # a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:

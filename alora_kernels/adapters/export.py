@@ -134,7 +134,7 @@ def export_lora(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write each task of an ALoRA adapter as a stock PEFT LoRA folder.
+    """Write each task of an ALoRA adapter as a stock PEFT LoRA folder; gives sizes and the commands that serve them.
 
     Formula: A = A_task, B = s B_shared, alpha = R, so that (alpha / R) B A is the task's change of the weight.
 
@@ -145,9 +145,6 @@ def export_lora(
         rank: R of every folder, at least the adapter's largest; None is the largest.
         dtype: of the files; None keeps the adapter's.
         overwrite: replace adapters that are there.
-
-    Returns:
-        Sizes, and the commands that serve the folders with vLLM and SGLang.
 
     Raises:
         ValueError: soft routing, modules or biases trained in full, unknown or unsafe names, a rank that is too small,

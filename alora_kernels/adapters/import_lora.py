@@ -166,7 +166,7 @@ def import_lora(
     overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> ImportReport:
-    """Write several stock LoRA adapters as one ALoRA adapter with the best shared B.
+    """Write several stock LoRA adapters as one ALoRA adapter with the best shared B; gives what that loses.
 
     Formula: minimise sum_i ||D_i - B A_i||_F^2 over B `[N, R]` and A_i, module by module; s = 1. See `shared_b`.
 
@@ -177,9 +177,6 @@ def import_lora(
         names: of the tasks; None takes the folders' names.
         overwrite: replace an adapter in `out`.
         dtype: of the file.
-
-    Returns:
-        Errors per module and task, and the ranks that would reach 10 % and 1 %.
 
     Raises:
         ValueError: an adapter that is not plain LoRA, that is damaged or changes nothing; other bases, task types or

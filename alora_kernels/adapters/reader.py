@@ -97,10 +97,7 @@ class AdapterFile:
             return {module: file.get_tensor(parts["B"]).clone() for module, parts in self.keys.items()}
 
     def matrices(self, task: str) -> dict[str, Tensor]:
-        """A of one task: module -> `[R, K]`; only these rows are read.
-
-        An `AdapterFolderError` if there is no such task, or the file is not the one that was checked any more.
-        """
+        """A of one task, module -> `[R, K]`; only these rows are read. Refuses an unknown task and a changed file."""
         if task not in self.tasks:
             listed = ", ".join(map(repr, self.tasks[:20]))
             raise refused(self.folder, f"has no task {task!r}: it has {listed}; ask for one of these")
@@ -109,10 +106,7 @@ class AdapterFile:
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
 
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
-        """Raise unless the weights of the base that the file holds too are those of the base it is used on.
-
-        `base` are its parameters; names that it lacks and quantised ones are not compared. Raises as `matrices`.
-        """
+        """Refuse unless the weights of the base that the file holds too are those of `base`, the parameters here."""
         with _opened(self.folder, self.stamp) as (file, _):
             for name, key in self.copies.items():
                 own = base.get(name)
@@ -129,7 +123,7 @@ class AdapterFile:
                           " must have it unchanged", stacklevel=3)  # fmt: skip
 
     def factors(self, module: str) -> Factors:
-        """A of the first task, B and s of one module; only these are read. Raises as `matrices`."""
+        """A of the first task, B and s of one module; only these are read. Refuses a file that changed."""
         parts = self.keys[module]
         with _opened(self.folder, self.stamp) as (file, _):
             return Factors(_a(file, self.config, parts["A"], 0), file.get_tensor(parts["B"]), self.scaling[module])

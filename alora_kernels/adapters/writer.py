@@ -20,13 +20,8 @@ from .config import AdapterConfig
 def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save the adapters of a PEFT model so that an interruption leaves the previous ones whole.
 
-    Args:
-        model: what `get_peft_model` returned.
-        folder: created if needed. Adapters not called "default" go to subfolders, as in PEFT.
-        kwargs: further arguments of `PeftModel.save_pretrained`.
-
-    Raises:
-        ValueError: `safe_serialization=False`.
+    Adapters not called "default" go to subfolders, as in PEFT. kwargs are those of `PeftModel.save_pretrained`; without
+    safetensors (`safe_serialization=False`) it is a ValueError.
 
     Example:
         >>> save_adapter(model, "runs/step-100")

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .. import files
 from .gradients import COLUMNS, Conflicts, Loss, Measured, NotFiniteError, task_conflicts, two_tasks
+from .table import write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class ConflictCallback(TrainerCallback):
             # a killed run's last row is cut
             kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(self.path) as draft, draft.open("w", newline="") as new:
-            csv.writer(new, lineterminator="\n").writerows([COLUMNS, *kept])
+        write_csv(self.path, COLUMNS, kept)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, if it is time."""

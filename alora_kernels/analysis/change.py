@@ -20,21 +20,13 @@ BLOCK = 2**20  # numbers per block: 8 MB in float64, a handful of which are aliv
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to the columns of a matrix.
+    """What happened to the columns of a matrix."""
 
-    Attributes:
-        magnitude: mean over all columns of `| ||w'_c|| - ||w_c|| |`.
-        relative_magnitude: the same over the mean `||w_c||`; nan if all columns were zero, as B is at its start.
-        direction: mean of `1 - cos(w'_c, w_c)`, in [0, 2], over the columns that have one; nan if none has.
-        columns: K.
-        without_direction: columns that are zero before or after, left out of `direction`.
-    """
-
-    magnitude: float
-    relative_magnitude: float
-    direction: float
-    columns: int
-    without_direction: int
+    magnitude: float  # mean over all columns of `| ||w'_c|| - ||w_c|| |`
+    relative_magnitude: float  # the same over the mean `||w_c||`; nan if all columns were zero, as B is at its start
+    direction: float  # mean of `1 - cos(w'_c, w_c)`, in [0, 2], over the columns that have one; nan if none has
+    columns: int  # K
+    without_direction: int  # zero before or after, and so left out of `direction`
 
 
 def column_change(before: Tensor, after: Tensor) -> Change:
@@ -101,22 +93,12 @@ def _measured(blocks: Iterator[tuple[Tensor, Tensor]]) -> Change:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the singular values of a matrix say.
+    """What the singular values of a matrix say. Source: effective rank, Roy & Vetterli 2007."""
 
-    Attributes:
-        singular_values: largest first; of an update min(N, R, K) of them, the others being zero.
-        effective_rank: `exp(-sum_i p_i log p_i)`, `p_i = sigma_i / sum sigma`: 1 for one direction, R for R equal
-            ones. nan for a matrix of zeros.
-        stable_rank: `||.||_F^2 / sigma_1^2`; nan for a matrix of zeros.
-        frobenius: `||.||_F`.
-
-    Source: effective rank, Roy & Vetterli 2007.
-    """
-
-    singular_values: tuple[float, ...]
-    effective_rank: float
-    stable_rank: float
-    frobenius: float
+    singular_values: tuple[float, ...]  # largest first; of an update min(N, R, K) of them, the others being zero
+    effective_rank: float  # `exp(-sum p log p)`, p = sigma / sum sigma: 1 for one direction, R for R equal ones
+    stable_rank: float  # `||.||_F^2 / sigma_1^2`; nan for a matrix of zeros
+    frobenius: float  # `||.||_F`
 
 
 def matrix_spectrum(matrix: Tensor) -> Spectrum:

@@ -77,14 +77,6 @@ def _picture(
     return Picture(name, title, caption, alt, round(100 * size[0]), *drawn)
 
 
-def _grid(figure: Any, count: int, columns: int) -> list[Any]:
-    """Axes in rows of so many columns; what is left of the last row is empty."""
-    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flatten())
-    for empty in axes[count:]:
-        empty.set_axis_off()
-    return axes[:count]
-
-
 def _heat_maps(analysis: Analysis) -> Iterator[Picture]:
     """The mean over modules, then the layers."""
     rows, keys = analysis.similarity, measures(analysis.similarity)
@@ -113,7 +105,7 @@ def _overview(tables: dict[Key, Table], labels: list[str], chances: dict[Key, fl
     short = [clipped(label, WIDE) for label in labels]
 
     def paint(figure: Any, theme: Theme) -> None:
-        for axes, (key, table) in zip(_grid(figure, len(tables), columns), tables.items()):
+        for axes, (key, table) in zip(plotting.grid(figure, len(tables), columns), tables.items()):
             image = _cells(axes, table, _limits([table], key, FLOOR), theme)
             axes.set_title(named(*key), fontsize=10)
             axes.spines[:].set_visible(False)
@@ -317,7 +309,7 @@ def _lines(
         from matplotlib.lines import Line2D
 
         styles = _styles(looks, theme)
-        for axes, panel in zip(_grid(figure, len(panels), columns), panels):
+        for axes, panel in zip(plotting.grid(figure, len(panels), columns), panels):
             _draw(axes, panel, styles, theme)
         handles = [Line2D([], [], linewidth=1.8, label=clipped(name, LONG), **styles[name]) for name in names]
         if any(panel.levels for panel in panels):

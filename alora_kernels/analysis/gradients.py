@@ -38,27 +38,16 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Conflicts:
-    """The gradients of several tasks for one matrix.
+    """The gradients of several tasks for one matrix."""
 
-    Attributes:
-        module: path of the layer.
-        parameter: "A", "B"; "lambda_b", "lambda_d" of VeRA.
-        shared: False where no two tasks can meet: A under task routing.
-        tasks: names.
-        norms: Frobenius norm of each task's gradient.
-        cosine: `[T, T]` float64 on the CPU; nan where a pair cannot be compared (a gradient of zero, other slices).
-        pairs: pairs of different tasks that were compared.
-        conflicts: those with a negative cosine (Yu et al. 2020, definition 1).
-    """
-
-    module: str
-    parameter: str
-    shared: bool
+    module: str  # path of the layer
+    parameter: str  # "A", "B"; "lambda_b", "lambda_d" of VeRA
+    shared: bool  # False where no two tasks can meet: A under task routing
     tasks: tuple[str, ...]
-    norms: tuple[float, ...]
-    cosine: Tensor
-    pairs: int
-    conflicts: int
+    norms: tuple[float, ...]  # Frobenius norm of each task's gradient
+    cosine: Tensor  # `[T, T]` float64 on the CPU; nan where two cannot be compared (a gradient of zero, other slices)
+    pairs: int  # of different tasks that were compared
+    conflicts: int  # those with a negative cosine (Yu et al. 2020, definition 1)
 
     @property
     def norm(self) -> float:

@@ -71,26 +71,18 @@ class Loaded(NamedTuple):
 class Unit:
     """Something to compare: one task of an adapter, one adapter, or one client.
 
-    Attributes:
-        names: from the most special to the most general: task or client, folder, its parents.
-        kind: what it is, in words.
-        folder: where it lies.
-        base: the base model's name, if the folder gives it.
-        shapes: module -> part -> shape. Parts are A and B; router, an expert's row of it, of soft ALoRA; lambda_d and
-            lambda_b of VeRA; A, M, B1, B2 and B of clients with unequal ranks.
-        read: module -> `Loaded`.
-        shared: parts that all units of the same folder hold as one matrix.
-        why: where there are no shapes, the reason.
+    Parts are A and B; router, an expert's row of it, of soft ALoRA; lambda_d and lambda_b of VeRA; A, M, B1, B2 and B
+    of clients with unequal ranks.
     """
 
-    names: tuple[str, ...]
-    kind: str
+    names: tuple[str, ...]  # from the most special to the most general: task or client, folder, its parents
+    kind: str  # what it is, in words
     folder: Path
-    base: str | None
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    base: str | None  # the base model's name, if the folder gives it
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]  # module -> part -> shape
     read: Callable[[str], Loaded] = field(repr=False)
-    shared: frozenset[str] = frozenset()
-    why: str = ""
+    shared: frozenset[str] = frozenset()  # parts that all units of the same folder hold as one matrix
+    why: str = ""  # where there are no shapes, the reason
 
     @property
     def name(self) -> str:
@@ -165,10 +157,7 @@ class _Weights:
     def units(
         self, names: Iterable[tuple[str, ...]], kind: str, base: Any, update: Callable[[str, Parts], Update] | None
     ) -> list[Unit]:
-        """A unit for each of `names`, in the order of their slices.
-
-        `base` is whatever the folder says of it; `update` makes the change of the weight from a module and its parts.
-        """
+        """A unit for each of `names`, in the order of slices; `update` makes the change of a module's weight."""
         stacked, shared = LAYOUTS.get(kind, ((), ()))
 
         def read(row: int, module: str) -> Loaded:

@@ -79,27 +79,16 @@ class Described(NamedTuple):
 
 @dataclass(eq=False)
 class Analysis:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        units: what was compared.
-        places: module -> layer and kind, in the model's order.
-        similarity: of pairs; measures "cosine" and "overlap" of each part.
-        changes: of each unit against "zero", "start" or "W0".
-        norms: sizes and ranks of each unit; part "sBA" is its change of the weight.
-        skipped: what was not compared.
-        notes: what a reader must know, in sentences.
-        conflicts: gradient conflicts that lay beside the adapters.
-    """
-
-    units: list[Described]
-    places: dict[str, Place]
-    similarity: list[Row] = field(default_factory=list, repr=False)
-    changes: list[Row] = field(default_factory=list, repr=False)
-    norms: list[Row] = field(default_factory=list, repr=False)
-    skipped: list[Skipped] = field(default_factory=list, repr=False)
-    notes: list[str] = field(default_factory=list)
-    conflicts: list[ConflictFile] = field(default_factory=list, repr=False)
+    units: list[Described]  # what was compared
+    places: dict[str, Place]  # module -> layer and kind, in the model's order
+    similarity: list[Row] = field(default_factory=list, repr=False)  # of pairs; "cosine" and "overlap" of each part
+    changes: list[Row] = field(default_factory=list, repr=False)  # of each unit against "zero", "start" or "W0"
+    norms: list[Row] = field(default_factory=list, repr=False)  # sizes and ranks; "sBA" is the change of the weight
+    skipped: list[Skipped] = field(default_factory=list, repr=False)  # what was not compared
+    notes: list[str] = field(default_factory=list)  # what a reader must know, in sentences
+    conflicts: list[ConflictFile] = field(default_factory=list, repr=False)  # that lay beside the adapters
 
     @property
     def labels(self) -> list[str]:

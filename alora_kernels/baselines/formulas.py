@@ -12,10 +12,6 @@ from torch import Tensor
 from .. import reference
 
 
-def _gate(x: Tensor, lora_A: Tensor, router: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
-    return reference.gate(x, lora_A.shape[0], router, task_ids)
-
-
 def authors_loop(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, scaling: float = 1.0,
     **routing: Tensor | None,
@@ -28,7 +24,7 @@ def authors_loop(
     Source: Ban & Ji 2025, the released layer's structure (its class body is not copied).
     """
     wide = x.to(lora_A.dtype)
-    g = _gate(wide, lora_A, **routing)
+    g = reference.gate(wide, len(lora_A), **routing)
     y = F.linear(x, weight, bias)
     for e, a in enumerate(lora_A):
         y = y + g[..., e, None] * F.linear(F.linear(wide, a), lora_B) * scaling
@@ -46,7 +42,7 @@ def hoisted(
     """
     experts, rank, _ = lora_A.shape
     p = F.linear(x, lora_A.flatten(0, 1)).unflatten(-1, (experts, rank))
-    h = (_gate(x, lora_A, **routing).unsqueeze(-1) * p).sum(-2)
+    h = (reference.gate(x, experts, **routing).unsqueeze(-1) * p).sum(-2)
     return F.linear(x, weight, bias) + scaling * F.linear(h, lora_B)
 
 

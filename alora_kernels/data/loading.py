@@ -40,7 +40,7 @@ def load_task(
     test_size: int = 200,
     lost: Lost | None = None,
 ) -> DatasetDict:
-    """Train and test split of one task.
+    """Train and test split of one task, with string columns `prompt`, `answer`, `task`; they share no prompt.
 
     Args:
         name_or_spec: a key of `TASKS`, the path of a `.jsonl` or `.json` file with `prompt` and `answer` (and perhaps
@@ -50,10 +50,6 @@ def load_task(
         test_size: at most so many test rows, and at most half of all rows where the spec names no `test_split` and
             there is something to train.
         lost: counts what is left out.
-
-    Returns:
-        Splits `train` and `test` with string columns `prompt`, `answer`, `task`; they share no prompt of a task. The
-        answer follows the prompt after one space.
 
     Raises:
         MissingPackageError: the task's data package is not installed.
@@ -71,10 +67,7 @@ def load_tasks(
     test_size: int = 200,
     lost: Lost | None = None,
 ) -> DatasetDict:
-    """Several tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled together by the seed.
-
-    A ValueError for no task or one given twice; else errors as in `load_task`.
-    """
+    """Several different tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled by the seed."""
     sources = [as_source(name) for name in names]
     called = [source.name for source in sources]
     if not called or len(set(called)) < len(called):

@@ -21,34 +21,17 @@ FILES = (".jsonl", ".json", ".csv")  # endings of paths; a .csv file is refused 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    r"""One task of the user's own.
+    """One task of the user's own. A ValueError for a template that does not read."""
 
-    Attributes:
-        name: value of the `task` column.
-        source: path of a `.jsonl` file or of a `.json` file with a list, or a hub id such as "stanfordnlp/sst2".
-        prompt: template with `{column}` placeholders, e.g. "Review: {sentence}\nSentiment:". Best ends in a colon:
-            the answer follows after one space.
-        answer: template of the answer, e.g. "{label}". A hub column of class numbers gives the class names.
-        split: split of the hub data set that rows are taken from. Without effect on a file.
-        test_split: split of the hub data set, or of a file the path of another one, that test rows are taken from;
-            None cuts them off the training rows.
-        subset: configuration of the hub data set, e.g. "cola" of "nyu-mll/glue".
-        words: replaces answers, e.g. {"0": "negative", "1": "positive"}.
-        task_column: column which, where the data has it, names the task of each row instead of `name`.
-
-    Raises:
-        ValueError: a template that does not read.
-    """
-
-    name: str
-    source: str
-    prompt: str = "{prompt}"
-    answer: str = "{answer}"
-    split: str = "train"
-    test_split: str | None = None
-    subset: str | None = None
-    words: Mapping[str, str] = field(default_factory=dict)
-    task_column: str | None = "task"
+    name: str  # value of the `task` column
+    source: str  # path of a `.jsonl` file or of a `.json` file with a list, or a hub id such as "stanfordnlp/sst2"
+    prompt: str = "{prompt}"  # template; best ends in a colon: the answer follows after one space
+    answer: str = "{answer}"  # template, e.g. "{label}"; a hub column of class numbers gives the class names
+    split: str = "train"  # of the hub data set that rows are taken from; without effect on a file
+    test_split: str | None = None  # or the path of another file; None cuts test rows off the training rows
+    subset: str | None = None  # configuration of the hub data set, e.g. "cola" of "nyu-mll/glue"
+    words: Mapping[str, str] = field(default_factory=dict)  # replaces answers, {"0": "negative"}
+    task_column: str | None = "task"  # column which, where the data has it, names the task instead of `name`
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # where it is a field of a pydantic model
 
@@ -62,10 +45,7 @@ class TaskSpec:
 
 
 def read_rows(spec: TaskSpec, split: str) -> Rows:
-    """Rows of one split of a source, with the columns its templates need, or ValueError.
-
-    Raises FileNotFoundError or ConnectionError if the file or hub data set is not there.
-    """
+    """Rows of one split that have the columns its templates need; a ValueError if not, or where nothing is there."""
     rows: Rows = read_json(Path(spec.source)) if spec.is_file else _read_hub(spec.source, spec.subset, split)
     if not len(rows):
         raise ValueError(f"{spec.source!r} has no rows; expected one JSON object per line, or a non-empty split")

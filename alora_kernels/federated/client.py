@@ -36,25 +36,14 @@ class DriftError(ValueError):
 
 @dataclass(frozen=True)
 class Participant:
-    """What one client brings. Data stays behind `train` and `evaluate`: the federated code never sees a row.
+    """What one client brings. Data stays behind `train` and `evaluate`: the federated code never sees a row."""
 
-    Attributes:
-        name: its name, the same in every round and after a restart.
-        model: frozen base with the method's adapter (`adapt`); its trained values are replaced before every use, so
-            participants in one process may not share it.
-        train: trains the model it gets for one round, with a fresh optimiser; draws its batches from torch's
-            generator, which is seeded with (seed, name, round).
-        evaluate: metrics of the model it gets, on the client's own test data; the same names for every client.
-        num_examples: rows it trains on, its weight in the mean.
-        base: `fingerprint` of the base before it was adapted.
-    """
-
-    name: str
-    model: nn.Module
-    train: Callable[[nn.Module], Any]
-    evaluate: Callable[[nn.Module], Mapping[str, float]]
-    num_examples: int
-    base: str
+    name: str  # the same in every round and after a restart
+    model: nn.Module  # as `adapt` made it; its trained values are replaced before every use, so nobody shares it
+    train: Callable[[nn.Module], Any]  # one round, fresh optimiser; torch's generator is seeded by (seed, name, round)
+    evaluate: Callable[[nn.Module], Mapping[str, float]]  # on its own test data; the same names for every client
+    num_examples: int  # rows it trains on, its weight in the mean
+    base: str  # `fingerprint` of the base before it was adapted
 
 
 class Client:
@@ -121,10 +110,7 @@ class Client:
         return asked, run, round_
 
     def _train(self, round_: int) -> None:
-        """Local training of exactly what the method trains.
-
-        DriftError if it changed other arrays: the rest was trained beside wrong ones, so nothing is sent.
-        """
+        """Local training of exactly what the method trains; a DriftError if other arrays changed: nothing is sent."""
         for name, parameter in self._model.named_parameters():  # PEFT thaws adapters that it enables again
             parameter.requires_grad_(self._trains[name])
         own = adapters.matrices(self._model, self._share).items()
@@ -219,10 +205,7 @@ def fit(
     lr: float,
     weight_decay: float = 0.0,
 ) -> float:
-    """One round of local training with a fresh AdamW; gives the mean loss over the batches.
-
-    The model may be in any mode and is left in evaluation mode. No batch at all is a ValueError.
-    """
+    """One round of local training with a fresh AdamW; gives the mean loss, a ValueError where there is no batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     losses = []

@@ -22,22 +22,13 @@ from .wire import finite
 
 @dataclass(frozen=True)
 class Limits:
-    """When a round counts, and when to give up.
+    """When a round counts, and when to give up."""
 
-    Attributes:
-        quorum: accepted replies a round needs, and nodes it waits for.
-        deadline: seconds a round, and the wait for nodes, may take.
-        norm_cap: largest L2 norm of reply - sent over all arrays; None for sqrt(number of values), which is a root
-            mean square change of 1 per value.
-        max_examples: largest weight a client may claim.
-        patience: rounds in a row without a quorum before the run stops.
-    """
-
-    quorum: int = 2
-    deadline: float = 600.0
-    norm_cap: float | None = None
-    max_examples: int = 1_000_000
-    patience: int = 3
+    quorum: int = 2  # accepted replies a round needs, and nodes it waits for
+    deadline: float = 600.0  # seconds a round, and the wait for nodes, may take
+    norm_cap: float | None = None  # largest L2 norm of reply - sent over all arrays; None: sqrt(number of values)
+    max_examples: int = 1_000_000  # largest weight a client may claim
+    patience: int = 3  # rounds in a row without a quorum before the run stops
 
     def __post_init__(self) -> None:
         for name in ("quorum", "max_examples", "patience"):
@@ -56,22 +47,16 @@ class DpSettings:
 
     Formula: `noise std = noise_multiplier * clipping_norm / number of sampled clients`, on each value of the mean.
 
-    Attributes:
-        noise_multiplier: z of the Gaussian mechanism; 0 only without accounting.
-        clipping_norm: cap on the L2 norm of one client's whole update.
-        delta: of the (epsilon, delta) that is reported.
-        max_epsilon: the run stops before this is exceeded; None only reports.
-        side: who clips, "server" or "client" (which then must be trusted to).
-        accounting: keep count of epsilon. It needs plain fedavg, equal weights, and every sampled client's reply: a
-            round with one missing is void. Without it there is noise but no statement about privacy.
+    Accounting needs plain fedavg, equal weights, and every sampled client's reply: a round with one missing is void.
+    Without it there is noise but no statement about privacy.
     """
 
-    noise_multiplier: float
-    clipping_norm: float
-    delta: float = 1e-5
-    max_epsilon: float | None = None
-    side: Literal["server", "client"] = "server"
-    accounting: bool = True
+    noise_multiplier: float  # z of the Gaussian mechanism; 0 only without accounting
+    clipping_norm: float  # cap on the L2 norm of one client's whole update
+    delta: float = 1e-5  # of the (epsilon, delta) that is reported
+    max_epsilon: float | None = None  # the run stops before this is exceeded; None only reports
+    side: Literal["server", "client"] = "server"  # who clips; clients must be trusted to
+    accounting: bool = True  # keep count of epsilon
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < inf:
@@ -105,17 +90,11 @@ class _Frozen(BaseModel):
 
 
 class ClientConfig(_Frozen):
-    """One client.
+    """One client."""
 
-    Attributes:
-        name: letters, digits, dot, dash and underscore; it names a folder.
-        task: built-in task, .jsonl file or hub id; on a real machine the client may name its own file instead.
-        rank: its own rank, for `fed-alora-het`.
-    """
-
-    name: str = Field(pattern=f"^{NAME.pattern}$")
-    task: str | None = None
-    rank: int | None = Field(default=None, ge=1)
+    name: str = Field(pattern=f"^{NAME.pattern}$")  # it names a folder
+    task: str | None = None  # built-in, .jsonl file or hub id; on a real machine the client may name its own file
+    rank: int | None = Field(default=None, ge=1)  # its own, for `fed-alora-het`
 
 
 class StrategyConfig(_Frozen):
@@ -128,58 +107,37 @@ class StrategyConfig(_Frozen):
 class FedConfig(_Frozen):
     """A federated run.
 
-    Attributes:
-        method: key of `share_specs.METHODS`.
-        clients: who may take part.
-        rounds: how many rounds in all.
-        rank, lora_alpha, target_modules: the adapter; lora_alpha defaults to twice the rank.
-        d_m: rank of the space that clients of unequal rank share.
-        head: whether classifier heads are "private" or "shared".
-        seed: of everything that is drawn.
-        metrics: names every client reports; the first is the main one and is better when higher.
-        weights: a client's weight in the mean: its "examples", or "equal" (which also keeps the count secret).
-        strategy: how the server aggregates.
-        guard: limits on replies, quorum and deadline.
-        dp: differential privacy, or None.
-        secagg: refused, with the reason.
-        reset_private: private parts begin every round at their first values, much as in the authors' released
-            code, which forgets them. For comparison only.
-        base_check: compare the frozen model by "names" and shapes of its weights, or by their "data" as well.
-        output: folder of ledger, checkpoints and plots; on one machine the clients' private parts too.
-        model: "minilm", "smollm2-135m", a folder or a hub id. This and the rest only the built-in participants read
-            (`alora_kernels.recipes.federated`): who brings models and data of their own may leave them out.
-        kind: "encoder" (classifier) or "causal" (answers in words); None goes by the model's name.
-        local_steps, batch_size, learning_rate, weight_decay: local training in a round (AdamW, fresh each round).
-        train_size, test_size, max_length: rows per client and tokens per row.
+    `model` and what follows only the built-in participants read (`alora_kernels.recipes.federated`): who brings models
+    and data of their own may leave it out.
     """
 
-    method: str
-    clients: tuple[ClientConfig, ...] = Field(min_length=1)
-    rounds: int = Field(default=6, ge=1)
+    method: str  # key of `share_specs.METHODS`
+    clients: tuple[ClientConfig, ...] = Field(min_length=1)  # who may take part
+    rounds: int = Field(default=6, ge=1)  # in all
     rank: int = Field(default=8, ge=1)
-    lora_alpha: float | None = Field(default=None, gt=0)
+    lora_alpha: float | None = Field(default=None, gt=0)  # twice the rank by default
     target_modules: str | tuple[str, ...] = "all-linear"
-    d_m: int = Field(default=16, ge=1)
-    head: Literal["private", "shared"] = "private"
-    seed: int = Field(default=0, ge=0)
-    metrics: tuple[str, ...] = Field(default=("accuracy", "loss"), min_length=1)
-    weights: Literal["examples", "equal"] = "examples"
-    strategy: StrategyConfig = StrategyConfig()
-    guard: Limits = Limits()
-    dp: DpSettings | None = None
-    secagg: bool = False
-    reset_private: bool = False
-    base_check: Literal["names", "data"] = "names"
-    output: Path = Path("runs/fed")
-    model: str = "minilm"
-    kind: Literal["encoder", "causal"] | None = None
-    local_steps: int = Field(default=6, ge=1)
+    d_m: int = Field(default=16, ge=1)  # rank of the space that clients of unequal rank share
+    head: Literal["private", "shared"] = "private"  # of a classifier
+    seed: int = Field(default=0, ge=0)  # of everything that is drawn
+    metrics: tuple[str, ...] = Field(default=("accuracy", "loss"), min_length=1)  # the first counts; higher is better
+    weights: Literal["examples", "equal"] = "examples"  # in the mean; "equal" also keeps the count secret
+    strategy: StrategyConfig = StrategyConfig()  # how the server aggregates
+    guard: Limits = Limits()  # limits on replies, quorum and deadline
+    dp: DpSettings | None = None  # differential privacy
+    secagg: bool = False  # refused, with the reason
+    reset_private: bool = False  # they begin each round anew, as in the authors' released code: for comparison only
+    base_check: Literal["names", "data"] = "names"  # of frozen weights: names and shapes, or data too
+    output: Path = Path("runs/fed")  # ledger, checkpoints and plots; on one machine the clients' private parts too
+    model: str = "minilm"  # or "smollm2-135m", a folder or a hub id
+    kind: Literal["encoder", "causal"] | None = None  # a classifier, or answers in words; None: by the model's name
+    local_steps: int = Field(default=6, ge=1)  # AdamW, fresh each round
     batch_size: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    train_size: int | None = Field(default=2000, ge=1)
+    train_size: int | None = Field(default=2000, ge=1)  # rows per client, as `test_size`
     test_size: int = Field(default=200, ge=1)
-    max_length: int = Field(default=64, ge=1)
+    max_length: int = Field(default=64, ge=1)  # tokens per row
 
     @field_validator("method")
     @classmethod

@@ -80,10 +80,7 @@ class InProcessGrid(Grid):
         return sorted(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Give each message an id and keep its bytes until its reply is pulled.
-
-        ValueError for a message to a node that is not there; then no message is kept.
-        """
+        """Give messages ids and keep their bytes until replies are pulled; ValueError if a node is not there."""
         messages = list(messages)
         for message in messages:
             if message.metadata.dst_node_id not in self.contexts:
@@ -136,10 +133,7 @@ class InProcessGrid(Grid):
 def clients_of(
     config: FedConfig, participant_of: Callable[[str], Participant], folder: Path | None = None
 ) -> Callable[[Context], Client]:
-    """A function from a node to its client, which builds each client once.
-
-    `folder` is that of the private halves; a node's own `state-dir` goes first.
-    """
+    """From a node to its client, built once; private halves lie in the node's own `state-dir`, or else in `folder`."""
     built: dict[tuple[str, str], Client] = {}
 
     def client_of(context: Context) -> Client:

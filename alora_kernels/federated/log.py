@@ -157,9 +157,6 @@ def _stays(event: Event, last: int) -> bool:
     return event["event"] != "end" and number + (event.get("kind") == "evaluate") <= last
 
 
-# ---- what the events say
-
-
 def of_kind(events: Iterable[Event], name: str, kind: str | None = None) -> list[Event]:
     """The events with that name, of training ("train") or evaluation alone where a kind is given."""
     return [event for event in events if event["event"] == name and (kind is None or event["kind"] == kind)]
@@ -219,29 +216,18 @@ def scores(values: Mapping[str, float], baseline: Mapping[str, float], higher_is
 
 @dataclass
 class Track:
-    """One client over the rounds.
+    """One client over the rounds."""
 
-    Attributes:
-        name: the client's name, or "node 7" when it never gave one.
-        shared: rounds behind the model -> metric: k - 1 before the local training of round k, k in its evaluation.
-        local: round -> metric after local training.
-        nbytes: round -> bytes down and up of its training; the last evaluation would be a kink in every curve.
-        down, up: bytes in all, of training and evaluation.
-        examples: rows it trains on.
-        rejected: (round, reason) of everything from it that was not accepted, silence included.
-        seen, accepted: the last round it was asked, and the last it was accepted.
-    """
-
-    name: str
-    shared: dict[int, float] = field(default_factory=dict)
-    local: dict[int, float] = field(default_factory=dict)
-    nbytes: Counter[int] = field(default_factory=Counter)
-    down: int = 0
+    name: str  # "node 7" when it never gave one
+    shared: dict[int, float] = field(default_factory=dict)  # rounds behind the model -> metric: k before round k + 1
+    local: dict[int, float] = field(default_factory=dict)  # round -> metric after local training
+    nbytes: Counter[int] = field(default_factory=Counter)  # round -> bytes of its training, no evaluation
+    down: int = 0  # bytes in all, of training and evaluation, as is `up`
     up: int = 0
-    examples: int | None = None
-    rejected: list[tuple[int, str]] = field(default_factory=list)
-    seen: int = 0
-    accepted: int = 0
+    examples: int | None = None  # rows it trains on
+    rejected: list[tuple[int, str]] = field(default_factory=list)  # (round, reason), silence included
+    seen: int = 0  # last round it was asked
+    accepted: int = 0  # last round it was accepted
 
     @property
     def reasons(self) -> Counter[str]:
@@ -296,21 +282,13 @@ def tracks(events: Sequence[Event]) -> list[Track]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """What came of a run."""
 
-    Attributes:
-        status: "finished", or "stopped" with everything up to the last round saved.
-        reason: why it stopped.
-        rounds: rounds completed.
-        arrays: the shared arrays after the last of them.
-        events: the whole ledger.
-    """
-
-    status: str
-    reason: str | None
-    rounds: int
-    arrays: dict[str, NDArray] = field(repr=False)
-    events: list[dict[str, Any]] = field(repr=False)
+    status: str  # "finished", or "stopped" with everything up to the last round saved
+    reason: str | None  # why it stopped
+    rounds: int  # completed
+    arrays: dict[str, NDArray] = field(repr=False)  # the shared ones after the last of them
+    events: list[dict[str, Any]] = field(repr=False)  # the whole ledger
 
     @property
     def final(self) -> dict[str, dict[str, float]]:

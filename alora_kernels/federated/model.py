@@ -77,21 +77,18 @@ def adapt(
     seed: int = 0,
     client: str = "",
 ) -> nn.Module:
-    """Put a method's adapter on a base model; everything else but the heads is frozen.
+    """Put a method's adapter on a base model, in place; everything else but the heads is frozen.
 
     Args:
-        base: the model; changed in place, and its weights are shared with the result.
-        spec: the method.
         rank: this client's rank.
         lora_alpha: numerator of the scaling; defaults to 2 rank.
         target_modules: "all-linear", a regular expression for whole names, or a list of last parts of names.
         d_m: rank of the shared space, for unequal ranks.
         heads: names of modules that are trained in full.
-        seed: common seed.
-        client: its name, for what each client draws on its own.
+        seed, client: common to all; its name, for what each client draws on its own.
 
     Returns:
-        The adapted model in evaluation mode; call it as the base.
+        The adapted model in evaluation mode, to be called as the base, whose weights it shares.
 
     Raises:
         ValueError: no such target, no such head.
@@ -172,10 +169,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(model: nn.Module, spec: ShareSpec, arrays: Mapping[str, NDArray | Tensor]) -> None:
-    """Copy values into the matrices of these keys, and zero what begins anew each round.
-
-    ValueError for a key the model does not have, or another shape.
-    """
+    """Copy values into the matrices of these keys, which must fit the model, and zero what begins anew each round."""
     own = matrices(model, spec)
     for key, values in arrays.items():
         if key not in own:
@@ -245,11 +239,8 @@ class HetALoRALinear(nn.Module):
 
     Formula: `y = x W0^T + bias + s (M A x) (B + B2 B1)^T`: the fused op with A := M A and B := B + B2 B1. A client
     teaches the others B2 B1; the server's mean replaces B, and B2 begins at zero again. d_m is the rank of the shared
-    space, s is alpha / r in the paper; weight and bias of the base are frozen and shared, not copied.
-
-    Attributes:
-        lora_A, lora_M, lora_B1, lora_B2: private, `[r, K]`, `[d_m, r]`, `[r, d_m]` and `[N, r]`.
-        lora_B: `[N, d_m]`, a buffer: what all clients have learned so far.
+    space, s is alpha / r in the paper; weight and bias of the base are frozen and shared, not copied. The buffer
+    `lora_B` is what all clients have learned so far; all else is private.
 
     Source: Ban & Ji 2025, Fed-ALoRA with unequal ranks.
     """

@@ -17,16 +17,13 @@ Lives = Literal["shared", "private", "frozen"]
 class Role:
     """What happens to the matrices of one role.
 
-    Attributes:
-        lives: "shared" (travels each round), "private" (never leaves the client) or "frozen" (nobody trains it).
-        begins: "kaiming" (uniform, as in LoRA; private ones each client draws on its own, all others are the same for
-            all), "zeros", or "built" (as the adapter's library made it).
-        restarts: back to zeros at the start of every round, because its content has moved into a shared array.
+    "kaiming" is uniform, as in LoRA; private ones each client draws on its own, all others are the same for all.
+    "built" is as the adapter's library made it.
     """
 
-    lives: Lives
+    lives: Lives  # "shared": travels each round; "private": never leaves the client; "frozen": nobody trains it
     begins: Literal["kaiming", "zeros", "built"]
-    restarts: bool = False
+    restarts: bool = False  # at zeros in every round, because its content has moved into a shared array
 
 
 class LayerShape(NamedTuple):
@@ -40,27 +37,18 @@ class LayerShape(NamedTuple):
 class ShareSpec:
     """One federated method.
 
-    Attributes:
-        name: key in `METHODS`.
-        adapter: what is put on the layers: PEFT's "lora" or "vera", our "alora" tuner, or "het" (unequal ranks).
-        roles: role -> `Role`. A role is the name a matrix has in the paper: A and B of LoRA, d and b of VeRA, and for
-            unequal ranks A, M, B1, B2 under the merged B; `head` is every other trained parameter.
-        cost: floats per layer and round, up and down together, in words.
-        aggregation: what the server does, in one line.
-        source: the paper.
-        exact: whether the mean of the shared arrays is the mean of the clients' weight updates, given equal private
-            parts.
-        rslora: s = alpha / sqrt(r).
+    A role is the name a matrix has in the paper: A and B of LoRA, d and b of VeRA, and for unequal ranks A, M, B1, B2
+    under the merged B; `head` is every other trained parameter.
     """
 
-    name: str
-    adapter: Literal["lora", "vera", "alora", "het"]
+    name: str  # key in `METHODS`
+    adapter: Literal["lora", "vera", "alora", "het"]  # PEFT's, our tuner, or that of unequal ranks
     roles: Mapping[str, Role]
-    cost: str
-    aggregation: str
-    source: str
-    exact: bool = True
-    rslora: bool = False
+    cost: str  # floats per layer and round, up and down together, in words
+    aggregation: str  # what the server does, in one line
+    source: str  # the paper
+    exact: bool = True  # whether the shared arrays' mean is that of weight updates, given equal private parts
+    rslora: bool = False  # s = alpha / sqrt(r)
 
     def living(self, lives: Lives) -> tuple[str, ...]:
         """Roles that live there."""

@@ -152,22 +152,15 @@ def _label(run: str, client: str, round: int, spec_hash: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The server after a round.
+    """The server after a round."""
 
-    Attributes:
-        round: the last finished round.
-        arrays: the shared arrays, in the order they had.
-        spec_hash, run: digest of the wire spec, token of the run.
-        strategy, python, numpy: one entry for the strategy and each it wraps; the generators' states.
-    """
-
-    round: int
-    arrays: dict[str, NDArray]
-    spec_hash: str
-    run: str
-    strategy: tuple[Mapping[str, Any], ...]
-    python: Any
-    numpy: Any
+    round: int  # the last finished one
+    arrays: dict[str, NDArray]  # the shared ones, in the order they had
+    spec_hash: str  # digest of the wire spec
+    run: str  # token
+    strategy: tuple[Mapping[str, Any], ...]  # one entry for the strategy and each it wraps
+    python: Any  # the generator's state
+    numpy: Any  # the generator's state
 
 
 def save(

@@ -234,14 +234,8 @@ def _pair(old: float | None, new: float | None, better: int) -> tuple[str, str, 
     return _number(old), _number(new), Text(_number(new - old, "{:+.3f}"), colour)
 
 
-# ---- the figure
-
-
 def plot(events: Sequence[Event], path: str | os.PathLike[str]) -> Path:
-    """Draw a run as the PNG file `path`, under the name of its method: metric and bytes sent over the rounds.
-
-    Of more than eight clients only the worst is named.
-    """
+    """Draw a run as the PNG file `path`: metric and bytes over the rounds; of many clients the worst is named."""
     plotting.check_matplotlib("the figures need matplotlib: pip install 'alora-kernels[federated]'")
     run, found = run_of(events), tracks(events)
     with plotting.themed(plotting.LIGHT):

@@ -35,22 +35,14 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class WireSpec:
-    """What client and server must agree on before arrays are averaged.
-
-    Attributes:
-        arrays: key -> (dtype, shape) of everything that travels.
-        base: fingerprint of the frozen model, see `model.fingerprint`.
-        scaling: s, because equal arrays must mean equal functions.
-        seed: common seed, from which frozen and shared parts begin.
-        metrics: names of the metrics every client reports, before and after local training.
-    """
+    """What client and server must agree on before arrays are averaged."""
 
     method: str
-    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
-    base: str
-    scaling: float
-    seed: int
-    metrics: tuple[str, ...]
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]  # key -> (dtype, shape) of everything that travels
+    base: str  # fingerprint of the frozen model, see `model.fingerprint`
+    scaling: float  # s, because equal arrays must mean equal functions
+    seed: int  # from which frozen and shared parts begin
+    metrics: tuple[str, ...]  # names every client reports, before and after local training
 
     @cached_property
     def digest(self) -> str:
@@ -88,10 +80,7 @@ def to_record(arrays: Mapping[str, Any]) -> ArrayRecord:
 
 
 def decode(key: str, array: Array, dtype: str, shape: tuple[int, ...]) -> NDArray:
-    """One array of a record, as agreed, or WireError.
-
-    Size and type are compared before the bytes are decoded, and again after: a declared shape may lie.
-    """
+    """One array as agreed, or WireError; looked at before its bytes are decoded and after: a declared shape may lie."""
     if array.dtype != dtype:
         raise WireError(f"{key} has dtype {array.dtype}, agreed is {dtype}")
     if tuple(array.shape) != shape:

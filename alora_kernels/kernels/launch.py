@@ -37,10 +37,7 @@ _recording: ContextVar[Recording | None] = ContextVar("alora_kernels_recording",
 
 @contextmanager
 def recording(chip: str) -> Iterator[list[Launch]]:
-    """Record what launchers would launch for meta tensors, as if the device were `chip` ("sm_90", "gfx942").
-
-    Yields the list of launches, which grows while the block runs.
-    """
+    """Record launches on meta tensors as if the device were `chip` ("sm_90", "gfx942"); the list grows in the block."""
     token = _recording.set(Recording(chip, []))
     try:
         yield _recording.get().launches  # type: ignore[union-attr]

@@ -37,10 +37,7 @@ def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
 
 
 def task_id(task: Any, tasks: Sequence[str]) -> int:
-    """The id of one task, by name or id, also as a NumPy or torch number; `"__base__"` and -1 give -1.
-
-    A ValueError lists the valid ones if there is no such task.
-    """
+    """The id of one task, by name or id (also a NumPy or torch number), or a ValueError; "__base__" and -1 give -1."""
     task = plain_task(task)
     if isinstance(task, str) and (task == BASE or task in tasks):
         return -1 if task == BASE else list(tasks).index(task)
@@ -98,15 +95,8 @@ class AdaptedLinear(nn.Module):
     """A frozen layer and what a subclass adds: `y = x W0^T + bias + delta(x)`, in plain torch under autograd.
 
     ALoRA's neighbours in the literature (`baselines`) are such layers: to train them on the same data and compare, not
-    to be the fastest. Weight and bias keep their names; they are shared with the `nn.Linear`, not copied, and frozen.
-
-    Args:
-        linear: the layer to replace; only a plain `nn.Linear`.
-        r, lora_alpha, use_rslora, lora_dropout: as in `FusedALoRALinear`.
-
-    Raises:
-        TypeError: linear is something else, such as a quantised layer.
-        ValueError: r < 1, or a dropout that is no probability.
+    to be the fastest. Weight and bias keep their names; they are shared with the plain `nn.Linear` that is replaced,
+    not copied, and frozen. Other arguments as in `FusedALoRALinear`.
     """
 
     tasks: tuple[str, ...] = ()  # empty where ids of the batch do not matter

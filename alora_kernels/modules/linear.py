@@ -25,8 +25,7 @@ class FusedALoRALinear(nn.Module):
     Formula: `y = x W0^T + bias + s (sum_e g_e(x) A_e dropout(x)) B^T`, s = lora_alpha / r.
 
     Args:
-        in_features: K.
-        out_features: N.
+        in_features, out_features: K and N.
         r: rank R >= 1.
         tasks: task routing: a count or a list of names; the ids of a batch pick A_e.
         num_experts: soft routing: E experts weighted per token by a learned softmax router.
@@ -34,8 +33,7 @@ class FusedALoRALinear(nn.Module):
         use_rslora: s = lora_alpha / sqrt(r).
         lora_dropout: dropout on the input of the low-rank path, in training mode.
         bias: whether the base has a bias.
-        device: of all parameters.
-        dtype: of all parameters.
+        device, dtype: of all parameters.
 
     Attributes:
         weight, bias: the frozen base.
@@ -109,15 +107,9 @@ class FusedALoRALinear(nn.Module):
         use_rslora: bool = False,
         lora_dropout: float = 0.0,
     ) -> FusedALoRALinear:
-        """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen.
+        """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen. Other arguments as in the class.
 
-        Args:
-            linear: the layer to replace.
-            r, tasks, num_experts, lora_alpha, use_rslora, lora_dropout: as in the class.
-
-        Raises:
-            TypeError: linear is not an `nn.Linear` (its weight is not a plain matrix): use
-                `alora_kernels.alora_delta` on its output instead.
+        A TypeError for another layer, whose weight is no plain matrix: use `alora_kernels.alora_delta` on its output.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -170,13 +162,9 @@ class FusedALoRALinear(nn.Module):
     def forward(self, x: Tensor, task_ids: Tensor | Sequence[str | int] | Routing | None = None) -> Tensor:
         """y `[..., N]` from x `[..., K]`.
 
-        Args:
-            x: activations.
-            task_ids: task routing only: integer ids `[batch]` or `x.shape[:-1]`, a list of task names, or a
-                `Routing`; -1 or "__base__" means the base alone. None reads the routing context.
-
-        Raises:
-            ValueError: no ids, ids that do not fit, ids given to a soft-routed or a merged layer.
+        Task routing takes integer ids `[batch]` or `x.shape[:-1]`, a list of task names, or a `Routing`; -1 or
+        "__base__" means the base alone, None reads the routing context. A ValueError for no ids, ids that do not fit,
+        or ids given to a soft-routed or a merged layer.
         """
         if self.merged_task is not None:
             if task_ids is not None or current_routing() is not None:
@@ -206,13 +194,9 @@ class FusedALoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, task: str | int) -> None:
-        """Fold one task into the weight: `W0 + s B A_task`; the layer then serves that task alone.
+        """Fold one task, by name or id, into the weight: `W0 + s B A_task`; the layer then serves that task alone.
 
-        Args:
-            task: name or id.
-
-        Raises:
-            ValueError: an unknown task, soft routing (the gate differs per token), or already merged.
+        A ValueError for an unknown task, soft routing (the gate differs per token), or a layer that is merged already.
         """
         if self.router is not None:
             raise ValueError("soft routing weighs the experts per token, so no single weight equals it: cannot merge")

@@ -64,7 +64,7 @@ def participant(config: FedConfig, client_name: str, *, data_file: str | Path | 
     )
 
 
-def template(config: FedConfig) -> nn.Module:
+def template(config: FedConfig) -> Template:
     """The adapted model as a server needs it: shapes and initial values, no data; errors as `participant`."""
     _check(config)
     shared = _shared_labels(config)
@@ -73,12 +73,9 @@ def template(config: FedConfig) -> nn.Module:
             "head: shared needs to know the label words before it sees data; name a built-in task for at least one "
             f"client ({', '.join(data.TASKS)}), or set `head: private`"
         )
-    return _adapted(config, _base_of(config), len(shared) if shared else 2, "", config.rank)  # private heads are unused
-
-
-def base_fingerprint(config: FedConfig) -> str:
-    """The `Participant.base` that every client of this run must have, from the model alone."""
-    return _base_of(config).fingerprint
+    base = _base_of(config)
+    model = _adapted(config, base, len(shared) if shared else 2, "", config.rank)  # private heads are unused
+    return Template(model, base.fingerprint)
 
 
 def kind_of(config: FedConfig) -> str:
@@ -160,32 +157,19 @@ def _adapted(config: FedConfig, base: _Base, num_labels: int, client: str, rank:
     )
 
 
-# ---- rows
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One client's data.
+    """One client's data."""
 
-    Attributes:
-        labels: the words it answers with.
-        choices: what a prediction is chosen among, per label: token ids, or 0, 1, ... for a classifier.
-        train, test: token ids of each row.
-        train_target, test_target: per row, the right one of `choices`.
-        majority: test accuracy of always giving the most frequent training answer.
-        causal: whether targets are tokens; such rows are padded on the left, so that all answers begin together.
-        pad: fills shorter rows.
-    """
-
-    labels: tuple[str, ...]
-    choices: Tensor
-    train: Sequence[Sequence[int]]
+    labels: tuple[str, ...]  # the words it answers with
+    choices: Tensor  # what a prediction is chosen among, per label: token ids, or 0, 1, ... for a classifier
+    train: Sequence[Sequence[int]]  # token ids of each row, as `test`
     test: Sequence[Sequence[int]]
-    train_target: Tensor
+    train_target: Tensor  # per row, the right one of `choices`
     test_target: Tensor
-    majority: float
-    causal: bool
-    pad: int
+    majority: float  # test accuracy of always giving the most frequent training answer
+    causal: bool  # whether targets are tokens; such rows are padded on the left: all answers begin together
+    pad: int  # fills shorter rows
 
 
 @lru_cache(maxsize=32)
@@ -258,9 +242,6 @@ def collate(rows: Sequence[Sequence[int]], pad: int, *, left: bool, device: torc
     return {key: value.to(device) for key, value in batch.items()}
 
 
-# ---- local training and judgement
-
-
 def _logits(model: nn.Module, rows: Rows, ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Logits of some rows: over an encoder's classes, or over the vocabulary where the answer begins."""
     batch = collate(ids, rows.pad, left=rows.causal, device=device)
@@ -298,8 +279,6 @@ def _evaluate(model: nn.Module, *, rows: Rows, metrics: tuple[str, ...]) -> dict
     return {name: measured[name] for name in metrics}
 
 
-# ---- Flower's apps
-
 server = ServerApp()
 
 
@@ -307,8 +286,9 @@ server = ServerApp()
 def _main(grid: Grid, context: Context) -> None:
     """Serve the run; a run that stops early ends as failed, so that `flwr list` says so."""
     config = FedConfig.from_yaml(str(context.run_config["config"]))
-    known = Template(template(config), base_fingerprint(config))
-    outcome = serve(grid, config, known, resume=bool(context.run_config.get("resume", False)), engine="flower")
+    outcome = serve(
+        grid, config, template(config), resume=bool(context.run_config.get("resume", False)), engine="flower"
+    )
     if outcome.status != "finished":
         raise RuntimeError(f"stopped after round {outcome.rounds}: {outcome.reason}")
 

@@ -210,8 +210,7 @@ def _path(root: Path, source: str) -> str:
 def load_recipe(path: Path, root: Path | None = None) -> Recipe:
     """Read a recipe from a YAML file; relative paths of data start from `root`, or else the file's own folder.
 
-    Raises:
-        RecipeError: no such file, not a YAML mapping; unknown keys and bad values, all of them.
+    A RecipeError has all that is wrong: no such file, no YAML mapping, unknown keys and bad values.
     """
     try:
         values = read_mapping(path, "tasks: [trec, spam]")

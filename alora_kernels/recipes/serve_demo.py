@@ -49,10 +49,7 @@ class Answer:
 
 
 def adapter_folder(model: str, output: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The folder of the demo's trained adapter if there is one for this model, else of a random one made in `output`.
-
-    Beside it a note of what a reader must know about it.
-    """
+    """Folder of the demo's adapter if it is of this model, or of a random one made in `output`; what to know of it."""
     if model == RECIPE.model and (TRAINED / "adapter_config.json").exists():
         return TRAINED, f"trained by `make demo` on {', '.join(TASKS)}"
     folder = Path(output) / f"random-adapter-{Path(model).name}"

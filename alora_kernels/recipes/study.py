@@ -21,11 +21,11 @@ from rich.table import Table
 from .. import plotting
 from ..federated import FedConfig, Outcome, run
 from ..federated.log import delta_m, read
-from ..federated.server import LEDGER, Template
+from ..federated.server import LEDGER
 from ..federated.state import CHECKPOINT, FINAL
 from ..text import percent
 from . import display
-from .federated import base_fingerprint, majority, participant, template
+from .federated import majority, participant, template
 
 CONFIG = "config.yaml"
 ALONE = "local"  # what delta-m compares with
@@ -34,40 +34,26 @@ MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Result:
-    """One run, or one row of comparison that was not trained.
+    """One run, or one row of comparison that was not trained."""
 
-    Attributes:
-        method: name of the method, or "majority" or "untuned".
-        accuracy: client -> accuracy on its test rows at the end.
-        bytes_round: arrays up and down, per client and round, on average; bytes_total of all clients and rounds.
-        rejected: replies that the guard refused.
-    """
-
-    method: str
+    method: str  # or "majority" or "untuned"
     seed: int
-    accuracy: dict[str, float]
-    bytes_round: float = 0.0
-    bytes_total: int = 0
-    rejected: int = 0
+    accuracy: dict[str, float]  # client -> accuracy on its test rows at the end
+    bytes_round: float = 0.0  # arrays up and down, per client and round, on average
+    bytes_total: int = 0  # of all clients and rounds
+    rejected: int = 0  # replies that the guard refused
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method over all seeds; each list has a value per seed.
-
-    Attributes:
-        mean, worst: over the clients.
-        worst_client: who was worst, most often.
-        delta: delta-m in percent against `local` with the same seed (below zero is better); None without such a run.
-        bytes_round, bytes_total: as in `Result`, of the mean seed.
-    """
+    """One method over all seeds; each list has a value per seed."""
 
     method: str
-    mean: list[float]
+    mean: list[float]  # over the clients, as is `worst`
     worst: list[float]
-    worst_client: str
-    delta: list[float | None]
-    bytes_round: float
+    worst_client: str  # who was worst, most often
+    delta: list[float | None]  # delta-m in percent against `local` with the same seed; None without such a run
+    bytes_round: float  # as in `Result`, of the mean seed
     bytes_total: float
 
 
@@ -116,8 +102,8 @@ def result(config: FedConfig, on_message: Callable[[Any], None] = lambda message
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(text)
         resume = (folder / CHECKPOINT).exists()
-        known = Template(template(config), base_fingerprint(config))
-        outcome = run(config, partial(participant, config), template=known, resume=resume, on_message=on_message)
+        how: dict[str, Any] = {"template": template(config), "resume": resume, "on_message": on_message}
+        outcome = run(config, partial(participant, config), **how)
     if outcome.status != "finished":
         raise RuntimeError(f"{config.method}, seed {config.seed}, stopped: {outcome.reason}")
     total = outcome.bytes_up + outcome.bytes_down

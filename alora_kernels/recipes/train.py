@@ -50,40 +50,28 @@ MANY_ANSWERS = 16  # a task with more different answers, most of them seen once,
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model is worth on the test rows.
+    """What a model is worth on the test rows."""
 
-    Attributes:
-        accuracy: task -> share of right choices, of tasks that answer with words.
-        loss: task -> nats per token of the right answer, of tasks that answer in texts.
-    """
-
-    accuracy: dict[str, float] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)  # task -> share of right choices among words
+    loss: dict[str, float] = field(default_factory=dict)  # task -> nats per token of an answer in text
 
 
 @dataclass
 class Run:
-    """Everything a recipe becomes once loaded.
-
-    Attributes:
-        method: what the model is adapted with, the rank as the recipe's budget chose it.
-        tasks: names in the order of their ids.
-        model: the base with the adapter (a `PeftModel` for ALoRA and LoRA).
-        text: train and test rows as text; `train` and `test` are the same rows as token ids.
-        choices: task -> the words it may answer with -> their token ids; tasks that answer in texts are not in it.
-        alora_parameters: how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`.
-    """
+    """Everything a recipe becomes once loaded."""
 
     recipe: Recipe
-    method: Method
-    tasks: tuple[str, ...]
-    model: Any
+    method: Method  # the rank as the recipe's budget chose it
+    tasks: tuple[str, ...]  # names in the order of their ids
+    model: Any  # the base with the adapter (a `PeftModel` for ALoRA and LoRA)
     tokenizer: Any
-    text: DatasetDict
+    text: DatasetDict  # rows as text; `train` and `test` are the same rows as token ids
     train: Dataset
     test: Dataset
-    choices: dict[str, dict[str, tuple[int, ...]]]
-    alora_parameters: int
+    choices: dict[
+        str, dict[str, tuple[int, ...]]
+    ]  # task -> its words -> their token ids; no tasks that answer in texts
+    alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
 
     @property
     def label(self) -> str:
@@ -147,10 +135,7 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
 
 
 def clear(folder: Path) -> None:
-    """Remove an earlier run's checkpoints and measurements, which would pass for the new one's.
-
-    Its adapter stays until the new one takes its place.
-    """
+    """Remove checkpoints and measurements of an earlier run; its adapter stays until the new one replaces it."""
     for old in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(old)
     (folder / CONFLICTS).unlink(missing_ok=True)
@@ -220,10 +205,7 @@ def _words(text: DatasetDict) -> dict[str, list[str]]:
 
 
 def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
-    """A line about test answers that are none of their task's words.
-
-    A ValueError for words of which one begins another, if the tokenizer has no end of text.
-    """
+    """A line about test answers that are no words of their task; a ValueError for words that cannot be told apart."""
     for task, words in choices.items():
         try:
             whole_words(list(words.values()), tokenizer.eos_token_id)

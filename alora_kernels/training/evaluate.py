@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..routing import route
 from .collator import TaskCollator
 from .loss import kept_positions, label_counts, next_labels, predictable, row_losses
+from .output_head import without_dropout
 from .rules import IGNORED
 
 Row = Mapping[str, Any]
@@ -69,7 +70,7 @@ def choice_accuracy(
     right: dict[str, list[bool]] = {task: [] for task in choices if any(row["task"] == task for row in asked)}
     open_ = [Question(row, words[row["task"]], eos_token_id, per_token) for row in _judged(asked)]
     collate = TaskCollator(pad_token_id, list(choices) if tasks is None else tasks, model=model)
-    with judging(model):
+    with without_dropout(model):
         while open_:
             open_.sort(key=lambda question: len(question.prompt) + len(question.context))  # as `batches` does
             inputs = [{"input_ids": [*q.prompt, *q.context], "task": q.task} for q in open_]
@@ -112,20 +113,15 @@ def answer_loss(
 ) -> dict[str, float]:
     """Mean negative log-likelihood of a token of the right answer; rows count alike, as in `ALoRATrainer.evaluate`.
 
-    Formula:
-        L = mean over rows of (-1 / |answer| sum over its tokens of log p(token | prompt, tokens before it)), in nats.
+    Formula: `L = mean over rows of (-1 / |answer| sum over its tokens of log p(token | prompt, tokens before it))`,
+    nats.
 
-    Args:
-        model: a causal language model that knows `logits_to_keep`.
-        rows: encoded test rows; those without a label that follows a token are left out with a warning.
-        tasks, pad_token_id, batch_size, on_batch: as `choice_accuracy`.
-
-    Returns:
-        Loss by task name, in the order in which tasks appear; NaN for a task of whose rows none is left.
+    Gives the loss by task name, in the order in which tasks appear; NaN for a task of whose rows none is left, because
+    rows without a label that follows a token are left out, with a warning. Arguments as in `choice_accuracy`.
     """
     found: dict[str, list[float]] = {row["task"]: [] for row in rows}
     collate = TaskCollator(pad_token_id, list(found) if tasks is None else tasks, model=model)
-    with judging(model):
+    with without_dropout(model):
         for chunk, batch in batches(model, _judged(rows), collate, batch_size):
             labels = predictable(batch.pop("labels"), batch["attention_mask"])
             keep = kept_positions(labels)
@@ -135,17 +131,6 @@ def answer_loss(
                 found[row["task"]].append(value)
             on_batch(len(chunk))
     return {task: _mean(values) for task, values in found.items()}
-
-
-@contextlib.contextmanager
-def judging(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def batches(
@@ -176,25 +161,20 @@ def whole_words(words: Sequence[Sequence[int] | int], eos_token_id: int | None) 
 
 
 class Question:
-    """One row and what is known of its task's words; arguments as `choice_accuracy`, words from `whole_words`.
-
-    Attributes:
-        context: tokens of a word after the prompt, to be judged next.
-        right: the number of the right word; None if the row answers with none of them.
-    """
+    """One row and what is known of its task's words; arguments as `choice_accuracy`, words from `whole_words`."""
 
     def __init__(self, row: Row, words: Sequence[Word], eos_token_id: int | None, per_token: bool) -> None:
         labels = torch.as_tensor(row["labels"]).tolist()
         start = _first_label(labels) or 0
         self.task, self.prompt, self.words = row["task"], torch.as_tensor(row["input_ids"]).tolist()[:start], words
-        self.context: Word = ()
+        self.context: Word = ()  # tokens of a word after the prompt, to be judged next
         self._lengths = [len(word) if per_token else 1 for word in words]
         self._known = [0] * len(words)  # tokens of each word
         self._bounds = [0.0] * len(words)
         answer = tuple(label for label in labels[start:] if label != IGNORED)
         ended = [w if eos_token_id is None or w[-1] == eos_token_id else (*w, eos_token_id) for w in words]
         fits = [i for i, w in enumerate(ended) if answer[: len(w)] == w or answer == words[i]]
-        self.right = max(fits, key=lambda i: len(words[i]), default=None)
+        self.right = max(fits, key=lambda i: len(words[i]), default=None)  # number of the right word
 
     def learn(self, log_p: Tensor) -> int | None:
         """Take in log-probabilities `[1 + len(context), V]` of what follows the prompt and each token of the context.

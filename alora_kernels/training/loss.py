@@ -40,21 +40,14 @@ class Scored(NamedTuple):
 
 
 class ModelLoss:
-    """A model's own loss, taken apart by rows where it can be.
-
-    Attributes:
-        shifts: whether position t is compared with the label of t + 1.
-        by_rows: whether the loss is the cross entropy of labels and logits, and a mixture of experts' balancing loss
-            where the model returns one; None until it was tried.
-        head: the output layer that is asked at the labels only, where that was proven to be the same.
-        whole_because: why all logits are computed instead; empty where they are not.
-    """
+    """A model's own loss, taken apart by rows where it can be."""
 
     def __init__(self, rules: BatchRules) -> None:
-        self.rules, self.shifts = rules, rules.shifts
+        self.rules, self.shifts = rules, rules.shifts  # whether position t is compared with the label of t + 1
+        # whether it is a cross entropy, and a mixture of experts' balancing loss where there is one; None: not tried
         self.by_rows: bool | None = None
-        self.head: OutputHead | None = None
-        self.whole_because = "no model was tried"
+        self.head: OutputHead | None = None  # asked at the labels only, where that was proven to be the same
+        self.whole_because = "no model was tried"  # why all logits are computed instead; empty where they are not
         self._tried: Any = None  # the output layer of the last trial
         self._labelled = rules.needs_labels  # without labels it gives something else, or nothing
 

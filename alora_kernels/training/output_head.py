@@ -36,10 +36,7 @@ class Given(NamedTuple):
 
 
 class OutputHead:
-    """An output layer and what the model does to its logits: `softcap(scale * layer(h))`, both read from its config.
-
-    A ValueError, with the reason, for a layer that cannot be asked by position.
-    """
+    """An output layer that can be asked by position, and what the model makes of it: `softcap(scale * layer(h))`."""
 
     def __init__(self, module: Any, config: Any) -> None:
         _check_layer(module)
@@ -102,8 +99,6 @@ class OutputHead:
                 stack.enter_context(route(PickedRouting(given.routing, given.hidden.shape[:-1], places)))
             logits: Tensor = self.module(hidden)
             return logits
-
-    # ------------------------------------------------------------------------------------------------------ the proof
 
     def prove(self, call: Callable[[], Any]) -> None:
         """Raise a ValueError unless the model's logits are ours, and losses and gradients those of plain autograd.

@@ -71,14 +71,11 @@ def pack(inputs: dict[str, Any], labels: Tensor) -> Packed | None:
 
 
 class Packing:
-    """Runs a training batch packed where that was proven to be the same, and padded elsewhere.
-
-    Attributes:
-        padded_because: why batches stay padded; empty where they do not, None until a batch was tried.
-    """
+    """Runs a training batch packed where that was proven to be the same, and padded elsewhere."""
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted  # None: on CPUs
+        # why batches stay padded; empty where they do not, None until a batch was tried
         self.padded_because: str | None = "padding_free=False" if wanted is False else None
 
     def __call__(self, run: Run, inputs: dict[str, Any], model: Any, loss: ModelLoss) -> Scored:

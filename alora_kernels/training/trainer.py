@@ -116,8 +116,6 @@ class ALoRATrainer(Trainer):
         CheckpointGuard.install(base_model(model))
         return model
 
-    # -------------------------------------------------------------------------------------- batches: order and tasks
-
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
         self._layers = tasks.task_layers(self.model)
@@ -157,8 +155,6 @@ class ALoRATrainer(Trainer):
         if not self._rules.takes("position_ids"):
             known.pop("position_ids", None)
         return known
-
-    # ----------------------------------------------------------------------------------------------------- the loss
 
     def compute_loss(
         self,
@@ -248,8 +244,6 @@ class ALoRATrainer(Trainer):
             return loss * self.current_gradient_accumulation_steps
         return loss
 
-    # ---------------------------------------------------------------------------------------------- steps and resume
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the rows of absent tasks kept; made anew when other parameters train than before."""
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
@@ -280,8 +274,6 @@ class ALoRATrainer(Trainer):
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or not load_adapters(self.model, str(self.state.best_model_checkpoint)):
             super()._load_best_model()
-
-    # ------------------------------------------------------------------------------------------- logs and evaluation
 
     def _tell_unlabelled(self, sums: TaskSums, where: str) -> None:
         if sums.unlabelled and where not in self._told:

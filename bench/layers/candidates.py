@@ -70,10 +70,7 @@ Cast = Callable[[Tensor], Tensor]
 
 
 class Trial(NamedTuple):
-    """One kernel on one class of shapes: `run` launches it and returns new tensors each time.
-
-    `formula(cast)` gives the same in plain torch, with cast applied to every input.
-    """
+    """One kernel: `run` launches it anew; `formula(cast)` is the same in plain torch, with cast applied to inputs."""
 
     run: Callable[[], tuple[Tensor, ...]]
     formula: Callable[[Cast], tuple[Tensor, ...]]

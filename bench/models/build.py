@@ -31,11 +31,7 @@ STAMP = "alora-kernels-commit"
 
 
 def install(commit: str, folder: Path) -> Path:
-    """The Python of a venv in `folder` that finds this commit's package, and all other packages here.
-
-    Raises:
-        ValueError: no such commit in this checkout, or a folder that holds something else.
-    """
+    """The Python of a venv in `folder`, made if need be, with this commit's package and all other packages of ours."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "alora_kernels"], capture_output=True)
     except OSError as error:

@@ -21,10 +21,7 @@ from torch import Tensor
 
 
 def trainer_step(model: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any, folder: Path) -> Callable[[], Tensor]:
-    """Forward and backward of one batch as the trainer does it, gradients in `.grad`; gives the loss.
-
-    Neither the collator nor the optimiser is in it.
-    """
+    """Forward and backward of a batch as the trainer does it, gradients in `.grad`; no optimiser. Gives the loss."""
     from datasets import Dataset
     from transformers import TrainingArguments
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alora_kernels.plotting import BLUE, DARK_GREY, GREEN, GREY, RED, figure, save, tidy
+from alora_kernels.plotting import BLUE, DARK_GREY, GREEN, GREY, RED, figure, grid, save, tidy
 
 from .readme import runs_of
 from .rows import GRAPH, Row, grouped
@@ -46,11 +46,8 @@ def times(rows: Sequence[Row], path: Path) -> None:
     sizes = [len({row.provider for row in same}) + 2 for same in panels]  # 2: title and axis
     ratios = [max(sizes[i : i + columns]) for i in range(0, len(sizes), columns)]
     made = figure(7.2 * columns, 0.9 + 0.3 * sum(ratios) + 0.3 * len(ratios))
-    axes = made.subplots(len(ratios), columns, squeeze=False, gridspec_kw={"height_ratios": ratios}).flatten()
-    for axis, same in zip(axes, panels, strict=False):
+    for axis, same in zip(grid(made, len(panels), columns, gridspec_kw={"height_ratios": ratios}), panels, strict=True):
         _panel(axis, same)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     shown = {"fused": BLUE, "faster than fused": RED, "slower than fused": DARK_GREY}
     shown |= {"does less: no adapter or one": GREY}
     shown |= {"pale: eager; full: CUDA graph": "white"} if any(row.mode == GRAPH for row in rows) else {}

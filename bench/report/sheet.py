@@ -56,10 +56,7 @@ class Sheet(Generic[RowT]):
 
 
 def read(path: Path, kind: type[RowT]) -> list[RowT]:
-    """All rows of a CSV file, oldest first.
-
-    Raises TypeError if a field of `kind` has a type that no column has, ValueError for other columns or a bad line.
-    """
+    """All rows of a CSV file, oldest first; a TypeError for a `kind` that is no row, a ValueError for a bad file."""
     casts = _casts(kind)
     make: Callable[..., RowT] = kind
     rows = []

@@ -68,10 +68,7 @@ def _chance(axis: Any, panel: Panel) -> None:
 
 
 def accuracies(rows: Sequence[Number], path: Path, methods: Mapping[str, str], who: str) -> None:
-    """Average and worst accuracy: a line of dots per method, one per seed, and a bar at their mean.
-
-    `methods`: case -> name; `who` is worst: "task" or "client".
-    """
+    """Dots of average and worst ("task" or "client") accuracy, a line per method (case -> name), a bar at the mean."""
     figure, axes = plotting.panels(2, 2)
     titles = {"average": "average accuracy, %", "worst": f"accuracy of the worst {who}, %"}
     for axis, (measure, title) in zip(axes, titles.items(), strict=True):

@@ -57,34 +57,21 @@ def _mnemonics(tensor: dict[str, int]) -> str:
     return ", ".join(f"{name} {times}" for name, times in sums.items())
 
 
-COPIES = ("tile copies", "async copies", "atomics")
-
-
-def summary(rows: Sequence[Row]) -> Table:
-    """One line per chip and kernel: the worst of its variants."""
+def compiled_table(rows: Sequence[Row], *, every: bool) -> Table:
+    """One line per chip and kernel, the worst of its variants, or a line for every variant."""
     table = tables.table(
-        "compiled: the worst of each kernel's variants",
-        ["chip", "kernel", "limited by", "tensor-core instructions"],
-        ["variants", "registers", "spilled B", "shared B", "programs", *COPIES],
+        "compiled: all variants" if every else "compiled: the worst of each kernel's variants",
+        ["chip", "kernel", "variant" if every else "variants", "limited by", "tensor-core instructions"],
+        ["registers", "spilled B", "shared B", "programs", "tile copies", "async copies", "atomics"],
         caption="programs: that fit on one multiprocessor. Instruction counts are sums over the variants' code, loops"
         " once.",
     )
-    for r in worst(rows):
-        bad = r["spilled"] or r["failed"] or r["programs"] < 1
-        cells = (r["chip"], r["kernel"], r["limited_by"], r["tensor"], r["variants"], r["registers"], r["spilled"])
-        more = (f"{r['shared']:,}", r["programs"], r["bulk"], r["copies"], r["atomics"])
-        table.add_row(*map(str, cells + more), style="red" if bad else None)
-    return table
-
-
-def every(rows: Sequence[Row]) -> Table:
-    left = ["chip", "kernel", "variant", "limited by", "tensor-core instructions"]
-    right = ["registers", "spilled B", "shared B", "programs", *COPIES]
-    table = tables.table("compiled: all variants", left, right)
-    for row in rows:
-        cells = (row.chip, row.kernel, row.variant, row.error or row.limit, _mnemonics(row.tensor), row.registers)
-        more = (row.spilled, f"{row.shared:,}", row.programs, row.bulk, row.copies, row.atomics)
-        table.add_row(*map(str, cells + more), style="red" if row.bad else None)
+    for same in [[row] for row in rows] if every else grouped(rows, lambda row: (row.chip, row.kernel)):
+        (r,), first = worst(same), same[0]
+        name, limit = (first.variant, first.error or first.limit) if every else (r["variants"], r["limited_by"])
+        sizes = (r["registers"], r["spilled"], f"{r['shared']:,}", r["programs"], r["bulk"], r["copies"], r["atomics"])
+        style = "red" if any(row.bad for row in same) else None
+        table.add_row(*map(str, (r["chip"], r["kernel"], name, limit, r["tensor"], *sizes)), style=style)
     return table
 
 
@@ -190,6 +177,6 @@ def main(
         compiled = [asdict(row) for row in rows]
         json_file.write_text(json.dumps({"compiled": compiled, "roofline": list(records(found, rates))}, indent=1))
     elif rows:
-        tables.console().print(every(rows) if show_all else summary(rows))
+        tables.console().print(compiled_table(rows, every=show_all))
     if any(row.error for row in rows):
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from alora_kernels import data
 from alora_kernels.federated import METHODS, ConfigError, FedConfig
 from alora_kernels.federated.model import agreement, seeded
 from alora_kernels.recipes import federated as fed_participants
-from alora_kernels.recipes.federated import base_fingerprint, majority, participant, template
+from alora_kernels.recipes.federated import majority, participant, template
 from alora_kernels.training import choice_accuracy
 
 from ..support.toyrows import letters, write
@@ -47,7 +47,7 @@ def test_every_method_trains_its_own_part_on_shared_weights(method, model, toy):
     assert all(torch.equal(p, other[n]) for n, p in two.model.named_parameters())
     assert any(not torch.equal(parameters[n], value) for n, value in trained.items())
     assert one.num_examples == 40
-    assert one.base == two.base == base_fingerprint(config)
+    assert one.base == two.base == template(config).base
 
 
 def trained(config, seed):
@@ -104,7 +104,7 @@ def test_causal_metrics_agree_with_the_trainers_judge(toy):
 def test_label_spaces_differ_under_private_heads(model, toy, tmp_path):
     rows = [{"prompt": f"number {i}", "answer": ("one", "two", "three")[i % 3]} for i in range(80)]
     config = config_of(toy, write(tmp_path / "three.jsonl", rows), model=model)
-    models = [participant(config, name).model for name in ("c0", "c1")] + [template(config)]
+    models = [participant(config, name).model for name in ("c0", "c1")] + [template(config).model]
     specs = [agreement(m, config, "").digest for m in models]
     assert len(set(specs)) == 1
 
@@ -120,7 +120,7 @@ def test_unequal_ranks(toy):
 def test_shared_heads_need_one_label_space(toy, monkeypatch):
     monkeypatch.setitem(data.TASKS, "toy", data.TASKS["movie"])  # positive, negative
     shared = config_of("toy", "toy", head="shared")
-    arrays = agreement(template(shared), shared, "").arrays
+    arrays = agreement(template(shared).model, shared, "").arrays
     assert arrays["head.weight"] == ("float32", (2, 32))
     with pytest.raises(ConfigError, match=r"same label words.*c0: positive, negative; c1: .*head: private"):
         template(config_of("toy", "trec", head="shared"))
@@ -152,7 +152,9 @@ def test_bad_configurations_name_the_remedy(toy):
         template(config_of(toy, model="some/model"))
     with pytest.raises(ConfigError, match="metrics: f1 not measured here; known are accuracy, loss"):
         participant(config_of(toy, metrics=("accuracy", "f1")), "c0")
-    assert set(participant(config_of(toy, metrics=("loss",)), "c0").evaluate(template(config_of(toy)))) == {"loss"}
+    assert set(participant(config_of(toy, metrics=("loss",)), "c0").evaluate(template(config_of(toy)).model)) == {
+        "loss"
+    }
 
 
 def test_bases_and_rows_are_read_once(toy):
@@ -166,7 +168,7 @@ def test_bases_and_rows_are_read_once(toy):
 
 
 def test_base_check_reads_the_weights(toy):
-    names, values = (base_fingerprint(config_of(toy, base_check=check)) for check in ("names", "data"))
+    names, values = (template(config_of(toy, base_check=check)).base for check in ("names", "data"))
     assert names != values
     assert participant(config_of(toy, base_check="data"), "c0").base == values
 

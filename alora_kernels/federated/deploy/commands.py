@@ -118,9 +118,6 @@ def existing(file: Path, source: str) -> Path:
     return Path(file).resolve()
 
 
-# ---- certificates and keys
-
-
 class Certificates:
     """A folder with a server's TLS files: `ca.pem` (for every client), `server.pem` and `server.key` (stay with it)."""
 

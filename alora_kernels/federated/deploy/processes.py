@@ -91,10 +91,7 @@ class Process:
         return stream
 
     def looks(self, seconds: float | None) -> Iterator[int | None]:
-        """Its exit code every PROBE seconds: None while it runs, then once the number; for `seconds` at most.
-
-        A look after the end is a FlowerError.
-        """
+        """Its exit code every PROBE seconds: None while it runs, the number once, then a FlowerError."""
         begin = time.monotonic()
         while seconds is None or time.monotonic() - begin <= seconds:
             code = self.exit_code
@@ -162,10 +159,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def wait_healthy(process: Process, url: str, ca: Path | None = None, seconds: float = 60.0) -> None:
-    """Wait until a daemon answers at its health address; a FlowerError quotes the log of one that does not.
-
-    For https only the authority `ca` is trusted.
-    """
+    """Wait until a daemon answers at its health address (https: proven by `ca`); else a FlowerError quotes its log."""
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     reason = "no answer"
     for code in process.looks(seconds):

@@ -43,10 +43,7 @@ class AlreadyRegisteredError(FlowerError):
 
 
 def register(home: Path, public_key: Path, client: str) -> None:
-    """Tell the SuperLink a client's public key; from then on the client may take part.
-
-    An AlreadyRegisteredError if it knows the key from an earlier start with the same database, else a FlowerError.
-    """
+    """Tell the SuperLink a client's public key, with which it may take part; an AlreadyRegisteredError if known."""
     key = str(commands.existing(public_key, "make_node_key"))
     try:
         _flwr(home, "supernode", "register", key, CONNECTION, "--name", commands.check_name(client))
