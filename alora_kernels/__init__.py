@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING
 
-from . import reference
 from ._lazy import names_later
 from ._peft_hook import register_with_peft
-from .modules import FusedALoRALinear
-from .ops import alora_delta, alora_linear
-from .recompute import keep_routing
-from .routing import Routing, route
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import reference
     from .adapters.export import export_lora
     from .adapters.import_lora import import_lora
     from .adapters.writer import save_adapter
+    from .modules import FusedALoRALinear
+    from .ops import alora_delta, alora_linear
+    from .recompute import keep_routing
+    from .routing import Routing, route
     from .training import ALoRATrainer
     from .tuner import ALoRAConfig, set_task
     from .tuner.accelerate import accelerate, restore
@@ -37,13 +37,20 @@ __all__ = [
     "set_task",
 ]
 
-_LATER = {  # they import PEFT or transformers, which takes seconds: only when asked for
+_LATER = {  # torch, PEFT and transformers take seconds to import: only when asked for
     "ALoRAConfig": "tuner",
     "ALoRATrainer": "training",
+    "FusedALoRALinear": "modules",
+    "Routing": "routing",
     "accelerate": "tuner.accelerate",
+    "alora_delta": "ops",
+    "alora_linear": "ops",
     "export_lora": "adapters.export",
     "import_lora": "adapters.import_lora",
+    "keep_routing": "recompute",
+    "reference": "reference",
     "restore": "tuner.accelerate",
+    "route": "routing",
     "save_adapter": "adapters.writer",
     "set_task": "tuner",
 }

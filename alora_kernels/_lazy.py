@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ def names_later(
 ) -> Callable[[str], Any]:
     """The `__getattr__` of a package whose names are defined `where`: name -> module below it.
 
+    A name that is its module's own is the module. What was found stays in the package: it is asked for once.
     If one of the libraries it `needs` is missing, the ImportError says the `remedy`.
 
     Example:
@@ -27,6 +29,8 @@ def names_later(
             if (error.name or "").partition(".")[0] in needs:
                 raise ImportError(remedy) from error
             raise
-        return getattr(module, name)
+        found = module if where[name] == name else getattr(module, name)
+        setattr(sys.modules[package], name, found)
+        return found
 
     return get

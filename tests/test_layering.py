@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "alora_kernels"
 LAYERS = {
     "version": 0, "files": 0, "_lazy": 0, "_peft_hook": 0, "reference": 0, "routing": 0, "recompute": 0,
-    "records": 0, "precision": 0, "settings": 0, "text": 0, "plotting": 0,
+    "records": 0, "dtypes": 0, "precision": 0, "settings": 0, "text": 0, "plotting": 0,
     "kernels": 1, "ops": 2, "modules": 3, "tuner": 4, "adapters": 5,
     "training": 6, "data": 6, "baselines": 6, "serving": 6, "federated": 6, "analysis": 6,
     "recipes": 7, "cli": 8, "__main__": 9, "__init__": 9,
@@ -100,9 +100,18 @@ def test_the_layering_tests_can_fail():
 def test_import_touches_no_device_and_nothing_heavy():
     code = (
         "import sys, torch; seen=[]; torch.cuda.get_device_properties=lambda *a: seen.append(1);"
-        "import alora_kernels; assert not seen and not torch.cuda.is_initialized();"
+        "from alora_kernels import FusedALoRALinear, alora_delta, alora_linear, keep_routing, reference, route;"
+        "assert not seen and not torch.cuda.is_initialized();"
         "heavy={'peft','transformers','datasets','flwr','fastapi','triton'} & set(sys.modules); print(sorted(heavy))"
     )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["alora_kernels", "alora_kernels.cli.app"])
+def test_what_answers_at_once_loads_no_library_that_takes_seconds(module):
+    slow = ("torch", "numpy", "pandas", "transformers", "peft", "datasets", "safetensors", "flwr", "matplotlib")
+    code = f"import sys, {module}; print(sorted(set({slow}) & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

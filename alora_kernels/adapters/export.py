@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
+from ..dtypes import DTYPE_NAMES
 from ..text import NAME
 from ..tuner import ALoRAConfig, ALoRALayer
 from ..tuner.config import PREFIX, unwrapped
@@ -29,7 +30,6 @@ from .writer import check_replaceable, target_names, write_adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # all that vLLM's --max-lora-rank takes (0.32)
 NO_BASE = "BASE_MODEL"
-DTYPES = ("float32", "bfloat16", "float16")
 
 CARD = """---
 library_name: peft
@@ -214,7 +214,7 @@ def _from_model(model: PeftModel) -> _Source:
         return {module: layer.asymlora_A[name].weight[row].detach().cpu() for module, layer in layers.items()}
 
     dtype = str(getattr(base, "dtype", None)).removeprefix("torch.")  # a plain module has none
-    return _Source(config, scaling, b, matrices, {}, dtype if dtype in DTYPES else None)
+    return _Source(config, scaling, b, matrices, {}, dtype if dtype in DTYPE_NAMES else None)
 
 
 def _dtype_of(base: str | None) -> str | None:
@@ -224,7 +224,7 @@ def _dtype_of(base: str | None) -> str | None:
     except (OSError, ValueError):
         return None
     given = config.get("dtype", config.get("torch_dtype"))
-    return given if given in DTYPES else None
+    return given if given in DTYPE_NAMES else None
 
 
 def _folder_names(tasks: Sequence[str] | Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..modules.adapter import task_names
-
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -61,6 +59,8 @@ class Method:
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: must be in [0, 1), got {self.lora_dropout}")
         if self.name in ROUTED or self.tasks:
+            from ..modules.adapter import task_names
+
             task_names(self.tasks)
 
     @property

@@ -9,31 +9,42 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import recipes as recipes  # first of all: it keeps bitsandbytes quiet
-from ..ops.dispatch import BackendError
-from ..precision import AUTO, DTYPES
+from ..dtypes import AUTO, DTYPE_NAMES
 from ..recipes.display import quiet
 
 if TYPE_CHECKING:
     import torch
 
-WISHES = (AUTO, *DTYPES)
+WISHES = (AUTO, *DTYPE_NAMES)
 
 
 @contextmanager
 def command(*errors: type[Exception]) -> Iterator[None]:
     """A command's work: libraries are quiet; bad input and these errors are one line, no traceback, exit code 2."""
     quiet()
-    shown: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, BackendError, *errors)
+    shown: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *errors)
     try:
         yield
     except shown as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        raise _refused(error) from error
+    except RuntimeError as error:
+        from ..ops.dispatch import BackendError
+
+        if not isinstance(error, BackendError):
+            raise
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> typer.Exit:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(2)
 
 
 def dtype_of(name: str) -> torch.dtype:
     """What `--dtype` names."""
-    return DTYPES[_known(name, DTYPES)]
+    from ..precision import DTYPES
+
+    return DTYPES[_known(name, DTYPE_NAMES)]
 
 
 def wish_of(name: str) -> str:

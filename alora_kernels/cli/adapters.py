@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..precision import DTYPES
+from ..dtypes import DTYPE_NAMES
 from ..recipes import display
 from ..recipes.display import say
 from ..text import counted, size
@@ -31,7 +31,7 @@ def export_lora(
     rank: Annotated[
         int | None, typer.Option(help="rank of every folder, filled with zeros; default: the adapter's largest", min=1)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: the adapter's own")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPE_NAMES)}; default: the adapter's own")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace adapters that are there")] = False,
 ) -> None:
     """Write each task as a stock LoRA folder, for PEFT, vLLM, SGLang and all that read LoRA.
@@ -55,7 +55,7 @@ def import_lora(
     name: Annotated[
         list[str] | None, typer.Option(help="name of a task, once per folder and in order; default: the folders' names")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"of the file: {', '.join(DTYPES)}")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"of the file: {', '.join(DTYPE_NAMES)}")] = "float32",
     report: Annotated[Path | None, typer.Option(help="CSV with the error of every module and task")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
 ) -> None:

@@ -6,13 +6,12 @@ import importlib.metadata
 import itertools
 import os
 import platform
+from typing import TYPE_CHECKING
 
-import torch
-
-from .. import precision
-from ..data.packages import PINS
-from ..ops.dispatch import ENV, explain, explain_plan, interpreting
 from ..recipes import display
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
 DATA_PACKAGES = {
@@ -31,10 +30,14 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[torch.device]:
+    import torch
+
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
 def _device_name(device: torch.device) -> str:
+    import torch
+
     if device.type == "cpu":
         return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     properties = torch.cuda.get_device_properties(device)
@@ -43,6 +46,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _choice(device: torch.device) -> tuple[str, str]:
+    from ..ops.dispatch import explain
+
     try:
         return explain(device)
     except (RuntimeError, ValueError) as error:
@@ -50,13 +55,16 @@ def _choice(device: torch.device) -> tuple[str, str]:
 
 
 def _dtype(device: torch.device) -> tuple[str, str]:
-    choice = precision.explain(device)
+    from ..precision import explain
+
+    choice = explain(device)
     return choice.name, choice.reason
 
 
 def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     """Which plan a bf16 layer of 4096 x 4096 takes on a GPU, and why."""
     from ..kernels import chip_of
+    from ..ops.dispatch import explain_plan
 
     rows = []
     for m, routing in itertools.product((64, 8192), ("task", "soft")):
@@ -68,6 +76,11 @@ def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
 
 def doctor() -> None:
     """Which backend runs where, and why; versions, devices, data packages."""
+    import torch
+
+    from ..data.packages import PINS
+    from ..ops.dispatch import ENV, interpreting
+
     print_ = display.console.print
     rows = [(name, _version(name) or "[yellow]not installed[/yellow]") for name in PACKAGES]
     print_(display.table(f"Python {platform.python_version()}, {platform.platform()}", ("package", "version"), rows))

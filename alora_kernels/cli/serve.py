@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import precision
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
 from ..text import listed, size, some
@@ -126,7 +125,7 @@ def open_engine(
     """
     import torch
 
-    from .. import data
+    from .. import data, precision
     from ..serving import Engine, TaskStore
 
     gpu = torch.cuda.is_available()
