@@ -108,7 +108,7 @@ def test_import_touches_no_device_and_nothing_heavy():
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["alora_kernels", "alora_kernels.cli.app"])
+@pytest.mark.parametrize("module", ["alora_kernels", "alora_kernels.cli.app", "alora_kernels.__main__"])
 def test_what_answers_at_once_loads_no_library_that_takes_seconds(module):
     slow = ("torch", "numpy", "pandas", "transformers", "peft", "datasets", "safetensors", "flwr", "matplotlib")
     code = f"import sys, {module}; print(sorted(set({slow}) & set(sys.modules)))"
