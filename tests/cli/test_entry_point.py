@@ -1,4 +1,4 @@
-"""How `alora` begins: what the environment says when torch is first looked for."""
+"""How `alora` begins and fails: what the environment says when torch is first looked for, what is told in a line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 from alora_kernels.__main__ import SAID, SPINS, main
+from alora_kernels.cli import command
+from alora_kernels.ops.dispatch import BackendError
 
 REPOSITORY = Path(__file__).parents[2]
 BEGIN = f"""
@@ -63,3 +66,14 @@ def test_help_does_not_look_for_torch(args):
 def test_the_console_script_is_the_module():
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert pkgutil.resolve_name(scripts["alora"]) is main
+
+
+def test_a_backend_that_cannot_run_is_one_line_and_a_mistake_of_ours_a_traceback(capsys):
+    with pytest.raises(typer.Exit) as stop, command():
+        raise BackendError("take torch")
+    assert stop.value.exit_code == 2 and capsys.readouterr().err == "error: take torch\n"
+    with pytest.raises(RuntimeError, match="ours"), command():
+        raise RuntimeError("ours")
+    with pytest.raises(typer.Exit) as stop, command(), command():  # the inner one has said it
+        raise ValueError("once")
+    assert stop.value.exit_code == 2 and capsys.readouterr().err == "error: once\n"
