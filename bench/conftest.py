@@ -7,6 +7,5 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Take `--benchmark-disable` back before the plugin reads it."""
     if config.getoption("benchmark_only", False):
         config.option.benchmark_disable = False

@@ -28,7 +28,6 @@ _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:
-    """The newest rows of every CSV that timed something."""
     found = {path: checked("--results", read, path, Row) for path in sorted(folder.glob("*.csv"))}
     found = {path: newest(rows, lambda row: row.group, lambda row: row.timed) for path, rows in found.items()}
     if not any(found.values()):

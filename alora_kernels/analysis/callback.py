@@ -23,22 +23,19 @@ class ConflictCallback(TrainerCallback):
     with the callback gives bit for bit the weights of training without it.
 
     Columns: `step`, `module`, `parameter` ("A", "B"), `sharing` ("shared" or "per task"), `norm` (mean over tasks),
-    `conflicts`, `pairs`. A measurement costs one forward and backward per task. Gradients that are not finite are
-    named in a warning, and that step has no rows. Under several processes only the first measures.
+    `conflicts`, `pairs`. A measurement costs one forward and backward per task. Gradients that are not finite are named
+    in a warning, and that step has no rows. Under several processes only the first measures. `latest` are the records
+    of the last measurement, with all cosines.
 
     Args:
         loss: `(model, batch) -> scalar`; `trainer.compute_loss`.
-        batches: task -> batch, best of held-out rows (`gradients.probe_batches`); the same at every step, so that a
-            curve shows the model changing and not the data.
-        path: of the CSV. A resumed run drops rows after its checkpoint and appends.
-        every: steps between measurements.
+        batches: task -> batch of at least two, best of held-out rows (`gradients.probe_batches`); the same at every
+            step,
+            so that a curve shows the model changing and not the data.
+        path: of the CSV. A resumed run drops rows after its checkpoint and appends; at a new one's start it is a
+            ValueError if the file exists.
+        every: steps between measurements, at least 1.
         parameters: as for `gradients.task_gradients`.
-
-    Attributes:
-        latest: the records of the last measurement, with all cosines.
-
-    Raises:
-        ValueError: fewer than two tasks, `every` below 1; at the start of a new training: the file exists.
     """
 
     def __init__(

@@ -170,8 +170,7 @@ def run(
         full. The checkpoint then holds the last completed round and `resume` goes on from it.
 
     Raises:
-        FileExistsError: the output folder holds a run and resume is False.
-        CheckpointError: nothing to resume, or a checkpoint of another configuration.
+        FileExistsError, CheckpointError: a run is there and resume is False; nothing to resume, or another's.
         ValueError, TypeError: an option or a number that does not fit, as `build_strategy` says.
 
     Example:

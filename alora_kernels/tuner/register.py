@@ -1,8 +1,7 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
 PEFT has no plugin hook, and its "aLoRA" is IBM's *Activated* LoRA: hence the name. The import changes no function of
-PEFT. Three of them cannot serve ALoRA as they are; `adjust_peft` wraps them when the first ALoRA model of a process is
-made, and adapters of other types go through the wrappers untouched.
+PEFT; `adjust_peft` wraps three when the first ALoRA model of a process is made, and other types go through untouched.
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ class Layer:
         return infer if direction == FORWARD else train
 
     def named(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What `step` gave, by the names of the truth."""
         y, *grads = outputs
         return {"y": y.detach()} | ({f"d{k}": g for k, g in self.rename(grads).items()} if grads else {})
 

@@ -43,7 +43,6 @@ def _plain_gemm_missing(case: Case) -> str | None:
 
 
 def _alora(layer: Callable[..., Tensor], problem: Problem, **options: object) -> Layer:
-    """A layer with the reference's arguments, for the routing of the case."""
     w, s = problem.given.weight, problem.scaling
     if problem.case.routing == "soft":
         return over(problem, "soft", lambda x, a, b, router: layer(x, w, a, b, router=router, scaling=s, **options))

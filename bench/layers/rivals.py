@@ -118,8 +118,6 @@ def hydra(problem: Problem) -> Layer:
 
 
 class _Host(nn.Module):
-    """The smallest model with a linear layer that PEFT can adapt."""
-
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         with torch.device("meta"):
@@ -131,7 +129,6 @@ class _Host(nn.Module):
 
 
 def _adapt(problem: Problem, config: Any, names: Sequence[str]) -> Any:
-    """PEFT's layer around the frozen weight, with one adapter per name."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
@@ -176,7 +173,6 @@ def peft_mixed_batch(problem: Problem) -> Layer:
 
 
 def peft_poly(problem: Problem) -> Layer:
-    """Poly with as many skills as tasks and no splits."""
     from peft import PolyConfig
 
     c = problem.case
@@ -205,8 +201,6 @@ def peft_poly(problem: Problem) -> Layer:
 
 
 def not_here(package: str) -> Callable[[Case], str | None]:
-    """Why a package's kernels cannot run a case here."""
-
     def reason(case: Case) -> str | None:
         if package == "lorafusion" and (
             case.e > LORAFUSION_ADAPTERS or case.layout != "runs" or (case.m // case.e) % LORAFUSION_BLOCK

@@ -103,7 +103,6 @@ def pick_plan(forward: Mapping[str, float], both: Mapping[str, float]) -> Plan:
 
 
 def try_plans(routing: str, shapes: str, repeats: int) -> tuple[Plan, dict[str, str]]:
-    """Verify and time all plans on a class of shapes; the best, and a word about each."""
     m, k, n = candidates.SHAPES[shapes]
     decoding = shapes.startswith("decode")
     case = Case(

@@ -53,7 +53,6 @@ def install(commit: str, folder: Path) -> Path:
 
 
 def missing(name: str, python: Path | None) -> str | None:
-    """Why a provider cannot run: the other commit, whose interpreter nobody named."""
     if name != BUILD or python is not None:
         return None
     return "needs --build-venv DIR, the folder in which it is or will be installed"
@@ -100,7 +99,6 @@ class Worker:
         self.peak_mb = self.ask("step")["peak_mb"]
 
     def results(self) -> dict[str, Tensor]:
-        """The last step's loss and the gradient of every parameter of the adapter."""
         file = Path(self._folder.name) / "results.pt"
         self.ask(str(file))
         return torch.load(file)  # type: ignore[no-any-return]

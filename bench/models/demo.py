@@ -106,7 +106,6 @@ class DemoStep(Training):
 
     @cached_property
     def worker(self) -> Worker:
-        """The other commit with the numbers of our adapter."""
         numbers = {name: p.detach() for name, p in adapter_numbers(self.fused).items()}
         options = {"r": self.setting.r, "lora_alpha": self.setting.alpha, "target_modules": "all-linear"}
         job = {"adapter": options | {"tasks": self.tasks}, "numbers": numbers, "rows": [dict(row) for row in self.rows]}

@@ -68,7 +68,6 @@ class Pair(ABC):
 
     @property
     def m(self) -> int:
-        """Tokens of a step."""
         return self.setting.rows * self.setting.tokens
 
     @abstractmethod
@@ -86,7 +85,6 @@ class Pair(ABC):
 
     @cached_property
     def allowed(self) -> float:
-        """Twice the error of stock PEFT in this dtype, and a tiny bit."""
         return 2 * worst_of(self.results(self.stock_name, self.step_of(self.stock_name)()), self.truth)[0] + TINY
 
     def check(self, name: str, outputs: Sequence[Tensor]) -> Check:
@@ -151,7 +149,6 @@ class Pair(ABC):
         return drawn.to(s.device)
 
     def layers(self) -> list[tuple[str, Any]]:
-        """Adapted layers by their path, which is the same in both models."""
         return [(path, m) for path, m in self.fused.named_modules() if hasattr(m, "asymlora_A")]
 
 

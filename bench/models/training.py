@@ -48,7 +48,6 @@ def base_model(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def smollm_note() -> str:
-    """What a reader of the CPU's rows must know."""
     weights = "" if in_cache() else " with random weights: `make demo` puts the real ones into the cache"
     return f"all layers of SmolLM2-135M{weights}; k and n are its hidden size"
 
@@ -112,7 +111,6 @@ class Training(Pair):
 
     @cached_property
     def _before_answers(self) -> Tensor:
-        """The places whose logits name the answer's tokens."""
         s = self.setting
         return torch.arange(s.tokens - s.answer - 1, s.tokens - 1, device=s.device)
 

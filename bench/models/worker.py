@@ -58,7 +58,6 @@ def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any)
 
 
 def load(job: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The adapted model of a job and its tokenizer, which a model of random weights has not."""
     from peft import get_peft_model
 
     from alora_kernels import ALoRAConfig

@@ -30,7 +30,6 @@ def bar(
 
 
 def legend(made: Any, shown: Mapping[str, str], **options: Any) -> None:
-    """A line of coloured labels above a figure."""
     from matplotlib.patches import Patch
 
     handles = [

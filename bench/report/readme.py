@@ -71,7 +71,6 @@ def _about(rows: Sequence[Row], source: str) -> str:
 
 
 def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Target]) -> str:
-    """One case: times, the ratio to the fused op, and what was asked of it."""
     first = same[0]
     notes = "".join(f"; {note}" for note in dict.fromkeys(row.note for row in same if row.timed and row.note))
     more = ("tokens/s | peak MB | ", "---:|---:|") if first.whole_model else ("", "")
@@ -105,5 +104,4 @@ def _target_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def met(verdict: Verdict) -> str:
-    """Whether a target was met, in a table's words."""
     return {None: "", True: "met", False: "**missed**"}[verdict.met]

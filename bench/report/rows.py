@@ -81,7 +81,6 @@ class Row:
 
     @property
     def sizes(self) -> str:
-        """Its letters and dtype in a few characters."""
         return " ".join(f"{letter.upper()}={getattr(self, letter)}" for letter in "mknre") + f" {self.dtype}"
 
 

@@ -128,7 +128,6 @@ def setting(config: Config) -> str:
 
 
 def rewritten(text: str, results: Path = RESULTS, source: str = "../bench/results/reproduction") -> str:
-    """The page's text with all blocks anew."""
     everything: list[Claim] = []
     for name in EXPERIMENTS:
         config, path = load(name), results / f"{name}.csv"

@@ -66,7 +66,6 @@ class Config:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tasks, in order."""
         return tuple(task if isinstance(task, str) else task.name for task in self.tasks)
 
     def number(self, key: str) -> Any:
@@ -91,7 +90,6 @@ def _plain(value: Any) -> Any:
 
 
 def load(name: str | Path) -> Config:
-    """A configuration by name or path."""
     path = Path(name) if Path(name).suffix == ".yaml" else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no experiment {str(name)!r}: choose from {', '.join(available())}, or give a .yaml file")

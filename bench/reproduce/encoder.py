@@ -51,8 +51,6 @@ class MultiTask(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A model with its data."""
-
     model: MultiTask
     rows: dict[str, Rows]
     pad: int
@@ -68,7 +66,6 @@ class Study:
         return {"ids": ids.to(device), "targets": torch.cat(targets).to(device), **packed}
 
     def batches(self, steps: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Batches with `batch_size` rows of each task."""
         orders = [shuffled(len(task.train), steps, batch_size) for task in self.rows.values()]
         for numbers in zip(*orders, strict=True):
             yield self.batch(dict(enumerate(numbers)))
@@ -131,7 +128,6 @@ def study(config: Config, method: str, seed: int, *, tasks: Sequence[Any] = (), 
 
 
 def _adapted(encoder: Any, method: str, config: Config, tasks: tuple[str, ...], seed: int) -> nn.Module:
-    """The encoder with a method's adapters on all its linear layers."""
     targets: Any = config.target_modules or "all-linear"
     if method == SHARED_A:
         return _share_a(encoder, config, tasks)
@@ -168,7 +164,6 @@ def _share_a(encoder: nn.Module, config: Config, tasks: tuple[str, ...]) -> nn.M
 
 
 def base_weights(config: Config) -> dict[str, Tensor]:
-    """Path -> W0 of every linear layer of the encoder."""
     return {name: m.weight.detach() for name, m in _base(config.model)[0].named_modules() if isinstance(m, nn.Linear)}
 
 

@@ -17,5 +17,4 @@ __all__ = ["cases", "claims", "figure", "run", "table"]
 
 
 def claims(rows: Sequence[Number]) -> list[Claim]:
-    """Those of `multitask`, at equal size."""
     return [dataclasses.replace(claim, text=f"{claim.text}; equal parameters") for claim in multitask.claims(rows)]

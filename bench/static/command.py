@@ -76,7 +76,6 @@ def compiled_table(rows: Sequence[Row], *, every: bool) -> Table:
 
 
 def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
-    """One line per routing, shape, pass and plan."""
     assumed = f"{rates.tflops:g} TFLOP/s, {rates.tbps:g} TB/s, {rates.launch_us:g} us a launch"
     table = tables.table(
         "PREDICTED, not measured: launches against the roofline (R = 16, E = 8, bf16, sm_90)",

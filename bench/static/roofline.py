@@ -41,8 +41,6 @@ class Rates:
 
 @dataclass(frozen=True)
 class Layer:
-    """The shape of a layer in bf16."""
-
     routing: str
     m: int
     k: int
@@ -81,8 +79,6 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One pass of one layer under one plan."""
-
     layer: Layer
     direction: str
     plan: str  # plans with the same launches share a prediction: "one_pass, two_launch"
@@ -190,8 +186,6 @@ def trace(layer: Layer, work: Callable[[], Any], chip: str) -> tuple[tuple[Step,
 
 
 class _Tensors:
-    """One layer's tensors, without data, and the two passes over them."""
-
     def __init__(self, layer: Layer) -> None:
         m, k, n, r, e = layer.m, layer.k, layer.n, layer.r, layer.e
         self.x, self.w, self.dy, self.b = self._new(m, k), self._new(n, k), self._new(m, n), self._new(n, r)
