@@ -86,10 +86,10 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, server
         content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command == "cpu")
         blocks.setdefault(command, []).append(content)
     if predicts(text):
-        from .static import predicted, roofline
+        from .static import roofline
 
         link = Path(os.path.relpath(PREDICTED, folder)).as_posix()
-        blocks["static"] = [predicted.block(predictions(), roofline.Rates(), link)]
+        blocks["static"] = [roofline.block(predictions(), roofline.Rates(), link)]
     if _begins("bench-peer") in text and (found := serving.blocks(servers, folder)):
         blocks["peer"] = found
     for command, contents in blocks.items():
@@ -123,9 +123,9 @@ def main(
                 figures.times(families(rows)[name], results / file)
             typer.echo(f"wrote {results / file}")
     if any(map(predicts, new.values())):
-        from .static import predicted, roofline
+        from .static import roofline
 
-        predicted.draw(predictions(), PREDICTED, roofline.Rates())
+        roofline.draw(predictions(), PREDICTED, roofline.Rates())
         typer.echo(f"wrote {PREDICTED}")
     for page, text in new.items():
         page.write_text(text)

@@ -27,10 +27,9 @@ from alora_kernels.plotting import check_matplotlib
 from ..report import tables
 from ..report.rows import commit, grouped
 from ..run import checked
-from . import predicted
 from .aot import Row, compile_all, jobs, kernel_names
 from .cubin import CHIPS
-from .roofline import Prediction, Rates, predict_all
+from .roofline import Prediction, Rates, draw, predict_all
 
 
 def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -166,7 +165,7 @@ def main(
     found = [] if chips or kernels else list(predict_all(rates))
     if found and figure is not None:
         checked(None, check_matplotlib, "the figure needs matplotlib: pip install matplotlib")
-        predicted.draw(found, figure, rates)
+        draw(found, figure, rates)
     if found and json_file is None:
         tables.console().print(launches(found, rates) if show_all else predictions(found, rates))
     rows = [] if roofline_only else _compile(chips or (), kernels or (), workers)

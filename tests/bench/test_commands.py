@@ -94,6 +94,6 @@ def test_sections_choose_cases():
 
 
 def test_gpu_cases_begin_with_the_plain_gemm():
-    assert [w.case.name for w in gpu.works()][:3] == ["gemm 4096x4096", "gemm 4096->14336", "gemm 14336->4096"]
-    assert {w.case.dtype for w in gpu.works()} == {torch.bfloat16}
-    assert {w.case.device for w in gpu.works()} == {"cuda"}
+    assert [w.row.case for w in gpu.works()][:3] == ["gemm 4096x4096", "gemm 4096->14336", "gemm 14336->4096"]
+    assert {w.row.dtype for w in gpu.works()} == {"bfloat16"}
+    assert gpu._case("decode 1", "task").device == "cuda"

@@ -15,7 +15,7 @@ import typer
 pytest.importorskip("triton", reason="bench static compiles Triton kernels; only Linux has triton")
 
 from bench import plot
-from bench.static import command, predicted
+from bench.static import command, roofline
 from bench.static.aot import Row
 from bench.static.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
 from bench.static.roofline import (
@@ -212,9 +212,9 @@ def two_layers() -> list[Prediction]:
 
 
 def test_the_first_line_says_predicted_and_every_plan_has_a_ratio() -> None:
-    first, _, head, _, *lines = predicted.block(two_layers(), Rates(tflops=700), "figure.png").splitlines()
+    first, _, head, _, *lines = roofline.block(two_layers(), Rates(tflops=700), "figure.png").splitlines()
     assert first.startswith("PREDICTED, not measured") and "700 TFLOP/s" in first
-    assert all(f"`{plan}`" in head for plan in predicted.COLORS)
+    assert all(f"`{plan}`" in head for plan in roofline.COLORS)
     table = [line for line in lines if line.startswith("| task")]
     assert len(table) == 3  # forward and backward, and decoding
     for line in table:
