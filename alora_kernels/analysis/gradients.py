@@ -66,14 +66,10 @@ def compare(
     """Norms, cosines and conflicts of the gradients of one matrix.
 
     Args:
-        gradients: task -> gradient, all of one shape.
+        gradients: of two tasks at least, all of one shape; a NotFiniteError names matrix and tasks for NaN or infinity.
         module, parameter: its name, for the record and for errors.
         routed: the first dimension counts slices, each the own of some tasks: two tasks are compared only if their
             gradients reach a common slice (several data sets may train one task of the model).
-
-    Raises:
-        NotFiniteError: NaN or infinity; matrix and tasks are named.
-        ValueError: fewer than two tasks, or different shapes.
     """
     tasks = two_tasks(gradients)
     if len({gradient.shape for gradient in gradients.values()}) > 1:

@@ -67,8 +67,7 @@ def package_version(module: str) -> str:
 def smollm2_folder() -> Path:
     """Folder of the converted model (safetensors, fp32, 517 MB) and its tokenizer; converts on the first call.
 
-    Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second. Raises
-    MissingPackageError.
+    Reading the GGUF file takes half a minute on a CPU, loading the folder less than a second.
     """
     return _converted("smollm2-135m", _write_model)
 

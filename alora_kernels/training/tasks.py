@@ -251,8 +251,8 @@ def check_order(dataset: Any, strategy: str, temperature: float) -> None:
 class TaskBalancedSampler(Sampler[int]):
     """Examples in an order that mixes tasks, small tasks repeated or large ones thinned by temperature.
 
-    Formula: task t gets a share of the epoch proportional to `n_t ** (1 / temperature)`. At 1 every example is
-    drawn once; towards infinity all tasks come equally often.
+    Formula: task t gets a share of the epoch proportional to `n_t ** (1 / temperature)`. At 1 every example is drawn
+    once; towards infinity all tasks come equally often.
 
     With lengths, rows of similar length come together without changing what an epoch draws: within some batches' rows
     each task's shortest go to one batch, its longest to another, so that every batch keeps its mix of tasks.
@@ -263,9 +263,6 @@ class TaskBalancedSampler(Sampler[int]):
         seed: with the epoch it determines the order.
         lengths: tokens of each example; None: batches mix lengths.
         batch_size: rows of a batch, where lengths are given.
-
-    Raises:
-        ValueError: no examples, a temperature below 1, or not one length per example.
 
     Source: temperature-scaled mixing, Raffel et al. 2020 (T5), section 3.5.2.
     """

@@ -44,12 +44,9 @@ class ALoRATrainer(Trainer):
         keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
         padding_free: train on the tokens of a batch side by side, without padding; None: on CPUs. Only where the first
             batch proves that losses and gradients stay the same; `packing.padded_because` says why it does not.
-        **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`. With the training argument
-            `train_sampling_strategy="group_by_length"` a batch holds rows of similar length, tasks mixed as ever.
-
-    Raises:
-        ValueError: a dataset without a `task` column, or with a task the active adapters do not have; an order of rows
-            that the dataset cannot have.
+        **kwargs: as `transformers.Trainer`. Rows need `input_ids`, `labels` and `task`, or it is a ValueError, as is a
+            task that no active adapter has. With the training argument `train_sampling_strategy="group_by_length"` a
+            batch holds rows of similar length, tasks mixed as ever.
     """
 
     model: Any

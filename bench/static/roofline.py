@@ -33,6 +33,7 @@ from ..report.rows import grouped
 from .aot import short_name
 
 FORWARD, BACKWARD = "forward", "backward"
+CHIP = "sm_90"
 COLORS = {"one_pass": BLUE, "two_launch": GREEN, "base_first": ORANGE, "low_rank_first": COLOURS[4]}
 ROWS = (8192, 64)  # of a layer in the README: training, and the largest decoding batch
 DECODING = 64  # rows up to which a layer counts as decoding
@@ -187,8 +188,8 @@ def _torch_flops(name: str, inputs: Sequence[Tensor], results: Sequence[Tensor])
     return 2 * results[0].numel() * inputs[-1].shape[-2] if name.rstrip("_").endswith("mm") else 0
 
 
-def trace(layer: Layer, work: Callable[[], Any], chip: str) -> tuple[tuple[Step, ...], Any]:
-    with kernels.recording(chip) as recorded, torch.no_grad(), Trace(layer, recorded) as seen:
+def trace(layer: Layer, work: Callable[[], Any]) -> tuple[tuple[Step, ...], Any]:
+    with kernels.recording(CHIP) as recorded, torch.no_grad(), Trace(layer, recorded) as seen:
         result = work()
         seen.collect()
     return tuple(seen.steps), result
@@ -230,16 +231,16 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def predict(layer: Layer, direction: str, rates: Rates, chip: str = "sm_90") -> list[Prediction]:
+def predict(layer: Layer, direction: str, rates: Rates) -> list[Prediction]:
     """What each plan that takes this layer is predicted to cost; plans with the same launches are one row."""
     tensors = _Tensors(layer)
-    frozen = _total(trace(layer, lambda: tensors.frozen(direction), chip)[0], rates)
-    usual, _ = trace(layer, lambda: tensors.work(direction, None), chip)
+    frozen = _total(trace(layer, lambda: tensors.frozen(direction))[0], rates)
+    usual, _ = trace(layer, lambda: tensors.work(direction, None))
     found: dict[tuple[Step, ...], list[str]] = {}
     fewest = 0
     for plan in (name for name, how in PLANS.items() if not how.overlap):
         try:
-            steps, result = trace(layer, lambda plan=plan: tensors.work(direction, plan), chip)  # type: ignore[misc]
+            steps, result = trace(layer, lambda plan=plan: tensors.work(direction, plan))  # type: ignore[misc]
         except BackendError:  # no kernel of this plan takes the layer
             continue
         found.setdefault(steps, []).append(plan)
