@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..ops.attention import Segments, segment_attention, unsupported
 from .collator import positions
@@ -54,16 +54,19 @@ class Packed:
 def pack(inputs: dict[str, Any], labels: Tensor) -> Packed | None:
     """The tokens of a padded batch, which is `all_per_row`, side by side; labels are -100 at every row's first token.
 
-    None where masked places lie between tokens or have labels.
+    None where masked places lie between tokens or have labels, and without a mask where positions start again within a
+    row: transformers then takes it for several texts.
     """
     ids = inputs["input_ids"]
+    if "attention_mask" not in inputs and "position_ids" in inputs and (inputs["position_ids"].diff(dim=1) != 1).any():
+        return None
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     starts = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     if (starts > 1).any() or (labels[~mask] != IGNORED).any():
         return None
     columns = {"position_ids": positions(mask.long())} | inputs | {"labels": labels}
     columns.pop("attention_mask", None)
-    if "task_ids" in columns:
+    if "task_ids" in columns and columns["task_ids"].dim() == 1:
         columns["task_ids"] = columns["task_ids"][:, None].expand_as(ids)
     bounds = [0, *mask.sum(1).cumsum(0).tolist()]
     flat = {name: value[mask][None] for name, value in columns.items()}
@@ -190,6 +193,7 @@ def _run_packed(run: Run, packed: Packed, config: Any) -> Scored:
 def _attention(config: Any, segments: Segments) -> Iterator[None]:
     """Our attention in the layers of a model, for these segments; what was there before is put back."""
     AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
     before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled()))
     config._attn_implementation = NAME
     try:
@@ -197,6 +201,14 @@ def _attention(config: Any, segments: Segments) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         _running.reset(token)
+
+
+def _mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
+    """What transformers calls for masks: None for a causal one; any other is for layers to be refused by `_attend`.
+
+    Some models tell a window to its mask alone, and make masks that none of their layers is given.
+    """
+    return torch.empty(0) if local_size or use_vmap else None
 
 
 def _attend(

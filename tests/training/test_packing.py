@@ -33,6 +33,12 @@ PADDED = {
     "Bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 32}, "can be told positions"),
     "Mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 32}, "can be told positions"),
     "Mistral": (GQA | {"sliding_window": 4}, "sliding_window=4"),
+    # windows that only the mask is told of, longer than the rows of the proof
+    "Qwen2Moe": (
+        MOE | {"sliding_window": 20, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
+        "asks for a mask",
+    ),
+    "Phimoe": (GQA | {"sliding_window": 20, "num_local_experts": 2}, "asks for a mask"),
     "Gemma2": (GQA | {"head_dim": 8, "layer_types": ["full_attention"] * 2}, "softcap"),
 }
 
@@ -192,6 +198,25 @@ def test_a_batch_with_holes_or_labels_in_the_mask_stays_padded():
     assert packing.pack({"input_ids": ids, "attention_mask": plain}, labels) is None
     holes = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
     assert packing.pack({"input_ids": ids, "attention_mask": holes}, labels.masked_fill(holes == 0, -100)) is None
+
+
+@pytest.mark.parametrize("ids", ["row", "token"])
+def test_rows_of_several_texts_stay_padded(tmp_path: Path, ids: str):
+    """transformers reads texts from positions that start again where there is no mask; the batch before had none."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 30, (4, 12), generator=generator)
+    labels = tokens.index_fill(1, torch.tensor([0, 7]), -100)
+    task_ids = torch.arange(4) % 3 if ids == "row" else torch.arange(48).view(4, 12) % 3
+    one = {"input_ids": tokens, "labels": labels, "position_ids": torch.arange(12).expand(4, 12), "task_ids": task_ids}
+    several = one | {"position_ids": torch.cat([torch.arange(7), torch.arange(5)]).expand(4, 12)}
+    losses = []
+    for padding_free in (False, None):
+        trainer = trainer_on(tmp_path, texts(24), adapted("Llama", GQA), padding_free=padding_free)
+        seen = shapes_seen(trainer)
+        model = trainer.model.train()
+        losses.append([trainer.compute_loss(model, dict(each)).item() for each in (one, several)])
+    assert trainer.packing.padded_because == "" and (1, 48) in seen
+    assert losses[1] == pytest.approx(losses[0], rel=1e-8)
 
 
 def test_one_row_alone_waits_for_another_batch(tmp_path: Path):
