@@ -54,15 +54,15 @@ class Packed:
 def pack(inputs: dict[str, Any], labels: Tensor) -> Packed | None:
     """The tokens of a padded batch, which is `all_per_row`, side by side; labels are -100 at every row's first token.
 
-    None where masked places lie between tokens or have labels, and without a mask where positions start again within a
-    row: transformers then takes it for several texts.
+    None where masked places lie between tokens or have labels, where nothing is a token, and without a mask where
+    positions start again within a row: transformers then takes it for several texts.
     """
     ids = inputs["input_ids"]
     if "attention_mask" not in inputs and "position_ids" in inputs and (inputs["position_ids"].diff(dim=1) != 1).any():
         return None
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     starts = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    if (starts > 1).any() or (labels[~mask] != IGNORED).any():
+    if (starts > 1).any() or not starts.any() or (labels[~mask] != IGNORED).any():
         return None
     columns = {"position_ids": positions(mask.long())} | inputs | {"labels": labels}
     columns.pop("attention_mask", None)
@@ -140,6 +140,8 @@ def _cannot(model: Any, base: Any, inputs: dict[str, Any], loss: ModelLoss) -> s
         return f"attention is {base.config._attn_implementation!r}"
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return "activations are checkpointed"
+    if getattr(base.get_input_embeddings(), "neftune_noise_alpha", None):
+        return "NEFTune's noise, which evaluation mode does not show, is scaled by the length of a batch's rows"
     if not all_per_row(inputs) or inputs["labels"].dim() != 2:
         return "a batch holds more than tokens"
     return None

@@ -16,7 +16,7 @@ from alora_kernels import keep_routing
 from alora_kernels.ops.attention import Segments
 from alora_kernels.training import packing
 from alora_kernels.tuner import ALoRAConfig
-from tests.support.trainers import TASKS, peft_model, states, texts, trainer_on
+from tests.support.trainers import TASKS, assert_equal, peft_model, states, texts, trainer_on
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 32}
 GQA = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -103,6 +103,17 @@ def test_models_that_cannot_stay_padded_and_say_why(tmp_path: Path, family: str)
     step(trainer)
     assert why in trainer.packing.padded_because
     assert seen[-1][0] == 6
+
+
+def test_noise_that_depends_on_the_length_of_rows_stays_as_it_is(tmp_path: Path):
+    moved = []
+    for padding_free in (False, None):
+        model = adapted("Llama", GQA, torch.float32)
+        trainer = trainer_on(tmp_path, texts(24), model, padding_free=padding_free, neftune_noise_alpha=5.0)
+        trainer.train()
+        moved.append(states(trainer))
+    assert "NEFTune" in trainer.packing.padded_because
+    assert_equal(*moved)
 
 
 def test_who_asked_for_it_is_warned(tmp_path: Path):
@@ -196,6 +207,7 @@ def test_a_batch_with_holes_or_labels_in_the_mask_stays_padded():
     assert packed.inputs["labels"].tolist() == [[-100, 4, 5, 6, -100, 8, 9, 10, 11]]
     assert packed.segments.q_bounds == [0, 4, 9] and packed.counts.tolist() == [3, 4]
     assert packing.pack({"input_ids": ids, "attention_mask": plain}, labels) is None
+    assert packing.pack({"input_ids": ids, "attention_mask": 0 * plain}, torch.full_like(labels, -100)) is None
     holes = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
     assert packing.pack({"input_ids": ids, "attention_mask": holes}, labels.masked_fill(holes == 0, -100)) is None
 
