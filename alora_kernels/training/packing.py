@@ -142,6 +142,8 @@ def _cannot(model: Any, base: Any, inputs: dict[str, Any], loss: ModelLoss) -> s
         return "activations are checkpointed"
     if getattr(base.get_input_embeddings(), "neftune_noise_alpha", None):
         return "NEFTune's noise, which evaluation mode does not show, is scaled by the length of a batch's rows"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
+        return "PEFT's activated LoRA looks for its tokens in every row"
     if not all_per_row(inputs) or inputs["labels"].dim() != 2:
         return "a batch holds more than tokens"
     return None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from alora_kernels import keep_routing
@@ -229,6 +229,15 @@ def test_rows_of_several_texts_stay_padded(tmp_path: Path, ids: str):
         losses.append([trainer.compute_loss(model, dict(each)).item() for each in (one, several)])
     assert trainer.packing.padded_because == "" and (1, 48) in seen
     assert losses[1] == pytest.approx(losses[0], rel=1e-8)
+
+
+def test_adapters_that_begin_at_tokens_of_a_row_stay_padded(tmp_path: Path):
+    """None of the first batch's rows has them, so that nothing of the adapter shows in the proof."""
+    config = LoraConfig(r=2, init_lora_weights=False, alora_invocation_tokens=[30, 31], task_type="CAUSAL_LM")
+    model = get_peft_model(adapted("Llama", GQA).unload(), config).double()
+    trainer = trainer_on(tmp_path, texts(24), model)
+    step(trainer)
+    assert "activated LoRA" in trainer.packing.padded_because
 
 
 def test_one_row_alone_waits_for_another_batch(tmp_path: Path):
