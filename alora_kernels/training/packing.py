@@ -80,6 +80,7 @@ class Packing:
         self.wanted = wanted  # None: on CPUs
         # why batches stay padded; empty where they do not, None until a batch was tried
         self.padded_because: str | None = "padding_free=False" if wanted is False else None
+        self._proven: Any = None  # the model of the last trial
 
     def __call__(self, run: Run, inputs: dict[str, Any], model: Any, loss: ModelLoss) -> Scored:
         """Loss of a batch that `run` routes and computes."""
@@ -87,6 +88,8 @@ class Packing:
         if self.padded_because or elsewhere or loss.by_rows is None:
             return run(inputs, None)
         base = base_model(model)
+        if self.padded_because == "" and base is not self._proven:
+            self.padded_because = None  # as for every model that was not tried
         why = _cannot(model, base, inputs, loss)
         if why is None and self.padded_because is None:
             why = self._tried(run, inputs, model, loss)
@@ -122,7 +125,7 @@ class Packing:
                 why = _difference(run, few, packed, model)
         except Exception as error:  # whatever it is, padding is the way that is known to be right
             why = f"{type(error).__name__}: {error}"
-        self.padded_because = why or ""
+        self.padded_because, self._proven = why or "", base_model(model)
         return why
 
 

@@ -240,6 +240,16 @@ def test_adapters_that_begin_at_tokens_of_a_row_stay_padded(tmp_path: Path):
     assert "activated LoRA" in trainer.packing.padded_because
 
 
+def test_another_model_is_tried_anew(tmp_path: Path):
+    """As `hyperparameter_search` puts one in the place of another; GPT-J asks for no attention of ours."""
+    trainer = trainer_on(tmp_path, texts(24), adapted("Llama", GQA))
+    step(trainer)
+    assert trainer.packing.padded_because == ""
+    trainer.model = adapted("GPTJ", SOME | {"rotary_dim": 4}, target_modules=["q_proj"])
+    step(trainer)
+    assert "losses of packed rows are" in trainer.packing.padded_because
+
+
 def test_one_row_alone_waits_for_another_batch(tmp_path: Path):
     data = Dataset.from_list([texts(24)[0]])
     trainer = trainer_on(tmp_path, data, adapted("Llama", GQA))
