@@ -1,8 +1,11 @@
-"""Products of few rows with a frozen weight on a CPU, whose weight is laid out once as oneDNN multiplies it fastest.
+"""Products with a frozen weight on a CPU, whose weight is laid out once as the library multiplies it fastest.
 
 A step of decoding reads every weight from memory once, and `F.linear` lays it out anew each time: for 16 rows packed
-weights take two thirds of the time; for 1000 rows 0.95 (LOG.md). A copy is as large as its weight, made when few rows
+weights take three quarters of the time; for 800 rows 0.95 (LOG.md). A copy is as large as its weight, made when few rows
 first meet it, and gone with it. `ALORA_PACK_ROWS`, read at import, says how many rows are few: 0 never packs.
+
+On Intel's chips MKL packs float32, as exact as `F.linear`; oneDNN, which packs everything else, gains nothing there: 210
+weights that are not in the cache and 16 rows take 78 ms with `F.linear`, 78 with oneDNN, 58 with MKL (Ice Lake).
 
 A copy is used while version counter, address and dtype of the weight and a sample of its entries are as they were, else
 it is made anew. What goes past the counter, a write through `.data`, is seen only if it reaches the sample.
@@ -11,6 +14,8 @@ it is made anew. What goes past the counter, a write through `.data`, is seen on
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,8 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 ENV = "ALORA_PACK_ROWS"
 FEW = int(os.environ.get(ENV, "128"))
 SMALLEST = 1 << 16  # entries of a weight: below, the calls take longer than the product
-# longest sum of one float32 product: the error grows with it, to 2.2 times that of MKL at 576 and 3.2 at 2048
+# longest sum of one float32 product of oneDNN's: the error grows with it, to 2.2 times MKL's at 576 and 3.2 at 2048
 DEPTH = 1024
+ROWS = 128  # that MKL is told of: it lays weights out alike for any number of rows but a single one
 SAMPLE = 8  # entries far apart, each a miss of the cache: 64 took a fifth of a small product
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 DTYPES = (
@@ -31,11 +37,23 @@ DTYPES = (
 
 
 class Pack(NamedTuple):
-    """A weight as oneDNN wants it, cut along the sum, and what tells that it is still the same."""
+    """A weight as a library wants it, cut along the sum, and what tells that it is still the same."""
 
     state: tuple[object, ...]
     sample: Tensor
     parts: tuple[tuple[slice, Tensor], ...]  # which columns of x, and their part of the weight
+    nbytes: int
+    by_mkl: bool  # in one part
+
+
+@cache
+def mkl_packs() -> bool:
+    """Whether MKL packs float32: on Intel's chips, where it was measured."""
+    try:
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return intel and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
 _forward: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -46,20 +64,19 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias, `[M, K] [N, K]`; packed where w is a frozen parameter and M small, else `F.linear`."""
     if not _packs(x, w):
         return F.linear(x, w, bias)
-    return _product(x, _pack(_forward, w, w), bias)
+    return _product(x, _forward, w, w, bias)
 
 
 def matmul(dy: Tensor, w: Tensor) -> Tensor:
     """dy w, `[M, N] [N, K]`, likewise, from a copy of its own."""
     if not _packs(dy, w):
         return dy @ w
-    return _product(dy, _pack(_backward, w, w.t()), None)
+    return _product(dy, _backward, w, w.t(), None)
 
 
 def nbytes() -> int:
     """Bytes of all copies."""
-    packs = [pack for kept in (_forward, _backward) for pack in list(kept.values())]
-    return sum(torch.ops.mkldnn._nbytes(part) for pack in packs for _, part in pack.parts)
+    return sum(pack.nbytes for kept in (_forward, _backward) for pack in list(kept.values()))
 
 
 def _packs(x: Tensor, w: Tensor) -> bool:
@@ -77,20 +94,33 @@ def _pack(kept: WeakTensorKeyDictionary, w: Tensor, laid: Tensor) -> Pack:
     pack: Pack | None = kept.get(w)
     if pack is None or pack.state != state or not torch.equal(sample, pack.sample):
         with torch.no_grad():
-            pack = kept[w] = Pack(state, sample.clone(), tuple(_parts(laid.detach())))
+            pack = kept[w] = _packed(laid.detach(), state, sample.clone())
     return pack
 
 
-def _parts(laid: Tensor) -> list[tuple[slice, Tensor]]:
+def _packed(laid: Tensor, state: tuple[object, ...], sample: Tensor) -> Pack:
+    if laid.dtype == torch.float32 and mkl_packs():
+        whole = torch.ops.mkl._mkl_reorder_linear_weight(laid.contiguous(), ROWS)
+        return Pack(state, sample, ((slice(None), whole),), laid.nbytes, True)
+    parts = _parts(laid)
+    return Pack(state, sample, parts, sum(torch.ops.mkldnn._nbytes(part) for _, part in parts), False)
+
+
+def _parts(laid: Tensor) -> tuple[tuple[slice, Tensor], ...]:
     depth = laid.shape[1]
     count = -(-depth // DEPTH) if laid.dtype == torch.float32 else 1
     step = -(-depth // count // 16) * 16
     columns = [slice(start, min(start + step, depth)) for start in range(0, depth, step)]
-    return [(part, torch.ops.mkldnn._reorder_linear_weight(laid[:, part].contiguous(), None)) for part in columns]
+    return tuple((part, torch.ops.mkldnn._reorder_linear_weight(laid[:, part].contiguous(), None)) for part in columns)
 
 
-def _product(x: Tensor, pack: Pack, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, kept: WeakTensorKeyDictionary, w: Tensor, laid: Tensor, bias: Tensor | None) -> Tensor:
+    """x laid^T + bias by the copy of w."""
+    pack = _pack(kept, w, laid)
     (columns, first), *rest = pack.parts
+    bias = None if bias is None else bias.contiguous()  # neither library looks at its stride
+    if pack.by_mkl:
+        return torch.ops.mkl._mkl_linear.default(x, first, laid, bias, x.shape[0])
     if not rest:
         return torch.ops.mkldnn._linear_pointwise.default(x, first, bias, "none", [], "")
     y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x[:, columns], first, bias, "none", [], "")
