@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -38,15 +39,49 @@ class _Tile:
     k_real: Tensor | None
     filling: Tensor | None  # [S, 1, Tq, 1], the others
     shares_keys: bool  # with other tiles, whose gradients add up
-    _flat: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _flat: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
-    def flat(self, name: Literal["q_rows", "k_rows"], heads: int) -> Tensor:
-        """Rows of a tensor `[M heads, D]`, those of a head beneath each other: `[S heads T]`."""
-        if (name, heads) not in self._flat:
-            rows: Tensor = getattr(self, name)
+    def take(self, name: Literal["q_rows", "k_rows"], x: Tensor) -> Tensor:
+        """The tile's rows of x `[M, H, D]`, `[S, H, T, D]`; x may have its heads first in memory."""
+        rows: Tensor = getattr(self, name)
+        (length, heads, size), first = x.shape, _heads_first(x)
+        key = name, heads, length if first else 0
+        if key not in self._flat:
             each = torch.arange(heads, device=rows.device)[:, None]
-            self._flat[name, heads] = (rows[:, None] * heads + each).flatten()
-        return self._flat[name, heads]
+            self._flat[key] = (rows[:, None] + each * length if first else rows[:, None] * heads + each).flatten()
+        flat = (x.transpose(0, 1) if first else x).reshape(-1, size)
+        return flat.index_select(0, self._flat[key]).view(len(rows), heads, -1, size)
+
+
+class _Return:
+    """Where the results of each row of `[M, H, D]` are among those of all tiles, `[S, H, T, D]` one after the other.
+
+    Each row is in one tile, in one place.
+    """
+
+    def __init__(self, tiles: Sequence[_Tile], name: Literal["q", "k"], length: int, device: torch.device) -> None:
+        self._line, self._width, self._inside = torch.empty(3, length, dtype=torch.int64, device=device)
+        self._flat: dict[tuple[int, bool], Tensor] = {}
+        self.slots = 0
+        for tile in tiles:
+            rows, real = getattr(tile, f"{name}_rows"), getattr(tile, f"{name}_real")
+            places = torch.arange(rows.numel(), device=device) if real is None else real
+            taken, inside = rows.flatten()[places], places % rows.shape[1]
+            self._line[taken], self._inside[taken] = self.slots + places - inside, inside
+            self._width[taken] = rows.shape[1]
+            self.slots += rows.numel()
+
+    def __call__(self, slots: Tensor, heads: int, heads_first: bool = False) -> Tensor:
+        """The rows `[M, H, D]` from slots `[slots H, D]`, with the heads first in memory if so wished."""
+        key = heads, heads_first
+        if key not in self._flat:
+            each = torch.arange(heads, device=slots.device)
+            at = self._line[:, None] * heads + self._width[:, None] * each + self._inside[:, None]
+            self._flat[key] = (at.t() if heads_first else at).flatten()
+        rows = slots.index_select(0, self._flat[key])
+        if heads_first:
+            return rows.view(heads, -1, slots.shape[1]).transpose(0, 1)
+        return rows.view(-1, heads, slots.shape[1])
 
 
 class Segments:
@@ -91,6 +126,19 @@ class Segments:
             elif q0 < q1:
                 whole.append((q0, q1, k0, k1))
         self._tiles += [self._tile(group) for group in _alike(whole)]
+
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether keys meet the queries of several tiles."""
+        return any(tile.shares_keys for tile in self._tiles)
+
+    @cached_property
+    def _q_return(self) -> _Return:
+        return _Return(self._tiles, "q", self.q_bounds[-1], self._device)
+
+    @cached_property
+    def _k_return(self) -> _Return:
+        return _Return(self._tiles, "k", self.k_bounds[-1], self._device)
 
     @property
     def longest(self) -> int:
@@ -219,39 +267,79 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: fl
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """Tile by tile. Scores and their gradients are float32 (or float64); what they multiply next is as q is."""
+    """Tile by tile. Scores and their gradients are float32 (or float64); what they multiply next is as q is.
+
+    Kept for the backward are the rows of tiles instead of q, k and v, and weights no larger than queries; of blocks
+    that share keys nothing is, which would be kept for each of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(q, k, v)
-        ctx.segments, ctx.scaling = segments, scaling
-        y, narrow = q.new_empty(*q.shape[:2], v.shape[2]), _narrow(q)
+        heads, narrow, back, keeps = q.shape[1], _narrow(q), segments._q_return, any(ctx.needs_input_grad)
+        slots, kept = _Slots(back.slots * heads, v.shape[2], narrow, q.device), []
         for tile in segments._tiles:
-            queries, keys, values = _taken(q, k, v, tile)
-            p = _weights(queries, keys, tile, scaling)
-            _put(y, tile.q_rows, tile.q_real, torch.bmm(p.to(narrow), values.to(narrow)))
-        return y
+            rows = _taken(q, k, v, tile)
+            p = _weights(*rows[:2], tile, scaling)
+            torch.bmm(p.to(narrow), rows[2].to(narrow), out=slots.next(p.shape[:2]))
+            if keeps and not tile.shares_keys:
+                kept += [*rows, p if p.nbytes <= rows[0].nbytes else None]
+        ctx.save_for_backward(*((q, k, v) if segments.shares_keys else (None, None, None)), *kept)
+        ctx.segments, ctx.scaling = segments, scaling
+        ctx.like = [(t.shape, _heads_first(t)) for t in (q, k, v)]
+        return back(slots.all, heads).to(q.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        wide, narrow = _wide(q), _narrow(q)
-        with no_autocast(q.device.type):
-            for tile in ctx.segments._tiles:
-                queries, keys, values = _taken(q, k, v, tile)
-                dout = _take(dy, tile.flat("q_rows", dy.shape[1]), queries.shape[1])
+        q, k, v, *kept = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        wide, narrow = _wide(dy), _narrow(dy)
+        returns = [segments._q_return] + [None if segments.shares_keys else segments._k_return] * 2
+        grads = [
+            _Slots(back.slots * shape[1], shape[2], narrow, dy.device) if back else dy.new_zeros(shape)
+            for back, (shape, _) in zip(returns, ctx.like, strict=True)
+        ]
+        with no_autocast(dy.device.type):
+            for tile in segments._tiles:
+                if tile.shares_keys:
+                    (queries, keys, values), p = _taken(q, k, v, tile), None
+                else:
+                    (queries, keys, values, p), kept = kept[:4], kept[4:]
+                p = _weights(queries, keys, tile, ctx.scaling) if p is None else p
+                dout = tile.take("q_rows", dy)
                 if tile.filling is not None:  # it asked for nothing
-                    dout.view(len(tile.q_rows), -1, tile.q_rows.shape[1], dy.shape[2]).masked_fill_(tile.filling, 0)
-                p = _weights(queries, keys, tile, ctx.scaling)
+                    dout.masked_fill_(tile.filling, 0)
+                dout = dout.view(*queries.shape[:2], -1)
                 dp = torch.bmm(dout.to(wide), values.to(wide).mT)
                 ds = torch._softmax_backward_data(dp, p, -1, wide).mul_(ctx.scaling).to(narrow)
-                _put(dq, tile.q_rows, tile.q_real, torch.bmm(ds, keys.to(narrow)))
-                of_keys = tile.k_rows, tile.k_real
-                _put(dk, *of_keys, torch.bmm(ds.mT, queries.to(narrow)), add=tile.shares_keys)
-                _put(dv, *of_keys, torch.bmm(p.to(narrow).mT, dout.to(narrow)), add=tile.shares_keys)
-        return dq, dk, dv, None, None
+                factors = (ds, keys), (ds.mT, queries), (p.to(narrow).mT, dout)
+                for grad, (left, right) in zip(grads, factors, strict=True):
+                    if isinstance(grad, _Slots):
+                        torch.bmm(left, right.to(narrow), out=grad.next(left.shape[:2]))
+                    else:
+                        _add_keys(grad, tile, torch.bmm(left, right.to(narrow)))
+        found = [
+            back(grad.all, shape[1], first).to(dy.dtype) if back and isinstance(grad, _Slots) else grad
+            for back, grad, (shape, first) in zip(returns, grads, ctx.like, strict=True)
+        ]
+        return *found, None, None
+
+
+class _Slots:
+    """Room for the results of all tiles, `[slots H, D]`, handed out tile by tile."""
+
+    def __init__(self, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.all, self._used = torch.empty(slots, size, dtype=dtype, device=device), 0
+
+    def next(self, shape: torch.Size) -> Tensor:
+        """The room of the next tile, `[*shape, D]`."""
+        start, self._used = self._used, self._used + shape.numel()
+        return self.all[start : self._used].view(*shape, -1)
+
+
+def _heads_first(x: Tensor) -> bool:
+    """Whether `[M, H, D]` lies in memory as `[H, M, D]`: as models turn queries and keys by their positions."""
+    return not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -274,22 +362,15 @@ def _weights(queries: Tensor, keys: Tensor, tile: _Tile, scaling: float) -> Tens
 
 def _taken(q: Tensor, k: Tensor, v: Tensor, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
     """A tile's queries `[S G, (H / G) Tq, D]`, keys `[S G, Tk, D]` and values."""
-    groups, (rows, keys) = k.shape[1], (tile.q_rows.shape[1], tile.k_rows.shape[1])
-    places = tile.flat("k_rows", groups)
-    queries = _take(q, tile.flat("q_rows", q.shape[1]), q.shape[1] // groups * rows)
-    return queries, _take(k, places, keys), _take(v, places, keys)
+    keys, values = (tile.take("k_rows", t).flatten(0, 1) for t in (k, v))
+    return tile.take("q_rows", q).view(len(keys), -1, q.shape[2]), keys, values
 
 
-def _take(x: Tensor, places: Tensor, rows: int) -> Tensor:
-    """Places of x `[M H, D]` as `[-1, rows, D]`."""
-    return x.reshape(-1, x.shape[2]).index_select(0, places).view(-1, rows, x.shape[2])
-
-
-def _put(into: Tensor, rows: Tensor, real: Tensor | None, taken: Tensor, *, add: bool = False) -> None:
-    """The way back of `_take` to rows of `[M, H, D]`, without those that filled up."""
+def _add_keys(into: Tensor, tile: _Tile, given: Tensor) -> None:
+    """Add what keys are given, `[S G, Tk, D]`, to their rows of `[N, G, D]`, without those that filled up."""
     heads, size = into.shape[1:]
-    given = taken.view(len(rows), heads, rows.shape[1], size).transpose(1, 2).reshape(-1, heads, size).to(into.dtype)
-    rows = rows.flatten()
-    if real is not None:
-        given, rows = given.index_select(0, real), rows.index_select(0, real)
-    into.index_add_(0, rows, given) if add else into.index_copy_(0, rows, given)
+    given = given.view(len(tile.k_rows), heads, -1, size).transpose(1, 2).reshape(-1, heads, size).to(into.dtype)
+    rows = tile.k_rows.flatten()
+    if tile.k_real is not None:
+        given, rows = given.index_select(0, tile.k_real), rows.index_select(0, tile.k_real)
+    into.index_add_(0, rows, given)

@@ -1,11 +1,11 @@
 """Products with a frozen weight on a CPU, whose weight is laid out once as the library multiplies it fastest.
 
 A step of decoding reads every weight from memory once, and `F.linear` lays it out anew each time: for 16 rows packed
-weights take three quarters of the time; for 800 rows 0.95 (LOG.md). A copy is as large as its weight, made when few rows
-first meet it, and gone with it. `ALORA_PACK_ROWS`, read at import, says how many rows are few: 0 never packs.
+weights take three quarters of the time; for 800 rows 0.95 (LOG.md). A copy is as large as its weight, made when few
+rows first meet it, and gone with it. `ALORA_PACK_ROWS`, read at import, says how many rows are few: 0 never packs.
 
-On Intel's chips MKL packs float32, as exact as `F.linear`; oneDNN, which packs everything else, gains nothing there: 210
-weights that are not in the cache and 16 rows take 78 ms with `F.linear`, 78 with oneDNN, 58 with MKL (Ice Lake).
+On Intel's chips MKL packs float32, as exact as `F.linear`; oneDNN, which packs everything else, gains nothing there:
+210 weights that are not in the cache and 16 rows take 78 ms with `F.linear`, 78 with oneDNN, 58 with MKL (Ice Lake).
 
 A copy is used while version counter, address and dtype of the weight and a sample of its entries are as they were, else
 it is made anew. What goes past the counter, a write through `.data`, is seen only if it reaches the sample.
