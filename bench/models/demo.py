@@ -24,12 +24,11 @@ from alora_kernels.training import TaskBalancedSampler, TaskCollator
 from alora_kernels.training.loss import kept_positions, next_labels
 
 from ..run import Check, Work
-from .build import BUILD, Worker, missing
+from .build import BUILD, STRIDED, Worker, missing
 from .pair import FUSED, ONE, Setting, judged, model_work
 from .training import PLAIN, SMOLLM2, STOCK, Training, base_model, in_cache, smollm_note
 from .worker import adapter_numbers, trainer_step
 
-STRIDED = 2e-3  # 2602ef3 adds the softmax of 49,152 words up along a stride: 8e-4 off in a gradient
 Rows = Sequence[Mapping[str, Any]]
 STEP = Setting(
     "demo step", tasks=len(RECIPE.tasks), rows=RECIPE.batch_size, tokens=RECIPE.max_length, r=RECIPE.r,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..report.rows import BOTH, Row
 from ..run import Candidate, Ready, Work
-from .build import BUILD, Worker, missing
+from .build import BUILD, STRIDED, Worker, missing
 from .pair import FUSED, judged
 
 MODELS = (FUSED, BUILD)
@@ -63,6 +63,7 @@ def candidate(name: str, worker: Worker, agreed: dict[str, Tensor]) -> Candidate
         got = worker.results()
         if not agreed:
             agreed.update({name: t.double() for name, t in got.items()})
-        return Ready(worker.step, judged(got, agreed, ALLOWED), worker.peak_mb)
+        allowed = STRIDED if name == BUILD else ALLOWED
+        return Ready(worker.step, judged(got, agreed, allowed), worker.peak_mb)
 
     return Candidate(name, "task", lambda direction, mode: missing(name, worker.python), prepare)
