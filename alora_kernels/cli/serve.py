@@ -50,6 +50,9 @@ def serve(
     max_waiting: Annotated[int | None, typer.Option(help="requests that may wait", min=1)] = None,
     max_context: Annotated[int | None, typer.Option(help="tokens of prompt and answer together", min=2)] = None,
     cache_tokens: Annotated[int | None, typer.Option(help="tokens of the KV cache, all requests", min=1)] = None,
+    cache_dtype: Annotated[
+        str, typer.Option(help="of the KV cache: auto, as the base, or bfloat16, half of float32's memory")
+    ] = "auto",
     resident: Annotated[int, typer.Option(help="tasks on the device at most", min=1)] = 64,
     host_tasks: Annotated[int | None, typer.Option(help="further tasks in memory; the rest on disk", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
@@ -79,7 +82,9 @@ def serve(
             open_engine,
             model,
             adapter,
-            EngineConfig(**{name: given for name, given in sizes.items() if given is not None}),
+            EngineConfig(
+                **{name: given for name, given in sizes.items() if given is not None}, cache_dtype=cache_dtype
+            ),
             resident=resident,
             host_tasks=host_tasks,
             device=device,

@@ -197,6 +197,14 @@ def unsupported(options: Mapping[str, Any], longest: int) -> str | None:
     return next((name for name in CHANGES_SCORES if options.get(name) is not None and options[name] is not False), None)
 
 
+def mask_function(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
+    """What transformers calls for masks: None for a causal one; any other is for layers to be refused.
+
+    Some models tell a window to its mask alone, and make masks that none of their layers is given.
+    """
+    return torch.empty(0) if local_size or use_vmap else None
+
+
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scaling: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -209,7 +217,7 @@ def segment_attention(
 
     Args:
         q: queries `[M, H, D]`.
-        k: keys `[N, G, D]`, H a multiple of G.
+        k: keys `[N, G, D]`, H a multiple of G; without gradients k and v may have a dtype of their own, such as bf16.
         v: values `[N, G, V]`.
         segments: which rows belong together; on the same device.
         scaling: of the scores; None: D ** -0.5.
@@ -236,8 +244,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not [M,H,D], [N,G,D], [N,G,V]"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give one dtype")
+    same = q.dtype == k.dtype == v.dtype
+    if not same and (k.dtype != v.dtype or any(t.requires_grad for t in (q, k, v))):
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give one dtype, or without gradients two")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: give a multiple")
     queries, keys = segments.q_bounds[-1], segments.k_bounds[-1]

@@ -16,7 +16,7 @@ from ..routing import RowGroups
 from . import packed
 from .dispatch import Plan
 from .products import add_product_, product, transposed_product, without_autocast
-from .torch_rows import Rows, Slots, Whole, layout_of
+from .torch_rows import Layout, Rows, Slots, Whole, layout_of
 from .types import Adapter, Grads, Needs, Saved, wider
 
 
@@ -62,7 +62,11 @@ def drop(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
 
 def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
     """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
-    layout = layout_of(groups)
+    return shrink_rows(x, a, layout_of(groups), scaling)
+
+
+def shrink_rows(x: Tensor, a: Tensor, layout: Layout, scaling: float) -> Tensor:
+    """The same for rows that are laid out already."""
     if isinstance(layout, Whole):
         return product(x, a[layout.task].t(), scaling)
     if isinstance(layout, Slots):

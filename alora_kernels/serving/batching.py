@@ -7,22 +7,28 @@ manager, each where the batch is already known:
 - tokens are chosen row by row (`sampling.choose`);
 - a step that raises, or whose logits are not finite, is repeated request by request: only the one at fault fails.
 
+On CPUs each request attends to its own keys (`attention`), and the cache takes memory as it fills.
+
 KV blocks are never shared between requests: transformers finds equal prefixes by their tokens alone, and the keys and
 values of equal tokens differ between tasks.
 
-This is the one module that touches names which transformers does not document. tests/serving/test_batching_contract.py
-names each of them, and which one changed; the extra `serving` says for which versions it was run.
+This and `attention` are the modules that touch names which transformers does not document.
+tests/serving/test_batching_contract.py names each of them, and which one changed; the extra `serving` says for which
+versions it was run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
@@ -31,16 +37,21 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestStatus
 
+from ..ops.attention import Segments
 from ..routing import route
 from ..tuner.layer import ALoRALayer
+from . import attention
+from .layer import StepRouting
 from .request import Sampling
 from .request_table import RequestTable, Run
 from .sampling import Row, choose
 
+log = logging.getLogger("alora_kernels.serving")
 GONE = Row(Sampling(temperature=0), float)  # a request that ended while its last batch was on its way
 BASE_SLOT = -1  # the base model alone
 LONGEST = 4096  # tokens of context without being asked for more
 PER_REQUEST = 512  # cached tokens per request of a batch, if not said otherwise
+CACHE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,14 @@ class EngineConfig:
     cache_tokens: int | None = None  # of all requests together; None: 512 times max_batch, at least max_context
     batch_tokens: int = 512  # of one step; a longer prompt is read in several, between which others go on
     page_size: int = 32  # tokens per block of the cache
+    cache_dtype: str = "auto"  # of cached keys and values: "bfloat16", or "auto", the model's
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
         for name, value in dataclasses.asdict(self).items():
+            if name == "cache_dtype":
+                continue
             least = {"max_context": 2, "page_size": 4}.get(name, 1)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
@@ -120,14 +136,58 @@ class Before(NamedTuple):
     position: int
 
 
-class TaskBatching(ContinuousBatchingManager):
-    """The manager of one generation loop, which runs in a thread of its own from here on and tells the table."""
+class _ModelOfDtype:
+    """A model for those who read its dtype to lay out a cache, in another dtype."""
 
-    def __init__(self, model: PreTrainedModel, config: ContinuousBatchingConfig, table: RequestTable) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._model, self.dtype = model, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _ZerosAsTheyAreTouched(TorchFunctionMode):
+    """Bytes of zeros on the CPU come from the system, which gives memory when it is first written to."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        on_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
+        if function is torch.zeros and kwargs.get("dtype") == torch.uint8 and on_cpu:
+            return torch.from_numpy(numpy.zeros(args, dtype=numpy.uint8))
+        return function(*args, **kwargs)
+
+
+class TaskBatching(ContinuousBatchingManager):
+    """The manager of one generation loop, which runs in a thread of its own from here on and tells the table.
+
+    Raises:
+        ValueError: a `cache_dtype` for a model whose attention is not per request; a model whose attention would be
+            computed without what it asks for, such as soft caps.
+    """
+
+    def __init__(self, model: PreTrainedModel, sizes: EngineConfig, table: RequestTable) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
-        super().__init__(model, generation, config)  # type: ignore[arg-type]  # their protocol is not ours to meet
+        attention.give_back(model)  # of a loop that died
+        self._masked = attention.why_not(model)  # the reason why all requests meet under a mask
+        self._cache_dtype = CACHE_DTYPES[sizes.cache_dtype]
+        if self._cache_dtype is not None and self._masked is not None:
+            raise ValueError(
+                f"cache_dtype={sizes.cache_dtype!r} needs attention per request, which this model does not get:"
+                f" {self._masked}. Leave it 'auto'"
+            )
+        if (option := attention.left_out(model)) is not None:
+            raise ValueError(
+                f"{type(model).__name__} asks its attention for {option}, which transformers' continuous batching with"
+                " eager attention leaves out: its answers would be wrong. On a GPU load it with"
+                " attn_implementation='flash_attention_2'"
+            )
+        super().__init__(model, generation, cache_config(sizes))  # type: ignore[arg-type]  # their protocol is not ours
+        if self._masked is None:
+            attention.take(model)
+        log.debug("attention is %s", f"under a mask: {self._masked}" if self._masked else "per request")
         self.output_router = _Outputs(table)
         self._table = table
+        self._segments: Segments | None = None
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
         self._before: list[Before] = []
         self._tokens = 0
@@ -159,7 +219,14 @@ class TaskBatching(ContinuousBatchingManager):
         return sum(state.position_offset for state in list(self.batch_processor.scheduler.active_requests.values()))
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
+        model: Any = self.model
+        try:
+            if self._cache_dtype is not None:
+                self.model = _ModelOfDtype(model, self._cache_dtype)  # type: ignore[assignment]
+            with _ZerosAsTheyAreTouched():
+                processor = super()._create_batch_processor()
+        finally:
+            self.model = model
         if processor.use_async_batching:
             raise RuntimeError("task ids are written for one batch at a time: asynchronous batching must be off")
         self._task_ids = torch.full(
@@ -171,10 +238,14 @@ class TaskBatching(ContinuousBatchingManager):
         self._io.prepare_batch_tensors = self._prepare_batch_tensors  # type: ignore[method-assign]
         runner: Any = processor.model_runner
         runner._sample = self._sample
-        model: Any = self.model
         if isinstance(model.get_output_embeddings(), ALoRALayer):
             runner._model_supports_logits_to_keep = False  # ids are per token: it must see all of them
         return processor
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the model has its own attention again."""
+        super().stop(*args, **kwargs)
+        attention.give_back(self.model)  # type: ignore[arg-type]
 
     def _prepare_batch_tensors(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> None:
         """As transformers does; the batch is kept in `_before`, and its slots are written into the static buffer."""
@@ -191,6 +262,18 @@ class TaskBatching(ContinuousBatchingManager):
         padded = self._io.num_q_tokens
         slots += [BASE_SLOT] * (padded - len(slots))
         self._task_ids[:padded].copy_(torch.tensor(slots, dtype=torch.int32))
+        if self._masked is None:
+            self._segments = self._segments_of(requests_in_batch)
+
+    def _segments_of(self, requests_in_batch: list[FutureRequestState]) -> Segments:
+        """Whose attention is whose, once the batch is prepared; full attention has one group of layers."""
+        io = self._io
+        read = io.true_read_sizes[0]  # 0: nobody has a past
+        return attention.segments_of(
+            [future.query_length for future in requests_in_batch],
+            [future.state.position_offset for future in requests_in_batch],
+            io.read_index_storage[0, :read] if read else None,
+        )
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         """One iteration; then what the table has ended meanwhile is cancelled."""
@@ -210,13 +293,14 @@ class TaskBatching(ContinuousBatchingManager):
 
     def _routed_step(self) -> None:
         rows = self._io.num_q_tokens
-        with route(self._task_ids[:rows].view(1, rows)):
+        slots = StepRouting(self._task_ids[:rows].view(1, rows))
+        with route(slots), attention.attending(self._segments):
             super()._generation_step()
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """Next tokens of the rows that get one, `scores` being `[1, n, V]`, into `output_ids[0, :n]`.
 
-        NaN of one request reach all others through the masked attention of the batch, so they fail the step.
+        NaN fail the step: where attention is under a mask, those of one request reach all others.
         """
         ids = [before.future.state.request_id for before in self._before if before.future.has_new_token]
         runs = [self._table.running.get(id) for id in ids]

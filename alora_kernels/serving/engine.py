@@ -19,7 +19,7 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .batching import EngineConfig, TaskBatching, cache_config
+from .batching import EngineConfig, TaskBatching
 from .openmp import release_workers
 from .request import (
     Completion,
@@ -111,13 +111,17 @@ class Engine:
         return self._table.state
 
     def start(self) -> Engine:
-        """Begin to serve; a NotServingError if it was started before."""
+        """Begin to serve; a NotServingError if it was started before, a ValueError as `TaskBatching`."""
         with self._table.changed:
             if self.state != "new":
                 raise NotServingError(f"the engine is {self.state}: make a new one")
             self._table.state, self._started = "ready", time.perf_counter()
-        make_loop = partial(TaskBatching, self.model, cache_config(self.config), self._table)
-        self._admission = Admission(self._table, make_loop)
+        make_loop = partial(TaskBatching, self.model, self.config, self._table)
+        try:
+            self._admission = Admission(self._table, make_loop)
+        except BaseException:
+            self._table.state = "stopped"
+            raise
         weakref.finalize(self, self._admission.stop)  # a forgotten engine, or the end of the program
         release_workers()
         return self

@@ -31,8 +31,9 @@ from ..adapters.reader import AdapterFile
 from ..text import listed
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..tuner.base_layer import features
-from ..tuner.layer import AdapterSpec
+from ..tuner.layer import AdapterSpec, ALoRALinear
 from ..tuner.targets import check_target
+from .layer import SlotLinear
 from .request import AdapterRefusedError
 
 log = logging.getLogger("alora_kernels.serving")
@@ -86,6 +87,8 @@ class Slots:
             self._a[module] = layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
             self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b, requires_grad=False)
             layer.asymlora_spec[ADAPTER] = AdapterSpec(r, self._scaling[module], 0.0, slots, self.capacity)
+            if type(layer) is ALoRALinear:
+                layer.__class__ = SlotLinear  # PEFT has made its own
         self.model.eval().requires_grad_(False)
 
     def remove(self) -> None:

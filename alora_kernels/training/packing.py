@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..ops.attention import Segments, segment_attention, unsupported
+from ..ops.attention import Segments, mask_function, segment_attention, unsupported
 from .collator import positions
 from .loss import ModelLoss, Scored, label_counts
 from .output_head import without_dropout
@@ -200,7 +200,7 @@ def _run_packed(run: Run, packed: Packed, config: Any) -> Scored:
 def _attention(config: Any, segments: Segments) -> Iterator[None]:
     """Our attention in the layers of a model, for these segments; what was there before is put back."""
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, mask_function)
     before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled()))
     config._attn_implementation = NAME
     try:
@@ -208,14 +208,6 @@ def _attention(config: Any, segments: Segments) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         _running.reset(token)
-
-
-def _mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
-    """What transformers calls for masks: None for a causal one; any other is for layers to be refused by `_attend`.
-
-    Some models tell a window to its mask alone, and make masks that none of their layers is given.
-    """
-    return torch.empty(0) if local_size or use_vmap else None
 
 
 def _attend(

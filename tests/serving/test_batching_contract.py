@@ -1,4 +1,4 @@
-"""The names of transformers' continuous batching that `serving.batching` relies on: if one changed, which."""
+"""The names of transformers' continuous batching that `serving.batching` and `attention` rely on: which one changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.requirements import Requirement
 from transformers.generation.continuous_batching import continuous_api, requests
@@ -51,7 +52,16 @@ METHODS = [
 ATTRIBUTES = {
     "manager.background_thread_status": ("fatal_error",),
     "manager": ("batch_processor", "logit_processor", "output_router", "_generation_thread"),
-    "processor.inputs_and_outputs": ("num_q_tokens", "num_request_in_batch", "output_ids", "requests_in_batch"),
+    "processor.inputs_and_outputs": (
+        "num_q_tokens",
+        "num_request_in_batch",
+        "output_ids",
+        "read_index_storage",
+        "requests_in_batch",
+        "true_read_sizes",
+    ),
+    "processor.cache": ("cache_allocators", "layer_to_allocator"),
+    "allocator": ("_kv_token_views", "index"),
     "processor": ("max_batch_tokens", "use_async_batching"),
     "processor.model_runner": ("_model_supports_logits_to_keep",),
     "processor.scheduler": ("active_requests", "waiting_requests"),
@@ -63,7 +73,7 @@ ATTRIBUTES = {
 
 
 def changed(name: str, how: str) -> str:
-    return f"transformers {transformers.__version__}: {name} {how}, which alora_kernels/serving/batching.py relies on"
+    return f"transformers {transformers.__version__}: {name} {how}, which alora_kernels/serving relies on"
 
 
 @pytest.mark.parametrize(("owner", "name", "arguments"), METHODS, ids=lambda value: getattr(value, "__name__", value))
@@ -82,13 +92,15 @@ def parts():
     generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
     manager = MANAGER(model, generation, cache_config(EngineConfig(2, max_context=32).resolved(model)))
     state = requests.RequestState(request_id="one", initial_tokens=[1, 2])
+    processor = manager._create_batch_processor()
     return {
         "manager": manager,
-        "processor": manager._create_batch_processor(),
+        "processor": processor,
         "state": state,
         "future": requests.FutureRequestState(state, has_new_token=True, complete_blocks={}, query_length=2),
         "output": requests.GenerationOutput(request_id="one"),
         "status": requests.RequestStatus,
+        "allocator": processor.cache.layer_to_allocator[0],
     }
 
 
@@ -107,11 +119,21 @@ def test_the_settings_mean_what_they_say(parts):
     assert config.use_cuda_graph in (False, (False, False)) and parts["processor"].max_batch_tokens >= 2
 
 
+def test_the_cache_writes_and_reads_where_attention_does(parts):
+    """Keys of place p are row p of a layer's view: what transformers' own update puts there."""
+    allocator = parts["allocator"]
+    keys, values = allocator._kv_token_views[0]
+    new = torch.randn(2, *keys.shape[1:])
+    allocator.update(new, -new, 0, torch.tensor([], dtype=torch.int64), torch.tensor([5, 3]))
+    torch.testing.assert_close(keys[[5, 3]], new)
+    torch.testing.assert_close(values[[5, 3]], -new)
+
+
 def test_no_other_module_touches_them():
     private = {name for _, name, _ in METHODS if name.startswith("_") and not name.startswith("__")}
     private |= {name for names in ATTRIBUTES.values() for name in names if name.startswith("_")}
     for file in sorted([*REPOSITORY.glob("alora_kernels/**/*.py"), *REPOSITORY.glob("bench/**/*.py")]):
-        if file.name == "batching.py" and file.parent.name == "serving":
+        if file.name in ("attention.py", "batching.py") and file.parent.name == "serving":
             continue
         text = file.read_text()
         assert "continuous_batching.continuous_api" not in text and "continuous_batching.requests" not in text, file

@@ -83,7 +83,7 @@ def test_the_same_prompt_for_every_task_shares_no_cache(make, merged):
 
 def test_block_sharing_would_be_wrong(make, merged, monkeypatch):
     """The test above can fail: with sharing on, some answers are those of another task."""
-    from alora_kernels.serving import engine as module
+    from alora_kernels.serving import batching as module
 
     made = module.cache_config
 
