@@ -74,6 +74,12 @@ def matmul(dy: Tensor, w: Tensor) -> Tensor:
     return _product(dy, _backward, w, w.t(), None)
 
 
+def forget(w: Tensor) -> None:
+    """Drop the copies of a weight that is about to be written to behind its version counter."""
+    for kept in (_forward, _backward):
+        kept.pop(w, None)
+
+
 def nbytes() -> int:
     """Bytes of all copies."""
     return sum(pack.nbytes for kept in (_forward, _backward) for pack in list(kept.values()))

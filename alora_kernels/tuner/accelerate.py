@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from ..ops import alora_linear
+from ..ops import alora_linear, packed
 from ..routing import constant_routing
 from ..text import some
 from .base_layer import hooked, only_multiplies, takes_fused_op
@@ -65,6 +65,16 @@ class FusedLoraLinear(lora.Linear):  # type: ignore[misc]
         added = arguments.pop("added")
         y = alora_linear(x, **arguments)
         return y if added is None else (y + added).to(y.dtype)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, which adds to `weight.data`: its version counter, by which packed copies go, stays as it is."""
+        packed.forget(self.get_base_layer().weight)  # type: ignore[arg-type]
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """Likewise."""
+        packed.forget(self.get_base_layer().weight)  # type: ignore[arg-type]
+        super().unmerge()
 
 
 def _arguments(layer: Any, x: Tensor) -> dict[str, Any] | None:
@@ -197,4 +207,5 @@ def restore(model: nn.Module) -> int:
     fused: list[Any] = [module for module in model.modules() if type(module) is FusedLoraLinear]
     for module in fused:
         module.__class__ = lora.Linear
+        packed.forget(module.get_base_layer().weight)  # PEFT may write to it from now on
     return len(fused)

@@ -16,6 +16,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 import alora_kernels
+from alora_kernels.ops import packed
 from alora_kernels.tuner.accelerate import FusedLoraLinear
 
 from ..support.stock_lora import MLP, fused_copy, spy_on_the_op, step, stock_lora
@@ -347,3 +348,28 @@ def test_a_model_without_lora_is_refused_with_the_remedy(base):
     with pytest.raises(ValueError, match=r"no LoRA layer.*get_peft_model"):
         alora_kernels.accelerate(model)
     assert alora_kernels.restore(model) == 0
+
+
+@pytest.mark.parametrize("how", ["unload", "merge and unmerge", "restore"])
+def test_what_peft_writes_to_a_packed_weight_is_seen(how):
+    """It adds to `weight.data`, past the version counter; a change of one row lies between the sample's entries."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(512, 512, bias=False))
+    x = torch.randn(4, 512)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    alora_kernels.accelerate(model)
+    with torch.no_grad():
+        (layer,) = (module for module in model.modules() if isinstance(module, lora.Linear))
+        layer.lora_B["default"].weight[3] = 5.0
+        model(x)
+        assert packed._forward.get(layer.base_layer.weight) is not None or not packed.AVAILABLE
+        if how == "restore":
+            alora_kernels.restore(model)
+        elif how == "merge and unmerge":
+            model.merge_adapter()
+            layer.lora_B["default"].weight[3] = 0.0  # what is taken off again is not what was added
+            model.unmerge_adapter()
+        base = model.merge_and_unload()
+        again = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        alora_kernels.accelerate(again)
+        torch.testing.assert_close(again(x), x @ base[0].base_layer.weight.t(), rtol=1e-4, atol=1e-4)
