@@ -8,13 +8,14 @@ SAID = (SPINS, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # how users say how long idl
 
 
 def wait_patiently() -> None:
-    """Idle workers of a product sleep after 50 us (1000 turns), unless the user has said how long they spin.
+    """Idle workers of a product sleep after 100,000 turns, 5 ms, unless the user has said how long they spin.
 
-    GNU's OpenMP reads the variable when torch loads it. By default they spin for 300,000 turns, 15 ms, and beside busy
-    neighbours every product of a server waits that long.
+    GNU's OpenMP reads the variable when torch loads it. By default they spin three times as long, and beside busy
+    neighbours every product of a server waits that long until `serving.openmp` notices; after 1000 turns they would
+    sleep between two products, which then take half as long again.
     """
     if not any(name in os.environ for name in SAID):
-        os.environ[SPINS] = "1000"
+        os.environ[SPINS] = "100000"
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from ..routing import route
 from ..tuner.layer import ALoRALayer
 from . import attention
 from .layer import StepRouting
+from .openmp import Threads
 from .request import Sampling
 from .request_table import RequestTable, Run
 from .sampling import Row, choose
@@ -188,6 +189,7 @@ class TaskBatching(ContinuousBatchingManager):
         self.output_router = _Outputs(table)
         self._table = table
         self._segments: Segments | None = None
+        self._threads = Threads()
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
         self._before: list[Before] = []
         self._tokens = 0
@@ -243,9 +245,10 @@ class TaskBatching(ContinuousBatchingManager):
         return processor
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the model has its own attention again."""
+        """As in transformers; the model has its own attention again, torch its threads."""
         super().stop(*args, **kwargs)
         attention.give_back(self.model)  # type: ignore[arg-type]
+        self._threads.stop()
 
     def _prepare_batch_tensors(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> None:
         """As transformers does; the batch is kept in `_before`, and its slots are written into the static buffer."""
@@ -294,7 +297,7 @@ class TaskBatching(ContinuousBatchingManager):
     def _routed_step(self) -> None:
         rows = self._io.num_q_tokens
         slots = StepRouting(self._task_ids[:rows].view(1, rows))
-        with route(slots), attention.attending(self._segments):
+        with self._threads.step(), route(slots), attention.attending(self._segments):
             super()._generation_step()
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:

@@ -7,8 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore, engine, openmp, store
+from alora_kernels.serving.openmp import Threads
 from alora_kernels.serving.request import AdapterRefusedError
 from tests.support import adapters
 
@@ -71,3 +73,62 @@ def test_a_starting_engine_gives_back_those_of_its_thread(monkeypatch: pytest.Mo
     with Engine(base, tokenizer, None, EngineConfig(max_batch=2, max_context=32)) as running:
         assert threads == [threading.current_thread().name]
         assert running.generate(["hello"], None, Sampling(max_tokens=2))[0].error is None
+
+
+@pytest.fixture
+def two():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield Threads()
+    torch.set_num_threads(before)
+
+
+def test_a_step_that_waits_for_cores_is_followed_by_steps_on_one_thread(two):
+    two.told(10.0, 0.30, 0.29)
+    assert torch.get_num_threads() == 2  # it had a core all the time
+    two.told(11.0, 5.0, 1.0)
+    assert torch.get_num_threads() == 1
+    two.told(12.0, 0.5, 0.5)
+    assert torch.get_num_threads() == 1  # not before two seconds have passed
+    two.told(13.5, 0.9, 0.5)
+    assert torch.get_num_threads() == 1  # others still want the core
+    two.told(13.6, 0.5, 0.5)
+    assert torch.get_num_threads() == 2
+
+
+def test_several_threads_are_tried_less_often_each_time_they_fail(two):
+    now, waits = 0.0, []
+    for _ in range(7):
+        two.told(now, 5.0, 1.0)
+        began = now
+        while torch.get_num_threads() == 1:
+            now += 0.5
+            two.told(now, 0.5, 0.5)
+        waits.append(now - began)
+    assert waits == [2.5, 4.5, 8.5, 16.5, 32.5, 60.5, 60.5]
+    two.told(now + 130, 0.3, 0.3)
+    two.told(now + 131, 5.0, 1.0)
+    two.told(now + 133.5, 0.5, 0.5)
+    assert torch.get_num_threads() == 2  # long without neighbours: as in the beginning
+
+
+def test_short_steps_say_nothing_and_torch_gets_its_number_back(two):
+    two.told(1.0, 0.004, 0.001)
+    assert torch.get_num_threads() == 2
+    two.told(2.0, 5.0, 1.0)
+    two.stop()
+    assert torch.get_num_threads() == 2
+
+
+def test_one_thread_stays_one():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        threads = Threads()
+        with threads.step():
+            pass
+        threads.told(1.0, 5.0, 1.0)
+        threads.told(90.0, 1.0, 1.0)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
