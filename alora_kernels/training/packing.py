@@ -39,7 +39,8 @@ SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative errors of a row's 
 LOOSER = 5.0  # that of a gradient
 UNTOUCHED = 1e-5  # relative change of a row's loss when another row changes: sums of the same numbers
 
-_running: ContextVar[tuple[Segments, bool]] = ContextVar("alora_segments")  # and whether gradients are recorded
+# with them, whether gradients are recorded, and the dtypes that attention was asked in
+_running: ContextVar[tuple[Segments, bool, set[torch.dtype]]] = ContextVar("alora_segments")
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,9 @@ def _difference(run: Run, few: dict[str, Any], packed: Packed, model: nn.Module)
         return torch.cat([scored.losses, scored.mean.view(1)]).detach().double(), list(grads)
 
     padded, right = measured(lambda: run(few, None))
-    found, ours = measured(lambda: _run_packed(run, packed, config))
-    device = few["input_ids"].device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    dtype = autocast or next(model.parameters()).dtype
+    dtypes = {next(model.parameters()).dtype}  # autocast may begin inside of the model's forward
+    found, ours = measured(lambda: _run_packed(run, packed, config, dtypes))
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     same = SAME.get(dtype, 4 * torch.finfo(dtype).eps)
     if not torch.allclose(found, padded, rtol=same, atol=0):
         return f"losses of packed rows are {found.tolist()}, of padded ones {padded.tolist()}"
@@ -191,17 +191,17 @@ def _difference(run: Run, few: dict[str, Any], packed: Packed, model: nn.Module)
     return None
 
 
-def _run_packed(run: Run, packed: Packed, config: Any) -> Scored:
-    with _attention(config, packed.segments):
+def _run_packed(run: Run, packed: Packed, config: Any, dtypes: set[torch.dtype] | None = None) -> Scored:
+    with _attention(config, packed.segments, set() if dtypes is None else dtypes):
         return run(packed.inputs, packed.counts)
 
 
 @contextlib.contextmanager
-def _attention(config: Any, segments: Segments) -> Iterator[None]:
+def _attention(config: Any, segments: Segments, dtypes: set[torch.dtype]) -> Iterator[None]:
     """Our attention in the layers of a model, for these segments; what was there before is put back."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, mask_function)
-    before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled()))
+    before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled(), dtypes))
     config._attn_implementation = NAME
     try:
         yield
@@ -226,10 +226,11 @@ def _attend(
     refused = unsupported(options, sys.maxsize) or ("a mask" if attention_mask is not None else None)
     if refused or not causal:
         raise ValueError(f"{type(module).__name__} asks for {refused or 'attention to later tokens'}")
-    segments, recorded = _running.get()
+    segments, recorded, dtypes = _running.get()
     if recorded != torch.is_grad_enabled():  # a second forward would run without these segments
         raise ValueError("activations are checkpointed")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    dtypes.add(dtype)
     q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     return segment_attention(q, k, v, segments, scaling=scaling, dropout_p=dropout)[None], None

@@ -193,6 +193,12 @@ def test_training_moves_as_with_padding(tmp_path: Path):
         torch.testing.assert_close(moved[1][name], value, rtol=2e-3, atol=2e-4, msg=name)
 
 
+def test_rounding_under_the_trainers_autocast_is_no_difference(tmp_path: Path):
+    trainer = trainer_on(tmp_path, texts(24), adapted("Llama", GQA, torch.float32), bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.packing.padded_because == ""
+
+
 def test_a_batch_with_holes_or_labels_in_the_mask_stays_padded():
     ids = torch.arange(1, 13).view(2, 6)
     labels = ids.clone()
