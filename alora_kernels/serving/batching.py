@@ -161,12 +161,14 @@ class _ZerosAsTheyAreTouched(TorchFunctionMode):
 class TaskBatching(ContinuousBatchingManager):
     """The manager of one generation loop, which runs in a thread of its own from here on and tells the table.
 
+    Its products take so many `threads` at most.
+
     Raises:
         ValueError: a `cache_dtype` for a model whose attention is not per request; a model whose attention would be
             computed without what it asks for, such as soft caps.
     """
 
-    def __init__(self, model: PreTrainedModel, sizes: EngineConfig, table: RequestTable) -> None:
+    def __init__(self, model: PreTrainedModel, sizes: EngineConfig, table: RequestTable, threads: int) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
         attention.give_back(model)  # of a loop that died
         self._masked = attention.why_not(model)  # the reason why all requests meet under a mask
@@ -189,7 +191,7 @@ class TaskBatching(ContinuousBatchingManager):
         self.output_router = _Outputs(table)
         self._table = table
         self._segments: Segments | None = None
-        self._threads = Threads()
+        self._threads = Threads(threads)
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
         self._before: list[Before] = []
         self._tokens = 0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batching import EngineConfig, TaskBatching
@@ -116,7 +117,7 @@ class Engine:
             if self.state != "new":
                 raise NotServingError(f"the engine is {self.state}: make a new one")
             self._table.state, self._started = "ready", time.perf_counter()
-        make_loop = partial(TaskBatching, self.model, self.config, self._table)
+        make_loop = partial(TaskBatching, self.model, self.config, self._table, torch.get_num_threads())
         try:
             self._admission = Admission(self._table, make_loop)
         except BaseException:

@@ -26,13 +26,13 @@ FIRST, LONGEST = 2.0, 60.0  # seconds on one thread before several are tried aga
 
 
 class Threads:
-    """How many threads the products of a generation loop take: torch's number, or one while the cores are wanted.
+    """How many threads the products of a generation loop take: `most`, or one while the cores are wanted.
 
     The thread that computes is either at work or spins, so it has a core all the time unless somebody else has it.
     """
 
-    def __init__(self) -> None:
-        self._most = torch.get_num_threads()
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._pause, self._until = FIRST, 0.0
 
     @contextmanager
@@ -57,7 +57,7 @@ class Threads:
             torch.set_num_threads(self._most)
 
     def stop(self) -> None:
-        """Give torch its number back."""
+        """Torch takes `most` again."""
         torch.set_num_threads(self._most)
 
 

@@ -79,7 +79,7 @@ def test_a_starting_engine_gives_back_those_of_its_thread(monkeypatch: pytest.Mo
 def two():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield Threads()
+    yield Threads(2)
     torch.set_num_threads(before)
 
 
@@ -124,7 +124,7 @@ def test_one_thread_stays_one():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        threads = Threads()
+        threads = Threads(1)
         with threads.step():
             pass
         threads.told(1.0, 5.0, 1.0)
