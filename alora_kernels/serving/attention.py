@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..ops.attention import Segments, mask_function, segment_attention, unsupported
 from ..routing import route
 
-NAME, THEIRS = "alora_segments", "sdpa"  # as attention implementations of transformers
+NAME, THEIRS = "alora_requests", "sdpa"  # as attention implementations of transformers
 TRIAL = 8  # tokens
 CLOSE = 1e-4, 0.05  # largest difference of the trial's logits over the largest logit: float32, 16 bits
 
@@ -31,7 +31,7 @@ class UnknownOptionError(NotImplementedError):
         self.option = option
 
 
-_step: ContextVar[Segments | None] = ContextVar("alora_segments", default=None)
+_step: ContextVar[Segments | None] = ContextVar("alora_requests", default=None)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from truth import alone, merged_models
 
 from alora_kernels.routing import route
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore, attention, batching
+from alora_kernels.training import packing
 from alora_kernels.tuner import ALoRALayer
 from tests.support.adapters import alora_folder, tiny_base
 
@@ -204,3 +205,8 @@ def test_a_cache_takes_memory_as_it_fills(folder):
         answers(engine)
         size = engine._admission.loop.batch_processor.cache.cache_tensor.numel()
     assert size > 2**28 and (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < size / 2
+
+
+def test_training_in_the_same_process_has_an_attention_of_another_name():
+    """transformers' table is one for the process: the later of two would be called by both."""
+    assert packing.NAME != attention.NAME
