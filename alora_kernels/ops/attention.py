@@ -140,7 +140,7 @@ class Segments:
     def _k_return(self) -> _Return:
         return _Return(self._tiles, "k", self.k_bounds[-1], self._device)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Keys of the longest segment."""
         return max((b - a for a, b in pairwise(self.k_bounds)), default=0)

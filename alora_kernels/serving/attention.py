@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -52,14 +53,8 @@ def segments_of(queries: Sequence[int], keys: Sequence[int], places: Tensor | No
         keys: its tokens with those of the cache.
         places: where in the cache the keys of all requests lie, `[N]`; None if there are none but the new ones.
     """
-    return Segments(_bounds(queries), None if places is None else _bounds(keys), k_places=places)
-
-
-def _bounds(lengths: Sequence[int]) -> list[int]:
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    return bounds
+    bounds = (list(accumulate(lengths, initial=0)) for lengths in (queries, queries if places is None else keys))
+    return Segments(*bounds, k_places=places)
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -74,10 +74,8 @@ class EngineConfig:
         if self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
         for name, value in dataclasses.asdict(self).items():
-            if name == "cache_dtype":
-                continue
             least = {"max_context": 2, "page_size": 4}.get(name, 1)
-            if value is not None and value < least:
+            if name != "cache_dtype" and value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
     def resolved(self, model: Any) -> EngineConfig:

@@ -41,6 +41,7 @@ class StepRows:
         if isinstance(layout, Slots) and layout.tasks is not None:
             self.tasks, self.key, self.layout = layout.tasks, tuple(layout.tasks.tolist()), layout._replace(tasks=None)
         self.count, self.some_base = x.shape[0], groups.offsets[0].item() > 0
+        self.by_torch = choose(x, None) == "torch"
 
 
 class StepRouting(Routing):
@@ -73,7 +74,7 @@ class SlotLinear(ALoRALinear):
         a, b = self.asymlora_A[name].weight, self.asymlora_B[name].weight
         flat = x.view(-1, x.shape[-1])
         rows = step.rows(a.shape[0], flat)
-        if rows.count != flat.shape[0]:
+        if rows.count != flat.shape[0] or not rows.by_torch:
             return super().forward(x)
         base: Any = self.base_layer
         h = shrink_rows(flat, self._matrices(a, rows), rows.layout, self.asymlora_spec[name].scaling)
@@ -89,7 +90,6 @@ class SlotLinear(ALoRALinear):
             and x.dtype == self.base_layer.weight.dtype
             and not torch.is_autocast_enabled("cpu")
             and not needs_dispatch(x)
-            and choose(x, None) == "torch"
         )
 
     def _matrices(self, a: Tensor, rows: StepRows) -> Tensor:
