@@ -44,13 +44,16 @@ def progress(unit: str) -> Progress:
 
 
 def quiet() -> None:
-    """Libraries' own bars and notices would tear ours. Called before they are imported."""
+    """Libraries' own bars and notices would tear ours."""
+    import os
+    import sys
     import warnings
 
-    import datasets
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # serving never imports it, which takes a second
+    if datasets := sys.modules.get("datasets"):
+        datasets.disable_progress_bars()

@@ -193,6 +193,8 @@ def _check_model(model: nn.Module, file: AdapterFile) -> None:
 
 def _cast(file: AdapterFile, module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in another dtype, unless that makes a number infinite."""
+    if tensor.dtype == dtype:  # the reader has looked
+        return tensor
     cast = tensor.to(dtype)
     if not bool(cast.isfinite().all()):
         raise refused(file.folder, f"{module} holds a number too large for {dtype}: use a wider dtype")

@@ -86,11 +86,13 @@ class TaskStore:
             raise ValueError(f"resident must be >= 1, got {resident}")
         with ExitStack() as undo:
             with _refusals():
-                slots = Slots(base_model, read_adapter(folders[0]), resident, dtype)
-            undo.callback(slots.remove)
-            store = cls(slots, host=host, spill=spill)
-            undo.callback(store.close)
-            for folder in folders:
+                first = read_adapter(folders[0])
+                slots = Slots(base_model, first, resident, dtype)
+                undo.callback(slots.remove)
+                store = cls(slots, host=host, spill=spill)
+                undo.callback(store.close)
+                store._load(first, None, None, replace=False)
+            for folder in folders[1:]:
                 store.load(folder)
             undo.pop_all()
         return store
