@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -250,7 +250,7 @@ def _finite(file: Any, config: AdapterConfig, shape: Shape, parts: dict[str, str
     """Whether B and every task's A hold numbers only, looked at in pieces: 1000 tasks need no memory."""
     stack, tasks = file.get_slice(parts["A"]), len(config.tasks)
     if config.kind == "lora":
-        pieces = [stack[:]]
+        pieces: Iterable[Tensor] = [stack[:]]
     else:
         some = max(1, PIECE // (shape.r * shape.k))
         pieces = (stack[i : i + some] for i in range(0, tasks, some))

@@ -2,9 +2,9 @@
 
 The caller's wish (`backend=`) comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch
 elsewhere; Triton runs on a CPU only in its interpreter, for tests. Without a plan in the wish ("triton:one_pass") a
-measurement on the chip (`kernels/tuned.py`) decides, else a rule: our own GEMM on chips it was written for, where sizes
-are multiples of 16; the vendor's elsewhere, which can only lose the low-rank part's own time. The one-pass kernels are
-never taken without a measurement: programs that wait for each other deserve a proof on the chip itself.
+measurement on the chip (`measured_plan`) decides, else the vendor's GEMM computes the base: that can only lose the
+low-rank part's own time, where our own GEMM must first come within a few per cent of it to pay. The one-pass kernels
+are never taken without a measurement: programs that wait for each other deserve a proof on the chip itself.
 """
 
 from __future__ import annotations
@@ -107,21 +107,24 @@ def choose(x: torch.Tensor, backend: str | None) -> str:
     return key
 
 
+def measured_plan(chip: str, routing: str, itemsize: int, shapes: str) -> tuple[Plan, str] | None:
+    """The plan that was fastest on a chip for a class of shapes (`kernels.tiles.shape_class`), and who says so."""
+    from ..kernels import tuned  # the kernels package needs triton
+
+    row = tuned.PLANS.get((chip, routing, itemsize, shapes))
+    return None if row is None else (Plan(*row), f"measured: {tuned.MEASURED}")
+
+
 def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
     """The plan for a layer of m rows, k in_features and n out_features, and why.
 
     chip as `kernels.tiles.chip_of` names it, routing "task" or "soft", itemsize in bytes per element of x.
     """
-    from ..kernels import tuned  # the kernels package needs triton
-    from ..kernels.tiles import chip_class, shape_class
+    from ..kernels.tiles import shape_class
 
-    measured = tuned.PLANS.get((chip, routing, itemsize, shape_class(m, k, n)))
+    measured = measured_plan(chip, routing, itemsize, shape_class(m, k, n))
     if measured is not None:
-        return Plan(*measured), f"measured: {tuned.MEASURED}"
-    if chip_class(chip) == "interpreter":
+        return measured
+    if chip == "interpreter":
         return PLANS["two_launch"], "the interpreter is there to test our kernels"
-    if chip_class(chip) == "other":
-        return PLANS["base_first"], f"no measurement on {chip}, and our GEMM was not written for it"
-    if k % 16 or n % 16:
-        return PLANS["base_first"], "K or N is no multiple of 16: the vendor's GEMM copes better"
-    return PLANS["two_launch"], f"no measurement on {chip}"
+    return PLANS["base_first"], f"no measurement on {chip}: the vendor's GEMM is the safe choice"

@@ -150,7 +150,7 @@ def test_predictions_are_called_predictions(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("bench.report.tables.WIDTH", 200)
     out = invoke("--roofline-only", "--tflops", "500")
     assert "PREDICTED, not measured" in out and "500 TFLOP/s" in out
-    assert "two_launch *" in out and "compiled" not in out
+    assert "base_first *" in out and "compiled" not in out
     assert "expand_backward" not in out and "expand_backward" in invoke("--roofline-only", "--all")
 
 

@@ -102,12 +102,14 @@ def test_plans_launch_what_they_say() -> None:
     assert launches("base_first") == launches("low_rank_first") == ["_shrink_task_kernel"]
 
 
-def test_the_rule() -> None:
-    assert explain_plan("sm_90", "task", 2, 8192, 4096, 4096)[0] == PLANS["two_launch"]
-    assert explain_plan("sm_90", "task", 2, 8192, 4096, 1001)[0] == PLANS["base_first"]
-    assert explain_plan("gfx942", "soft", 2, 8192, 4096, 4096)[0] == PLANS["base_first"]
+def test_without_a_measurement_the_vendors_gemm_computes_the_base() -> None:
+    layers = [("sm_90", "task", 8192, 4096), ("sm_90", "soft", 64, 1001), ("gfx942", "soft", 8192, 64)]
+    for chip, routing, m, n in layers:
+        assert explain_plan(chip, routing, 2, m, 4096, n)[0] == PLANS["base_first"]
     plan, reason = explain_plan("sm_999", "task", 2, 8, 64, 64)
     assert plan == PLANS["base_first"] and "sm_999" in reason
+    assert explain_plan("interpreter", "task", 4, 8, 64, 64)[0] == PLANS["two_launch"]  # our kernels are what it tests
+    assert launches(None) == launches("base_first")
 
 
 def test_a_measurement_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +117,7 @@ def test_a_measurement_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "MEASURED", "somewhere")
     plan, reason = explain_plan("sm_90", "task", 2, 8192, 4096, 4096)
     assert plan == Plan("one_pass", "fused", True) and "somewhere" in reason
-    assert explain_plan("sm_90", "soft", 2, 8192, 4096, 4096)[0] == PLANS["two_launch"]
+    assert explain_plan("sm_90", "soft", 2, 8192, 4096, 4096)[0] == PLANS["base_first"]
     assert launches(None) == ["_one_pass_task_kernel"]
 
 
