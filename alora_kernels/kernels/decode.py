@@ -17,7 +17,7 @@ from alora_kernels.records import acc_dtype
 from .gemm import gemm_loop
 from .launch import launch
 from .numerics import common, power_of_two, rank_block, tl_dtype
-from .sync import HEADER, clean_up, counters, publish, take_ticket, wait_for
+from .sync import HEADER, clean_up, counters, orders_stores, publish, take_ticket, wait_for
 from .tiles import DECODE_ROWS, tile_for
 
 SLICE = 1024  # of K in one piece: 32 KiB of a rank-16 A in bf16
@@ -98,8 +98,9 @@ def _decode_kernel(
 
 
 def takes_decode(x: Tensor, a: Tensor) -> bool:
-    """Whether `decode` can run: few rows, a rank that one step holds, s exact as float32."""
-    return 0 < x.shape[0] <= DECODE_ROWS and a.shape[1] <= rank_block(a.shape[1], x.dtype) and x.dtype != torch.float64
+    """Whether `decode` can run: few rows, a rank that one step holds, s exact as float32, flags that may be trusted."""
+    fits = 0 < x.shape[0] <= DECODE_ROWS and a.shape[1] <= rank_block(a.shape[1], x.dtype)
+    return fits and x.dtype != torch.float64 and orders_stores(x.device)
 
 
 def decode(
@@ -124,6 +125,6 @@ def decode(
         SLICE=span, BLOCK_M=power_of_two(m, 16, DECODE_ROWS), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # the elements of A that one step multiplies: 32 registers a thread in four warps
         BLOCK_A=min(span, max(16, 4096 // block_r)), BLOCK_R=block_r,
-        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return y, h

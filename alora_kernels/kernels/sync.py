@@ -9,8 +9,10 @@ it, and a program takes the next number only when it runs. So all work with smal
 and the programs that compute h wait for nobody. This holds for any grid, co-resident or not.
 
 Launches of one stream follow each other, so each stream has one block that all its launches share. A launch that is
-being captured into a CUDA graph gets counters of its own, because the graph may be replayed on another stream: cut
-from an arena that was zeroed before, or, when none is left, zeroed by a node of the graph.
+being captured into a CUDA graph gets counters of its own, because the graph may be replayed on another stream. All are
+cut from an arena that `prepare` makes when a model is adapted or first called: later calls may run inside a graph's
+private memory, while it warms up as well as while it is captured, and nothing that outlives a launch may lie there.
+Without an arena, or beyond its end, a launch gets zeros of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import chip_of, is_amd
+
 HEADER = 2  # counters before the first flag
 TICKETS, DONE = tl.constexpr(0), tl.constexpr(1)
 FLAGS = tl.constexpr(HEADER)
-ARENA = 1 << 20  # counters per device for captured launches: 4 MiB, some thousand launches
-LEAST = 4096  # counters of a stream's block: enough for M = 500,000 in blocks of 128 rows
+ARENA = 1 << 20  # counters per device: 4 MiB, some thousand captured launches
+LEAST = 4096  # counters of a stream: enough for M = 500,000 in blocks of 128 rows
 
 _lock = Lock()
 _blocks: dict[tuple[torch.device, int], Tensor] = {}
@@ -87,27 +91,54 @@ def tickets_of(groups: int, ahead: int, rest: int) -> int:
     return ahead + groups * (ahead + rest)
 
 
+def orders_stores(device: torch.device) -> bool:
+    """Whether a raised flag tells of the stores of a whole program: on AMD's chips nobody has measured it.
+
+    There a release waits for the stores of its own wave, and the barrier before it for no stores at all.
+    """
+    return not is_amd(chip_of(device))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def prepare(device: torch.device) -> None:
+    """Make the arena of a device, unless there is one or a graph is being captured."""
+    if device in _arenas or _capturing(device):
+        return
+    with _lock:
+        _arenas.setdefault(device, torch.zeros(ARENA, dtype=torch.int32, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams will find it zero
+
+
 def counters(device: torch.device, size: int) -> Tensor:
     """`size` int32 zeros that a kernel may use and must leave zero (`clean_up`)."""
     if device.type == "meta":
         return torch.empty(size, dtype=torch.int32, device=device)
+    if device.type == "cpu":
+        prepare(device)
+    shared, key = not _capturing(device), (device, _stream(device))
     with _lock:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _captured(device, size)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        if device.type == "cuda" and device not in _arenas:
-            _arenas[device] = torch.zeros(ARENA, dtype=torch.int32, device=device)
-        block = _blocks.get((device, stream))
+        block = _blocks.get(key) if shared else None
         if block is None or block.numel() < size:
-            block = torch.zeros(max(size, LEAST), dtype=torch.int32, device=device)
-            _blocks[device, stream] = block
+            block = _cut(device, max(size, LEAST) if shared else size)
+            if block is None:
+                return torch.zeros(size, dtype=torch.int32, device=device)
+            if shared:
+                _blocks[key] = block
         return block[:size]
 
 
-def _captured(device: torch.device, size: int) -> Tensor:
-    arena = _arenas.get(device)
-    aligned = -(-size // 4) * 4  # blocks begin at 16 bytes, as Triton assumes of fresh tensors
+def _cut(device: torch.device, size: int) -> Tensor | None:
+    """The next `size` counters of the arena, if it has as many; each begins at 16 bytes, as Triton assumes."""
+    arena, aligned = _arenas.get(device), -(-size // 4) * 4
     if arena is None or arena.numel() < aligned:
-        return torch.zeros(size, dtype=torch.int32, device=device)
+        return None
     _arenas[device] = arena[aligned:]
     return arena[:size]

@@ -40,16 +40,17 @@ DECODE_ROWS = 64  # up to here reading w is the time of a layer
 LONG_ROWS = 2048  # from here on every tile size fills the chip
 MAX_GATE = 1024  # experts of the soft routing: logits of one row are kept in registers
 
-_CHIP_CLASS = MappingProxyType(
+_KINDS = MappingProxyType(  # whose rows a chip takes where it has none of its own, the narrowest first
     {
-        "sm_80": "ampere",
-        "sm_87": "ampere",
-        "sm_90": "hopper_plus",
-        "sm_100": "hopper_plus",
-        "sm_103": "hopper_plus",
-        "interpreter": "interpreter",
+        "sm_80": ("ampere",),
+        "sm_87": ("ampere",),
+        "sm_90": ("hopper_plus",),
+        "sm_100": ("blackwell", "hopper_plus"),
+        "sm_103": ("blackwell", "hopper_plus"),
+        "interpreter": ("interpreter",),
     }
 )
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Why these numbers: shared memory is 232,448 bytes on "hopper_plus" chips, 166,912 on "ampere" ones and 65,536 (gfx942)
 # or ~101,000 (consumer cards) on "other" ones. `bench static` prints what each row takes, and checks no spills.
@@ -95,7 +96,7 @@ _TABLE = MappingProxyType(
         ("one_pass_task", "hopper_plus", 2): Tile(128, 256, 64, 8, 3, 2),
         ("one_pass_task_narrow", "hopper_plus", 2): Tile(128, 128, 32, 8, 4),
         ("one_pass_soft", "hopper_plus", 2): Tile(128, 256, 64, 8, 3, 2),
-        ("one_pass_soft", "sm_100", 2): Tile(128, 128, 64, 8, 3),  # 256 columns beside p spill 40 bytes there
+        ("one_pass_soft", "blackwell", 2): Tile(128, 128, 64, 8, 3),  # 256 columns beside p spill 40 bytes there
         ("one_pass_soft_narrow", "hopper_plus", 2): Tile(128, 128, 32, 8, 4),
         # The whole layer for at most 64 rows: narrow tiles, or too few programs read w; three stages take 74 KB, so
         # that three programs share a processor and rows of A stream beside w.
@@ -177,7 +178,31 @@ def chip_of(device: torch.device) -> str:
 
 def chip_class(chip: str) -> str:
     """Which rows of the table a chip takes: "hopper_plus", "ampere", "other" (also unknown ones) or "interpreter"."""
-    return _CHIP_CLASS.get(chip, "other")
+    return _kinds(chip)[-1]
+
+
+def _kinds(chip: str) -> tuple[str, ...]:
+    return _KINDS.get(chip) or (("rdna", "other") if chip.startswith(("gfx11", "gfx12")) else ("other",))
+
+
+def is_amd(chip: str) -> bool:
+    """Whether HIP compiles for the chip."""
+    return chip.startswith("gfx")
+
+
+def masked_operand_races(chip: str, products: int = 1) -> bool:
+    """Whether a loop of so many products, one of x masked by dropout, must not be pipelined on a chip.
+
+    Hopper reads the masked x from registers while the loop goes on, and Triton lets the next turn write them too early:
+    before 3.7 in every such loop (triton issue 9433), and where a turn has another product still in 3.9, which then
+    leaves one more of them in flight. One stage waits for each product; two stages do not.
+    """
+    return chip == "sm_90" and (products > 1 or TRITON < (3, 7))
+
+
+def stages_for(tile: Tile, device: torch.device, *, dropped: bool, products: int) -> int:
+    """Stages of a loop over x with so many products, one of them of x masked by dropout if `dropped`."""
+    return 1 if dropped and masked_operand_races(chip_of(device), products) else tile.num_stages
 
 
 def has_copy_engine(device: torch.device) -> bool:
@@ -229,14 +254,14 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str 
 
     `dtype` is that of x or dy. Chips that the table does not name get the smallest tiles.
     """
-    chip = chip_of(device)
-    kind, bytes_each = chip_class(chip), dtype.itemsize
+    chip, bytes_each = chip_of(device), dtype.itemsize
     if kernel in _overridden.get():
         return _overridden.get()[kernel]
     if (kernel, chip, bytes_each, shapes) in TILES:
         return Tile(*TILES[kernel, chip, bytes_each, shapes])
-    if kind == "interpreter":
+    if chip == "interpreter":
         return _INTERPRETER.get(kernel, Tile(16, 32, 16, 4, 1))
     if bytes_each == 8:
         return _DOUBLE
-    return _TABLE.get((kernel, chip, bytes_each)) or _TABLE[kernel, kind, bytes_each]
+    rows = ((kernel, kind, bytes_each) for kind in (chip, *_kinds(chip)))
+    return next(_TABLE[row] for row in rows if row in _TABLE)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import trusted_alora
+from ..ops.dispatch import prepare
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
 from .adapter import arguments, delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
@@ -86,6 +87,7 @@ class FusedALoRALinear(nn.Module):
         self.lora_B = nn.Parameter(empty(out_features, r))
         self.router = nn.Parameter(empty(self.num_experts, in_features)) if num_experts is not None else None
         self.reset_parameters()
+        prepare(self.lora_A.device)
 
     def reset_parameters(self) -> None:
         """Draw the base as `nn.Linear` does and the adapter as `reset_adapter_` does."""
@@ -138,6 +140,7 @@ class FusedALoRALinear(nn.Module):
             if parameter is not None:
                 setattr(new, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
         reset_adapter_(new.lora_A, new.lora_B, new.router)
+        prepare(new.lora_A.device)
         return new.train(linear.training)
 
     def _routing(

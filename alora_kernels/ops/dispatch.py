@@ -48,6 +48,7 @@ BACKENDS = {
     **{f"triton:{name}": Backend("triton", plan) for name, plan in PLANS.items()},
 }
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # only Linux has it
+_refusals: dict[torch.device, str] = {}  # `unserved` of each device seen
 
 
 def interpreting() -> bool:
@@ -75,6 +76,8 @@ def explain(device: torch.device, backend: str | None = None) -> Choice:
             return Choice("torch", f"tensors on {device.type}: Triton serves CUDA and ROCm devices")
         if not TRITON_INSTALLED:
             return Choice("torch", "triton is not installed: pip install triton (Linux)")
+        if why_not := _why_not(device):
+            return Choice("torch", why_not)
         return Choice("triton", "tensors on a CUDA or ROCm device")
     if wish not in BACKENDS:
         if wish.partition(":")[0] not in BACKENDS:
@@ -94,6 +97,37 @@ def _check_triton(device: torch.device, source: str) -> None:
             f"backend 'triton' ({source}) cannot run on {device.type} tensors: move them to a GPU, use backend='torch',"
             " or set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow)"
         )
+    if device.type == "cuda" and (why_not := _why_not(device)):
+        raise BackendError(f"backend 'triton' ({source}) cannot serve this GPU: {why_not}; use backend='torch'")
+
+
+def _why_not(device: torch.device) -> str:
+    if device not in _refusals:  # a dictionary, because the compiler traces through here
+        from ..kernels import chip_of  # the kernels package needs triton
+
+        _refusals[device] = unserved(chip_of(device))
+    return _refusals[device]
+
+
+def unserved(chip: str) -> str:
+    """Why Triton is no use on a chip that it knows, or "" where it is."""
+    if chip.startswith("sm_") and int(chip.removeprefix("sm_")) < 80:
+        return f"{chip} is older than sm_80, and Triton multiplies without tensor cores there"
+    if chip.startswith("gfx10"):
+        return f"Triton compiles no products for {chip}"
+    return ""
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what launches on a GPU share, before a graph is captured whose memory it must not lie in.
+
+    Layers call it when they are made; `choose` when they are called.
+    """
+    if device.type == "cuda" and TRITON_INSTALLED and not torch.compiler.is_compiling():
+        from ..kernels import sync
+
+        _why_not(device)
+        sync.prepare(device)
 
 
 def choose(x: torch.Tensor, backend: str | None) -> str:
@@ -104,6 +138,8 @@ def choose(x: torch.Tensor, backend: str | None) -> str:
     key = explain(x.device, backend).name
     if key != "torch" and x.dtype == torch.bfloat16 and not x.is_cuda:
         raise TypeError("Triton's interpreter does not model bfloat16: use float16, float32 or float64, or a GPU")
+    if key != "torch":
+        prepare(x.device)
     return key
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modules.adapter import delta_weight, reset_adapter_
 from ..ops import trusted_alora
+from ..ops.dispatch import prepare
 from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
 from .base_layer import call_base, features, hooked, quantization_backend, takes_fused_op, undo_cpu_packing
@@ -112,6 +113,7 @@ class ALoRALayer(BaseTunerLayer):
         if router is not None:
             self.asymlora_router[adapter_name] = Weight(router.to(dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        prepare(self.asymlora_A[adapter_name].weight.device)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
 
     def forget(self, adapter_name: str) -> None:

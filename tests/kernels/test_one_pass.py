@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import sync
 from alora_kernels.kernels.tiles import GROUP_M, Tile, override_tiles
@@ -210,6 +211,61 @@ def test_counters_grow_and_stay_zero() -> None:
     assert (small.numel(), large.numel()) == (10, sync.LEAST + 1)
     assert not small.any() and not large.any()
     assert GROUP_M == 8  # the cases above count on it
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device of which nothing is known yet."""
+    monkeypatch.setattr(sync, "_arenas", {})
+    monkeypatch.setattr(sync, "_blocks", {})
+    return torch.device("cpu")
+
+
+def capture(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Pretend to capture a graph on a stream of its own; the list grows with what is allocated there as zeros."""
+    zeros, made = torch.zeros, list[object]()
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: made.append(shape) or zeros(*shape, **options))
+    monkeypatch.setattr(sync, "_stream", lambda device: 7)
+    monkeypatch.setattr(sync, "_capturing", lambda device: True)
+    return made
+
+
+def test_a_graph_never_owns_counters(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while it warms up, on its own stream and in its private memory, nor when it is captured there."""
+    sync.prepare(cpu)
+    arena = sync._arenas[cpu]
+    made = capture(monkeypatch)
+    monkeypatch.setattr(sync, "_capturing", lambda device: False)
+    warm, again = sync.counters(cpu, 100), sync.counters(cpu, 50)
+    monkeypatch.setattr(sync, "_capturing", lambda device: True)
+    own = [sync.counters(cpu, 101), sync.counters(cpu, 101)]
+    assert made == [] and warm.data_ptr() == again.data_ptr()
+    starts = [(t.data_ptr() - arena.data_ptr()) // 4 for t in (warm, *own)]
+    assert starts == [0, sync.LEAST, sync.LEAST + 104]
+    assert all(t.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr() for t in (warm, *own))
+
+
+def test_counters_without_an_arena_are_not_kept(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync._arenas[cpu] = torch.zeros(8, dtype=torch.int32)
+    for _ in range(2):
+        assert not sync.counters(cpu, 9).any()
+    assert sync._blocks == {}
+    made = capture(monkeypatch)
+    assert sync.counters(cpu, 9).numel() == 9 and len(made) == 1
+    monkeypatch.setattr(sync, "_arenas", {})
+    sync.prepare(cpu)  # not now: it would lie in the graph's memory
+    assert sync._arenas == {}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the capture is a pretended one")
+@pytest.mark.parametrize("m", [40, 70], ids=["decode", "one_pass"])
+def test_a_captured_layer_allocates_no_counters(m: int, cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = Layer(Case(m=m, k=32, n=32, e=2, r=4), EXACT)
+    sync.prepare(cpu)
+    made = capture(monkeypatch)
+    y = alora_linear(t.x, t.w, t.a, t.b, task_ids=t.ids, scaling=S, backend="triton:one_pass")
+    assert made == [] and not sync._blocks
+    torch.testing.assert_close(y, t.x @ t.w.T + t.task_h(t.x, t.a) @ t.b.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

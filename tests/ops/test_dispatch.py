@@ -8,7 +8,7 @@ import torch
 from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
-from alora_kernels.ops import triton_backend
+from alora_kernels.ops import dispatch, triton_backend
 from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, choose, explain, explain_plan, interpreting
 from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import RowGroups
@@ -68,6 +68,24 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(TypeError, match="does not model bfloat16"):
         choose(torch.zeros(1, dtype=torch.bfloat16), "triton")
+
+
+UNSERVED = {"sm_75": "older than sm_80", "sm_70": "older than sm_80", "gfx1030": "no products for gfx1030"}
+
+
+@pytest.mark.parametrize("chip", [*UNSERVED, "sm_80", "sm_120", "gfx90a", "gfx1100"])
+def test_torch_serves_chips_on_which_triton_is_no_use(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALORA_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_refusals", {})
+    monkeypatch.setattr(ak, "chip_of", lambda device: chip)
+    gpu = torch.device("cuda", 0)
+    assert explain(gpu).name == ("torch" if chip in UNSERVED else "triton")
+    assert UNSERVED.get(chip, "ROCm device") in explain(gpu).reason
+    if chip in UNSERVED:
+        with pytest.raises(BackendError, match=f"cannot serve this GPU: .*{UNSERVED[chip]}"):
+            explain(gpu, "triton:base_first")
+    else:
+        assert explain(gpu, "triton:base_first").name == "triton:base_first"
 
 
 def test_without_triton_the_torch_backend_serves(monkeypatch):
