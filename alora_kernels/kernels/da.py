@@ -142,7 +142,7 @@ def _da(
         m, c, k, num_tasks, *d.stride(), *x.stride(),
         HAS_GROUPS=groups is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=tile.block_n,
-        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return planes
 

@@ -93,7 +93,7 @@ def dx_task(
         m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
         HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=step, GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(dtype), **common(tile, dtype),
+        DTYPE=tl_dtype(dtype), **common(tile, dtype, dh.device),
     )  # fmt: skip
     return dx
 
@@ -176,6 +176,6 @@ def dx_soft(
         HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, LOW_DESCRIPTORS=low, **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n,
         BLOCK_C=block_c, BLOCK_E=rank_step(e, dtype), GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(dtype), **common(tile, dtype),
+        DTYPE=tl_dtype(dtype), **common(tile, dtype, dp.device),
     )  # fmt: skip
     return dx

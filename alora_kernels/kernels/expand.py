@@ -68,7 +68,7 @@ def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> T
         BLOCK_M=base.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         # b comes row by row, R long: next to 256 columns of it 32 ranks at a time spill, 16 do not
         BLOCK_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M,
-        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return y
 
@@ -139,7 +139,7 @@ def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tupl
         dy, b, h, dh_planes, db_planes, inside, m, n, r, blocks_per_chunk * block_m,
         *dy.stride(), *b.stride(), *h.stride(),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
-        **common(tile, dy.dtype),
+        **common(tile, dy.dtype, dy.device),
     )  # fmt: skip
     dh, db = sum_partials(dh_planes, db_planes, acc, b.dtype)
     return (dh if outside == 1.0 else dh.mul_(outside)), db

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from alora_kernels.records import acc_dtype
 
-from .tiles import MAX_RANK_BLOCK, Tile
+from .tiles import MAX_RANK_BLOCK, Tile, chip_of, is_amd
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -23,19 +23,21 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     return names.get(dtype, tl.float64)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`"tf32"` for float32 if the user allowed it, else `"ieee"`.
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """`"ieee"`, or for float32, if the user allowed less, `"tf32"`: three bf16 products on chips that lack it.
 
     `torch.backends.cuda.matmul.fp32_precision` knows of every way to allow it, `torch.set_float32_matmul_precision`
     among them; the getters of the older ways raise once a newer one was used.
     """
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    chip = chip_of(device)
+    return "bf16x3" if is_amd(chip) and chip != "gfx942" else "tf32"  # of AMD's chips CDNA 3 alone multiplies it
 
 
-def common(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+def common(tile: Tile, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What every kernel with products in `dtype` is launched with besides its blocks."""
-    sums = {"PRECISION": dot_precision(dtype), "ACC": tl_dtype(acc_dtype(dtype))}
+    sums = {"PRECISION": dot_precision(dtype, device), "ACC": tl_dtype(acc_dtype(dtype))}
     return {**sums, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 

@@ -20,7 +20,7 @@ from .launch import launch
 from .numerics import common, power_of_two, rank_block, rank_step, tl_dtype
 from .shrink import next_task, shrink_soft_kernel
 from .sync import HEADER, ahead_of, clean_up, counters, publish, take_ticket, tickets_of, wait_for
-from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, tile_for
+from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, stages_for, tile_for
 
 MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile
 
@@ -29,13 +29,13 @@ MAX_COLUMNS = 128  # of p in one pass over x, next to the accumulator of a tile
 def _leader_loop(
     acc, x, w, a, row, col, task, rows, seed_ptr, p_drop, K, R,
     WITH_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One pass over the rows of x: h [BLOCK_M, BLOCK_R] of one task and, WITH_BASE, acc += x w^T."""
     h = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    for k in range(0, K, BLOCK_K):
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         # [BLOCK_M, BLOCK_K], [BLOCK_R, BLOCK_K]; rows of a beyond its R belong to the next task: never stored
         x_tile = x.load([row, k])
         a_tile = a.load([task * R, k]).to(x_tile.dtype)
@@ -56,7 +56,7 @@ def _one_pass_task_kernel(
     stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     num_n = tl.cdiv(N, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -76,14 +76,14 @@ def _one_pass_task_kernel(
                 first = next_task(ids, -1, E)
                 acc, h = _leader_loop(
                     acc, x, w, a, row, col, first, offs_m, seed_ptr, p_drop, K, R,
-                    True, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                    True, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, STAGES, PRECISION, ACC,
                 )  # fmt: skip
                 h = tl.where((ids == first)[:, None], h, 0.0)
                 task = next_task(ids, first, E)
                 while task < E:
                     _, part = _leader_loop(
                         acc, x, w, a, row, col, task, offs_m, seed_ptr, p_drop, K, R,
-                        False, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                        False, HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R, STAGES, PRECISION, ACC,
                     )  # fmt: skip
                     h = tl.where((ids == task)[:, None], part, h)
                     task = next_task(ids, task, E)
@@ -150,7 +150,8 @@ def one_pass_task(
         HAS_BIAS=bias is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
         STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32), GROUP_M=GROUP_M, PARTS=tile.parts,
-        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+        STAGES=stages_for(tile, x.device, dropped=dropout is not None, products=2),
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return y, h
 
@@ -163,8 +164,8 @@ def _one_pass_soft_kernel(
     stride_xm, stride_ac, stride_ak, stride_oe, stride_ok, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
-    STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    STEP_R: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     SHARE: tl.constexpr = BLOCK_M // BLOCK_P  # pieces of p per row block
     ticket = take_ticket(counters_ptr)
@@ -176,7 +177,7 @@ def _one_pass_soft_kernel(
                 shrink_soft_kernel(
                     piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling, M, K, R, E,
                     stride_xm, 1, stride_ac, stride_ak, stride_oe, stride_ok, R, E * R + E,
-                    HAS_DROPOUT, True, CHUNK, E_PAD, BLOCK_P, BLOCK_K, BLOCK_R, PRECISION, ACC,
+                    HAS_DROPOUT, True, CHUNK, E_PAD, BLOCK_P, BLOCK_K, BLOCK_R, STAGES, PRECISION, ACC,
                 )  # fmt: skip
                 publish(counters_ptr, piece // SHARE)
         else:
@@ -245,6 +246,7 @@ def one_pass_soft(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_P=block_p, BLOCK_R=block_r,
         CHUNK=experts, E_PAD=max(16, experts), STEP_R=rank_step(r, x.dtype, 16 if tile.block_n > 128 else 32),
         GROUP_M=GROUP_M, PARTS=tile.parts,
-        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype),
+        STAGES=stages_for(tile, x.device, dropped=dropout is not None, products=2),
+        DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return y, h, p

@@ -18,7 +18,7 @@ from alora_kernels.routing import RowGroups
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
 from .numerics import common, kernel_scaling, power_of_two, rank_block
-from .tiles import MAX_GATE, tile_for
+from .tiles import MAX_GATE, stages_for, tile_for
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _shrink_task_kernel(
     M, K, R, E,
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_hm,
     HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pos_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -62,7 +62,7 @@ def _shrink_task_kernel(
         x_ptrs = x_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_xk
         a_ptrs = a_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ak
         part = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
-        for k in range(0, K, BLOCK_K):
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_R]
             if EVEN_K:
                 x = tl.load(x_ptrs)
@@ -106,7 +106,7 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
         m, k, r, e, *x.stride(), *a.stride(), h.stride(0),
         HAS_DROPOUT=dropout is not None, EVEN_K=k % tile.block_k == 0,
         BLOCK_M=block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        **common(tile, x.dtype),
+        STAGES=stages_for(tile, x.device, dropped=dropout is not None, products=1), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return h if outside == 1.0 else h.mul_(outside)
 
@@ -114,8 +114,8 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
 @triton.jit
 def _soft_products(
     x_rows, stride_xk, a_rows, mask_a, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
-    BLOCK_K: tl.constexpr, WITH_A: tl.constexpr, WITH_ROUTER: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WITH_A: tl.constexpr, WITH_ROUTER: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One pass over x: products dropout(x) a^T [BLOCK_M, W] and logits x router^T [BLOCK_M, E_PAD]."""
     products = tl.zeros((x_rows.shape[0], a_rows.shape[0]), dtype=ACC)
@@ -127,7 +127,7 @@ def _soft_products(
     x_ptrs = x_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_xk
     a_ptrs = a_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ak
     router_ptrs = router_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_ok
-    for k in range(0, K, BLOCK_K):
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = offs_k < K - k
         # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
@@ -161,7 +161,8 @@ def shrink_soft_kernel(
     M, K, R, E,
     stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
     HAS_DROPOUT: tl.constexpr, ONE_PASS: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """p and h of one block of rows and one block of ranks; inside another kernel of row block `piece` and all ranks."""
     if piece is None:
@@ -184,7 +185,7 @@ def shrink_soft_kernel(
     if not ONE_PASS:
         _, logits = _soft_products(
             x_rows, stride_xk, x_rows, mask_m, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
-            BLOCK_K, False, True, False, PRECISION, ACC,
+            BLOCK_K, STAGES, False, True, False, PRECISION, ACC,
         )  # fmt: skip
         gate = softmax_rows(logits, mask_e)
         tl.store(p_rows[:, None] + (E * R + offs_e)[None, :], logits, mask=mask_m[:, None] & mask_e[None, :])
@@ -194,7 +195,7 @@ def shrink_soft_kernel(
         a_rows = a_ptr + (expert * R + offs_r).to(tl.int64) * stride_ac
         products, logits = _soft_products(
             x_rows, stride_xk, a_rows, mask_a, stride_ak, router_rows, mask_e, stride_ok, K, rows, seed_ptr, p_drop,
-            BLOCK_K, True, ONE_PASS, HAS_DROPOUT, PRECISION, ACC,
+            BLOCK_K, STAGES, True, ONE_PASS, HAS_DROPOUT, PRECISION, ACC,
         )  # fmt: skip
         if ONE_PASS:
             gate = softmax_rows(logits, mask_e)
@@ -240,6 +241,6 @@ def shrink_soft(
         m, k, r, e, *x.stride(), *a_cat.stride(), *router.stride(), h.stride(0), p.stride(0),
         HAS_DROPOUT=dropout is not None, ONE_PASS=chunk == experts, CHUNK=chunk, E_PAD=max(16, experts),
         BLOCK_M=block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        **common(tile, x.dtype),
+        STAGES=stages_for(tile, x.device, dropped=dropout is not None, products=2), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return (h if outside == 1.0 else h.mul_(outside)), p

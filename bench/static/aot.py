@@ -24,6 +24,7 @@ from alora_kernels import kernels as ak
 
 from .cases import CASES, run_case
 from .cubin import CHIPS, Counts, code_of, count_amdgcn, count_codes, occupancy, read_amdgcn, read_cubin
+from .ptx import hazards
 
 CHUNK = 12  # jobs that share one run of the disassembler
 
@@ -62,11 +63,12 @@ class Row:
     copies: int = 0
     atomics: int = 0
     error: str = ""
+    hazards: tuple[str, ...] = ()  # rules of `ptx` that it breaks
 
     @property
     def bad(self) -> bool:
-        """Whether the variant would be slow or could not run at all."""
-        return bool(self.error) or self.spilled > 0 or self.programs < 1
+        """Whether the variant would be slow, wrong, or could not run at all."""
+        return bool(self.error or self.hazards) or self.spilled > 0 or self.programs < 1
 
 
 def short_name(kernel: str) -> str:
@@ -121,20 +123,27 @@ def jobs(chips: Collection[str] = tuple(CHIPS), kernels: Collection[str] = ()) -
         yield from dict.fromkeys(to_job(chip, launch) for launch in wanted)
 
 
-def compile_job(job: Job) -> tuple[Row, bytes | str]:
-    """Compile one job; the row lacks instruction counts, which the code (or amdgcn text) holds."""
+def build(job: Job) -> Any:
+    """What Triton makes of a job: `asm` by language, `metadata`."""
     chip = CHIPS[job.chip]
     backend = make_backend(chip.target)
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     attrs = {(i,): backend.parse_attr(attribute) for i, attribute in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constexprs), attrs)
-    built = triton.compile(source, target=chip.target, options=dict(job.options))
+    return triton.compile(source, target=chip.target, options=dict(job.options))
+
+
+def compile_job(job: Job) -> tuple[Row, bytes | str]:
+    """Compile one job; the row lacks instruction counts, which the code (or amdgcn text) holds."""
+    chip, built = CHIPS[job.chip], build(job)
     binary = built.asm.get("cubin")
     usage = read_amdgcn(built.asm["amdgcn"]) if binary is None else read_cubin(binary)
     taken = {"shared": built.metadata.shared, "warps": built.metadata.num_warps}
     tensor_columns = getattr(built.metadata, "tmem_size", None) or 0
     fits = occupancy(chip, registers=usage.registers, **taken, tensor_columns=tensor_columns)
-    row = Row(**described(job), **usage._asdict(), **taken, shared_limit=chip.shared_limit, **fits._asdict())
+    facts = usage._asdict() | taken | fits._asdict()
+    broken = () if binary is None else tuple(hazards(built.asm["ptx"]))
+    row = Row(**described(job), **facts, shared_limit=chip.shared_limit, hazards=broken)
     return row, built.asm["amdgcn"] if binary is None else code_of(binary)
 
 

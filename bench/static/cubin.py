@@ -27,7 +27,7 @@ class Chip:
     """What the compiler and the occupancy need to know of a chip.
 
     Source: tables "technical specifications per compute capability" of the CUDA C++ programming guide; "CDNA3
-    instruction set architecture" and LLVM's AMDGPU guide for gfx942.
+    instruction set architecture" and LLVM's AMDGPU guide for AMD's.
     """
 
     target: GPUTarget
@@ -42,11 +42,27 @@ class Chip:
     tensor_columns: int = 0  # of tensor memory; 0 where there is none
 
 
+def _nvidia(capability: int, image: str, limit: int, warps: int, programs: int, columns: int = 0) -> Chip:
+    target = GPUTarget("cuda", capability, 32)
+    return Chip(target, image, limit, limit + 1024, 1024, 512, 8, warps, programs, columns)
+
+
+def _amd(name: str, lanes: int, limit: int, shared: int, *partition: int) -> Chip:
+    return Chip(GPUTarget("hip", name, lanes), "", limit, shared, 0, *partition)
+
+
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), "SM80", 166_912, 167_936, 1024, 512, 8, 16, 32),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), "SM90a", 232_448, 233_472, 1024, 512, 8, 16, 32),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), "SM100a", 232_448, 233_472, 1024, 512, 8, 16, 32, 512),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "", 65_536, 65_536, 0, 512, 8, 8, 16),
+    "sm_80": _nvidia(80, "SM80", 166_912, 16, 32),
+    "sm_86": _nvidia(86, "SM86", 101_376, 12, 16),
+    "sm_89": _nvidia(89, "SM89", 101_376, 12, 24),
+    "sm_90": _nvidia(90, "SM90a", 232_448, 16, 32),
+    "sm_100": _nvidia(100, "SM100a", 232_448, 16, 32, 512),
+    "sm_103": _nvidia(103, "SM103a", 232_448, 16, 32, 512),
+    "sm_120": _nvidia(120, "SM120a", 101_376, 12, 24),
+    "gfx942": _amd("gfx942", 64, 65_536, 65_536, 512, 8, 8, 16),
+    "gfx950": _amd("gfx950", 64, 163_840, 163_840, 512, 8, 8, 16),
+    "gfx1100": _amd("gfx1100", 32, 65_536, 131_072, 1536, 24, 16, 32),  # of a workgroup processor: two compute units
+    "gfx1201": _amd("gfx1201", 32, 65_536, 131_072, 1536, 24, 16, 32),
 }
 
 
@@ -78,8 +94,8 @@ class Occupancy(NamedTuple):
     limit: str
 
 
-# HGMMA: warpgroups on sm_90; HMMA: warps; UTCHMMA and the like: tensor memory on sm_100; v_mfma: AMD
-_TENSOR = re.compile(r"HGMMA|QGMMA|IGMMA|BGMMA|HMMA|QMMA|IMMA|DMMA|UTC\w*MMA\w*|v_s?mfma\w*")
+# HGMMA: warpgroups on sm_90; HMMA: warps; UTCHMMA and the like: tensor memory on sm_100; v_mfma, v_wmma: AMD
+_TENSOR = re.compile(r"HGMMA|QGMMA|IGMMA|BGMMA|HMMA|QMMA|IMMA|DMMA|UTC\w*MMA\w*|v_s?mfma\w*|v_s?wmma\w*")
 _BULK = re.compile(r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP")
 _COPY = re.compile(r"LDGSTS|(global|buffer)_load_lds\w*")
 _ATOMIC = re.compile(r"ATOMG?|REDG?|(global|buffer|flat)_atomic\w*")

@@ -15,6 +15,7 @@ from alora_kernels import data, kernels
 from alora_kernels.adapters.cards import FILE, TaskCard, read_task_cards
 from alora_kernels.cli import doctor
 from alora_kernels.data import TASKS, TaskSpec, load_tasks, task_cards
+from alora_kernels.kernels import tiles
 from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import Recipe, load_recipe
@@ -46,6 +47,10 @@ def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
     text = " ".join(alora("doctor").split())
     assert "task, 8192 rows" in text
     assert "base_first" in text and "no measurement on sm_999" in text
+    assert "9433" not in text
+    monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "TRITON", (3, 6))
+    assert "is pipelined here" in " ".join(alora("doctor").split())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alora_kernels import kernels as ak
+from alora_kernels.kernels import tiles
 from alora_kernels.kernels.tiles import chip_of, tile_for
 from alora_kernels.routing import RowGroups
 
@@ -88,3 +89,28 @@ def test_many_absent_tasks() -> None:
     torch.testing.assert_close(h, t.x @ t.a[-1].T)
     da = ak.da_task(t.dh, t.x, t.groups, 40, dtype=torch.float32)
     assert not da[:-1].any()
+
+
+# Which loops must not be pipelined under dropout, by chip and version: those of x times A, and of x times A and more.
+RACES = [("sm_90", (3, 6), (True, True)), ("sm_90", (3, 9), (False, True)), ("sm_80", (3, 6), (False, False))]
+
+
+@pytest.mark.parametrize(("chip", "version", "races"), RACES)
+def test_a_masked_operand_in_registers_is_not_overwritten(
+    chip: str, version: tuple[int, int], races: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper's products read it while the loop goes on (triton issue 9433); compilers before 3.7 forget that."""
+    monkeypatch.setattr(tiles, "TRITON", version)
+    t, ids = meta_layer(), meta(512, dtype=torch.int32)
+    groups = RowGroups(ids, ids, meta(9, dtype=torch.int32))
+    alone, beside = races
+    for drop in (None, ak.Dropout(0.1, meta(1, dtype=torch.int64))):
+        with ak.recording(chip) as launches:
+            ak.shrink_task(t["x"], t["a"], groups, scaling=1.0, dropout=drop)
+            ak.shrink_soft(t["x"], t["a"], t["router"], scaling=1.0, dropout=drop)
+            if chip == "sm_90":
+                ak.one_pass_task(t["x"], t["w"], None, t["a"], t["b"], ids, scaling=1.0, dropout=drop)
+                ak.one_pass_soft(t["x"], t["w"], None, t["a"], t["b"], t["router"], scaling=1.0, dropout=drop)
+        for launch, raced in zip(launches, (alone, beside, beside, beside)):
+            stages = launch.meta["STAGES"]
+            assert stages == 1 if raced and drop else stages == launch.meta["num_stages"] > 1

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from alora_kernels import alora_linear
+from alora_kernels import kernels as ak
 from alora_kernels.kernels.numerics import dot_precision
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
 
-MATMUL = torch.backends.cuda.matmul
+CPU, MATMUL = torch.device("cpu"), torch.backends.cuda.matmul
 ONE, ALL = "matmul", "everything"
 
 
@@ -52,7 +53,7 @@ def _as_before() -> Iterator[None]:
     MATMUL.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     MATMUL.fp32_precision = "none"
-    assert dot_precision(torch.float32) == "ieee"
+    assert dot_precision(torch.float32, CPU) == "ieee"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -60,8 +61,16 @@ def test_the_setting_is_read_whoever_made_it(way: str) -> None:
     steps, want = WAYS[way]
     for step in steps:
         step()
-    assert dot_precision(torch.float32) == want
-    assert dot_precision(torch.float64) == dot_precision(torch.float16) == dot_precision(torch.bfloat16) == "ieee"
+    assert dot_precision(torch.float32, CPU) == want
+    assert {dot_precision(dtype, CPU) for dtype in (torch.float64, torch.float16, torch.bfloat16)} == {"ieee"}
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_120", "gfx942", "gfx950", "gfx1100", "gfx1201"])
+def test_chips_without_tf32_take_three_bf16_products(chip: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    with ak.recording(chip):
+        got = dot_precision(torch.float32, torch.device("meta"))
+    assert got == ("bf16x3" if chip in ("gfx950", "gfx1100", "gfx1201") else "tf32")
 
 
 @pytest.mark.parametrize("routing", ["task", "soft"])
