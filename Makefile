@@ -49,7 +49,7 @@ reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about two h
 
 gpu:  ## on a GPU machine, with the torch of PYTHON: tests (races too), tune, measure, plot
 	$(PYTHON) -m pytest -m gpu -q
-	$(PYTHON) -m bench tune
+	$(PYTHON) -m alora_kernels tune
 	$(PYTHON) -m bench gpu
 	$(PYTHON) -m bench plot
 

@@ -22,11 +22,9 @@ app.command("plot")(plot.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
-    from .layers import tune
     from .static import command as static
 
     app.command("static")(static.main)
-    app.command("tune")(tune.main)
 
 if __name__ == "__main__":
     app()

@@ -9,17 +9,17 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from alora_kernels.text import percentile
+from alora_kernels.tuning.gpu import CudaClock as CudaClock
+from alora_kernels.tuning.gpu import Run
+from alora_kernels.tuning.gpu import capture as capture
 
-Run = Callable[[], object]
 Clock = Callable[[Run], float]  # calls once; seconds
-CAPTURE_WARMUP = 3  # runs before a capture: they compile kernels and fill the allocator
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,6 @@ class WallClock:
         seconds = time.perf_counter() - start
         del ballast
         return seconds
-
-
-class CudaClock:
-    """Time between two events on the current stream, with a cold L2 cache.
-
-    Before every run a buffer of twice the L2 cache is written, so that no run finds its weights there because the one
-    before it used the same. The host is waited for before each run and may launch ahead while the buffer is written.
-    """
-
-    def __init__(self) -> None:
-        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._flush = torch.empty(2 * l2 // 4 + 1, dtype=torch.int32, device="cuda")
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, run: Run) -> float:
-        torch.cuda.synchronize()
-        self._flush.zero_()
-        self._start.record()
-        run()
-        self._end.record()
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
 
 
 def interleaved(
@@ -110,26 +88,6 @@ def interleaved(
 def percentiles(values: list[float]) -> Timing:
     """The measured values nearest to 20, 50 and 80 % of the way from smallest to largest."""
     return Timing(percentile(values, 0.2), percentile(values, 0.5), percentile(values, 0.8))
-
-
-def capture(step: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-    """A CUDA graph of one call; calling the result replays it and returns the tensors it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(CAPTURE_WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-
-    def replay() -> Sequence[Tensor]:
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def peak_mb(step: Run, device: str) -> float | None:

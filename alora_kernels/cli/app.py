@@ -14,6 +14,7 @@ from .analyze import analyze
 from .doctor import doctor
 from .fed import app as federated
 from .serve import serve
+from .tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,6 +99,7 @@ def evaluate(
 
 
 app.command()(doctor)
+app.command()(tune)
 app.command("export")(export_lora)
 app.command("import")(import_lora)
 app.command()(serve)

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..recipes import display
@@ -62,30 +63,47 @@ def _dtype(device: torch.device) -> tuple[str, str]:
 
 
 def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
-    """Which plan a bf16 layer of 4096 x 4096 takes on a GPU, and why."""
-    from ..kernels import chip_of
-    from ..ops.dispatch import explain_plan
+    """Which plan each class of bf16 layers takes on a GPU, and why."""
+    from ..ops.dispatch import BackendError, plan_on
+    from ..tuning.run import ROUTINGS, STANDARD
 
     rows = []
-    for m, routing in itertools.product((64, 8192), ("task", "soft")):
-        plan, reason = explain_plan(chip_of(device), routing, 2, m, 4096, 4096)
+    for shape, routing in itertools.product(STANDARD, ROUTINGS):
+        try:
+            plan, reason = plan_on(device, routing, 2, *shape[1:])
+        except BackendError as error:
+            rows.append((str(device), f"{shape.name}, {routing}", "none", str(error)))
+            continue
         beside = ", small kernels on a side stream" if plan.overlap else ""
-        rows.append((str(device), f"{routing}, {m} rows", f"{plan.forward}; dx {plan.dx}{beside}", reason))
+        rows.append((str(device), f"{shape.name}, {routing}", f"{plan.forward}; dx {plan.dx}{beside}", reason))
     return rows
 
 
-def _advice(device: torch.device) -> str:
+def _advice(device: torch.device) -> Iterator[str]:
     """What slows a GPU down that another version would not."""
     from ..kernels import chip_of
     from ..kernels.tiles import masked_operand_races
 
-    if not masked_operand_races(chip_of(device)):
-        return ""
-    return (
-        f"under dropout no loop over x is pipelined here, which is slower: Triton {_version('triton')} lets a loop"
-        " overwrite registers that a product still reads (triton issue 9433). From 3.7 on it does not where x"
-        " meets A alone"
-    )
+    if masked_operand_races(chip_of(device)):
+        yield (
+            f"{device}: under dropout no loop over x is pipelined here, which is slower: Triton {_version('triton')} lets"
+            " a loop overwrite registers that a product still reads (triton issue 9433). From 3.7 on it does not where x"
+            " meets A alone"
+        )
+
+
+def _qualified(device: torch.device) -> Iterator[str]:
+    """What `alora tune` has found on a GPU."""
+    from ..kernels import tuned
+
+    table, why = tuned.find(device)
+    if table is None:
+        yield f"{device} is not qualified for one-pass kernels: {why}. Run `alora tune --device {device}`"
+        return
+    yield f"{device} is qualified: {why} with driver {table.key['driver']}, {len(table.plans)} plans measured"
+    for name, verdict in table.verdicts.items():
+        if verdict != tuned.OK:
+            yield f"{device} never takes {name}: {verdict}"
 
 
 def doctor() -> None:
@@ -105,10 +123,9 @@ def doctor() -> None:
     print_(display.table("a frozen base whose dtype is auto", ("device", "dtype", "because"), dtypes, left=3))
     gpus = [device for device, (backend, _) in chosen.items() if device.type == "cuda" and backend.startswith("triton")]
     if plans := [row for device in gpus for row in _plans(device)]:
-        print_(display.table("plans, 4096 x 4096 in bf16", ("device", "layer", "plan", "because"), plans))
-    for device in gpus:
-        if advice := _advice(device):
-            print_(f"{device}: {advice}")
+        print_(display.table("plans in bf16", ("device", "layers", "plan", "because"), plans, left=4))
+    for line in (line for device in gpus for line in (*_qualified(device), *_advice(device))):
+        display.say(line)
     pins = dict(PINS.values())
     data = [
         (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}=={pins[name]}[/yellow]")

@@ -64,6 +64,30 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def layer_shapes(name: str) -> list[tuple[int, int]]:
+    """(in_features, out_features) of what `target_modules="all-linear"` means in a model; its weights are not read.
+
+    The name is one of `load_model`, and so are the errors.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..tuner.base_layer import features
+    from ..tuner.config import ALoRAConfig
+    from ..tuner.targets import targets_of
+
+    with torch.device("meta"):
+        if name == "tiny-random":
+            model: Any = _tiny_model(torch.float32)[0]
+        else:
+            try:
+                config = AutoConfig.from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name)
+            except OSError as error:
+                raise _unreachable(f"the config of {name!r}", MODELS, error) from error
+            model = AutoModelForCausalLM.from_config(config)
+    targets = targets_of(model, ALoRAConfig(tasks=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return [features(model.get_submodule(target)) for target in targets]
+
+
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id, with an error that names the remedy."""
     from safetensors import SafetensorError

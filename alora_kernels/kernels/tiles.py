@@ -1,8 +1,8 @@
 """Tile sizes: frozen data, one row per (kernel, chip or kind of chip, bytes per element).
 
 The chip is looked up when the first kernel is launched, never at import. Chips with less than 160 KiB of shared memory
-per program (consumer cards, gfx942) and unknown ones are "other". What `bench tune` measured on a chip (`tuned.py`)
-comes before the table.
+per program (consumer cards, gfx942) and unknown ones are "other". What was measured on a chip (`tuned.py`) comes before
+the table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from types import MappingProxyType
 import torch
 import triton
 
+from . import tuned
 from .launch import recorded_chip
-from .tuned import TILES
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ _overridden: ContextVar[Mapping[str, Tile]] = ContextVar("alora_kernels_tiles", 
 
 @contextmanager
 def override_tiles(tiles: Mapping[str, Tile]) -> Iterator[None]:
-    """Use these tiles for these kernels inside the block: how `bench tune` measures a tile that is in no table."""
+    """Use these tiles for these kernels inside the block: how `alora tune` measures a tile that is in no table."""
     token = _overridden.set(tiles)
     try:
         yield
@@ -257,8 +257,9 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str 
     chip, bytes_each = chip_of(device), dtype.itemsize
     if kernel in _overridden.get():
         return _overridden.get()[kernel]
-    if (kernel, chip, bytes_each, shapes) in TILES:
-        return Tile(*TILES[kernel, chip, bytes_each, shapes])
+    own = tuned.tile(device, kernel, bytes_each, shapes)
+    if measured := own or tuned.TILES.get((kernel, chip, bytes_each, shapes)):
+        return Tile(*measured)
     if chip == "interpreter":
         return _INTERPRETER.get(kernel, Tile(16, 32, 16, 4, 1))
     if bytes_each == 8:

@@ -2,9 +2,9 @@
 
 The caller's wish (`backend=`) comes first, then `ALORA_BACKEND`, then Triton on CUDA and ROCm devices and torch
 elsewhere; Triton runs on a CPU only in its interpreter, for tests. Without a plan in the wish ("triton:one_pass") a
-measurement on the chip (`measured_plan`) decides, else the vendor's GEMM computes the base: that can only lose the
+measurement on the chip (`kernels/tuned.py`) decides, else the vendor's GEMM computes the base: that can only lose the
 low-rank part's own time, where our own GEMM must first come within a few per cent of it to pay. The one-pass kernels
-are never taken without a measurement: programs that wait for each other deserve a proof on the chip itself.
+are taken only where `alora tune` has proven them: programs that wait for each other deserve a proof on the chip itself.
 """
 
 from __future__ import annotations
@@ -143,24 +143,40 @@ def choose(x: torch.Tensor, backend: str | None) -> str:
     return key
 
 
-def measured_plan(chip: str, routing: str, itemsize: int, shapes: str) -> tuple[Plan, str] | None:
-    """The plan that was fastest on a chip for a class of shapes (`kernels.tiles.shape_class`), and who says so."""
-    from ..kernels import tuned  # the kernels package needs triton
-
-    row = tuned.PLANS.get((chip, routing, itemsize, shapes))
-    return None if row is None else (Plan(*row), f"measured: {tuned.MEASURED}")
-
-
 def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
     """The plan for a layer of m rows, k in_features and n out_features, and why.
 
     chip as `kernels.tiles.chip_of` names it, routing "task" or "soft", itemsize in bytes per element of x.
     """
+    from ..kernels import tuned  # the kernels package needs triton
     from ..kernels.tiles import shape_class
 
-    measured = measured_plan(chip, routing, itemsize, shape_class(m, k, n))
+    measured = tuned.PLANS.get((chip, routing, itemsize, shape_class(m, k, n)))
     if measured is not None:
-        return measured
+        return Plan(*measured), f"measured: {tuned.MEASURED}"
     if chip == "interpreter":
         return PLANS["two_launch"], "the interpreter is there to test our kernels"
     return PLANS["base_first"], f"no measurement on {chip}: the vendor's GEMM is the safe choice"
+
+
+def plan_on(device: torch.device, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
+    """The plan for a layer on a device, and why: the user's own measurement there, else what `explain_plan` says.
+
+    What `alora tune` found wrong there is not taken, and one-pass kernels only where it found them right.
+    """
+    from ..kernels import tuned
+    from ..kernels.tiles import chip_of, shape_class
+
+    if own := tuned.plan(device, routing, itemsize, shape_class(m, k, n), k, n):
+        return Plan(*own), f"measured on this chip, {tuned.find(device).why}"
+    plan, reason = explain_plan(chip_of(device), routing, itemsize, m, k, n)
+    verdict = tuned.verdict(device, routing, plan.forward)
+    if device.type == "meta" or verdict == tuned.OK or (not verdict and plan.forward != "one_pass"):
+        return plan, reason
+    why = f"{plan.forward} here: {verdict or 'not proven, run `alora tune`'}"
+    for name in (*(name for name in PLANS if name != "one_pass"), "one_pass"):
+        if tuned.verdict(device, routing, name) == tuned.OK:
+            return PLANS[name], why
+    if tuned.verdict(device, routing, "base_first"):
+        raise BackendError(f"no plan of the kernels is right on this chip, {why}: set {ENV}=torch")
+    return PLANS["base_first"], why

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..records import acc_dtype
-from .dispatch import PLANS, BackendError, Plan, explain_plan
+from .dispatch import PLANS, BackendError, Plan, plan_on
 from .types import Adapter, Grads, Needs, Saved
 
 ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
@@ -53,8 +53,8 @@ def side_stream(like: Tensor, wanted: bool) -> Iterator[Callable[..., None]]:
 
 def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:
     """The plan that tables and rules choose."""
-    chip, routing = kernels.chip_of(x.device), "task" if adapter.router is None else "soft"
-    return explain_plan(chip, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
+    routing = "task" if adapter.router is None else "soft"
+    return plan_on(x.device, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Saved:

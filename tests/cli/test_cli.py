@@ -43,9 +43,10 @@ def test_doctor_names_the_plan_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_device_name", lambda device: "some chip")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_999")
+    monkeypatch.setattr(kernels.tiles, "_device_chip", lambda device: "sm_999")
+    monkeypatch.setattr(kernels.tuned, "identity", lambda device: {"chip": "x"})
     text = " ".join(alora("doctor").split())
-    assert "task, 8192 rows" in text
+    assert "long square, task" in text
     assert "base_first" in text and "no measurement on sm_999" in text
     assert "9433" not in text
     monkeypatch.setattr(kernels, "chip_of", lambda device: "sm_90")

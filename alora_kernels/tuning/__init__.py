@@ -1,0 +1,1 @@
+"""`alora tune`: which plans are right on this chip, and which plans and tiles are fastest."""
