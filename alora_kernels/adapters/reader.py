@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -248,13 +248,10 @@ def _dtype(folder: Path, file: Any, module: str, key: str) -> torch.dtype:
 
 def _finite(file: Any, config: AdapterConfig, shape: Shape, parts: dict[str, str]) -> bool:
     """Whether B and every task's A hold numbers only, looked at in pieces: 1000 tasks need no memory."""
-    stack, tasks = file.get_slice(parts["A"]), len(config.tasks)
-    if config.kind == "lora":
-        pieces: Iterable[Tensor] = [stack[:]]
-    else:
-        some = max(1, PIECE // (shape.r * shape.k))
-        pieces = (stack[i : i + some] for i in range(0, tasks, some))
-    return all(bool(piece.isfinite().all()) for piece in (file.get_tensor(parts["B"]), *pieces))
+    stack = file.get_slice(parts["A"])
+    size, some = (shape.r, shape.r) if config.kind == "lora" else (len(config.tasks), PIECE // (shape.r * shape.k) or 1)
+    pieces = (stack[i : i + some] for i in range(0, size, some))
+    return bool(file.get_tensor(parts["B"]).isfinite().all()) and all(bool(a.isfinite().all()) for a in pieces)
 
 
 def _a(file: Any, config: AdapterConfig, key: str, row: int) -> Tensor:

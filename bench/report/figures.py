@@ -39,7 +39,7 @@ def legend(made: Any, shown: Mapping[str, str], **options: Any) -> None:
 
 
 def times(rows: Sequence[Row], path: Path) -> None:
-    """A panel per case and pass, a bar per provider: p50, with p20 to p80 as a line."""
+    """A panel per case and pass, a bar per provider: p50, with p20 to p80 as a line, or the peak of memory."""
     panels = grouped([row for row in rows if row.timed], lambda row: (row.case, row.direction))
     columns = min(2, len(panels))
     sizes = [len({row.provider for row in same}) + 2 for same in panels]  # 2: title and axis
@@ -47,7 +47,7 @@ def times(rows: Sequence[Row], path: Path) -> None:
     made = figure(7.2 * columns, 0.9 + 0.3 * sum(ratios) + 0.3 * len(ratios))
     for axis, same in zip(grid(made, len(panels), columns, gridspec_kw={"height_ratios": ratios}), panels, strict=True):
         _panel(axis, same)
-    shown = {"fused": BLUE, "faster than fused": RED, "slower than fused": DARK_GREY}
+    shown = {"fused": BLUE, "less than fused": RED, "more than fused": DARK_GREY}
     shown |= {"does less: no adapter or one": GREY}
     shown |= {"pale: eager; full: CUDA graph": "white"} if any(row.mode == GRAPH for row in rows) else {}
     legend(made, shown)
@@ -85,25 +85,28 @@ def targets(verdicts: Sequence[Verdict], rows: Sequence[Row], path: Path) -> Non
 def _panel(axis: Any, rows: Sequence[Row]) -> None:
     """One case and pass: bars sorted by the time under a CUDA graph where there is one."""
     modes = sorted({row.mode for row in rows}, key=lambda mode: mode != GRAPH)
-    fused = {row.mode: _p50(row) for row in rows if row.provider == FUSED}
+    fused = {row.mode: _figure(row) for row in rows if row.provider == FUSED}
     providers = [sorted(same, key=lambda row: modes.index(row.mode)) for same in grouped(rows, lambda r: r.provider)]
-    providers.sort(key=lambda same: _p50(same[0]), reverse=True)
-    thick, widest = 0.8 / len(modes), max(map(_p50, rows))
+    providers.sort(key=lambda same: _figure(same[0]), reverse=True)
+    thick, widest, timed = 0.8 / len(modes), max(map(_figure, rows)), rows[0].quantity == "p50_ms"
     for place, same in enumerate(providers):
         for row in same:
             index = modes.index(row.mode)
             y = place - thick * (index - (len(modes) - 1) / 2)
-            end = min(max(_p50(row), row.p80_ms or 0.0), 1.25 * widest)  # a wild p80 must not flatten all bars
-            if end < (row.p80_ms or 0.0):
-                axis.plot([end], [y], ">", color="black", markersize=4)
-            ratio = f"  {_p50(row) / fused[row.mode]:.2f}x" if row.mode in fused else ""
-            text, to = f"{shown_ms(row.p50_ms)} ms{ratio}", (row.p20_ms or 0.0, end)
+            ratio = f"  {_figure(row) / fused[row.mode]:.2f}x" if row.mode in fused else ""
+            text, to = f"{_figure(row):,.0f} MB{ratio}", tuple[float, ...]()
+            if timed:
+                end = min(max(_figure(row), row.p80_ms or 0.0), 1.25 * widest)  # a wild p80 must not flatten all bars
+                if end < (row.p80_ms or 0.0):
+                    axis.plot([end], [y], ">", color="black", markersize=4)
+                text, to = f"{shown_ms(row.p50_ms)} ms{ratio}", (row.p20_ms or 0.0, end)
             color = _color(row, fused.get(row.mode))
-            bar(axis, y, _p50(row), thick * 0.92, text, color, to=to, alpha=1.0 if index == 0 else 0.45)
+            bar(axis, y, _figure(row), thick * 0.92, text, color, to=to, alpha=1.0 if index == 0 else 0.45)
     axis.set_yticks(range(len(providers)), [f"{same[0].provider} [{same[0].computes}]" for same in providers])
     axis.set_xlim(0, widest * 1.6)
     axis.set_title(f"{rows[0].case}, {rows[0].direction}\n{rows[0].sizes}", fontsize=9)
-    axis.set_xlabel(f"ms, p50 and p20 to p80{'; x: times as long as fused' if fused else ''}", fontsize=8)
+    unit = "ms, p50 and p20 to p80" if timed else "MB, peak of the process"
+    axis.set_xlabel(f"{unit}{'; x: times as much as fused' if fused else ''}", fontsize=8)
     tidy(axis)
 
 
@@ -112,14 +115,14 @@ def _color(row: Row, fused: float | None) -> str:
         return BLUE
     if row.computes in LESS:
         return GREY
-    return RED if fused is not None and _p50(row) < fused else DARK_GREY
+    return RED if fused is not None and _figure(row) < fused else DARK_GREY
 
 
-def _p50(row: Row) -> float:
-    assert row.p50_ms is not None
-    return row.p50_ms
+def _figure(row: Row) -> float:
+    assert row.figure is not None
+    return row.figure
 
 
 def _finish(made: Any, rows: Sequence[Row], path: Path) -> None:
-    made.supxlabel("; ".join(runs_of(row for row in rows if row.timed)), fontsize=7, color=DARK_GREY)
+    made.supxlabel("\n".join(runs_of(row for row in rows if row.timed)), fontsize=7, color=DARK_GREY)
     save(made, path)

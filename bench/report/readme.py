@@ -74,19 +74,22 @@ def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Targ
     first = same[0]
     notes = "".join(f"; {note}" for note in dict.fromkeys(row.note for row in same if row.timed and row.note))
     more = ("tokens/s | peak MB | ", "---:|---:|") if first.whole_model else ("", "")
+    number = "peak MB" if first.quantity == "peak_mb" else "p50 ms (p20 to p80)"
     lines = [
         f"**{first.case}**: {first.direction}, {first.mode}, {first.sizes}{notes}",
         "",
-        f"| provider | computes | p50 ms (p20 to p80) | / fused | {more[0]}target |",
+        f"| provider | computes | {number} | / fused | {more[0]}target |",
         f"|---|---|---:|---:|{more[1]}---|",
     ]
-    fused = next((row.p50_ms for row in same if row.provider == FUSED and row.timed), None)
+    fused = next((row.figure for row in same if row.provider == FUSED and row.timed), None)
     for row in fastest_first(same):
         if not row.timed:
             lines.append(f"| {row.provider} | {row.computes} | {row.status} | | |{' | |' * first.whole_model}")
             continue
-        time = f"{shown_ms(row.p50_ms)} ({shown_ms(row.p20_ms)} to {shown_ms(row.p80_ms)})"
-        cells = [row.provider, row.computes, time, f"{row.p50_ms / fused:.2f}" if fused and row.p50_ms else ""]
+        shown = f"{shown_ms(row.p50_ms)} ({shown_ms(row.p20_ms)} to {shown_ms(row.p80_ms)})"
+        if row.quantity == "peak_mb":
+            shown = "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"
+        cells = [row.provider, row.computes, shown, f"{row.figure / fused:.2f}" if fused and row.figure else ""]
         if row.tokens_per_second is not None:
             cells += [f"{row.tokens_per_second:,.0f}", "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"]
         asked = on_row(row, FUSED, rows, targets)

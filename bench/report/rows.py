@@ -71,6 +71,16 @@ class Row:
         return self.case.startswith("model ")
 
     @property
+    def quantity(self) -> str:
+        """The column that the case is about."""
+        return "peak_mb" if self.case.startswith("memory ") else "p50_ms"
+
+    @property
+    def figure(self) -> float | None:
+        """The number in that column."""
+        return self.peak_mb if self.quantity == "peak_mb" else self.p50_ms
+
+    @property
     def tokens_per_second(self) -> float | None:
         return 1e3 * self.m / self.p50_ms if self.whole_model and self.p50_ms else None
 
