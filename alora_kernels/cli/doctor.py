@@ -86,9 +86,9 @@ def _advice(device: torch.device) -> Iterator[str]:
 
     if masked_operand_races(chip_of(device)):
         yield (
-            f"{device}: under dropout no loop over x is pipelined here, which is slower: Triton {_version('triton')} lets"
-            " a loop overwrite registers that a product still reads (triton issue 9433). From 3.7 on it does not where x"
-            " meets A alone"
+            f"{device}: under dropout no loop over x is pipelined here, which is slower: Triton {_version('triton')}"
+            " lets a loop overwrite registers that a product still reads (triton issue 9433). From 3.7 on it does not"
+            " where x meets A alone"
         )
 
 
