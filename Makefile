@@ -47,11 +47,17 @@ reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about two h
 	for name in init-similarity before-after sharing multitask multitask-budget fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
 	$(BIN)/python -m bench reproduce --write-docs
 
-gpu:  ## on a GPU machine, with the torch of PYTHON: tests (races too), tune, measure, plot
-	$(PYTHON) -m pytest -m gpu -q
-	$(PYTHON) -m alora_kernels tune
-	$(PYTHON) -m bench gpu
-	$(PYTHON) -m bench plot
+GPU_STAGE_LIMIT ?= 60m
+gpu:  ## on a GPU machine, with the torch of PYTHON: tests (ARGS="-n 8"), tune, measure, plot, races, sanitizers
+	@red=; export ALORA_REQUIRE_GPU=1; \
+	stage() { name=$$1; shift; echo "== $$name"; timeout -k 30 $(GPU_STAGE_LIMIT) $(PYTHON) -m "$$@" || red="$$red $$name"; }; \
+	stage tests pytest -m gpu -q --ignore tests/kernels/test_races.py --ignore tests/kernels/test_sanitizers.py $(ARGS); \
+	stage tune alora_kernels tune; \
+	stage measure bench gpu; \
+	stage plot bench plot; \
+	stage races pytest -m gpu -q tests/kernels/test_races.py; \
+	stage sanitizers pytest -m gpu -q tests/kernels/test_sanitizers.py; \
+	if [ -n "$$red" ]; then echo "red:$$red" >&2; exit 1; fi
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

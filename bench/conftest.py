@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only` works although `addopts` has `--benchmark-disable`, which the plugin refuses then."""
+"""Without `--benchmark-only` the entries run once and only verify."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("benchmark_only", False):
-        config.option.benchmark_disable = False
+    if not config.getoption("benchmark_only", False):
+        config.option.benchmark_disable = True

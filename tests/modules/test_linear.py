@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import FusedALoRALinear, reference
+from tests.compare import assert_module_as_good
 
 
 def trained(layer: FusedALoRALinear) -> FusedALoRALinear:
@@ -52,6 +53,19 @@ def test_forward_is_the_reference(kind):
     routed = {"router": layer.router} if layer.router is not None else {"task_ids": ids}
     want = reference.alora_linear(x, layer.weight, layer.lora_A, layer.lora_B, bias=layer.bias, scaling=4 / 2, **routed)
     torch.testing.assert_close(layer(x) if layer.router is not None else layer(x, ids), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients(device, dtype):
+    layer = trained(FusedALoRALinear(32, 24, 8, tasks=["math", "code"])).to(device)
+    x, ids = torch.randn(5, 7, 32, dtype=torch.float64, device=device), torch.tensor([0, 1, -1, 1, 0], device=device)
+
+    def formula(module: FusedALoRALinear, x: torch.Tensor) -> torch.Tensor:
+        a, b, s = module.lora_A, module.lora_B, module.scaling
+        return reference.alora_linear(x, module.weight, a, b, bias=module.bias, scaling=s, task_ids=ids)
+
+    with alora_kernels.route(ids):
+        assert_module_as_good(layer, formula, x, dtype)
 
 
 def test_ids_from_argument_context_and_names():
