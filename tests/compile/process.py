@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def compiling(*arguments: str) -> str:
-    """What `python <arguments>` prints without the interpreter."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """What `python <arguments>` prints without the interpreter, compiling as for users."""
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ALORA_WAIT_TURNS")}
     env |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]

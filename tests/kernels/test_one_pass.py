@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from alora_kernels import alora_linear
@@ -276,3 +279,16 @@ def test_counters_of_captured_launches_are_their_own() -> None:
     with torch.cuda.graph(graph):
         one, two = sync.counters(device, 16), sync.counters(device, 16)
     assert len({one.data_ptr(), two.data_ptr(), sync.counters(device, 16).data_ptr()}) == 3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel cannot lose its flag")
+def test_a_lost_flag_ends_in_a_test_build_and_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sync.TURNS == 0  # builds for users wait
+    monkeypatch.setattr(sync, "TURNS", tl.constexpr(5))
+    monkeypatch.setattr(importlib.import_module("alora_kernels.kernels.decode"), "publish", lambda *_: None)
+    t = Layer(Case(m=8, k=32, n=48, r=16, e=3), torch.float32)
+    ak.decode(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
+    assert not clean()
+    for block in sync._blocks.values():
+        assert block[sync.DONE.value] >= sync.GAVE_UP.value
+        block.zero_()
