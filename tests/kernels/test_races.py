@@ -7,23 +7,20 @@ Every tile and every h is one sum in a fixed order, so also two runs on the same
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
-from alora_kernels.kernels import sync
 from alora_kernels.routing import group_rows
 
-pytestmark = pytest.mark.gpu
+from .cases import DEVICE
+
 REPEATS = 2000
 S = 0.5
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no dot of bfloat16
 
 Outputs = tuple[Tensor, ...]
 
@@ -31,60 +28,66 @@ Outputs = tuple[Tensor, ...]
 class Layer:
     """Inputs that change in place, so that a captured graph sees them too."""
 
-    def __init__(self, m: int, k: int, n: int, r: int, e: int) -> None:
+    def __init__(self, m: int, k: int, n: int, r: int, e: int, p: float = 0.0) -> None:
         def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, device="cuda", dtype=torch.bfloat16)
+            return torch.empty(*shape, device=DEVICE, dtype=DTYPE)
 
         self.x, self.w, self.a, self.b, self.router = empty(m, k), empty(n, k), empty(e, r, k), empty(n, r), empty(e, k)
-        self.ids = torch.empty(m, dtype=torch.int32, device="cuda")
+        self.ids = torch.empty(m, dtype=torch.int32, device=DEVICE)
+        self.seed = torch.empty(1, dtype=torch.int64, device=DEVICE)
+        self.drop = ak.Dropout(p, self.seed) if p else None
         self.e = e
         self.renew()
 
     def renew(self) -> None:
         for t in (self.x, self.w, self.a, self.b, self.router):
             t.normal_(std=t.shape[-1] ** -0.25)
-        self.ids.copy_(torch.randint(-1, self.e, self.ids.shape, device="cuda").sort().values)
+        self.ids.copy_(torch.randint(-1, self.e, self.ids.shape, device=DEVICE).sort().values)
+        self.seed.random_()
 
     def one_task(self) -> Outputs:
-        return ak.one_pass_task(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
+        return ak.one_pass_task(self.x, self.w, None, self.a, self.b, self.ids, scaling=S, dropout=self.drop)
 
     def one_soft(self) -> Outputs:
-        return ak.one_pass_soft(self.x, self.w, None, self.a, self.b, self.router, scaling=S)
+        return ak.one_pass_soft(self.x, self.w, None, self.a, self.b, self.router, scaling=S, dropout=self.drop)
 
     def decode(self) -> Outputs:
         return ak.decode(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
 
     def two_task(self) -> Outputs:
-        h = ak.shrink_task(self.x, self.a, group_rows(self.ids, self.e), scaling=S)
+        h = ak.shrink_task(self.x, self.a, group_rows(self.ids, self.e), scaling=S, dropout=self.drop)
         return ak.expand(self.x, self.w, None, h, self.b), h
 
     def two_soft(self) -> Outputs:
-        h, p = ak.shrink_soft(self.x, self.a, self.router, scaling=S)
+        h, p = ak.shrink_soft(self.x, self.a, self.router, scaling=S, dropout=self.drop)
         return ak.expand(self.x, self.w, None, h, self.b), h, p
 
 
 def poison(*shapes: torch.Size) -> None:
     """Leave NaN in the memory that the allocator hands out next."""
-    for t in [torch.full(shape, torch.nan, device="cuda", dtype=torch.bfloat16) for shape in shapes]:
+    for t in [torch.full(shape, torch.nan, device=DEVICE, dtype=DTYPE) for shape in shapes]:
         del t
 
 
 def agree(one: Outputs, two: Outputs) -> None:
     """Equal but for the order of sums: a lost or stale h is off by far more."""
     for got, expected in zip(one, two, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2, check_dtype=False)
 
 
-CASES: dict[str, tuple[tuple[int, int, int, int, int], Callable[[Layer], Outputs], Callable[[Layer], Outputs]]] = {
+CASES: dict[str, tuple[tuple[float, ...], Callable[[Layer], Outputs], Callable[[Layer], Outputs]]] = {
     "task": ((2048 + 37, 512, 1024, 16, 8), Layer.one_task, Layer.two_task),
     "task, short K": ((4096, 64, 2048, 16, 3), Layer.one_task, Layer.two_task),  # tiles that wait for their leaders
     "soft": ((2048 + 37, 512, 1024, 16, 8), Layer.one_soft, Layer.two_soft),
     "soft, long K, few tiles": ((128, 4096, 256, 16, 8), Layer.one_soft, Layer.two_soft),  # all wait for one producer
     "decode": ((64, 2048, 2048, 16, 64), Layer.decode, Layer.two_task),
     "decode, one row": ((1, 4096, 256, 16, 4), Layer.decode, Layer.two_task),
+    "task, dropout": ((1024 + 37, 4096, 512, 16, 8, 0.25), Layer.one_task, Layer.two_task),
+    "soft, dropout": ((1024 + 37, 4096, 512, 16, 8, 0.25), Layer.one_soft, Layer.two_soft),
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)
 def test_one_pass_repeats(name: str) -> None:
@@ -98,9 +101,9 @@ def test_one_pass_repeats(name: str) -> None:
         agree(got, expected)
         if turn % 20 == 0:
             assert all(torch.equal(a, b) for a, b in zip(got, one_pass(layer), strict=True)), turn
-    assert not any(block.any() for block in sync._blocks.values())
 
 
+@pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)
 def test_one_pass_in_a_replayed_graph(name: str) -> None:
@@ -119,6 +122,7 @@ def test_one_pass_in_a_replayed_graph(name: str) -> None:
         agree(outputs, two_launch(layer))
 
 
+@pytest.mark.gpu
 def test_two_streams_at_once() -> None:
     layers, streams = [Layer(1024, 1024, 1024, 16, 4) for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
     expected = [layer.two_task() for layer in layers]
@@ -133,24 +137,31 @@ def test_two_streams_at_once() -> None:
             agree(one, two)
 
 
-SMALL = """
-import torch
-from tests.kernels.test_races import Layer
-layer = Layer(300, 128, 256, 16, 3)
-layer.one_task(), layer.one_soft(), layer.two_task(), layer.two_soft(), Layer(8, 256, 128, 16, 4).decode()
-torch.cuda.synchronize()
-"""
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [2048, 4096])
+def test_masked_products_of_many_steps(k: int) -> None:
+    """Masked operands wait in registers: one that is overwritten while a product reads it is wrong in every plan."""
+    layer = Layer(1024, k, 256, 16, 8, 0.25)
+    for _ in range(REPEATS // 20):
+        layer.renew()
+        assert layer.drop is not None
+        masked = layer.x.float() * ak.dropout_mask(*layer.x.shape, layer.drop, dtype=torch.float32)
+        onehot = (layer.ids[:, None] == torch.arange(layer.e, device=DEVICE)).float()
+        agree(layer.two_task()[1:], (S * torch.einsum("me,mk,erk->mr", onehot, masked, layer.a.float()),))
+        pieces = masked @ layer.a.flatten(0, 1).float().T
+        agree((layer.two_soft()[2][:, : pieces.shape[1]],), (pieces,))
+        dh = torch.randn(1024, 16, device=DEVICE).to(DTYPE)
+        da = ak.da_task(dh, layer.x, group_rows(layer.ids, layer.e), layer.e, dropout=layer.drop, dtype=torch.float32)
+        expected = torch.einsum("me,mr,mk->erk", onehot, dh.float(), masked)
+        agree((da / expected.std(),), (expected / expected.std(),))
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", SMALL]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if "not supported" in done.stdout + done.stderr:
-        pytest.skip(f"compute-sanitizer cannot watch this machine: {(done.stdout + done.stderr)[-300:]}")
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tests above run there")
+@pytest.mark.parametrize("name", CASES)
+def test_cases_agree_in_the_interpreter(name: str) -> None:
+    """Whatever turns red on a GPU is no fault of a case."""
+    shape, one_pass, two_launch = CASES[name]
+    layer = Layer(24, 32, 32, *shape[3:])
+    expected = two_launch(layer)
+    poison(*(t.shape for t in expected))
+    agree(one_pass(layer), expected)
