@@ -63,6 +63,16 @@ def test_values_and_gradients_are_as_good_as_torchs(dtype, routing, bias):
     assert len(packed._forward) == len(packed._backward) == 1
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-41])
+def test_denormal_weights_are_no_zeros(size):
+    x, w = torch.randn(16, K), frozen()
+    w.mul_(size)
+    truth = x.double() @ w.double().t()
+    ours, torchs = ((found.double() - truth).abs().max() for found in (packed.linear(x, w), x @ w.t()))
+    assert len(packed._forward) == 1
+    assert ours <= 2 * torchs + 1e-6 * truth.abs().max()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 32])
 @pytest.mark.parametrize("k", [576, 1024, 1025, 2048, 4096])
 def test_long_sums_are_cut(k, rows, library):
