@@ -1,4 +1,4 @@
-"""Figures and the tables of README and docs/cpu.md from the CSV files: `python -m bench plot`.
+"""Figures and the tables of README and docs from the CSV files: `python -m bench plot`.
 
 Of several runs of the same case the newest counts. A block goes to the page that has its markers. The block
 `bench-static` holds predictions, which need triton. CI only compares the pages, with `--check`.
@@ -23,6 +23,7 @@ from .report.targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
 from .run import checked
 from .serving import page as serving
 
+COMPILED = RESULTS / "static" / "compiled.csv"
 PREDICTED = RESULTS / "static" / "predicted.png"
 _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
 
@@ -90,6 +91,8 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, server
 
         link = Path(os.path.relpath(PREDICTED, folder)).as_posix()
         blocks["static"] = [roofline.block(predictions(), roofline.Rates(), link)]
+    if _begins("bench-compiled") in text and COMPILED.exists():
+        blocks["compiled"] = [readme.compiled(COMPILED, Path(os.path.relpath(COMPILED, folder)).as_posix())]
     if _begins("bench-peer") in text and (found := serving.blocks(servers, folder)):
         blocks["peer"] = found
     for command, contents in blocks.items():
@@ -101,12 +104,13 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, server
 def main(
     results: Annotated[Path, typer.Option(help="folder of the CSV files; figures are written there")] = RESULTS,
     readme_file: Annotated[Path, typer.Option("--readme", help="file whose blocks are rewritten")] = ROOT / "README.md",
-    docs: Annotated[Path, typer.Option(help="another one")] = ROOT / "docs" / "cpu.md",
+    docs: Annotated[list[Path] | None, typer.Option(help="others; by default cpu.md and gpu.md in docs")] = None,
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if a page is out of date")] = False,
 ) -> None:
     """Figures and the tables of README and docs from the results."""
     found = load(results)
-    pages = [page for page in (readme_file, docs) if page.exists()]
+    others = docs or [ROOT / "docs" / name for name in ("cpu.md", "gpu.md")]
+    pages = [page for page in (readme_file, *others) if page.exists()]
     new: dict[Path, str] = checked("--readme", rewritten, pages, found, results / "serving")
     if check:
         if old := [str(page) for page, text in new.items() if text != page.read_text()]:

@@ -5,8 +5,10 @@ A block depends on the rows and the names of the figures alone, so that `--check
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from .rows import Row, grouped
 from .tables import fastest_first, shown_ms
@@ -95,6 +97,28 @@ def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Targ
         asked = on_row(row, FUSED, rows, targets)
         lines.append(line(*cells, "" if asked is None else f"{asked.target.bound(asked.target.must)}: {met(asked)}"))
     return "\n".join(lines)
+
+
+def compiled(path: Path, source: str) -> str:
+    """A line per chip of what `bench static --csv` found: the worst of its kernels."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    chips: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        chips.setdefault(row["chip"], []).append(row)
+    cells = []
+    for chip, same in chips.items():
+        bad = [row["kernel"] for row in same if int(row["failed"]) or int(row["spilled"]) or int(row["hazards"])]
+        full = max(same, key=lambda row: int(row["shared"]) / int(row["shared_limit"]))
+        most = [max(int(row[name]) for row in same) for name in ("registers", "spilled")]
+        shared = f"{int(full['shared']):,} of {int(full['shared_limit']):,}"
+        counts = [sum(int(row[name]) for row in same) for name in ("variants", "failed", "hazards")]
+        cells.append([chip, ", ".join(bad) or "none", *map(str, (len(same), *counts, *most)), shared])
+    run = f"triton {rows[0]['triton']}, commit {rows[0]['commit']}, {rows[0]['date']}"
+    about = f"`python -m bench static --csv`, {run}; a line per kernel: [{Path(source).name}]({source})."
+    about += " Order: rules of `bench/static/ptx.py` that the PTX breaks."
+    columns = ["kernels", "variants", "do not compile", "order", "registers", "spilled B", "shared B"]
+    return "\n\n".join([about, "\n".join(markdown(["chip", "with a fault"], columns, cells))])
 
 
 def _target_table(verdicts: Sequence[Verdict]) -> str:

@@ -44,7 +44,8 @@ def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
         record |= {n: max(getattr(r, n) for r in same) for n in ("registers", "spilled", "shared", "shared_limit")}
         record |= {"programs": least.programs, "limited_by": least.limit, "tensor": _mnemonics(tensor)}
         record |= {n: sum(getattr(r, n) for r in same) for n in ("bulk", "copies", "atomics")}
-        records.append(record | {"failed": sum(bool(r.error) for r in same)})
+        bad = {"failed": sum(bool(r.error) for r in same), "hazards": sum(len(r.hazards) for r in same)}
+        records.append(record | bad)
     return records
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.report.readme import replace_block
+from bench.report.readme import compiled, replace_block
 from bench.report.rows import BOTH, EAGER, FORWARD, GRAPH, Row
 from bench.report.sheet import Sheet
 from bench.report.targets import SQUARE
@@ -132,3 +132,17 @@ def test_without_results_it_says_what_to_run(tmp_path):
 def test_bad_markers(text):
     with pytest.raises(ValueError, match="a:begin"):
         replace_block(text, "a", "x")
+
+
+def test_what_compilers_said_is_a_line_per_chip(tmp_path):
+    names = ("commit", "date", "triton", "chip", "kernel", "variants", "registers", "spilled", "shared", "shared_limit")
+    rows = [(*("abc1234", "2026-01-02", "3.9.0"), *row) for row in (
+        ("sm_80", "expand", 19, 255, 0, 65536, 166912, 0, 0), ("sm_80", "da", 2, 90, 8, 1000, 166912, 0, 1),
+        ("sm_90", "da", 2, 90, 0, 1000, 232448, 0, 0),
+    )]  # fmt: skip
+    path = tmp_path / "compiled.csv"
+    path.write_text("\n".join(",".join(map(str, row)) for row in [(*names, "failed", "hazards"), *rows]))
+    text = compiled(path, "x/compiled.csv")
+    assert "triton 3.9.0, commit abc1234, 2026-01-02" in text
+    assert "| sm_80 | da | 2 | 21 | 0 | 1 | 255 | 8 | 65,536 of 166,912 |" in text
+    assert "| sm_90 | none | 1 | 2 | 0 | 0 | 90 | 0 | 1,000 of 232,448 |" in text

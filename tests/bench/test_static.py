@@ -168,7 +168,7 @@ def test_json_has_every_launch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chip", "sm_91"], "unknown chip 'sm_91': choose among sm_80, sm_90, sm_100, gfx942"),
+        (["--chip", "sm_91"], "unknown chip 'sm_91': choose among sm_80, sm_86, sm_89"),
         (["--kernel", "expnd"], "unknown kernel 'expnd': choose among"),
     ],
 )
