@@ -82,9 +82,13 @@ def tune(
         if table is None and why != NEVER:
             say(f"{key['chip']}: {why}; measuring anew", "yellow")
         shapes = shapes_of(layer_shapes(model)) if model else STANDARD
+        fresh = Table(key) if table is None or again else table
+        try:
+            fresh.save()
+        except OSError as error:
+            raise ValueError(f"no table can be kept ({error}): set XDG_CACHE_HOME to a folder of yours") from error
         with torch.cuda.device(place):
             gpu = Gpu(place)
-            fresh = Table(key) if table is None or again else table
             tuner = Tuner(fresh, shapes, gpu, tasks, rank, repeats, gpu.now() + limit)
             ended = _run(tuner)
     _show(tuner)
@@ -134,7 +138,8 @@ def _show(tuner: Tuner) -> None:
         routing, _, shape = name.split("/")
         if entry["plan"] and shape in names:
             forward, dx, overlap = entry["plan"][:3]
-            ms = [f"{entry['ms'][plan]:.4f}" if plan in entry["ms"] else "" for plan in (forward, RULE)]
+            timed = forward + "+overlap" * (overlap and f"{forward}+overlap" in entry["ms"]), RULE
+            ms = [f"{entry['ms'][plan]:.4f}" if plan in entry["ms"] else "" for plan in timed]
             rows.append((shape, routing, f"{forward}; dx {dx}" + ", side stream" * overlap, *ms))
     if rows:
         columns = ("shapes", "routing", "plan", "forward ms", f"{RULE} ms")

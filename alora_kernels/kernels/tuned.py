@@ -77,8 +77,11 @@ def identity(device: torch.device) -> dict[str, str] | None:
 
 
 def path_of(key: dict[str, str]) -> Path:
-    """The file of a kind of chip."""
-    return cache_dir() / f"tuned-{re.sub('[^a-z0-9]+', '-', key['chip'].lower())}.json"
+    """The file of a kind of chip; an OSError where the user has no folder for it."""
+    try:
+        return cache_dir() / f"tuned-{re.sub('[^a-z0-9]+', '-', key['chip'].lower())}.json"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
 
 
 @cache
@@ -96,9 +99,8 @@ def find(device: torch.device) -> Found:
 
 def read(key: dict[str, str]) -> Found:
     """The table of a chip under these versions."""
-    path = path_of(key)
     try:
-        table = Table(**json.loads(path.read_text(encoding="utf-8")))
+        table = Table(**json.loads(path_of(key).read_text(encoding="utf-8")))
         if changed := [f"{name} {table.key[name]}" for name in key if table.key[name] != key[name]]:
             return Found(None, f"its table is of {', '.join(changed)} and does not count")
         words = [*table.verdicts.values()]
@@ -109,8 +111,8 @@ def read(key: dict[str, str]) -> Found:
             raise ValueError("not written by `alora tune`")
     except FileNotFoundError:
         return Found(None, NEVER)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return Found(None, f"its table {path} does not read ({type(error).__name__})")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Found(None, f"its table {path_of(key)} does not read ({type(error).__name__})")
     return Found(table, f"tuned {table.date}")
 
 

@@ -97,7 +97,14 @@ def test_wrong_budgets(text: str) -> None:
 
 def test_a_folder_that_cannot_be_written(chip: Path) -> None:
     chip.parent.write_text("a file")
-    assert "error:" in refused("tune") and not FakeLayer.asked
+    assert "set XDG_CACHE_HOME" in refused("tune") and not FakeLayer.asked
+
+
+def test_a_user_without_a_home(chip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    assert tuned.read(KEY).table is None
+    assert "no home" in refused("tune") and not FakeLayer.asked
 
 
 GPU_OF = command.gpu_of

@@ -148,7 +148,7 @@ def test_a_tile_that_is_tried_is_what_runs(kernel: str) -> None:
     m = 5 if kernel == "decode" else 70
     one = layer.Layer(routing, m, 32, 48, 3, 4, dtype=torch.float16, device="cpu")
     launch, used = one.launcher(kernel), run.tile_for(kernel, one.x.device, one.x.dtype)
-    for tile in run.neighbours(used, kernel, 10**6)[:2]:
+    for tile in run.neighbours(used, kernel, 10**6)[1:2]:
         with override_tiles(Spy({kernel: tile})):
             launch()
             assert looked == [kernel]
