@@ -453,5 +453,4 @@ def interleaved(seed: int) -> Iterator[list[Launch]]:
             yield launches
     finally:
         for scope in reversed(scopes):
-            if scope is not None:  # triton 3.6 leaves its language patched
-                scope.restore()
+            scope.restore()
