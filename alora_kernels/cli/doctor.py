@@ -64,7 +64,8 @@ def _dtype(device: torch.device) -> tuple[str, str]:
 
 def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
     """Which plan each class of bf16 layers takes on a GPU, and why."""
-    from ..ops.dispatch import BackendError, plan_on
+    from ..ops.dispatch import BackendError
+    from ..ops.triton_backend import plan_on
     from ..tuning.run import ROUTINGS, STANDARD
 
     rows = []

@@ -257,7 +257,8 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str 
     chip, bytes_each = chip_of(device), dtype.itemsize
     if kernel in _overridden.get():
         return _overridden.get()[kernel]
-    own = tuned.tile(device, kernel, bytes_each, shapes)
+    table = tuned.find(device).table
+    own = table.tiles.get(f"{kernel}/{bytes_each}/{shapes}") if table else None
     if measured := own or tuned.TILES.get((kernel, chip, bytes_each, shapes)):
         return Tile(*measured)
     if chip == "interpreter":

@@ -48,6 +48,13 @@ class Table:
     tiles: dict[str, list[int] | None] = field(default_factory=dict)  # "da/2/" -> fields of a Tile; None: the rule's
     trying: str = ""  # what ran when the file was written: a run that never came back names its culprit
 
+    def plan(self, routing: str, itemsize: int, shapes: str, k: int, n: int) -> list[Any] | None:
+        """The fields of the plan for a layer `[K] -> [N]`: measured on just this layer, else on its class of shapes."""
+        for name in (f"{shapes.partition(' ')[0]} {k}x{n}", shapes):
+            if found := self.plans.get(f"{routing}/{itemsize}/{name}", {}).get("plan"):
+                return found
+        return None
+
     def save(self) -> Path:
         """Write the whole table, so that a reader sees the old one or the new one; an OSError where that fails."""
         path, self.date = path_of(self.key), time.strftime("%Y-%m-%d %H:%M")
@@ -114,24 +121,3 @@ def read(key: dict[str, str]) -> Found:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return Found(None, f"its table {path_of(key)} does not read ({type(error).__name__})")
     return Found(table, f"tuned {table.date}")
-
-
-def plan(device: torch.device, routing: str, itemsize: int, shapes: str, k: int, n: int) -> list[Any] | None:
-    """The fields of the user's plan for a layer `[K] -> [N]`: measured on just this layer, else on its class."""
-    table = find(device).table
-    for name in (f"{shapes.partition(' ')[0]} {k}x{n}", shapes) if table else ():
-        if found := table.plans.get(f"{routing}/{itemsize}/{name}", {}).get("plan"):
-            return found
-    return None
-
-
-def tile(device: torch.device, kernel: str, itemsize: int, shapes: str) -> list[int] | None:
-    """The fields of the user's tile for a kernel and a class of shapes."""
-    table = find(device).table
-    return table.tiles.get(f"{kernel}/{itemsize}/{shapes}") if table else None
-
-
-def verdict(device: torch.device, routing: str, plan: str) -> str:
-    """OK for a plan that `alora tune` has proven there, its reason for one that failed; empty where it never asked."""
-    table = find(device).table
-    return table.verdicts.get(f"{routing}/{plan}", "") if table else ""

@@ -157,26 +157,3 @@ def explain_plan(chip: str, routing: str, itemsize: int, m: int, k: int, n: int)
     if chip == "interpreter":
         return PLANS["two_launch"], "the interpreter is there to test our kernels"
     return PLANS["base_first"], f"no measurement on {chip}: the vendor's GEMM is the safe choice"
-
-
-def plan_on(device: torch.device, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
-    """The plan for a layer on a device, and why: the user's own measurement there, else what `explain_plan` says.
-
-    What `alora tune` found wrong there is not taken, and one-pass kernels only where it found them right.
-    """
-    from ..kernels import tuned
-    from ..kernels.tiles import chip_of, shape_class
-
-    if own := tuned.plan(device, routing, itemsize, shape_class(m, k, n), k, n):
-        return Plan(*own), f"measured on this chip, {tuned.find(device).why}"
-    plan, reason = explain_plan(chip_of(device), routing, itemsize, m, k, n)
-    verdict = tuned.verdict(device, routing, plan.forward)
-    if device.type == "meta" or verdict == tuned.OK or (not verdict and plan.forward != "one_pass"):
-        return plan, reason
-    why = f"{plan.forward} here: {verdict or 'not proven, run `alora tune`'}"
-    for name in (*(name for name in PLANS if name != "one_pass"), "one_pass"):
-        if tuned.verdict(device, routing, name) == tuned.OK:
-            return PLANS[name], why
-    if tuned.verdict(device, routing, "base_first"):
-        raise BackendError(f"no plan of the kernels is right on this chip, {why}: set {ENV}=torch")
-    return PLANS["base_first"], why

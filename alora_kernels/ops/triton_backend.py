@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import tuned
+from ..kernels.tiles import shape_class
 from ..records import acc_dtype
-from .dispatch import PLANS, BackendError, Plan, plan_on
+from .dispatch import ENV, PLANS, BackendError, Plan, explain_plan
 from .types import Adapter, Grads, Needs, Saved
 
+SAFEST = ("base_first", "low_rank_first", "two_launch", "one_pass")  # the first is right unless it was found wrong
 ROWS_PER_TASK = 32  # with fewer, a leader's 128 rows meet many tasks, and each is another pass over them
 
 
@@ -49,6 +52,28 @@ def side_stream(like: Tensor, wanted: bool) -> Iterator[Callable[..., None]]:
     stream.wait_stream(torch.cuda.current_stream(like.device))
     with torch.cuda.stream(stream):
         yield join
+
+
+def plan_on(device: torch.device, routing: str, itemsize: int, m: int, k: int, n: int) -> tuple[Plan, str]:
+    """The plan for a layer on a device, and why: the user's own measurement there, else what `explain_plan` says.
+
+    What `alora tune` found wrong there is not taken, and one-pass kernels only where it found them right.
+    """
+    table, why = tuned.find(device)
+    if table is not None and (own := table.plan(routing, itemsize, shape_class(m, k, n), k, n)):
+        return Plan(*own), f"measured on this chip, {why}"
+    plan, reason = explain_plan(kernels.chip_of(device), routing, itemsize, m, k, n)
+    if table is None and plan.forward != "one_pass":
+        return plan, reason
+    verdicts = {} if table is None else table.verdicts
+    unknown = "not proven, run `alora tune`" if plan.forward == "one_pass" and device.type != "meta" else tuned.OK
+    verdict = verdicts.get(f"{routing}/{plan.forward}", unknown)
+    if verdict == tuned.OK:
+        return plan, reason
+    for name in SAFEST:
+        if verdicts.get(f"{routing}/{name}", "" if name != SAFEST[0] else tuned.OK) == tuned.OK:
+            return PLANS[name], f"{plan.forward} here: {verdict}"
+    raise BackendError(f"no plan is right on this chip, {plan.forward}: {verdict}. Set {ENV}=torch")
 
 
 def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:

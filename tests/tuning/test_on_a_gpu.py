@@ -7,7 +7,7 @@ import torch
 
 from alora_kernels.kernels import tuned
 from alora_kernels.kernels.tuned import OK, Table
-from alora_kernels.ops.dispatch import plan_on
+from alora_kernels.ops.triton_backend import plan_on
 from alora_kernels.tuning.gpu import Gpu
 from alora_kernels.tuning.run import UNTAKEN, Shape, Tuner
 
