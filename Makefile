@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce static gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,6 +39,14 @@ types: $(INSTALLED)  ## mypy
 	$(BIN)/mypy
 
 check: lint types test  ## lint, types, tests
+
+OLD := .venv-triton36
+static: $(INSTALLED)  ## every kernel for every chip, ahead of time, by this Triton and by 3.6: an hour (ARGS="--chip sm_90")
+	$(BIN)/python -m bench static $(ARGS)
+	$(BIN)/python -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	for packages in $(OLD)/lib/python*/site-packages; do ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages > $$packages/borrowed.pth; done
+	$(OLD)/bin/python -m bench static $(ARGS)
 
 bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)

@@ -66,7 +66,7 @@ def gemm_tile(
     tile = tile_for("gemm", device, dtype, shapes)
     if cols % 16 or depth % 16:  # rows that are not aligned are loaded element by element: many addresses
         tile = tile_for("gemm_ragged", device, dtype)
-    elif masks or cols % tile.block_n or depth % tile.block_k:  # masks and philox need registers
+    elif masks or cols % tile.block_n or depth % tile.block_k or not depth:  # masks and philox need registers
         tile = tile_for("gemm_narrow", device, dtype)
     return tile, tile.block_m
 

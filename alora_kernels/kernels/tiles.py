@@ -47,6 +47,8 @@ _KINDS = MappingProxyType(  # whose rows a chip takes where it has none of its o
         "sm_90": ("hopper_plus",),
         "sm_100": ("blackwell", "hopper_plus"),
         "sm_103": ("blackwell", "hopper_plus"),
+        "sm_120": ("sm_120", "other"),
+        "sm_121": ("sm_120", "other"),
         "interpreter": ("interpreter",),
     }
 )
@@ -124,22 +126,28 @@ _TABLE = MappingProxyType(
         ("shrink_soft", "hopper_plus", 2): Tile(64, 128, 64, 8, 3),
         ("shrink_soft", "ampere", 2): Tile(64, 128, 64, 8, 3),
         ("shrink_soft", "other", 2): Tile(64, 128, 32, 8, 2),
+        ("shrink_soft", "sm_120", 2): Tile(32, 128, 32, 8, 2),
         ("shrink_soft", "hopper_plus", 4): Tile(32, 64, 16, 8, 4),
         ("shrink_soft", "ampere", 4): Tile(32, 64, 32, 8, 3),
         ("shrink_soft", "other", 4): Tile(32, 64, 16, 8, 2),
         ("shrink_soft_narrow", "hopper_plus", 2): Tile(64, 128, 32, 8, 3),
         ("shrink_soft_narrow", "ampere", 2): Tile(32, 128, 32, 8, 3),
         ("shrink_soft_narrow", "other", 2): Tile(64, 128, 32, 8, 2),
+        ("shrink_soft_narrow", "sm_120", 2): Tile(32, 128, 32, 8, 2),
         ("shrink_soft_narrow", "hopper_plus", 4): Tile(32, 64, 16, 8, 3),
         ("shrink_soft_narrow", "ampere", 4): Tile(32, 64, 16, 8, 3),
         ("shrink_soft_narrow", "other", 4): Tile(32, 64, 16, 8, 2),
+        ("shrink_soft_narrow", "sm_120", 4): Tile(32, 64, 16, 4, 2),
         # dh and db in one pass over dy; block_n columns of dy stay with the program.
         ("expand_backward", "hopper_plus", 2): Tile(64, 256, 0, 8, 3),
         ("expand_backward", "ampere", 2): Tile(64, 128, 0, 8, 3),
         ("expand_backward", "other", 2): Tile(64, 128, 0, 4, 2),
+        ("expand_backward", "sm_120", 2): Tile(64, 128, 0, 8, 2),
+        ("expand_backward", "rdna", 2): Tile(32, 64, 0, 8, 2),  # a warp has half the lanes: more of them, or it spills
         ("expand_backward", "hopper_plus", 4): Tile(32, 64, 0, 8, 3),
         ("expand_backward", "ampere", 4): Tile(32, 64, 0, 8, 3),
         ("expand_backward", "other", 4): Tile(32, 64, 0, 4, 2),
+        ("expand_backward", "rdna", 4): Tile(32, 32, 0, 8, 2),
         # da = dh^T x: block_n columns of x, block_m columns of dh at most, block_k rows per step.
         ("da", "hopper_plus", 2): Tile(128, 64, 64, 8, 3),
         ("da", "ampere", 2): Tile(128, 64, 64, 8, 3),
@@ -147,6 +155,8 @@ _TABLE = MappingProxyType(
         ("da", "hopper_plus", 4): Tile(64, 64, 32, 4, 3),
         ("da", "ampere", 4): Tile(64, 64, 32, 4, 3),
         ("da", "other", 4): Tile(64, 64, 32, 4, 2),
+        ("da", "sm_120", 2): Tile(128, 64, 32, 8, 2),
+        ("da", "rdna", 4): Tile(32, 64, 32, 8, 2),
     }
 )
 _DOUBLE = Tile(32, 32, 16, 4, 2)  # float64 exists for gradient checks; speed does not matter

@@ -68,7 +68,8 @@ def compiled_table(rows: Sequence[Row], *, every: bool) -> Table:
     )
     for same in [[row] for row in rows] if every else grouped(rows, lambda row: (row.chip, row.kernel)):
         (r,), first = worst(same), same[0]
-        name, limit = (first.variant, first.error or first.limit) if every else (r["variants"], r["limited_by"])
+        said = "; ".join([first.error or first.limit, *first.hazards])
+        name, limit = (first.variant, said) if every else (r["variants"], r["limited_by"])
         sizes = (r["registers"], r["spilled"], f"{r['shared']:,}", r["programs"], r["bulk"], r["copies"], r["atomics"])
         style = "red" if any(row.bad for row in same) else None
         table.add_row(*map(str, (r["chip"], r["kernel"], name, limit, r["tensor"], *sizes)), style=style)
@@ -177,5 +178,5 @@ def main(
         json_file.write_text(json.dumps({"compiled": compiled, "roofline": list(records(found, rates))}, indent=1))
     elif rows:
         tables.console().print(compiled_table(rows, every=show_all))
-    if any(row.error for row in rows):
+    if any(row.error for row in rows) or (json_file is None and any(row.bad for row in rows)):
         raise typer.Exit(1)

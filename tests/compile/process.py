@@ -10,10 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def compiling(*arguments: str) -> str:
+def compiling(*arguments: str, python: str = sys.executable) -> str:
     """What `python <arguments>` prints without the interpreter, compiling as for users."""
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ALORA_WAIT_TURNS")}
     env |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     return done.stdout

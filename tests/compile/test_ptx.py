@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from bench.static.ptx import hazards
 
-from .process import compiling
+from .process import ROOT, compiling
 
 SCRIPT = "from tests.compile.ptx_samples import report; report()"
+OLD = Path(os.environ.get("ALORA_OLD_TRITON", ROOT / ".venv-triton36")) / "bin" / "python"
 ONE_LAUNCH = ("one_pass_task", "one_pass_soft", "decode")
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    return json.loads(compiling("-c", SCRIPT))
+@pytest.fixture(scope="module", params=["this Triton", "Triton 3.6"])
+def ptx(request: pytest.FixtureRequest) -> dict[str, str]:
+    if request.param == "this Triton":
+        return json.loads(compiling("-c", SCRIPT))
+    if not OLD.exists():
+        pytest.skip(f"no {OLD}: `make static` makes it, ALORA_OLD_TRITON names another")
+    return json.loads(compiling("-c", SCRIPT, python=str(OLD)))
 
 
 def changed(text: str, pattern: str, new: str) -> str:
