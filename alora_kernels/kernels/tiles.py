@@ -65,6 +65,7 @@ _TABLE = MappingProxyType(
         ("gemm", "hopper_plus", 4): Tile(64, 128, 16, 8, 3),
         ("gemm", "ampere", 4): Tile(64, 64, 16, 8, 3),
         ("gemm", "other", 4): Tile(64, 64, 16, 8, 2),
+        ("gemm", "sm_120", 4): Tile(64, 64, 32, 8, 2),
         # The same with at most 64 rows (decoding): bound by reading w, so many narrow programs.
         ("gemm_small", "hopper_plus", 2): Tile(64, 64, 64, 4, 4),
         ("gemm_small", "ampere", 2): Tile(64, 32, 128, 4, 3),
@@ -126,7 +127,7 @@ _TABLE = MappingProxyType(
         ("shrink_soft", "hopper_plus", 2): Tile(64, 128, 64, 8, 3),
         ("shrink_soft", "ampere", 2): Tile(64, 128, 64, 8, 3),
         ("shrink_soft", "other", 2): Tile(64, 128, 32, 8, 2),
-        ("shrink_soft", "sm_120", 2): Tile(32, 128, 32, 8, 2),
+        ("shrink_soft", "sm_120", 2): Tile(32, 128, 32, 8, 3),
         ("shrink_soft", "hopper_plus", 4): Tile(32, 64, 16, 8, 4),
         ("shrink_soft", "ampere", 4): Tile(32, 64, 32, 8, 3),
         ("shrink_soft", "other", 4): Tile(32, 64, 16, 8, 2),
@@ -156,6 +157,7 @@ _TABLE = MappingProxyType(
         ("da", "ampere", 4): Tile(64, 64, 32, 4, 3),
         ("da", "other", 4): Tile(64, 64, 32, 4, 2),
         ("da", "sm_120", 2): Tile(128, 64, 32, 8, 2),
+        ("da", "sm_120", 4): Tile(64, 64, 32, 8, 3),
         ("da", "rdna", 4): Tile(32, 64, 32, 8, 2),
     }
 )

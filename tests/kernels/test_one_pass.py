@@ -274,7 +274,7 @@ def test_a_captured_layer_allocates_no_counters(m: int, cpu: torch.device, monke
 @pytest.mark.gpu
 def test_counters_of_captured_launches_are_their_own() -> None:
     device = torch.device("cuda", 0)
-    sync.counters(device, 16)
+    sync.prepare(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         one, two = sync.counters(device, 16), sync.counters(device, 16)

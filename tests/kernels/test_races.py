@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
+from alora_kernels.kernels import sync
 from alora_kernels.routing import group_rows
 
 from .cases import DEVICE
@@ -37,6 +38,7 @@ class Layer:
         self.seed = torch.empty(1, dtype=torch.int64, device=DEVICE)
         self.drop = ak.Dropout(p, self.seed) if p else None
         self.e = e
+        sync.prepare(self.x.device)  # launches of a stream share counters, as those of a model do
         self.renew()
 
     def renew(self) -> None:
@@ -101,6 +103,27 @@ def test_one_pass_repeats(name: str) -> None:
         agree(got, expected)
         if turn % 20 == 0:
             assert all(torch.equal(a, b) for a, b in zip(got, one_pass(layer), strict=True)), turn
+
+
+@pytest.mark.parametrize("routing", ["task", "soft"])
+def test_dropout_over_many_steps(routing: str) -> None:
+    """Against plain torch and the mask: a masked x waits in registers that the next step must not overwrite."""
+    m, k, r, e = (1024 + 37, 4096, 16, 8) if DEVICE == "cuda" else (37, 64, 4, 2)
+    layer = Layer(m, k, 64, r, e, 0.25)
+    for _ in range(100 if DEVICE == "cuda" else 1):
+        layer.renew()
+        x = layer.x.double() * ak.dropout_mask(m, k, layer.drop, dtype=torch.float32)
+        p = torch.einsum("mk,erk->mer", x, layer.a.double())
+        if routing == "task":
+            gate = (layer.ids[:, None] == torch.arange(e, device=DEVICE)).double()
+            groups, dh = group_rows(layer.ids, e), torch.randn(m, r, device=DEVICE)
+            da = ak.da_task(dh, layer.x, groups, e, dropout=layer.drop, dtype=torch.float32)
+            agree((da,), (torch.einsum("me,mr,mk->erk", gate, dh.double(), x),))
+            h = ak.shrink_task(layer.x, layer.a, groups, scaling=S, dropout=layer.drop)
+        else:
+            gate = (layer.x.double() @ layer.router.double().T).softmax(1)
+            h, _ = ak.shrink_soft(layer.x, layer.a, layer.router, scaling=S, dropout=layer.drop)
+        agree((h,), (S * torch.einsum("me,mer->mr", gate, p),))
 
 
 @pytest.mark.gpu
