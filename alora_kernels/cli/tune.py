@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,17 +72,20 @@ def tune(
         place = gpu_of(device)
         import torch
 
-        from ..data.models import layer_shapes
         from ..kernels.tuned import NEVER, Table, identity, path_of, read
         from ..tuning.gpu import Gpu
-        from ..tuning.run import STANDARD, Tuner, shapes_of
+        from ..tuning.run import STANDARD, Shape, Tuner, shapes_of
 
         key = identity(place)
         assert key is not None
         table, why = read(key)
         if table is None and why != NEVER:
             say(f"{key['chip']}: {why}; measuring anew", "yellow")
-        shapes = shapes_of(layer_shapes(model)) if model else STANDARD
+        shapes: Sequence[Shape] = STANDARD
+        if model is not None:
+            from ..data.models import layer_shapes  # a bare GPU machine has no `datasets`
+
+            shapes = shapes_of(layer_shapes(model))
         fresh = Table(key) if table is None or again else table
         try:
             fresh.save()
