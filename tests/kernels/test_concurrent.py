@@ -2,7 +2,7 @@
 
 `tests/support/interleave.py` says what a fault is. A new kernel is one entry of `KERNELS`: the module that names it, a
 layer, the call, the check of what it returns. What it relies on goes into `MUTANTS`, with the kind of fault that the
-lack of it must be. `ALORA_RACE_SEEDS=200` tries more schedules than the four of each kernel here.
+lack of it must be. `ALORA_RACE_SEEDS=200` tries as many schedules of each kernel, not four, and longer cases.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from alora_kernels.ops.dispatch import interpreting
 from tests.support.interleave import Fault, Launch, interleaved
 
 from .cases import Case, Layer, S, assert_close
+from .test_one_pass import CASES as ONE_PASS_CASES
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="Triton's interpreter is off on a machine with a GPU")
 SEEDS = range(int(os.environ.get("ALORA_RACE_SEEDS", "4")))
@@ -134,11 +135,13 @@ KERNELS = {
 }
 
 
-def run(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Layer, tuple[Tensor, ...], Launch]:
+def run(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch, case: Case | None = None
+) -> tuple[Layer, tuple[Tensor, ...], Launch]:
     """A kernel with its programs side by side: several groups of row blocks, three, five or all programs."""
     monkeypatch.setattr(one_pass, "GROUP_M", 2)
     monkeypatch.setattr(one_pass, "persistent_programs", lambda *_: (3, 5, 132)[seed % 3])
-    layer = Layer(KERNELS[name].case, torch.float32)
+    layer = Layer(case or KERNELS[name].case, torch.float32)
     with interleaved(seed) as launches:
         outputs = KERNELS[name].call(layer)
     (launch,) = launches
@@ -150,6 +153,14 @@ def run(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Layer, t
 def test_no_program_disturbs_another(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, outputs, _ = run(name, seed, monkeypatch)
     KERNELS[name].check(layer, *outputs)
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_PASS_CASES if c.m and (c.m < 100 or len(SEEDS) > 4)], ids=str)
+@pytest.mark.parametrize("name", ["task", "soft"])
+def test_every_case_of_one_pass(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "task" or case.e <= 8:  # soft routing takes no more experts in one pass
+        layer, outputs, _ = run(name, case.m + case.r, monkeypatch, case)
+        KERNELS[name].check(layer, *outputs)
 
 
 # programs of these never wait: none may touch what another stores, nor anything beyond its arguments
