@@ -16,7 +16,7 @@ from alora_kernels.routing import RowGroups
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
-from .numerics import common, power_of_two, splits_for, tl_dtype
+from .numerics import cdiv, common, power_of_two, splits_for, tl_dtype
 from .tiles import MIN_PROGRAMS, tile_for
 
 SUM_BLOCK = 1024  # entries that one program of `sum_partials` adds up
@@ -33,7 +33,7 @@ def _add(planes_ptr, out_ptr, block, planes, length, stride, BLOCK: tl.constexpr
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_planes", "second_planes"])
 def _sum_partials_kernel(
     first_ptr, first_out_ptr, second_ptr, second_out_ptr, first_planes, first_length, first_stride, second_planes,
     second_length, second_stride,
@@ -55,23 +55,25 @@ def sum_partials(
     A launch costs as much as reading some ten megabytes. Each plane is contiguous; a single one that has the right
     dtype is returned as it is.
     """
-    pairs = ((first, first_dtype), (second, second_dtype))
-    done = [planes.shape[0] == 1 and planes.dtype == dtype for planes, dtype in pairs]
-    outs = [
-        planes[0] if ready else torch.empty(planes.shape[1:], dtype=dtype, device=planes.device)
-        for (planes, dtype), ready in zip(pairs, done, strict=True)
-    ]
-    lengths = [0 if ready else out.numel() for out, ready in zip(outs, done, strict=True)]
+    (one, length), (other, other_length) = _sum_of(first, first_dtype), _sum_of(second, second_dtype)
     launch(
-        _sum_partials_kernel, (sum(triton.cdiv(length, SUM_BLOCK) for length in lengths),),
-        first, outs[0], second, outs[1], first.shape[0], lengths[0], first.stride(0),
-        second.shape[0], lengths[1], second.stride(0),
+        _sum_partials_kernel, (cdiv(length, SUM_BLOCK) + cdiv(other_length, SUM_BLOCK),),
+        first, one, second, other, first.shape[0], length, first.stride(0),
+        second.shape[0], other_length, second.stride(0),
         BLOCK=SUM_BLOCK, ACC=tl_dtype(acc_dtype(first.dtype)), num_warps=4, num_stages=2,
     )  # fmt: skip
-    return outs[0], outs[1]
+    return one, other
 
 
-@triton.jit
+def _sum_of(planes: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Where the sum of planes goes, and how many entries there are to add up: none where a plane is the sum."""
+    if planes.shape[0] == 1 and planes.dtype == dtype:
+        return planes[0], 0
+    out = torch.empty(planes.shape[1:], dtype=dtype, device=planes.device)
+    return out, out.numel()
+
+
+@triton.jit(do_not_specialize=["M"])
 def _da_kernel(
     d_ptr, x_ptr, out_ptr, order_ptr, offsets_ptr, seed_ptr, p_drop,
     M, C, K,
@@ -132,8 +134,8 @@ def _da(
     (m, c), k, acc = d.shape, x.shape[1], acc_dtype(x.dtype)
     tile = tile_for("da", x.device, x.dtype)
     block_c, block_m = power_of_two(c, 16, tile.block_m), tile.block_k
-    programs, c_blocks = num_tasks * triton.cdiv(k, tile.block_n), triton.cdiv(c, block_c)
-    splits = splits_for(programs * c_blocks, triton.cdiv(m, block_m), MIN_PROGRAMS)
+    programs, c_blocks = num_tasks * cdiv(k, tile.block_n), cdiv(c, block_c)
+    splits = splits_for(programs * c_blocks, cdiv(m, block_m), MIN_PROGRAMS)
     planes = torch.empty(splits, num_tasks, c, k, dtype=dtype if splits == 1 else acc, device=x.device)
     launch(
         _da_kernel, (programs, splits, c_blocks),
@@ -155,7 +157,7 @@ def da_task(
     Formula: `da_t = sum over rows m of task t of dh_m^T dropout(x_m)`. dh is rounded to x's dtype for the product.
     """
     planes = _da(dh, x, groups, num_tasks, dropout, dtype)
-    return sum_partials(planes, planes[:, :0], dtype, planes.dtype)[0]
+    return planes[0] if planes.shape[0] == 1 else sum_partials(planes, planes[:, :0], dtype, planes.dtype)[0]
 
 
 def da_soft(

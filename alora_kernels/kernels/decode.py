@@ -16,7 +16,7 @@ from alora_kernels.records import acc_dtype
 
 from .gemm import gemm_loop
 from .launch import launch
-from .numerics import common, power_of_two, rank_block, tl_dtype
+from .numerics import cdiv, common, power_of_two, rank_block, tl_dtype
 from .sync import HEADER, clean_up, counters, orders_stores, publish, take_ticket, wait_for
 from .tiles import DECODE_ROWS, tile_for
 
@@ -46,7 +46,7 @@ def _row_shrink(
     tl.store(plane_ptr + offs_r, tl.sum(total, axis=1), mask=offs_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "slices", "tickets"])
 def _decode_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, h_ptr, planes_ptr, ids_ptr, counters_ptr, scaling,
     M, N, K, R, E,
@@ -114,9 +114,9 @@ def decode(
     y, h = torch.empty(m, n, dtype=x.dtype, device=x.device), torch.empty(m, r, dtype=x.dtype, device=x.device)
     tile, block_r = tile_for("decode", x.device, x.dtype), rank_block(r, x.dtype)
     span = min(SLICE, tile.block_k * 8)
-    slices = triton.cdiv(k, span)
+    slices = cdiv(k, span)
     planes = torch.empty(slices, m, r, dtype=acc_dtype(x.dtype), device=x.device)
-    tickets = m * slices + triton.cdiv(n, tile.block_n)
+    tickets = m * slices + cdiv(n, tile.block_n)
     launch(
         _decode_kernel, (tickets,),
         x, w, None if bias is None else bias.contiguous(), a, b, y, h, planes, ids, counters(x.device, HEADER + 1),

@@ -14,7 +14,7 @@ from torch import Tensor
 from alora_kernels.records import Dropout, acc_dtype
 
 from .launch import launch
-from .numerics import tl_dtype
+from .numerics import cdiv, tl_dtype
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def dropout_scale(p, ACC: tl.constexpr):
     return 1.0 / tl.where(rest > 0.0, rest, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _dropout_mask_kernel(mask_ptr, seed_ptr, p, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col0 = tl.program_id(1) * BLOCK_K
@@ -59,7 +59,7 @@ def _dropout_mask_kernel(mask_ptr, seed_ptr, p, M, K, BLOCK_M: tl.constexpr, BLO
 def dropout_mask(rows: int, cols: int, dropout: Dropout, *, dtype: torch.dtype) -> Tensor:
     """The mask that kernels apply to x, `[rows, cols]`, as a tensor for tests: `mask[m, k] = keep(m, k) / (1 - p)`."""
     mask = torch.empty(rows, cols, dtype=dtype, device=dropout.seed.device)
-    grid = (triton.cdiv(rows, 32), triton.cdiv(cols, 64))
+    grid = (cdiv(rows, 32), cdiv(cols, 64))
     args = (mask, dropout.seed, float(dropout.p), rows, cols)
     launch(_dropout_mask_kernel, grid, *args, BLOCK_M=32, BLOCK_K=64, ACC=tl_dtype(acc_dtype(dtype)))
     return mask

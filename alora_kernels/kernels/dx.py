@@ -17,12 +17,12 @@ from alora_kernels.routing import RowGroups
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .gemm import describable, describe, descriptor_loop, finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import common, power_of_two, rank_step, tl_dtype
+from .numerics import cdiv, common, power_of_two, rank_step, tl_dtype
 from .shrink import next_task
 from .tiles import GROUP_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _dx_task_kernel(
     dy, w, dh_ptr, a_ptr, dx, ids_ptr, order_ptr, seed_ptr, p_drop,
     M, N, K, R, E,
@@ -87,7 +87,7 @@ def dx_task(
     # 32 ranks spill 8 bytes beside a mask (sm_80) or if they come in float32 (sm_90)
     step = rank_step(r, dtype, 16 if dropout is not None or a.dtype != dtype else 32)
     launch(
-        _dx_task_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
+        _dx_task_kernel, (cdiv(m, base.block_m) * cdiv(k, tile.block_n),),
         base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
         *seed_and_p(dropout),
         m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
@@ -98,7 +98,7 @@ def dx_task(
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _dx_soft_kernel(
     dy, w, dp, a, dp_ptr, a_ptr, router_ptr, dx, seed_ptr, p_drop,
     M, N, K, C, E,
@@ -169,7 +169,7 @@ def dx_soft(
         (describe(dp, (base.block_m, block_c)), describe(a_cat, (block_c, tile.block_n))) if low else (None, None)
     )
     launch(
-        _dx_soft_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(k, tile.block_n),),
+        _dx_soft_kernel, (cdiv(m, base.block_m) * cdiv(k, tile.block_n),),
         base.left, base.right, *low_rank, dp, a_cat, router, base.out,
         *seed_and_p(dropout),
         m, n, k, e * r, e, *base.strides, *dp.stride(), *a_cat.stride(), *router.stride(), dx.stride(0),

@@ -17,11 +17,11 @@ from alora_kernels.records import acc_dtype
 from .da import sum_partials
 from .gemm import finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
-from .numerics import common, kernel_scaling, power_of_two, rank_block, rank_step, splits_for, tl_dtype
+from .numerics import cdiv, common, kernel_scaling, power_of_two, rank_block, rank_step, splits_for, tl_dtype
 from .tiles import GROUP_M, MIN_PROGRAMS, tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _expand_kernel(
     x, w, bias_ptr, h_ptr, b_ptr, y,
     M, N, K, R,
@@ -61,7 +61,7 @@ def expand(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> T
     base = operands(x, w, y, transposed=True, masks=False)
     tile = base.tile
     launch(
-        _expand_kernel, (triton.cdiv(m, base.block_m) * triton.cdiv(n, tile.block_n),),
+        _expand_kernel, (cdiv(m, base.block_m) * cdiv(n, tile.block_n),),
         base.left, base.right, None if bias is None else bias.contiguous(), h, b, base.out, m, n, k, r,
         *base.strides, *h.stride(), *b.stride(), y.stride(0),
         **base.flags,
@@ -78,7 +78,7 @@ def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
     return expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
 def _expand_backward_kernel(
     dy_ptr, b_ptr, h_ptr, dh_ptr, db_ptr, scaling,
     M, N, R,
@@ -128,9 +128,9 @@ def expand_backward(dy: Tensor, b: Tensor, h: Tensor, *, scaling: float) -> tupl
         return torch.zeros(0, r, dtype=acc, device=dy.device), torch.zeros_like(b)
     tile, block_r = tile_for("expand_backward", dy.device, dy.dtype), rank_block(r, dy.dtype)
     block_m, block_n = power_of_two(m, 16, tile.block_m), power_of_two(n, 16, tile.block_n)
-    n_blocks, m_blocks, r_blocks = triton.cdiv(n, block_n), triton.cdiv(m, block_m), triton.cdiv(r, block_r)
-    blocks_per_chunk = triton.cdiv(m_blocks, splits_for(n_blocks * r_blocks, m_blocks, MIN_PROGRAMS))
-    chunks = triton.cdiv(m_blocks, blocks_per_chunk)
+    n_blocks, m_blocks, r_blocks = cdiv(n, block_n), cdiv(m, block_m), cdiv(r, block_r)
+    blocks_per_chunk = cdiv(m_blocks, splits_for(n_blocks * r_blocks, m_blocks, MIN_PROGRAMS))
+    chunks = cdiv(m_blocks, blocks_per_chunk)
     dh_planes = torch.empty(n_blocks, m, r, dtype=acc, device=dy.device)
     db_planes = torch.empty(chunks, n, r, dtype=acc, device=dy.device)
     inside, outside = kernel_scaling(scaling, dy.dtype)

@@ -14,14 +14,14 @@ from torch import Tensor
 from alora_kernels.records import acc_dtype
 
 from .launch import launch
-from .numerics import power_of_two, tl_dtype
+from .numerics import cdiv, next_power_of_2, power_of_two, tl_dtype
 from .shrink import softmax_rows
 from .tiles import MAX_GATE
 
 _ELEMENTS = 4096  # of one [rows, experts, ranks] tile: 32 registers a thread in four warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gate_backward_kernel(
     dh_ptr, p_ptr, dp_ptr,
     M, R, E,
@@ -69,14 +69,14 @@ def gate_backward(dh: Tensor, p: Tensor, num_experts: int, *, dtype: torch.dtype
 
     Formula: `dgate_e = <dh, p_e>`, `dlogits = gate (dgate - sum_e gate_e dgate_e)`, `dp = [gate_e dh | dlogits]`.
     """
-    (m, r), experts = dh.shape, triton.next_power_of_2(num_experts)
+    (m, r), experts = dh.shape, next_power_of_2(num_experts)
     if num_experts > MAX_GATE:
         raise ValueError(f"soft routing supports up to {MAX_GATE} experts, got {num_experts}")
     dp = torch.empty(m, num_experts * r + num_experts, dtype=dtype, device=dh.device)
     block_r = power_of_two(r, 1, _ELEMENTS // experts)
     block_m = power_of_two(m, 1, min(64, _ELEMENTS // (experts * block_r)))
     launch(
-        _gate_backward_kernel, (triton.cdiv(m, block_m),),
+        _gate_backward_kernel, (cdiv(m, block_m),),
         dh, p, dp, m, r, num_experts, *dh.stride(), p.stride(0), dp.stride(0),
         BLOCK_M=block_m, E_PAD=experts, BLOCK_R=block_r, ACC=tl_dtype(acc_dtype(p.dtype)), num_warps=4, num_stages=2,
     )  # fmt: skip

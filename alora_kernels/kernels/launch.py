@@ -6,9 +6,8 @@ a GPU of that kind would get. Ahead-of-time compilation (`bench static`) and tes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -57,15 +56,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     A zero anywhere in the grid launches nothing. `args` are in the kernel's order (tensors, numbers, None), `meta` are
     the constexprs by name, `num_warps` and `num_stages`.
     """
-    if math.prod(grid) == 0:
+    if 0 in grid:
         return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    if device.type == "meta":
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    if tensor.is_meta:
         current = _recording.get()
         if current is not None:
             current.launches.append(Launch(kernel, grid, args, meta))
         return
     # Triton launches on the current device, which need not be the tensors' own.
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](*args, **meta)
+    else:
         kernel[grid](*args, **meta)

@@ -17,7 +17,7 @@ from alora_kernels.records import Dropout, acc_dtype
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .gemm import describable, describe, descriptor_loop, finish_tile
 from .launch import launch
-from .numerics import common, power_of_two, rank_block, rank_step, tl_dtype
+from .numerics import cdiv, common, next_power_of_2, power_of_two, rank_block, rank_step, tl_dtype
 from .shrink import next_task, shrink_soft_kernel
 from .sync import HEADER, ahead_of, clean_up, counters, publish, take_ticket, tickets_of, wait_for
 from .tiles import GROUP_M, MAX_RANK_BLOCK, has_tile, persistent_programs, shape_class, stages_for, tile_for
@@ -48,7 +48,7 @@ def _leader_loop(
     return acc, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tickets"])
 def _one_pass_task_kernel(
     x, w, a, y, bias_ptr, b_ptr, h_ptr, ids_ptr, counters_ptr, seed_ptr, p_drop, scaling,
     M, N, K, R, E,
@@ -138,8 +138,8 @@ def one_pass_task(
     narrow = dropout is not None or a.dtype != x.dtype
     kernel = "one_pass_task_narrow" if narrow else "one_pass_task"
     tile = tile_for(kernel, x.device, x.dtype, shape_class(m, k, n))
-    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
-    tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M, GROUP_M * (blocks_n - 1))
+    blocks_m, blocks_n = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
+    tickets = tickets_of(cdiv(blocks_m, GROUP_M), GROUP_M, GROUP_M * (blocks_n - 1))
     launch(
         _one_pass_task_kernel, (min(blocks_m * blocks_n, persistent_programs(x.device, tile)),),
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),
@@ -156,7 +156,7 @@ def one_pass_task(
     return y, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tickets"])
 def _one_pass_soft_kernel(
     x, w, y, x_ptr, a_ptr, router_ptr, bias_ptr, b_ptr, h_ptr, p_ptr, counters_ptr, seed_ptr, p_drop, scaling,
     M, N, K, R, E,
@@ -199,7 +199,7 @@ def _one_pass_soft_kernel(
 def takes_one_pass_soft(x: Tensor, w: Tensor, a: Tensor) -> bool:
     """Whether `one_pass_soft` can run: descriptors reach x, w and y, all experts fit in one pass over x."""
     (e, r, _), n = a.shape, w.shape[0]
-    columns = triton.next_power_of_2(e) * rank_block(r, x.dtype)
+    columns = next_power_of_2(e) * rank_block(r, x.dtype)
     fits = r <= rank_block(MAX_RANK_BLOCK, x.dtype) and columns <= MAX_COLUMNS and n * x.element_size() % 16 == 0
     # s is applied inside the launch, as float32: not exact enough for float64
     exact = x.dtype != torch.float64 and has_tile("one_pass_soft", x.device, x.dtype)
@@ -226,15 +226,15 @@ def one_pass_soft(
     p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
     if m == 0:
         return y, h, p
-    block_r, experts, a_cat = rank_block(r, x.dtype), triton.next_power_of_2(e), a.reshape(e * r, k)
+    block_r, experts, a_cat = rank_block(r, x.dtype), next_power_of_2(e), a.reshape(e * r, k)
     # 16 columns of p beside 256 of y spill 40 bytes, 128 columns do not
     narrow = dropout is not None or a.dtype != x.dtype or experts * block_r <= 16
     kernel = "one_pass_soft_narrow" if narrow else "one_pass_soft"
     tile = tile_for(kernel, x.device, x.dtype, shape_class(m, k, n))
     block_p = power_of_two(tile.block_m // 2, 16, 64)
-    blocks_m, blocks_n = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    blocks_m, blocks_n = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
     share = tile.block_m // block_p
-    tickets = tickets_of(triton.cdiv(blocks_m, GROUP_M), GROUP_M * share, GROUP_M * blocks_n)
+    tickets = tickets_of(cdiv(blocks_m, GROUP_M), GROUP_M * share, GROUP_M * blocks_n)
     launch(
         _one_pass_soft_kernel, (min(blocks_m * (blocks_n + share), persistent_programs(x.device, tile)),),
         describe(x, (tile.block_m, tile.block_k)), describe(w, (tile.block_n, tile.block_k)),

@@ -17,7 +17,7 @@ from alora_kernels.routing import RowGroups
 
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
-from .numerics import common, kernel_scaling, power_of_two, rank_block
+from .numerics import cdiv, common, kernel_scaling, next_power_of_2, power_of_two, rank_block
 from .tiles import MAX_GATE, stages_for, tile_for
 
 
@@ -36,7 +36,7 @@ def next_task(ids, previous, E):
     return tl.min(tl.where((ids > previous) & (ids < E), ids, E), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _shrink_task_kernel(
     x_ptr, a_ptr, h_ptr, ids_ptr, order_ptr, seed_ptr, p_drop, scaling,
     M, K, R, E,
@@ -100,7 +100,7 @@ def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, *, scaling: float, drop
     block_m = power_of_two(min(m, m // e), 16, tile.block_m)
     inside, outside = kernel_scaling(scaling, x.dtype)
     launch(
-        _shrink_task_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
+        _shrink_task_kernel, (cdiv(m, block_m), cdiv(r, block_r)),
         x, a, h, groups.ids, groups.order,
         *seed_and_p(dropout), inside,
         m, k, r, e, *x.stride(), *a.stride(), h.stride(0),
@@ -155,7 +155,7 @@ def softmax_rows(logits, mask_e):
     return weight / tl.sum(weight, axis=1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def shrink_soft_kernel(
     piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
     M, K, R, E,
@@ -229,13 +229,13 @@ def shrink_soft(
     kernel = "shrink_soft_narrow" if dropout is not None or k % 16 else "shrink_soft"
     h = torch.empty(m, r, dtype=x.dtype, device=x.device)
     p = torch.empty(m, e * r + e, dtype=acc_dtype(x.dtype), device=x.device)
-    tile, block_r, experts = tile_for(kernel, x.device, x.dtype), rank_block(r, x.dtype), triton.next_power_of_2(e)
+    tile, block_r, experts = tile_for(kernel, x.device, x.dtype), rank_block(r, x.dtype), next_power_of_2(e)
     chunk = min(experts, max(tile.block_n // block_r, 1))
     block_m = power_of_two(m, 16, tile.block_m if experts <= 64 else 16)  # wide logits: fewer rows, same registers
     inside, outside = kernel_scaling(scaling, x.dtype)
     a_cat = a.reshape(e * r, k)
     launch(
-        shrink_soft_kernel, (triton.cdiv(m, block_m), triton.cdiv(r, block_r)),
+        shrink_soft_kernel, (cdiv(m, block_m), cdiv(r, block_r)),
         None, x, a_cat, router, h, p,
         *seed_and_p(dropout), inside,
         m, k, r, e, *x.stride(), *a_cat.stride(), *router.stride(), h.stride(0), p.stride(0),

@@ -6,9 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles
+from alora_kernels.kernels.gemm import describe
+from alora_kernels.kernels.numerics import cdiv, next_power_of_2
 from alora_kernels.kernels.tiles import chip_of, tile_for
 from alora_kernels.routing import RowGroups
 
@@ -114,3 +118,17 @@ def test_a_masked_operand_in_registers_is_not_overwritten(
         for launch, raced in zip(launches, (alone, beside, beside, beside)):
             stages = launch.meta["STAGES"]
             assert stages == 1 if raced and drop else stages == launch.meta["num_stages"] > 1
+
+
+def test_a_descriptor_is_what_its_constructor_makes() -> None:
+    matrix = torch.zeros(32, 48, dtype=torch.float16)[:, :32]
+    ours, theirs = describe(matrix, (16, 32)), TensorDescriptor(matrix, [32, 32], [48, 1], [16, 32])
+    assert ours.base is matrix
+    for name in (field.name for field in dataclasses.fields(theirs) if field.name != "base"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 16, 17, 1023, 1024])
+def test_sizes_are_rounded_as_by_triton(n: int) -> None:
+    assert next_power_of_2(n) == max(triton.next_power_of_2(n), 1)
+    assert cdiv(n, 16) == triton.cdiv(n, 16)
