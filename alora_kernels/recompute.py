@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .routing import in_this_context
+
 _notes: ContextVar[dict[int, Any] | None] = ContextVar("alora_checkpoint_notes", default=None)
 
 REMEDY = (
@@ -35,7 +37,8 @@ def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
     context.run(_notes.set, {})
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return context.copy().run(function, *args, **kwargs)  # a context cannot be entered twice at once
+        # a context cannot be entered twice at once
+        return context.copy().run(in_this_context, function, *args, **kwargs)
 
     return run
 

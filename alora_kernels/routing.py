@@ -9,11 +9,12 @@ remembers the groups it built, so a model of 200 layers sorts its ids once. Beam
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def group_rows(ids: Tensor, num_tasks: int) -> RowGroups:
     return RowGroups(ids.contiguous(), order.to(torch.int32), offsets)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what runs on the device now is put into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def check_ids(task_ids: Tensor, num_tasks: int) -> None:
     """Raise a TypeError unless ids are integers, a ValueError unless each names a task or is -1.
 
@@ -53,7 +59,7 @@ def check_ids(task_ids: Tensor, num_tasks: int) -> None:
         raise TypeError(f"task_ids must be integers, got {task_ids.dtype}; use task_ids.long()")
     if torch.compiler.is_compiling() or task_ids.numel() == 0 or task_ids.device.type == "meta":
         return
-    if task_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(task_ids.device):
         return
     low, high = (int(v) for v in torch.aminmax(task_ids))
     if low < -1 or high >= num_tasks:
@@ -80,6 +86,7 @@ class Routing:
     given_as = "task_ids"
     layer: object = None  # that asks, and where the rows are in what it is given; see `at`
     layout: Layout | None = None
+    _shared: list[Any] | None = None  # see `in_graph`
 
     def __init__(self, task_ids: Tensor, repeats: int = 1) -> None:
         if not isinstance(task_ids, Tensor):
@@ -88,23 +95,43 @@ class Routing:
             raise ValueError(f"repeats is how many rows share an id: at least 1, got {repeats}")
         self.task_ids, self.repeats = task_ids, repeats
         self.one_row = False  # known to be a batch of one row: wherever its rows are, they are of its task
-        self._groups: dict[tuple[torch.Size, int, torch.device, Layout | None], RowGroups] = {}
+        self._groups: dict[tuple[torch.Size, int, torch.device, Layout | None, bool], RowGroups] = {}
         self._checked: set[int] = set()
 
     def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
         """Row groups for activations `[*leading, K]` and E tasks, made at first request; ValueError for a misfit."""
-        key = (leading, num_tasks, device, self.layout)
+        if torch.compiler.is_compiling():
+            return self._groups_in_graph(leading, num_tasks, device)
+        key = (leading, num_tasks, device, self.layout, capturing(device))  # a replayed graph makes its own anew
         if key not in self._groups:
             if num_tasks not in self._checked:
                 check_ids(self.task_ids, num_tasks)
                 self._checked.add(num_tasks)
-            ids = expand_ids(self.task_ids, leading, self.repeats, self.layout)
-            if ids is None and (self.one_row or (num_tasks == 1 and _all_equal(self.task_ids))):
-                ids = self.task_ids.reshape(-1)[:1].expand(leading.numel())  # no row can be taken for another
-            if ids is None:
-                raise ValueError(_misfit(self.task_ids, leading, self.repeats, self.layout, self.layer))
-            self._groups[key] = group_rows(ids.to(device), num_tasks)
+            self._groups[key] = self._made(leading, num_tasks, device)
         return self._groups[key]
+
+    def _made(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
+        ids = expand_ids(self.task_ids, leading, self.repeats, self.layout)
+        if ids is None and (self.one_row or (num_tasks == 1 and _all_equal(self.task_ids))):
+            ids = self.task_ids.reshape(-1)[:1].expand(leading.numel())  # no row can be taken for another
+        if ids is None:
+            raise ValueError(_misfit(self.task_ids, leading, self.repeats, self.layout, self.layer))
+        return group_rows(ids.to(device), num_tasks)
+
+    def _groups_in_graph(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
+        """As `groups` while a compiler traces; sizes that it does not know are no keys of a dict."""
+        for made_for, count, where, layout, groups in self._shared or ():
+            if made_for == leading and count == num_tasks and where == device and layout == self.layout:
+                return groups  # type: ignore[no-any-return]
+        check_ids(self.task_ids, num_tasks)
+        groups = self._made(leading, num_tasks, device)
+        if self._shared is not None:
+            self._shared.append((leading, num_tasks, device, self.layout, groups))
+        return groups
+
+    def in_graph(self) -> Routing:
+        """The same ids for one call of a model that a compiler traces: one sort in the graph, not one per layer."""
+        return self._with(_shared=[])
 
     def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
         """The ids as an adapter with these tasks counts them: the same for all, unless they were given as names."""
@@ -115,9 +142,17 @@ class Routing:
 
         `layer` has a `rows_name`, or is named by its repr; for `layout`, None where nobody knows it, see `expand_ids`.
         """
-        placed = copy.copy(self)
-        placed.layer, placed.layout = layer, layout
-        return placed
+        return self._with(layer=layer, layout=layout)
+
+    def _with(self, **changes: Any) -> Routing:
+        """A copy, in a tenth of the time of `copy.copy`: each layer asks for one."""
+        other = object.__new__(type(self))
+        if torch.compiler.is_compiling():  # a graph that reads what calls have left here is for those calls alone
+            kept = {name: value for name, value in self.__dict__.items() if name not in ("_groups", "_checked")}
+            other.__dict__.update(kept, _groups={}, _checked=set(), **changes)
+        else:
+            other.__dict__.update(self.__dict__, **changes)
+        return other
 
     def repeated(self, repeats: int) -> Routing:
         """The same ids for a model that may repeat each batch row for so many consecutive rows."""
@@ -149,14 +184,19 @@ class ConstantRouting(Routing):
 
     def groups(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
         """As `Routing.groups`; rows of any layout fit."""
-        key = (leading, num_tasks, device, None)
+        if torch.compiler.is_compiling():
+            return self._made(leading, num_tasks, device)
+        key = (leading, num_tasks, device, None, False)
         if key not in self._groups:
-            rows = leading.numel()
-            ids = torch.full((rows,), self.task, dtype=torch.int32, device=device)
-            order = torch.arange(rows, dtype=torch.int32, device=device)
-            after = torch.arange(num_tasks + 1, dtype=torch.int32, device=device) > self.task
-            self._groups[key] = RowGroups(ids, order, (after * rows).to(torch.int32))
+            self._groups[key] = self._made(leading, num_tasks, device)
         return self._groups[key]
+
+    def _made(self, leading: torch.Size, num_tasks: int, device: torch.device) -> RowGroups:
+        rows = leading.numel()
+        ids = torch.full((rows,), self.task, dtype=torch.int32, device=device)
+        order = torch.arange(rows, dtype=torch.int32, device=device)
+        after = torch.arange(num_tasks + 1, dtype=torch.int32, device=device) > self.task
+        return RowGroups(ids, order, (after * rows).to(torch.int32))
 
     def check_batch(self, rows: int, tokens: int | None) -> None:
         """Nothing to check: the task is that of every row."""
@@ -189,8 +229,9 @@ def constant_routing(task: int, leading: torch.Size, device: torch.device) -> Ro
 
     Tensors made while tracing, capturing or in inference mode are not handed to calls outside of it.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return ConstantRouting(task)
+    if capturing(device):
         return ConstantRouting(task)
     return _cached(task, leading, device, torch.is_inference_mode_enabled())
 
@@ -275,14 +316,26 @@ def _misfit(task_ids: Tensor, leading: torch.Size, repeats: int, layout: Layout 
     )
 
 
+class _Traced(threading.local):
+    """The innermost routing of a thread: what compiled code reads, for `torch.compile` can follow no context.
+
+    Its ids are an input of the graph, so new ones do not compile again.
+    """
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+
 _current: ContextVar[Routing | None] = ContextVar("alora_routing", default=None)
+_traced = _Traced()
 
 
 @contextmanager
 def route(task_ids: Tensor | Sequence[int] | Routing, repeats: int = 1) -> Iterator[Routing]:
     """Set the task ids of the batch for every ALoRA layer called inside the block.
 
-    Blocks nest; leaving one, also by an exception, restores what was set before.
+    Blocks nest; leaving one, also by an exception, restores what was set before. Compiled models read the ids of their
+    thread: a coroutine that calls one must not wait for another inside the block.
 
     Args:
         task_ids: ids per batch row or per token; -1 means the base alone.
@@ -309,13 +362,25 @@ def route(task_ids: Tensor | Sequence[int] | Routing, repeats: int = 1) -> Itera
         task_ids = Routing(task_ids, repeats)
     elif repeats != 1:
         task_ids = task_ids.repeated(repeats)
-    token = _current.set(task_ids)
+    token = None if torch.compiler.is_compiling() else _current.set(task_ids)
+    outer, _traced.routing = _traced.routing, task_ids
     try:
         yield task_ids
     finally:
-        _current.reset(token)
+        _traced.routing = outer
+        if token is not None:
+            _current.reset(token)
 
 
 def current_routing() -> Routing | None:
     """The routing of the innermost `route` block, or None outside of one."""
-    return _current.get()
+    return _traced.routing if torch.compiler.is_compiling() else _current.get()
+
+
+def in_this_context(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the function in a context that was entered by other means than `route`: compiled code reads its routing."""
+    outer, _traced.routing = _traced.routing, _current.get()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _traced.routing = outer

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
@@ -124,10 +125,13 @@ class ALoRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Route the batch by `adapter_names` for the time of one forward or generate call."""
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        with route(BatchRouting(names, self._active_tasks()), beams(self.model, kwargs)):
+        if names is not None:
+            with route(BatchRouting(names, self._active_tasks()), beams(self.model, kwargs)):
+                yield
+        elif torch.compiler.is_compiling() and (routing := current_routing()) is not None:
+            with route(routing.in_graph()):
+                yield
+        else:
             yield
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:

@@ -58,17 +58,28 @@ class BatchRouting(Routing):
                 raise ValueError(
                     text + (f"; {name!r} is an adapter: choose it with set_adapter" if name in tasks else "")
                 )
-        super().__init__(_ids(self.names, tuple(next(iter(tasks.values())))))
+        first = tuple(next(iter(tasks.values())))
+        super().__init__(_ids(self.names, first))
+        self._resolve(first, self.task_ids)  # at once: a compiler that reads names compiles again for new ones
 
     def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
         """The ids of this batch for an adapter with these tasks."""
         if self.names is None:
             return self
         if tasks not in self._resolved:
-            self._resolved[tasks] = Routing(_ids(self.names, tasks), self.repeats)
-            self._resolved[tasks]._checked.add(len(tasks))  # made from names: all in range
+            self._resolve(tasks, _ids(self.names, tasks))
         self._resolved[tasks].one_row = self.one_row
         return self._resolved[tasks]
+
+    def _resolve(self, tasks: tuple[str, ...], ids: Tensor) -> None:
+        self._resolved[tasks] = Routing(ids, self.repeats)
+        self._resolved[tasks]._checked.add(len(tasks))  # made from names: all in range
+
+    def in_graph(self) -> Routing:
+        """As `Routing.in_graph`, for every adapter."""
+        other: Any = super().in_graph()
+        other._resolved = {tasks: routing.in_graph() for tasks, routing in self._resolved.items()}
+        return other  # type: ignore[no-any-return]
 
     def repeated(self, repeats: int) -> BatchRouting:
         """As `Routing.repeated`, for every adapter."""
