@@ -22,8 +22,10 @@ app.command("plot")(plot.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
+    from . import host
     from .static import command as static
 
+    app.command("host")(host.main)
     app.command("static")(static.main)
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .products import add_product_, no_autocast, product, transposed_product
 from .types import SCHEMA, TENSORS, Adapter, Needs, Saved, wider
 
 PLAIN = (Tensor, torch.nn.Parameter)
+DIRECT = ("cpu", "cuda")  # devices of tensors that hold numbers, where an op's function can be called as it is
 Gradients = tuple[Tensor | None, ...]
 _AND_NEEDS = f"{SCHEMA}, str backend, bool[] needs"
 _NO_GRADIENT = (None,) * 7  # of ids, order, offsets, seed, scaling, dropout_p, backend
@@ -36,8 +37,8 @@ def backend_module(name: str) -> ModuleType:
 
 
 def traced(x: Tensor) -> bool:
-    """Whether somebody besides autograd must see an op's call: a tracer, a mode, a transform, or a GPU's dispatcher."""
-    if type(x) not in PLAIN or x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether somebody besides autograd must see an op's call: a tracer, a mode or a transform."""
+    if type(x) not in PLAIN or x.device.type not in DIRECT or torch.compiler.is_compiling():
         return True
     modes = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     return bool(modes) or torch.jit.is_tracing()
@@ -51,28 +52,39 @@ def differentiated(*tensors: Tensor | None) -> bool:
 def needs_dispatch(x: Tensor, *others: Tensor | None) -> bool:
     """Whether autograd, a tracer, a mode or a transform must see an op's call.
 
-    Where none of them must, the plain function gives the same without the dispatcher's 13 us, a quarter of what a small
-    layer takes.
+    Where none of them must, the plain function gives the same without the dispatcher: `bench host`.
     """
     return traced(x) or differentiated(x, *others)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str) -> Tensor:
-    """y of the whole layer, by the cheapest call that everybody who must see it sees."""
+    """y `[..., N]` of the whole layer, by the cheapest call that everybody who must see it sees."""
     if traced(x):
-        y, _, _ = linear_op(x, w, bias, b, *adapter.flat(), backend)
+        y, _, _ = linear_op(_rows(x), w, bias, b, *adapter.flat(), backend)
     elif differentiated(x, bias, b, adapter.a, adapter.router):
-        y, _, _ = _LinearNow.apply(x, w, bias, b, *adapter.flat(), backend)
+        # shaped out here: what a function of autograd's gives as a view cannot be written into
+        y = cast(Tensor, _LinearNow.apply(x, w, bias, b, adapter.a, adapter.router, adapter, backend))
     else:
-        y, _ = _linear(x, w, bias, b, adapter, backend)
-    return cast(Tensor, y)
+        y, _ = _linear(_rows(x), w, bias, b, adapter, backend)
+    return _laid_as(x, y)
 
 
 def shrink(x: Tensor, adapter: Adapter, backend: str) -> Tensor:
-    """h of the routed half, times s."""
-    if needs_dispatch(x, adapter.a, adapter.router):
+    """h of the routed half, times s; x is `[M, K]`."""
+    if traced(x):
         return cast(Tensor, shrink_op(x, *adapter.flat(), backend)[0])
+    if differentiated(x, adapter.a, adapter.router):
+        return cast(Tensor, _ShrinkNow.apply(x, adapter.a, adapter.router, adapter, backend))
     return _shrink(x, adapter, backend).h
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _laid_as(x: Tensor, rows: Tensor) -> Tensor:
+    """rows `[M, N]` in the leading shape of x."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
 
 
 def _linear(
@@ -93,6 +105,12 @@ def _linear_backward(
     name, plan = BACKENDS[backend]
     grads, db = backend_module(name).linear_backward(dy, x, w, adapter, b, saved, needs, plan)
     return grads.dx, dy.sum(0) if needs.bias else None, db, grads.da, grads.drouter
+
+
+def _shrink_backward(dh: Tensor, x: Tensor, saved: Saved, adapter: Adapter, backend: str, needs: Needs) -> Gradients:
+    module = backend_module(BACKENDS[backend].name)
+    grads: Gradients = module.shrink_backward(dh * adapter.scaling, x, adapter, saved, needs)
+    return grads
 
 
 def _or_empty(like: Tensor, grads: Gradients) -> tuple[Tensor, ...]:
@@ -136,9 +154,7 @@ def linear_backward_op(
 def shrink_backward_op(dh: Tensor, x: Tensor, h: Tensor, p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """dx, da, drouter from the gradient of the scaled h; empty where not needed."""
     *flat, backend, needs = rest
-    adapter, module = Adapter.unflatten(*flat), backend_module(BACKENDS[backend].name)
-    grads = module.shrink_backward(dh * adapter.scaling, x, adapter, Saved(h, p), Needs(*needs))
-    return _or_empty(dh, (grads.dx, grads.da, grads.drouter))
+    return _or_empty(dh, _shrink_backward(dh, x, Saved(h, p), Adapter.unflatten(*flat), backend, Needs(*needs)))
 
 
 def _fake_saved(x: Tensor, a: Tensor, router: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
@@ -195,6 +211,7 @@ def _linear_grads(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
     if dy is None:
         return (None,) * 6 + _NO_GRADIENT
     x, w, b, h, p, *tensors = ctx.saved_tensors
+    x = _rows(x)
     *numbers, backend = ctx.numbers
     x_, _, *others = ctx.needs_input_grad[:6]
     needs = Needs(x_, *others)
@@ -212,7 +229,13 @@ def _shrink_grads(ctx: Any, dh: Tensor | None, *_: Any) -> Gradients:
         return (None,) * 3 + _NO_GRADIENT
     x_, a, router = ctx.needs_input_grad[:3]
     needs = Needs(x_, bias=False, b=False, a=a, router=router)
-    grads = shrink_backward_op(dh, *ctx.saved_tensors, *ctx.numbers, list(needs))
+    x, h, p, *tensors = ctx.saved_tensors
+    *numbers, backend = ctx.numbers
+    grads: Gradients
+    if needs_dispatch(dh, x, *tensors[:2]):
+        grads = shrink_backward_op(dh, x, h, p, *tensors, *numbers, backend, list(needs))
+    else:
+        grads = _shrink_backward(dh, x, Saved(h, p), Adapter.unflatten(*tensors, *numbers), backend, needs)
     return *(g if need else None for g, need in zip(grads, (x_, a, router), strict=True)), *_NO_GRADIENT
 
 
@@ -230,11 +253,50 @@ shrink_backward_op.register_autograd(_no_double_backward)
 
 
 class _LinearNow(torch.autograd.Function):
-    """`linear_op` for autograd alone: on a CPU the dispatcher takes 280 us of a small layer's 600."""
+    """The layer for autograd alone: y `[M, N]` of x `[..., K]`.
 
-    forward = staticmethod(_linear_flat)  # type: ignore[assignment]
-    setup_context = staticmethod(_save_linear)
-    backward = staticmethod(_linear_grads)  # type: ignore[assignment]
+    Without `setup_context`: for that `apply` asks Python's `inspect` for a signature at every call.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        b: Tensor,
+        a: Tensor,
+        router: Tensor | None,
+        adapter: Adapter,
+        backend: str,
+    ) -> Tensor:
+        y, saved = _linear(_rows(x), w, bias, b, adapter, backend)
+        _save(ctx, (x, w, b), (*adapter.flat(), backend), saved)
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 8
+        dx, *others = _linear_grads(ctx, dy)[:6]
+        return None if dx is None else dx.view(ctx.shape), *others, None, None
+
+
+class _ShrinkNow(torch.autograd.Function):
+    """The routed half for autograd alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, a: Tensor, router: Tensor | None, adapter: Adapter, backend: str
+    ) -> Tensor:
+        saved = _shrink(x, adapter, backend)
+        _save(ctx, (x,), (*adapter.flat(), backend), saved)
+        return saved.h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None) -> Gradients:  # type: ignore[override]
+        return *_shrink_grads(ctx, dh)[:3], None, None
 
 
 class _AddExpanded(torch.autograd.Function):

@@ -50,10 +50,8 @@ def _adapter(
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
     w = w.detach() if w.requires_grad else w  # a frozen parameter is known by itself: see `packed`
-    y = autograd.linear(rows, w, bias, b, adapter, choose(rows, backend))
-    return y.view(*x.shape[:-1], w.shape[0])
+    return autograd.linear(x, w, bias, b, adapter, choose(x, backend))
 
 
 def alora_linear(

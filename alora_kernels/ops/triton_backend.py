@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -29,17 +29,22 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def side_stream(like: Tensor, wanted: bool) -> Iterator[Callable[..., None]]:
+def _nothing(*results: Tensor | None) -> None:
+    """`join` where nobody has to wait."""
+
+
+def side_stream(like: Tensor, wanted: bool) -> AbstractContextManager[Callable[..., None]]:
     """Send the launches of the block to the side stream of `like`'s device, if wanted and possible.
 
     Yields `join`, to be called with the block's results (tensors or None) before they are used. Inputs need no care:
     the main stream waits there before anything of it can be freed and used again. Results are allocated by the side
     stream, so the allocator is told that the main stream uses them.
     """
-    if not wanted or like.device.type != "cuda":
-        yield lambda *results: None
-        return
+    return _beside(like) if wanted and like.device.type == "cuda" else nullcontext(_nothing)
+
+
+@contextmanager
+def _beside(like: Tensor) -> Iterator[Callable[..., None]]:
     stream = _stream_of(like.device)
 
     def join(*results: Tensor | None) -> None:

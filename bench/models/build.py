@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -61,10 +62,12 @@ def missing(name: str, python: Path | None) -> str | None:
 
 @dataclass
 class Worker:
-    """A process with one `worker` job, started when needed, of the Python `python` or of this one and this checkout."""
+    """A process with one job of a script, started when needed, of a Python or of this one and this checkout."""
 
     job: dict[str, Any]
     python: Path | None = None
+    script: str = worker.__file__
+    unset: Sequence[str] = ()  # variables of the environment that it must not see
     peak_mb: float = field(default=0.0, init=False)  # of the process, up to its last step
 
     @cached_property
@@ -76,10 +79,11 @@ class Worker:
         folder = Path(self._folder.name)
         torch.save({"threads": torch.get_num_threads()} | self.job, folder / "job.pt")
         own = {"PYTHONPATH": "" if self.python else str(ROOT), "HF_HUB_OFFLINE": "1"}
-        command = [str(self.python or sys.executable), "-P", worker.__file__, str(folder / "job.pt")]
+        env = {name: value for name, value in os.environ.items() if name not in self.unset} | own
+        command = [str(self.python or sys.executable), "-P", self.script, str(folder / "job.pt")]
         with (folder / "log").open("w") as log:
             return subprocess.Popen(
-                command, env=os.environ | own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
     def ask(self, line: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 from .rows import BOTH, EAGER, FORWARD, GRAPH, OK, Row
 
 FUSED = "fused"
+RECORDED = "recorded forward"  # of `bench host`: with what the backward needs
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,12 @@ CPU_TARGETS = (
     _cpu("layer task", BOTH, "authors' loop", 2.0),
     _less("memory 1 in 8 labelled", 0.4),
     _less("memory all labelled", 0.6),
+)
+
+HOST_TARGETS = tuple(
+    between(f"host {layer}", direction, FUSED, "today's build", must, at_most=True, mode=EAGER)
+    for layer in ("FusedALoRALinear", "PEFT layer")
+    for direction, must in ((FORWARD, 0.6), (RECORDED, None), (BOTH, 0.5))
 )
 
 
