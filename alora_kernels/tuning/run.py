@@ -1,7 +1,7 @@
 """Qualify plans, then time plans and tiles: one idea after the other, the table on disk after each.
 
 A plan is qualified for a routing when its values and gradients are right against float64 and, repeated on changing
-inputs, its forward never differs from two launches. Only such plans are timed. Tiles are tried round the one in use;
+inputs, its forward is never off. Only such plans are timed. Tiles are tried round the one in use;
 where one wins, the plans it takes part in are timed once more.
 """
 

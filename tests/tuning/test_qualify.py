@@ -98,7 +98,7 @@ def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(unwritten, "left entries unwritten"), (off, "differed from two"), (changing, "differed from one run")],
+    [(unwritten, "left entries unwritten"), (off, "was wrong"), (changing, "differed from one run")],
 )
 def test_a_race_that_shows_once_is_found(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Outputs], Any], words: str
@@ -109,6 +109,12 @@ def test_a_race_that_shows_once_is_found(
     )
     said = small().raced("one_pass", 4)
     assert said.startswith(words) and "within 4 runs" in said
+
+
+def test_a_fault_of_dropout_that_all_plans_share_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert small(which=1).raced("two_launch", 2) == ""
+    spoiled(monkeypatch, "shrink_task", lambda h: h.add_(0.5))
+    assert small(which=1).raced("two_launch", 2).startswith("was wrong")
 
 
 def test_repetitions_see_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
