@@ -279,5 +279,11 @@ def tile_for(kernel: str, device: torch.device, dtype: torch.dtype, shapes: str 
         return _INTERPRETER.get(kernel, Tile(16, 32, 16, 4, 1))
     if bytes_each == 8:
         return _DOUBLE
+    return _row(kernel, chip, bytes_each)
+
+
+@cache
+def _row(kernel: str, chip: str, bytes_each: int) -> Tile:
+    """The tile of the table, for the chip itself or for its kind."""
     rows = ((kernel, kind, bytes_each) for kind in (chip, *_kinds(chip)))
     return next(_TABLE[row] for row in rows if row in _TABLE)

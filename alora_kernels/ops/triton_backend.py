@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from operator import is_not
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +83,27 @@ def plan_on(device: torch.device, routing: str, itemsize: int, m: int, k: int, n
     raise BackendError(f"no plan is right on this chip, {plan.forward}: {verdict}. Set {ENV}=torch")
 
 
+class Known(NamedTuple):
+    """Plans that were asked for before, and the tables that they follow from."""
+
+    tables: tuple[object, ...]
+    plans: dict[tuple[object, ...], Plan]
+
+
+_known: dict[torch.device, Known] = {}
+
+
 def _plan_for(x: Tensor, w: Tensor, adapter: Adapter) -> Plan:
-    """The plan that tables and rules choose."""
-    routing = "task" if adapter.router is None else "soft"
-    return plan_on(x.device, routing, x.element_size(), x.shape[0], x.shape[1], w.shape[0])[0]
+    """The plan that tables and rules choose, asked for once per layer and class of shapes while the tables stay."""
+    routing, size, (m, k), n = "task" if adapter.router is None else "soft", x.element_size(), x.shape, w.shape[0]
+    tables = (tuned.find(x.device), tuned.PLANS, len(tuned.PLANS))
+    known = _known.get(x.device)
+    if known is None or any(map(is_not, known.tables, tables)):
+        known = _known[x.device] = Known(tables, {})
+    key = (kernels.chip_of(x.device), routing, size, shape_class(m, k, n), k, n)
+    if key not in known.plans:
+        known.plans[key] = plan_on(x.device, routing, size, m, k, n)[0]
+    return known.plans[key]
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Saved:

@@ -196,3 +196,17 @@ def test_the_side_stream_is_joined() -> None:
         join(small)
         torch.testing.assert_close(small, (x[:64] * 2).sum(1))
         x = x + large * 0
+
+
+def test_a_plan_is_asked_for_once_while_the_tables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plan_on = triton_backend.plan_on
+    monkeypatch.setattr(triton_backend, "plan_on", lambda *layer: asked.append(layer[3]) or plan_on(*layer))
+    monkeypatch.setattr(tuned, "PLANS", {})
+    for m in (4096, 8192, 4096, 64, 64):
+        launches(None, m=m)
+    assert asked == [4096, 64]
+    tuned.PLANS["sm_90", "task", 2, "long square"] = ("two_launch", "fused", False)
+    assert launches(None) == launches("two_launch")
+    monkeypatch.setattr(tuned, "PLANS", {("sm_90", "task", 2, "long square"): ("base_first", "fused", False)})
+    assert launches(None) == launches("base_first") and asked[2:] == [8192, 8192]
