@@ -40,9 +40,8 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def hooked(base: nn.Module) -> bool:
     """Whether calling the module runs hooks besides its forward."""
-    forward: tuple[Any, ...] = base._forward_pre_hooks, base._forward_hooks
-    backward: tuple[Any, ...] = base._backward_pre_hooks, base._backward_hooks
-    return any((*forward, *backward)) or "forward" in base.__dict__  # offloading libraries replace it on the instance
+    hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
+    return bool(hooks) or "forward" in base.__dict__  # offloading libraries replace it on the instance
 
 
 def only_multiplies(module: nn.Module) -> bool:
@@ -52,7 +51,10 @@ def only_multiplies(module: nn.Module) -> bool:
 
 def takes_fused_op(base: nn.Module) -> bool:
     """The same with a frozen W of floating-point numbers."""
-    return only_multiplies(base) and base.weight.is_floating_point() and not base.weight.requires_grad  # type: ignore[union-attr,operator]
+    if not only_multiplies(base):
+        return False
+    weight: Any = base.weight  # each look at a parameter passes `nn.Module.__getattr__`
+    return bool(weight.is_floating_point() and not weight.requires_grad)
 
 
 def undo_cpu_packing(base: nn.Module) -> None:

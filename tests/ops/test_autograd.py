@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alora_kernels import Routing, alora_linear, reference
+from alora_kernels import Routing, alora_delta, alora_linear, reference
 from alora_kernels.ops import autograd, torch_backend
 from alora_kernels.ops.dispatch import PLANS, Plan
 from alora_kernels.ops.types import Adapter
@@ -105,6 +105,30 @@ def test_the_dispatcher_is_skipped_only_where_nobody_looks():
         fake = torch.empty(6, 7)
         assert autograd.needs_dispatch(fake)
     assert autograd.needs_dispatch(fake)  # outside of its mode, too
+
+
+@pytest.mark.parametrize("routing", ["task", "soft"])
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+def test_autograd_alone_asks_no_dispatcher(monkeypatch, routing, leading):
+    """On CPUs and GPUs: same values and gradients as by the ops, bit for bit, and y can be written into."""
+    assert autograd.DIRECT == ("cpu", "cuda")
+    p = problem(leading, 7, 5, 2, 3, routing=routing, dtype=torch.float32)
+    given = {**p.given, **({"router": p.leaves["router"]} if routing == "soft" else {})}
+    x, a, b = (p.leaves[name] for name in ("x", "a", "b"))
+
+    def run():
+        y = alora_linear(x, p.weight, a, b, **given)
+        h = alora_delta(x, a, b, **given)
+        leaves = [leaf for name, leaf in p.leaves.items() if name != "bias"]
+        return [y, h, *torch.autograd.grad(y.square().sum() + h.square().sum(), leaves)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd, "traced", lambda x: True)
+        wanted = run()
+    for op in ("linear_op", "shrink_op", "linear_backward_op", "shrink_backward_op"):
+        monkeypatch.setattr(autograd, op, None)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), wanted, strict=True))
+    alora_linear(x, p.weight, a, b, **given).add_(1).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["triton", "triton:one_pass"])
