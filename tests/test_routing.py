@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alora_kernels import FusedALoRALinear
+from alora_kernels import FusedALoRALinear, routing
 from alora_kernels.routing import Routing, current_routing, expand_ids, group_rows, route
 
 
@@ -122,3 +122,15 @@ def test_route_takes_ids_and_says_where_names_go():
         route(["math", 0]),
     ):  # type: ignore[list-item]
         pass
+
+
+def test_a_captured_graph_makes_its_own_groups(monkeypatch):
+    """A replay reads the ids that are in their buffer then: groups made before the capture would be those of before."""
+    ids = torch.tensor([0, 1, 1], dtype=torch.int32)
+    batch = Routing(ids)
+    before = batch.groups(torch.Size([3]), 2, ids.device)
+    monkeypatch.setattr(routing, "capturing", lambda device: True)
+    inside = batch.groups(torch.Size([3]), 2, ids.device)
+    assert inside is not before and batch.at(None).groups(torch.Size([3]), 2, ids.device) is inside
+    monkeypatch.setattr(routing, "capturing", lambda device: False)
+    assert batch.groups(torch.Size([3]), 2, ids.device) is before
