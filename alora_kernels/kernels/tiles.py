@@ -136,6 +136,7 @@ _TABLE = MappingProxyType(
         ("shrink_soft_narrow", "hopper_plus", 2): Tile(64, 128, 32, 8, 3),
         ("shrink_soft_narrow", "ampere", 2): Tile(32, 128, 32, 8, 3),
         ("shrink_soft_narrow", "other", 2): Tile(64, 128, 32, 8, 2),
+        ("shrink_soft_narrow", "rdna", 2): Tile(32, 128, 32, 8, 2),
         ("shrink_soft_narrow", "sm_120", 2): Tile(32, 128, 32, 8, 2),
         ("shrink_soft_narrow", "hopper_plus", 4): Tile(32, 64, 16, 8, 3),
         ("shrink_soft_narrow", "ampere", 4): Tile(32, 64, 16, 8, 3),
