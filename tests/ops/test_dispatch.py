@@ -8,11 +8,13 @@ import torch
 from alora_kernels import alora_linear
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles, tuned
+from alora_kernels.modules import FusedALoRALinear
 from alora_kernels.ops import dispatch, triton_backend
 from alora_kernels.ops.dispatch import PLANS, BackendError, Plan, choose, explain, explain_plan, interpreting
 from alora_kernels.ops.types import Adapter
 from alora_kernels.routing import RowGroups
 from tests.compare import assert_as_good_as_torch, problem, skip_unless_runnable
+from tests.support.tiny import adapted
 
 SHAPES = [(2, 35, 32, 48, 4, 3), (3, 7, 32, 64, 4, 2)]  # 70 rows and 21: the one-pass kernels and the decode kernel
 
@@ -86,6 +88,17 @@ def test_torch_serves_chips_on_which_triton_is_no_use(chip: str, monkeypatch: py
             explain(gpu, "triton:base_first")
     else:
         assert explain(gpu, "triton:base_first").name == "triton:base_first"
+
+
+def test_adapting_a_model_prepares_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launches share is allocated then, for the first call may be inside a graph's private memory."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr("alora_kernels.modules.linear.prepare", seen.append)
+    monkeypatch.setattr("alora_kernels.tuner.layer.prepare", seen.append)
+    FusedALoRALinear.from_linear(torch.nn.Linear(8, 8), 2, tasks=2)
+    before = len(seen)
+    adapted()
+    assert 0 < before < len(seen) and set(seen) >= {torch.device("cpu")}
 
 
 def test_without_triton_the_torch_backend_serves(monkeypatch):
