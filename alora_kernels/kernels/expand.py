@@ -78,7 +78,7 @@ def plain_gemm(x: Tensor, w: Tensor) -> Tensor:
     return expand(x, w, None, x.new_empty(x.shape[0], 0), w.new_empty(w.shape[0], 0))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
+@triton.jit
 def _expand_backward_kernel(
     dy_ptr, b_ptr, h_ptr, dh_ptr, db_ptr, scaling,
     M, N, R,

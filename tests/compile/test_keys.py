@@ -19,6 +19,7 @@ SHORT = (33, 40, 48, 63, 64)  # blocks of as many rows
 def test_another_number_of_rows_is_no_other_kernel(routing: str, rows: tuple[int, ...]) -> None:
     def found(*sizes: int) -> dict[str, int]:
         keys: dict[str, int] = json.loads(compiling(SCRIPT, routing, *map(str, sizes)))
+        keys.pop("expand_backward")  # knows whether 16 divides the rows: without that it spills 8 bytes on sm_90
         return keys
 
     assert found(*rows) == found(rows[0])
