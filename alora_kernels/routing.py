@@ -52,12 +52,16 @@ def capturing(device: torch.device) -> bool:
 def check_ids(task_ids: Tensor, num_tasks: int) -> None:
     """Raise a TypeError unless ids are integers, a ValueError unless each names a task or is -1.
 
-    Reads the smallest and largest id back to the host, so it is skipped while a graph is being traced or
-    captured; a row whose id names no task then gets the base output alone.
+    Reads the smallest and largest id back to the host, so it is skipped while a CUDA graph is being captured; a row
+    whose id names no task then gets the base output alone. A traced graph asks at every run, a RuntimeError.
     """
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise TypeError(f"task_ids must be integers, got {task_ids.dtype}; use task_ids.long()")
-    if torch.compiler.is_compiling() or task_ids.numel() == 0 or task_ids.device.type == "meta":
+    if torch.compiler.is_compiling():  # asked by the graph itself; on a GPU a device-side assertion
+        known = ((task_ids >= -1) & (task_ids < num_tasks)).all()
+        torch._assert_async(known, f"a task id is out of range: valid ids are -1 (base only) and 0 .. {num_tasks - 1}")
+        return
+    if task_ids.numel() == 0 or task_ids.device.type == "meta":
         return
     if capturing(task_ids.device):
         return

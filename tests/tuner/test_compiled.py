@@ -50,6 +50,27 @@ def test_ids_as_an_argument():
     same(compiled, model, ids, adapter_names=["math", "code", "__base__"])
 
 
+INDUCTOR = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler and Python's headers"),
+)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
+@pytest.mark.parametrize("bad", [2, -2])
+def test_an_id_of_no_task_is_refused(backend, bad):
+    model, ids = adapted(), tokens(3)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad(), route(torch.tensor([0, 1, -1])):
+        compiled(input_ids=ids)
+    with (
+        pytest.raises(RuntimeError, match=r"valid ids are -1 \(base only\) and 0 .. 1"),
+        torch.no_grad(),
+        route(torch.tensor([0, 1, bad])),
+    ):
+        compiled(input_ids=ids)
+
+
 def test_one_sort_for_all_layers():
     model, ids = adapted(), tokens(3)
     sorts = []
