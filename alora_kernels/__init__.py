@@ -37,6 +37,7 @@ __all__ = [
     "set_task",
 ]
 
+_ROOMS = ("adapters", "analysis", "data", "federated", "modules", "ops", "serving", "training", "tuner")
 _LATER = {  # torch, PEFT and transformers take seconds to import: only when asked for
     "ALoRAConfig": "tuner",
     "ALoRATrainer": "training",
@@ -53,6 +54,7 @@ _LATER = {  # torch, PEFT and transformers take seconds to import: only when ask
     "route": "routing",
     "save_adapter": "adapters.writer",
     "set_task": "tuner",
+    **dict(zip(_ROOMS, _ROOMS, strict=True)),
 }
 
 __getattr__ = names_later(__name__, _LATER)

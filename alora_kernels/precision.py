@@ -84,8 +84,8 @@ def _warn_of_half() -> None:
         if torch.ops.mkldnn._is_mkldnn_fp16_supported():
             return
     warnings.warn(
-        "float16 on this CPU: its products are 3.6 times slower than float32's (measured with torch 2.13 on a chip with"
-        " AVX-512). Choose bfloat16 where `alora doctor` does, else float32; float16 is for GPUs",
+        "float16 on this CPU, which does not multiply it: on a chip with AVX-512 its products took 3.6 times as long as"
+        " float32's (torch 2.13). Choose bfloat16 where `alora doctor` does, else float32; float16 is for GPUs",
         stacklevel=4,
     )
 

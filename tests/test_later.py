@@ -63,6 +63,7 @@ import sys, alora_kernels
 assert "torch" not in sys.modules
 import torch, types
 assert isinstance(alora_kernels.reference, types.ModuleType) and alora_kernels.reference.alora_linear
+assert alora_kernels.data.load_model and alora_kernels.training.TaskCollator and alora_kernels.serving.Engine
 from alora_kernels.modules.linear import FusedALoRALinear
 from alora_kernels.ops.functional import alora_delta, alora_linear
 assert alora_kernels.FusedALoRALinear is FusedALoRALinear

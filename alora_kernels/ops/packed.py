@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ENV = "ALORA_PACK_ROWS"
-FEW = int(os.environ.get(ENV, "128"))
+
+
+def _rows_of(text: str) -> int:
+    """What the environment says; 128 where it says nothing."""
+    if text and not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{ENV} must be a number of rows, 0 to pack no weight, got {text!r}")
+    return int(text or 128)
+
+
+FEW = _rows_of(os.environ.get(ENV, ""))
 SMALLEST = 1 << 16  # entries of a weight: below, the calls take longer than the product
 # longest sum of one float32 product of oneDNN's: the error grows with it, to 2.2 times MKL's at 576 and 3.2 at 2048
 DEPTH = 1024

@@ -88,6 +88,9 @@ def main(
         load = Load("uniform", TARGET, concurrency, requests, new_tokens)
         dtypes = choose("dtype", dtype, ("float32", "bfloat16"))
         return beside_peer(model, peer_venv, load, max(tasks or [64]), r, dtypes, busy, repeats, threads, out)
+    for name, given in (("--dtype", dtype), ("--busy", busy), ("--peer-venv", peer_venv)):
+        if given:
+            raise typer.BadParameter("is of the comparison with another server: add --peer vllm", param_hint=name)
     names = choose("provider", provider, PROVIDERS)
     plan = Plan(model, sorted(set(numbers)), spread, names, concurrency, requests, new_tokens, r, repeats)
     torch.set_num_threads(threads)

@@ -63,6 +63,17 @@ def test_values_and_gradients_are_as_good_as_torchs(dtype, routing, bias):
     assert len(packed._forward) == len(packed._backward) == 1
 
 
+@pytest.mark.parametrize(("text", "rows"), [("", 128), ("0", 0), ("40", 40)])
+def test_rows_of_the_environment(text, rows):
+    assert packed._rows_of(text) == rows
+
+
+@pytest.mark.parametrize("text", ["banana", "-1", "1.5"])
+def test_a_wrong_number_of_rows_is_refused_by_name(text):
+    with pytest.raises(ValueError, match=f"ALORA_PACK_ROWS must be a number of rows, .* got '{text}'"):
+        packed._rows_of(text)
+
+
 @pytest.mark.parametrize("size", [1e-39, 1e-41])
 def test_denormal_weights_are_no_zeros(size):
     x, w = torch.randn(16, K), frozen()
