@@ -17,7 +17,7 @@ from alora_kernels.routing import RowGroups
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
 from .numerics import cdiv, common, power_of_two, splits_for, tl_dtype
-from .tiles import MIN_PROGRAMS, tile_for
+from .tiles import MIN_PROGRAMS, stages_for, tile_for
 
 SUM_BLOCK = 1024  # entries that one program of `sum_partials` adds up
 
@@ -80,7 +80,7 @@ def _da_kernel(
     num_tasks,
     stride_dm, stride_dc, stride_xm, stride_xk,
     HAS_GROUPS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     num_k = tl.cdiv(K, BLOCK_K)
     task = tl.program_id(0) // num_k
@@ -101,7 +101,7 @@ def _da_kernel(
         seed = tl.load(seed_ptr)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         pos_m = start + tl.arange(0, BLOCK_M)
         mask_m = pos_m < last
         if HAS_GROUPS:
@@ -144,6 +144,7 @@ def _da(
         m, c, k, num_tasks, *d.stride(), *x.stride(),
         HAS_GROUPS=groups is not None, HAS_DROPOUT=dropout is not None,
         BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=tile.block_n,
+        STAGES=stages_for(tile, x.device, dropped=dropout is not None, products=1),
         DTYPE=tl_dtype(x.dtype), **common(tile, x.dtype, x.device),
     )  # fmt: skip
     return planes
