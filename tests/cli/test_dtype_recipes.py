@@ -51,7 +51,7 @@ def test_what_auto_became_is_said_saved_and_evaluated_in(tmp_path, jsonl, monkey
     adapter = tmp_path / "run" / "adapter"
     assert load_recipe(adapter / "recipe.yaml").dtype == "bfloat16"
     monkeypatch.setattr(precision, "_automatic", lambda place: Choice(torch.float32, "another machine"))
-    assert "base in bfloat16 (asked for" in alora("eval", adapter)
+    assert "base in bfloat16 (as trained" in alora("eval", adapter)
     assert "base in float32 (another machine)" in alora("eval", adapter, "--dtype", "auto")
 
 
