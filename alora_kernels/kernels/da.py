@@ -73,7 +73,7 @@ def _sum_of(planes: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return out, out.numel()
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _da_kernel(
     d_ptr, x_ptr, out_ptr, order_ptr, offsets_ptr, seed_ptr, p_drop,
     M, C, K,

@@ -155,7 +155,7 @@ def softmax_rows(logits, mask_e):
     return weight / tl.sum(weight, axis=1)[:, None]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def shrink_soft_kernel(
     piece, x_ptr, a_ptr, router_ptr, h_ptr, p_ptr, seed_ptr, p_drop, scaling,
     M, K, R, E,

@@ -159,7 +159,7 @@ _TABLE = MappingProxyType(
         ("da", "hopper_plus", 4): Tile(64, 64, 32, 4, 3),
         ("da", "ampere", 4): Tile(64, 64, 32, 4, 3),
         ("da", "other", 4): Tile(64, 64, 32, 4, 2),
-        ("da", "sm_120", 2): Tile(128, 64, 32, 8, 2),
+        ("da", "sm_120", 2): Tile(128, 64, 32, 8, 3),
         ("da", "sm_120", 4): Tile(64, 64, 32, 8, 3),
         ("da", "rdna", 4): Tile(32, 64, 32, 8, 2),
     }

@@ -85,7 +85,7 @@ class TaskStore:
         if resident < 1:
             raise ValueError(f"resident must be >= 1, got {resident}")
         with ExitStack() as undo:
-            with _refusals():
+            with _reading():
                 first = read_adapter(folders[0])
                 slots = Slots(base_model, first, resident, dtype)
                 undo.callback(slots.remove)
@@ -114,11 +114,8 @@ class TaskStore:
             NotServingError: the store is closed.
             OSError: no memory or disk is left for it; nothing has changed.
         """
-        try:
-            with _refusals():
-                return self._load(read_adapter(folder), name, task, replace)
-        finally:
-            release_workers()
+        with _reading():
+            return self._load(read_adapter(folder), name, task, replace)
 
     def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
         self.slots.fit(file)
@@ -241,12 +238,14 @@ class TaskStore:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn what the reader and the slots refuse of a folder into an error of serving."""
+def _reading() -> Iterator[None]:
+    """Turn what the reader and the slots refuse of a folder into an error of serving; no worker is left spinning."""
     try:
         yield
     except AdapterFolderError as error:
         raise AdapterRefusedError(str(error)) from None
+    finally:
+        release_workers()
 
 
 def _chosen(file: AdapterFile, name: str | None, task: str | None) -> list[tuple[str, str]]:

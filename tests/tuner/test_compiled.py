@@ -50,13 +50,7 @@ def test_ids_as_an_argument():
     same(compiled, model, ids, adapter_names=["math", "code", "__base__"])
 
 
-INDUCTOR = pytest.param(
-    "inductor",
-    marks=pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler and Python's headers"),
-)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("bad", [2, -2])
 def test_an_id_of_no_task_is_refused(backend, bad):
     model, ids = adapted(), tokens(3)
