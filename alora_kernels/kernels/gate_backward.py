@@ -21,7 +21,7 @@ from .tiles import MAX_GATE
 _ELEMENTS = 4096  # of one [rows, experts, ranks] tile: 32 registers a thread in four warps
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _gate_backward_kernel(
     dh_ptr, p_ptr, dp_ptr,
     M, R, E,

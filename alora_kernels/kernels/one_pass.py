@@ -156,7 +156,7 @@ def one_pass_task(
     return y, h
 
 
-@triton.jit(do_not_specialize=["M", "tickets"])
+@triton.jit(do_not_specialize=["tickets"])
 def _one_pass_soft_kernel(
     x, w, y, x_ptr, a_ptr, router_ptr, bias_ptr, b_ptr, h_ptr, p_ptr, counters_ptr, seed_ptr, p_drop, scaling,
     M, N, K, R, E,
