@@ -54,7 +54,7 @@ _LATER = {  # torch, PEFT and transformers take seconds to import: only when ask
     "route": "routing",
     "save_adapter": "adapters.writer",
     "set_task": "tuner",
-    **dict(zip(_ROOMS, _ROOMS, strict=True)),
+    **{room: room for room in _ROOMS},
 }
 
 __getattr__ = names_later(__name__, _LATER)

@@ -52,7 +52,9 @@ def resolve(wish: str | torch.dtype = AUTO, device: torch.device | str | None = 
     return explain(device, wish).dtype
 
 
-def explain(device: torch.device | str | None = None, wish: str | torch.dtype = AUTO) -> Choice:
+def explain(
+    device: torch.device | str | None = None, wish: str | torch.dtype = AUTO, whose: str = "asked for"
+) -> Choice:
     """The dtype of a frozen base on a device, and the reason.
 
     Args:
@@ -61,6 +63,8 @@ def explain(device: torch.device | str | None = None, wish: str | torch.dtype = 
             that multiplies it natively, and on a CPU where a product of realistic size is measured to be 1.3 times
             faster in it; else float32. The measurement takes some 20 ms and is kept in the user's cache folder, by
             chip, torch and number of threads. It changes no setting and draws no random number.
+
+        whose: the reason where the wish is a dtype.
 
     Raises:
         ValueError: a wish that is none of these.
@@ -74,7 +78,7 @@ def explain(device: torch.device | str | None = None, wish: str | torch.dtype = 
     if place.type == "cpu" and dtype == torch.float16:
         _warn_of_half()
     lacks = _cpu_lacks() if place.type == "cpu" and dtype == torch.bfloat16 else None
-    return Choice(dtype, f"asked for, though {lacks}" if lacks else "asked for")
+    return Choice(dtype, f"{whose}, though {lacks}" if lacks else whose)
 
 
 @cache

@@ -233,9 +233,7 @@ def constant_routing(task: int, leading: torch.Size, device: torch.device) -> Ro
 
     Tensors made while tracing, capturing or in inference mode are not handed to calls outside of it.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return ConstantRouting(task)
-    if capturing(device):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or capturing(device):
         return ConstantRouting(task)
     return _cached(task, leading, device, torch.is_inference_mode_enabled())
 

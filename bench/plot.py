@@ -91,9 +91,7 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, server
 
         link = Path(os.path.relpath(PREDICTED, folder)).as_posix()
         blocks["static"] = [roofline.block(predictions(), roofline.Rates(), link)]
-    if (
-        _begins("bench-compiled") in text and COMPILED.exists() and "hazards" in COMPILED.read_text()
-    ):  # not an older table
+    if _begins("bench-compiled") in text and COMPILED.exists():
         blocks["compiled"] = [readme.compiled(COMPILED, Path(os.path.relpath(COMPILED, folder)).as_posix())]
     if _begins("bench-peer") in text and (found := serving.blocks(servers, folder)):
         blocks["peer"] = found

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alora_kernels.routing import capturing
+
 from .tiles import chip_of, is_amd
 
 HEADER = 2  # counters before the first flag
@@ -114,17 +116,13 @@ def orders_stores(device: torch.device) -> bool:
     return not is_amd(chip_of(device))
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def prepare(device: torch.device) -> None:
     """Make the arena of a device, unless there is one or a graph is being captured."""
-    if device in _arenas or _capturing(device):
+    if device in _arenas or capturing(device):
         return
     with _lock:
         _arenas.setdefault(device, torch.zeros(ARENA, dtype=torch.int32, device=device))
@@ -138,7 +136,7 @@ def counters(device: torch.device, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
     if device.type == "cpu":
         prepare(device)
-    shared, key = not _capturing(device), (device, _stream(device))
+    shared, key = not capturing(device), (device, _stream(device))
     with _lock:
         block = _blocks.get(key) if shared else None
         if block is None or block.numel() < size:

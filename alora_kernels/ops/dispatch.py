@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -124,10 +126,16 @@ def prepare(device: torch.device) -> None:
     Layers call it when they are made; `choose` when they are called.
     """
     if device.type == "cuda" and TRITON_INSTALLED and not torch.compiler.is_compiling():
-        from ..kernels import sync
-
         _why_not(device)
-        sync.prepare(device)
+        _sync().prepare(device)
+
+
+@cache
+def _sync() -> ModuleType:
+    """Where counters are made: an import statement costs a call more than all else that it does there."""
+    from ..kernels import sync  # the kernels package needs triton
+
+    return sync
 
 
 def choose(x: torch.Tensor, backend: str | None) -> str:

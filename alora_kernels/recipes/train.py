@@ -102,7 +102,7 @@ def evaluate(adapter: Path, *, base: bool = False, dtype: str | None = None) -> 
     recipe = load_recipe(adapter / FILE, root=Path())  # older copies hold paths from here
     if recipe.dtype == precision.AUTO:  # and no dtype: they were trained in this one
         recipe = recipe.instead(dtype="float32")
-    job = load(recipe.instead(dtype=dtype), adapter, wish="as trained" if dtype is None else "asked for")
+    job = load(recipe.instead(dtype=dtype), adapter, whose="as trained" if dtype is None else "asked for")
     before = judge(job, "base, untuned", base_only=True) if base else None
     show_scores(job, before, judge(job, job.label))
 
@@ -141,21 +141,21 @@ def clear(folder: Path) -> None:
     (folder / CONFLICTS).unlink(missing_ok=True)
 
 
-def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None, wish: str = "asked for") -> Run:
+def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None, whose: str = "asked for") -> Run:
     """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on.
 
-    The run's recipe has the dtype that `auto` became, so that the copy beside the adapter says it; `wish` says whose
-    wish another dtype was.
+    The run's recipe has the dtype that `auto` became, so that the copy beside the adapter says it; `whose` wish another
+    dtype was, see `precision.explain`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = precision.explain(device, recipe.dtype)
+    chosen = precision.explain(device, recipe.dtype, whose)
     recipe = recipe.instead(dtype=chosen.name)
     lost = data.Lost()
     with display.err.status("reading data ..."):
         text = data.load_tasks(
             recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
         )
-    display.say(f"base in {chosen.name} ({chosen.reason.replace('asked for', wish)})", "dim")
+    display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text, resume)

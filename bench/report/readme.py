@@ -88,9 +88,10 @@ def _case_table(same: Sequence[Row], rows: Sequence[Row], targets: Sequence[Targ
         if not row.timed:
             lines.append(f"| {row.provider} | {row.computes} | {row.status} | | |{' | |' * first.whole_model}")
             continue
-        shown = f"{shown_ms(row.p50_ms)} ({shown_ms(row.p20_ms)} to {shown_ms(row.p80_ms)})"
         if row.quantity == "peak_mb":
             shown = "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"
+        else:
+            shown = f"{shown_ms(row.p50_ms)} ({shown_ms(row.p20_ms)} to {shown_ms(row.p80_ms)})"
         cells = [row.provider, row.computes, shown, f"{row.figure / fused:.2f}" if fused and row.figure else ""]
         if row.tokens_per_second is not None:
             cells += [f"{row.tokens_per_second:,.0f}", "" if row.peak_mb is None else f"{row.peak_mb:,.0f}"]

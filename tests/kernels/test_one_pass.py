@@ -229,7 +229,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     zeros, made = torch.zeros, list[object]()
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: made.append(shape) or zeros(*shape, **options))
     monkeypatch.setattr(sync, "_stream", lambda device: 7)
-    monkeypatch.setattr(sync, "_capturing", lambda device: True)
+    monkeypatch.setattr(sync, "capturing", lambda device: True)
     return made
 
 
@@ -238,9 +238,9 @@ def test_a_graph_never_owns_counters(cpu: torch.device, monkeypatch: pytest.Monk
     sync.prepare(cpu)
     arena = sync._arenas[cpu]
     made = capture(monkeypatch)
-    monkeypatch.setattr(sync, "_capturing", lambda device: False)
+    monkeypatch.setattr(sync, "capturing", lambda device: False)
     warm, again = sync.counters(cpu, 100), sync.counters(cpu, 50)
-    monkeypatch.setattr(sync, "_capturing", lambda device: True)
+    monkeypatch.setattr(sync, "capturing", lambda device: True)
     own = [sync.counters(cpu, 101), sync.counters(cpu, 101)]
     assert made == [] and warm.data_ptr() == again.data_ptr()
     starts = [(t.data_ptr() - arena.data_ptr()) // 4 for t in (warm, *own)]

@@ -15,6 +15,8 @@ from alora_kernels.tuner import set_task
 from ..ops.test_autograd import has_compiler
 from ..support.tiny import adapted, adapter_grads, llama, no_dropout, tokens
 
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler and Python's headers")
+
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -50,8 +52,10 @@ def test_ids_as_an_argument():
     same(compiled, model, ids, adapter_names=["math", "code", "__base__"])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("bad", [2, -2])
+@pytest.mark.parametrize(
+    ("backend", "bad"),
+    [("eager", 2), ("eager", -2), ("aot_eager", 2), pytest.param("inductor", 2, marks=needs_compiler)],
+)
 def test_an_id_of_no_task_is_refused(backend, bad):
     model, ids = adapted(), tokens(3)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -164,7 +168,7 @@ def test_a_layer_of_its_own():
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler and Python's headers")
+@needs_compiler
 def test_inductor_compiles_it_too():
     model, ids = adapted(llama(layers=1)), tokens(2)
     compiled = torch.compile(model, fullgraph=True)
