@@ -19,13 +19,13 @@ from alora_kernels.plotting import check_matplotlib
 from .report import figures, readme
 from .report.rows import RESULTS, ROOT, Row, grouped, newest
 from .report.sheet import read
-from .report.targets import CPU_TARGETS, GPU_TARGETS, Verdict, judge
+from .report.targets import CPU_TARGETS, GPU_TARGETS, HOST_TARGETS, Verdict, judge
 from .run import checked
 from .serving import page as serving
 
 COMPILED = RESULTS / "static" / "compiled.csv"
 PREDICTED = RESULTS / "static" / "predicted.png"
-_TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS}
+_TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS, "host": HOST_TARGETS}
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:
@@ -84,7 +84,7 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, server
         command = rows[0].command
         link = Path(os.path.relpath(path.resolve().parent, folder)).as_posix()
         files = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
-        content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command == "cpu")
+        content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command != "gpu")
         blocks.setdefault(command, []).append(content)
     if predicts(text):
         from .static import roofline

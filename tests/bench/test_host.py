@@ -39,3 +39,8 @@ def test_beside_another_commit(tmp_path):
     rows = read(out, Row)
     assert {row.provider for row in rows} == {FUSED, BUILD} and all(row.timed for row in rows)
     assert all(judge(target, rows).measured for target in HOST_TARGETS)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench-host:begin -->\n<!-- bench-host:end -->\n")
+    code, said = invoke("plot", "--results", str(tmp_path), "--readme", str(page), "--docs", str(tmp_path / "no.md"))
+    assert code == 0, said
+    assert "| host PEFT layer | forward+backward | fused / today's build | ≤ 0.50 |" in page.read_text()
