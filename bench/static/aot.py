@@ -103,11 +103,15 @@ def to_job(chip: str, launch: ak.Launch) -> Job:
 
 
 def _recorded(chip: str) -> list[ak.Launch]:
-    with ak.recording(chip) as launches:
-        for case in CASES:
-            torch.set_float32_matmul_precision(case.precision)
-            run_case(case)
-        torch.set_float32_matmul_precision("highest")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision  # put back: "highest" would overrule `torch.backends.fp32_precision`
+    try:
+        with ak.recording(chip) as launches:
+            for case in CASES:
+                matmul.fp32_precision = case.precision
+                run_case(case)
+    finally:
+        matmul.fp32_precision = before
     return launches
 
 

@@ -31,7 +31,7 @@ class Case:
     base: bool = True
     adapter: torch.dtype | None = None  # None: like dtype
     transposed: bool = False  # w is stored [K, N], which descriptors do not take
-    precision: str = "highest"  # of float32 products: `torch.set_float32_matmul_precision`
+    precision: str = "ieee"  # of float32 products: `torch.backends.cuda.matmul.fp32_precision`
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -68,8 +68,8 @@ CASES = (
             Case(routing, _FP32, r=64, e=1),
             Case(routing, _FP32, r=64, e=8, dropout=True),
             Case(routing, _FP32, m=48),
-            Case(routing, _FP32, precision="high"),
-            Case(routing, _FP32, precision="high", dropout=True, r=64),
+            Case(routing, _FP32, precision="tf32"),
+            Case(routing, _FP32, precision="tf32", dropout=True, r=64),
         )
     ]
     + [Case("soft", _BF16, e=64), Case("soft", _BF16, r=64, e=64, adapter=_FP32, dropout=True)]

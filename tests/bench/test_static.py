@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="bench static compiles Triton kernels; only
 
 from bench import plot
 from bench.static import command, roofline
-from bench.static.aot import Row
+from bench.static.aot import Row, kernel_names
 from bench.static.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
 from bench.static.roofline import (
     BACKWARD,
@@ -183,6 +183,17 @@ def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def row(**values: Any) -> Row:
     return Row(**({"chip": "sm_90", "kernel": "expand", "variant": "bf16", "dtypes": "bf16", "blocks": {}} | values))
+
+
+@pytest.mark.parametrize("before", ["none", "tf32"])
+def test_listing_kernels_leaves_torchs_precision_as_it_was(before: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    found, matmul.fp32_precision = matmul.fp32_precision, before
+    try:
+        assert "shrink_task" in kernel_names()
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = found
 
 
 def test_csv_has_the_worst_of_each_kernel(tmp_path: Path) -> None:

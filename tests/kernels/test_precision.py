@@ -46,14 +46,20 @@ WAYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    yield
+def reset() -> None:
+    """As a new process: torch's older ways set two of the newer ones, which then overrule a setting for everything."""
     torch.backends.fp32_precision = "none"
     MATMUL.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
-    MATMUL.fp32_precision = "none"
+    MATMUL.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
     assert dot_precision(torch.float32, CPU) == "ieee"
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process() -> Iterator[None]:
+    reset()
+    yield
+    reset()
 
 
 @pytest.mark.parametrize("way", WAYS)
