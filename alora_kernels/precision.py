@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .dtypes import AUTO, DTYPE_NAMES
+from .dtypes import AUTO, DTYPE_NAMES, not_a_dtype
 from .files import cache_dir, replacing
 from .text import counted
 
@@ -74,7 +74,7 @@ def explain(
         return _automatic(place)
     dtype = DTYPES.get(wish) if isinstance(wish, str) else wish
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype must be one of {AUTO}, {', '.join(DTYPES)}, or a floating torch.dtype, got {wish!r}")
+        raise not_a_dtype(wish, (AUTO, *DTYPES), others=", or a floating torch.dtype")
     if place.type == "cpu" and dtype == torch.float16:
         _warn_of_half()
     lacks = _cpu_lacks() if place.type == "cpu" and dtype == torch.bfloat16 else None

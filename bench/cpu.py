@@ -28,6 +28,8 @@ from .run import Work, checked, choose, measure
 SECTIONS = ("layer", "decode", "training", "demo", "memory")
 USUAL = SECTIONS[:3]
 DTYPES = ("float32", "bfloat16")
+SHAPE = {"m": 512, "k": 768, "n": 768, "e": 8, "r": 16}  # of section layer
+ELSEWHERE = Path("runs") / "bench-cpu.csv"
 DEMO = (*training.MODELS, training.PLAIN, build.BUILD)
 LAYER = (
     "frozen", "fused", "hoisted", "hoisted compiled", "authors' loop", "grouped by task", "PEFT LoRA", "PEFT Poly",
@@ -88,11 +90,11 @@ def main(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"of {', '.join(DTYPES)}; repeatable; both by default")
     ] = None,
-    m: Annotated[int, typer.Option(help="section layer: tokens, a multiple of 16")] = 512,
-    k: Annotated[int, typer.Option(help="section layer: in_features")] = 768,
-    n: Annotated[int, typer.Option(help="section layer: out_features")] = 768,
-    e: Annotated[int, typer.Option(help="section layer: experts or tasks")] = 8,
-    r: Annotated[int, typer.Option(help="section layer: rank")] = 16,
+    m: Annotated[int, typer.Option(help="section layer: tokens, a multiple of 16")] = SHAPE["m"],
+    k: Annotated[int, typer.Option(help="section layer: in_features")] = SHAPE["k"],
+    n: Annotated[int, typer.Option(help="section layer: out_features")] = SHAPE["n"],
+    e: Annotated[int, typer.Option(help="section layer: experts or tasks")] = SHAPE["e"],
+    r: Annotated[int, typer.Option(help="section layer: rank")] = SHAPE["r"],
     repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 60,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
     build_commit: Annotated[
@@ -101,7 +103,10 @@ def main(
     build_venv: Annotated[
         Path | None, typer.Option(help="demo, memory: folder of its venv, made where it is missing")
     ] = None,
-    out: Annotated[Path, typer.Option(help="rows are appended to this CSV")] = RESULTS / "cpu.csv",
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f"rows are appended to this CSV; default that of the docs, of another layer {ELSEWHERE}"),
+    ] = None,
 ) -> None:
     """The CPU backend beside the alternatives: a layer, mixed decoding, a training step (at most 6 minutes)."""
     known = [name for name in dict.fromkeys((*PROVIDERS, *DEMO)) if name in {*LAYER, *DECODE, *DEMO}]
@@ -111,4 +116,8 @@ def main(
     python = None if build_venv is None else checked("--build", build.install, build_commit, build_venv)
     chosen = checked("--m/--k/--n/--e/--r", works, sections, names, shape, dtypes, python)
     torch.set_num_threads(threads)
-    measure("cpu", "cpu", chosen, [EAGER], out=out, repeats=repeats, denominator=FUSED, targets=CPU_TARGETS)
+    usual = shape == SHAPE  # targets are set, and docs are written, for one layer
+    measure(
+        "cpu", "cpu", chosen, [EAGER], out=out or (RESULTS / "cpu.csv" if usual else ELSEWHERE), repeats=repeats,
+        denominator=FUSED, targets=CPU_TARGETS if usual else (),
+    )  # fmt: skip

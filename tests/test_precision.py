@@ -157,6 +157,9 @@ def test_a_wish_is_obeyed(wish, dtype):
 
 @pytest.mark.parametrize("wish", ["fp32", "", "torch.float32", torch.int32, torch.float8_e4m3fn, None, 16])
 def test_what_is_no_dtype_is_refused(wish):
+    if wish in ("fp32", "torch.float32"):
+        with pytest.raises(ValueError, match="did you mean float32?"):
+            resolve(wish, "cpu")
     with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):
         resolve(wish, "cpu")
 

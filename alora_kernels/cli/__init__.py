@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
 from .. import recipes as recipes  # first of all: it keeps bitsandbytes quiet
-from ..dtypes import AUTO, DTYPE_NAMES
+from ..dtypes import AUTO, DTYPE_NAMES, TRAINED, check_dtype
 from ..recipes.display import quiet
 
 if TYPE_CHECKING:
@@ -44,15 +44,18 @@ def dtype_of(name: str) -> torch.dtype:
     """What `--dtype` names."""
     from ..precision import DTYPES
 
-    return DTYPES[_known(name, DTYPE_NAMES)]
+    check_dtype(name, DTYPE_NAMES, "--dtype")
+    return DTYPES[name]
 
 
 def wish_of(name: str) -> str:
-    """What `--dtype` of a base names: `auto` too."""
-    return _known(name, WISHES)
+    """What `--dtype` of a base that serves names: `auto` too."""
+    check_dtype(name, WISHES, "--dtype")
+    return name
 
 
-def _known(name: str, names: Collection[str]) -> str:
-    if name not in names:
-        raise ValueError(f"--dtype must be one of {', '.join(names)}, got {name!r}")
+def trained_in(name: str | None) -> str | None:
+    """What `--dtype` of a base that is trained on names, if it was given."""
+    if name is not None:
+        check_dtype(name, TRAINED, "--dtype")
     return name

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..adapters.method import METHODS
-from . import command
+from . import command, trained_in
 from .adapters import export_lora, import_lora
 from .analyze import analyze
 from .doctor import doctor
@@ -49,7 +49,7 @@ def demo(
             claim(output, overwrite=overwrite)
         folder = str(output) if output else None
         recipe = recipes.RECIPE.instead(
-            routing=routing, steps=steps, output=folder, seed=seed, model=model, dtype=dtype
+            routing=routing, steps=steps, output=folder, seed=seed, model=model, dtype=trained_in(dtype)
         )
         recipes.run(recipe, compare=compare)
 
@@ -77,7 +77,9 @@ def train(
         from ..recipes import train as recipes
         from ..recipes.recipe import load_recipe
 
-        recipe = load_recipe(config).instead(method=method, output=str(output) if output else None, dtype=dtype)
+        recipe = load_recipe(config).instead(
+            method=method, output=str(output) if output else None, dtype=trained_in(dtype)
+        )
         folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
     typer.echo(f"adapter saved: {folder}")
 
@@ -95,7 +97,7 @@ def evaluate(
     with command():
         from ..recipes import train as recipes
 
-        recipes.evaluate(adapter, base=base, dtype=dtype)
+        recipes.evaluate(adapter, base=base, dtype=trained_in(dtype))
 
 
 app.command()(doctor)

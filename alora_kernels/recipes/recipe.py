@@ -26,6 +26,7 @@ from pydantic import (
 
 from ..adapters.method import METHODS, Method
 from ..data import MODELS, TASKS, TaskSpec, as_source
+from ..dtypes import TRAINED, check_dtype
 from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
 FILE = "recipe.yaml"
@@ -133,6 +134,12 @@ class Recipe(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError(f"names must differ, got {', '.join(names)}")
         return tasks
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _is_dtype(cls, dtype: Any) -> Any:
+        check_dtype(dtype, TRAINED, "")
+        return dtype
 
     @field_validator("method")
     @classmethod

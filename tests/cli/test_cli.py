@@ -184,7 +184,9 @@ def test_demo_end_to_end(tmp_path, monkeypatch, routing, dtype):
 
 def test_other_bad_input(tmp_path):
     assert "must be 'task' or 'soft'" in refused("demo", "--routing", "hard")
-    assert "must be 'auto', 'float32' or 'bfloat16'" in refused("demo", "--dtype", "float16")
+    for given, hint in [("float16", "float16 is for serving"), ("bf16", "did you mean bfloat16?"), ("int8", "'int8'")]:
+        said = refused("demo", "--dtype", given)
+        assert "--dtype must be one of auto, float32, bfloat16, got" in said and hint in said
     (tmp_path / "r.yaml").write_text("tasks: [trek]\nmodel: tiny-random")
     assert "trek" in refused("train", str(tmp_path / "r.yaml"))
     (tmp_path / "empty").mkdir()
