@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..adapters.method import METHODS
+from ..version import __version__
 from . import command, trained_in
 from .adapters import export_lora, import_lora
 from .analyze import analyze
@@ -25,6 +26,21 @@ app = typer.Typer(
 
 
 app.add_typer(federated, name="fed")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"alora-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 @app.command()

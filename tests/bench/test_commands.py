@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bench import cpu, gpu
 from bench.__main__ import app
-from bench.report.rows import Row
+from bench.report.rows import RESULTS, Row
 from bench.report.sheet import read
 
 SMALL = ["--m", "32", "--k", "16", "--n", "16", "--e", "4", "--r", "2", "--repeats", "2", "--threads", "1"]
@@ -71,7 +71,21 @@ def test_a_layer_from_end_to_end(tmp_path):
     ]  # fmt: skip
     assert all(row.timed and row.m == 32 and row.e == 4 for row in rows)
     assert "4 rows written to" in said
-    assert "hoisted / fused" in said  # the table of targets
+    assert "hoisted / fused" not in said  # targets are of the usual layer
+
+
+def test_a_layer_of_another_shape_is_kept_out_of_the_docs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = invoke("cpu", "--section", "layer", "--provider", "fused", "--dtype", "float32", *SMALL)
+    assert code == 0, said
+    assert len(read(tmp_path / "runs" / "bench-cpu.csv", Row)) == 2
+
+
+def test_the_usual_layer_is_judged(tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(cpu, "measure", lambda *args, **kwargs: told.update(kwargs))
+    assert invoke("cpu", "--section", "layer", "--provider", "fused", "--dtype", "float32")[0] == 0
+    assert told["out"] == RESULTS / "cpu.csv" and told["targets"] == cpu.CPU_TARGETS
 
 
 def test_a_shape_that_cannot_be_is_refused(tmp_path):

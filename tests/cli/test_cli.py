@@ -19,6 +19,7 @@ from alora_kernels.kernels import tiles
 from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import Recipe, load_recipe
+from alora_kernels.version import __version__
 from tests.support.cli import alora, recipe, refused
 from tests.support.toyrows import need_data, write
 
@@ -30,6 +31,7 @@ def test_help_names_every_command():
     text = alora("--help")
     assert all(command in text for command in ("demo", "train", "eval", "doctor", "export", "import", "serve"))
     assert "--resume" in alora("train", "--help")
+    assert alora("--version").strip() == f"alora-kernels {__version__}"
 
 
 def test_doctor_says_what_and_why():
