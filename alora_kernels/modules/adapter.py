@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_whole
 from ..routing import Layout
 
 BASE = "__base__"
@@ -115,6 +116,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         if type(linear) is not nn.Linear:
             raise TypeError(f"{type(self).__name__} replaces an nn.Linear, got {type(linear).__name__}")
+        check_whole(linear._parameters)
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r must be a whole number >= 1, got {r!r}")
         if not 0.0 <= lora_dropout < 1.0:

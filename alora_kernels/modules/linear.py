@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import trusted_alora
+from ..ops.checks import check_whole
 from ..ops.dispatch import prepare
 from ..recompute import replayed_state
 from ..routing import ConstantRouting, Routing, current_routing
@@ -111,13 +112,15 @@ class FusedALoRALinear(nn.Module):
     ) -> FusedALoRALinear:
         """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen. Other arguments as in the class.
 
-        A TypeError for another layer, whose weight is no plain matrix: use `alora_kernels.alora_delta` on its output.
+        A TypeError for another layer, whose weight is no plain matrix: use `alora_kernels.alora_delta` on its output. A
+        ValueError for one that is split over processes.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}: for other layers add"
                 " alora_kernels.alora_delta to their output, or use the PEFT tuner"
             )
+        check_whole(linear._parameters)
         new = cls(
             linear.in_features,
             linear.out_features,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..records import acc_dtype
 from . import torch_backend
+from .checks import PLAIN
 from .dispatch import BACKENDS
 from .products import add_product_, no_autocast, product, transposed_product
 from .types import SCHEMA, TENSORS, Adapter, Needs, Saved, wider
 
-PLAIN = (Tensor, torch.nn.Parameter)
 DIRECT = ("cpu", "cuda")  # devices of tensors that hold numbers, where an op's function can be called as it is
 Gradients = tuple[Tensor | None, ...]
 _AND_NEEDS = f"{SCHEMA}, str backend, bool[] needs"

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..routing import Routing
 
+PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,16 +41,32 @@ def check(
         raise ValueError(f"base must be {shape} (x's leading shape and lora_B's rows), got {_shape(base)}")
 
 
+WHOLE = (
+    "adapters need whole weights: load the base without tensor parallelism (tp_plan, parallelize_module); under FSDP2"
+    " adapt the model first, then call fully_shard on it, and call it from its top"
+)
+
+
+def check_whole(tensors: Mapping[str, Any], module: str | None = None, remedy: str = WHOLE) -> None:
+    """Raise a ValueError if one of these tensors, of a module, is a DTensor, of which each process holds a part."""
+    for name, t in tensors.items():
+        if hasattr(t, "device_mesh"):
+            name = f"{module}.{name}" if module else name
+            raise ValueError(f"{name} is a DTensor, {t.placements} over {t.device_mesh}, and {remedy}")
+
+
 def suits(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, *, weight: Tensor | None = None, base: Tensor | None = None
 ) -> bool:
     """Whether this x suits tensors that are known to fit each other; if not, the checks above say what is wrong."""
     if x.dim() == 0 or x.shape[-1] != lora_A.shape[2] or x.dtype not in FLOATS:
         return False
+    if type(x) not in PLAIN or type(lora_A) not in PLAIN or type(lora_B) not in PLAIN:
+        return False
     device = x.device
     if lora_A.device != device or lora_B.device != device:
         return False
-    if weight is not None and (weight.dtype != x.dtype or weight.device != device):
+    if weight is not None and (weight.dtype != x.dtype or weight.device != device or type(weight) not in PLAIN):
         return False
     return base is None or (base.device == device and base.shape == (*x.shape[:-1], lora_B.shape[0]))
 
@@ -88,8 +108,10 @@ def check_weight(x: Tensor, weight: Tensor, lora_B: Tensor, bias: Tensor | None)
 
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
-    """Raise unless all tensors are floating point (16 to 64 bits) and live where x lives."""
-    for name, t in {"x": x, **others}.items():
+    """Raise unless all tensors are whole, floating point (16 to 64 bits), and live where x lives."""
+    tensors = {"x": x, **others}
+    check_whole(tensors)
+    for name, t in tensors.items():
         if t is None:
             continue
         if t.dtype not in FLOATS:

@@ -11,6 +11,8 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..ops.checks import WHOLE, check_whole
+
 
 def base_of(module: nn.Module) -> nn.Module:
     """The module below any adapters."""
@@ -36,6 +38,15 @@ def features(module: nn.Module) -> tuple[int, int]:
     if in_features is None or out_features is None:
         raise ValueError(f"{type(module).__name__} has no in_features and out_features: it cannot be adapted")
     return in_features, out_features
+
+
+def refuse_split(module: nn.Module, name: str = "") -> None:
+    """Raise a ValueError if processes share the weights of a module, or of one inside it."""
+    check_whole(dict(module.named_parameters()), name)
+    for key, part in module.named_modules():
+        if (plan := getattr(part, "_hf_tp_plan", None)) is not None:  # transformers before 5.17: no DTensor says so
+            key = f"{name}.{key}".strip(".")
+            raise ValueError(f"{key} is split over processes by the tp_plan {plan!r}, and {WHOLE}")
 
 
 def hooked(base: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modules.adapter import delta_weight, reset_adapter_
 from ..ops import trusted_alora
+from ..ops.checks import check_whole
 from ..ops.dispatch import prepare
 from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
@@ -287,6 +288,7 @@ class ALoRALinear(nn.Module, ALoRALayer):
             base, first = cast(nn.Linear, self.base_layer), active.pop(0)
             out = trusted_alora(x, weight=base.weight, bias=base.bias, **self._adapter(first, x, state))
         else:
+            check_whole(self.base_layer._parameters, self.rows_name)
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
                 out = self.quantization_backend.maybe_clone_base_result(out)

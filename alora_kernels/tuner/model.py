@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..routing import current_routing, route
 from ..text import listed
-from .base_layer import guard_gradients
+from .base_layer import guard_gradients, refuse_split
 from .config import PREFIX, ALoRAConfig, unwrapped
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
 from .probe import Finding, probe
@@ -59,6 +59,7 @@ class ALoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
+        refuse_split(model)
         if getattr(self, "findings", None) is None:
             self.findings = probe(model)
         tasks = len(peft_config.tasks or ())

@@ -1,7 +1,7 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
 PEFT has no plugin hook, and its "aLoRA" is IBM's *Activated* LoRA: hence the name. The import changes no function of
-PEFT; `adjust_peft` wraps three when the first ALoRA model of a process is made, and other types go through untouched.
+PEFT; `adjust_peft` wraps four when the first ALoRA model of a process is made, and other types go through untouched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from ..files import written_whole
+from ..ops.checks import check_whole
 
 NAME = "ASYMLORA"
+GATHER = (
+    "a file holds whole matrices: on every process make state_dict=get_model_state_dict(model,"
+    " options=StateDictOptions(full_state_dict=True)), of torch.distributed.checkpoint.state_dict, and give it to"
+    " save_pretrained"
+)
 
 
 def extend_str_enum(cls: type[enum.Enum], name: str) -> Any:
@@ -103,6 +109,13 @@ def _save_file(save: Callable[..., None], tensors: Any, filename: str, *args: An
         save(tensors, os.path.join(folder, path.name), *args, **kwargs)
 
 
+def _save_pretrained(save: Callable[..., None], self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained`, which finds no storage in a part of a matrix and does not say where."""
+    if kwargs.get("state_dict") is None:
+        check_whole({name: p for name, p in self.named_parameters() if ".asymlora_" in name}, remedy=GATHER)
+    save(self, *args, **kwargs)
+
+
 def _load_adapter(
     load: Callable[..., Any], self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -127,6 +140,7 @@ def adjust_peft() -> None:
         (peft_model, "get_alora_offsets_for_forward", _search_adapter_names),
         (peft_model, "get_alora_offsets_for_generate", _search_adapter_names),
         (peft_model, "safe_save_file", _save_file),
+        (PeftModel, "save_pretrained", _save_pretrained),
         (PeftModel, "load_adapter", _load_adapter),
     ):
         function = getattr(owner, name)

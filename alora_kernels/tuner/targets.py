@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..routing import Layout
 from ..text import some
-from .base_layer import base_of, outside_adapters, quantization_backend
+from .base_layer import base_of, outside_adapters, quantization_backend, refuse_split
 from .probe import Finding
 
 EXAMPLES = 4  # patterns of names shown for each reason
@@ -50,6 +50,7 @@ def targets_of(model: nn.Module, config: Any) -> list[str]:
 def check_target(model: nn.Module, name: str, tasks: int) -> None:
     """Raise a ValueError with the remedy unless it is a linear layer that ids of so many tasks can be used at."""
     base, parent = base_of(model.get_submodule(name)), _parent(model, name)
+    refuse_split(base, name)
     kind, leave_out = type(base).__name__, f"leave it out of target_modules or add it to exclude_modules: {name!r}"
     if isinstance(base, nn.Embedding):
         why = f"is an {kind}: ALoRA adapts linear layers. To train it, put it in modules_to_save, or {leave_out}"
