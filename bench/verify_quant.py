@@ -260,8 +260,8 @@ def main(
     verdicts, missing = [], []
     with TemporaryDirectory(prefix="verify-quant-") as name:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 128}
-        LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(name)
+        sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=128)).save_pretrained(name)
         for way, prepare in ways().items():
             try:
                 load = prepare()
