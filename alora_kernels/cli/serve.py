@@ -53,6 +53,7 @@ def serve(
     cache_dtype: Annotated[
         str, typer.Option(help="of the KV cache: auto, as the base, or bfloat16, half of float32's memory")
     ] = "auto",
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="capture steps and replay them, on a GPU")] = False,
     resident: Annotated[int, typer.Option(help="tasks on the device at most", min=1)] = 64,
     host_tasks: Annotated[int | None, typer.Option(help="further tasks in memory; the rest on disk", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
@@ -83,7 +84,9 @@ def serve(
             model,
             adapter,
             EngineConfig(
-                **{name: given for name, given in sizes.items() if given is not None}, cache_dtype=cache_dtype
+                **{name: given for name, given in sizes.items() if given is not None},
+                cache_dtype=cache_dtype,
+                cuda_graphs=cuda_graphs,
             ),
             resident=resident,
             host_tasks=host_tasks,
@@ -140,6 +143,7 @@ def open_engine(
             raise RuntimeError("no CUDA or ROCm device here")
     except RuntimeError as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from None
+    config.check_device(place)
     chosen = precision.explain(place, dtype)
     display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     with display.err.status(f"loading {model} and {len(adapters)} adapter folders ..."):

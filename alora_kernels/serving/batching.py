@@ -3,8 +3,9 @@
 The loop looks requests up in the `RequestTable` and tells it their tokens. Three things are put into transformers'
 manager, each where the batch is already known:
 - the slots of the batch's tokens are written into one static buffer when its tensors are prepared, so every layer reads
-  its row groups from the same ids (and a replayed CUDA graph would read the new ones);
-- tokens are chosen row by row (`sampling.choose`);
+  its row groups from the same ids, and a replayed CUDA graph reads the new ones;
+- tokens are chosen row by row (`sampling.choose`), after the step: what it runs may be a graph that was captured for
+  another batch, so it leaves its scores in a static buffer and knows nothing of the requests' settings;
 - a step that raises, or whose logits are not finite, is repeated request by request: only the one at fault fails.
 
 On CPUs each request attends to its own keys (`attention`), and the cache takes memory as it fills.
@@ -22,8 +23,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -42,17 +44,22 @@ from ..routing import route
 from ..tuner.layer import ALoRALayer
 from . import attention
 from .layer import StepRouting
-from .openmp import Threads
 from .request import Sampling
-from .request_table import RequestTable, Run
 from .sampling import Row, choose
+
+if TYPE_CHECKING:
+    from .openmp import Threads
+    from .request_table import RequestTable, Run
 
 log = logging.getLogger("alora_kernels.serving")
 GONE = Row(Sampling(temperature=0), float)  # a request that ended while its last batch was on its way
 BASE_SLOT = -1  # the base model alone
 LONGEST = 4096  # tokens of context without being asked for more
 PER_REQUEST = 512  # cached tokens per request of a batch, if not said otherwise
+GRAPH_DEVICES = {"cuda"}  # torch calls ROCm's so, too
 CACHE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
+READ_STEP = 4096  # a captured step reads the cache in multiples of it: fewer graphs, or less that is read in vain
+FLASH_PAGE = 256  # flash attention's own paged kernel takes pages of a multiple
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,27 @@ class EngineConfig:
     batch_tokens: int = 512  # of one step; a longer prompt is read in several, between which others go on
     page_size: int = 32  # tokens per block of the cache
     cache_dtype: str = "auto"  # of cached keys and values: "bfloat16", or "auto", the model's
+    cuda_graphs: bool = False  # steps are captured once per padded size and replayed: less Python, some padding
 
     def __post_init__(self) -> None:
         if self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
         for name, value in dataclasses.asdict(self).items():
             least = {"max_context": 2, "page_size": 4}.get(name, 1)
-            if name != "cache_dtype" and value is not None and value < least:
+            if type(value) is int and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise a ValueError if the engine cannot be what it is told to be on this device."""
+        if self.cuda_graphs and device.type not in GRAPH_DEVICES:
+            raise ValueError(
+                f"cuda_graphs (--cuda-graphs) replays the launches of a CUDA or ROCm GPU, and {device.type} has none:"
+                " leave it off"
+            )
 
     def resolved(self, model: Any) -> EngineConfig:
         """The same with every size known, for this model; a ValueError if sizes and model do not go together."""
+        self.check_device(model.device)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
         context = self.max_context or min(limit, LONGEST)
         if context > limit:
@@ -105,7 +122,9 @@ def cache_config(sizes: EngineConfig) -> ContinuousBatchingConfig:
         "max_requests_per_batch": sizes.max_batch,
         "allow_block_sharing": False,
         "use_async_batching": False,  # the ids of a batch are written for the step that follows at once
-        "use_cuda_graph": False,
+        "use_cuda_graph": sizes.cuda_graphs,
+        "kv_padding_interval_size": READ_STEP,
+        "max_blocks_per_request": None if page % FLASH_PAGE == 0 else 0,
         "auto_switch_to_flash": False,
     }
     return ContinuousBatchingConfig(**{name: value for name, value in settings.items() if name in known})
@@ -159,14 +178,14 @@ class _ZerosAsTheyAreTouched(TorchFunctionMode):
 class TaskBatching(ContinuousBatchingManager):
     """The manager of one generation loop, which runs in a thread of its own from here on and tells the table.
 
-    Its products take so many `threads` at most.
+    Its products take as many threads as `threads` says.
 
     Raises:
         ValueError: a `cache_dtype` for a model whose attention is not per request; a model whose attention would be
             computed without what it asks for, such as soft caps.
     """
 
-    def __init__(self, model: PreTrainedModel, sizes: EngineConfig, table: RequestTable, threads: int) -> None:
+    def __init__(self, model: PreTrainedModel, sizes: EngineConfig, table: RequestTable, threads: Threads) -> None:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)  # each request brings its own
         attention.give_back(model)  # of a loop that died
         self._masked = attention.why_not(model)  # the reason why all requests meet under a mask
@@ -189,8 +208,9 @@ class TaskBatching(ContinuousBatchingManager):
         self.output_router = _Outputs(table)
         self._table = table
         self._segments: Segments | None = None
-        self._threads = Threads(threads)
+        self._threads = threads
         self._task_ids = torch.empty(0)  # [max_batch_tokens], once the cache is there
+        self._scores: Tensor | None = None  # [max_batch, V], once a step has some
         self._before: list[Before] = []
         self._tokens = 0
         thread = threading.Thread(target=self._run_generation_loop, name="alora-generation", daemon=True)
@@ -240,6 +260,8 @@ class TaskBatching(ContinuousBatchingManager):
         self._io.prepare_batch_tensors = self._prepare_batch_tensors  # type: ignore[method-assign]
         runner: Any = processor.model_runner
         runner._sample = self._sample
+        self._compute = runner.compute_batch
+        runner.compute_batch = self._compute_batch
         if isinstance(model.get_output_embeddings(), ALoRALayer):
             runner._model_supports_logits_to_keep = False  # ids are per token: it must see all of them
         return processor
@@ -301,21 +323,39 @@ class TaskBatching(ContinuousBatchingManager):
             super()._generation_step()
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """Next tokens of the rows that get one, `scores` being `[1, n, V]`, into `output_ids[0, :n]`.
+        """Leave the scores `[1, n, V]` of the rows that get a token where `_compute_batch` reads them."""
+        if self._scores is None:
+            self._scores = scores.new_empty(self._io.max_requests_per_batch, scores.shape[-1])
+        self._scores[: scores.shape[1]].copy_(scores[0])
+
+    def _compute_batch(self, model: Any, batch: dict[str, Any]) -> None:
+        """As transformers does, then next tokens for the rows that get one, into `output_ids[0, :n]`.
 
         NaN fail the step: where attention is under a mask, those of one request reach all others.
         """
+        runner, stream = self._processor.model_runner, self._io.compute_stream
+        try:
+            self._compute(model, batch)
+        except Exception as error:
+            if runner.use_cuda_graph_varlen:  # it would be tried, and the batch repeated one by one, at every step
+                log.warning("steps run without CUDA graphs from now on, since one could not be captured: %s", error)
+                runner.pad_inputs = runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = False
+            raise
         ids = [before.future.state.request_id for before in self._before if before.future.has_new_token]
         runs = [self._table.running.get(id) for id in ids]
         rows = [GONE if run is None else run.row for run in runs]
-        output_ids[0, : len(rows)].copy_(choose(scores[0, : len(rows)], rows))
+        assert self._scores is not None
+        with nullcontext() if stream is None else torch.get_device_module(stream.device).stream(stream):
+            self._io.output_ids[0, : len(rows)].copy_(choose(self._scores[: len(rows)], rows))
 
     def _one_by_one(self, error: Exception) -> None:
         """The step again for each request alone; one that fails alone is failed, the others have their tokens.
 
         Writing the same keys and values to the same places again changes nothing.
         """
-        io, batch = self._io, self._before
+        io, batch, runner = self._io, self._before, self._processor.model_runner
+        usual = runner.pad_inputs, runner.use_cuda_graph_varlen
+        runner.pad_inputs = runner.use_cuda_graph_varlen = False  # the sizes of one request are seldom seen again
         done: list[FutureRequestState] = []
         tokens: list[int] = []
         for before in batch:
@@ -339,6 +379,7 @@ class TaskBatching(ContinuousBatchingManager):
             if before.future.has_new_token:
                 tokens.append(int(io.output_ids[0, 0]))
             done.append(before.future)
+        runner.pad_inputs, runner.use_cuda_graph_varlen = usual
         self._before = batch
         io.requests_in_batch, io.num_request_in_batch = done, len(done)
         io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batching import EngineConfig, TaskBatching
-from .openmp import release_workers
+from .openmp import Threads, release_workers
 from .request import (
     Completion,
     Generation,
@@ -117,7 +117,7 @@ class Engine:
             if self.state != "new":
                 raise NotServingError(f"the engine is {self.state}: make a new one")
             self._table.state, self._started = "ready", time.perf_counter()
-        make_loop = partial(TaskBatching, self.model, self.config, self._table, torch.get_num_threads())
+        make_loop = partial(TaskBatching, self.model, self.config, self._table, Threads(torch.get_num_threads()))
         try:
             self._admission = Admission(self._table, make_loop)
         except BaseException:

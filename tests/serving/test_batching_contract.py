@@ -43,6 +43,7 @@ METHODS = [
         "requests_in_batch logits_processors use_decode_fast_path num_q_tokens max_kv_read use_padding",
     ),
     (ModelRunner, "_sample", "scores output_ids"),
+    (ModelRunner, "compute_batch", "model batch_data"),
     (Scheduler, "finish_request", "request_id"),
     (Scheduler, "set_request_cancellation", "request_id"),
     (requests.GenerationOutput, "is_finished", ""),
@@ -53,6 +54,8 @@ ATTRIBUTES = {
     "manager.background_thread_status": ("fatal_error",),
     "manager": ("batch_processor", "logit_processor", "output_router", "_generation_thread"),
     "processor.inputs_and_outputs": (
+        "compute_stream",
+        "max_requests_per_batch",
         "num_q_tokens",
         "num_request_in_batch",
         "output_ids",
@@ -63,7 +66,12 @@ ATTRIBUTES = {
     "processor.cache": ("cache_allocators", "layer_to_allocator"),
     "allocator": ("_kv_token_views", "index"),
     "processor": ("max_batch_tokens", "use_async_batching"),
-    "processor.model_runner": ("_model_supports_logits_to_keep",),
+    "processor.model_runner": (
+        "_model_supports_logits_to_keep",
+        "pad_inputs",
+        "use_cuda_graph_decode",
+        "use_cuda_graph_varlen",
+    ),
     "processor.scheduler": ("active_requests", "waiting_requests"),
     "state": ("position_offset", "request_id", "tokens_to_process"),
     "future": ("has_new_token", "query_length", "state"),
@@ -117,6 +125,14 @@ def test_the_settings_mean_what_they_say(parts):
     config = parts["manager"].continuous_batching_config
     assert parts["processor"].use_async_batching is False and config.allow_block_sharing is False
     assert config.use_cuda_graph in (False, (False, False)) and parts["processor"].max_batch_tokens >= 2
+    graphs = cache_config(EngineConfig(cuda_graphs=True, cache_tokens=4096))
+    assert graphs.cuda_graph_booleans == (True, True) and graphs.kv_padding_interval_size > 0
+
+
+def test_flash_attention_reads_pages_itself_only_where_it_can():
+    """Its paged kernel refuses pages that are no multiple of 256."""
+    pages = {size: cache_config(EngineConfig(page_size=size)).max_blocks_per_request for size in (32, 256, 300, 512)}
+    assert pages == {32: 0, 256: None, 300: 0, 512: None}
 
 
 def test_the_cache_writes_and_reads_where_attention_does(parts):
