@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..modules.adapter import task_ids_from_names
@@ -20,6 +21,7 @@ from .rules import IGNORED, BatchRules
 
 FILL = {"special_tokens_mask": 1}  # what is no token counts as special; every other column is filled with 0
 LABELS = ("labels", "label", "label_ids")  # as transformers' own collators read them
+PAIRS = {"chosen", "chosen_ids"}  # columns of TRL's preferences: a batch has two rows for each
 
 
 class TaskCollator:
@@ -225,9 +227,10 @@ def _per_token(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
 class WithTasks:
     """A collator that knows nothing of tasks, beside a column `task`.
 
-    It gives the collator's batch and `task_ids`: `[B]`, or `[1, T]` with an id per token where all rows are put in one.
-    The inner collator, one of transformers' say, gets the rows without `task`, unless it asks for it; with `rules`, a
-    tokenizer that pads where the model cannot bear it is warned of.
+    It gives the collator's batch and `task_ids`: `[B]`, `[2 B]` for TRL's pairs, which lie as all chosen before all
+    rejected, or `[1, T]` with an id per token where all rows are put in one. A row that was packed before has lists
+    `task` and `seq_lengths`. The inner collator, one of transformers' say, gets the rows without `task`, unless it asks
+    for it; with `rules`, a tokenizer that pads where the model cannot bear it is warned of.
     """
 
     def __init__(self, collator: Any, tasks: Sequence[str], rules: BatchRules | None = None) -> None:
@@ -255,21 +258,39 @@ class WithTasks:
             return self.collator(list(features))
         if not self.tasks:  # of a model that takes no ids
             return batch
-        ids = task_ids_from_names([f["task"] for f in features], self.tasks)
-        batch["task_ids"] = self._spread(ids, features, batch)
+        batch["task_ids"] = self._ids(features, batch)
         return batch
 
-    @staticmethod
-    def _spread(ids: Tensor, features: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
+    def _ids(self, features: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
         """An id per row of the batch, or per token where rows were joined."""
+        packed = any(isinstance(f["task"], list) for f in features)
+        alone = [(f["task"], len(f.get("input_ids", ()))) for f in features]
+        texts = [text for row, f in enumerate(features) for text in _texts(row, f)] if packed else alone
+        names, lengths = zip(*texts, strict=True)
+        ids = task_ids_from_names(names, self.tasks)
         inputs = next((v for k, v in batch.items() if k == "input_ids" or isinstance(v, Tensor)), None)
         shape = tuple(getattr(inputs, "shape", ()))
-        if not shape or shape[0] == len(features):
+        if not packed and (not shape or shape[0] == len(features)):
             return ids
-        tokens = torch.tensor([len(f.get("input_ids", ())) for f in features])
-        if shape == (1, int(tokens.sum())):
-            return ids.repeat_interleave(tokens)[None]
+        if not packed and shape[0] == 2 * len(features) and PAIRS & features[0].keys():
+            return ids.repeat(2)  # all that were chosen, then all that were rejected
+        if shape[:1] == (1,) and isinstance(inputs, Tensor) and all("input_ids" in f for f in features):
+            given = torch.cat([torch.as_tensor(f["input_ids"]) for f in features]).to(inputs)
+            if torch.equal(inputs[0, : len(given)], given):  # a collator may fill up on the right
+                each = ids.repeat_interleave(torch.tensor(lengths))
+                return F.pad(each, (0, inputs.shape[1] - len(each)), value=-1)[None]
         raise ValueError(
             f"the data_collator made a batch of shape {shape} from {len(features)} rows: which task each part belongs"
             " to is not known; let it return `task_ids`, one per row or per token"
         )
+
+
+def _texts(row: int, feature: Mapping[str, Any]) -> list[tuple[Any, int]]:
+    """Task and length of each text in a packed row, whose `task` is a list."""
+    tasks, lengths, tokens = feature["task"], feature.get("seq_lengths") or [], len(feature["input_ids"])
+    if not isinstance(tasks, list) or len(tasks) != len(lengths) or sum(lengths) != tokens:
+        raise ValueError(
+            f"row {row} of the batch has {tokens} tokens, `task` {tasks!r} and `seq_lengths` {lengths!r}: a packed row"
+            " has a list of tasks and as many lengths, which add up to its tokens"
+        )
+    return list(zip(tasks, lengths, strict=True))

@@ -324,7 +324,8 @@ class ALoRALinear(nn.Module, ALoRALayer):
             raise ValueError(
                 f"adapter {name!r} has the tasks {', '.join(tasks)} and this call says none: pass"
                 " adapter_names=[...] (one task per row) to the PEFT model, call the model inside"
-                " `with alora_kernels.route(ids):`, or fix one with alora_kernels.set_task(model, task)"
+                " `with alora_kernels.route(ids):`, or fix one with alora_kernels.set_task(model, task);"
+                " in TRL: alora_kernels.integrations.trl.with_tasks(SFTTrainer)(...) and a column `task` in the dataset"
             )
         return constant_routing(task, x.shape[:-1], x.device)
 

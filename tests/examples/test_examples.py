@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ..support.toyrows import need_data
 
@@ -56,3 +58,14 @@ def test_accelerate_lora(tmp_path):
     assert abs(loss - stock_loss) < 0.1  # other dropout masks
     assert kept < stock_kept
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "trl_kto", "trl_reward", "trl_grpo"])
+def test_trainers_of_trl(tmp_path, name):
+    pytest.importorskip("trl")
+    need_data("trec")  # whose package has the tokenizer
+    history = load(name).main(model="tiny-random", steps=2, output=str(tmp_path))
+    assert all(math.isfinite(entry["grad_norm"]) and entry["grad_norm"] > 0 for entry in history[:2])
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(t.abs().max() > 0 for key, t in saved.items() if "asymlora_B" in key)
+    assert {len(t) for key, t in saved.items() if "asymlora_A" in key} == {2}

@@ -1,0 +1,1 @@
+"""Other people's trainers, as they are: each module needs the library that it is named after."""

@@ -1,0 +1,293 @@
+"""TRL's trainers for batches that mix tasks: `with_tasks(SFTTrainer)(model, args=..., train_dataset=...)`.
+
+TRL drops the column that says a row's task, and its batches are not its datasets' rows: pairs lie as all chosen before
+all rejected, GRPO generates for many batches at once, shuffles what came of it and asks for it in parts, packed rows
+hold several texts. Here the column stays, ids follow every one of these steps, and each call of the model is routed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import warnings
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..modules.adapter import task_ids_from_names
+from ..routing import route
+from ..training import KeepAbsentTasks, tasks
+from ..training.collator import WithTasks
+from ..training.output_head import without_dropout
+from ..training.packing import SAME
+
+TESTED = (1, 0), (1, 16)  # releases of TRL, the first and the last
+
+
+class TaskTrainer(Trainer):
+    """What every trainer needs; `with_tasks` puts it before one of TRL's.
+
+    Args:
+        *args: as the trainer's, as are all others. Rows of the datasets need a `task`, a name or an id.
+        keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
+
+    Raises:
+        ValueError: no active adapter picks by task, a dataset has no column `task`, or one that no adapter knows.
+    """
+
+    model: Any
+    data_collator: Any
+    _running: Tensor | None = None  # ids of the batch that is computed
+    _keeper: KeepAbsentTasks | None = None
+
+    def __init__(self, *args: Any, keep_absent_tasks: bool = True, **kwargs: Any) -> None:
+        self._keeps = keep_absent_tasks
+        super().__init__(*args, **kwargs)
+        names, tables = self._tasks()
+        if not tables:
+            raise ValueError(
+                "no active adapter picks by task: give peft_config=ALoRAConfig(tasks=[...]) or a model that has one"
+            )
+        given = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        tasks.check_datasets({k: v for k, v in given.items() if "seq_lengths" not in _columns(v)}, names, tables)
+
+    def _tasks(self) -> tuple[tuple[str, ...], tasks.Tables]:
+        """Names that ids count, and the tables of the active adapters."""
+        tables = tasks.active_tables(tasks.task_layers(self.model))
+        return tasks.names_of(tables), tables
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or []), "task"]))
+
+    @contextlib.contextmanager
+    def _collating(self) -> Iterator[None]:
+        """Loaders that are made here give ids; TRL finds its own collator everywhere else."""
+        plain = self.data_collator
+        self.data_collator = WithTasks(plain, self._tasks()[0])
+        try:
+            yield
+        finally:
+            self.data_collator = plain
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._collating():
+            return super()._get_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _routed(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The batch without its ids, which route every call of the model inside."""
+        if inputs.get("task_ids") is None:
+            raise ValueError(
+                "the batch says no task of its rows: give the dataset a column `task` with a name per row; a"
+                " data_collator of your own gets rows without it and returns one entry per row"
+            )
+        before, self._running = self._running, inputs["task_ids"]
+        try:
+            with route(tasks.batch_routing(inputs["task_ids"], *self._tasks())):
+                yield {name: value for name, value in inputs.items() if name != "task_ids"}
+        finally:
+            self._running = before
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's, routed."""
+        with self._routed(inputs) as known:
+            return super().compute_loss(model, known, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the trainer's, with the rows of absent tasks kept."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._keeper is not None:
+            self._keeper.remove()
+        self._keeper = KeepAbsentTasks(optimizer, tasks.stacked_a(self.model)) if self._keeps else None
+        return optimizer
+
+
+class _WithReference(TaskTrainer):
+    """DPO, KTO: the reference is asked for a batch, or before training for all; it may be a copy of the adapter."""
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        with self._collating():
+            return parent._precompute_ref_logps(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args: Any) -> Any:
+        """As the trainer's, routed."""
+        parent: Any = super()
+        with self._routed(args[-1]) as known:
+            return parent.compute_ref_log_probs(*args[:-1], known)
+
+
+class _Packing(TaskTrainer):
+    """SFT: texts that are packed keep their tasks, and the model is proven to keep them apart."""
+
+    padding_free: bool
+    _proven = False
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        columns = _columns(dataset)
+        if "task" not in columns:
+            raise ValueError(f"the {name} dataset has no `task` column (a name per row), only {', '.join(columns)}")
+        if "seq_lengths" in columns:
+            return dataset  # was here before
+        parent: Any = super()
+        dataset = parent._prepare_dataset(dataset, processing_class, args, False, formatting_func, name)
+        if not packing:
+            return dataset
+        if args.packing_strategy != "bfd" or args.max_length is None:
+            told = f"packing_strategy={args.packing_strategy!r} with max_length={args.max_length}"
+            raise ValueError(f"{told}: texts of several tasks are packed whole, by 'bfd' up to a max_length")
+        if not self.padding_free:
+            raise ValueError(
+                "eval_packing=True needs packing=True: TRL lets packed texts of padded batches see each other"
+            )
+        packed = pack_rows(dataset, args.max_length)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's, routed; the first batch of several texts in a row is proven first."""
+        if not self._proven and "attention_mask" not in inputs and "position_ids" in inputs:
+            self._prove(model, inputs)
+            self._proven = True
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _prove(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Raise a ValueError unless the model gives the second text of a row the logits that it has alone."""
+        row, ids = inputs["input_ids"], inputs["task_ids"]
+        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), row.shape[1]]
+        start, end = starts[:2] if len(starts) == 2 else starts[1:3]
+
+        def logits(given: dict[str, Any], first: int) -> Tensor:
+            places = torch.arange(first, first + end - start, device=row.device)
+            with self._routed(given) as known, self.compute_loss_context_manager():
+                return model(**known, use_cache=False, logits_to_keep=places).logits[0].double()
+
+        with without_dropout(model):
+            alone = logits({"input_ids": row[:, start:end], "task_ids": ids[:, start:end]}, 0)
+            together = logits({name: value for name, value in inputs.items() if name != "labels"}, start)
+        dtype = torch.get_autocast_dtype(row.device.type) if self.args.bf16 or self.args.fp16 else self.model.dtype
+        error = float((together - alone).norm() / alone.norm())
+        if not error <= SAME.get(dtype, 4 * torch.finfo(dtype).eps):
+            raise ValueError(
+                f"logits of a text in a packed row are off by {error:.2g}, attention being"
+                f" {self.model.config._attn_implementation!r}: the model does not keep packed texts apart, so set"
+                " packing=False and padding_free=False"
+            )
+
+
+class _Generating(TaskTrainer):
+    """GRPO, RLOO: a batch is rows of a dataset until completions were generated, then as those were shuffled."""
+
+    use_vllm: bool
+
+    @contextlib.contextmanager
+    def _collating(self) -> Iterator[None]:
+        yield  # its collator gives the rows as they are
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        parent: Any = super()
+        if self.use_vllm:
+            raise ValueError("use_vllm=True generates with weights that one task was merged into: leave it out")
+        told = all("task" in row for row in inputs)
+        ids = task_ids_from_names([row["task"] for row in inputs], self._tasks()[0]) if told else None
+        with self._routed({"task_ids": ids}):
+            return parent._generate_and_score_completions(inputs) | {"task_ids": ids}
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, batch_size: Any = None, **given: Any
+    ) -> Any:
+        """As the trainer's, which would call the model for some rows at a time: here each time with their ids."""
+        parent: Any = super()
+        cut = batch_size and not any(isinstance(value, Tensor | list) for value in given.values())  # images are not
+        ids, size, parts = self._running, batch_size if cut else len(input_ids), []
+        assert ids is not None
+        for ids_of_part, *part in zip(*(t.split(size) for t in (ids, input_ids, attention_mask)), strict=True):
+            with self._routed({"task_ids": ids_of_part}):
+                parts.append(parent._get_per_token_logps_and_entropies(model, *part, keep, **given))
+        return tuple(
+            None if found[0] is None else torch.cat(found) if found[0].dim() else torch.stack(found).mean()
+            for found in zip(*parts, strict=True)
+        )
+
+
+def _columns(dataset: Any) -> list[str]:
+    """Names of the columns; none where they cannot be told."""
+    names = getattr(dataset, "column_names", ())
+    return list(next(iter(dataset)) if names is None else names)
+
+
+def pack_rows(dataset: Any, max_length: int) -> Any:
+    """Rows of several texts, at most `max_length` tokens each, of tokenised rows with `input_ids`, `labels`, `task`.
+
+    `dataset` is one of `datasets`, streams included. Best-fit decreasing within 1000 rows: no text is cut, lists `task`
+    and `seq_lengths` say whose each is. A text longer than max_length is a ValueError.
+    """
+    name_of = getattr((dataset.features or {}).get("task"), "int2str", None)
+
+    def pack(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        lengths = [len(ids) for ids in batch["input_ids"]]
+        told = {"task": [name_of(t) for t in batch["task"]] if name_of else batch["task"], "seq_lengths": lengths}
+        packs = best_fit(lengths, max_length)
+        joined = {key: [[x for i in p for x in batch[key][i]] for p in packs] for key in ("input_ids", "labels")}
+        return joined | {key: [[values[i] for i in p] for p in packs] for key, values in told.items()}
+
+    return dataset.map(pack, batched=True, remove_columns=_columns(dataset))
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which texts share a row: the longest first, each where it leaves the least room; empty ones are left out."""
+    if max(lengths, default=0) > size:
+        raise ValueError(f"a text has {max(lengths)} tokens, and a packed row {size}: shorten it before")
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # left in a pack, and which
+    for text in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        place = bisect_left(room, (lengths[text], 0))
+        free, pack = room.pop(place) if place < len(room) else (size, len(packs))
+        packs += [[]] if pack == len(packs) else []
+        packs[pack].append(text)
+        insort(room, (free - lengths[text], pack))
+    return packs
+
+
+KINDS: dict[str, type[TaskTrainer]] = {
+    "SFTTrainer": _Packing, "DPOTrainer": _WithReference, "KTOTrainer": _WithReference, "RewardTrainer": TaskTrainer,
+    "GRPOTrainer": _Generating, "RLOOTrainer": _Generating,
+}  # fmt: skip
+
+
+@functools.cache
+def with_tasks(trainer: type) -> Any:
+    """A subclass of one of TRL's trainers, see `TaskTrainer`, for datasets with a column `task`.
+
+    Args:
+        trainer: SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer, GRPOTrainer, RLOOTrainer, or a subclass.
+
+    Raises:
+        TypeError: another class, of which it is not known where its batches have a dataset's rows.
+
+    Example:
+        >>> config = ALoRAConfig(tasks=["math", "code"], target_modules="all-linear", task_type="CAUSAL_LM")
+        >>> trainer = with_tasks(SFTTrainer)(model, args=args, train_dataset=dataset, peft_config=config)
+    """
+    names = [c.__name__ for c in getattr(trainer, "__mro__", ()) if c.__module__.startswith("trl.")]
+    kind = next((KINDS[name] for name in names if name in KINDS), None)
+    if kind is None:
+        raise TypeError(f"with_tasks knows {', '.join(KINDS)} and their subclasses, got {trainer!r}")
+    _check_version(importlib.metadata.version("trl"))
+    return type(f"{trainer.__name__}WithTasks", (kind, trainer), {"__module__": __name__})
+
+
+@functools.cache
+def _check_version(version: str) -> None:
+    first, last = TESTED
+    if not first <= tuple(int(part) for part in version.split(".")[:2]) <= last:
+        span = " to ".join(".".join(map(str, tested)) for tested in TESTED)
+        warnings.warn(f"TRL {version} was not tested with tasks, only {span} were", stacklevel=3)
