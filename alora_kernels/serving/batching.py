@@ -286,6 +286,7 @@ class TaskBatching(ContinuousBatchingManager):
         self._tokens = len(slots)
         padded = self._io.num_q_tokens
         slots += [BASE_SLOT] * (padded - len(slots))
+        # blocking, after all of the batch: a GPU's step runs on a stream of its own, which waits for no other
         self._task_ids[:padded].copy_(torch.tensor(slots, dtype=torch.int32))
         if self._masked is None:
             self._segments = self._segments_of(requests_in_batch)
