@@ -1,8 +1,8 @@
 """TRL's trainers for batches that mix tasks: `with_tasks(SFTTrainer)(model, args=..., train_dataset=...)`.
 
-TRL drops the column that says a row's task, and its batches are not its datasets' rows: pairs lie as all chosen before
-all rejected, GRPO generates for many batches at once, shuffles what came of it and asks for it in parts, packed rows
-hold several texts. Here the column stays, ids follow every one of these steps, and each call of the model is routed.
+TRL drops the column that says a row's task, and its batches are not its datasets' rows: pairs are all chosen before all
+rejected, GRPO generates for many batches at once, shuffles them and scores them in parts, packed rows hold several
+texts. Here the column stays, ids follow each of these steps, and every call of the model is routed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
 
-TESTED = (1, 0), (1, 16)  # releases of TRL, the first and the last
+TESTED = "1.0", "1.16"  # releases of TRL, the first and the last
 
 
 class TaskTrainer(Trainer):
@@ -50,11 +50,12 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         names, tables = self._tasks()
         if not tables:
-            raise ValueError(
-                "no active adapter picks by task: give peft_config=ALoRAConfig(tasks=[...]) or a model that has one"
-            )
-        given = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        tasks.check_datasets({k: v for k, v in given.items() if "seq_lengths" not in _columns(v)}, names, tables)
+            raise ValueError("no active adapter picks by task: give peft_config=ALoRAConfig(tasks=[...])")
+        for name in ("train_dataset", "eval_dataset"):
+            given = getattr(self, name)
+            for part in given.values() if isinstance(given, Mapping) else [given]:
+                if "seq_lengths" not in _columns(part):
+                    tasks.check_datasets({name: part}, names, tables)
 
     def _tasks(self) -> tuple[tuple[str, ...], tasks.Tables]:
         """Names that ids count, and the tables of the active adapters."""
@@ -84,8 +85,8 @@ class TaskTrainer(Trainer):
         """The batch without its ids, which route every call of the model inside."""
         if inputs.get("task_ids") is None:
             raise ValueError(
-                "the batch says no task of its rows: give the dataset a column `task` with a name per row; a"
-                " data_collator of your own gets rows without it and returns one entry per row"
+                "the batch says no task of its rows: the dataset needs a column `task`, a name per row, and a"
+                " data_collator of your own gives one entry per row"
             )
         before, self._running = self._running, inputs["task_ids"]
         try:
@@ -129,25 +130,21 @@ class _Packing(TaskTrainer):
     padding_free: bool
     _proven = False
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
-    ) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
         columns = _columns(dataset)
         if "task" not in columns:
-            raise ValueError(f"the {name} dataset has no `task` column (a name per row), only {', '.join(columns)}")
+            raise ValueError(f"a dataset has no `task` column (a name per row), only {', '.join(columns)}")
         if "seq_lengths" in columns:
             return dataset  # was here before
         parent: Any = super()
-        dataset = parent._prepare_dataset(dataset, processing_class, args, False, formatting_func, name)
+        dataset = parent._prepare_dataset(dataset, processing_class, args, False, *others)
         if not packing:
             return dataset
         if args.packing_strategy != "bfd" or args.max_length is None:
             told = f"packing_strategy={args.packing_strategy!r} with max_length={args.max_length}"
             raise ValueError(f"{told}: texts of several tasks are packed whole, by 'bfd' up to a max_length")
         if not self.padding_free:
-            raise ValueError(
-                "eval_packing=True needs packing=True: TRL lets packed texts of padded batches see each other"
-            )
+            raise ValueError("eval_packing=True needs packing=True: TRL lets texts of padded batches see each other")
         packed = pack_rows(dataset, args.max_length)
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
@@ -177,9 +174,8 @@ class _Packing(TaskTrainer):
         error = float((together - alone).norm() / alone.norm())
         if not error <= SAME.get(dtype, 4 * torch.finfo(dtype).eps):
             raise ValueError(
-                f"logits of a text in a packed row are off by {error:.2g}, attention being"
-                f" {self.model.config._attn_implementation!r}: the model does not keep packed texts apart, so set"
-                " packing=False and padding_free=False"
+                f"with {self.model.config._attn_implementation!r} attention logits of a packed text are off by"
+                f" {error:.2g}: the model does not keep texts apart, so set packing=False and padding_free=False"
             )
 
 
@@ -227,8 +223,7 @@ def _columns(dataset: Any) -> list[str]:
 def pack_rows(dataset: Any, max_length: int) -> Any:
     """Rows of several texts, at most `max_length` tokens each, of tokenised rows with `input_ids`, `labels`, `task`.
 
-    `dataset` is one of `datasets`, streams included. Best-fit decreasing within 1000 rows: no text is cut, lists `task`
-    and `seq_lengths` say whose each is. A text longer than max_length is a ValueError.
+    Best-fit decreasing within 1000 rows, streams included; lists `task` and `seq_lengths` say whose each text is.
     """
     name_of = getattr((dataset.features or {}).get("task"), "int2str", None)
 
@@ -272,13 +267,9 @@ def with_tasks(trainer: type) -> Any:
 
     Raises:
         TypeError: another class, of which it is not known where its batches have a dataset's rows.
-
-    Example:
-        >>> config = ALoRAConfig(tasks=["math", "code"], target_modules="all-linear", task_type="CAUSAL_LM")
-        >>> trainer = with_tasks(SFTTrainer)(model, args=args, train_dataset=dataset, peft_config=config)
     """
-    names = [c.__name__ for c in getattr(trainer, "__mro__", ()) if c.__module__.startswith("trl.")]
-    kind = next((KINDS[name] for name in names if name in KINDS), None)
+    theirs = next((c for c in getattr(trainer, "__mro__", ()) if c.__module__.startswith("trl.")), object)
+    kind = KINDS.get(theirs.__name__) if theirs.__module__.startswith("trl.trainer.") else None
     if kind is None:
         raise TypeError(f"with_tasks knows {', '.join(KINDS)} and their subclasses, got {trainer!r}")
     _check_version(importlib.metadata.version("trl"))
@@ -287,7 +278,6 @@ def with_tasks(trainer: type) -> Any:
 
 @functools.cache
 def _check_version(version: str) -> None:
-    first, last = TESTED
-    if not first <= tuple(int(part) for part in version.split(".")[:2]) <= last:
-        span = " to ".join(".".join(map(str, tested)) for tested in TESTED)
-        warnings.warn(f"TRL {version} was not tested with tasks, only {span} were", stacklevel=3)
+    first, this, last = ([int(part) for part in v.split(".")[:2]] for v in (TESTED[0], version, TESTED[1]))
+    if not first <= this <= last:
+        warnings.warn(f"TRL {version} was not tested with tasks, only {' to '.join(TESTED)} were", stacklevel=3)

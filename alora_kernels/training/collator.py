@@ -21,7 +21,6 @@ from .rules import IGNORED, BatchRules
 
 FILL = {"special_tokens_mask": 1}  # what is no token counts as special; every other column is filled with 0
 LABELS = ("labels", "label", "label_ids")  # as transformers' own collators read them
-PAIRS = {"chosen", "chosen_ids"}  # columns of TRL's preferences: a batch has two rows for each
 
 
 class TaskCollator:
@@ -227,10 +226,10 @@ def _per_token(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
 class WithTasks:
     """A collator that knows nothing of tasks, beside a column `task`.
 
-    It gives the collator's batch and `task_ids`: `[B]`, `[2 B]` for TRL's pairs, which lie as all chosen before all
-    rejected, or `[1, T]` with an id per token where all rows are put in one. A row that was packed before has lists
-    `task` and `seq_lengths`. The inner collator, one of transformers' say, gets the rows without `task`, unless it asks
-    for it; with `rules`, a tokenizer that pads where the model cannot bear it is warned of.
+    It gives the collator's batch and `task_ids`: `[B]`, `[2 B]` for TRL's pairs, or `[1, T]` with an id per token where
+    all rows are put in one. A row that was packed before has lists `task` and `seq_lengths`. The inner collator, one of
+    transformers' say, gets the rows without `task`, unless it asks for it; with `rules`, a tokenizer that pads where
+    the model cannot bear it is warned of.
     """
 
     def __init__(self, collator: Any, tasks: Sequence[str], rules: BatchRules | None = None) -> None:
@@ -272,8 +271,8 @@ class WithTasks:
         shape = tuple(getattr(inputs, "shape", ()))
         if not packed and (not shape or shape[0] == len(features)):
             return ids
-        if not packed and shape[0] == 2 * len(features) and PAIRS & features[0].keys():
-            return ids.repeat(2)  # all that were chosen, then all that were rejected
+        if not packed and shape[0] == 2 * len(features) and {"chosen", "chosen_ids"} & features[0].keys():
+            return ids.repeat(2)  # of TRL's pairs, all that were chosen before all that were rejected
         if shape[:1] == (1,) and isinstance(inputs, Tensor) and all("input_ids" in f for f in features):
             given = torch.cat([torch.as_tensor(f["input_ids"]) for f in features]).to(inputs)
             if torch.equal(inputs[0, : len(given)], given):  # a collator may fill up on the right

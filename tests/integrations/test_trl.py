@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -183,6 +184,19 @@ def test_sft_by_names_of_the_model_and_a_stream(tmp_path):
     assert_as_alone(trainer, sft_alone)
     packed = trainer_of("SFT", tmp_path, stream, tiny.llama(eos_token_id=1), peft_config=config(), packing=True)
     assert_as_alone(packed, sft_alone)
+
+
+def test_sft_trains_and_evaluates_sets_by_name_packed_in_bf16(tmp_path):
+    """The options that TRL starts with; a set that is given to `evaluate` is packed once."""
+    sets = {"all": Dataset.from_list(sft_rows()), "first": Dataset.from_list(sft_rows()[:2])}
+    options = {"packing": True, "max_length": 16, "gradient_checkpointing": True}
+    trainer = trainer_of("SFT", tmp_path, sft_rows(), eval_dataset=sets, **options)
+    for metrics in (trainer.evaluate(), trainer.evaluate(sets)):
+        assert metrics["eval_all_loss"] == pytest.approx(float(sft_alone(trainer.model, ORDER)), rel=1e-4)
+    trainer = trainer_of("SFT", tmp_path, sft_rows(), **options | {"bf16": True})
+    with torch.no_grad():
+        wanted = float(sft_alone(trainer.model, ORDER))
+    assert trainer.train().training_loss == pytest.approx(wanted, rel=2e-2)
 
 
 def dpo_alone(model: Any, order: list[str]) -> torch.Tensor:
@@ -420,7 +434,7 @@ def test_a_model_whose_packed_texts_see_each_other_is_refused(tmp_path):
     base = tiny.llama(eos_token_id=1)
     base.set_attn_implementation("leaking")
     trainer = trainer_of("SFT", tmp_path, sft_rows(), adapted(base), packing=True, max_length=16)
-    with pytest.raises(ValueError, match="'leaking': the model does not keep packed texts apart"):
+    with pytest.raises(ValueError, match="with 'leaking' attention logits of a packed text are off by"):
         trainer.compute_loss(trainer.model, batch_of(trainer))
     base = tiny.llama(eos_token_id=1)
     base.set_attn_implementation("leaking")
@@ -441,7 +455,7 @@ def test_what_a_user_of_trl_meets_first_names_the_remedy(tmp_path, name):
 
 def test_what_cannot_be_right_is_refused(tmp_path):
     nameless = [{key: value for key, value in row.items() if key != "task"} for row in sft_rows()]
-    with pytest.raises(ValueError, match=r"the train dataset has no `task` column \(a name per row\), only input_ids"):
+    with pytest.raises(ValueError, match=r"a dataset has no `task` column \(a name per row\), only input_ids"):
         trainer_of("SFT", tmp_path, nameless)
     with pytest.raises(ValueError, match="train_dataset has no `task` column"):
         trainer_of("DPO", tmp_path, [{k: v for k, v in row.items() if k != "task"} for row in pairs()])
@@ -449,8 +463,13 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         trainer_of("DPO", tmp_path, [row | {"task": "art"} for row in pairs()])
     with pytest.raises(ValueError, match="no active adapter picks by task"):
         trainer_of("SFT", tmp_path, sft_rows(), tiny.llama(), peft_config=config(routing="soft"))
-    with pytest.raises(TypeError, match="with_tasks knows SFTTrainer, .* and their subclasses, got <class 'trans"):
-        with_tasks(transformers.Trainer)
+    other = type("OtherTrainer", (trl.GRPOTrainer,), {"__module__": "trl.experimental.other"})
+    for kind in (transformers.Trainer, other, 1):
+        with pytest.raises(
+            TypeError, match=f"with_tasks knows SFTTrainer, .* their subclasses, got {re.escape(repr(kind))}"
+        ):
+            with_tasks(kind)
+    assert issubclass(with_tasks(type("Mine", (trl.GRPOTrainer,), {})), trl.GRPOTrainer)
     trainer = trainer_of("GRPO", tmp_path, PROMPTS, reward_funcs=reward, **GENERATED)
     with pytest.raises(ValueError, match="the batch says no task of its rows"):
         trainer._generate_and_score_completions([{"prompt": "w5"}])
