@@ -21,13 +21,14 @@ from .dropout import dropout_mask
 from .dx import dx_soft, dx_task
 from .expand import expand, expand_backward, plain_gemm
 from .gate_backward import gate_backward
-from .launch import Launch, recording
+from .launch import Launch, overlapping, recording
 from .one_pass import one_pass_soft, one_pass_task, takes_one_pass_soft, takes_one_pass_task
 from .shrink import shrink_soft, shrink_task
-from .tiles import chip_of
+from .tiles import chip_of, overlaps_launches
 
 __all__ = [
     "Dropout", "Launch", "chip_of", "da_soft", "da_task", "decode", "dropout_mask", "dx_soft", "dx_task", "expand",
-    "expand_backward", "gate_backward", "one_pass_soft", "one_pass_task", "plain_gemm", "recording", "shrink_soft",
-    "shrink_task", "sum_partials", "takes_decode", "takes_one_pass_soft", "takes_one_pass_task",
+    "expand_backward", "gate_backward", "one_pass_soft", "one_pass_task", "overlapping", "overlaps_launches",
+    "plain_gemm", "recording", "shrink_soft", "shrink_task", "sum_partials", "takes_decode", "takes_one_pass_soft",
+    "takes_one_pass_task",
 ]  # fmt: skip

@@ -15,9 +15,10 @@ from torch import Tensor
 from alora_kernels.records import acc_dtype
 
 from .da import sum_partials
-from .gemm import finish_gemm, operands, rank_loop, tile_of
+from .gemm import base_product, finish_gemm, operands, rank_loop, tile_of
 from .launch import launch
 from .numerics import cdiv, common, kernel_scaling, power_of_two, rank_block, rank_step, splits_for, tl_dtype
+from .sync import wait_for_predecessor
 from .tiles import GROUP_M, MIN_PROGRAMS, tile_for
 
 
@@ -29,6 +30,7 @@ def _expand_kernel(
     DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr, EVEN_COLS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     # x, w and y are descriptors or pointers
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -39,6 +41,12 @@ def _expand_kernel(
     cols = offs_n.to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if PDL:  # h is computed meanwhile
+        acc = base_product(
+            acc, x, w, row, col, rows, offs_n, mask_n, stride_xm, stride_xk, stride_wk, stride_wn, K,
+            True, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        wait_for_predecessor()
     # [BLOCK_M, R] [R, BLOCK_N]
     acc = rank_loop(
         acc, h_ptr + rows * stride_hm, mask_m, stride_hr, b_ptr + cols * stride_bn, mask_n, stride_br, R,
@@ -47,7 +55,7 @@ def _expand_kernel(
     finish_gemm(
         y, acc, x, w, bias_ptr, row, col, rows, offs_n, mask_m, mask_n,
         stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, K,
-        True, True, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION, ACC,
+        not PDL, True, DESCRIPTORS, PARTS, EVEN_COLS, EVEN_DEPTH, BLOCK_M, BLOCK_N, BLOCK_K, DTYPE, PRECISION, ACC,
     )  # fmt: skip
 
 

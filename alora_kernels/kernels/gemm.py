@@ -191,6 +191,23 @@ def store_tile(y, row, col, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, P
 
 
 @triton.jit
+def base_product(
+    acc, left, right, row, col, rows, offs_c, mask_c, stride_lm, stride_ll, stride_rl, stride_rc, LENGTH,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_C] += left [M, LENGTH] right [LENGTH, C], as `operands` prepared the matrices."""
+    # [BLOCK_M, LENGTH] [LENGTH, BLOCK_C]
+    if DESCRIPTORS:
+        return descriptor_loop(acc, left, right, row, col, LENGTH, BLOCK_L, TRANSPOSED, PRECISION)
+    else:
+        return gemm_loop(
+            acc, left + rows * stride_lm, stride_ll, right + offs_c.to(tl.int64) * stride_rc, mask_c, stride_rl, LENGTH,
+            EVEN_COLS, EVEN_DEPTH, BLOCK_L, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
 def finish_gemm(
     out, acc, left, right, bias_ptr, row, col, rows, offs_c, mask_m, mask_c,
     stride_lm, stride_ll, stride_rl, stride_rc, stride_om, LENGTH,
@@ -200,13 +217,10 @@ def finish_gemm(
 ):  # fmt: skip
     """out [rows, offs_c] = acc + left [M, LENGTH] right [LENGTH, C] + bias, as `operands` prepared the matrices."""
     cols = offs_c.to(tl.int64)
-    # [BLOCK_M, LENGTH] [LENGTH, BLOCK_C]
-    if HAS_BASE and DESCRIPTORS:
-        acc = descriptor_loop(acc, left, right, row, col, LENGTH, BLOCK_L, TRANSPOSED, PRECISION)
-    elif HAS_BASE:
-        acc = gemm_loop(
-            acc, left + rows * stride_lm, stride_ll, right + cols * stride_rc, mask_c, stride_rl, LENGTH,
-            EVEN_COLS, EVEN_DEPTH, BLOCK_L, PRECISION,
+    if HAS_BASE:
+        acc = base_product(
+            acc, left, right, row, col, rows, offs_c, mask_c, stride_lm, stride_ll, stride_rl, stride_rc, LENGTH,
+            TRANSPOSED, DESCRIPTORS, EVEN_COLS, EVEN_DEPTH, BLOCK_L, PRECISION,
         )  # fmt: skip
     if bias_ptr is not None:
         # [BLOCK_C]

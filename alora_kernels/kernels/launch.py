@@ -32,6 +32,7 @@ class Recording(NamedTuple):
 
 
 _recording: ContextVar[Recording | None] = ContextVar("alora_kernels_recording", default=None)
+_held: ContextVar[list[Launch] | None] = ContextVar("alora_kernels_held", default=None)
 
 
 @contextmanager
@@ -58,6 +59,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
+    if (held := _held.get()) is not None:
+        after = {"launch_pdl": True} if held else {}
+        held.append(Launch(kernel, grid, args, {**meta, "PDL": True, **after}))
+        return
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     if tensor.is_meta:
         current = _recording.get()
@@ -70,3 +75,35 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
     else:
         kernel[grid](*args, **meta)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Make the two launches of the block at its end, one right after the other; the second begins beside the first.
+
+    Both kernels are given `PDL=True`: the first calls `sync.start_dependents`, the second `sync.wait_for_predecessor`
+    before it reads what the first stores, or stores. Operators of torch in the block run before either, so none may
+    need what they store. README.md says why no other launch can disturb them.
+    """
+    held: list[Launch] = []
+    token = _held.set(held)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+    tensors = [arg for one in held for arg in one.args if isinstance(arg, Tensor)]
+    if not tensors or not tensors[0].is_cuda:
+        for one in held:
+            launch(one.kernel, one.grid, *one.args, **one.meta)
+        return
+    with torch.cuda.device(tensors[0].device):
+        # Bound and compiled beforehand: if Python were at work between the launches, the first would soon be over.
+        for run, values in [_bound(one) for one in held]:
+            run(*values)
+
+
+def _bound(one: Launch) -> tuple[Any, list[Any]]:
+    """What launches a compiled kernel, and all its arguments in order, constexprs among them."""
+    compiled = one.kernel.warmup(*one.args, grid=one.grid, **one.meta)
+    constants = [one.meta[name] for name in one.kernel.arg_names[len(one.args) :]]
+    return compiled[(*one.grid, 1, 1)[:3]], [*one.args, *constants]

@@ -18,6 +18,7 @@ from alora_kernels.routing import RowGroups
 from .dropout import dropout_keep, dropout_scale, seed_and_p
 from .launch import launch
 from .numerics import cdiv, common, kernel_scaling, next_power_of_2, power_of_two, rank_block
+from .sync import start_dependents
 from .tiles import MAX_GATE, stages_for, tile_for
 
 
@@ -43,7 +44,10 @@ def _shrink_task_kernel(
     stride_xm, stride_xk, stride_ae, stride_ar, stride_ak, stride_hm,
     HAS_DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    if PDL:
+        start_dependents()
     pos_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
@@ -162,9 +166,11 @@ def shrink_soft_kernel(
     stride_xm, stride_xk, stride_ac, stride_ak, stride_oe, stride_ok, stride_hm, stride_pm,
     HAS_DROPOUT: tl.constexpr, ONE_PASS: tl.constexpr, CHUNK: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """p and h of one block of rows and one block of ranks; inside another kernel of row block `piece` and all ranks."""
+    if PDL:
+        start_dependents()
     if piece is None:
         pid_m, pid_r = tl.program_id(0), tl.program_id(1)
     else:

@@ -13,6 +13,8 @@ being captured into a CUDA graph gets counters of its own, because the graph may
 cut from an arena that `prepare` makes when a model is adapted or first called: later calls may run inside a graph's
 private memory, while it warms up as well as while it is captured, and nothing that outlives a launch may lie there.
 Without an arena, or beyond its end, a launch gets zeros of its own.
+
+Two launches overlap (`launch.overlapping`) without counters: the hardware knows when the first one is finished.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FLAGS = tl.constexpr(HEADER)
 TURNS = tl.constexpr(int(os.environ.get("ALORA_WAIT_TURNS", "0")))
 GAVE_UP = tl.constexpr(1 << 30)
 ARENA = 1 << 20  # counters per device: 4 MiB, some thousand captured launches
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there one launch follows the other
 LEAST = 4096  # counters of a stream: enough for M = 500,000 in blocks of 128 rows
 
 _lock = Lock()
@@ -84,6 +87,20 @@ def clean_up(counters_ptr, num_flags, BLOCK: tl.constexpr):
         while tl.min(offs, axis=0) < FLAGS + num_flags:
             tl.store(counters_ptr + offs, 0, mask=offs < FLAGS + num_flags)
             offs += BLOCK
+
+
+@triton.jit
+def start_dependents():
+    """Let the next launch begin as soon as every program of this one has come here, or has ended."""
+    if not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_predecessor():
+    """Return when the launch before this one is finished and what it stored can be read; every program calls it."""
+    if not INTERPRETED:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

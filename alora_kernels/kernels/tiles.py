@@ -225,6 +225,12 @@ def has_copy_engine(device: torch.device) -> bool:
     return chip_class(chip_of(device)) in ("hopper_plus", "interpreter")
 
 
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a launch may begin before the one before it is finished: NVIDIA's chips from Hopper on."""
+    kind, _, number = chip_of(device).partition("_")
+    return kind == "interpreter" or (kind == "sm" and int(number) >= 90)
+
+
 @cache
 def _device_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

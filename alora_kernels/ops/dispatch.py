@@ -27,7 +27,7 @@ class BackendError(RuntimeError):
 class Plan(NamedTuple):
     """How Triton computes one layer; `kernels/README.md` has a table of them."""
 
-    forward: str  # "one_pass", "two_launch", "base_first" or "low_rank_first"
+    forward: str  # "one_pass", "two_launch", "two_launch+pdl", "base_first" or "low_rank_first"
     dx: str  # "fused": one launch; "low_rank_first": the low-rank part, then the vendor's GEMM adds dy w to it
     overlap: bool = False  # small kernels (shrink before base_first, da beside dx) run on a side stream
 
@@ -39,7 +39,8 @@ class Backend(NamedTuple):
     plan: Plan | None = None
 
 
-_DX = {"one_pass": "fused", "two_launch": "fused", "base_first": "low_rank_first", "low_rank_first": "low_rank_first"}
+_FUSED, _VENDORS = ("one_pass", "two_launch", "two_launch+pdl"), ("base_first", "low_rank_first")
+_DX = {**dict.fromkeys(_FUSED, "fused"), **dict.fromkeys(_VENDORS, "low_rank_first")}
 PLANS = {
     **{forward: Plan(forward, dx) for forward, dx in _DX.items()},
     **{f"{forward}+overlap": Plan(forward, dx, True) for forward, dx in _DX.items()},

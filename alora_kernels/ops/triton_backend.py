@@ -141,6 +141,20 @@ def _one_pass(
     return None
 
 
+def _overlaps(x: Tensor, forced: bool) -> bool:
+    """Whether the GEMM may begin beside the shrink; a BackendError where that was forced and cannot be."""
+    # s is applied by torch after a shrink in float64
+    if kernels.overlaps_launches(x.device) and x.dtype != torch.float64:
+        return True
+    if forced:
+        chip = kernels.chip_of(x.device)
+        raise BackendError(
+            f"plan two_launch+pdl needs an NVIDIA GPU from Hopper (sm_90) on and no float64 (this is {chip}, x is"
+            f' {x.dtype}). Use backend="triton:two_launch"'
+        )
+    return False
+
+
 def linear(
     x: Tensor, w: Tensor, bias: Tensor | None, adapter: Adapter, b: Tensor, plan: Plan | None = None
 ) -> tuple[Tensor, Saved]:
@@ -156,6 +170,10 @@ def linear(
         y = F.linear(x, w, bias)
         join(*saved)
         return y.addmm_(saved.h, b.to(x.dtype).t()), saved
+    if chosen.forward == "two_launch+pdl" and _overlaps(x, forced=plan is not None):
+        with kernels.overlapping():
+            saved = shrink(x, adapter)
+            return kernels.expand(x, w, bias, saved.h, b), saved
     saved = shrink(x, adapter)
     if chosen.forward == "low_rank_first":
         return F.linear(saved.h, b.to(x.dtype), bias).addmm_(x, w.t()), saved

@@ -84,6 +84,7 @@ RACES: Mapping[str, Sequence[tuple[Any, ...]]] = {
     ),
     "soft": ((2085, 512, 1024), (128, 4096, 256), (600, 2048, 512, 4, 16, 0.1)),
 }
+RACING = ("one_pass", "two_launch+pdl")  # plans whose programs read what runs beside them stores
 WAITING = ("one_pass_task", "one_pass_soft", "decode")  # kernels whose programs wait for each other
 CLASSLESS = ("shrink_task", "shrink_soft", "expand_backward", "da", "decode")  # whose tile is one for all shapes
 KERNELS = ("gemm_descriptor", "gemm", "one_pass_task", "one_pass_soft", *CLASSLESS)
@@ -209,7 +210,7 @@ class Tuner:
         return Layer(routing, m, k, n, *others, dtype=self.device.dtype, device=self.device.place)
 
     def _qualify(self, name: str, routing: str, plan: str) -> None:
-        repeats, said = self.repeats if plan == "one_pass" else max(1, self.repeats // 10), UNTAKEN
+        repeats, said = self.repeats if plan in RACING else max(1, self.repeats // 10), UNTAKEN
         for layer, judge in [(args, "wrong") for args in CHECKS] + [(args, "raced") for args in RACES[routing]]:
 
             def work(layer: tuple[Any, ...] = layer, judge: str = judge) -> str:

@@ -137,6 +137,12 @@ def build(job: Job) -> Any:
     return triton.compile(source, target=chip.target, options=dict(job.options))
 
 
+def awaited(job: Job) -> int | None:
+    """Where h is among the pointers of a launch that overlaps the one which stores it; None of other launches."""
+    pointers = [name for name, kind in job.signature if kind.startswith("*")]
+    return pointers.index("h_ptr") if dict(job.options).get("launch_pdl") else None
+
+
 def compile_job(job: Job) -> tuple[Row, bytes | str]:
     """Compile one job; the row lacks instruction counts, which the code (or amdgcn text) holds."""
     chip, built = CHIPS[job.chip], build(job)
@@ -146,7 +152,7 @@ def compile_job(job: Job) -> tuple[Row, bytes | str]:
     tensor_columns = getattr(built.metadata, "tmem_size", None) or 0
     fits = occupancy(chip, registers=usage.registers, **taken, tensor_columns=tensor_columns)
     facts = usage._asdict() | taken | fits._asdict()
-    broken = () if binary is None else tuple(hazards(built.asm["ptx"]))
+    broken = () if binary is None else tuple(hazards(built.asm["ptx"], awaited(job)))
     row = Row(**described(job), **facts, shared_limit=chip.shared_limit, hazards=broken)
     return row, built.asm["amdgcn"] if binary is None else code_of(binary)
 

@@ -6,6 +6,7 @@ with cases here.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,12 +92,15 @@ def run_case(case: Case) -> None:
     base_dy, base_w = (dy, w) if case.base else (None, None)
     ids, offsets = empty(case.m, dtype=torch.int32), empty(case.e + 1, dtype=torch.int32)
     groups = RowGroups(ids, ids, offsets)
-    if case.routing == "task":
-        h = ak.shrink_task(x, a, groups, scaling=2.0, dropout=drop)
-    else:
-        h, p = ak.shrink_soft(x, a, router, scaling=2.0, dropout=drop)
+    for overlap in (False, *([True] if case.base and ak.overlaps_launches(x.device) else [])):
+        with ak.overlapping() if overlap else nullcontext():
+            if case.routing == "task":
+                h = ak.shrink_task(x, a, groups, scaling=2.0, dropout=drop)
+            else:
+                h, p = ak.shrink_soft(x, a, router, scaling=2.0, dropout=drop)
+            if case.base:
+                ak.expand(x, w, bias, h, b)
     if case.base:
-        ak.expand(x, w, bias, h, b)
         if case.routing == "soft" and ak.takes_one_pass_soft(x, w, a):
             ak.one_pass_soft(x, w, bias, a, b, router, scaling=2.0, dropout=drop)
         if case.routing == "task" and ak.takes_one_pass_task(x, w, a, drop):

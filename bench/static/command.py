@@ -83,7 +83,8 @@ def predictions(found: Sequence[Prediction], rates: Rates) -> Table:
         ["routing", "M x K -> N", "pass", "plan"],
         ["launches", "of torch", "GFLOP", "fewest MiB", "moved MiB", "predicted us", "frozen us", "x frozen"],
         caption=f"Assumed: {assumed}, our products at {rates.ours:g} of torch's speed. Time: for each launch, the"
-        " larger of products and memory, plus the launch. * is what the op takes when no plan is asked for.",
+        " larger of products and memory, plus the launch; two that overlap (+pdl) are one at best. * is what the op"
+        " takes when no plan is asked for.",
     )
     for same in grouped(found, lambda p: (p.layer, p.direction)):
         for p in same:

@@ -2,7 +2,8 @@
 
 `hazards` names each line that breaks one: what a flag stands for is stored by all warps before one thread raises it,
 what other programs stored is read after an acquire and never through a cache that may be stale, and registers that a
-product in flight still reads are not written.
+product in flight still reads are not written. A launch that may begin before the one before it is finished
+(`kernels.overlapping`) waits for it in every thread, and until then neither reads what that one stores nor stores.
 """
 
 from __future__ import annotations
@@ -48,10 +49,14 @@ def parse(ptx: str) -> list[Line]:
     return found
 
 
-def hazards(ptx: str) -> list[str]:
-    """What a kernel's PTX does that it must not, in words; empty for most."""
+def hazards(ptx: str, awaited: int | None = None) -> list[str]:
+    """What a kernel's PTX does that it must not, in words; empty for most.
+
+    `awaited`: of a launch that overlaps the one before it, which of its pointers the other one stores to, from 0.
+    """
     lines = parse(ptx)
-    return [*_unguarded_releases(lines), *_stale_reads(lines, ptx), *_overwritten_operands(lines)]
+    early = () if awaited is None else _too_early(lines, ptx, _pointer_names(ptx)[awaited])
+    return [*_unguarded_releases(lines), *_stale_reads(lines, ptx), *_overwritten_operands(lines), *early]
 
 
 def _unguarded_releases(lines: Sequence[Line]) -> Iterator[str]:
@@ -69,9 +74,14 @@ def _unguarded_releases(lines: Sequence[Line]) -> Iterator[str]:
             yield f"a release that no barrier precedes: {line.text}"
 
 
+def _pointer_names(ptx: str) -> list[str]:
+    """The pointer arguments of the kernel, in order."""
+    return re.findall(r"\.ptr\s[^,)]*?(\w+)\s*[,)]", ptx[: ptx.index("{", ptx.index(".entry"))])
+
+
 def _pointers(lines: Sequence[Line], ptx: str) -> dict[str, set[str]]:
     """From which pointer arguments each 64-bit register was computed."""
-    pointers = set(re.findall(r"\.ptr\s[^,)]*?(\w+)\s*[,)]", ptx[: ptx.index("{", ptx.index(".entry"))]))
+    pointers = set(_pointer_names(ptx))
     roots: dict[str, set[str]] = {}
     grows = True
     while grows:
@@ -108,6 +118,33 @@ def _stale_reads(lines: Sequence[Line], ptx: str) -> Iterator[str]:
                 yield f"read before an acquire: {line.text}"
             elif ".nc" in line.op or line.op.startswith(("cp.async", "prefetch")):
                 yield f"read past the acquire: {line.text}"
+
+
+def _too_early(lines: Sequence[Line], ptx: str, awaited: str) -> Iterator[str]:
+    """What a launch does before the one before it is finished, which stores to the pointer `awaited`."""
+    wait = next((place for place, line in enumerate(lines) if line.op == "griddepcontrol.wait"), None)
+    if wait is None or re.search(r"@!?%\w+\s+griddepcontrol\.wait", ptx):
+        yield "not every thread waits for the launch before"
+        return
+    roots = _pointers(lines, ptx)
+    labels = {line.label: place for place, line in enumerate(lines) if line.label}
+    reads = [
+        (place, line)
+        for place, line in enumerate(lines)
+        if _READ.match(line.op) and any(awaited in roots.get(name, ()) for name in _ADDRESS.findall(line.operands))
+    ]
+    for line in lines[:wait]:
+        if line.op in ("ret", "exit") or (line.op.startswith("bra") and labels.get(line.operands.strip(), 0) > wait):
+            yield f"a way round the wait for the launch before: {line.text}"
+        if _STORE.match(line.op):
+            yield f"a store before the wait for the launch before: {line.text}"
+    for place, line in reads:
+        if place < wait:
+            yield f"read before the wait for the launch before: {line.text}"
+        elif ".nc" in line.op:
+            yield f"read through a cache that may be stale: {line.text}"
+    if not reads:
+        yield "nothing of what it waits for is read: the rule does not understand this kernel"
 
 
 def _overwritten_operands(lines: Sequence[Line]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """What each plan launches, and how fast that could be at best: a prediction, not a measurement.
 
 The op's own code runs on meta tensors: kernels are recorded, torch's operators seen on their way to the dispatcher.
-FLOPs of a kernel follow from which of the letters it is given; its bytes are its tensors, each once. Plans with
+FLOPs of a kernel follow from which of the letters it is given; its bytes are its tensors, each once. Two
+launches of ours that overlap ("+pdl") are predicted as one that has the products and the bytes of both. Plans with
 "+overlap" are not here: a sum of times cannot tell them apart. The README's block `bench-static` and a figure say first
 that nothing in them was measured; a bar there is what a plan costs over the frozen layer, in per cent.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ from .aot import short_name
 
 FORWARD, BACKWARD = "forward", "backward"
 CHIP = "sm_90"
-COLORS = {"one_pass": BLUE, "two_launch": GREEN, "base_first": ORANGE, "low_rank_first": COLOURS[4]}
+COLORS = {
+    "one_pass": BLUE,
+    "two_launch": GREEN,
+    "two_launch+pdl": COLOURS[5],
+    "base_first": ORANGE,
+    "low_rank_first": COLOURS[4],
+}
 ROWS = (8192, 64)  # of a layer in the README: training, and the largest decoding batch
 DECODING = 64  # rows up to which a layer counts as decoding
 
@@ -72,7 +79,8 @@ LAYERS = tuple(Layer(routing, *sizes) for routing in ("task", "soft") for sizes 
 class Step:
     """One launch, by a kernel of `ours` or by torch, whose `grid` is empty.
 
-    `flops` of its products alone (adding partial sums counts as none); `moved`: bytes of its tensors, each once.
+    `flops` of its products alone (adding partial sums counts as none); `moved`: bytes of its tensors, each once;
+    `overlaps`: it runs beside the step before it.
     """
 
     name: str
@@ -80,6 +88,7 @@ class Step:
     flops: int
     moved: int
     ours: bool
+    overlaps: bool = False
 
     def microseconds(self, rates: Rates) -> float:
         """`max(flops / rate, bytes / rate) + launch`."""
@@ -169,7 +178,7 @@ class Trace(TorchDispatchMode):
             tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
             name = short_name(launch.kernel.__name__)
             flops, moved = kernel_flops(self._layer, tensors), size_of(tensors.values())
-            self.steps.append(Step(name, launch.grid, flops, moved, True))
+            self.steps.append(Step(name, launch.grid, flops, moved, True, launch.meta.get("launch_pdl", False)))
         self._seen = len(self._recorded)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,7 +270,14 @@ def predict_all(rates: Rates, layers: Sequence[Layer] = LAYERS) -> Iterator[Pred
 
 
 def _total(steps: Sequence[Step], rates: Rates) -> float:
-    return sum(step.microseconds(rates) for step in steps)
+    """Of steps one after the other; those that overlap are one step, which has the products and bytes of both."""
+    merged: list[Step] = []
+    for step in steps:
+        if step.overlaps:
+            last = merged.pop()
+            step = replace(step, flops=last.flops + step.flops, moved=last.moved + step.moved)
+        merged.append(step)
+    return sum(step.microseconds(rates) for step in merged)
 
 
 def block(rows: Sequence[Prediction], rates: Rates, link: str) -> str:

@@ -114,6 +114,7 @@ def test_launches_of_the_plans() -> None:
     names = {plan: [(step.name, step.ours) for step in p.steps] for plan, p in found.items()}
     assert names["one_pass"] == [("one_pass_task", True)]
     assert names["two_launch"] == [("shrink_task", True), ("expand", True)]
+    assert names["two_launch+pdl"] == names["two_launch"]
     assert names["base_first"] == [("shrink_task", True), ("torch.mm", False), ("torch.addmm_", False)]
     assert found["base_first"].moved > found["two_launch"].moved > found["one_pass"].moved
     # y = x w^T is written and read again: at least twice the output's bytes more
@@ -126,6 +127,18 @@ def test_time_is_the_larger_of_products_and_memory_plus_the_launch() -> None:
     assert Step("a", (1,), 10**9, 10**6, ours=True).microseconds(rates) == pytest.approx(20 + 5)
     assert Step("a", (1,), 10**9, 10**6, ours=False).microseconds(rates) == pytest.approx(10 + 5)
     assert Step("a", (1,), 10**9, 10**8, ours=False).microseconds(rates) == pytest.approx(50 + 5)
+
+
+def test_launches_that_overlap_are_one_with_the_products_and_bytes_of_both() -> None:
+    rates = Rates(tflops=100, tbps=2, launch_us=5)
+    for layer in (LAYERS[0], Layer("soft", 16, 4096, 4096)):  # bound by products, and by memory
+        found = {p.plan: p for p in predict(layer, FORWARD, rates)}
+        shrink, gemm = found["two_launch+pdl"].steps
+        assert gemm.overlaps and not shrink.overlaps
+        together = max((shrink.flops + gemm.flops) / 100e6, (shrink.moved + gemm.moved) / 2e6) + 5
+        assert found["two_launch+pdl"].microseconds == pytest.approx(together)
+        assert found["two_launch"].microseconds == pytest.approx(sum(s.microseconds(rates) for s in (shrink, gemm)))
+        assert together < found["two_launch"].microseconds - 5
 
 
 def test_frozen_layer_by_hand() -> None:

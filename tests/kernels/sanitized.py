@@ -35,6 +35,7 @@ def main() -> None:
     else:
         layer = Layer(300, 128, 256, 16, 3)
         layer.one_task(), layer.one_soft(), layer.two_task(), layer.two_soft(), Layer(8, 256, 128, 16, 4).decode()
+        layer.pair_task(), layer.pair_soft()
     torch.cuda.synchronize()
 
 

@@ -47,6 +47,7 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="Triton's interpreter
 SEEDS = range(int(os.environ.get("ALORA_RACE_SEEDS", "4")))
 ATTEMPTS = 8  # seeds within which a broken kernel must be caught; all but one or two are with the first
 HERE = sys.modules[__name__]
+EXPAND = importlib.import_module("alora_kernels.kernels.expand")
 DECODE = importlib.import_module("alora_kernels.kernels.decode")  # the package's `decode` is the function
 
 
@@ -112,6 +113,18 @@ def one_decode(t: Layer) -> tuple[Tensor, ...]:
     return ak.decode(t.x, t.w, t.bias, t.a, t.b, t.groups.ids, scaling=S)
 
 
+def pair_task(t: Layer) -> tuple[Tensor, ...]:
+    with ak.overlapping():
+        h = ak.shrink_task(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
+        return ak.expand(t.x, t.w, t.bias, h, t.b), h
+
+
+def pair_soft(t: Layer) -> tuple[Tensor, ...]:
+    with ak.overlapping():
+        h, p = ak.shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+        return ak.expand(t.x, t.w, t.bias, h, t.b), h, p
+
+
 @dataclass(frozen=True)
 class Kernel:
     module: ModuleType  # whose names the kernel and its launcher see
@@ -132,6 +145,11 @@ KERNELS = {
     "decode": Kernel(DECODE, Case(m=4, k=160, n=64, r=4, e=3), one_decode, check_task),
     "decode, one row": Kernel(DECODE, Case(m=1, k=300, n=40, r=4, e=3), one_decode, check_task),
     "decode, no task": Kernel(DECODE, Case(m=7, k=40, n=70, r=4, e=3, ids="out of range"), one_decode, check_task),
+    # the shrink, and the GEMM that begins beside it
+    "pair, task": Kernel(EXPAND, Case(m=50, k=32, n=48, r=4, e=3, ids="sorted"), pair_task, check_task),
+    "pair, task, dropout": Kernel(EXPAND, Case(m=33, k=40, n=35, r=4, e=3, p=0.25), pair_task, check_task),
+    "pair, no task": Kernel(EXPAND, Case(m=20, k=32, n=48, r=4, e=3, ids="base"), pair_task, check_task),
+    "pair, soft": Kernel(EXPAND, Case(m=50, k=32, n=48, r=4, e=3), pair_soft, check_soft),
 }
 
 
@@ -219,6 +237,7 @@ LAST = '(counters_ptr + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1'
 MASK = "mask=offs < FLAGS + num_flags"
 PUBLISH, STORE = "                publish(counters_ptr, pid_m)\n", "                tl.store(h_rows"
 TASK, SOFT, RELAY, DECODING = "_one_pass_task_kernel", "_one_pass_soft_kernel", "_relay_kernel", "_decode_kernel"
+PAIRS, EXPANDING, WAITS = ("pair, task", "pair, soft"), "_expand_kernel", "        wait_for_predecessor()\n"
 REVERSED = {"ahead_of(ticket,": "ahead_of(tickets - 1 - ticket,"}
 MUTANTS = [
     Mutant("a relaxed release", EVERY, "publish", {'"release"': '"relaxed"'}, READ),
@@ -244,6 +263,9 @@ MUTANTS = [
     Mutant("a piece too few", ("soft",), SOFT, {SHARE: f"{SHARE} - 1"}, READ),
     Mutant("pieces beyond the last row", ("soft",), SOFT, {SHARE: "SHARE"}, HANGS),
     Mutant("the flag of a neighbour", ("soft",), SOFT, {"piece // SHARE)": "piece % SHARE)"}, (*READ, *HANGS)),
+    Mutant("nobody waits", PAIRS, EXPANDING, {WAITS: ""}, READ),
+    Mutant("one column waits", PAIRS, EXPANDING, {WAITS: f"        if pid_n == 0:\n    {WAITS}"}, READ),
+    Mutant("a wait behind h", PAIRS, EXPANDING, {WAITS: "", "    finish_gemm(": WAITS[4:] + "    finish_gemm("}, READ),
     Mutant("nobody waits", ("decode",), DECODING, {"wait_for(counters_ptr, 0, pieces)": "pass"}, READ),
     Mutant("slices share a plane", ("decode",), DECODING, {"(part * M + m) * R": "m * R"}, ("store race",)),
     Mutant("every tile stores h", ("decode",), DECODING, {"if pid_n == 0:": "if pid_n >= 0:"}, ("store race",)),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alora_kernels.kernels import expand, shrink_soft, shrink_task
+from alora_kernels.kernels import expand, overlapping, overlaps_launches, shrink_soft, shrink_task
 
-from .cases import CASES, Case, Layer, S, assert_close
+from .cases import CASES, DEVICE, Case, Layer, S, assert_close
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -41,6 +41,35 @@ def test_expand(case: Case, dtype: torch.dtype, has_bias: bool) -> None:
 
     assert y.dtype == dtype
     assert_close(y, reference, dtype, t.x, t.w, t.bias, t.h, t.b)
+
+
+@pytest.mark.parametrize("routing", ["task", "soft"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_gemm_beside_the_shrink(
+    case: Case, dtype: torch.dtype, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """h b^T comes last there; memory that nobody has written yet is NaN."""
+    if dtype == torch.float64:
+        pytest.skip("s is applied after the launch, which is not made yet")
+    if not overlaps_launches(torch.device(DEVICE)):
+        pytest.skip("launches overlap on Hopper and later")
+    t, empty = Layer(case, dtype), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    soft = routing == "soft"
+    with overlapping():
+        if soft:
+            h, p = shrink_soft(t.x, t.a, t.router, scaling=S, dropout=t.drop)
+        else:
+            h = shrink_task(t.x, t.a, t.groups, scaling=S, dropout=t.drop)
+        y = expand(t.x, t.w, None if case.strided else t.bias, h, t.b)
+
+    def reference(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
+        low = t.soft_h(x, a, router) if soft else t.task_h(x, a)
+        return torch.nn.functional.linear(x, w, None if case.strided else bias) + low @ b.T
+
+    assert_close(y, reference, dtype, t.x, t.w, t.bias, t.a, t.b, t.router)
+    if soft:
+        assert_close(p, t.soft_p, dtype, t.x, t.a, t.router)
 
 
 def test_expand_takes_a_transposed_weight() -> None:

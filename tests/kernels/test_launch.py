@@ -40,6 +40,44 @@ def test_meta_tensors_are_recorded_not_run() -> None:
     assert len(launches) == 2
 
 
+def pair(t: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids = meta(512, dtype=torch.int32)
+    h = ak.shrink_task(t["x"], t["a"], RowGroups(ids, ids, meta(9, dtype=torch.int32)), scaling=1.0)
+    return ak.expand(t["x"], t["w"], None, h, t["b"])
+
+
+def test_launches_overlap_from_the_second_on() -> None:
+    with ak.recording("sm_90") as launches:
+        with ak.overlapping():
+            pair(meta_layer())
+            assert not launches
+        pair(meta_layer())
+    flags = [(one.meta.get("PDL", False), one.meta.get("launch_pdl", False)) for one in launches]
+    assert flags == [(True, False), (True, True), (False, False), (False, False)]
+
+
+def test_the_first_launch_that_is_made_waits_for_all_before_it() -> None:
+    """A shrink of no rank is not launched: whatever comes before may still write x."""
+    with ak.recording("sm_90") as launches, ak.overlapping():
+        pair(meta_layer(r=0))
+    assert [(one.kernel.__name__, "launch_pdl" in one.meta) for one in launches] == [("_expand_kernel", False)]
+
+
+def test_after_an_error_nothing_is_launched() -> None:
+    with ak.recording("sm_90") as launches:
+        with pytest.raises(KeyError), ak.overlapping():
+            pair(meta_layer())
+            raise KeyError
+        pair(meta_layer())
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90", "sm_103", "sm_120", "gfx942", "interpreter"])
+def test_chips_on_which_launches_overlap(chip: str) -> None:
+    with ak.recording(chip):
+        assert ak.overlaps_launches(META) == (chip in ("sm_90", "sm_103", "sm_120", "interpreter"))
+
+
 def test_soft_routing_takes_one_launch_whatever_the_experts() -> None:
     for e in (1, 8, 64):
         t = meta_layer(e)

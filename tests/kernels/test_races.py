@@ -56,6 +56,18 @@ class Layer:
     def decode(self) -> Outputs:
         return ak.decode(self.x, self.w, None, self.a, self.b, self.ids, scaling=S)
 
+    def pair(self, two_launch: Callable[[Layer], Outputs]) -> Outputs:
+        if not ak.overlaps_launches(self.x.device):
+            pytest.skip("launches overlap on Hopper and later")
+        with ak.overlapping():
+            return two_launch(self)
+
+    def pair_task(self) -> Outputs:
+        return self.pair(Layer.two_task)
+
+    def pair_soft(self) -> Outputs:
+        return self.pair(Layer.two_soft)
+
     def two_task(self) -> Outputs:
         h = ak.shrink_task(self.x, self.a, group_rows(self.ids, self.e), scaling=S, dropout=self.drop)
         return ak.expand(self.x, self.w, None, h, self.b), h
@@ -84,6 +96,9 @@ CASES: dict[str, tuple[tuple[float, ...], Callable[[Layer], Outputs], Callable[[
     "soft, long K, few tiles": ((128, 4096, 256, 16, 8), Layer.one_soft, Layer.two_soft),  # all wait for one producer
     "decode": ((64, 2048, 2048, 16, 64), Layer.decode, Layer.two_task),
     "decode, one row": ((1, 4096, 256, 16, 4), Layer.decode, Layer.two_task),
+    "task, beside its shrink": ((2048 + 37, 512, 1024, 16, 8), Layer.pair_task, Layer.two_task),
+    "task, one row beside its shrink": ((1, 4096, 256, 16, 4), Layer.pair_task, Layer.two_task),
+    "soft, beside its shrink": ((128, 4096, 256, 16, 8), Layer.pair_soft, Layer.two_soft),
     "task, dropout": ((1024 + 37, 4096, 512, 16, 8, 0.25), Layer.one_task, Layer.two_task),
     "soft, dropout": ((1024 + 37, 4096, 512, 16, 8, 0.25), Layer.one_soft, Layer.two_soft),
 }

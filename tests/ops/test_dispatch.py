@@ -109,10 +109,12 @@ def test_without_triton_the_torch_backend_serves(monkeypatch):
         explain(torch.device("cuda"), "triton")
 
 
-def launches(plan: str | None, routing: str = "task", m: int = 8192) -> list[str]:
-    """Kernels of one forward on sm_90 under a plan."""
+def launches(
+    plan: str | None, routing: str = "task", m: int = 8192, chip: str = "sm_90", x_dtype: torch.dtype = torch.bfloat16
+) -> list[str]:
+    """Kernels of one forward on a chip under a plan; a + after those that overlap the one before."""
 
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def meta(*shape: int, dtype: torch.dtype = x_dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     ids = meta(m, dtype=torch.int32)
@@ -120,9 +122,9 @@ def launches(plan: str | None, routing: str = "task", m: int = 8192) -> list[str
     adapter = Adapter(
         meta(8, 16, 4096), meta(8, 4096) if soft else None, None if soft else RowGroups(ids, ids, ids), 2.0, None
     )
-    with ak.recording("sm_90") as seen:
+    with ak.recording(chip) as seen:
         triton_backend.linear(meta(m, 4096), meta(4096, 4096), None, adapter, meta(4096, 16), plan and PLANS[plan])
-    return [launch.kernel.__name__ for launch in seen]
+    return [launch.kernel.__name__ + "+" * launch.meta.get("launch_pdl", False) for launch in seen]
 
 
 def test_plans_launch_what_they_say() -> None:
@@ -130,7 +132,21 @@ def test_plans_launch_what_they_say() -> None:
     assert launches("one_pass", "soft") == ["_one_pass_soft_kernel"]
     assert launches("one_pass", m=64) == ["_decode_kernel"]
     assert launches("two_launch") == ["_shrink_task_kernel", "_expand_kernel"]
+    assert launches("two_launch+pdl") == ["_shrink_task_kernel", "_expand_kernel+"]
+    assert launches("two_launch+pdl", "soft", m=16) == ["shrink_soft_kernel", "_expand_kernel+"]
     assert launches("base_first") == launches("low_rank_first") == ["_shrink_task_kernel"]
+
+
+@pytest.mark.parametrize(("chip", "dtype"), [("sm_80", "bfloat16"), ("gfx942", "bfloat16"), ("sm_90", "float64")])
+def test_launches_overlap_where_that_can_be(chip: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by name where it was asked for; a table's plan is two launches there."""
+    layer = {"chip": chip, "x_dtype": getattr(torch, dtype)}
+    with pytest.raises(BackendError, match=rf"two_launch\+pdl needs .* \(this is {chip}, x is torch.{dtype}\)"):
+        launches("two_launch+pdl", **layer)
+    size = layer["x_dtype"].itemsize
+    monkeypatch.setattr(tuned, "PLANS", {(chip, "task", size, "long square"): ("two_launch+pdl", "fused", False)})
+    assert launches(None, **layer) == launches("two_launch", **layer)
+    assert launches(None) == launches("two_launch+pdl" if chip == "sm_90" and size == 2 else "base_first")
 
 
 def test_without_a_measurement_the_vendors_gemm_computes_the_base() -> None:

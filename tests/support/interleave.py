@@ -14,6 +14,9 @@ stores are made by many warps, the atomic by one thread), and an acquire atomic 
 barrier itself orders the warps of one program and nobody else; scope "cta" orders nobody. So a program that loads what
 it stored itself needs a barrier between, too.
 
+Two launches that overlap (`kernels.overlapping`) are one here: programs of the second may begin as soon as those of the
+first have all called `sync.start_dependents`, or ended, and only `sync.wait_for_predecessor` orders them.
+
 An argument named `counters_ptr` is a block of `kernels.sync`: tickets first, and all zero when the launch ends.
 `tl.atomic_load` and its kin (triton 3.9) count as plain accesses. Memory outside all arguments is a fault.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import math
 import random
 import sys
 import threading
@@ -33,10 +37,13 @@ from unittest.mock import patch
 
 import numpy as np
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from alora_kernels.kernels import sync
 
 PATIENCE = 1000  # steps of a launch in a row that store nothing new: nobody gets on any more
 TRACE = 6  # steps of each program that a fault shows
@@ -162,10 +169,14 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Schedule:
-    """Threads of which one runs; `switch` lets the seed decide which."""
+    """Threads of which one runs; `switch` lets the seed decide which. A program is a place in one of the `grids`."""
 
-    def __init__(self, programs: list[tuple[int, ...]], rng: random.Random) -> None:
-        self.programs, self.rng = programs, rng
+    def __init__(self, grids: list[tuple[int, ...]], rng: random.Random) -> None:
+        programs = self.programs = [(grid, place) for grid in grids for place in np.ndindex(grid)]
+        self.rng = rng
+        self.first = math.prod(grids[0])  # programs of the launch that a second one may follow early
+        self.let_next_start: set[int] = set()
+        self.ended = 0  # of the first launch
         self.coming = list(range(len(programs)))
         rng.shuffle(self.coming)
         self.slots = min(rng.choice([1, 2, 3, 6, 99]), len(programs))
@@ -182,9 +193,10 @@ class _Schedule:
         self.over = threading.Semaphore(0)
         self.threads: list[threading.Thread] = []
 
-    def run(self, body: Callable[[], None]) -> None:
-        """Run `body` once as each program, to the end of all or the first fault."""
-        self._admit(body)
+    def run(self, bodies: list[Callable[[], None]]) -> None:
+        """Run each launch's body once as each of its programs, to the end of all or the first fault."""
+        self.bodies = bodies
+        self._admit()
         self._go(self.rng.choice(self.resident))
         self.over.acquire()
         for thread in self.threads:
@@ -197,12 +209,27 @@ class _Schedule:
         me = self.current
         self.made[me] += not loads
         if me in self.polled or self._sleeps(me) or self.rng.random() < self.restless:
-            following = self._choose()
-            if following != me:
-                self._go(following)
-                self.turns[me].acquire()
-                if self.fault is not None:
-                    raise _Stop
+            self._yield(me)
+
+    def _yield(self, me: int) -> None:
+        following = self._choose()
+        if following != me:
+            self._go(following)
+            self.turns[me].acquire()
+            if self.fault is not None:
+                raise _Stop
+
+    def start_dependents(self) -> None:
+        self.let_next_start.add(self.current)
+        self._admit()
+
+    def wait_for_first(self) -> None:
+        """Called by a program of the second launch: others run until the first one has ended."""
+        me = self.current
+        while self.ended < self.first:
+            self.polled[me] = (-1, 2)
+            self._yield(me)
+        self.polled.pop(me, None)
 
     def stored(self, addresses: np.ndarray) -> None:
         """Whoever polls one of these has news."""
@@ -224,28 +251,37 @@ class _Schedule:
 
     def _go(self, program: int) -> None:
         self.current = program
-        BUILDER.set_grid_idx(*self.programs[program])
+        grid, place = self.programs[program]
+        BUILDER.set_grid_dim(*grid)
+        BUILDER.set_grid_idx(*place)
         self.turns[program].release()
 
-    def _admit(self, body: Callable[[], None]) -> None:
-        while self.coming and self.fault is None and len(self.resident) < self.slots:
-            program = self.coming.pop()
+    def _admit(self) -> None:
+        while self.fault is None and len(self.resident) < self.slots:
+            both = len(self.let_next_start) == self.first
+            if not (ready := [program for program in self.coming if both or program < self.first]):
+                return
+            program = ready[-1]
+            self.coming.remove(program)
             self.resident.append(program)
-            self.threads.append(threading.Thread(target=self._live, args=(program, body), daemon=True))
+            self.threads.append(threading.Thread(target=self._live, args=(program,), daemon=True))
             self.threads[-1].start()
 
-    def _live(self, me: int, body: Callable[[], None]) -> None:
+    def _live(self, me: int) -> None:
         self.turns[me].acquire()
         try:
             if self.fault is None:
-                body()
+                self.bodies[me >= self.first]()
         except _Stop:
             pass
         except BaseException as error:
             self.fault = self.fault or error
         self.resident.remove(me)
         self.polled.pop(me, None)
-        self._admit(body)
+        if me < self.first:
+            self.ended += 1
+            self.let_next_start.add(me)
+        self._admit()
         if self.resident:
             self._go(self._choose())
         else:
@@ -257,20 +293,20 @@ class Launch:
 
     MEM_SEMANTIC, RMW_OP = NATIVE.MEM_SEMANTIC, NATIVE.RMW_OP
 
-    def __init__(self, kernel: str, grid: tuple[int, ...], tensors: dict[str, Tensor], seed: int) -> None:
-        programs = list(np.ndindex(grid))
+    def __init__(self, kernel: str, grids: list[tuple[int, ...]], tensors: dict[str, Tensor], seed: int) -> None:
         self.kernel, self.seed, self.counters = kernel, seed, tensors.get("counters_ptr")
+        self.schedule = _Schedule(grids, random.Random(f"{seed} {kernel}"))
+        programs = self.schedule.programs
         self.memory = _Memory(len(programs), tensors)
-        self.schedule = _Schedule(programs, random.Random(f"{seed} {kernel}"))
         self.steps: list[list[Step]] = [[] for _ in programs]
         self.atomics: list[Step] = []
         self.stale = 0
         self.scope = ir.MEM_SYNC_SCOPE.GPU
         self.tickets: dict[int, int] = {}
 
-    def run(self, body: Callable[[], None]) -> None:
+    def run(self, *bodies: Callable[[], None]) -> None:
         try:
-            self.schedule.run(body)
+            self.schedule.run(list(bodies))
             if self.counters is not None and self.counters.any():
                 raise Fault("counters not zero", f"{self._where()} leaves {self.counters.tolist()}")
         except BaseException:
@@ -305,6 +341,13 @@ class Launch:
         return self._atomic(
             lambda: NATIVE.atomic_cas(pointers, expected, value, sem), pointers, everywhere, value.dtype, sem
         )
+
+    def wait_for_first(self) -> None:
+        """The first of two launches is finished: all that its programs did comes before what this one does now."""
+        me, first, clock = self.schedule.current, self.schedule.first, self.memory.clock
+        if me >= first:
+            self.schedule.wait_for_first()
+            clock[me, :first] = clock[me, self.memory.programs :][:first] = sys.maxsize
 
     def barrier(self) -> None:
         """`tl.debug_barrier`: nobody else can tell, so nobody else gets on."""
@@ -409,6 +452,7 @@ def _tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
 def interleaved(seed: int) -> Iterator[list[Launch]]:
     """Launches inside the block run their programs side by side; a race is a Fault. Yields the launches so far."""
     launches: list[Launch] = []
+    early: list[tuple[str, tuple[int, ...], dict[str, Tensor], Callable[[], None]]] = []  # waits for its dependent
     patch_language, scopes, patched = interpreter._patch_lang, [], set()
 
     def patch_once(fn: Any) -> None:  # the interpreter does it at every call of a device function
@@ -422,11 +466,15 @@ def interleaved(seed: int) -> Iterator[list[Launch]]:
             given = inspect.getcallargs(self.fn, *args, **{n: v for n, v in options.items() if n in known})
             patch_once(self.fn)
             converted = {n: v if n in self.constexprs else interpreter._implicit_cvt(v) for n, v in given.items()}
-            grid = (*self.grid, 1, 1)[:3]
-            BUILDER.set_grid_dim(*grid)
-            launches.append(Launch(self.fn.__name__, grid, _tensors(given), seed))
+            early.append((self.fn.__name__, (*self.grid, 1, 1)[:3], _tensors(given), lambda: self.fn(**converted)))
+            if options.get("PDL") and not options.get("launch_pdl"):
+                return
+            names, grids, tensors, bodies = zip(*early, strict=True)
+            early.clear()
+            together = {name: tensor for given in tensors for name, tensor in given.items()}
+            launches.append(Launch(" and ".join(names), list(grids), together, seed))
             with watched(launches[-1]):
-                launches[-1].run(lambda: self.fn(**converted))
+                launches[-1].run(*bodies)
 
     @contextmanager
     def watched(launch: Launch) -> Iterator[None]:
@@ -440,6 +488,9 @@ def interleaved(seed: int) -> Iterator[list[Launch]]:
         with (
             patch.object(interpreter, "_interpreter", launch),
             patch.object(BUILDER, "create_barrier", launch.barrier),
+            patch.object(sync, "INTERPRETED", tl.constexpr(False)),
+            patch.object(tl.extra.cuda, "gdc_launch_dependents", launch.schedule.start_dependents),
+            patch.object(tl.extra.cuda, "gdc_wait", launch.wait_for_first),
             patch.object(BUILDER, "create_atomic_rmw", scoped(BUILDER.create_atomic_rmw)),
             patch.object(BUILDER, "create_atomic_cas", scoped(BUILDER.create_atomic_cas)),
         ):
@@ -451,6 +502,7 @@ def interleaved(seed: int) -> Iterator[list[Launch]]:
             patch.object(interpreter, "_patch_lang", patch_once),
         ):
             yield launches
+            assert not early, "a launch that lets the next one start, and none comes"
     finally:
         for scope in reversed(scopes):
             scope.restore()

@@ -68,6 +68,16 @@ def changing(outputs: Outputs) -> Outputs:
     return outputs
 
 
+@pytest.mark.parametrize("routing", run.ROUTINGS)
+@pytest.mark.parametrize("plan", ["one_pass", "two_launch+pdl", "two_launch"])
+def test_plans_that_may_race_are_repeated_most(plan: str, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(layer.Layer, "wrong", lambda *_: "")
+    monkeypatch.setattr(layer.Layer, "raced", lambda _, plan, repeats: seen.append(repeats) or "")
+    assert proven(routing, plan) == OK
+    assert seen == [1 if plan == "two_launch" else fakes.tuner().repeats]
+
+
 @pytest.mark.parametrize("change", [unwritten, off, changing])
 @pytest.mark.parametrize("kernel", ["one_pass_task", "one_pass_soft"])
 def test_a_wrong_kernel_is_named_and_never_chosen(
