@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 
 from ..modules.adapter import lora_scaling, task_names
 from ..text import listed
+from ..tuner.card import LOCAL
 from ..tuner.config import CONFIG, unwrapped
 from ..tuner.register import NAME as ALORA
 
@@ -144,7 +145,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
     return AdapterConfig(
         kind=kind,
         tasks=_tasks(where, settings) if kind == "alora" else (Path(where).name,),
-        base=base if isinstance(base, str) and base else None,
+        base=base if isinstance(base, str) and base and not base.startswith(LOCAL) else None,
         r=r,
         alpha=2 * r if alpha is None and kind == "alora" else _number(where, "lora_alpha", alpha),
         rslora=bool(rslora),

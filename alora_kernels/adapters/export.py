@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from ..dtypes import DTYPE_NAMES
 from ..text import NAME
 from ..tuner import ALoRAConfig, ALoRALayer
+from ..tuner.card import hub_id, told
 from ..tuner.config import PREFIX, unwrapped
 from .cards import TaskCard, read_task_cards, write_task_cards
 from .config import AdapterConfig, checked_config
@@ -33,13 +34,12 @@ NO_BASE = "BASE_MODEL"
 
 CARD = """---
 library_name: peft
-base_model: {base}
-tags: [lora]
+{metadata}tags: [lora]
 ---
 
 # {name}
 
-A stock LoRA adapter of rank {rank}: task `{task}` of an asymmetric LoRA (ALoRA) adapter with one B for all its tasks.
+A stock LoRA adapter of rank {rank} for {base}: task `{task}` of an asymmetric LoRA (ALoRA) adapter.
 Every module of every task that was exported with it holds the same B. The scaling is part of B.
 
 ```python
@@ -170,9 +170,10 @@ def export_lora(
     for task in names:  # all of them, before the first is written
         given.own(task, r, dtype)
     stock, base = _stock_config(given.config, list(shared), r), given.config.base
+    metadata = f"base_model: {hub_id(base)}\n" if hub_id(base) else ""
     written = []
     for task, name in names.items():
-        card = CARD.format(base=base or NO_BASE, name=name, rank=r, task=task)
+        card = CARD.format(metadata=metadata, base=told(base), name=name, rank=r, task=task)
         tensors = {f"{PREFIX}{module}.lora_A.weight": a for module, a in given.own(task, r, dtype).items()}
         tensors |= {f"{PREFIX}{module}.lora_B.weight": b for module, b in shared.items()}
         written.append(ExportedTask(name, task, out / name, write_adapter(out / name, tensors, stock, card)))

@@ -20,23 +20,14 @@ import torch
 from torch import Tensor
 
 from ..modules.adapter import task_names
-from ..tuner.config import CONFIG, PREFIX, SECTION, ALoRAConfig
+from ..tuner.card import model_card
+from ..tuner.config import CONFIG, PREFIX, ALoRAConfig
 from .cards import read_task_cards, write_task_cards
 from .reader import AdapterFile, Factors, Shape, read_adapter
 from .writer import check_replaceable, target_names, write_adapter
 
 GOALS = (0.10, 0.01)  # errors whose rank the report names
 Errors = dict[str, list[float]]  # module -> of each task
-HEAD = """---
-library_name: peft
-base_model: {base}
----
-
-# {n} LoRAs with one B
-
-Made from {n} stock LoRA adapters ({tasks}) by `alora import`: the best shared B of rank {rank} in the Frobenius norm.
-Over all tasks and modules the weights' change differs from that of the originals by {error:.2f} %.
-"""
 
 
 class SharedB(NamedTuple):
@@ -115,12 +106,6 @@ class ImportReport:
     def error(self) -> float:
         """Over all tasks and modules."""
         return _ratio(chain(*self.lost.values()), chain(*self.norms.values()))
-
-    @property
-    def card(self) -> str:
-        """README.md of the new adapter."""
-        about = {"base": self.base or "unknown", "n": len(self.tasks), "tasks": ", ".join(self.tasks)}
-        return HEAD.format(**about, rank=self.rank, error=100 * self.error) + SECTION
 
     def task_error(self, task: str) -> float:
         """Over all modules of one task."""
@@ -214,7 +199,9 @@ def import_lora(
         needed={goal: rank_for(goal, spectra) for goal in GOALS},
         missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
     )
-    write_adapter(target, tensors, config, report.card)
+    made = f"\nMade from {len(tasks)} stock LoRA adapters: the best shared B of this rank in the Frobenius norm changes"
+    made += f" the weights otherwise than they did by {100 * report.error:.2f} %, over all tasks and modules.\n"
+    write_adapter(target, tensors, config, model_card(config, more=made))
     cards = [read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()]
     write_task_cards(target, {task: card for found in cards for task, card in found.items()})
     return report

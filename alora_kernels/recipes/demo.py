@@ -75,6 +75,7 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
     train.show_scores(job, before, after)
     folder = Path(recipe.output) / train.ADAPTER
     train.save(job, folder, trainer)
+    train.describe(job, folder, before, after)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors")
     display.console.print(f"adapter saved: {folder} ({size / 1e6:.1f} MB)\n")
     answer_mixed_batch(job)

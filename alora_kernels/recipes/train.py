@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import data, precision
-from ..adapters.cards import write_task_cards
+from ..adapters.cards import read_task_cards, write_task_cards
 from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..analysis import ConflictCallback, probe_batches
 from ..baselines.methods import (
@@ -36,10 +36,12 @@ from ..baselines.methods import (
     tasks_of,
     trainable_parameters,
 )
+from ..settings import write_yaml
 from ..text import percent
 from ..training import ALoRATrainer, answer_loss, choice_accuracy
 from ..training.evaluate import whole_words
-from ..tuner.config import CONFIG
+from ..tuner.card import model_card
+from ..tuner.config import CARD, CONFIG, ALoRAConfig
 from . import display
 from .recipe import FILE, Recipe, load_recipe
 
@@ -90,7 +92,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     trainer = trainer_for(job, save=True)
     trainer.train(resume_from_checkpoint=last)
     save(job, folder / ADAPTER, trainer)
-    show_scores(job, None, judge(job, job.label))
+    scores = judge(job, job.label)
+    show_scores(job, None, scores)
+    describe(job, folder / ADAPTER, None, scores)
     return folder / ADAPTER
 
 
@@ -364,3 +368,23 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     words = {task: list(ids) for task, ids in run.choices.items()}
     write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, words) if routed else {})
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+
+
+def describe(run: Run, folder: Path, before: Scores | None, after: Scores) -> None:
+    """The model card of a saved adapter: how its tasks are asked, what they score, the recipe without its paths."""
+    config, path = getattr(run.model, "peft_config", {}).get("default"), folder / CARD
+    if not isinstance(config, ALoRAConfig):
+        return
+    asked = {task: card.template for task, card in read_task_cards(folder, run.tasks).items() if card.template}
+    judged = [scores for scores in (before, after) if scores]
+    table = "| task | measure |" + " base |" * (len(judged) - 1) + " adapter |\n|---|---|" + "---:|" * len(judged)
+    for measure, form in (("accuracy", percent), ("loss", "{:.3f}".format)):
+        columns: list[dict[str, float]] = [getattr(scores, measure) for scores in judged]
+        for task in columns[-1]:
+            table += f"\n| {task} | {measure} | {' | '.join(form(column[task]) for column in columns)} |"
+    recipe = run.recipe.model_dump(mode="json", exclude={"output", "model"}, exclude_defaults=True)
+    recipe |= {"tasks": [data.as_source(task).name for task in run.recipe.tasks], "dtype": run.recipe.dtype}
+    more = f"\n## Scores on test rows\n\n{table}\n\n## Recipe\n\n```yaml\n{write_yaml(recipe)}```\n"
+    named = run.recipe.model if run.recipe.model in data.MODELS else None
+    text = model_card(config, path.read_text(encoding="utf-8"), named=named, asked=asked, more=more)
+    path.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ here: weights are safetensors, and the model card names the import that loading 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,23 +19,11 @@ from peft.utils.other import get_pattern_key
 
 from ..files import written_whole
 from ..modules.adapter import lora_scaling, task_names
+from .card import model_card, told
 from .register import NAME, extend_str_enum
 
 WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md"
 PREFIX = "base_model.model."  # of names in a file
-IMPORT = "import alora_kernels"
-SECTION = f"""
-## Loading
-
-This is an asymmetric LoRA (ALoRA) adapter, PEFT type `ASYMLORA`. PEFT can load it after this import:
-
-```python
-{IMPORT}  # registers the adapter type
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
-```
-"""
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ROUTINGS = ("task", "soft")
 BIASES = ("none", "all", "asymlora_only")
@@ -167,7 +156,7 @@ class ALoRAConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, whole or not at all; arguments as in PEFT.
 
-        PEFT calls it after the weights: then it adds the import line to the model card, and refuses a pickle.
+        PEFT calls it after the weights and its card: then it writes a card of its own, and refuses a pickle.
         """
         by_peft, card = "auto_mapping_dict" in kwargs, Path(save_directory, CARD)
         if by_peft and Path(save_directory, PICKLE).exists():
@@ -178,9 +167,17 @@ class ALoRAConfig(PeftConfig):
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
             if by_peft:
-                text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
-                if IMPORT not in text:
-                    Path(folder, CARD).write_text(text.rstrip("\n") + "\n" + SECTION, encoding="utf-8")
+                old = card.read_text(encoding="utf-8") if card.exists() else ""
+                Path(folder, CARD).write_text(model_card(self, old), encoding="utf-8")
+
+    def for_hub(self, folder: str) -> None:
+        """Make a saved folder ready for others: the card, and a base by the name that they know."""
+        card, path = Path(folder, CARD), Path(folder, CONFIG)
+        old = card.read_text(encoding="utf-8") if card.exists() else ""
+        card.write_text(model_card(self, old), encoding="utf-8")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = self.base_model_name_or_path and told(self.base_model_name_or_path)
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Make PEFT know the type `ASYMLORA`: one more member of its enum, one entry in each of its tables.
 
 PEFT has no plugin hook, and its "aLoRA" is IBM's *Activated* LoRA: hence the name. The import changes no function of
-PEFT; `adjust_peft` wraps four when the first ALoRA model of a process is made, and other types go through untouched.
+PEFT; `adjust_peft` wraps five when the first ALoRA model of a process is made, and other types go through untouched.
 """
 
 from __future__ import annotations
@@ -126,6 +126,14 @@ def _load_adapter(
         return load(self, model_id, adapter_name, *args, **kwargs)
 
 
+def _upload(upload: Callable[..., Any], self: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+    """The end of `push_to_hub`, where transformers' card has just taken the place of ours, and paths would leave."""
+    for name, config in self.peft_config.items():
+        if config.peft_type == NAME:
+            config.for_hub(folder if name == "default" else os.path.join(folder, name))
+    return upload(self, folder, *args, **kwargs)
+
+
 def _wrapped(function: Callable[..., Any], ours: Callable[..., Any]) -> Any:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -142,9 +150,10 @@ def adjust_peft() -> None:
         (peft_model, "safe_save_file", _save_file),
         (PeftModel, "save_pretrained", _save_pretrained),
         (PeftModel, "load_adapter", _load_adapter),
+        (PeftModel, "_upload_modified_files", _upload),  # transformers', private: without it cards are plain
     ):
-        function = getattr(owner, name)
-        if not hasattr(function, "adjusted_for"):
+        function = getattr(owner, name, None)
+        if function is not None and not hasattr(function, "adjusted_for"):
             wrapped = _wrapped(function, ours)
             wrapped.adjusted_for = NAME
             setattr(owner, name, wrapped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -206,6 +207,19 @@ def test_other_settings_are_checked_too():
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_card_has_templates_scores_and_the_recipe_and_no_path(tmp_path, jsonl):
+    file = recipe(tmp_path, jsonl, tasks=f"[{{name: even, source: {jsonl}, prompt: 'Of {{text}}: is it'}}]")
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    jsonl.write_text("".join(json.dumps({"text": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows))
+    alora("train", file)
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert '- `even`: `"Of {text}: is it"`' in text and 'load_model("tiny-random")' in text
+    assert re.search(r"\| even \| accuracy \| \d+\.\d % \|", text)
+    kept = read_yaml(text.partition("```yaml\n")[2].partition("```")[0])
+    assert (kept["tasks"], kept["r"], kept["steps"], kept["dtype"]) == (["even"], 2, 4, "float32")
+    assert str(tmp_path) not in text and text.count("import alora_kernels\n") + text.count("import alora_kernels ") == 1
 
 
 def test_a_finished_adapter_is_not_replaced_unasked(tmp_path, jsonl, request):
