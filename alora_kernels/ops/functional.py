@@ -35,6 +35,7 @@ def _adapter(
     scaling: float,
     dropout_p: float,
     training: bool,
+    split: Any = None,
 ) -> Adapter:
     """What varies from call to call, proven: the rows of each task, and a seed from torch's generator of x's device."""
     checks.check_routing(x, router, task_ids)
@@ -45,7 +46,8 @@ def _adapter(
         groups = routing.groups(x.shape[:-1], lora_A.shape[0], x.device)
     dropout = None
     if training and dropout_p != 0.0:
-        dropout = Dropout(dropout_p, torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=x.device))
+        seed = torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=x.device)
+        dropout = Dropout(dropout_p, seed if split is None else split.seed(seed))
     return Adapter(lora_A, router, groups, scaling, dropout)
 
 
@@ -156,26 +158,30 @@ def trusted_alora(
     scaling: float,
     dropout_p: float,
     training: bool,
+    split: Any = None,
 ) -> Tensor:
     """`alora_linear`, or without a weight `alora_delta`, of tensors that are known to fit each other.
 
-    Only what varies from call to call is proven: x, the base's output, the ids.
+    Only what varies from call to call is proven: x, the base's output, the ids. Without a weight they may be parts of
+    what `split`, a `tuner.parallel.Split`, sums up.
     """
     if weight is not None:
         x, weight, bias = autocast(x, weight, bias)
     if not checks.suits(x, lora_A, lora_B, weight=weight, base=base):
         checks.check(x, lora_A, lora_B, weight=weight, bias=bias, router=router, base=base)
-    adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training)
+    adapter = _adapter(x, lora_A, router, task_ids, scaling, dropout_p, training, split)
     if weight is None:
-        return _delta(x, lora_B, base, adapter, None)
+        return _delta(x, lora_B, base, adapter, None, split)
     return _linear(x, weight, bias, lora_B, adapter, None)
 
 
-def _delta(x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None) -> Tensor:
+def _delta(
+    x: Tensor, b: Tensor, base: Tensor | None, adapter: Adapter, backend: str | None, split: Any = None
+) -> Tensor:
     """base + h b^T, written into base where that may be."""
     rows = autocast(x)[0].reshape(-1, x.shape[-1])
     key = choose(rows, backend)
-    h = autograd.shrink(rows, adapter, key)
+    h = (autograd if split is None else split).shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides
     like = rows if base is None else base
     dtype = wider(like, h, b) if key == "torch" else like.dtype

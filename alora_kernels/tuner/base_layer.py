@@ -34,6 +34,8 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):  # its weight is stored [in, out]
         rows, columns = module.weight.shape
         return rows, columns
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     in_features, out_features = _get_in_out_features(module)
     if in_features is None or out_features is None:
         raise ValueError(f"{type(module).__name__} has no in_features and out_features: it cannot be adapted")

@@ -24,6 +24,7 @@ from ..recompute import replayed_state
 from ..routing import Layout, Routing, constant_routing, current_routing
 from .base_layer import call_base, features, hooked, quantization_backend, takes_fused_op, undo_cpu_packing
 from .config import ALoRAConfig
+from .parallel import MATRICES, Split
 
 TRIAL, TRIAL_ROWS = 0.25, 4  # of `_takes_weights`: what is quantised anew may be a quarter off
 
@@ -78,7 +79,7 @@ class ALoRALayer(BaseTunerLayer):
     adapter_layer_names = ("asymlora_A", "asymlora_B", "asymlora_router")
     other_param_names = ("asymlora_spec", "asymlora_fixed")
 
-    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+    def __init__(self, base_layer: nn.Module, split: Split | None = None, **quantization: Any) -> None:
         self.base_layer = base_layer
         containers: tuple[Any, ...] = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.asymlora_A: MutableMapping[str, Weight]  # [E, R, K]; B [N, R]; for soft routing a router [E, K]
@@ -88,6 +89,7 @@ class ALoRALayer(BaseTunerLayer):
         self._disable_adapters = False
         self._paused: list[tuple[str, Weight]] = []  # these train when adapters are enabled again
         self.merged_tasks: dict[str, int] = {}
+        self.split = split
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = features(self.get_base_layer())
 
@@ -114,6 +116,10 @@ class ALoRALayer(BaseTunerLayer):
         if router is not None:
             self.asymlora_router[adapter_name] = Weight(router.to(dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if self.split is not None:
+            for name, weights in zip(MATRICES, (self.asymlora_A, self.asymlora_router, self.asymlora_B), strict=True):
+                if adapter_name in weights:
+                    weights[adapter_name].weight = self.split.part(name, weights[adapter_name].weight.detach())
         prepare(self.asymlora_A[adapter_name].weight.device)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
 
@@ -220,7 +226,9 @@ class ALoRALayer(BaseTunerLayer):
         """Raise a ValueError, naming the layer, unless a weight put into the base is the one it computes with."""
         backend, base = self.quantization_backend, self.get_base_layer()
         name = f"{self.rows_name or 'a layer'}, a {type(base).__name__},"
-        remedy = "merge into a base that is loaded unquantised, or keep the adapter"
+        remedy = "merge into a base that is loaded unquantised and whole, or keep the adapter"
+        if self.split is not None:
+            raise ValueError(f"{name} is split over processes, and merging takes a whole weight: {remedy}")
         if backend is not None and not backend.supports_merge:
             raise ValueError(
                 f"{name} has weights quantised by {backend.backend_name}, which cannot be merged into: {remedy}"
@@ -257,10 +265,17 @@ class ALoRALinear(nn.Module, ALoRALayer):
     """A linear layer with ALoRA adapters; `quantization` is what PEFT's backends need to know about the model."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: ALoRAConfig, **quantization: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        scaling: float,
+        config: ALoRAConfig,
+        split: Split | None = None,
+        **quantization: Any,
     ) -> None:
         super().__init__()
-        ALoRALayer.__init__(self, base_layer, **quantization)
+        ALoRALayer.__init__(self, base_layer, split, **quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, scaling, config)
 
@@ -288,14 +303,16 @@ class ALoRALinear(nn.Module, ALoRALayer):
             base, first = cast(nn.Linear, self.base_layer), active.pop(0)
             out = trusted_alora(x, weight=base.weight, bias=base.bias, **self._adapter(first, x, state))
         else:
-            check_whole(self.base_layer._parameters, self.rows_name)
+            if self.split is None:
+                check_whole(self.base_layer._parameters, self.rows_name)
             out = call_base(self.base_layer, x, *args, **kwargs)
             if self.quantization_backend is not None:
                 out = self.quantization_backend.maybe_clone_base_result(out)
             elif type(self.base_layer) not in (nn.Linear, Conv1D) or hooked(self.base_layer):
                 out = out.clone()  # hooks or the base itself may hold it, and the op writes into it
         for name in active:
-            out = trusted_alora(x, base=out, **self._adapter(name, x, state))
+            adapter = self._adapter(name, x, state)
+            out = trusted_alora(x, base=out, **adapter) if self.split is None else self.split.delta(x, out, adapter)
         return out
 
     def _state(self) -> LayerState:

@@ -26,6 +26,7 @@ from ..text import listed
 from .base_layer import guard_gradients, refuse_split
 from .config import PREFIX, ALoRAConfig, unwrapped
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
+from .parallel import split_of
 from .probe import Finding, probe
 from .register import Source, adjust_peft, source_read
 from .router import BatchRouting, CheckpointGuard, batch_shape, beams
@@ -59,14 +60,16 @@ class ALoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
-        refuse_split(model)
+        splits = [split_of(model, name) for name in targets_of(model, peft_config)]
+        if not any(splits):
+            refuse_split(model)
         if getattr(self, "findings", None) is None:
             self.findings = probe(model)
         tasks = len(peft_config.tasks or ())
         leave_out(model, peft_config, self.findings, tasks)
         tell_fused_experts(model, peft_config)
         for name in targets_of(model, peft_config):
-            check_target(model, name, tasks)
+            check_target(model, name, tasks, split=True)
 
     def _create_and_replace(
         self,
@@ -81,12 +84,13 @@ class ALoRAModel(BaseTuner):
         """Add the adapter to a target, which becomes an `ALoRALinear` unless it is one."""
         if parameter_name is not None:
             raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
-        check_target(self.model, current_key, len(peft_config.tasks or ()))
+        check_target(self.model, current_key, len(peft_config.tasks or ()), split=True)
         r, scaling = peft_config.settings_at(current_key)
         if isinstance(target, ALoRALinear):
             target.update_layer(adapter_name, r, scaling, peft_config)
             return
-        new = ALoRALinear(target, adapter_name, r, scaling, peft_config, **get_quantization_kwargs(self.model))
+        split = split_of(self.model, current_key)
+        new = ALoRALinear(target, adapter_name, r, scaling, peft_config, split, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter starts inactive
         new.rows_name, new.rows = current_key, rows_of(self.model, current_key, self.findings)

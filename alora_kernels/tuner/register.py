@@ -110,8 +110,8 @@ def _save_file(save: Callable[..., None], tensors: Any, filename: str, *args: An
 
 
 def _save_pretrained(save: Callable[..., None], self: PeftModel, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained`, which finds no storage in a part of a matrix and does not say where."""
-    if kwargs.get("state_dict") is None:
+    """`PeftModel.save_pretrained`, which gathers under tensor parallelism, and elsewhere fails without a name."""
+    if kwargs.get("state_dict") is None and not getattr(self, "_tp_size", None):
         check_whole({name: p for name, p in self.named_parameters() if ".asymlora_" in name}, remedy=GATHER)
     save(self, *args, **kwargs)
 

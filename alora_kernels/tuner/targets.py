@@ -47,10 +47,14 @@ def targets_of(model: nn.Module, config: Any) -> list[str]:
     return [name for name, _ in outside_adapters(model) if name and check_target_module_exists(matching, name)]
 
 
-def check_target(model: nn.Module, name: str, tasks: int) -> None:
-    """Raise a ValueError with the remedy unless it is a linear layer that ids of so many tasks can be used at."""
+def check_target(model: nn.Module, name: str, tasks: int, split: bool = False) -> None:
+    """Raise a ValueError with the remedy unless it is a linear layer that ids of so many tasks can be used at.
+
+    `split` says that processes may share its weight.
+    """
     base, parent = base_of(model.get_submodule(name)), _parent(model, name)
-    refuse_split(base, name)
+    if not split:
+        refuse_split(base, name)
     kind, leave_out = type(base).__name__, f"leave it out of target_modules or add it to exclude_modules: {name!r}"
     if isinstance(base, nn.Embedding):
         why = f"is an {kind}: ALoRA adapts linear layers. To train it, put it in modules_to_save, or {leave_out}"
