@@ -91,6 +91,7 @@ class Routing:
     layer: object = None  # that asks, and where the rows are in what it is given; see `at`
     layout: Layout | None = None
     _shared: list[Any] | None = None  # see `in_graph`
+    kept: tuple[str, ...] = ("task_ids", "repeats", "one_row", "layer", "layout", "_shared")  # by a copy in a graph
 
     def __init__(self, task_ids: Tensor, repeats: int = 1) -> None:
         if not isinstance(task_ids, Tensor):
@@ -152,8 +153,9 @@ class Routing:
         """A copy, in a tenth of the time of `copy.copy`: each layer asks for one."""
         other = object.__new__(type(self))
         if torch.compiler.is_compiling():  # a graph that reads what calls have left here is for those calls alone
-            kept = {name: value for name, value in self.__dict__.items() if name not in ("_groups", "_checked")}
-            other.__dict__.update(kept, _groups={}, _checked=set(), **changes)
+            for name in self.kept:  # torch 2.11 cannot trace `__dict__`
+                setattr(other, name, changes[name] if name in changes else getattr(self, name))
+            other._groups, other._checked = {}, set()
         else:
             other.__dict__.update(self.__dict__, **changes)
         return other
@@ -182,6 +184,8 @@ class Routing:
 class ConstantRouting(Routing):
     """One task for every row: its groups need no sort, which a compiled graph would hold once per layer."""
 
+    kept = (*Routing.kept, "task")
+
     def __init__(self, task: int) -> None:
         super().__init__(torch.tensor([task]))
         self.task = task
@@ -208,6 +212,8 @@ class ConstantRouting(Routing):
 
 class PickedRouting(Routing):
     """The ids of some rows `[P]` of activations `[B, T, ...]`, for a layer that is given these rows alone."""
+
+    kept = (*Routing.kept, "_whole", "_leading", "_rows")
 
     def __init__(self, whole: Routing, leading: torch.Size, rows: Tensor) -> None:
         ids = whole.task_ids

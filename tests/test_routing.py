@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from alora_kernels import FusedALoRALinear, routing
 from alora_kernels.routing import Routing, current_routing, expand_ids, group_rows, route
+from alora_kernels.training.tasks import NamedRouting
+from alora_kernels.tuner.router import BatchRouting
 
 
 @given(st.lists(st.integers(-1, 4), max_size=60))
@@ -134,3 +136,21 @@ def test_a_captured_graph_makes_its_own_groups(monkeypatch):
     assert inside is not before and batch.at(None).groups(torch.Size([3]), 2, ids.device) is inside
     monkeypatch.setattr(routing, "capturing", lambda device: False)
     assert batch.groups(torch.Size([3]), 2, ids.device) is before
+
+
+def test_a_copy_in_a_graph_keeps_all_but_what_calls_left(monkeypatch):
+    """Attributes are named in `kept`, since torch 2.11 cannot trace a `__dict__`: a forgotten one would be lost."""
+    ids, tables = torch.tensor([0, 1, -1]), {"default": ("math", "code"), "other": ("code", "math")}
+    made = [
+        Routing(ids),
+        routing.ConstantRouting(1),
+        routing.PickedRouting(Routing(ids), torch.Size([3]), torch.tensor([2, 0])),
+        BatchRouting(["math", "code", "__base__"], tables),
+        NamedRouting(ids, ("math", "code"), tables),
+    ]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for one in made:
+        copied = one.at("layer", "batch")
+        assert type(copied) is type(one) and copied.layer == "layer" and copied.layout == "batch"
+        for name in one.__dict__.keys() - {"_groups", "_checked"}:
+            assert copied.__dict__[name] is one.__dict__[name], (type(one), name)

@@ -91,6 +91,7 @@ class NamedRouting(BatchRouting):
     """Ids of one table of names, looked up in that of each adapter; one without a row's task adds it nothing."""
 
     given_as = "task_ids"
+    kept = (*BatchRouting.kept, "_tables")
 
     def __init__(self, task_ids: Tensor, names: Sequence[str], tables: Tables) -> None:
         self._tables: dict[tuple[str, ...], Tensor] = {}

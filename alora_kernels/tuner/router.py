@@ -37,6 +37,7 @@ class BatchRouting(Routing):
     """
 
     given_as = "adapter_names"
+    kept = (*Routing.kept, "names", "_resolved")
 
     def __init__(self, names: Sequence[str | int] | Tensor, tasks: Mapping[str, Sequence[str]]) -> None:
         self.names: list[str | int] | None = None
