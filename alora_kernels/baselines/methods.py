@@ -224,17 +224,24 @@ def _nearest(method: str, r: int, size: Callable[[str, int], int]) -> int:
     return min((below, below + 1), key=lambda rank: (abs(size(method, rank) - target), rank))
 
 
-def save_method(model: Any, folder: Path, method: Method, record: Mapping[str, Any] | None = None) -> None:
+def save_method(
+    model: Any,
+    folder: Path,
+    method: Method,
+    record: Mapping[str, Any] | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Save what trains of a model that `adapt` returned: PEFT's own folder where PEFT holds the method, else a state.
 
     `method.json` lies beside the weights and says which method it is; `record` holds further facts for it, such as how
-    the rank was chosen. An adapter in the folder, of whatever method, is replaced.
+    the rank was chosen. `state` are the whole tensors of a sharded model. An adapter in the folder is replaced.
     """
     if method.in_peft:
-        save_adapter(model, folder)
+        save_adapter(model, folder, state_dict=state)
     with written_whole(folder) as temporary:
         if not method.in_peft:
-            tensors = {unwrapped(name): p.detach().cpu().contiguous() for name, p in trained(model).items()}
+            kept = {name: p if state is None else state[name] for name, p in trained(model).items()}
+            tensors = {unwrapped(name): p.detach().cpu().contiguous() for name, p in kept.items()}
             save_file(tensors, Path(temporary, STATE), metadata={"format": "pt"})
         settings = {"settings": asdict(method), "record": dict(record or {})}
         Path(temporary, SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")

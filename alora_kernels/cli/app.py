@@ -91,6 +91,7 @@ def train(
     Paths of data start from the recipe's folder, the output folder from the current one.
     """
     with command():
+        from ..recipes import display
         from ..recipes import train as recipes
         from ..recipes.recipe import load_recipe
 
@@ -98,7 +99,7 @@ def train(
             method=method, output=str(output) if output else None, dtype=trained_in(dtype)
         )
         folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
-    typer.echo(f"adapter saved: {folder}")
+        display.say(f"adapter saved: {folder}")
 
 
 @app.command("eval")

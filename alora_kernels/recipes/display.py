@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console()
-err = Console(stderr=True)
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes only the first is heard
+console = Console(quiet=not FIRST)
+err = Console(stderr=True, quiet=not FIRST)
 
 
 def table(
@@ -45,7 +47,6 @@ def progress(unit: str) -> Progress:
 
 def quiet() -> None:
     """Libraries' own bars and notices would tear ours."""
-    import os
     import sys
     import warnings
 

@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     use_rslora: bool = _says("the scaling is lora_alpha / sqrt(r)", False)
     target_modules: Targets = _says("all-linear, a list of names, or a regular expression", "all-linear")
     steps: Whole = _says("optimiser steps: AdamW, linear decay", 40, ge=1)
-    batch_size: Whole = _says("rows in a step", 32, ge=1)
+    batch_size: Whole = _says("rows in a step, of all processes together", 32, ge=1)
     learning_rate: Number = _says("of AdamW", 1e-3, gt=0)
     warmup_steps: Whole = _says("steps in which the learning rate rises", 4, ge=0)
     weight_decay: Number = _says("of AdamW", 0.0, ge=0)
@@ -122,6 +122,9 @@ class Recipe(BaseModel):
         "gradient conflicts between tasks go to conflicts.csv every so many steps, for alora analyze; 0 measures none",
         0,
         ge=0,
+    )
+    parallel: Literal["ddp", "fsdp"] = _says(
+        "of several processes (torchrun, accelerate launch): ddp has the base on each, fsdp a part of it", "ddp"
     )
     seed: Whole = _says("of data order, adapter and dropout", 0, ge=0, lt=2**32)
 
@@ -165,6 +168,12 @@ class Recipe(BaseModel):
                 raise ValueError(f"routing: {routing} is not how {method} works: leave routing out")
             routing = own
         return {**values, "method": method, "routing": routing}
+
+    @model_validator(mode="after")
+    def _conflicts_are_whole(self) -> Self:
+        if self.parallel == "fsdp" and self.conflict_steps:
+            raise ValueError("conflict_steps: gradients of a sharded model are not measured: 0 under parallel: fsdp")
+        return self
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str = "recipe") -> Self:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -82,20 +84,43 @@ class Run:
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train as the recipe says, save, judge; returns the adapter's folder. `resume` and `overwrite` as `claim`."""
-    folder = Path(recipe.output)
+    """Train as the recipe says, save, judge; returns the adapter's folder. `resume` and `overwrite` as `claim`.
+
+    Every process of torchrun or accelerate launch calls this; the first writes and prints, all judge.
+    """
+    folder, processes = Path(recipe.output), join(recipe)
     last = claim(folder, resume=resume, overwrite=overwrite)
     job = load(recipe, resume=last)
     show_method(job)
-    if overwrite:
+    if overwrite and processes.is_main_process:
         clear(folder)
     trainer = trainer_for(job, save=True)
     trainer.train(resume_from_checkpoint=last)
     save(job, folder / ADAPTER, trainer)
     scores = judge(job, job.label)
     show_scores(job, None, scores)
-    describe(job, folder / ADAPTER, None, scores)
+    if processes.is_main_process:
+        describe(job, folder / ADAPTER, None, scores)
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
     return folder / ADAPTER
+
+
+def join(recipe: Recipe) -> PartialState:
+    """The processes that were started together; a ValueError where the recipe cannot be shared out among them."""
+    launched = "LOCAL_RANK" in os.environ
+    processes = PartialState(cpu=launched and not torch.cuda.is_available())  # else accelerate leaves each one alone
+    if recipe.parallel == "fsdp" and processes.distributed_type == DistributedType.NO:
+        raise ValueError(
+            "parallel: fsdp shards the base over processes, and this is one alone: start it with torchrun"
+            " --nproc-per-node N -m alora_kernels train recipe.yaml, or say parallel: ddp"
+        )
+    if recipe.batch_size % processes.num_processes:
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} rows of a step cannot be dealt evenly to {processes.num_processes}"
+            " processes: choose a multiple"
+        )
+    return processes
 
 
 def evaluate(adapter: Path, *, base: bool = False, dtype: str | None = None) -> None:
@@ -175,7 +200,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             method = read_method(adapter) or method
             model = load_method(base, adapter)
             tasks = tasks_of(model) or tasks
-        model.to(device)
+        if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
+            model.to(device)
         train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
         test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
@@ -233,11 +259,12 @@ def _are_texts(answers: Counter[str]) -> bool:
 
 def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     """The trainer a recipe describes, with a progress bar."""
-    recipe = run.recipe
+    recipe, processes = run.recipe, PartialState()
+    sharded: Any = recipe.parallel == "fsdp"  # transformers' type is of its older spelling
     args = TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // processes.num_processes,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
@@ -248,6 +275,8 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=processes.device.type == "cpu",
+        fsdp=sharded,
     )
     trainer = ALoRATrainer(
         model=run.model,
@@ -356,13 +385,19 @@ def show_method(run: Run) -> None:
 
 
 def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
-    """The adapter as safetensors; beside it the recipe, how tasks were asked, and each task's losses as JSON."""
+    """The adapter as safetensors; beside it the recipe, how tasks were asked, and each task's losses as JSON.
+
+    All processes call this, and the first one writes.
+    """
+    state = trainer.accelerator.get_state_dict(run.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
     record = {
         "budget": run.recipe.budget,
         "trainable_parameters": trainable_parameters(run.model),
         "alora_parameters": run.alora_parameters,
     }
-    save_method(run.model, folder, run.method, record)
+    save_method(run.model, folder, run.method, record, state)
     run.recipe.save(folder)
     routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
     words = {task: list(ids) for task, ids in run.choices.items()}

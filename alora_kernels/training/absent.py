@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -56,9 +57,9 @@ class KeepAbsentTasks:
         self._before = []
         for p in self._parameters:
             if p.grad is not None and id(p) in stepped:
-                absent = (p.grad == 0).flatten(1).all(1)  # now: the step may write into the gradient
+                absent = (local(p.grad) == 0).flatten(1).all(1)  # now: the step may write into the gradient
                 state = {key: value.clone() for key, value in tensors_of(optimizer, p)}
-                self._before.append((p, absent, p.detach().clone(), state))
+                self._before.append((p, absent, local(p).detach().clone(), state))
         if self._parameters and not self._before:
             self._tell_once(
                 "elsewhere",
@@ -76,9 +77,10 @@ class KeepAbsentTasks:
                 seen[id(value)] = not torch.equal(value, old)
             return seen[id(value)]
 
-        for p, absent, values, before in self._before:
+        for whole, absent, values, before in self._before:
+            p = local(whole)
             _put_back(p, values, absent)
-            state = {key: value for key, value in tensors_of(optimizer, p) if key in before}
+            state = {key: value for key, value in tensors_of(optimizer, whole) if key in before}
             coded = any(value.dtype.itemsize == 1 for value in state.values())
             views = {key: by_task(value, p, coded=coded) for key, value in state.items()}
             mixed = [key for key, view in views.items() if view is None and changed(state[key], before[key])]
@@ -144,4 +146,9 @@ def tensors_of(optimizer: Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Ten
             for name in value.__tensor_flatten__()[0]:
                 yield f"{key}.{name}", getattr(value, name)
         elif isinstance(value, Tensor) and value.numel() > 1:
-            yield key, value
+            yield key, local(value)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's tasks of a tensor that FSDP shards by its first dimension; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,15 +8,20 @@ else, resume included, is Trainer's own.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,6 +33,7 @@ from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
+from .processes import Dealt, agree_on_batches, batch_means, check_alike, check_whole, own_rows
 from .rules import BatchRules, base_model, text_config
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
@@ -86,8 +92,25 @@ class ALoRATrainer(Trainer):
         self._evaluated = TaskSums(self.tasks)  # in the last evaluation
         self._told: set[str] = set()
         self._all_logits = True
+        self._drawn = 0  # rows of an epoch in our own order
+        self._means: list[tuple[float, int]] = []  # of the batches of the last evaluation, with their rows
         self._predicted: Tensor | None = None  # ids of the batch of a prediction step
         self._losses = {mode: ModelLoss(self._rules) for mode in (True, False)}  # in training, in evaluation
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; on CPUs accelerate leaves a wish for FSDP out without a word."""
+        plugin, started = self.args.fsdp_plugin_args, int(os.environ.get("WORLD_SIZE", "1"))
+        wished = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if wished and int((plugin or os.environ).get("fsdp_version" if plugin else "FSDP_VERSION", 1)) != 2:
+            raise ValueError("FSDP 1 is not supported: set fsdp_version to 2")
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        if wished and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(plugin or {}))
+            PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if self.accelerator.num_processes == 1 < started:
+            raise ValueError(f"{started} processes were started, and each would train alone: on CPUs say use_cpu=True")
 
     def _pad_token_id(self) -> int | None:
         """The tokenizer's padding, of which the model's config is told as `train` would, for heads that look for it."""
@@ -116,12 +139,29 @@ class ALoRATrainer(Trainer):
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
         self._layers = tasks.task_layers(self.model)
-        names = tuple(dict.fromkeys([*self.tasks, *tasks.names_of(tasks.active_tables(self._layers))]))
+        tables = tasks.active_tables(self._layers)
+        names = tuple(dict.fromkeys([*self.tasks, *tasks.names_of(tables)]))
         if self._counts_ours and names != self.tasks:
             self.tasks = self.data_collator.tasks = names
             self._trained = TaskSums(names)
         tasks.check_class_label(f"the {description.lower()} dataset", dataset, self.tasks)
+        if self.accelerator.num_processes > 1:
+            check_alike({"the batches": self.tasks, **{f"adapter {name!r}": table for name, table in tables.items()}})
+            if isinstance(dataset, IterableDataset):
+                dataset = self._dealt(dataset, description, training=kwargs.get("is_training", False))
         return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _dealt(self, stream: Any, description: str, *, training: bool) -> Any:
+        """A stream that every process reads for its rows of each step; accelerate wants rows of one length."""
+        check_whole(stream, description)
+        if not training:
+            raise ValueError(
+                f"{description.lower()} of a stream over several processes counts its last rows twice: give a dataset"
+                " with random access, such as Dataset.from_list(list(stream))"
+            )
+        config, rows = self.accelerator.dataloader_config, self.args.train_batch_size * self.accelerator.num_processes
+        config.dispatch_batches = bool(config.dispatch_batches)
+        return Dealt(stream, rows, self.args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Tasks spread evenly where they are known, also where rows are grouped by length; else as Trainer has it."""
@@ -134,7 +174,30 @@ class ALoRATrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         lengths = tasks.row_lengths(dataset, self.args.length_column_name) if strategy != "random" else None
         order: dict[str, Any] = {"lengths": lengths, "batch_size": self.args.train_batch_size}
-        return tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed, **order)
+        sampler = tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed, **order)
+        self._drawn = len(sampler)
+        return sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As Trainer's; what one of several processes cannot use all refuse, so that none waits for it."""
+        if self.accelerator.num_processes == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches: list[Any] = []
+        error: Exception | None = None
+        try:
+            batches.extend(islice(epoch_iterator, num_batches))
+            for batch in batches:
+                self._routing(batch.get("task_ids"))
+        except Exception as raised:
+            error = raised
+        agree_on_batches(self.accelerator, ["task_ids" in batch for batch in batches], error)
+        state, config = self.accelerator.gradient_state, self.accelerator.dataloader_config
+        filled = config.even_batches and not config.split_batches and not self.args.dataloader_drop_last
+        if state.end_of_dataloader and filled and self._drawn:
+            batches[-1] = own_rows(self.accelerator, batches[-1], self._drawn, self.args.train_batch_size)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _routing(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager[Any]:
         """Routing by the names that the ids stand for: which adapters are active may have changed."""
@@ -187,6 +250,7 @@ class ALoRATrainer(Trainer):
             rows = task_ids, scored.counts, scored.losses, scored.right
             if not training and scored.losses is not None and task_ids.dim() == 1:  # of several processes each row once
                 rows = self.accelerator.gather_for_metrics(rows)
+                self._means += batch_means(rows[1], rows[2], len(task_ids))
             (self._trained if training else self._evaluated).add(*rows)
         loss = scored.mean
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
@@ -242,18 +306,23 @@ class ALoRATrainer(Trainer):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's, with the rows of absent tasks kept; made anew when other parameters train than before."""
+        """As Trainer's; made anew when other parameters train than before."""
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if self._optimized not in (None, trained):  # by an optimiser that was made here, for another adapter
             self.optimizer = None
         if self.optimizer is None:
             self._optimized = trained
-        optimizer = super().create_optimizer(*args, **kwargs)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """As Trainer's, with the rows of absent tasks kept from now on: FSDP has replaced what the optimiser steps."""
+        prepared = super()._prepare_for_training(*args)
         if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
             self._keeper.remove()
         keeps = self.keep_absent_tasks and self.routed
+        optimizer: Any = self.optimizer
         self._keeper = KeepAbsentTasks(optimizer, tasks.stacked_a(self.model)) if keeps else None
-        return optimizer
+        return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's makes one more step of a finished run that is resumed inside an epoch."""
@@ -264,7 +333,13 @@ class ALoRATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As Trainer's, every adapter under its own name."""
-        if not load_adapters(self.model if model is None else model, resume_from_checkpoint):
+        sharded = any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*"))
+        if sharded != self.is_fsdp_enabled:
+            raise ValueError(
+                f"{resume_from_checkpoint} was written {'under' if sharded else 'without'} FSDP, whose optimiser state"
+                " has another form: resume as it was begun, under FSDP with any number of processes, one too (torchrun)"
+            )
+        if sharded or not load_adapters(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -273,7 +348,7 @@ class ALoRATrainer(Trainer):
             super()._load_best_model()
 
     def _tell_unlabelled(self, sums: TaskSums, where: str) -> None:
-        if sums.unlabelled and where not in self._told:
+        if sums.unlabelled and where not in self._told and self.is_world_process_zero():
             self._told.add(where)
             warnings.warn(
                 f"{sums.unlabelled} of {sums.rows} rows {where} have no label that counts (all are -100, or the first"
@@ -303,10 +378,14 @@ class ALoRATrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with loss and exact-match accuracy of each task, and the mean accuracy over tasks."""
-        self._evaluated = TaskSums(self.tasks)
+        self._evaluated, self._means = TaskSums(self.tasks), []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         ours = {f"{metric_key_prefix}_{key}": value for key, value in self._evaluated.metrics().items()}
-        output = output._replace(metrics={**ours, **(output.metrics or {})})  # a caller's own metrics come first
+        metrics = {**ours, **(output.metrics or {})}  # a caller's own metrics come first
+        if self.accelerator.num_processes > 1 and self._means and not self._rules.balancing:
+            total = sum(mean * rows for mean, rows in self._means)  # Trainer's has rows that are there twice
+            metrics[f"{metric_key_prefix}_loss"] = total / sum(rows for _, rows in self._means)
+        output = output._replace(metrics=metrics)
         self._tell_unlabelled(self._evaluated, f"of the {description.lower()}")
         return output
 

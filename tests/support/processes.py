@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
 from alora_kernels.federated.deploy.processes import Process
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def gloo(count: int, *command: str, seconds: float = 240.0) -> str:
+    """What so many processes of torchrun printed; a CalledProcessError with it if one failed."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=seconds
+    )
+    text = done.stdout + done.stderr
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, text)
+    return text
 
 
 def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
