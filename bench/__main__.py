@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import accuracy, cpu, gpu, plot, verify_lm_eval, verify_quant, verify_vllm
+from . import accuracy, cpu, gpu, plot, processes, verify_lm_eval, verify_quant, verify_vllm
 from .reproduce import command as reproduce
 from .serving import command as serving
 
@@ -19,6 +19,7 @@ app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
 app.command("accuracy")(accuracy.main)
 app.command("plot")(plot.main)
+app.command("processes")(processes.main)
 app.command("verify-quant")(verify_quant.main)
 app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
