@@ -195,7 +195,7 @@ class ALoRATrainer(Trainer):
         agree_on_batches(self.accelerator, ["task_ids" in batch for batch in batches], error)
         state, config = self.accelerator.gradient_state, self.accelerator.dataloader_config
         filled = config.even_batches and not config.split_batches and not self.args.dataloader_drop_last
-        if state.end_of_dataloader and filled and self._drawn:
+        if state.end_of_dataloader and filled and self._drawn and self.get_tp_size() == 1:
             batches[-1] = own_rows(self.accelerator, batches[-1], self._drawn, self.args.train_batch_size)
         return batches, self._get_num_items_in_batch(batches, device)
 
