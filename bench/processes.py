@@ -64,7 +64,8 @@ def trained(folder: Path, world: int, *, dtype: torch.dtype = torch.float32, **o
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 64}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3)).to(dtype)
+    base: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3))
+    base.to(dtype)
     model = get_peft_model(base, ALoRAConfig(r=4, tasks=TASKS, target_modules="all-linear", task_type="CAUSAL_LM"))
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in weights.items():  # B at 0 would give A no gradient
