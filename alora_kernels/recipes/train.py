@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -177,7 +178,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     dtype was, see `precision.explain`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = precision.explain(device, recipe.dtype, whose)
+    # `auto` is measured, so that processes might choose differently: the first chooses for all
+    chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
     recipe = recipe.instead(dtype=chosen.name)
     lost = data.Lost()
     with display.err.status("reading data ..."):

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from alora_kernels import precision
 from alora_kernels.recipes import train
 from alora_kernels.recipes.recipe import load_recipe
 
@@ -65,6 +67,12 @@ def free_port() -> str:
         return str(place.getsockname()[1])
 
 
+def ordered(file: Path) -> dict[str, Any]:
+    """What a file holds; PEFT's names of modules are a set, written in any order."""
+    held = json.loads(file.read_text())
+    return held | ({"target_modules": sorted(held["target_modules"])} if "target_modules" in held else {})
+
+
 def assert_is_that_of(one: Path, adapter: Path, printed: str) -> None:
     """The same files and adapter; printed once."""
     assert {file.name for file in adapter.iterdir()} == {file.name for file in one.iterdir()}
@@ -73,7 +81,7 @@ def assert_is_that_of(one: Path, adapter: Path, printed: str) -> None:
     for name, tensor in wanted.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=5e-6, msg=name)
     for file in ("adapter_config.json", "adapter_tasks.json", "method.json"):
-        assert (adapter / file).read_text() == (one / file).read_text()
+        assert ordered(adapter / file) == ordered(one / file)
     logs, known = (json.loads((folder / "losses.json").read_text()) for folder in (adapter, one))
     for got, wanted in zip(logs[:-1], known[:-1], strict=True):
         assert got == pytest.approx(wanted, rel=1e-3)
@@ -103,6 +111,13 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_is_loaded(recipe, 
     with pytest.raises(ValueError, match="6 rows of a step cannot be dealt evenly to 4"):
         train.run(load_recipe(recipe / "ddp.yaml").instead(output=str(recipe / "none")))
     assert not (recipe / "none").exists()
+
+
+def test_what_auto_becomes_is_chosen_by_the_first_process(recipe, monkeypatch):
+    first = precision.explain("cpu", "bfloat16", "")
+    monkeypatch.setattr(train, "broadcast_object_list", lambda mine: [first])
+    job = train.load(load_recipe(recipe / "ddp.yaml"))
+    assert job.recipe.dtype == "bfloat16" == str(job.model.dtype).removeprefix("torch.")
 
 
 class Processes:
