@@ -33,7 +33,9 @@ def newest(requirement: Requirement) -> str:
 
 
 def oldest(requirement: Requirement) -> str:
-    """One of `BOUNDED` at its lower bound, any other as it is."""
+    """One of `BOUNDED` at its lower bound; any other as it is, but NumPy: beside 2.4 Triton 3.6 interprets no loop."""
+    if requirement.name == "numpy":
+        requirement.specifier = SpecifierSet("<2.4")
     if requirement.name in BOUNDED:
         (lower,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
         requirement.specifier = SpecifierSet(f"=={lower}")
