@@ -150,7 +150,7 @@ class _Packing(TaskTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, routed; the first batch of several texts in a row is proven first."""
-        if not self._proven and "attention_mask" not in inputs and "position_ids" in inputs:
+        if not self._proven and getattr(inputs.get("task_ids"), "ndim", 0) == 2:
             self._prove(model, inputs)
             self._proven = True
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -50,7 +50,7 @@ def ids_of(words: str) -> list[int]:
 
 
 LENGTHS = [(3, 4), (2, 6), (5, 2), (4, 3)]  # of prompts and answers
-ORDER = ["math", "code", "code", "math"]
+ORDER = ["math", "math", "code", "math"]  # not the same backwards
 
 
 def pairs() -> list[dict[str, Any]]:
@@ -176,6 +176,7 @@ def test_sft(tmp_path, changes):
         packs = [row["task"] for row in trainer.train_dataset]
         assert max(map(len, packs)) > 1 and sorted(t for pack in packs for t in pack) == sorted(ORDER)
     assert_as_alone(trainer, sft_alone)
+    assert not isinstance(trainer.data_collator, WithTasks)  # TRL looks for its own
 
 
 def test_sft_by_names_of_the_model_and_a_stream(tmp_path):
@@ -357,7 +358,7 @@ def test_what_is_generated_is_of_each_prompts_task(tmp_path):
 
 def test_best_fit():
     assert best_fit([5, 2, 3, 1], 5) == [[0], [2, 1], [3]]
-    assert best_fit([4, 3, 2, 1], 5) == [[0, 3], [1, 2]]  # the fullest row that still has room
+    assert best_fit([4, 3, 2], 6) == [[0, 2], [1]]  # the fullest row that still has room
     assert best_fit([0, 2, 0], 5) == [[1]]
     assert best_fit([], 5) == []
     lengths = torch.randint(1, 100, (1000,), generator=torch.manual_seed(0)).tolist()
@@ -384,6 +385,17 @@ def test_packed_rows_have_names_of_tasks():
     ]
     named = dataset.cast_column("task", ClassLabel(names=["code", "math"]))
     assert pack_rows(named, 4)["task"] == [["math", "code"], ["math"]]
+
+
+def test_packed_rows_are_shuffled_as_trl_shuffles_them(tmp_path):
+    packs = [
+        trainer_of(
+            "SFT", tmp_path, sft_rows(), packing=True, max_length=8, seed=3, shuffle_dataset=shuffles
+        ).train_dataset
+        for shuffles in (False, True)
+    ]
+    plain, shuffled = ([row["input_ids"] for row in dataset] for dataset in packs)
+    assert plain != shuffled and sorted(plain) == sorted(shuffled) and len(plain) == 4
 
 
 @pytest.mark.parametrize(("row", "told"), [
@@ -463,8 +475,8 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         trainer_of("DPO", tmp_path, [row | {"task": "art"} for row in pairs()])
     with pytest.raises(ValueError, match="no active adapter picks by task"):
         trainer_of("SFT", tmp_path, sft_rows(), tiny.llama(), peft_config=config(routing="soft"))
-    other = type("OtherTrainer", (trl.GRPOTrainer,), {"__module__": "trl.experimental.other"})
-    for kind in (transformers.Trainer, other, 1):
+    others = [type(n, (trl.GRPOTrainer,), {"__module__": "trl.experimental.other"}) for n in ("GRPOTrainer", "Other")]
+    for kind in (transformers.Trainer, *others, 1):
         with pytest.raises(
             TypeError, match=f"with_tasks knows SFTTrainer, .* their subclasses, got {re.escape(repr(kind))}"
         ):
