@@ -388,14 +388,22 @@ def test_packed_rows_have_names_of_tasks():
 
 
 def test_packed_rows_are_shuffled_as_trl_shuffles_them(tmp_path):
-    packs = [
-        trainer_of(
-            "SFT", tmp_path, sft_rows(), packing=True, max_length=8, seed=3, shuffle_dataset=shuffles
-        ).train_dataset
+    """The packer sorts by length, whatever order it is given."""
+    rows = [{"input_ids": [9] * length, "labels": [9] * length, "task": "math"} for length in (5, 8, 6, 7)]
+    plain, shuffled = (
+        trainer_of("SFT", tmp_path, rows, packing=True, max_length=8, shuffle_dataset=shuffles).train_dataset[
+            "seq_lengths"
+        ]
         for shuffles in (False, True)
-    ]
-    plain, shuffled = ([row["input_ids"] for row in dataset] for dataset in packs)
-    assert plain != shuffled and sorted(plain) == sorted(shuffled) and len(plain) == 4
+    )
+    assert list(plain) == [[8], [7], [6], [5]]
+    assert list(shuffled) != list(plain) and sorted(shuffled) == sorted(plain)
+
+
+def test_a_packed_row_of_one_text(tmp_path):
+    trainers = (trainer_of("SFT", tmp_path, sft_rows()[:1], packing=packs, max_length=16) for packs in (True, False))
+    packed, padded = (trainer.compute_loss(trainer.model, batch_of(trainer)) for trainer in trainers)
+    torch.testing.assert_close(packed, padded, **CLOSE)
 
 
 @pytest.mark.parametrize(("row", "told"), [
