@@ -26,7 +26,7 @@ from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
 
-TESTED = "1.0", "1.16"  # releases of TRL, the first and the last
+TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
 
 class TaskTrainer(Trainer):

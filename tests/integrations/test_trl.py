@@ -525,6 +525,6 @@ def test_versions_that_were_not_tested_are_told_of_once():
     integration._check_version.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for version in ("1.0.0", "1.16.3", "2.0.0.dev0", "2.0.0.dev0"):
+        for version in ("1.10.0", "1.16.3", "2.0.0.dev0", "2.0.0.dev0"):
             integration._check_version(version)
     assert [str(w.message)[:40] for w in caught] == ["TRL 2.0.0.dev0 was not tested with tasks"]
