@@ -24,7 +24,7 @@ class ConflictCallback(TrainerCallback):
 
     Columns: `step`, `module`, `parameter` ("A", "B"), `sharing` ("shared" or "per task"), `norm` (mean over tasks),
     `conflicts`, `pairs`. A measurement costs one forward and backward per task. Gradients that are not finite are named
-    in a warning, and that step has no rows. Under several processes only the first measures. `latest` are the records
+    in a warning, and that step has no rows. Several processes are refused. `latest` are the records
     of the last measurement, with all cosines.
 
     Args:
@@ -58,6 +58,11 @@ class ConflictCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the file, or cut it back to where a resumed run stands."""
+        if args.world_size > 1:
+            raise ValueError(
+                f"conflicts are measured by one process alone, and these are {args.world_size}: train without them"
+                " (conflict_steps: 0), or in one process"
+            )
         if not state.is_world_process_zero:
             return
         kept: list[list[str]] = []

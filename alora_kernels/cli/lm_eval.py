@@ -59,16 +59,19 @@ def lm_eval(
         plain, tokenizer = data.load_model(name, dtype=chosen.dtype)
         adapted = load_method(plain, adapter).to("cuda" if torch.cuda.is_available() else "cpu")
         own, manager = tasks_of(adapted), TaskManager(include_path=str(include_path) if include_path else None)
+        if unknown := [name for name in only or () if own and name not in own]:
+            raise ValueError(f"unknown task {unknown[0]!r}: valid tasks are {', '.join(own)}")
         asked, found = {"num_fewshot": num_fewshot, "limit": limit}, {}
+        about = {"adapter": str(adapter), "model": name, "dtype": chosen.name, "lm_eval": metadata.version("lm_eval")}
+        out.parent.mkdir(parents=True, exist_ok=True)
         for run in [BASE] * base + [*(only or own or (adapter.name,))]:
             with base_alone(adapted) if run == BASE else nullcontext():
                 task = run if own or only else None
                 lm = ALoRALM(adapted, task=task, tokenizer=tokenizer, batch_size=batch_size)
                 done = simple_evaluate(lm, tasks=tasks.split(","), task_manager=manager, log_samples=False, **asked)
-            found["base" if run == BASE else run] = done["results"]
-        about = {"adapter": str(adapter), "model": name, "dtype": chosen.name, "lm_eval": metadata.version("lm_eval")}
-        text = json.dumps({**about, **asked, "results": found}, indent=1, default=str)
-        out.write_text(text, encoding="utf-8")
+            found["base" if run == BASE else run] = done["results"]  # what is there outlives a later failure
+            text = json.dumps({**about, **asked, "results": found}, indent=1, default=str)
+            out.write_text(text, encoding="utf-8")
     columns, rows = _table(found)
     display.console.print(display.table("", columns, rows, left=2))
     display.say(f"all numbers: {out}", "dim")

@@ -25,6 +25,7 @@ from ..training import KeepAbsentTasks, tasks
 from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
+from ..training.processes import check_one_gpu
 
 TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
@@ -50,7 +51,10 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         names, tables = self._tasks()
         if not tables:
-            raise ValueError("no active adapter picks by task: give peft_config=ALoRAConfig(tasks=[...])")
+            raise ValueError(
+                "no active adapter picks by task: give peft_config=ALoRAConfig(tasks=[...]); soft routing and other"
+                " adapters need no with_tasks"
+            )
         for name in ("train_dataset", "eval_dataset"):
             given = getattr(self, name)
             for part in given.values() if isinstance(given, Mapping) else [given]:
@@ -77,6 +81,7 @@ class TaskTrainer(Trainer):
             self.data_collator = plain
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        check_one_gpu(self.args)
         with self._collating():
             return super()._get_dataloader(*args, **kwargs)
 
@@ -151,16 +156,16 @@ class _Packing(TaskTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, routed; the first batch of several texts in a row is proven first."""
         if not self._proven and getattr(inputs.get("task_ids"), "ndim", 0) == 2:
-            self._prove(model, inputs)
-            self._proven = True
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            if len(starts) > 1:
+                self._prove(model, inputs, starts[1], [*starts, inputs["input_ids"].shape[1]][2])
+                self._proven = True
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def _prove(self, model: nn.Module, inputs: dict[str, Any], start: int, end: int) -> None:
         """Raise a ValueError unless the model gives the second text of a row the logits that it has alone."""
         row, ids = inputs["input_ids"], inputs["task_ids"]
-        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), row.shape[1]]
-        start, end = starts[:2] if len(starts) == 2 else starts[1:3]
 
         def logits(given: dict[str, Any], first: int) -> Tensor:
             places = torch.arange(first, first + end - start, device=row.device)
@@ -182,7 +187,10 @@ class _Packing(TaskTrainer):
 class _Generating(TaskTrainer):
     """GRPO, RLOO: a batch is rows of a dataset until completions were generated, then as those were shuffled."""
 
-    use_vllm: bool
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if any(getattr(given, "use_vllm", False) is True for given in (*args, *kwargs.values())):
+            raise ValueError("use_vllm=True generates with weights that one task was merged into: leave it out")
+        super().__init__(*args, **kwargs)
 
     @contextlib.contextmanager
     def _collating(self) -> Iterator[None]:
@@ -190,8 +198,6 @@ class _Generating(TaskTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         parent: Any = super()
-        if self.use_vllm:
-            raise ValueError("use_vllm=True generates with weights that one task was merged into: leave it out")
         told = all("task" in row for row in inputs)
         ids = task_ids_from_names([row["task"] for row in inputs], self._tasks()[0]) if told else None
         with self._routed({"task_ids": ids}):

@@ -107,8 +107,9 @@ class ModelLoss:
         labels, classes = few["labels"], outputs["logits"].shape[-1]
         asked, verdict = labels != IGNORED, SHIFTED if self.shifts else ALIGNED
         step = max(1, len(labels) - 1)  # calls overlap in a class, which compares those of one with those of the next
-        starts = range(0, classes - 1, step)[:TRIALS] if labels.dim() == 1 else range(int(classes <= FEW_CLASSES))
-        for start in starts:
+        # as many calls whatever the rows: processes, whose numbers of rows may differ, make them together
+        calls = min(TRIALS, classes - 1) if labels.dim() == 1 else int(classes <= FEW_CLASSES)
+        for start in range(0, step * calls, step):
             other = labels.clone()
             other[asked] = (torch.arange(int(asked.sum()), device=labels.device) + start) % classes
             verdict = max(verdict, self._compare(call(few | {"labels": other}), other))

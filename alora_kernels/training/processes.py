@@ -47,11 +47,23 @@ def agree_on_batches(accelerator: Any, with_ids: Sequence[bool], error: Exceptio
         )
 
 
+def check_one_gpu(args: Any) -> None:
+    """Raise ValueError where Trainer would copy the model to several GPUs of one process, where no routing arrives."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process has {args.n_gpu} GPUs: start one on each (torchrun --nproc-per-node {args.n_gpu}), or let it"
+            " see one (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 def own_rows(accelerator: Any, batch: dict[str, Any], drawn: int, size: int) -> dict[str, Any]:
     """An epoch's last batch of this process, without the rows that accelerate repeats to make all equally long.
 
-    `drawn` rows are in the epoch, `size` in a batch of a process. One row stays, unlabelled where it is a repeated one.
+    `drawn` rows are in the epoch, `size` in a batch of a process. One row stays, unlabelled where it is a repeated one;
+    where labels are floats, none of which counts for nothing, the batch stays as it is.
     """
+    if "labels" not in batch or batch["labels"].is_floating_point():
+        return batch
     rest = drawn % (size * accelerator.num_processes)
     own = min(max(rest - size * accelerator.process_index, 0), size) if rest else size
     if own == size or not all_per_row(batch):

@@ -18,12 +18,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
@@ -33,11 +33,14 @@ from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
-from .processes import Dealt, agree_on_batches, batch_means, check_alike, check_whole, own_rows
+from .processes import Dealt, agree_on_batches, batch_means, check_alike, check_one_gpu, check_whole, own_rows
 from .rules import BatchRules, base_model, text_config
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
 DIVIDES_AGAIN = not hasattr(Trainer, "loss_is_scaled_for_ga")
+SAME_WHEN_SHARDED = (
+    "peft_type", "tasks", "routing", "num_experts", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 
 
 class ALoRATrainer(Trainer):
@@ -92,7 +95,7 @@ class ALoRATrainer(Trainer):
         self._evaluated = TaskSums(self.tasks)  # in the last evaluation
         self._told: set[str] = set()
         self._all_logits = True
-        self._drawn = 0  # rows of an epoch in our own order
+        self._drawn = 0  # rows of an epoch; 0 of a stream
         self._means: list[tuple[float, int]] = []  # of the batches of the last evaluation, with their rows
         self._predicted: Tensor | None = None  # ids of the batch of a prediction step
         self._losses = {mode: ModelLoss(self._rules) for mode in (True, False)}  # in training, in evaluation
@@ -138,6 +141,7 @@ class ALoRATrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
+        check_one_gpu(self.args)
         self._layers = tasks.task_layers(self.model)
         tables = tasks.active_tables(self._layers)
         names = tuple(dict.fromkeys([*self.tasks, *tasks.names_of(tables)]))
@@ -170,7 +174,9 @@ class ALoRATrainer(Trainer):
         if strategy in tasks.BALANCED:
             column = tasks.task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
         if column is None:
-            return super()._get_train_sampler(dataset)
+            theirs: Any = super()._get_train_sampler(dataset)
+            self._drawn = len(theirs) if theirs is not None else 0
+            return theirs
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         lengths = tasks.row_lengths(dataset, self.args.length_column_name) if strategy != "random" else None
         order: dict[str, Any] = {"lengths": lengths, "batch_size": self.args.train_batch_size}
@@ -195,7 +201,8 @@ class ALoRATrainer(Trainer):
         agree_on_batches(self.accelerator, ["task_ids" in batch for batch in batches], error)
         state, config = self.accelerator.gradient_state, self.accelerator.dataloader_config
         filled = config.even_batches and not config.split_batches and not self.args.dataloader_drop_last
-        if state.end_of_dataloader and filled and self._drawn and self.get_tp_size() == 1:
+        masked = self.compute_loss_func is None  # an own loss does what it likes with labels that count for nothing
+        if state.end_of_dataloader and filled and self._drawn and masked and self.get_tp_size() == 1:
             batches[-1] = own_rows(self.accelerator, batches[-1], self._drawn, self.args.train_batch_size)
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -248,7 +255,8 @@ class ALoRATrainer(Trainer):
         scored = self.packing(run, inputs, model, self._losses[training]) if packs else run(inputs)
         if task_ids is not None:
             rows = task_ids, scored.counts, scored.losses, scored.right
-            if not training and scored.losses is not None and task_ids.dim() == 1:  # of several processes each row once
+            alone = self.get_tp_size() > 1  # every process has all rows
+            if not training and scored.losses is not None and task_ids.dim() == 1 and not alone:  # each row once
                 rows = self.accelerator.gather_for_metrics(rows)
                 self._means += batch_means(rows[1], rows[2], len(task_ids))
             (self._trained if training else self._evaluated).add(*rows)
@@ -339,8 +347,27 @@ class ALoRATrainer(Trainer):
                 f"{resume_from_checkpoint} was written {'under' if sharded else 'without'} FSDP, whose optimiser state"
                 " has another form: resume as it was begun, under FSDP with any number of processes, one too (torchrun)"
             )
+        if sharded:
+            self._check_sharded(Path(resume_from_checkpoint))
         if sharded or not load_adapters(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; beside a sharded model lies what its matrices mean."""
+        super()._save_checkpoint(*args, **kwargs)
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.model.peft_config[self.model.active_adapter].save_pretrained(str(folder))
+
+    def _check_sharded(self, checkpoint: Path) -> None:
+        """Raise a ValueError unless its adapter has this one's tasks and scaling: FSDP goes by places alone."""
+        if not isinstance(self.model, PeftModel) or not (checkpoint / CONFIG_NAME).exists():
+            return
+        there, here = PeftConfig.from_pretrained(str(checkpoint)), self.model.peft_config[self.model.active_adapter]
+        for name in SAME_WHEN_SHARDED:
+            was, is_now = getattr(there, name, None), getattr(here, name, None)
+            if was != is_now:
+                raise ValueError(f"{checkpoint} was written with {name}={was!r}, here it is {is_now!r}: resume as then")
 
     def _load_best_model(self) -> None:
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,3 +170,10 @@ def test_probe_batches_are_the_first_rows_of_each_task():
     refused("column `task`", probe_batches, data.remove_columns("task"), list)
     refused("column `task`", probe_batches, [], list)
     refused("size must be at least 1", probe_batches, data, list, 0)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    args: Any = SimpleNamespace(world_size=2)
+    callback = ConflictCallback(lambda model, batch: None, {"a": {}, "b": {}}, tmp_path / "c.csv")
+    with pytest.raises(ValueError, match="conflicts are measured by one process alone, and these are 2"):
+        callback.on_train_begin(args, None, None)

@@ -456,6 +456,13 @@ def test_a_model_whose_packed_texts_see_each_other_is_refused(tmp_path):
     trainer = trainer_of("SFT", tmp_path, sft_rows(), adapted(base), packing=True, max_length=16)
     with pytest.raises(ValueError, match="with 'leaking' attention logits of a packed text are off by"):
         trainer.compute_loss(trainer.model, batch_of(trainer))
+    whole = batch_of(trainer)
+    first = int((whole["position_ids"][0] == 0).nonzero()[1])
+    alone = {name: value[:, :first] for name, value in whole.items() if name in ("input_ids", "labels", "position_ids")}
+    alone["task_ids"] = whole["task_ids"][:, :first]
+    trainer.compute_loss(trainer.model, alone)  # a row of one text proves nothing
+    with pytest.raises(ValueError, match="logits of a packed text are off by"):
+        trainer.compute_loss(trainer.model, whole)
     base = tiny.llama(eos_token_id=1)
     base.set_attn_implementation("leaking")
     padded = trainer_of("SFT", tmp_path, sft_rows(), adapted(base))
@@ -493,14 +500,13 @@ def test_what_cannot_be_right_is_refused(tmp_path):
     trainer = trainer_of("GRPO", tmp_path, PROMPTS, reward_funcs=reward, **GENERATED)
     with pytest.raises(ValueError, match="the batch says no task of its rows"):
         trainer._generate_and_score_completions([{"prompt": "w5"}])
-    trainer.use_vllm = True
+    asked = type("Asked", (), {"use_vllm": True})()
     with pytest.raises(ValueError, match="use_vllm=True generates with weights that one task was merged into"):
-        batch_of(trainer)
+        type(trainer)(adapted(), reward, asked)
     with (
         trainer._routed({"task_ids": torch.tensor([0, 1, 1])}),
         pytest.raises(ValueError, match="task_ids has 3 entries .* but the batch has 2 rows"),  # those that use a tool
     ):
-        trainer.use_vllm = False
         trainer._generate_single_turn([[5], [6]], None, {}, 1)
     with pytest.raises(ValueError, match="the batch says no task of its rows"):
         trainer.compute_loss(trainer.model, {})

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from filelock import FileLock
+from transformers import TrainingArguments
+
+from alora_kernels.training import ALoRATrainer
+from alora_kernels.training.processes import own_rows
 
 from ..support import manyprocesses as many
 from ..support import trainers as t
 from ..support.processes import gloo
+from ..support.tiny import adapted
 
 SAME = 2e-6  # largest difference of an entry after steps of 1e-2
 # cases whose tensors are those of one process's run of a case
@@ -158,3 +164,43 @@ def test_a_broken_row_of_one_process_ends_all(folder):
     first, second = (found["error"] for found in many.results(folder, "broken row", 2))
     assert first == "ValueError: process 1 could not use its batch and says why"
     assert second == "OSError: a broken file"
+
+
+class Second:
+    """What `own_rows` asks the second of two processes."""
+
+    num_processes, process_index = 2, 1
+
+
+def test_repeated_rows_count_for_nothing_where_labels_can_say_so():
+    """An epoch of 2 rows, in batches of 2 per process: all rows of the second are repeated ones."""
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([1, 2])}
+    assert own_rows(Second, batch, 2, 2)["labels"].tolist() == [-100]
+    floats = batch | {"labels": torch.tensor([0.5, 0.25])}  # -100.0 would be a number to learn
+    assert own_rows(Second, floats, 2, 2) is floats
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_rows_of_an_epoch_are_known_in_any_order(strategy, tmp_path):
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "task": ["math", "code"][i % 2]} for i in range(10)]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], train_sampling_strategy=strategy)
+    trainer = ALoRATrainer(adapted(), args, train_dataset=Dataset.from_list(rows))
+    trainer.get_train_dataloader()
+    assert trainer._drawn == 10
+
+
+def test_a_sharded_checkpoint_of_other_tasks_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
+    adapted(tasks=["code", "math"]).peft_config["default"].save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"was written with tasks=\['code', 'math'\], here it is \['math', 'code'\]"):
+        ALoRATrainer(adapted(), args)._check_sharded(tmp_path)
+    ALoRATrainer(adapted(tasks=["code", "math"]), args)._check_sharded(tmp_path)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "task": "math"}]
+    trainer = ALoRATrainer(adapted(), args, train_dataset=Dataset.from_list(rows))
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="one process has 2 GPUs: start one on each"):
+        trainer.get_train_dataloader()
