@@ -156,6 +156,8 @@ class _Packing(TaskTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, routed; the first batch of several texts in a row is proven first."""
         if not self._proven and getattr(inputs.get("task_ids"), "ndim", 0) == 2:
+            if "position_ids" not in inputs:
+                raise ValueError("rows of several texts need padding_free=True: without it they would see each other")
             starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
             if len(starts) > 1:
                 self._prove(model, inputs, starts[1], [*starts, inputs["input_ids"].shape[1]][2])

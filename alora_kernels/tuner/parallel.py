@@ -92,6 +92,16 @@ class Split:
         return (h * adapter.scaling).to(dtype)
 
 
+def refuse_copies(model: nn.Module, modules: Any) -> None:
+    """Raise a ValueError for split modules that PEFT would copy: a copy's forward is bound to the original's weight."""
+    for name, module in model.named_modules():
+        if "forward" in vars(module) and name.split(".")[-1] in (modules or ()):
+            raise ValueError(
+                f"{name} in modules_to_save would not train, since processes share it: put it into target_modules, or"
+                " load the base without tensor parallelism"
+            )
+
+
 def split_of(model: nn.Module, name: str) -> Split | None:
     """How a target's adapters are split; None where its weights are whole.
 

@@ -461,6 +461,8 @@ def test_a_model_whose_packed_texts_see_each_other_is_refused(tmp_path):
     alone = {name: value[:, :first] for name, value in whole.items() if name in ("input_ids", "labels", "position_ids")}
     alone["task_ids"] = whole["task_ids"][:, :first]
     trainer.compute_loss(trainer.model, alone)  # a row of one text proves nothing
+    with pytest.raises(ValueError, match="rows of several texts need padding_free=True"):
+        trainer.compute_loss(trainer.model, {name: value for name, value in whole.items() if name != "position_ids"})
     with pytest.raises(ValueError, match="logits of a packed text are off by"):
         trainer.compute_loss(trainer.model, whole)
     base = tiny.llama(eos_token_id=1)
