@@ -23,8 +23,7 @@ from .report.readme import markdown, replace_block
 from .report.rows import ROOT, origin
 from .run import checked
 from .serving.adapters import Adapters, Check, Truth, sharing
-from .serving.load import LONGEST, Outcome, Request, prompts
-from .serving.peer import CACHE, HOST, STARTING
+from .serving.load import CACHE, HOST, LONGEST, STARTING, Outcome, Request, prompts
 
 BLOCK, PAGE = "verify-vllm", ROOT / "docs" / "evaluation_and_vllm.md"
 BASE = "base"

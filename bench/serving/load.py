@@ -14,6 +14,10 @@ from typing import Any
 
 from alora_kernels.text import percentile
 
+HOST = "127.0.0.1"
+STARTING = 300.0  # seconds a server may take until it is healthy
+# bytes of vLLM's cache, whose default is half of the memory; ours holds the running requests alone
+CACHE = 512 * 2**20
 POPULARITIES = ("uniform", "zipf", "identical")
 ZIPF = 1.1
 SHORTEST, LONGEST = 24, 64  # tokens of a prompt

@@ -31,15 +31,11 @@ from alora_kernels.recipes.display import quiet
 
 from ..report.sheet import Sheet
 from .adapters import Adapters, GreedyTruth, sharing
-from .load import LONGEST, Load, Outcome, Request, prompts
+from .load import CACHE, HOST, LONGEST, STARTING, Load, Outcome, Request, prompts
 from .providers import PAGE, Serve
 from .rows import SERVER, VLLM, Repeat
 from .run import Job, Runner
 
-HOST = "127.0.0.1"
-STARTING = 300.0  # seconds a server may take until it is healthy
-# bytes of vLLM's cache, whose default is half of the memory; ours holds the running requests alone
-CACHE = 512 * 2**20
 TIES = {"float32": 1e-4, "bfloat16": 0.03}  # of the largest logit, as two programs of that dtype may differ
 
 

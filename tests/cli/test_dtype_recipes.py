@@ -65,7 +65,9 @@ def test_an_adapter_of_before_the_key_is_judged_in_float32(tmp_path, jsonl, monk
 
 def test_the_command_line_goes_before_the_recipe(tmp_path, jsonl):
     assert "base in bfloat16" in alora("train", recipe(tmp_path, jsonl, steps=1), "--dtype", "bfloat16")
-    assert "dtype: must be" in " ".join(refused("train", recipe(tmp_path, jsonl), "--dtype", "float16").split())
+    assert "--dtype must be one of" in " ".join(refused("train", recipe(tmp_path, jsonl), "--dtype", "float16").split())
+    said = " ".join(refused("train", recipe(tmp_path, jsonl, dtype="fp16")).split())
+    assert "dtype: must be one of auto, float32, bfloat16, got 'fp16'; float16 is for serving" in said
 
 
 def test_gradient_conflicts_over_a_bfloat16_base(tmp_path, jsonl):
