@@ -270,6 +270,7 @@ class WithTasks:
         inputs = next((v for k, v in batch.items() if k == "input_ids" or isinstance(v, Tensor)), None)
         shape = tuple(getattr(inputs, "shape", ()))
         if not packed and (not shape or shape[0] == len(features)):
+            _check_order(features, batch)
             return ids
         if not packed and shape[0] == 2 * len(features) and {"chosen", "chosen_ids"} & features[0].keys():
             return ids.repeat(2)  # of TRL's pairs, all that were chosen before all that were rejected
@@ -282,6 +283,26 @@ class WithTasks:
             f"the data_collator made a batch of shape {shape} from {len(features)} rows: which task each part belongs"
             " to is not known; let it return `task_ids`, one per row or per token"
         )
+
+
+def _check_order(features: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a row of the batch has the tokens of another row than its own, as after sorting."""
+    inputs, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if (
+        not isinstance(inputs, Tensor)
+        or not isinstance(mask, Tensor)
+        or inputs.shape != mask.shape
+        or inputs.dim() != 2
+    ):
+        return
+    given = [list(f["input_ids"]) if "input_ids" in f else None for f in features]
+    for row, (ids, real) in enumerate(zip(inputs.tolist(), mask.tolist(), strict=True)):
+        tokens = [token for token, known in zip(ids, real, strict=True) if known]
+        if tokens != given[row] and tokens in given:  # other tokens than anybody's, masked ones, say, tell nothing
+            raise ValueError(
+                f"the data_collator put row {given.index(tokens)} of a batch into the place of row {row}: let it keep"
+                " their order, or return `task_ids`"
+            )
 
 
 def _texts(row: int, feature: Mapping[str, Any]) -> list[tuple[Any, int]]:

@@ -95,7 +95,8 @@ class Split:
 def refuse_copies(model: nn.Module, modules: Any) -> None:
     """Raise a ValueError for split modules that PEFT would copy: a copy's forward is bound to the original's weight."""
     for name, module in model.named_modules():
-        if "forward" in vars(module) and name.split(".")[-1] in (modules or ()):
+        within = [name, *(name[:i] for i, letter in enumerate(name) if letter == ".")]  # itself and what holds it
+        if "forward" in vars(module) and any(path.endswith(saved) for path in within for saved in modules or ()):
             raise ValueError(
                 f"{name} in modules_to_save would not train, since processes share it: put it into target_modules, or"
                 " load the base without tensor parallelism"

@@ -138,3 +138,20 @@ def test_our_collator_in_any_loop(workers):
         with torch.no_grad(), route(torch.tensor([TASKS.index(row["task"])])):
             want = model(**alone(row)).logits[0]
         torch.testing.assert_close(got[-len(want) :], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_collator_that_sorts_is_refused():
+    """Padded batches: each row would get the task of the row that was there before."""
+
+    def collate(features, key=None):
+        found = sorted(features, key=key) if key else features
+        length = max(len(f["input_ids"]) for f in found)
+        padded = [f["input_ids"] + [0] * (length - len(f["input_ids"])) for f in found]
+        mask = [[int(i < len(f["input_ids"])) for i in range(length)] for f in found]
+        return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+    given = [{"input_ids": [5], "task": TASKS[0]}, {"input_ids": [8, 9], "task": TASKS[1]}]
+    assert WithTasks(collate, TASKS)(given)["task_ids"].tolist() == [0, 1]
+    longest_first = WithTasks(lambda rows: collate(rows, lambda row: -len(row["input_ids"])), TASKS)
+    with pytest.raises(ValueError, match="put row 1 of a batch into the place of row 0"):
+        longest_first(given)
