@@ -69,9 +69,8 @@ def lm_eval(
                 task = run if own or only else None
                 lm = ALoRALM(adapted, task=task, tokenizer=tokenizer, batch_size=batch_size)
                 done = simple_evaluate(lm, tasks=tasks.split(","), task_manager=manager, log_samples=False, **asked)
-            found[run if run != BASE or "base" in own else "base"] = done[
-                "results"
-            ]  # what is there outlives a later failure
+            found[run if run != BASE or "base" in own else "base"] = done["results"]
+            # written each time: it outlives a later failure
             text = json.dumps({**about, **asked, "results": found}, indent=1, default=str)
             out.write_text(text, encoding="utf-8")
     columns, rows = _table(found)

@@ -25,7 +25,7 @@ from ..training import KeepAbsentTasks, tasks
 from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
-from ..training.processes import check_one_gpu
+from ..training.processes import check_launch
 
 TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
@@ -81,7 +81,7 @@ class TaskTrainer(Trainer):
             self.data_collator = plain
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        check_one_gpu(self.args)
+        check_launch(self.args, self.accelerator.num_processes)
         with self._collating():
             return super()._get_dataloader(*args, **kwargs)
 

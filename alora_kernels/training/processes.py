@@ -5,6 +5,7 @@ A process that fails alone leaves the others waiting in a collective, so what ca
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -47,8 +48,11 @@ def agree_on_batches(accelerator: Any, with_ids: Sequence[bool], error: Exceptio
         )
 
 
-def check_one_gpu(args: Any) -> None:
-    """Raise ValueError where Trainer would copy the model to several GPUs of one process, where no routing arrives."""
+def check_launch(args: Any, processes: int) -> None:
+    """Raise ValueError where Trainer would copy a model to several GPUs of one process, or each process train alone."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1 < started:
+        raise ValueError(f"{started} processes were started, and each would train alone: on CPUs say use_cpu=True")
     if args.n_gpu > 1:
         raise ValueError(
             f"one process has {args.n_gpu} GPUs: start one on each (torchrun --nproc-per-node {args.n_gpu}), or let it"

@@ -33,7 +33,7 @@ from .absent import KeepAbsentTasks
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
-from .processes import Dealt, agree_on_batches, batch_means, check_alike, check_one_gpu, check_whole, own_rows
+from .processes import Dealt, agree_on_batches, batch_means, check_alike, check_launch, check_whole, own_rows
 from .rules import BatchRules, base_model, text_config
 
 # transformers 5.17, say, divides by the number of batches of a step whatever a model without loss kwargs gives
@@ -102,7 +102,7 @@ class ALoRATrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; on CPUs accelerate leaves a wish for FSDP out without a word."""
-        plugin, started = self.args.fsdp_plugin_args, int(os.environ.get("WORLD_SIZE", "1"))
+        plugin = self.args.fsdp_plugin_args
         wished = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if wished and int((plugin or os.environ).get("fsdp_version" if plugin else "FSDP_VERSION", 1)) != 2:
             raise ValueError("FSDP 1 is not supported: set fsdp_version to 2")
@@ -112,8 +112,6 @@ class ALoRATrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**(plugin or {}))
             PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        if self.accelerator.num_processes == 1 < started:
-            raise ValueError(f"{started} processes were started, and each would train alone: on CPUs say use_cpu=True")
 
     def _pad_token_id(self) -> int | None:
         """The tokenizer's padding, of which the model's config is told as `train` would, for heads that look for it."""
@@ -141,7 +139,7 @@ class ALoRATrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; names of adapters that became active are added to the end of the table first."""
-        check_one_gpu(self.args)
+        check_launch(self.args, self.accelerator.num_processes)
         self._layers = tasks.task_layers(self.model)
         tables = tasks.active_tables(self._layers)
         names = tuple(dict.fromkeys([*self.tasks, *tasks.names_of(tables)]))
