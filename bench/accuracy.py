@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .report.readme import markdown, replace_block
+from .report.readme import markdown
 from .report.rows import RESULTS, ROOT, newest, origin
 from .report.sheet import Sheet, read
 from .reproduce.numbers import spread
-from .run import checked
+from .run import checked, write_block
 
 WIDE, BLOCK = "float32", "bench-accuracy"
 
@@ -118,4 +118,4 @@ def main(
     text = block(read(out, Accuracy), Path(os.path.relpath(out.resolve(), page.resolve().parent)).as_posix())
     say(f"{text}\n\n{sheet.summary}")
     if page.exists() and model is None and steps is None:
-        page.write_text(checked("--page", replace_block, page.read_text(), BLOCK, text))
+        write_block(page, BLOCK, text)

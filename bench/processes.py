@@ -18,9 +18,9 @@ import torch
 import typer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from .report.readme import markdown, replace_block
+from .report.readme import markdown
 from .report.rows import ROOT, origin
-from .run import checked
+from .run import conclude
 
 PAGE, BLOCK = ROOT / "docs" / "processes.md", "bench-processes"
 WORLDS, ROWS, STEPS = (1, 2, 4), 24, 6
@@ -122,11 +122,7 @@ def main(
     own = f"One process with a bfloat16 base is {rounding:.1e} from float32; twice that is allowed to many."
     columns = [*(f"{world} processes" for world in WORLDS[1:]), "allowed"]
     text = "\n\n".join([about, "\n".join(markdown(["way"], columns, table)), own])
-    typer.echo(f"\n{text}")
-    if not fine:
-        raise typer.Exit(1)
-    if page.exists() and not way:
-        page.write_text(checked("--page", replace_block, page.read_text(), BLOCK, text))
+    conclude(page, BLOCK, text, right=fine, whole=not way)
 
 
 def work(folder: Path, ways: Sequence[str]) -> None:

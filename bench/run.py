@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from . import timing
 from .report import tables
+from .report.readme import replace_block
 from .report.rows import FAILED, GRAPH, NOT_AVAILABLE, OK, OUT_OF_MEMORY, WRONG, Row, origin
 from .report.sheet import Sheet
 from .report.targets import Target
@@ -226,6 +227,20 @@ def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> lis
         listed = ", ".join(known)
         raise typer.BadParameter(f"unknown {kind} {', '.join(map(repr, unknown))}: choose from {listed}")
     return [name for name in known if not wanted or name in wanted]
+
+
+def write_block(page: Path, name: str, text: str) -> None:
+    """Put a result into its block of a page; a page without the block is bad input."""
+    page.write_text(checked("--page", replace_block, page.read_text(), name, text))
+
+
+def conclude(page: Path, name: str, text: str, *, right: bool, whole: bool = True) -> None:
+    """Print a result and put it into its block of the page; exit 1 if it is wrong; a part is not put there."""
+    typer.echo(f"\n{text}")
+    if not right:
+        raise typer.Exit(1)
+    if whole and page.exists():
+        write_block(page, name, text)
 
 
 def checked(name: str | None, build: Any, *arguments: Any) -> Any:

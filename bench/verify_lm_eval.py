@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .report.readme import markdown, replace_block
+from .report.readme import markdown
 from .report.rows import origin
-from .run import checked
+from .run import checked, conclude
 from .serving.adapters import Adapters
 from .verify_vllm import PAGE
 
@@ -176,8 +176,4 @@ def main(
     run = origin("cpu", "transformers", "peft")
     versions = f"lm-eval {version('lm_eval')}, torch {run['torch']}, transformers {run['transformers']}"
     text = block(verdicts, f"{model}, float32; {versions}, peft {run['peft']}; commit {run['commit']}, {run['date']}.")
-    typer.echo(f"\n{text}")
-    if not all(v.right for v in verdicts):
-        raise typer.Exit(1)
-    if page.exists():
-        page.write_text(checked("--page", replace_block, page.read_text(), BLOCK, text))
+    conclude(page, BLOCK, text, right=all(v.right for v in verdicts))

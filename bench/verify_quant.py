@@ -18,9 +18,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from .report.readme import markdown, replace_block
+from .report.readme import markdown
 from .report.rows import ROOT, origin
-from .run import checked
+from .run import conclude
 
 PAGE, BLOCK = ROOT / "docs" / "quantised.md", "verify-quant"
 LAYERS = ("q_proj", "v_proj", "down_proj")  # adapted ones
@@ -278,11 +278,9 @@ def main(
     table = markdown(["base", "forward", "training", "merge", "reload over bfloat16"], [], rows)
     refusals = "Refusals: " + "; ".join(f'"{reason}"' for reason in reasons) + "."
     text = "\n\n".join([facts, "\n".join(table), *([refusals] if reasons else [])])
-    typer.echo(f"\n{text}" + (f"\nnot installed: {', '.join(missing)}" if missing else ""))
-    if not all(v.fine for v in verdicts):
-        raise typer.Exit(1)
-    if page.exists() and not missing:
-        page.write_text(checked("--page", replace_block, page.read_text(), BLOCK, text))
+    if missing:
+        typer.echo(f"not installed: {', '.join(missing)}")
+    conclude(page, BLOCK, text, right=all(v.fine for v in verdicts), whole=not missing)
 
 
 def _version(package: str) -> str:

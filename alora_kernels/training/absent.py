@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .tasks import stacked_a
+
 
 class KeepAbsentTasks:
     """Restore the rows of absent tasks after each optimiser step, without a transfer to the host.
@@ -102,6 +104,24 @@ class KeepAbsentTasks:
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(text, stacklevel=2)
+
+
+class KeepingTrainer:
+    """What a Trainer whose `_keeps` is true does beside its own: `KeepAbsentTasks` on the optimiser of each `train`."""
+
+    model: Any
+    optimizer: Any
+    _keeps: bool
+    _keeper: KeepAbsentTasks | None = None
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """As Trainer's, with the rows of absent tasks kept from now on: FSDP has replaced what the optimiser steps."""
+        parent: Any = super()
+        prepared = parent._prepare_for_training(*args)
+        if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
+            self._keeper.remove()
+        self._keeper = KeepAbsentTasks(self.optimizer, stacked_a(self.model)) if self._keeps else None
+        return prepared
 
 
 def _stepping(optimizer: Any) -> Optimizer:

@@ -29,7 +29,7 @@ from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
 from . import tasks
-from .absent import KeepAbsentTasks
+from .absent import KeepingTrainer
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
@@ -43,7 +43,7 @@ SAME_WHEN_SHARDED = (
 )  # fmt: skip
 
 
-class ALoRATrainer(Trainer):
+class ALoRATrainer(KeepingTrainer, Trainer):
     """Train several tasks at once on one frozen model.
 
     Args:
@@ -89,7 +89,6 @@ class ALoRATrainer(Trainer):
         if tables:
             tasks.check_datasets(datasets, self.tasks, tables)
         CheckpointGuard.install(base_model(self.model))
-        self._keeper: KeepAbsentTasks | None = None
         self._optimized: set[int] | None = None
         self._trained = TaskSums(self.tasks)  # since the last log
         self._evaluated = TaskSums(self.tasks)  # in the last evaluation
@@ -320,15 +319,10 @@ class ALoRATrainer(Trainer):
             self._optimized = trained
         return super().create_optimizer(*args, **kwargs)
 
-    def _prepare_for_training(self, *args: Any) -> Any:
-        """As Trainer's, with the rows of absent tasks kept from now on: FSDP has replaced what the optimiser steps."""
-        prepared = super()._prepare_for_training(*args)
-        if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
-            self._keeper.remove()
-        keeps = self.keep_absent_tasks and self.routed
-        optimizer: Any = self.optimizer
-        self._keeper = KeepAbsentTasks(optimizer, tasks.stacked_a(self.model)) if keeps else None
-        return prepared
+    @property
+    def _keeps(self) -> bool:  # type: ignore[override]
+        """Whether rows of absent tasks are left as they are."""
+        return self.keep_absent_tasks and self.routed
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's makes one more step of a finished run that is resumed inside an epoch."""
@@ -355,7 +349,8 @@ class ALoRATrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.is_world_process_zero():
             folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            self.model.peft_config[self.model.active_adapter].save_pretrained(str(folder))
+            if not (folder / CONFIG_NAME).exists():
+                self.model.peft_config[self.model.active_adapter].save_pretrained(str(folder))
 
     def _check_sharded(self, checkpoint: Path) -> None:
         """Raise a ValueError unless its adapter has this one's tasks and scaling: FSDP goes by places alone."""

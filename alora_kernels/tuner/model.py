@@ -26,7 +26,7 @@ from ..text import listed
 from .base_layer import guard_gradients, refuse_split
 from .config import PREFIX, ALoRAConfig, unwrapped
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
-from .parallel import refuse_copies, split_of
+from .parallel import is_split, refuse_copies, split_of
 from .probe import Finding, probe
 from .register import Source, adjust_peft, source_read
 from .router import BatchRouting, CheckpointGuard, batch_shape, beams
@@ -60,7 +60,7 @@ class ALoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
-        splits = [split_of(model, name) for name in targets_of(model, peft_config)]
+        splits = [split_of(model, name) for name in targets_of(model, peft_config)] if is_split(model) else []
         if any(splits):
             refuse_copies(model, peft_config.modules_to_save)
         else:

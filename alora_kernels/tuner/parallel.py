@@ -103,12 +103,17 @@ def refuse_copies(model: nn.Module, modules: Any) -> None:
             )
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether transformers has split the model over processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
 def split_of(model: nn.Module, name: str) -> Split | None:
     """How a target's adapters are split; None where its weights are whole.
 
     A ValueError for a rule that is none of `RULES`, and for a weight that does not lie as its rule says.
     """
-    if (getattr(model, "_tp_size", None) or 1) < 2:
+    if not is_split(model):
         return None
     plan: Any = getattr(model, "tp_plan", None) or {}
     rule = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
