@@ -44,14 +44,16 @@ class Accuracy:
 
 def trained(dtype: str, seed: int, model: str | None, steps: int | None) -> list[Accuracy]:
     """The demo once: a row per task; the columns of the run are left empty."""
+    from alora_kernels.recipes import job as jobs
     from alora_kernels.recipes import train
     from alora_kernels.recipes.demo import RECIPE
+    from alora_kernels.recipes.judge import judge
 
     with TemporaryDirectory() as folder:
         changes = {"dtype": dtype, "seed": seed, "model": model, "steps": steps, "output": folder}
-        job = train.load(RECIPE.instead(**changes))
+        job = jobs.load(RECIPE.instead(**changes))
         train.trainer_for(job, save=False).train()
-        scores = train.judge(job, f"{dtype}, seed {seed}").accuracy
+        scores = judge(job, f"{dtype}, seed {seed}").accuracy
     told: dict[str, Any] = {
         "model": job.recipe.model,
         "steps": job.recipe.steps,

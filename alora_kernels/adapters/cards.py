@@ -23,6 +23,8 @@ FILE = "adapter_tasks.json"
 VERSION = 1
 MAX_BYTES = 4 * 2**20
 MAX_TEXT, MAX_ANSWERS = 8192, 1024  # characters of a text; label words of a task
+MAX_TEMPLATE = 65536  # characters of a chat template, which may be a program of some pages
+TEXTS = ("template", "sample", "chat_template", "system")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class TaskCard:
     template: str | None = None  # "Review: {text}\nSentiment:", as in `str.format`; one space and the answer follow
     answers: tuple[str, ...] = ()  # the words it answers with; none if it answers in texts
     sample: str | None = None  # a whole prompt, ready to be sent
+    chat: bool = False  # asked in turns, which a chat template makes one text of, and not by `template`
+    chat_template: str | None = None  # in place of the tokenizer's own
+    system: str | None = None  # the first turn of every chat, unless the asker brings another
 
 
 def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
@@ -92,20 +97,24 @@ def _card(task: str, fields: Any) -> TaskCard:
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
         raise ValueError(f"{where}.answers must be a list of at most {MAX_ANSWERS} texts")
     checked = tuple(_text(f"{where}.answers", answer) for answer in answers)
-    given = {name: fields[name] for name in ("template", "sample") if fields.get(name) is not None}
-    texts = {name: _text(f"{where}.{name}", text) for name, text in given.items()}
+    chat = fields.get("chat", False)
+    if not isinstance(chat, bool):
+        raise ValueError(f"{where}.chat must be true or false, not {str(chat)[:40]!r}")
+    given = {name: fields[name] for name in TEXTS if fields.get(name) is not None}
+    texts: dict[str, Any] = {name: _text(f"{where}.{name}", text) for name, text in given.items()}
     try:
         list(string.Formatter().parse(texts.get("template", "")))
     except ValueError as error:
         raise ValueError(f"{where}.template has braces that do not match ({error})") from None
-    return TaskCard(answers=checked, **texts)
+    return TaskCard(answers=checked, chat=chat, **texts)
 
 
 def _text(where: str, text: Any) -> str:
+    limit = MAX_TEMPLATE if where.endswith(".chat_template") else MAX_TEXT
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} must be a text that is not empty, not {str(text)[:40]!r}")
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"{where} has more than {MAX_TEXT} characters")
+    if len(text) > limit:
+        raise ValueError(f"{where} has more than {limit} characters")
     if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t" for c in text):
         raise ValueError(f"{where} has control characters or halves of characters")
     return text

@@ -113,9 +113,9 @@ def evaluate(
     All tasks are mixed in every batch.
     """
     with command():
-        from ..recipes import train as recipes
+        from ..recipes import judge
 
-        recipes.evaluate(adapter, base=base, dtype=trained_in(dtype))
+        judge.evaluate(adapter, base=base, dtype=trained_in(dtype))
 
 
 app.command("lm-eval")(lm_eval)

@@ -32,8 +32,9 @@ from ..training import TaskCollator
 from ..training.loss import kept_positions, next_labels
 from ..tuner import ALoRALayer
 from . import display, train
+from .job import ADAPTER, Run, load
+from .judge import describe, judge, show_scores
 from .recipe import Recipe
-from .train import Run
 
 FUSED, UNFUSED, LOOP = "ALoRA, fused", "PEFT LoRA, unfused", "authors' loop"
 ROUNDS = 3
@@ -62,20 +63,20 @@ def run(recipe: Recipe, *, compare: bool = True) -> None:
     display.console.print(
         Panel.fit(f"[bold]ALoRA[/bold]: {names}\nmixed in every batch, {routing}, one shared B on every linear layer")
     )
-    job = train.load(recipe)
+    job = load(recipe)
     trainable, total = job.model.get_nb_trainable_parameters()
     display.console.print(
         f"{recipe.model}: {trainable / 1e6:.2f} M of {total / 1e6:.0f} M parameters train;"
         f" {len(job.train)} train and {len(job.test)} test rows"
     )
-    before = train.judge(job, "base, untuned", base_only=True)
+    before = judge(job, "base, untuned", base_only=True)
     trainer = train.trainer_for(job, save=False)
     trainer.train()
-    after = train.judge(job, "ALoRA")
-    train.show_scores(job, before, after)
-    folder = Path(recipe.output) / train.ADAPTER
+    after = judge(job, "ALoRA")
+    show_scores(job, before, after)
+    folder = Path(recipe.output) / ADAPTER
     train.save(job, folder, trainer)
-    train.describe(job, folder, before, after)
+    describe(job, folder, before, after)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".safetensors")
     display.console.print(f"adapter saved: {folder} ({size / 1e6:.1f} MB)\n")
     answer_mixed_batch(job)

@@ -18,6 +18,8 @@ from alora_kernels.data import TASKS, TaskSpec, load_tasks, task_cards
 from alora_kernels.kernels import tiles
 from alora_kernels.recipes import demo as demo_module
 from alora_kernels.recipes import train
+from alora_kernels.recipes.job import _are_texts, load
+from alora_kernels.recipes.judge import judge
 from alora_kernels.recipes.recipe import Recipe, load_recipe
 from alora_kernels.version import __version__
 from tests.support.cli import alora, recipe, refused
@@ -105,7 +107,7 @@ def test_answers_that_are_texts_are_judged_by_their_loss(tmp_path, jsonl):
     ],
 )
 def test_which_answers_are_texts(answers, texts):
-    assert train._are_texts(Counter(answers)) == texts
+    assert _are_texts(Counter(answers)) == texts
 
 
 def test_labels_of_any_words(tmp_path, jsonl):
@@ -121,7 +123,7 @@ def test_labels_of_any_words(tmp_path, jsonl):
     share = out.split("│ city")[1].split("│")[3].strip()
     assert f"│ {share} │" in alora("eval", str(tmp_path / "run" / "adapter"))
 
-    job = train.load(load_recipe(tmp_path / "recipe.yaml"))
+    job = load(load_recipe(tmp_path / "recipe.yaml"))
     trainer = train.trainer_for(job, save=False)
     trainer.train()
     rows = {row["prompt"]: row["answer"] for row in job.text["test"]}
@@ -136,7 +138,7 @@ def test_labels_of_any_words(tmp_path, jsonl):
             scores[word] = float(logits[range(start - 1, whole.shape[1] - 1), whole[0, start:]].sum())
         best[prompt] = max(scores, key=scores.__getitem__)
     right = sum(best[prompt] == answer for prompt, answer in rows.items()) / 5
-    assert train.judge(job, "x").accuracy == {"city": pytest.approx(right)}
+    assert judge(job, "x").accuracy == {"city": pytest.approx(right)}
 
 
 def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):

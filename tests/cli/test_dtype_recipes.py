@@ -14,6 +14,8 @@ from alora_kernels.adapters.method import METHODS
 from alora_kernels.baselines.methods import trained
 from alora_kernels.precision import Choice
 from alora_kernels.recipes import train
+from alora_kernels.recipes.job import load
+from alora_kernels.recipes.judge import judge
 from alora_kernels.recipes.recipe import load_recipe
 from alora_kernels.training import evaluate
 from tests.support.cli import alora, recipe, refused
@@ -26,7 +28,7 @@ def dtypes(tensors) -> set[torch.dtype]:
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_are_float32_over_a_bfloat16_base(tmp_path, jsonl, method):
     config = load_recipe(recipe(tmp_path, jsonl, dtype="bfloat16", method=method, steps=2, num_experts=2))
-    job = train.load(config)
+    job = load(config)
     trainer = train.trainer_for(job, save=False)
     trainer.train()
     own = trained(job.model)
@@ -37,11 +39,11 @@ def test_adapters_are_float32_over_a_bfloat16_base(tmp_path, jsonl, method):
     (path,) = (tmp_path / "adapter").glob("*.safetensors")
     assert dtypes(load_file(path).values()) == {torch.float32}
 
-    again = train.load(load_recipe(tmp_path / "adapter" / "recipe.yaml"), tmp_path / "adapter")
+    again = load(load_recipe(tmp_path / "adapter" / "recipe.yaml"), tmp_path / "adapter")
     loaded = dict(again.model.named_parameters())
     assert all(torch.equal(p, loaded[name]) and loaded[name].dtype == p.dtype for name, p in own.items())
     assert again.model.dtype == torch.bfloat16
-    assert train.judge(again, "x") == train.judge(job, "x")
+    assert judge(again, "x") == judge(job, "x")
 
 
 def test_what_auto_became_is_said_saved_and_evaluated_in(tmp_path, jsonl, monkeypatch):
@@ -81,5 +83,5 @@ def test_likelihoods_over_a_bfloat16_base_are_float32(tmp_path, jsonl, monkeypat
     seen = []
     learn = evaluate.Question.learn
     monkeypatch.setattr(evaluate.Question, "learn", lambda self, log_p: seen.append(log_p.dtype) or learn(self, log_p))
-    train.judge(train.load(load_recipe(recipe(tmp_path, jsonl, dtype="bfloat16"))), "x")
+    judge(load(load_recipe(recipe(tmp_path, jsonl, dtype="bfloat16"))), "x")
     assert set(seen) == {torch.float32}

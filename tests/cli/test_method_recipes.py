@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from alora_kernels.adapters.method import METHODS, ROUTED, read_method
 from alora_kernels.baselines.methods import parameters_of, trainable_parameters
 from alora_kernels.recipes import train as steps
+from alora_kernels.recipes.job import load
 from alora_kernels.recipes.recipe import Recipe, load_recipe
 from tests.support.cli import alora, recipe, refused
 from tests.support.toyrows import write
@@ -86,7 +87,7 @@ def test_all_methods_see_the_same_rows(tmp_path, jsonl):
     config = load_recipe(recipe(tmp_path, jsonl, **SMALL))
     order = {}
     for method in METHODS:
-        trainer = steps.trainer_for(steps.load(config.instead(method=method)), save=False)
+        trainer = steps.trainer_for(load(config.instead(method=method)), save=False)
         trainer.model.train()
         batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
         order[method] = batches
@@ -100,7 +101,7 @@ def test_a_budget_of_parameters_gives_every_method_as_many(tmp_path, jsonl, rslo
     config = load_recipe(recipe(tmp_path, jsonl, budget="parameters", r=16, use_rslora=rslora, num_experts=2))
     ranks = {}
     for method in METHODS:
-        job = steps.load(config.instead(method=method))
+        job = load(config.instead(method=method))
         count = trainable_parameters(job.model)
         ranks[method] = job.method.r
         one_more = abs(_size(job, method, job.method.r + 1) - job.alora_parameters)

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from alora_kernels import precision
+from alora_kernels.recipes import job as jobs
 from alora_kernels.recipes import train
+from alora_kernels.recipes.job import load
 from alora_kernels.recipes.recipe import load_recipe
 
 from ..support.processes import ROOT
@@ -115,8 +117,8 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_is_loaded(recipe, 
 
 def test_what_auto_becomes_is_chosen_by_the_first_process(recipe, monkeypatch):
     first = precision.explain("cpu", "bfloat16", "")
-    monkeypatch.setattr(train, "broadcast_object_list", lambda mine: [first])
-    job = train.load(load_recipe(recipe / "ddp.yaml"))
+    monkeypatch.setattr(jobs, "broadcast_object_list", lambda mine: [first])
+    job = load(load_recipe(recipe / "ddp.yaml"))
     assert job.recipe.dtype == "bfloat16" == str(job.model.dtype).removeprefix("torch.")
 
 

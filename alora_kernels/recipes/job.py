@@ -1,0 +1,140 @@
+"""From a recipe to a `Run`: the base with its adapter, the rows as text and as token ids, the words of answers.
+
+`alora train`, `alora eval` and the demo begin here. Each step prints its own progress.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict
+from transformers import set_seed
+
+from .. import data, precision
+from ..adapters.method import METHODS, Method, read_method
+from ..baselines.methods import adapt, as_large_as_alora, load_method, parameters_of, target_shapes, tasks_of
+from ..training.evaluate import whole_words
+from ..tuner.config import CONFIG
+from . import display
+from .recipe import Recipe
+
+ADAPTER = "adapter"  # in the output folder
+MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
+
+
+@dataclass
+class Run:
+    """Everything a recipe becomes once loaded."""
+
+    recipe: Recipe
+    method: Method  # the rank as the recipe's budget chose it
+    tasks: tuple[str, ...]  # names in the order of their ids
+    model: Any  # the base with the adapter (a `PeftModel` for ALoRA and LoRA)
+    tokenizer: Any
+    text: DatasetDict  # rows as text; `train` and `test` are the same rows as token ids
+    train: Dataset
+    test: Dataset
+    choices: dict[
+        str, dict[str, tuple[int, ...]]
+    ]  # task -> its words -> their token ids; no tasks that answer in texts
+    alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
+
+    @property
+    def label(self) -> str:
+        """How tables call the method."""
+        return METHODS[self.method.name]
+
+
+def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None, whose: str = "asked for") -> Run:
+    """Base, data and adapter: a fresh adapter, or the one in a folder; tasks in the order of a run that goes on.
+
+    The run's recipe has the dtype that `auto` became, so that the copy beside the adapter says it; `whose` wish another
+    dtype was, see `precision.explain`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # `auto` is measured, so that processes might choose differently: the first chooses for all
+    chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
+    recipe = recipe.instead(dtype=chosen.name)
+    lost = data.Lost()
+    with display.err.status("reading data ..."):
+        text = data.load_tasks(
+            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
+        )
+    display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
+    base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
+    with display.err.status("preparing adapter and tokens ..."):
+        tasks = _task_order(recipe, text, resume)
+        method = recipe.adapters(tasks)
+        shapes = target_shapes(base, method)
+        if recipe.budget == "parameters":
+            method = as_large_as_alora(method, shapes)
+        set_seed(recipe.seed)
+        model: Any
+        if adapter is None:
+            model = adapt(base, method)
+        else:
+            method = read_method(adapter) or method
+            model = load_method(base, adapter)
+            tasks = tasks_of(model) or tasks
+        if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
+            model.to(device)
+        train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
+        test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
+    cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
+    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in _words(text).items()}
+    for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
+        display.say(line, "dim")
+    count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count)
+
+
+def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[str, ...]:
+    """Names of the tasks in the data: a checkpoint's if they are the same, else the recipe's and what files add."""
+    named = [data.as_source(task).name for task in recipe.tasks]
+    present = set(text["train"]["task"])
+    config = Path(resume, CONFIG) if resume else None
+    saved = json.loads(config.read_text(encoding="utf-8")).get("tasks") if config and config.is_file() else None
+    if saved and set(saved) == present:
+        return tuple(saved)
+    return (*(name for name in named if name in present), *sorted(present - set(named)))
+
+
+def _words(text: DatasetDict) -> dict[str, list[str]]:
+    """Each task's answer words: a built-in task's label words, else the answers seen in training."""
+    answers: dict[str, Counter[str]] = {}
+    for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
+        answers.setdefault(task, Counter())[answer] += 1
+    return {
+        name: list(data.labels_of(name) if name in data.TASKS else seen)
+        for name, seen in sorted(answers.items())
+        if name in data.TASKS or not _are_texts(seen)
+    }
+
+
+def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
+    """A line about test answers that are no words of their task; a ValueError for words that cannot be told apart."""
+    for task, words in choices.items():
+        try:
+            whole_words(list(words.values()), tokenizer.eos_token_id)
+        except ValueError:
+            raise ValueError(
+                f"task {task!r}: some of its label words begin others, and this tokenizer has no end of text to tell"
+                f" them apart by; choose other words, e.g. with `words:` in the recipe"
+            ) from None
+    answers = zip(text["test"]["task"], text["test"]["answer"], strict=True)
+    counts = Counter(task for task, answer in answers if task in choices and answer not in choices[task])
+    said = ", ".join(f"{task} {count}" for task, count in counts.items())
+    return [f"test rows whose answer no training row has, counted as wrong: {said}"] if counts else []
+
+
+def _are_texts(answers: Counter[str]) -> bool:
+    """Whether these answers are texts, hardly any two alike, and not words to choose from."""
+    once = sum(count == 1 for count in answers.values())
+    return len(answers) > MANY_ANSWERS and 2 * once > len(answers)
