@@ -1,7 +1,7 @@
 """Files that are whole or absent, whatever kills the process or fills the disk.
 
 `write` and `read` are for arrays: the federated client's state, the server's checkpoint, serving's tasks on disk.
-`replacing` is for files of other kinds, `written_whole` for an adapter folder.
+`replacing` is for files of other kinds, `written_whole` for an adapter folder, `claimed` keeps a second process out.
 
 A file of arrays is written under a name of its own in the same folder, flushed to the disk, renamed over the final
 name, and the folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-CHECKSUM = "sha256"
+CHECKSUM, LOCK = "sha256", ".lock"
 ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file belongs to a killed process
 
 
@@ -38,6 +39,40 @@ def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """No other process writes into the folder during the block; a ValueError says which one does already.
+
+    The lock ends with its process, however that ends; the empty file `.lock` stays. Without such locks (Windows, some
+    network file systems) nobody is kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="ascii") as file:
+        if not _locked(file):
+            file.seek(0)
+            raise ValueError(
+                f"process {file.read(20) or 'unknown'} is writing into {folder}: wait for its end, stop it, or choose"
+                " another output folder"
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 @contextmanager

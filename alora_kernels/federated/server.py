@@ -52,7 +52,8 @@ def serve(
     """
     status = "stopped"
     reason: str | None = "interrupted"
-    with quiet_flower(logging.WARNING), adapters.generators_kept():  # Flower samples and draws noise with them
+    # Flower samples and draws noise with the process's generators
+    with files.claimed(config.output), quiet_flower(logging.WARNING), adapters.generators_kept():
         run = _Run(config, template, resume)
         with Ledger(config.output / LEDGER, resume_from=run.done if resume else None) as ledger:
             try:
@@ -90,9 +91,10 @@ def check_fresh(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove a run from its folder: ledger, checkpoint, results and the private halves kept there."""
-    for name in (LEDGER, state.CHECKPOINT, state.FINAL, PLOT):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / state.CLIENTS, ignore_errors=True)
+    with files.claimed(folder):
+        for name in (LEDGER, state.CHECKPOINT, state.FINAL, PLOT):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / state.CLIENTS, ignore_errors=True)
 
 
 class _Run:

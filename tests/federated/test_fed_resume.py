@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from alora_kernels import files
 from alora_kernels.federated import FedConfig, state
 from alora_kernels.federated.config import DpSettings, StrategyConfig
 from alora_kernels.federated.log import Outcome, read
-from alora_kernels.federated.server import LEDGER
+from alora_kernels.federated.server import LEDGER, clear
 
 ROUNDS = 4
 DP = DpSettings(noise_multiplier=0.5, clipping_norm=0.5, delta=1e-3)
@@ -109,6 +110,20 @@ def test_a_ledger_with_rounds_and_no_checkpoint_is_not_touched(tmp_path):
     with pytest.raises(FileExistsError, match="resume"):
         toy.go(config)
     assert read(config.output / LEDGER) == events
+
+
+def test_two_runs_at_once_in_one_folder_are_refused_and_the_first_goes_on(tmp_path):
+    config, refused = config_for(tmp_path / "out", "fedavg", rounds=1), []
+
+    def second(_: object) -> None:
+        for act in (lambda: toy.go(config, resume=True), lambda: clear(config.output)):
+            with pytest.raises(ValueError, match=f"process {os.getpid()} is writing into {config.output}") as caught:
+                act()
+            refused.append(caught)
+
+    assert toy.go(config, on_message=second).status == "finished" and refused
+    clear(config.output)
+    assert not (config.output / LEDGER).exists()
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"method": "ffa-lora"}, {"seed": 1}])
