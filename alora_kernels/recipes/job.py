@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from . import display
 from .recipe import Recipe
 
 ADAPTER = "adapter"  # in the output folder
+UNLIMITED = 10**9  # what tokenizers that know no limit say, or more
 MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
 
 
@@ -38,13 +40,14 @@ class Run:
     tasks: tuple[str, ...]  # names in the order of their ids
     model: Any  # the base with the adapter (a `PeftModel` for ALoRA and LoRA)
     tokenizer: Any
-    text: DatasetDict  # rows as text; `train` and `test` are the same rows as token ids
+    text: DatasetDict  # rows as text; `train`, `test` and `validation` are the same rows as token ids
     train: Dataset
     test: Dataset
     choices: dict[
         str, dict[str, tuple[int, ...]]
     ]  # task -> its words -> their token ids; no tasks that answer in texts
     alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
+    validation: Dataset | None = None  # rows that judge while training
 
     @property
     def label(self) -> str:
@@ -61,12 +64,12 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # `auto` is measured, so that processes might choose differently: the first chooses for all
     chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
-    recipe = recipe.instead(dtype=chosen.name)
+    recipe = recipe.located(Path()).instead(dtype=chosen.name)
     lost = data.Lost()
+    sizes = recipe.model_dump(include={"seed", "train_size", "test_size"})
+    more: dict[str, Any] = {k: v for k in ("validation_size", "streaming") if (v := getattr(recipe, k))}
     with display.err.status("reading data ..."):
-        text = data.load_tasks(
-            recipe.tasks, seed=recipe.seed, train_size=recipe.train_size, test_size=recipe.test_size, lost=lost
-        )
+        text = data.load_tasks(recipe.tasks, lost=lost, **sizes, **more)
     display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
@@ -85,14 +88,28 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             tasks = tasks_of(model) or tasks
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
-        train = data.encode(text["train"], tokenizer, recipe.max_length, lost=lost)
-        test = data.encode(text["test"], tokenizer, recipe.max_length, lost=lost)
+        length = recipe.max_length or context(base, tokenizer)
+        recipe = recipe.instead(max_length=length)
+        encode = partial(data.encode, tokenizer=tokenizer, max_length=length, lost=lost)
+        if recipe.chat_template is not None:
+            encode = partial(encode, chat_template=recipe.chat_template)
+        ids = {split: encode(rows) for split, rows in text.items()}
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
     choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in _words(text).items()}
     for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count)
+    train, test, validation = ids["train"], ids["test"], ids.get("validation")
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation)
+
+
+def context(base: Any, tokenizer: Any) -> int:
+    """Tokens that a model can read at once; a ValueError where neither it nor its tokenizer says."""
+    known = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    sizes = [int(size) for size in known if size and size < UNLIMITED]
+    if not sizes:
+        raise ValueError("max_length: this model does not say how many tokens it can read: give a number")
+    return min(sizes)
 
 
 def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[str, ...]:

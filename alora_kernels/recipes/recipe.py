@@ -7,10 +7,12 @@ saved with the adapter; the demo has a recipe of its own.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from jinja2 import Environment, TemplateSyntaxError
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -30,6 +32,8 @@ from ..dtypes import TRAINED, check_dtype
 from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
 FILE = "recipe.yaml"
+JINJA = (".jinja", ".jinja2")
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # tags of transformers' own around what is answered
 ROUTING_OF = {"alora": "task", "alora-soft": "soft"}
 
 
@@ -89,7 +93,21 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = _says(
         "of the frozen base; auto is bfloat16 where the chip multiplies it faster; adapters are float32", "auto"
     )
+    load_in: Literal["4bit", "8bit"] | None = _says(
+        "weights of the frozen base in 4 bits (nf4) or 8, by bitsandbytes, which multiplies in dtype; null keeps dtype",
+        None,
+    )
+    chat_template: Name | None = _says(
+        "how messages become text, in Jinja, or the path of a .jinja file; null takes the model's own", None
+    )
     output: Name = _says("folder for checkpoints and the adapter", "runs/alora")
+    adapter: Name | None = _says("an adapter folder that training goes on from; null begins anew", None)
+    train_tasks: tuple[Name, ...] | None = _says(
+        "names of tasks that learn, the others stay as they are; null: all that have rows", None, min_length=1
+    )
+    train_b: bool | None = _says(
+        "whether the B that tasks share learns; null: yes, unless train_tasks leaves tasks as they are", None
+    )
     method: str = _says(", ".join(METHODS), "alora")
     budget: Literal["rank", "parameters"] = _says(
         "rank: r as given; parameters: the rank with which the method trains about as many parameters as alora with r,"
@@ -111,12 +129,19 @@ class Recipe(BaseModel):
     temperature: Annotated[float, Strict()] = _says(
         "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1e6, ge=1
     )
-    train_size: Whole | None = _says("at most so many training rows of each entry of tasks; null takes all", 2000, ge=1)
+    train_size: Whole | None = _says("at most so many training rows of each entry of tasks; null takes all", None, ge=1)
+    validation_size: Number = _says(
+        "rows of each entry of tasks that judge while training, or a share below 1 of them; those of test_size judge at"
+        " the end",
+        0,
+        ge=0,
+    )
+    streaming: bool = _says("read rows while training instead of all before", False)
     test_size: Whole = _says("test rows of each entry of tasks, never more than half of its rows", 100, ge=1)
     label_score: Literal["sum", "mean"] = _says(
         "label words are compared by the sum of their tokens' log-probabilities, or by the mean", "sum"
     )
-    max_length: Whole = _says("tokens per row", 96, ge=2)
+    max_length: Whole | None = _says("tokens per row; null takes the model's context", None, ge=2)
     save_steps: Whole = _says("a checkpoint every so many steps; 0 saves only the final adapter", 0, ge=0)
     conflict_steps: Whole = _says(
         "gradient conflicts between tasks go to conflicts.csv every so many steps, for alora analyze; 0 measures none",
@@ -143,6 +168,22 @@ class Recipe(BaseModel):
     def _is_dtype(cls, dtype: Any) -> Any:
         check_dtype(dtype, TRAINED, "")
         return dtype
+
+    @field_validator("validation_size")
+    @classmethod
+    def _rows_or_share(cls, size: float) -> float:
+        if size >= 1 and size != int(size):
+            raise ValueError(f"must be a whole number of rows, or a share below 1, got {size}")
+        return size if 0 < size < 1 else int(size)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_jinja(cls, template: str | None) -> str | None:
+        try:
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template or ""))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"is no Jinja template: {error.message} (line {error.lineno})") from None
+        return template
 
     @field_validator("method")
     @classmethod
@@ -173,6 +214,14 @@ class Recipe(BaseModel):
     def _conflicts_are_whole(self) -> Self:
         if self.parallel == "fsdp" and self.conflict_steps:
             raise ValueError("conflict_steps: gradients of a sharded model are not measured: 0 under parallel: fsdp")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_fits(self) -> Self:
+        if self.load_in and self.method in ("lora-per-task", "hydralora"):
+            raise ValueError(f"load_in: {self.method} replaces plain linear layers: leave load_in out, or use alora")
+        if self.load_in and self.parallel == "fsdp":
+            raise ValueError("load_in: a base in a few bits is not sharded: parallel: ddp, or leave load_in out")
         return self
 
     @classmethod
@@ -206,7 +255,10 @@ class Recipe(BaseModel):
             return dataclasses.replace(task, source=_path(root, task.source), test_split=test)
 
         model = root / Path(self.model).expanduser()
+        adapter = self.adapter and str((root / Path(self.adapter).expanduser()).resolve())
         return self.instead(
+            adapter=adapter,
+            chat_template=_template(root, self.chat_template),
             tasks=tuple(found(task) for task in self.tasks),
             model=str(model.resolve()) if self.model not in MODELS and model.is_dir() else self.model,
             output=str(Path(self.output).expanduser()),
@@ -221,6 +273,16 @@ def _path(root: Path, source: str) -> str:
     """A file's absolute path; what is neither a file nor a folder there, a hub id, stays as it is."""
     path = root / Path(source).expanduser()
     return str(path.resolve()) if TaskSpec("", source).is_file or path.exists() else source
+
+
+def _template(root: Path, template: str | None) -> str | None:
+    """The text of a `.jinja` file, so that what is saved with an adapter says all; other templates are text already."""
+    if template is None or not template.endswith(JINJA):
+        return template
+    try:
+        return (root / Path(template).expanduser()).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"chat_template: cannot read {root / template} ({error}): give a file, or the text") from None
 
 
 def load_recipe(path: Path, root: Path | None = None) -> Recipe:

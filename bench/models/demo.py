@@ -30,8 +30,9 @@ from .training import PLAIN, SMOLLM2, STOCK, Training, base_model, in_cache, smo
 from .worker import adapter_numbers, trainer_step
 
 Rows = Sequence[Mapping[str, Any]]
+TOKENS = RECIPE.max_length or 48  # never null
 STEP = Setting(
-    "demo step", tasks=len(RECIPE.tasks), rows=RECIPE.batch_size, tokens=RECIPE.max_length, r=RECIPE.r,
+    "demo step", tasks=len(RECIPE.tasks), rows=RECIPE.batch_size, tokens=TOKENS, r=RECIPE.r,
     alpha=int(RECIPE.lora_alpha),
 )  # fmt: skip
 
@@ -48,14 +49,14 @@ def demo_rows() -> Rows:
         tokenizer = None
     if tokenizer is None:
         draw = random.Random(0)
-        lengths = [draw.randint(16, RECIPE.max_length) for _ in range(RECIPE.batch_size)]
+        lengths = [draw.randint(16, TOKENS) for _ in range(RECIPE.batch_size)]
         ids = [[draw.randrange(9, SMOLLM2["vocab_size"]) for _ in range(length)] for length in lengths]
         names = [str(task) for task in RECIPE.tasks]
         return [
             {"input_ids": row, "labels": [-100] * (len(row) - 2) + row[-2:], "task": names[i % len(names)]}
             for i, row in enumerate(ids)
         ]
-    train = data.encode(text["train"], tokenizer, RECIPE.max_length, lost=lost)
+    train = data.encode(text["train"], tokenizer, TOKENS, lost=lost)
     order = list(TaskBalancedSampler(train["task"], temperature=RECIPE.temperature, seed=RECIPE.seed))
     return [train[i] for i in order[: RECIPE.batch_size]]
 

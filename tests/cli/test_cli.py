@@ -155,7 +155,7 @@ def test_what_rows_lose_is_counted_by_train_and_eval(tmp_path, jsonl):
     long = json.dumps({"prompt": "Number " + "9" * 300, "answer": "no", "task": "even"})
     jsonl.write_text("\n".join([jsonl.read_text(), *again, long]))
     spec = f"[{{name: parity, source: {jsonl}}}]"
-    out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, test_size=60, train_size=20)))
+    out = alora("train", str(recipe(tmp_path, jsonl, tasks=spec, test_size=60, train_size=20, max_length=96)))
     lines = [
         "repeated prompts left out: even 2 (with another answer: even 1)",
         "training rows taken (train_size): parity 20 of 83",

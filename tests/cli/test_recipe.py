@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from alora_kernels.recipes.job import context, load
 from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
 from tests.support.cli import alora, recipe, refused
@@ -40,6 +42,16 @@ WRONG = {
     "routing: hard": "routing: must be 'task' or 'soft', got 'hard'",
     "method: lore": "method: must be one of alora, alora-soft, lora, lora-per-task, hydralora, got 'lore'; did you",
     "method: [lora]": "method: must be text, got ['lora']",
+    "load_in: 2bit": "load_in: must be '4bit' or '8bit', got '2bit'",
+    "adapter: ''": "adapter: must not be empty",
+    "train_tasks: []": "train_tasks: must not be empty",
+    "train_tasks: new": "train_tasks: must be a list, got 'new'",
+    "train_b: maybe": "train_b: must be true or false, got 'maybe'",
+    "validation_size: 1.5": "validation_size: must be a whole number of rows, or a share below 1, got 1.5",
+    "validation_size: -1": "validation_size: must be >= 0, got -1",
+    "streaming: 7": "streaming: must be true or false, got 7",
+    "max_length: 1": "max_length: must be >= 2, got 1 (tokens per row; null takes the model's context)",
+    "chat_template: '{% if %}'": "chat_template: is no Jinja template: Expected an expression, got 'end of",
     "stepz: 3": "stepz: unknown setting; did you mean steps?",
     "nothing_like_it: {a: 1}": "nothing_like_it: unknown setting; known are tasks, model",
     "tasks: []": "tasks: give at least one, for example trec",
@@ -55,6 +67,8 @@ WRONG = {
     "tasks: [{name: x, source: x.jsonl, words: {0: true}}]": "tasks[0].words.0: must be text, got True",
     "tasks: [{name: x, source: x.jsonl, prompt: '{a'}]": "tasks[0]: template '{a': expected '}'",
     "method: lora\nrouting: soft": "routing: soft is not how lora works: leave routing out",
+    "load_in: 4bit\nmethod: hydralora": "load_in: hydralora replaces plain linear layers: leave load_in out, or use",
+    "load_in: 4bit\nparallel: fsdp": "load_in: a base in a few bits is not sharded: parallel: ddp, or",
     "method: alora-soft\nrouting: task": "routing: task is not how alora-soft works: leave routing out",
 }  # fmt: skip
 
@@ -196,6 +210,25 @@ def test_a_saved_recipe_reads_the_same(tmp_path, changes):
     first = load_recipe(tmp_path / "r.yaml").instead(**changes)
     first.save(tmp_path)
     assert load_recipe(tmp_path / "recipe.yaml") == first
+
+
+def test_a_chat_template_is_text_or_a_file(tmp_path):
+    generation = "{% for m in messages %}{%- generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(generation)
+    found = load_recipe(written(tmp_path, "tasks: [trec]\nchat_template: chat.jinja\nadapter: old"))
+    assert (found.chat_template, found.adapter) == (generation, str(tmp_path / "old"))
+    found.save(tmp_path)
+    (tmp_path / "chat.jinja").unlink()
+    assert load_recipe(tmp_path / "recipe.yaml").chat_template == generation  # what is saved says all
+    assert "chat_template: cannot read" in refused("train", tmp_path / "r.yaml")
+    assert Recipe(tasks=("trec",), chat_template="{{ messages }}").chat_template == "{{ messages }}"
+
+
+def test_rows_are_as_long_as_the_model_reads(tmp_path, jsonl):
+    job = load(load_recipe(recipe(tmp_path, jsonl)))
+    assert job.recipe.max_length == 2048 == job.model.config.max_position_embeddings
+    with pytest.raises(ValueError, match="max_length: this model does not say"):
+        context(SimpleNamespace(config=None), SimpleNamespace(model_max_length=int(1e30)))
 
 
 def test_other_settings_are_checked_too():
