@@ -25,8 +25,10 @@ class Lost:
 
     repeated: Counter[str] = field(default_factory=Counter)  # rows left out: their task has the same prompt already
     contradicting: Counter[str] = field(default_factory=Counter)  # those of them with another answer
+    held: Counter[str] = field(default_factory=Counter)  # training rows left out: they judge, from a file of their own
     limited: dict[str, tuple[int, int]] = field(default_factory=dict)  # training rows taken, of how many (`train_size`)
     capped: dict[str, tuple[int, int]] = field(default_factory=dict)  # test rows taken, of how many asked for (half)
+    judged: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows taken of files that judge, of how many
     moved: Counter[str] = field(default_factory=Counter)  # test rows that train, since their task has no others
     untrained: Counter[str] = field(default_factory=Counter)  # test rows left out: their task has no training row
     cut: Counter[str] = field(default_factory=Counter)  # rows whose prompt lost its middle
@@ -39,8 +41,10 @@ class Lost:
         cut = {task: (count, self.encoded[task]) for task, count in self.cut.items()}
         said = {
             f"repeated prompts left out: {_by(self.repeated)}{other}": self.repeated,
+            f"training rows left out, they stand among the rows that judge: {_by(self.held)}": self.held,
             f"training rows taken (train_size): {_of(self.limited)}": self.limited,
             f"test rows taken, at most half of all: {_of(self.capped, 'asked for')}": self.capped,
+            f"rows taken of files and splits that judge (test_size, validation_size): {_of(self.judged)}": self.judged,
             f"test rows trained on, their task has no others: {_by(self.moved)}": self.moved,
             f"test rows of tasks without training rows left out: {_by(self.untrained)}": self.untrained,
             f"prompts cut in the middle to fit max_length={self.max_length}: {_of(cut)}": cut,

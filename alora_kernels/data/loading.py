@@ -1,24 +1,26 @@
-"""From a task's name to train and test splits of prompt, answer and task, which `encoding` takes.
+"""From a task's name to train, validation and test splits of prompts and answers, which `encoding` takes.
 
 All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
-test rows first and the train rows next. So test and train of a task share no prompt, and the test rows do not change
-with `train_size`. The same prompt under two tasks counts twice: only the task tells such rows apart.
+test rows first, the validation rows next and the train rows last. So the splits of a task share no prompt, and the test
+rows do not change with `train_size`. The same prompt under two tasks counts twice: only the task tells such rows apart.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .encoding import Lost
-from .sources import FILES, Rows, TaskSpec, place, read_rows
+from .forms import ALPACA, Example, Form, form_of, is_alpaca, to_example
+from .sources import FILES, HELD, Rows, TaskSpec, read_rows
 from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -26,10 +28,9 @@ if TYPE_CHECKING:
 
     from ..adapters.cards import TaskCard
 
-#: prompt, answer, task
-Example = tuple[str, str, str]
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+Parts = dict[str, list[Example]]  # by split
+Seen = dict[tuple[str, str], tuple[str, bool]]  # task and question -> answer, and whether a held row of its own file
 
 
 def load_task(
@@ -37,18 +38,24 @@ def load_task(
     *,
     seed: int = 0,
     train_size: int | None = None,
-    test_size: int = 200,
+    test_size: float = 200,
+    validation_size: float = 0,
     lost: Lost | None = None,
 ) -> DatasetDict:
-    """Train and test split of one task, with string columns `prompt`, `answer`, `task`; they share no prompt.
+    """Splits of one task with string columns `prompt`, `answer`, `task` and `messages`; they share no prompt.
+
+    They are "train", "test" and, where there are rows for it, "validation". `messages` is a chat's turns as JSON, "" of
+    any other row.
 
     Args:
-        name_or_spec: a key of `TASKS`, the path of a `.jsonl` or `.json` file with `prompt` and `answer` (and perhaps
-            `task`), a hub id whose data set has those columns, or a `TaskSpec` that names other columns.
+        name_or_spec: a key of `TASKS`, the path of a .jsonl, .json, .csv or .parquet file or a hub id with a known form
+            of rows (`prompt` and `answer`; `messages`; `conversations`; `instruction` and `output`), or a `TaskSpec`
+            that names other columns.
         seed: decides which rows go where and in what order; the same seed gives the same splits.
         train_size: at most so many train rows; None takes all that are left.
         test_size: at most so many test rows, and at most half of all rows where the spec names no `test_split` and
-            there is something to train.
+            there is something to train; below 1 a share of them. A share that the spec gives takes its place.
+        validation_size: the same of rows that judge while training; 0 takes none, or all of a split of their own.
         lost: counts what is left out.
 
     Raises:
@@ -56,7 +63,8 @@ def load_task(
         FileNotFoundError, ConnectionError: the file or hub data set is not there.
         ValueError: unknown name, bad file, missing column, empty answer, or no row to train on.
     """
-    return _to_splits(*_split([as_source(name_or_spec)], seed, train_size, test_size, lost or Lost()))
+    sizes = Sizes(train_size, {"test": test_size, "validation": validation_size})
+    return _to_splits(_split([as_source(name_or_spec)], seed, sizes, lost or Lost()))
 
 
 def load_tasks(
@@ -64,7 +72,8 @@ def load_tasks(
     *,
     seed: int = 0,
     train_size: int | None = None,
-    test_size: int = 200,
+    test_size: float = 200,
+    validation_size: float = 0,
     lost: Lost | None = None,
 ) -> DatasetDict:
     """Several different tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled by the seed."""
@@ -72,11 +81,31 @@ def load_tasks(
     called = [source.name for source in sources]
     if not called or len(set(called)) < len(called):
         raise ValueError(f"expected one or more different tasks, got {called}")
-    train, test = _split(sources, seed, train_size, test_size, lost or Lost())
+    sizes = Sizes(train_size, {"test": test_size, "validation": validation_size})
+    parts = _split(sources, seed, sizes, lost or Lost())
     mix = random.Random(seed)
-    mix.shuffle(train)
-    mix.shuffle(test)
-    return _to_splits(train, test)
+    for split in ("train", "test", "validation"):
+        mix.shuffle(parts[split])
+    return _to_splits(parts)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows asked for, of each source."""
+
+    train: int | None
+    held: Mapping[str, float]  # by split that judges; below 1 a share of the source's rows
+
+    def __post_init__(self) -> None:
+        if min(self.train or 0, *self.held.values()) < 0:
+            said = ", ".join(f"{split}_size={count}" for split, count in {"train": self.train, **self.held}.items())
+            raise ValueError(f"sizes must not be negative, got {said}")
+
+    def of(self, spec: TaskSpec, split: str, total: int) -> int:
+        """Rows of a source for a split that judges: the source's own share of its `total` rows before all else."""
+        own = getattr(spec, f"{split}_split")
+        size = own if isinstance(own, float) else self.held[split]
+        return max(1, round(size * total)) if 0 < size < 1 else int(size)
 
 
 def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
@@ -98,122 +127,128 @@ def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
     )
 
 
-def _split(
-    sources: Sequence[Task | TaskSpec], seed: int, train_size: int | None, test_size: int, lost: Lost
-) -> tuple[list[Example], list[Example]]:
-    if test_size < 0 or (train_size is not None and train_size < 0):
-        raise ValueError(f"sizes must not be negative, got train_size={train_size}, test_size={test_size}")
-    seen: dict[tuple[str, str], str] = {}
-    parts = [_split_source(source, seed, train_size, test_size, seen, lost) for source in sources]
-    train, test = ([example for part in parts for example in part[i]] for i in (0, 1))
-    if train_size != 0:
-        trained = {task for _, _, task in train}
-        lost.untrained.update(task for _, _, task in test if task not in trained)
-        test = [example for example in test if example[2] in trained]
-    return train, test
+def _split(sources: Sequence[Task | TaskSpec], seed: int, sizes: Sizes, lost: Lost) -> Parts:
+    seen: Seen = {}
+    parts = [_split_source(source, seed, sizes, seen, lost) for source in sources]
+    whole = {split: [example for part in parts for example in part[split]] for split in ("train", *HELD)}
+    if sizes.train != 0:
+        trained = {example.task for example in whole["train"]}
+        for split in HELD:
+            lost.untrained.update(example.task for example in whole[split] if example.task not in trained)
+            whole[split] = [example for example in whole[split] if example.task in trained]
+    return whole
 
 
-def _split_source(
-    source: Task | TaskSpec,
-    seed: int,
-    train_size: int | None,
-    test_size: int,
-    seen: dict[tuple[str, str], str],
-    lost: Lost,
-) -> tuple[list[Example], list[Example]]:
-    """Train and test examples of one source that are not in `seen` yet, (task, prompt) -> answer."""
+def _split_source(source: Task | TaskSpec, seed: int, sizes: Sizes, seen: Seen, lost: Lost) -> Parts:
+    """Examples of one source that are not in `seen` yet."""
     if isinstance(source, Task):
         spec = TaskSpec(source.name, source.path, prompt=source.template, answer="{label}", task_column=None)
         rows: Rows = source.rows()
     else:
         spec = source
-        rows = read_rows(spec, spec.split)
-
-    examples = _shuffled(spec, rows, seed, seen, lost)
-    if spec.test_split is None:
-        test = list(islice(examples, test_size))
-    else:
-        kept = dataclasses.replace(spec, source=spec.test_split) if spec.is_file else spec
-        test = list(islice(_shuffled(kept, read_rows(kept, spec.test_split), seed, seen, lost), test_size))
-    if train_size == 0:
-        return [], test
+        rows = read_rows(spec)
+    form = form_of(spec, rows)
+    examples = _shuffled(spec, form, rows, seed, seen, lost)
+    parts: Parts = {"train": []}
+    for split in HELD:
+        if isinstance(own := getattr(spec, f"{split}_split"), str):
+            parts[split] = _of_its_own(spec, form, split, own, sizes, seed, seen, lost)
+    counts = {split: sizes.of(spec, split, len(rows)) for split in HELD if split not in parts}
+    for split, count in counts.items():
+        parts[split] = list(islice(examples, count))
+    if sizes.train == 0:
+        return parts
     # looks so far ahead that the test rows do not change with train_size
-    rest = list(islice(examples, None if train_size is None else max(train_size, test_size)))
-    if spec.test_split is None and (train_size is None or len(rest) < max(train_size, test_size)):  # all rows are known
-        test, rest = _enough_to_train(spec.name, test, rest, test_size, lost)
+    ahead = None if sizes.train is None else max(sizes.train, *counts.values(), 0)
+    rest = list(islice(examples, ahead))
+    if counts and (ahead is None or len(rest) < ahead):  # all rows are known
+        rest = _enough_to_train(spec.name, parts, counts, rest, lost)
     if not rest:
         raise ValueError(
-            f"task {spec.name!r}: every prompt of {spec.source!r} is a test prompt, none is left to train on"
+            f"task {spec.name!r}: every prompt of {', '.join(spec.files)!r} is a test prompt, none is left to train on"
         )
-    own_test = len(test) if spec.test_split is None else 0
-    if train_size is not None and train_size <= len(rest) and train_size + own_test < len(rows):
-        lost.limited[spec.name] = train_size, len(rows)
-    return rest[:train_size], test
+    held = sum(len(parts[split]) for split in counts)
+    if sizes.train is not None and sizes.train <= len(rest) and sizes.train + held < len(rows):
+        lost.limited[spec.name] = sizes.train, len(rows)
+    return parts | {"train": rest[: sizes.train]}
+
+
+def _of_its_own(
+    spec: TaskSpec, form: Form, split: str, own: str, sizes: Sizes, seed: int, seen: Seen, lost: Lost
+) -> list[Example]:
+    """Rows that judge and have a file or hub split of their own."""
+    rows = read_rows(spec, own)
+    spec = TaskSpec(spec.name, own, spec.prompt, spec.answer, words=spec.words, task_column=spec.task_column,
+                    system=spec.system)  # fmt: skip
+    if (other := form_of(spec, rows)).name != form.name:
+        raise ValueError(f"{own!r}: its rows are {other.name}, those to train on {form.name}: one task has one form")
+    size = sizes.held[split]
+    most = None if 0 < size < 1 or (split == "validation" and not size) else int(size)
+    examples = list(islice(_shuffled(spec, other, rows, seed, seen, lost, held=True), most))
+    if most is not None and len(examples) == most < len(rows):
+        lost.judged[f"{spec.name} ({split})"] = most, len(rows)
+    return examples
 
 
 def _enough_to_train(
-    name: str, test: list[Example], rest: list[Example], test_size: int, lost: Lost
-) -> tuple[list[Example], list[Example]]:
-    """Test and training examples such that half of all train, and half of a task that the test rows hold whole."""
-    if len(rest) < len(test):
-        half = (len(test) + len(rest)) // 2
-        lost.capped[name] = half, test_size
-        test, rest = test[:half], test[half:] + rest
-    trained = {task for _, _, task in rest}
-    places: dict[str, list[int]] = {}
-    for at, (_, _, task) in enumerate(test):
-        if task not in trained:
-            places.setdefault(task, []).append(at)
-    moved = {at for own in places.values() for at in own[len(own) // 2 :]}
-    lost.moved.update(test[at][2] for at in moved)
-    return [e for at, e in enumerate(test) if at not in moved], [test[at] for at in sorted(moved)] + rest
+    name: str, parts: Parts, counts: Mapping[str, int], rest: list[Example], lost: Lost
+) -> list[Example]:
+    """Training examples such that half of all train, and half of a task that the held rows have whole.
+
+    The held rows, in `parts`, shrink accordingly.
+    """
+    rest = [example for split in counts for example in parts[split]] + rest
+    for split, count in counts.items():  # test rows first
+        taken = min(count, len(rest) // 2)
+        if taken < count:
+            lost.capped[name if split == "test" else f"{name} ({split})"] = taken, count
+        parts[split], rest = rest[:taken], rest[taken:]
+    trained = {example.task for example in rest}
+    untrained: dict[str, list[Example]] = {}
+    for split in counts:
+        for example in parts[split]:
+            if example.task not in trained:
+                untrained.setdefault(example.task, []).append(example)
+    chosen = {example for own in untrained.values() for example in own[len(own) // 2 :]}
+    lost.moved.update(example.task for example in chosen)
+    moved = [example for split in counts for example in parts[split] if example in chosen]
+    for split in counts:
+        parts[split] = [example for example in parts[split] if example not in chosen]
+    return moved + rest
 
 
-def _shuffled(spec: TaskSpec, rows: Rows, seed: int, seen: dict[tuple[str, str], str], lost: Lost) -> Iterator[Example]:
-    """Rows in the seed's order as examples; prompts that their task has in `seen` are skipped, new ones added."""
+def _shuffled(
+    spec: TaskSpec, form: Form, rows: Rows, seed: int, seen: Seen, lost: Lost, held: bool = False
+) -> Iterator[Example]:
+    """Rows in the seed's order as examples; prompts that their task has in `seen` are skipped, new ones added.
+
+    `held` rows judge and are not cut off the training rows.
+    """
     order = list(range(len(rows)))
     # the name in the seed: tasks of equal length must not be shuffled alike
     random.Random(f"{seed} {spec.name}").shuffle(order)
     for number in order:
-        prompt, answer, task = _to_example(spec, rows, number)
-        same = task, " ".join(prompt.casefold().split())
+        example = to_example(spec, form, rows, number)
+        same = example.task, example.question
         if same not in seen:
-            seen[same] = answer
-            yield prompt, answer, task
-        else:
-            lost.repeated[task] += 1
-            if seen[same] != answer:
-                lost.contradicting[task] += 1
+            seen[same] = example.answer, held
+            yield example
+            continue
+        answer, kept = seen[same]
+        (lost.held if kept and not held else lost.repeated)[example.task] += 1
+        if answer != example.answer:
+            lost.contradicting[example.task] += 1
 
 
-def _to_example(spec: TaskSpec, rows: Rows, number: int) -> Example:
-    row = {column: "" if value is None else value for column, value in rows[number].items()}
-    try:
-        prompt = spec.prompt.format_map(row).rstrip()
-        answer = spec.answer.format_map(row).strip()
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{place(rows, spec.source, number)} does not fit the templates {spec.prompt!r}, {spec.answer!r}: {error!r}"
-        ) from None
-    answer = spec.words.get(answer, answer)
-    if not prompt or not answer:
-        raise ValueError(
-            f"{place(rows, spec.source, number)} has an empty {'answer' if prompt else 'prompt'} (templates "
-            f"{spec.prompt!r}, {spec.answer!r}); drop such rows, or choose a labelled split"
-        )
-    task = row.get(spec.task_column) if spec.task_column else None
-    return prompt, answer, str(task or spec.name)
-
-
-def _to_splits(train: list[Example], test: list[Example]) -> DatasetDict:
+def _to_splits(parts: Parts) -> DatasetDict:
     from datasets import Dataset, DatasetDict, Features, Value
 
-    features = Features(dict.fromkeys(("prompt", "answer", "task"), Value("string")))
+    features = Features(dict.fromkeys(Example._fields, Value("string")))
 
     def split(examples: list[Example]) -> Dataset:
         return Dataset.from_dict({c: [row[i] for row in examples] for i, c in enumerate(features)}, features=features)
 
-    return DatasetDict(train=split(train), test=split(test))
+    return DatasetDict({name: split(parts[name]) for name in ("train", *HELD) if parts[name] or name != "validation"})
 
 
 def majority_baseline(dataset: DatasetDict) -> dict[str, float]:
@@ -237,25 +272,39 @@ def _answers(rows: Dataset) -> dict[str, Counter[str]]:
 
 
 def task_cards(
-    sources: Sequence[str | Task | TaskSpec], text: DatasetDict, words: Mapping[str, Sequence[str]]
+    sources: Sequence[str | Task | TaskSpec],
+    text: DatasetDict,
+    words: Mapping[str, Sequence[str]],
+    chat_template: str | None = None,
 ) -> dict[str, TaskCard]:
     """How the tasks of a training run were asked, for whoever gets the adapter; sources and text are `load_tasks`'s.
 
     A sample comes from built-in tasks alone, whose rows are public: the user's own data must not leave with an adapter.
     `words` has the label words of tasks that do not answer in texts. A task that a file's column names has the file's
-    template; if several files could have named it and their templates differ, none.
+    template; if several files could have named it and their templates differ, none. The system prompt of a chat task is
+    one that all of its chats begin with; `chat_template` the recipe's own.
     """
     from ..adapters.cards import TaskCard
 
     known = {source.name: source for source in map(as_source, sources)}
     naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}
     common = naming.pop() if len(naming) == 1 else None
+    rows: dict[str, list[Any]] = {}
+    for row in text["train"]:
+        rows.setdefault(row["task"], []).append(row)
     cards = {}
-    for task in sorted(set(text["train"]["task"])):
-        source, sample = known.get(task), None
+    for task in sorted(rows):
+        source, sample, answers = known.get(task), None, tuple(words.get(task, ()))
+        if chats := [json.loads(row["messages"]) for row in rows[task] if row.get("messages")]:
+            first = {turns[0]["content"] if turns[0]["role"] == "system" else None for turns in chats}
+            system = first.pop() if len(first) == 1 else None
+            cards[task] = TaskCard(answers=answers, chat=True, chat_template=chat_template, system=system)
+            continue
         template = source.prompt if isinstance(source, TaskSpec) else common
         if isinstance(source, Task):
             template = source.template
             sample = next((row["prompt"] for row in text["test"] if row["task"] == task), None)
-        cards[task] = TaskCard(template.rstrip() if template else None, tuple(words.get(task, ())), sample)
+        elif all(is_alpaca(row["prompt"]) for row in rows[task]):
+            template = ALPACA.prompt
+        cards[task] = TaskCard(template.rstrip() if template else None, answers, sample)
     return cards

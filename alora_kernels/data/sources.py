@@ -1,62 +1,97 @@
-"""Where rows of a user's own task come from: a JSON file or a data set on the Hugging Face hub, named by a `TaskSpec`.
+"""Where rows of a user's own task come from: files, or a data set on the Hugging Face hub, named by a `TaskSpec`.
 
-`loading` turns the raw rows into prompts and answers. A hub data set stays the memory-mapped table `datasets` makes of
-it; only rows that end up in a split are formatted.
+`forms` says what the raw rows mean, `loading` splits them. A hub data set and a parquet file stay tables; only rows
+that end up in a split are formatted.
 """
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
 
 Rows = Sequence[Mapping[str, Any]]
 
-FILES = (".jsonl", ".json", ".csv")  # endings of paths; a .csv file is refused with the way to convert it
+FILES = (".jsonl", ".json", ".csv", ".parquet")  # endings of paths
+HELD = ("test", "validation")  # what judges; each has a field TaskSpec.<name>_split
+
+Source = Annotated[
+    Annotated[str, Tag("as text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("as list")],
+    Discriminator(lambda value: "as text" if isinstance(value, str) else "as list"),
+]
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of the user's own. A ValueError for a template that does not read."""
+    """One task of the user's own. A ValueError for templates that do not read, and shares that leave nothing."""
 
     name: str  # value of the `task` column
-    source: str  # path of a `.jsonl` file or of a `.json` file with a list, or a hub id such as "stanfordnlp/sst2"
+    source: Source  # path of a .jsonl, .json (a list), .csv or .parquet file, or several, or one hub id
     prompt: str = "{prompt}"  # template; best ends in a colon: the answer follows after one space
     answer: str = "{answer}"  # template, e.g. "{label}"; a hub column of class numbers gives the class names
-    split: str = "train"  # of the hub data set that rows are taken from; without effect on a file
-    test_split: str | None = None  # or the path of another file; None cuts test rows off the training rows
+    split: str = "train"  # of the hub data set that rows are taken from
+    test_split: str | float | None = None  # another split, a file, or a share of the rows; None: `test_size` of them
     subset: str | None = None  # configuration of the hub data set, e.g. "cola" of "nyu-mll/glue"
     words: Mapping[str, str] = field(default_factory=dict)  # replaces answers, {"0": "negative"}
     task_column: str | None = "task"  # column which, where the data has it, names the task instead of `name`
+    validation_split: str | float | None = None  # the same of the rows that judge while training
+    revision: str | None = None  # branch, tag or commit of the hub data set
+    system: str | None = None  # first turn of chats that bring no system turn
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # where it is a field of a pydantic model
 
     def __post_init__(self) -> None:
-        placeholders(self.prompt, self.answer)
+        for name in ("prompt", "answer"):
+            if not placeholders(template := getattr(self, name)):
+                raise ValueError(f"{name}: {template!r} names no column; write for example {name}: '{{{name}}}'")
+        shares = [share for part in HELD if isinstance(share := getattr(self, f"{part}_split"), int | float)]
+        if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
+            raise ValueError(
+                f"test_split and validation_split as numbers are shares of the rows, such as 0.1, and leave some to"
+                f" train on; got {', '.join(map(str, shares))}"
+            )
+        if not isinstance(self.source, str) and not self.is_file:
+            raise ValueError("a list of sources has files alone: make each hub data set a task of its own")
+        if self.is_file and (self.subset or self.revision or self.split != "train"):
+            raise ValueError("split, subset and revision are a hub data set's: leave them out beside a file")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The source as a tuple, whether or not it is files."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
     @property
     def is_file(self) -> bool:
-        """Whether `source` is a path, by its ending or because the file exists."""
-        return self.source.endswith(FILES) or Path(self.source).is_file()
+        """Whether `source` is a path, or paths, by their endings or because the files exist."""
+        return all(path.endswith(FILES) or Path(path).is_file() for path in self.files)
+
+    def located(self, find: Callable[[str], str]) -> TaskSpec:
+        """The same task with its paths as `find` gives them."""
+        places: dict[str, Any] = {"source": tuple(map(find, self.files)) if len(self.files) > 1 else find(*self.files)}
+        for part in HELD:
+            split = getattr(self, f"{part}_split")
+            if isinstance(split, str) and (self.is_file or split.endswith(FILES)):
+                places[f"{part}_split"] = find(split)
+        return dataclasses.replace(self, **places)
 
 
-def read_rows(spec: TaskSpec, split: str) -> Rows:
-    """Rows of one split that have the columns its templates need; a ValueError if not, or where nothing is there."""
-    rows: Rows = read_json(Path(spec.source)) if spec.is_file else _read_hub(spec.source, spec.subset, split)
+def read_rows(spec: TaskSpec, split: str | None = None) -> Rows:
+    """Raw rows to train on, or those of another split, the hub's name of it or a path; a ValueError if none."""
+    own = spec.is_file if split is None else spec.is_file or split.endswith(FILES)
+    paths = spec.files if split is None else (split,)
+    rows = read_files(paths) if own else _read_hub(spec, split or spec.split)
     if not len(rows):
-        raise ValueError(f"{spec.source!r} has no rows; expected one JSON object per line, or a non-empty split")
-    present = list(rows[0])
-    missing = [name for name in placeholders(spec.prompt, spec.answer) if name not in present]
-    if missing:
         raise ValueError(
-            f"{spec.source!r} has no column {' and no column '.join(map(repr, missing))}; present:"
-            f" {', '.join(present)}. "
-            f"Name the columns in the task's prompt and answer, e.g. prompt: 'Text: {{{present[0]}}}\\nLabel:' and"
-            f" answer: '{{{present[-1]}}}'"
+            f"{', '.join(map(repr, paths))} has no rows; expected one JSON object per line, or a non-empty split"
         )
     return rows
 
@@ -77,7 +112,7 @@ def placeholders(*templates: str) -> list[str]:
 
 
 class FileRows(list[dict[str, Any]]):
-    """The objects of a file; `places` says where each stands."""
+    """The objects of files; `places` says where each stands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,38 +124,84 @@ def place(rows: Rows, source: str, number: int) -> str:
     return rows.places[number] if isinstance(rows, FileRows) else f"row {number} of {source!r}"
 
 
-def read_json(path: Path) -> FileRows:
-    """All objects of a JSON Lines file, or of the list in a `.json` file; blank lines are skipped.
+def read_files(paths: Sequence[str]) -> Rows:
+    """All rows of the files one after the other; a single parquet file stays a table.
 
-    Raises ValueError, naming the line or item, unless each is a JSON object with the first one's keys.
+    Raises ValueError, naming the line or item, where a file does not read, FileNotFoundError where there is none.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {str(path)!r}; expected a .jsonl file with one JSON object per line (in a recipe, relative paths "
-            f"start from the recipe's own folder)"
-        )
-    if path.suffix not in (".jsonl", ".json"):
+    if len(paths) == 1 and paths[0].endswith(".parquet"):
+        return _read_parquet(Path(paths[0]))
+    rows = FileRows()
+    for path in map(Path, paths):
+        for value, where in _values(path):
+            if not isinstance(value, dict):
+                shown = json.dumps(value)[:40]
+                raise ValueError(
+                    f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}"
+                )
+            rows.append(value)
+            rows.places.append(where)
+    return rows
+
+
+def _values(path: Path) -> Iterator[tuple[Any, str]]:
+    """What a file holds, each with its place."""
+    if path.suffix == ".parquet":
+        table = _read_parquet(path)
+        return ((dict(row), place(table, str(path), number)) for number, row in enumerate(table))
+    _check_there(path)
+    if path.suffix not in FILES:
         raise ValueError(
-            f"{str(path)!r} is not a .jsonl or .json file; convert it, e.g. with "
-            f"pandas.read_csv(path).to_json('data.jsonl', orient='records', lines=True)"
+            f"{str(path)!r} is not a {', '.join(FILES[:-1])} or {FILES[-1]} file; convert it, e.g. with"
+            f" pandas.read_excel(path).to_json('data.jsonl', orient='records', lines=True)"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    rows = FileRows()
-    for value, where in _items(text, path) if path.suffix == ".json" else _lines(text, path):
-        if not isinstance(value, dict):
-            shown = json.dumps(value)[:40]
-            raise ValueError(f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}")
-        missing = [key for key in (rows[0] if rows else ()) if key not in value]
-        if missing:
-            raise ValueError(
-                f"{where}: lacks {', '.join(missing)}, which the first one has; present: {', '.join(value)}"
-            )
-        rows.append(value)
-        rows.places.append(where)
-    return rows
+    return {".json": _items, ".csv": _records}.get(path.suffix, _lines)(text, path)
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {str(path)!r}; expected a {', '.join(FILES[:-1])} or {FILES[-1]} file (in a recipe, relative"
+            f" paths start from the recipe's own folder)"
+        )
+
+
+def _read_parquet(path: Path) -> Rows:
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    _check_there(path)
+    try:
+        table = parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} does not read as parquet ({str(error)[:200]})") from None
+    return _with_class_names(datasets.Dataset(table))
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """Rows of a CSV file, all values texts."""
+    reader, ended = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}, line 1: names of columns must differ, got {', '.join(names)}")
+        for row in reader:
+            ended = reader.line_num
+            where = f"{path}, line {ended - sum(str(value).count(chr(10)) for value in row.values())}"
+            count = sum(value is not None for name, value in row.items() if name is not None) + len(row.get(None, ()))
+            if count != len(names):
+                raise ValueError(
+                    f"{where}: has {count} fields, and line 1 names {len(names)} columns; put a text that holds commas"
+                    f' or line ends into "quotes"'
+                )
+            yield row, where
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {ended + 1}: not valid CSV ({error}); are its quotes closed?") from None
 
 
 def _items(text: str, path: Path) -> Iterator[tuple[Any, str]]:
@@ -146,16 +227,22 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON ({found.msg} at {line}column {found.colno})") from None
 
 
-def _read_hub(source: str, subset: str | None, split: str) -> Rows:
+def _read_hub(spec: TaskSpec, split: str) -> Rows:
     import datasets
 
     try:
-        table = datasets.load_dataset(source, subset, split=split)
+        table = datasets.load_dataset(spec.source, spec.subset, split=split, revision=spec.revision)
     except OSError as error:
         raise ConnectionError(
-            f"could not load data set {source!r} from the Hugging Face hub. Check the id and the network "
+            f"could not load data set {spec.source!r} from the Hugging Face hub. Check the id and the network "
             f"(HF_HUB_OFFLINE, HF_TOKEN for gated data), or give the path of a .jsonl file. Cause: {error}"
         ) from error
+    return _with_class_names(table)
+
+
+def _with_class_names(table: Any) -> Rows:
+    import datasets
+
     classes = {name: kind.names for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
 
     def named(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

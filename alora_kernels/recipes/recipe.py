@@ -6,9 +6,9 @@ saved with the adapter; the demo has a recipe of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -250,9 +250,7 @@ class Recipe(BaseModel):
         def found(task: str | TaskSpec) -> str | TaskSpec:
             if isinstance(task, str):
                 return task if task in TASKS else _path(root, task)
-            test = task.test_split
-            test = _path(root, test) if task.is_file and test is not None else test
-            return dataclasses.replace(task, source=_path(root, task.source), test_split=test)
+            return task.located(partial(_path, root))
 
         model = root / Path(self.model).expanduser()
         adapter = self.adapter and str((root / Path(self.adapter).expanduser()).resolve())

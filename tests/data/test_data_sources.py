@@ -31,7 +31,7 @@ def rows(n, **more):
 def hub(monkeypatch):
     """A stand-in for the hub: data sets by split, given by the test."""
     splits = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split: splits[split])
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: splits[split])
     return splits
 
 
@@ -39,7 +39,7 @@ def test_a_file_with_prompt_and_answer(jsonl):
     splits = load_task(jsonl(*rows(10)), test_size=4)
     assert splits["train"].num_rows == 6
     assert splits["test"].num_rows == 4
-    assert splits["train"].column_names == ["prompt", "answer", "task"]
+    assert splits["train"].column_names == ["prompt", "answer", "task", "messages"]
     assert set(splits["train"]["task"]) == {"own"}
     for prompt, answer in zip(splits["train"]["prompt"], splits["train"]["answer"], strict=True):
         assert int(answer) == 2 * int(prompt.split()[0])
@@ -220,6 +220,49 @@ def test_a_list_in_a_json_file_reads_like_lines(tmp_path, jsonl):
     assert [got[split][:] for split in got] == [want[split][:] for split in want]
 
 
+def test_csv_and_parquet_read_like_lines(tmp_path, jsonl):
+    import pandas as pd
+
+    frame = pd.DataFrame([{**row, "answer": f"{row['answer']}, or\nso"} for row in rows(10)])
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    frame.to_parquet(tmp_path / "own.parquet")
+    want = load_task(jsonl(*frame.to_dict("records")), test_size=4)
+    for name in ("own.csv", "own.parquet"):
+        got = load_task(str(tmp_path / name), test_size=4)
+        assert [got[split][:] for split in got] == [want[split][:] for split in want]
+
+
+def test_a_csv_file_keeps_texts_as_they_are_written(tmp_path):
+    (tmp_path / "own.csv").write_text("prompt,answer\n007,NA\n1e3,null\n")
+    train = load_task(str(tmp_path / "own.csv"), test_size=0)["train"]
+    assert sorted(train["prompt"]) == ["007", "1e3"] and sorted(train["answer"]) == ["NA", "null"]
+
+
+def test_class_names_of_a_parquet_file(tmp_path):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 1]}, features=features)
+    table.to_parquet(str(tmp_path / "own.parquet"))
+    spec = TaskSpec("own", str(tmp_path / "own.parquet"), prompt="{text}:", answer="{label}")
+    assert sorted(load_task(spec, test_size=0)["train"]["answer"]) == ["bad", "good", "good"]
+
+
+def test_several_files_are_one_task(tmp_path, jsonl):
+    files = [jsonl(*rows(12)[part], name=name) for part, name in [(slice(5), "a.jsonl"), (slice(5, 9), "b.jsonl")]]
+    (tmp_path / "c.csv").write_text("prompt,answer\n" + "\n".join(f"{r['prompt']},{r['answer']}" for r in rows(12)[9:]))
+    datasets.Dataset.from_list(rows(13)[12:]).to_parquet(str(tmp_path / "d.parquet"))
+    spec = TaskSpec("own", (*files, str(tmp_path / "c.csv"), str(tmp_path / "d.parquet")))
+    assert sorted(load_task(spec, test_size=0)["train"]["prompt"]) == sorted(row["prompt"] for row in rows(13))
+    other = jsonl({"messages": []}, name="e.jsonl")
+    with pytest.raises(
+        ValueError, match=r"e\.jsonl, line 1: lacks prompt, answer.*It is chat, the first one prompt and"
+    ):
+        load_task(TaskSpec("own", (files[0], other)), test_size=0)
+    with pytest.raises(ValueError, match="a list of sources has files alone"):
+        TaskSpec("own", (files[0], "me/sums"))
+
+
 EMPTY = [(name, text, rf"{name}' has no rows") for name in ("own.jsonl", "own.json")
          for text in ("", "\n\n", "\ufeff", "\ufeff \n")]  # fmt: skip
 
@@ -234,7 +277,14 @@ EMPTY = [(name, text, rf"{name}' has no rows") for name in ("own.jsonl", "own.js
         ("own.json", '[{"prompt": "a", "answer": "b"}, 3]', r"item 2: expected a JSON object .* got '3'"),
         ("own.json", '[{"prompt": "a", "answer": "b"}, {"prompt": "a"}]', r"item 2: lacks answer"),
         ("own.json", "[]", "has no rows"),
-        ("own.csv", "prompt,answer", "to_json"),
+        ("own.xlsx", "PK", r"own\.xlsx' is not a \.jsonl, \.json, \.csv or \.parquet file; convert it"),
+        ("own.csv", "prompt,answer", "has no rows"),
+        ("own.csv", "prompt,answer\na,b\n\nc,d,e\n", r"own\.csv, line 4: has 3 fields, and line 1 names 2.*quotes"),
+        ("own.csv", 'prompt,answer\n"a\nb",c\nd\n', r"own\.csv, line 4: has 1 fields"),
+        ("own.csv", 'prompt,answer\na,b\n"c,d\n', r"own\.csv, line 3: not valid CSV .* quotes closed"),
+        ("own.csv", "prompt,prompt\na,b\n", r"own\.csv, line 1: names of columns must differ"),
+        ("own.csv", "prompt;answer\na;b\n", r"no column 'prompt' and no column 'answer'; present: prompt;answer"),
+        ("own.parquet", "PAR", r"own\.parquet does not read as parquet"),
         (
             "own.jsonl",
             json.dumps(rows(6)).encode("utf-16"),
@@ -296,3 +346,92 @@ def test_a_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ConnectionError, match=r"'me/sums'.*HF_HUB_OFFLINE.*\.jsonl"):
         load_task("me/sums")
+
+
+def test_a_hub_revision_reaches_the_hub(monkeypatch):
+    asked = []
+
+    def load(source, subset, split, revision):
+        asked.append((source, subset, split, revision))
+        return datasets.Dataset.from_list(rows(8) if split == "train" else rows(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    spec = TaskSpec("sums", "me/sums", subset="small", revision="v2", test_split="dev", validation_split="valid")
+    load_task(spec, test_size=0)
+    assert asked == [("me/sums", "small", split, "v2") for split in ("train", "dev", "valid")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"answer": "yes"}, "answer: 'yes' names no column; write for example answer: '{answer}'"),
+        ({"prompt": "Is it so?"}, "prompt: 'Is it so.' names no column"),
+        ({"test_split": 1.0}, "shares of the rows.*got 1.0"),
+        ({"validation_split": 0}, "shares of the rows.*got 0"),
+        ({"test_split": 0.5, "validation_split": 0.5}, "leave some to train on; got 0.5, 0.5"),
+        ({"split": "dev"}, "are a hub data set's: leave them out beside a file"),
+        ({"revision": "main"}, "are a hub data set's"),
+    ],
+)
+def test_specs_that_cannot_be_meant(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TaskSpec("own", "own.jsonl", **fields)
+
+
+@pytest.mark.parametrize("train_size", [None, 3])
+def test_validation_rows_are_cut_off_after_the_test_rows(jsonl, train_size):
+    path = jsonl(*rows(40))
+    splits = load_task(path, test_size=10, validation_size=6, train_size=train_size)
+    assert [splits[s].num_rows for s in ("train", "test", "validation")] == [train_size or 24, 10, 6]
+    assert len({p for split in splits.values() for p in split["prompt"]}) == sum(s.num_rows for s in splits.values())
+    assert splits["test"][:] == load_task(path, test_size=10)["test"][:]
+    assert "validation" not in load_task(path, test_size=10)
+    assert splits["validation"][:] == load_task(path, test_size=10, validation_size=6)["validation"][:]
+
+
+def test_shares_take_the_place_of_sizes(jsonl):
+    spec = TaskSpec("own", jsonl(*rows(40)), test_split=0.25, validation_split=0.1)
+    mixed = load_tasks([spec], test_size=1)
+    assert [mixed[split].num_rows for split in ("train", "test", "validation")] == [26, 10, 4]
+    mixed = load_tasks([TaskSpec("own", spec.source, test_split=0.25)], test_size=1, validation_size=0.1)
+    assert [mixed[split].num_rows for split in ("train", "test", "validation")] == [26, 10, 4]
+
+
+def test_more_held_rows_than_there_are(jsonl):
+    lost = Lost()
+    splits = load_task(jsonl(*rows(12)), test_size=100, validation_size=100, lost=lost)
+    assert [splits[split].num_rows for split in ("train", "test", "validation")] == [3, 6, 3]
+    assert lost.lines() == [
+        "test rows taken, at most half of all: own 6 of 100 asked for, own (validation) 3 of 100 asked for"
+    ]
+    lost = Lost()
+    splits = load_task(jsonl(*rows(1)), test_size=100, validation_size=100, lost=lost)
+    assert {split: rows.num_rows for split, rows in splits.items()} == {"train": 1, "test": 0}
+    assert "own 0 of 100 asked for" in lost.lines()[0]
+
+
+def test_rows_that_judge_from_a_file_of_their_own_are_left_out_of_training_and_counted(jsonl):
+    train = jsonl(*rows(20), name="train.jsonl")
+    test, valid = jsonl(*rows(3), name="test.jsonl"), jsonl(*rows(5), *rows(31)[30:], name="valid.jsonl")
+    lost = Lost()
+    splits = load_task(TaskSpec("own", train, test_split=test, validation_split=valid), lost=lost)
+    assert [splits[split].num_rows for split in ("train", "test", "validation")] == [15, 3, 3]
+    assert len({p for split in splits.values() for p in split["prompt"]}) == 21
+    assert lost.lines() == [
+        "repeated prompts left out: own 3",
+        "training rows left out, they stand among the rows that judge: own 5",
+    ]
+    lost = Lost()
+    splits = load_task(TaskSpec("own", train, test_split=test), test_size=2, lost=lost)
+    assert splits["test"].num_rows == 2
+    assert "(test_size, validation_size): own (test) 2 of 3" in lost.lines()[1]
+    other = jsonl({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    with pytest.raises(ValueError, match=r"own\.jsonl': its rows are chat, those to train on prompt and answer"):
+        load_task(TaskSpec("own", train, test_split=other))
+
+
+def test_validation_rows_of_a_task_that_is_not_trained_are_left_out(jsonl):
+    train, valid = jsonl(*rows(8, task="sums")), jsonl(*rows(9, task="new"), name="v.jsonl")
+    lost = Lost()
+    assert "validation" not in load_task(TaskSpec("own", train, validation_split=valid), test_size=2, lost=lost)
+    assert lost.lines() == ["test rows of tasks without training rows left out: new 9"]
