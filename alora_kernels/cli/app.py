@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -105,17 +107,28 @@ def train(
 @app.command("eval")
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder written by `alora train` or `alora demo`")],
-    base: Annotated[bool, typer.Option(help="judge the untuned base as well")] = False,
+    base: Annotated[bool, typer.Option("--base", help="judge the untuned base as well")] = False,
     dtype: Annotated[str | None, typer.Option(help="of the base: auto, float32, bfloat16; default as trained")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="judge on other rows: a file of the one task, or a recipe", metavar="FILE")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="at most so many test rows of each task", min=1)] = None,
+    confusion: Annotated[bool, typer.Option("--confusion", help="which label words were taken for which")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
-    """Judge a saved adapter on its tasks' test rows: accuracy, or loss where answers are texts.
+    """Judge a saved adapter on its tasks' test rows, each by its own metric: see `metric` in a recipe's tasks.
 
     All tasks are mixed in every batch.
     """
     with command():
-        from ..recipes import judge
+        from ..recipes import display, judge
 
-        judge.evaluate(adapter, base=base, dtype=trained_in(dtype))
+        with display.aside() if as_json else nullcontext():
+            found = judge.evaluate(
+                adapter, base=base, dtype=trained_in(dtype), rows=data, limit=limit, confusion=confusion
+            )
+        if as_json:
+            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 app.command("lm-eval")(lm_eval)

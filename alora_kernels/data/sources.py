@@ -15,7 +15,7 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -46,6 +46,8 @@ class TaskSpec:
     validation_split: str | float | None = None  # the same of the rows that judge while training
     revision: str | None = None  # branch, tag or commit of the hub data set
     system: str | None = None  # first turn of chats that bring no system turn
+    # what a model is judged by; None: the choice of a label word, and the loss where answers are texts
+    metric: Literal["choice", "exact", "rouge", "number", "loss"] | None = None
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # where it is a field of a pydantic model
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +30,16 @@ def table(
 def say(text: str, style: str | None = None) -> None:
     """Text as it is: neither wrapped nor coloured by guess, so that paths and commands can be copied."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """For the time of a block everything goes to standard error: standard output is a program's."""
+    console.stderr = True
+    try:
+        yield
+    finally:
+        console.stderr = False
 
 
 def progress(unit: str) -> Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..baselines.methods import adapt, as_large_as_alora, load_method, parameter
 from ..training.evaluate import whole_words
 from ..tuner.config import CONFIG
 from . import display
+from .measures import metrics_of
 from .recipe import Recipe
 
 ADAPTER = "adapter"  # in the output folder
@@ -48,6 +49,7 @@ class Run:
     ]  # task -> its words -> their token ids; no tasks that answer in texts
     alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
     validation: Dataset | None = None  # rows that judge while training
+    metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
 
     @property
     def label(self) -> str:
@@ -70,6 +72,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     more: dict[str, Any] = {k: v for k in ("validation_size", "streaming") if (v := getattr(recipe, k))}
     with display.err.status("reading data ..."):
         text = data.load_tasks(recipe.tasks, lost=lost, **sizes, **more)
+    words = _words(text)
+    metrics = metrics_of(recipe.tasks, text, words)
     display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
     with display.err.status("preparing adapter and tokens ..."):
@@ -95,12 +99,12 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             encode = partial(encode, chat_template=recipe.chat_template)
         ids = {split: encode(rows) for split, rows in text.items()}
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
-    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in _words(text).items()}
+    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
     for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
 
 
 def context(base: Any, tokenizer: Any) -> int:

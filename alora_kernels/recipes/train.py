@@ -21,7 +21,7 @@ from ..baselines.methods import save_method, trainable_parameters
 from ..training import ALoRATrainer
 from . import display
 from .job import ADAPTER, Run, load
-from .judge import describe, judge, show_scores
+from .judge import describe, judge, save_metrics, show_scores
 from .recipe import Recipe
 
 CONFLICTS = "conflicts.csv"  # in the output folder
@@ -46,6 +46,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     show_scores(job, None, scores)
     if processes.is_main_process:
         describe(job, folder / ADAPTER, None, scores)
+        save_metrics(job, folder / ADAPTER, None, scores)
     processes.wait_for_everyone()
     processes.destroy_process_group()
     return folder / ADAPTER

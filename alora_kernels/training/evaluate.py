@@ -39,6 +39,7 @@ def choice_accuracy(
     pad_token_id: int = 0,
     batch_size: int = 32,
     on_batch: Callable[[int], None] = lambda rows: None,
+    on_choice: Callable[[str, int | None, int], None] = lambda task, right, chosen: None,
 ) -> dict[str, float]:
     """Share of rows whose answer is the most likely of its task's words.
 
@@ -58,6 +59,8 @@ def choice_accuracy(
         pad_token_id: fills shorter rows.
         batch_size: rows per forward; rows of similar length share one.
         on_batch: called with the number of rows done, for a progress bar.
+        on_choice: called for each row with its task and the places among its words of the right one, if it is one of
+            them, and of the chosen one.
 
     Returns:
         Accuracy by task name, in the order of `choices`; NaN for a task of whose rows none is left.
@@ -83,6 +86,7 @@ def choice_accuracy(
                         undecided.append(question)
                     else:
                         right[question.task].append(best == question.right)
+                        on_choice(question.task, question.right, best)
                         on_batch(1)
             open_ = undecided
     return {task: _mean(hits) for task, hits in right.items()}
@@ -190,6 +194,14 @@ class Question:
         best = max(range(len(self.words)), key=lambda i: (self._bounds[i], self._known[i] == len(self.words[i])))
         self.context = self.words[best][:-1]
         return best if self._known[best] == len(self.words[best]) else None
+
+
+def last_turn(row: Row) -> Row:
+    """A row of which the last run of labels alone is asked for: the last turn of a chat, the answer of others."""
+    labels = torch.as_tensor(row["labels"]).tolist()
+    end = max((at for at, label in enumerate(labels) if label != IGNORED), default=-1) + 1
+    start = next((at for at in range(end, 0, -1) if labels[at - 1] == IGNORED), 0)
+    return {**row, "labels": [IGNORED] * start + labels[start:]}
 
 
 def _first_label(labels: Sequence[int]) -> int | None:
