@@ -1,14 +1,112 @@
 """From what somebody says to the prompt that a task was trained on: the one place where chats become text.
 
-Training, generation and serving render alike, so that a task is asked as it learnt to be.
+Training, generation and serving render alike, so that a task is asked as it learnt to be. Templates may come from
+anybody: names in braces are replaced and never evaluated, chat templates run in transformers' sandbox.
 """
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .cards import TaskCard
+
 Turns = Sequence[Mapping[str, str]]  # each with `role` (system, user, assistant) and `content`
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text, and what a tokenizer and a reader of the answer must know of it."""
+
+    text: str
+    bos: bool = True  # the tokenizer's first token goes before it; a chat template has written it already
+    spaced: bool = False  # the answer begins with a space that is no part of it
+
+    def ids(self, tokenizer: Any) -> list[int]:
+        """Token ids, those of training."""
+        start = tokenizer("", add_special_tokens=True)["input_ids"][:1] if self.bos else []
+        own = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        return [*(id for id in start if id == tokenizer.bos_token_id), *own]
+
+
+def prompt_of(tokenizer: Any, turns: Turns, card: TaskCard | None = None, *, task: str = "the base") -> Prompt:
+    """What a task, or a model, that is asked as the card says reads of these turns; without a card they are a chat.
+
+    A ValueError names the remedy where turns have no place in the task's prompt, or there is no template.
+    """
+    if card is None or card.template is None or card.chat:
+        template, system = (None, None) if card is None else (card.chat_template, card.system)
+        if system is not None and all(turn["role"] != "system" for turn in turns):
+            turns = [{"role": "system", "content": system}, *turns]
+        return Prompt(chat_text(tokenizer, turns, template, ask=True), bos=False)
+    if [turn["role"] for turn in turns] != ["user"]:
+        raise ValueError(
+            f"task {task!r} was trained on single prompts, {card.template[:200]!r}, where system prompts and earlier"
+            f" turns have no place: send one user message ({', '.join(turn['role'] for turn in turns)[:80]} came)"
+        )
+    try:
+        return Prompt(filled(card.template, turns[0]["content"]), spaced=True)
+    except ValueError as error:
+        raise ValueError(f"task {task!r}: {error}") from None
+
+
+def filled(template: str, content: str) -> str:
+    """A template, as in `str.format`, with a text in its placeholder, or with the values of a JSON object in several.
+
+    A text that is the template filled already stays as it is. A ValueError says what is asked for.
+    """
+    template, content = template.rstrip(), content.rstrip()
+    if not content:
+        raise ValueError("the text is empty: say what it is asked about")
+    parts = list(string.Formatter().parse(template))
+    names = list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+    fields = _object(content) if len(names) > 1 else None
+    if fields is None and _is_filled(parts, content, several=len(names) > 1):
+        return content
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise ValueError(f"its template {template[:200]!r} forms numbers: send the whole prompt, filled in")
+    if not names:
+        raise ValueError(f"its prompt is always {template[:200]!r}: send that")
+    values: Mapping[str, Any] = {names[0]: content} if fields is None else fields
+    if set(values) != set(names):
+        wanted = json.dumps(dict.fromkeys(names, "..."), ensure_ascii=False)
+        raise ValueError(f"it is asked with {', '.join(names)}: send a JSON object such as {wanted}"[:500])
+    texts = {name: "" if value is None else str(value) for name, value in values.items()}  # as in training
+    return "".join(literal + ("" if name is None else texts[name]) for literal, name, _, _ in parts).rstrip()
+
+
+def _object(content: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_filled(parts: Sequence[tuple[Any, ...]], content: str, *, several: bool) -> bool:
+    """Whether a text has what stands between the placeholders, in its places; blanks between several say nothing."""
+    literals = [""]
+    for literal, name, _, _ in parts:
+        literals[-1] += literal
+        if name is not None:
+            literals.append("")
+    if len(literals) == 1:
+        return content == literals[0]
+    first, *between, last = literals
+    if several and not "".join(literals).strip():
+        return False
+    if not content.startswith(first) or not content.endswith(last) or len(content) < len(first) + len(last):
+        return False
+    at, end = len(first), len(content) - len(last)
+    for literal in between:
+        at = content.find(literal, at, end)
+        if at < 0:
+            return False
+        at += len(literal)
+    return True
 
 
 def chat_text(tokenizer: Any, turns: Turns, template: str | None = None, *, ask: bool) -> str:
@@ -17,19 +115,16 @@ def chat_text(tokenizer: Any, turns: Turns, template: str | None = None, *, ask:
     A ValueError without any template, or with the template's own reason to refuse the turns. The text holds the special
     tokens already: encode it without further ones.
     """
-    import jinja2
-
-    template = template or getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not (template or getattr(tokenizer, "chat_template", None)):
         raise ValueError(
             "this model's tokenizer has no chat template: give one (`chat_template:` in a recipe, --chat-template where"
-            " it is served), or train on prompts and answers"
+            " it is served), train on prompts and answers, or send the whole prompt (--raw, /v1/completions)"
         )
+    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": ask}
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=ask
-            )
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses these turns: {str(error)[:300]}") from None
+        text = str(tokenizer.apply_chat_template([dict(turn) for turn in turns], chat_template=template, **asked))
+    except Exception as error:  # a program of others fails in any way
+        raise ValueError(f"the chat template refuses these turns: {str(error)[:300] or type(error).__name__}") from None
+    if not text:
+        raise ValueError("the chat template makes nothing of these turns: is it one?")
+    return text

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +46,7 @@ from ..tuner.layer import ALoRALayer
 from . import attention
 from .layer import StepRouting
 from .request import Sampling
-from .sampling import Row, choose
+from .sampling import Row, choose, log_probabilities
 
 if TYPE_CHECKING:
     from .openmp import Threads
@@ -347,7 +348,23 @@ class TaskBatching(ContinuousBatchingManager):
         rows = [GONE if run is None else run.row for run in runs]
         assert self._scores is not None
         with nullcontext() if stream is None else torch.get_device_module(stream.device).stream(stream):
-            self._io.output_ids[0, : len(rows)].copy_(choose(self._scores[: len(rows)], rows))
+            tokens = choose(self._scores[: len(rows)], rows)
+            self._io.output_ids[0, : len(rows)].copy_(tokens)
+            self._tell_scores(runs, tokens)
+
+    def _tell_scores(self, runs: Sequence[Run | None], tokens: Tensor) -> None:
+        """Log probabilities for the requests that ask for them; `tokens` are those of this step."""
+        counts: dict[int, int] = {
+            i: run.row.sampling.logprobs
+            for i, run in enumerate(runs)
+            if run is not None and run.row.sampling.logprobs is not None
+        }
+        if not counts or self._scores is None:
+            return
+        index = torch.tensor(list(counts), device=tokens.device)
+        found = log_probabilities(self._scores[index], tokens[index], max(counts.values()))
+        for (i, count), scores in zip(counts.items(), found):
+            runs[i].score(scores[: 1 + count])  # type: ignore[union-attr]
 
     def _one_by_one(self, error: Exception) -> None:
         """The step again for each request alone; one that fails alone is failed, the others have their tokens.

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapters.asking import Prompt, Turns, prompt_of
 from .batching import EngineConfig, TaskBatching
 from .openmp import Threads, release_workers
 from .request import (
@@ -34,6 +35,7 @@ from .request import (
 )
 from .request_table import RequestTable, Run, State
 from .sampling import Row
+from .slots import TaskInfo
 from .store import TaskStore
 from .text import TextStream, eos_tokens
 
@@ -153,18 +155,39 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; `special`: with the tokens the tokenizer puts around one, as for a raw prompt."""
+    def encode(self, text: str | Prompt) -> list[int]:
+        """Token ids of a text, with the tokens the tokenizer puts around one, or of a prompt, as in training."""
         with self._tokenizing:
-            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            if isinstance(text, Prompt):
+                return text.ids(self.tokenizer)
+            return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+
+    def prompt(self, asked: str | Turns, task: str | None = None) -> Prompt:
+        """What a user's text, or the turns of a chat, become for a task, as it was asked in training.
+
+        Raises:
+            UnknownTaskError: no such task.
+            RequestError: turns that have no place in the task's prompt, or no chat template; it says what to do.
+        """
+        card = None if task is None else self._known(task).card
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        try:  # not under the lock: a template is a program
+            return prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
+        except ValueError as error:
+            raise RequestError(str(error), "prompt" if isinstance(asked, str) else "messages") from None
+
+    def _known(self, task: str) -> TaskInfo:
+        if self.store is None:
+            raise UnknownTaskError(task, [])
+        return self.store.info(task)
 
     def submit(
-        self, prompt: str | Sequence[int], task: str | None = None, sampling: Sampling | None = None
+        self, prompt: str | Sequence[int] | Prompt, task: str | None = None, sampling: Sampling | None = None
     ) -> Generation:
         """Take a request; does not wait for it.
 
         Args:
-            prompt: a text, or token ids.
+            prompt: a text, or token ids; or what `prompt` made of a user's text.
             task: a name the store knows; None is the base alone.
             sampling: how to choose tokens, and when to end. `max_tokens` is cut to what the context holds.
 
@@ -177,13 +200,15 @@ class Engine:
         try:
             if task is not None and (self.store is None or task not in self.store):
                 raise UnknownTaskError(task, [] if self.store is None else self.store.names())
-            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = self.encode(prompt) if isinstance(prompt, str | Prompt) else list(prompt)
             room = self._check_prompt(ids)
             sampling = sampling or Sampling()
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
             generation = Generation(f"gen-{uuid.uuid4().hex[:24]}", task, len(ids), self._table.cancel)
             row = Row(sampling, random.Random(sampling.seed).random)
-            self._table.enqueue(Run(generation, ids, row, TextStream(self.tokenizer, ids, sampling.stop)))
+            spaced = isinstance(prompt, Prompt) and prompt.spaced
+            text = TextStream(self.tokenizer, ids, sampling.stop, spaced=spaced)
+            self._table.enqueue(Run(generation, ids, row, text))
             return generation
         except ServingError as error:
             self.metrics.refused.labels(type(error).__name__.removesuffix("Error")).inc()
@@ -206,14 +231,14 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | Prompt],
         tasks: Sequence[str | None] | str | None = None,
         sampling: Sampling | None = None,
     ) -> list[Completion]:
         """Answer any number of prompts and wait; more than fit the queue are fed in as it empties.
 
         Args:
-            prompts: texts or token ids.
+            prompts: as in `submit`.
             tasks: one for all, or one per prompt; see `submit`.
             sampling: for all.
 

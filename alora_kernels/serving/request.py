@@ -12,12 +12,12 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..text import listed
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-MAX_STOPS = 4
+MAX_STOPS, MAX_LOGPROBS = 4, 20
 INT64 = range(-(2**63), 2**63)
 
 
@@ -68,18 +68,21 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     seed: int | None = None  # the same gives the same answer in any batch
     ignore_eos: bool = False  # go on after the end-of-text token, for measurements
+    logprobs: int | None = None  # tell each token's log probability, and those of so many that were the most likely
 
     def __post_init__(self) -> None:
-        seed = self.seed
+        seed, logprobs = self.seed, self.logprobs
         for name, fine, must in (
             ("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "be a whole number >= 1"),
             ("temperature", 0 <= self.temperature <= 100, "be a number in 0 .. 100"),
             ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
             ("top_k", _whole(self.top_k) and self.top_k >= 0, "be a whole number >= 0 (0: no limit)"),
             ("seed", seed is None or (_whole(seed) and seed in INT64), "be a whole number of 64 bits"),
+            ("logprobs", logprobs is None or (_whole(logprobs) and 0 <= logprobs <= MAX_LOGPROBS),
+             f"be a whole number in 0 .. {MAX_LOGPROBS}"),
             ("stop", not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS, f"be at most {MAX_STOPS} texts"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "hold texts that are not empty"),
-        ):
+        ):  # fmt: skip
             if not fine:
                 raise RequestError(f"{name} must {must}, got {getattr(self, name)!r}", name)
 
@@ -93,6 +96,15 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+class Logprob(NamedTuple):
+    """A token, and the log of its probability before temperature and cuts; a token of an answer has more."""
+
+    text: str  # what it adds, a special one by its name; U+FFFD where it is a part of a character
+    value: float
+    offset: int = 0  # where its text begins, counted over those of the answer's tokens
+    top: tuple[Logprob, ...] = ()  # the most likely ones in its place, as many as were asked for
+
+
 @dataclass(frozen=True)
 class Piece:
     """What one or several steps added to an answer."""
@@ -100,6 +112,7 @@ class Piece:
     text: str  # may be empty, when a character is not complete yet or on the last piece
     tokens: int  # generated so far
     finish_reason: FinishReason | None = None  # of the last piece
+    logprobs: tuple[Logprob, ...] = ()  # of the tokens since the last piece, if asked for
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class Completion:
     queued: float | None = None  # seconds from submission to its first step
     first_token: float | None = None  # seconds from submission to the first token, if there was one
     seconds: float = 0.0  # from submission to the end
+    logprobs: tuple[Logprob, ...] = ()  # of its tokens, if asked for; the end of text is left out
 
     @property
     def completion_tokens(self) -> int:

@@ -7,6 +7,7 @@ then is its lease given back: its rows cannot be overwritten while a step may st
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,11 +17,12 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .request import Completion, FinishReason, Generation, NotServingError, Piece, QueueFullError
+from .request import Completion, FinishReason, Generation, Logprob, NotServingError, Piece, QueueFullError
 from .sampling import Row
 from .store import Lease, TaskStore
 from .text import TextStream
 
+log = logging.getLogger("alora_kernels.serving")
 State = Literal["new", "ready", "draining", "stopped", "failed"]
 WINDOW = 2.0  # seconds over which tokens per second are counted
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -79,6 +81,8 @@ class Run:
     lease: Lease | None = None
     tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    scores: list[list[tuple[int, float]]] = field(default_factory=list)  # of each token: its own, then the likeliest
+    logprobs: list[Logprob] = field(default_factory=list)
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first: float | None = None
@@ -97,7 +101,24 @@ class Run:
             queued=None if self.started is None else self.started - self.submitted,
             first_token=None if self.first is None else self.first - self.submitted,
             seconds=now - self.submitted,
+            logprobs=tuple(self.logprobs),
         )
+
+    def score(self, scores: list[tuple[int, float]]) -> None:
+        """From the generation loop, before it tells the next token: log probabilities in its place."""
+        self.scores[len(self.tokens) :] = [scores]  # a step that is repeated writes its own again
+
+    def score_text(self, end: int) -> tuple[Logprob, ...]:
+        """The log probabilities of tokens up to `end` that have not been told yet, with their texts."""
+        told = len(self.logprobs)
+        for at in range(told, min(end, len(self.scores))):
+            after = self.tokens[:at][-1:] or self.prompt[-1:]
+            (own, value), *others = self.scores[at]
+            last = self.logprobs[-1] if self.logprobs else Logprob("", 0.0)
+            top = tuple(Logprob(self.text.of_token(id, after), likely) for id, likely in others)
+            text = self.text.of_token(own, after)
+            self.logprobs.append(Logprob(text, value, last.offset + len(last.text), top))
+        return tuple(self.logprobs[told:])
 
 
 class RequestTable:
@@ -114,6 +135,7 @@ class RequestTable:
         self.store, self.metrics = store, Metrics()
         self._recent: deque[tuple[float, int]] = deque()
         self._durations: deque[float] = deque(maxlen=64)
+        self._silent: set[str | None] = set()  # tasks that have answered nothing
 
     def enqueue(self, run: Run) -> None:
         """Let a request wait for its turn, or raise: see `Engine.submit`."""
@@ -134,7 +156,14 @@ class RequestTable:
             if run is not None:
                 self.end(run, "cancelled")
 
-    def end(self, run: Run, reason: FinishReason, error: str | None = None, text: str = "") -> None:
+    def end(
+        self,
+        run: Run,
+        reason: FinishReason,
+        error: str | None = None,
+        text: str = "",
+        logprobs: tuple[Logprob, ...] = (),
+    ) -> None:
         """Hand the last piece to the readers; the loop is told to drop the request (see `stepped`)."""
         with self.changed:
             if run.ended:
@@ -147,8 +176,13 @@ class RequestTable:
             self.finished += 1
             self._durations.append(now - (run.started or run.submitted))
             self.metrics.ended(completion)
-            run.generation.push(Piece(text, len(run.tokens), reason), completion)
+            run.generation.push(Piece(text, len(run.tokens), reason, logprobs), completion)
             self.changed.notify_all()
+        silent = reason == "stop" and not completion.text.strip() and not run.text.stopped
+        if silent and completion.task not in self._silent:
+            self._silent.add(completion.task)
+            name = "the base" if completion.task is None else f"task {completion.task!r}"
+            log.warning("%s ended an answer without a text: is it asked as in training? (said once)", name)
 
     def end_all(self, reason: FinishReason, error: str, *, waiting: bool) -> None:
         """End all that runs, and what waits if asked to."""
@@ -180,6 +214,7 @@ class RequestTable:
             self.end(run, "error", error)
             return
         new = generated[len(run.tokens) :]
+        last = finished and generated and generated[-1] in self.eos and not run.row.sampling.ignore_eos
         now = time.perf_counter()
         if new and run.first is None:
             run.first = now
@@ -188,17 +223,17 @@ class RequestTable:
         self.generated += len(new)
         try:
             text = run.text.feed(new) + (run.text.finish() if finished else "")
+            logprobs = run.score_text(len(run.tokens) - bool(last))
         except Exception as failure:  # the decoder's own; no other request is concerned
             self.end(run, "error", f"the answer cannot be decoded: {failure}")
             return
         run.parts.append(text)
         if run.text.stopped:
-            self.end(run, "stop", text=text)
+            self.end(run, "stop", text=text, logprobs=logprobs)
         elif finished:
-            eos = run.tokens and run.tokens[-1] in self.eos and not run.row.sampling.ignore_eos
-            self.end(run, "stop" if eos else "length", text=text)
+            self.end(run, "stop" if last else "length", text=text, logprobs=logprobs)
         else:
-            run.generation.push(Piece(text, len(run.tokens)))
+            run.generation.push(Piece(text, len(run.tokens), None, logprobs))
 
     def stepped(self, inside: set[str], tokens: int, requests: int) -> Iterable[str]:
         """From the generation loop, after an iteration: release what it has dropped, name what it must drop.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .request import Sampling
 
+LEAST = -9999.0  # a log probability that is told at least: JSON has no infinity
+
 
 class Row(NamedTuple):
     """How one row is sampled: the request's settings, and what draws its next random number in [0, 1)."""
@@ -45,6 +47,17 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             index = torch.tensor(chosen, device=logits.device)
             tokens[index] = _draw(logits[index], [rows[i] for i in chosen], cut)
     return tokens
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> list[list[tuple[int, float]]]:
+    """(token, log of its softmax) of each row's token, then of its `top` most likely ones; in float64.
+
+    Logits `[n, V]`, tokens `[n]`; temperature and cuts have no part in it.
+    """
+    known = logits.double().log_softmax(-1).clamp_min_(LEAST)
+    best = known.topk(min(top, known.shape[-1]), -1)
+    ids = torch.cat([tokens.unsqueeze(-1), best.indices], -1)
+    return [list(zip(*row)) for row in zip(ids.tolist(), known.gather(-1, ids).tolist())]
 
 
 def _cuts(sampling: Sampling, vocabulary: int) -> bool:

@@ -161,6 +161,11 @@ class TaskStore:
         with self._lock:
             return [record.info() for record in self._records.values()]
 
+    def info(self, name: str) -> TaskInfo:
+        """One task, or an UnknownTaskError."""
+        with self._lock:
+            return self._known(name).info()
+
     def names(self) -> list[str]:
         """The names of all tasks, in the order of their first load."""
         with self._lock:

@@ -21,10 +21,13 @@ BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not
 class TextStream:
     """The text of one answer as it grows, which continues the token ids `prompt`; `stopped` by one of the stop texts.
 
-    The tokenizer is a transformers tokenizer with a `tokenizers` backend.
+    The tokenizer is a transformers tokenizer with a `tokenizers` backend. Of a `spaced` answer the first space is no
+    part.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Iterable[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int] = (), stop: Iterable[str] = (), *, spaced: bool = False
+    ) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._ids = self._context(list(prompt))
         self._done = len(self._ids)  # tokens whose text is out, or is the prompt's
@@ -32,7 +35,7 @@ class TextStream:
         if self._said[0].endswith(BROKEN):
             self._said += [self._decode(self._ids[:-n]) for n in range(1, FOLLOW)]
         self._stop = tuple(stop)
-        self._held = ""
+        self._held, self._spaced = "", spaced
         self.stopped = False
 
     def feed(self, tokens: Iterable[int]) -> str:
@@ -46,6 +49,13 @@ class TextStream:
         """What was held back, once nothing more can come; half a character reads U+FFFD."""
         self._held += self._take(len(self._ids), self._text(len(self._ids)))
         return self._release(done=True)
+
+    def of_token(self, id: int, after: Sequence[int]) -> str:
+        """What a token says after others, a special one by its name; U+FFFD for a part of a character."""
+        before, both, own = (
+            str(self._backend.decode(ids, skip_special_tokens=False)) for ids in (after[-1:], [*after[-1:], id], [id])
+        )
+        return both[len(before) :] if both.startswith(before) and not before.endswith(BROKEN) else own
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=True))
@@ -93,6 +103,8 @@ class TextStream:
         """The part of the held text that cannot belong to a stop text."""
         if self.stopped:
             return ""
+        if self._held and self._spaced:
+            self._held, self._spaced = self._held.removeprefix(" "), False
         found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
         if found:
             self.stopped = True

@@ -40,6 +40,8 @@ class FakeTokenizer:
         self.words: list[str] = []  # of answers
         self.backend_tokenizer = SimpleNamespace(decode=self.decode)
 
+    bos_token_id = None
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         ids = [sum(word.encode()) % VOCABULARY for word in text.split()]
         self.texts[tuple(ids)] = text
@@ -53,11 +55,13 @@ class FakeTokenizer:
         return VOCABULARY + len(self.words) - 1
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, messages: list[dict[str, str]], *, chat_template: str | None, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         import jinja2
 
         assert tokenize is False and add_generation_prompt is True
+        if chat_template:
+            return chat_template.format(*(message["content"] for message in messages))
         if [m["role"] for m in messages] == ["assistant"]:
             raise jinja2.TemplateError("a chat must begin with the user")
         return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
@@ -83,6 +87,11 @@ class FakeStore:
 
     def __contains__(self, name: object) -> bool:
         return name in self._tasks
+
+    def info(self, name: str) -> TaskInfo:
+        if name not in self._tasks:
+            raise UnknownTaskError(name, self.names())
+        return self._tasks[name]
 
     def names(self) -> list[str]:
         return list(self._tasks)
@@ -226,4 +235,6 @@ class FakeEngine(Engine):
         token = self.tokenizer.token(word if self.words else "")
         if over:
             self._table.eos.append(token)
+        if (most := run.row.sampling.logprobs) is not None:
+            run.score([(token, -0.5), *((self.tokenizer.token(f"other{n}"), -0.5 - n) for n in range(most))])
         return self._table.output(run.generation.id, [*run.tokens, token], bool(full or over), None)

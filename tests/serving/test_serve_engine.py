@@ -15,9 +15,12 @@ from tokenizerkinds import added
 from truth import alone, merged_models
 
 from alora_kernels import set_task
+from alora_kernels.adapters.asking import Prompt
+from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
 from alora_kernels.serving.request import NotServingError, QueueFullError, RequestError, UnknownTaskError
+from alora_kernels.serving.text import TextStream
 from alora_kernels.tuner import ALoRALayer
 from tests.support.adapters import alora_folder, tiny_base
 
@@ -172,6 +175,79 @@ def wait_until(condition, seconds=60.0):
 
 def in_use(engine):
     return sum(task.in_use for task in engine.store.tasks())
+
+
+def test_log_probabilities_are_the_models_own_and_the_end_of_text_is_left_out(make, merged):
+    """Beside float64, for requests that ask for none, for their own tokens alone, and for the likeliest."""
+    engine, wanted = make(), [None, 0, 5, 20]
+    ids = prompts(engine, 4)
+    taken = [
+        engine.submit(p, task, Sampling(max_tokens=9, temperature=0.7 * (n == 20), seed=n, logprobs=n, ignore_eos=True))
+        for p, task, n in zip(ids, ("math", None, "code", "math"), wanted)
+    ]
+    pieces = [[*one] for one in taken]
+    for prompt, generation, count, streamed in zip(ids, taken, wanted, pieces):
+        done = generation.result()
+        assert done.logprobs == sum((piece.logprobs for piece in streamed), ())
+        if count is None:
+            assert done.logprobs == ()
+            continue
+        whole = torch.tensor([[*prompt, *done.token_ids]])
+        with torch.no_grad():
+            logits = merged[done.task](whole).logits[0, len(prompt) - 1 : -1].double()
+        truth, decode = logits.log_softmax(-1), engine.tokenizer.decode
+        for token, one, row in zip(done.token_ids, done.logprobs, truth, strict=True):
+            best = row.topk(count)
+            torch.testing.assert_close(one.value, row[token].item(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.tensor([t.value for t in one.top]), best.values.float(), rtol=0, atol=1e-4)
+            assert [t.text for t in one.top] == [decode([id]) for id in best.indices.tolist()]
+        assert [one.text for one in done.logprobs] == [decode([token]) for token in done.token_ids]
+        lengths = [len(one.text) for one in done.logprobs]
+        assert [one.offset for one in done.logprobs] == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def test_a_repeated_step_tells_log_probabilities_once(make, monkeypatch):
+    """As the end of text ends the answer, and is no token of its text."""
+    engine = make()
+    real, failed = TaskBatching._tell_scores, []
+
+    def once(self, runs, tokens):
+        real(self, runs, tokens)
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("after it has been told")
+
+    monkeypatch.setattr(TaskBatching, "_tell_scores", once)
+    prompt = engine.encode("tell me")
+    plain = engine.submit(prompt, "math", Sampling(max_tokens=6, temperature=0, logprobs=1)).result()
+    assert (
+        failed
+        and len(plain.logprobs) == len(plain.token_ids)
+        and all(x.value == x.top[0].value for x in plain.logprobs)
+    )
+    engine._table.eos.append(plain.token_ids[-1])
+    ended = engine.submit(prompt, "math", Sampling(max_tokens=99, temperature=0, logprobs=1)).result()
+    known = plain.token_ids.index(plain.token_ids[-1])
+    assert ended.finish_reason == "stop" and ended.logprobs == plain.logprobs[:known]
+
+
+def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(make, folder):
+    write_task_cards(folder, {"math": TaskCard("Sum: {text}\nResult:", ("one",))})
+    try:
+        engine = make()
+    finally:
+        (folder / FILE).unlink()
+    prompt = engine.prompt("1 + 1", "math")
+    assert prompt == Prompt("Sum: 1 + 1\nResult:", spaced=True) and engine.encode(prompt) == engine.encode(prompt.text)
+    spaced = engine.tokenizer(" one").input_ids
+    monkeyed = engine.submit(prompt, "math", Sampling(max_tokens=2))
+    text = TextStream(engine.tokenizer, engine.encode(prompt), spaced=True)
+    assert text.feed(spaced) + text.finish() == "one" and monkeyed.result().token_ids
+    assert engine.prompt("hi").text.endswith("<|im_start|>assistant\n") and not engine.prompt("hi", "code").spaced
+    with pytest.raises(UnknownTaskError, match="known are math"):
+        engine.prompt("hi", "nothing")
+    with pytest.raises(RequestError, match="single prompts"):
+        engine.prompt([{"role": "system", "content": "x"}], "math")
 
 
 def test_cancelling_running_and_waiting_requests_frees_everything(make):

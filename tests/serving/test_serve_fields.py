@@ -15,9 +15,11 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 
 #: what asks for something that is not done here
 REFUSED: list[tuple[str, str, Any]] = [
-    *((COMPLETIONS, "logprobs", value) for value in (0, 1, 5, 0.0, True)),
-    *((CHAT, "logprobs", value) for value in (True, 0, 1)),
-    *((CHAT, "top_logprobs", value) for value in (1, 20, False)),
+    *((COMPLETIONS, "logprobs", value) for value in (-1, 6, 0.0, True, False)),
+    *((CHAT, "logprobs", value) for value in (0, 1)),
+    *((CHAT, "top_logprobs", value) for value in (1, 20, 21, -1, False)),  # and logprobs is not true
+    *((COMPLETIONS, "apply_template", value) for value in (1, "yes")),
+    (CHAT, "apply_template", True),
     *((COMPLETIONS, "best_of", value) for value in (0, 2, True, "1")),
     *((COMPLETIONS, "echo", value) for value in (True, 0, 1)),
     (COMPLETIONS, "suffix", "x"),
@@ -55,7 +57,7 @@ REFUSED: list[tuple[str, str, Any]] = [
 NONE = ["logprobs", "n", "temperature", "stop", "seed", "max_tokens", "stream", "top_k"]
 NEUTRAL: list[tuple[str, str, Any]] = [
     (COMPLETIONS, "best_of", 1), (COMPLETIONS, "echo", False), (COMPLETIONS, "suffix", ""),
-    (CHAT, "logprobs", False), (CHAT, "modalities", ["text"]),
+    (CHAT, "logprobs", False), (CHAT, "modalities", ["text"]), (COMPLETIONS, "apply_template", False),
     *((path, name, value) for path in BODY for name, value in [
         ("top_logprobs", 0), ("tools", []), ("tool_choice", "none"), ("parallel_tool_calls", True),
         ("response_format", {"type": "text"}), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("logit_bias", {}),
@@ -102,6 +104,28 @@ def test_what_is_taken_reaches_the_engine(engine, path, name, value, setting, se
     assert getattr(engine.submitted[-1][2], setting) == seen
 
 
+def test_log_probabilities_in_both_of_openais_forms_and_in_streams(engine):
+    prompt = {"text_offset": [0, 7], "tokens": ["movie0 ", "movie1 "], "token_logprobs": [-0.5, -0.5]}
+    prompt["top_logprobs"] = [{f"movie{n} ": -0.5, "other0": -0.5, "other1": -1.5} for n in (0, 1)]
+    asked = BODY[COMPLETIONS] | {"logprobs": 2, "max_tokens": 2}
+    assert post(engine, **asked).json()["choices"][0]["logprobs"] == prompt
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in events(post(engine, **asked, stream=True))]
+    assert {name: [value for one in streamed for value in one[name]] for name in prompt} == prompt
+
+    def of(text: str, value: float) -> dict[str, Any]:
+        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+    top = [of("other0", -0.5), of("other1", -1.5)]
+    tokens = [of(f"movie{n} ", -0.5) | {"top_logprobs": top} for n in (0, 1)]
+    asked = BODY[CHAT] | {"logprobs": True, "top_logprobs": 2, "max_tokens": 2}
+    assert post(engine, CHAT, **asked).json()["choices"][0]["logprobs"] == {"content": tokens, "refusal": None}
+    chunks = [chunk["choices"][0] for chunk in events(post(engine, CHAT, **asked, stream=True))]
+    assert [one for chunk in chunks if chunk["logprobs"] for one in chunk["logprobs"]["content"]] == tokens
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "movie0 movie1 "
+    plain = post(engine, CHAT, **BODY[CHAT], logprobs=True, max_tokens=1).json()["choices"][0]["logprobs"]["content"]
+    assert plain == [of("movie0 ", -0.5) | {"top_logprobs": []}]
+
+
 def test_the_number_of_answers_usage_and_the_newer_name_of_the_length(engine):
     assert len(post(engine, **ASK, n=2).json()["choices"]) == 2
     assert len(post(engine, **ASK, n=3, best_of=3).json()["choices"]) == 3
@@ -122,5 +146,5 @@ def test_a_name_in_a_chat_is_for_the_template(engine):
     engine.tokenizer.apply_chat_template = lambda messages, **more: (
         seen.extend(messages) or real(engine.tokenizer, messages, **more)
     )
-    post(engine, CHAT, model="movie", messages=[TURN | {"name": "Ann"}, TURN])
+    post(engine, CHAT, model="spam", messages=[TURN | {"name": "Ann"}, TURN])
     assert [message.get("name", "none") for message in seen] == ["Ann", "none"]

@@ -10,14 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from enginefakes import FakeEngine
+from enginefakes import FakeEngine, FakeStore
 from httpserver import running
 
+from alora_kernels.adapters.asking import Prompt
+from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving.http import ServerConfig, create_app
 from alora_kernels.serving.http import app as application
 from alora_kernels.serving.request import NotServingError, QueueFullError, Sampling
 
 ASK = {"model": "movie", "prompt": "is it good"}
+CHAT = "/v1/chat/completions"
 
 
 def asker(app):
@@ -112,24 +115,61 @@ def test_a_stream_of_several_answers_tells_them_apart(engine):
 def test_chat():
     turns = [{"role": "developer", "content": "short"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     with FakeEngine(chat_template="yes") as engine:
-        reply = post(engine, "/v1/chat/completions", model="movie", messages=turns).json()
-        assert engine.submitted[0][0] == engine.encode("<system> short <user> hi <assistant>")
+        reply = post(engine, CHAT, model="spam", messages=turns).json()
+        assert engine.submitted[0][0] == Prompt("<system> short <user> hi <assistant>", bos=False)
         assert engine.submitted[0][2].max_tokens == 64 - 5  # the whole context: OpenAI's default
-        wrong = post(engine, "/v1/chat/completions", model="movie", messages=[{"role": "assistant", "content": "x"}])
-        refused(wrong, 400, "must begin with the user")
+        wrong = post(engine, CHAT, model="spam", messages=[{"role": "assistant", "content": "x"}])
+        assert refused(wrong, 400, "must begin with the user")["param"] == "messages"
+        refused(post(engine, CHAT, model="nope", messages=turns), 404, "no model or task is called 'nope'")
     assert reply["object"] == "chat.completion"
-    message = {"role": "assistant", "content": "movie0 movie1 movie2 movie3 ", "refusal": None}
+    message = {"role": "assistant", "content": "spam0 spam1 spam2 spam3 ", "refusal": None}
     assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
 
 
-def test_chat_without_a_template_joins_the_contents_and_takes_the_newer_max_tokens(engine):
-    turns = [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}]
-    fields = {"model": "movie", "messages": turns, "max_tokens": 9, "max_completion_tokens": 2}
-    chunks = events(post(engine, "/v1/chat/completions", **fields, stream=True))
-    assert engine.submitted[0][0] == "short\nhi"
+def test_a_chat_without_any_template_is_refused_and_takes_the_newer_max_tokens_with_one(engine):
+    fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "max_completion_tokens": 2}
+    for model in ("spam", "tiny"):
+        error = refused(post(engine, CHAT, model=model, **fields), 400, "no chat template", "/v1/completions")
+        assert error["param"] == "messages"
+    chunks = events(post(engine, CHAT, model="movie", **fields, stream=True))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "movie0 "}, {"content": "movie1 "}, {}]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_chat_is_put_into_the_prompt_its_task_was_trained_on_and_a_completion_only_if_asked(engine):
+    rendered, said = Prompt("Review: is it good\nSentiment:", spaced=True), ASK["prompt"]
+    post(engine, CHAT, model="movie", messages=[{"role": "user", "content": said}])
+    post(engine, **ASK)
+    post(engine, **(ASK | {"prompt": [said, rendered.text]}), apply_template=True)
+    assert [prompt for prompt, _, _ in engine.submitted] == [rendered, said, rendered, rendered]
+    engine.store = FakeStore(["spam"], {"spam": TaskCard(chat=True, chat_template="{0} / {1} >", system="be short")})
+    post(engine, model="spam", prompt=said, apply_template=True)
+    assert engine.submitted[-1][0] == Prompt("be short / is it good >", bos=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "said", "param"),
+    [
+        (CHAT, {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
+         "task 'movie' was trained on single prompts, 'Review: {text}\\nSentiment:'", "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": " "}]}, "the text is empty", "messages"),
+        ("/v1/completions", {"prompt": "x", "model": "spam", "apply_template": True}, "no chat template", "prompt"),
+        ("/v1/completions", {"prompt": [1, 2], "apply_template": True}, "needs texts", "apply_template"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_in_a_task_s_prompt_is_refused(engine, path, fields, said, param):
+    assert refused(post(engine, path, **({"model": "movie"} | fields)), 400, said)["param"] == param
+    assert not engine.submitted
+
+
+def test_an_answer_without_a_text_is_said_once_and_embeddings_are_refused(engine, caplog):
+    engine.words = 0
+    for _ in range(2):
+        assert post(engine, **ASK).json()["choices"][0]["text"] == ""
+    assert caplog.text.count("task 'movie' ended an answer without a text: is it asked as in training?") == 1
+    error = refused(post(engine, "/v1/embeddings", model="movie", input="x"), 400, "makes no embeddings")
+    assert error["code"] == "unsupported_endpoint" and error["type"] == "invalid_request_error"
 
 
 def test_models(engine):
@@ -139,7 +179,8 @@ def test_models(engine):
     assert call(engine, "GET", "/v1/models/spam").json() == listed["data"][2]
     movie = {"template": "Review: {text}\nSentiment:", "answers": ["positive", "negative"]}
     asked = [one.get("prompt", "no key") for one in listed["data"]]
-    assert asked == ["no key", movie | {"sample": "Review: a warm, funny film.\nSentiment:"}, None]
+    movie |= {"sample": "Review: a warm, funny film.\nSentiment:", "chat": False, "chat_template": None, "system": None}
+    assert asked == ["no key", movie, None]
     refused(call(engine, "GET", "/v1/models/nope"), 404, "nope", "tiny, movie, spam")
     slashes = ServerConfig("org/tiny")
     assert call(engine, "GET", "/v1/models/org/tiny", slashes).json()["id"] == "org/tiny"

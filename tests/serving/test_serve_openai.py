@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def engine():
-    with FakeEngine() as fake:
+    with FakeEngine(chat_template="yes") as fake:
         yield fake
 
 

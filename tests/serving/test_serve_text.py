@@ -49,6 +49,28 @@ def test_an_answer_goes_on_from_its_prompt_wherever_that_ends(kind):
             assert not any(BROKEN in piece for piece in (*pieces, rest))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", [(), ("ne",)])
+def test_the_space_before_an_answer_is_no_part_of_it_and_of_others_it_is(kind, stop):
+    tokenizer = KINDS[kind]
+    prompt, whole = (tokenizer(text)["input_ids"] for text in ("Next:", "Next: done"))
+    stream, plain = TextStream(tokenizer, prompt, stop, spaced=True), TextStream(tokenizer, prompt)
+    said = "".join(stream.feed([token]) for token in whole[len(prompt) :]) + stream.finish()
+    assert said == ("do" if stop else "done")
+    # the first GPT's writes a space after a word, and so none before the answer
+    assert plain.feed(whole[len(prompt) :]) + plain.finish() == " done"[kind == "word_ends" :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_tokens_are_the_text(kind):
+    tokenizer = KINDS[kind]
+    ids = tokenizer("Next: done , line")["input_ids"]
+    stream, cut = TextStream(tokenizer), len(tokenizer("Next:")["input_ids"])
+    said = "".join(stream.of_token(ids[at], ids[:at]) for at in range(cut, len(ids)))
+    assert said.replace(" ", "") == "done,line" and said.startswith(" done"[kind == "word_ends" :])
+    assert stream.of_token(tokenizer.eos_token_id, ids[:1]).strip() == "</s>"
+
+
 def test_a_prompt_that_ends_inside_an_emoji_is_not_repeated(tokenizer):
     """The fault as it was seen: the answer began with "sunny " because the prompt's last token is a third of "☀"."""
     ids = tokenizer("It is sunny ☀ today")["input_ids"]

@@ -72,6 +72,7 @@ class Reply:
     generations: Sequence[Generation]  # in the order of the prompts; their places are the choices' indices
     choices: int  # answers per prompt
     with_usage: bool = False  # whether a stream's events have the key `usage`
+    scored: bool = False  # whether log probabilities were asked for
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 

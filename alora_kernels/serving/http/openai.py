@@ -1,6 +1,7 @@
 """OpenAI's endpoints /v1/completions and /v1/chat/completions: from the bytes of a POST to an answer.
 
 Fields are OpenAI's, and vLLM's top_k and ignore_eos; `model` names the task or the base; ranges are left to the engine.
+A chat is put into the prompt its task was trained on, the prompt of a completion only with `apply_template`.
 No field is taken without effect: one that is not supported is refused unless its value asks for nothing (`NEUTRAL`);
 one that only labels a request is dropped (`IGNORED`); any other name is a mistake and is refused.
 
@@ -22,7 +23,8 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from ..request import Completion, Piece, Sampling
+from ...adapters.asking import Prompt
+from ..request import MAX_LOGPROBS, Completion, Logprob, Piece, Sampling
 from .answer import EventStream, Json, Reply, answer, submit
 from .errors import ApiError
 from .security import ServerConfig
@@ -40,11 +42,13 @@ IGNORED = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key"
 #: field -> values that ask for nothing; None is one of each
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
-    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "parallel_tool_calls": (True, False),
+    "logit_bias": ({},), "modalities": (["text"],), "parallel_tool_calls": (True, False),
     "prediction": (), "presence_penalty": (0,), "reasoning_effort": ("none",), "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",), "tool_choice": ("none", "auto"),
     "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
+#: what there is instead
+REMEDY = {"response_format": 'only {"type": "text"} is: answers are not held to JSON, so say their form in the prompt'}
 
 
 class Fields(BaseModel):
@@ -93,7 +97,8 @@ async def _bytes(request: Request, limit: int) -> bytes:
 def _checked(fields: Json, model: type[Model]) -> Model:
     for name in [name for name in fields if name not in model.model_fields]:
         if name in NEUTRAL and not _is_neutral(name, fields[name]):
-            raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_field")
+            said = f"{name} is not supported: {REMEDY.get(name, 'leave it out')}"
+            raise ApiError(400, said, name, "unsupported_field")
         if name in NEUTRAL or name in IGNORED:
             del fields[name]
     try:
@@ -180,14 +185,24 @@ class Asked(Fields):
         if asked.get("top_k") == UNLIMITED:
             asked["top_k"] = 0
         seeds = [None if self.seed is None else self.seed + choice for choice in range(self.n or 1)]
-        return [Sampling(**asked, stop=tuple(self.stop), seed=seed) for seed in seeds]
+        return [Sampling(**asked, stop=tuple(self.stop), seed=seed, logprobs=self.scores()) for seed in seeds]
+
+    def scores(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None tells no log probability."""
+        raise NotImplementedError
 
 
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Any], BeforeValidator(_prompts, json_schema_input_type=str | list[str | int | list[int]])]
+    apply_template: bool | None = None  # texts are what a user says, and are put into the task's prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: int | None = None
+
+    def scores(self) -> int | None:
+        """As asked."""
+        return self.logprobs
 
     @model_validator(mode="after")
     def _all_are_best(self) -> CompletionRequest:
@@ -200,7 +215,7 @@ class Message(Fields):
     """One turn of a chat; a developer's message is a system message."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, BeforeValidator(_content)]
+    content: Annotated[Any, BeforeValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
     refusal: None = None
     tool_calls: None = None
@@ -213,6 +228,18 @@ class ChatRequest(Asked):
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _scores_are_asked_for(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+    def scores(self) -> int | None:
+        """As asked."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionReply(Reply):
@@ -222,15 +249,32 @@ class CompletionReply(Reply):
 
     def choice(self, said: Completion | Piece) -> Json:
         """A text, and why it ends if it does."""
-        return {"text": said.text, "logprobs": None, "finish_reason": said.finish_reason}
+        logprobs = self._logprobs(said.logprobs) if self.scored else None
+        return {"text": said.text, "logprobs": logprobs, "finish_reason": said.finish_reason}
 
     def parts(self, piece: Piece) -> list[Json]:
         """At most one."""
-        return [self.choice(piece)] if piece.text or piece.finish_reason else []
+        return [self.choice(piece)] if piece.text or piece.finish_reason or piece.logprobs else []
+
+    @staticmethod
+    def _logprobs(tokens: Sequence[Logprob]) -> Json:
+        """Of tokens that read alike the likelier one is told; the token itself always is."""
+        likely = [{one.text: one.value for one in (token, *reversed(token.top), token)} for token in tokens]
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.value for token in tokens],
+            "top_logprobs": likely,
+            "text_offset": [token.offset for token in tokens],
+        }
 
 
-def _delta(delta: Json, finish_reason: str | None = None) -> Json:
-    return {"delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _delta(delta: Json, finish_reason: str | None = None, logprobs: Json | None = None) -> Json:
+    return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _scored(token: Logprob) -> Json:
+    known = None if "\ufffd" in token.text else list(token.text.encode())  # a part of a character reads so
+    return {"token": token.text, "logprob": token.value, "bytes": known}
 
 
 class ChatReply(Reply):
@@ -242,36 +286,41 @@ class ChatReply(Reply):
     def choice(self, completion: Completion) -> Json:
         """The whole message."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
-        return {"message": message, "logprobs": None, "finish_reason": completion.finish_reason}
+        return {"message": message, "logprobs": self._logprobs(completion), "finish_reason": completion.finish_reason}
 
     def parts(self, piece: Piece) -> list[Json]:
         """The text, if any; then the finish reason, if any."""
-        text = [_delta({"content": piece.text})] if piece.text else []
+        logprobs = self._logprobs(piece) if piece.logprobs else None
+        text = [_delta({"content": piece.text}, None, logprobs)] if piece.text or logprobs else []
         return text + ([_delta({}, piece.finish_reason)] if piece.finish_reason else [])
 
+    def _logprobs(self, said: Completion | Piece) -> Json | None:
+        if not self.scored:
+            return None
+        content = [_scored(token) | {"top_logprobs": [_scored(one) for one in token.top]} for token in said.logprobs]
+        return {"content": content, "refusal": None}
 
-def chat_prompt(engine: Engine, messages: Sequence[Message]) -> str | list[int]:
-    """The prompt of a chat: without a chat template the contents joined by line ends, as text.
 
-    With one: token ids, for the template writes the special tokens itself. Its reason to refuse turns is quoted.
-    """
-    tokenizer = engine.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n".join(message.content for message in messages)
-    import jinja2
-
+def chat_prompt(engine: Engine, task: str | None, messages: Sequence[Message]) -> Prompt:
+    """The prompt of a chat, as the task was asked in training; a developer's turns are the system's."""
     turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
-    turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:
-        said = f"messages: the model's chat template refuses them: {str(error)[:300]}"
-        raise ApiError(400, said, "messages", "invalid_value") from None
-    return engine.encode(text, special=False)
+    return engine.prompt([turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns], task)
+
+
+def text_prompts(engine: Engine, task: str | None, texts: Sequence[Any]) -> list[Prompt]:
+    """The prompts of what a user says, as the task was asked in training."""
+    if not all(isinstance(text, str) for text in texts):
+        raise ApiError(
+            400, "apply_template needs texts: token ids are a whole prompt", "apply_template", "invalid_value"
+        )
+    return [engine.prompt(text, task) for text in texts]
 
 
 def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     """The two routes. A stream's status is sent with its first event: all that can be refused is refused before."""
+
+    def task_of(asked: Asked) -> str | None:
+        return None if asked.model == config.base_model_id else asked.model
 
     async def answered(
         request: Request, asked: Asked, prompts: Sequence[Any], kind: type[Reply], max_tokens: int
@@ -279,15 +328,16 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
         samplings = asked.samplings(max_tokens)
-        task = None if asked.model == config.base_model_id else asked.model
-        generations = await submit(engine, task, prompts, samplings)
+        generations = await submit(engine, task_of(asked), prompts, samplings)
         with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        reply = kind(asked.model, generations, len(samplings), with_usage)
+        reply = kind(asked.model, generations, len(samplings), with_usage, asked.scores() is not None)
         return EventStream(reply) if asked.stream else await answer(reply, request.receive)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await read(request, CompletionRequest, config.max_body_bytes)
+        if asked.apply_template:
+            asked.prompt = await run_sync(text_prompts, engine, task_of(asked), asked.prompt)
         return await answered(request, asked, asked.prompt, CompletionReply, COMPLETION_TOKENS)
 
     @app.post("/v1/chat/completions")
@@ -295,6 +345,12 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         asked = await read(request, ChatRequest, config.max_body_bytes)
         if asked.max_completion_tokens is not None:
             asked.max_tokens = asked.max_completion_tokens
-        prompt = await run_sync(chat_prompt, engine, asked.messages)  # a template is a program: not in the loop
+        # a template is a program: not in the loop
+        prompt = await run_sync(chat_prompt, engine, task_of(asked), asked.messages)
         whole_context = engine.config.max_context or 1  # named: the engine cuts it to what the prompt leaves
         return await answered(request, asked, [prompt], ChatReply, whole_context)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        said = "this server generates texts and makes no embeddings: ask a model that is made for them"
+        raise ApiError(400, said, None, "unsupported_endpoint")
