@@ -1,7 +1,8 @@
 """Files that are whole or absent, whatever kills the process or fills the disk.
 
 `write` and `read` are for arrays: the federated client's state, the server's checkpoint, serving's tasks on disk.
-`replacing` is for files of other kinds, `written_whole` for an adapter folder, `claimed` keeps a second process out.
+`replacing` is for files of other kinds, `written_whole` for an adapter folder, `kept` around a change of one,
+`claimed` keeps a second process out.
 
 A file of arrays is written under a name of its own in the same folder, flushed to the disk, renamed over the final
 name, and the folder is flushed: a reader sees the old file or the new one. Safetensors notices a file cut short but
@@ -109,6 +110,39 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[str]:
         _sync(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """What the files of a folder were lies in `.before` until the block ends, and comes back if it fails.
+
+    For a change of several files that only together mean something: a crash between two renames loses nothing. A
+    ValueError where such a crash was, until somebody has looked.
+    """
+    before = folder / ".before"
+    if before.exists():
+        raise ValueError(
+            f"{before} holds what {folder} was before a change that did not end: put its files back if {folder} does"
+            " not read, then delete it"
+        )
+    if not folder.is_dir():
+        yield
+        return
+    files = [path for path in folder.iterdir() if path.is_file()]
+    before.mkdir()
+    try:
+        for path in files:
+            try:
+                os.link(path, before / path.name)  # no copy: files are replaced here, never written into
+            except OSError:
+                shutil.copy2(path, before)
+        yield
+    except BaseException:
+        for old in before.iterdir():
+            os.replace(old, folder / old.name)
+        raise
+    finally:
+        shutil.rmtree(before)
 
 
 def _rank(path: Path) -> tuple[int, str]:

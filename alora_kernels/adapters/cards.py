@@ -43,10 +43,8 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
     """Write the file, or remove it where there is nothing to say; a card that could not be read back is left out."""
     good = {}
     for task, card in cards.items():
-        fields = asdict(card) | {"answers": list(card.answers)}
         try:
-            _card(task, fields)
-            good[task] = fields
+            good[task] = checked_fields(task, card)
         except ValueError as error:
             _warn(folder, error)
     if not good:
@@ -55,6 +53,13 @@ def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:
     with written_whole(folder) as temporary:
         text = json.dumps({"version": VERSION, "tasks": good}, indent=1)
         Path(temporary, FILE).write_text(text, encoding="utf-8")
+
+
+def checked_fields(task: str, card: TaskCard) -> dict[str, Any]:
+    """What the file says of a task; a ValueError, naming the field, for a card that could not be read back."""
+    fields = asdict(card) | {"answers": list(card.answers)}
+    _card(task, fields)
+    return fields
 
 
 def read_task_cards(folder: str | Path, tasks: Sequence[str]) -> dict[str, TaskCard]:

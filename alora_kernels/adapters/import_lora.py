@@ -178,31 +178,14 @@ def import_lora(
     target = Path(out).resolve()
     check_replaceable(target, overwrite)
     adapters = dict(zip(tasks, [read_adapter(folder, only="lora") for folder in folders], strict=True))
-    r = rank or max(adapter.rank for adapter in adapters.values())
-    _check_names(adapters)
     for adapter in adapters.values():
         adapter.say_copies()
-    config = _config(adapters, r)
-    shapes = _common_shapes(adapters, r)
-    # set now: the config itself would make it a set, in no fixed order
-    config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
-    tensors, norms, lost, spectra = _over_one_b(adapters, shapes, dtype)
-    report = ImportReport(
-        base=config.base_model_name_or_path,
-        folder=target,
-        rank=r,
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        bytes_before=sum(adapter.stamp.bytes for adapter in adapters.values()),
-        ranks={task: adapter.rank for task, adapter in adapters.items()},
-        norms=norms,
-        lost=lost,
-        needed={goal: rank_for(goal, spectra) for goal in GOALS},
-        missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
-    )
+    config, shapes = one_adapter(adapters, rank or max(adapter.rank for adapter in adapters.values()))
+    tensors, report = over_best_b(adapters, shapes, target, dtype)
+    cards = [read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()]
     made = f"\nMade from {len(tasks)} stock LoRA adapters: the best shared B of this rank in the Frobenius norm changes"
     made += f" the weights otherwise than they did by {100 * report.error:.2f} %, over all tasks and modules.\n"
     write_adapter(target, tensors, config, model_card(config, more=made))
-    cards = [read_task_cards(adapter.folder, [task]) for task, adapter in adapters.items()]
     write_task_cards(target, {task: card for found in cards for task, card in found.items()})
     return report
 
@@ -219,15 +202,24 @@ def _task_names(folders: Sequence[str | Path], names: Sequence[str] | None) -> t
     return task_names(given)
 
 
-def _config(adapters: Mapping[str, AdapterFile], r: int) -> ALoRAConfig:
-    """Of the new adapter; adapters that name no base or no task type are taken to fit."""
-    bases = {task: adapter.base for task, adapter in adapters.items()}
-    types = {task: adapter.config.task_type for task, adapter in adapters.items()}
+def one_adapter(adapters: Mapping[str, AdapterFile], r: int) -> tuple[ALoRAConfig, dict[str, Shape]]:
+    """Config of rank r and shapes of an adapter of several; those that name no base or task type are taken to fit."""
+    _check_names(adapters)
+    base, revision, task_type = (
+        {task: getattr(adapter.config, key) for task, adapter in adapters.items()}
+        for key in ("base", "revision", "task_type")
+    )
     remedy = "If these are one model under several names, make base_model_name_or_path equal in their"
-    base = _common(bases, "on", "for different base models", f"{remedy} {CONFIG}")
-    task_type = _common(types, "is", "of different task types", "Import them separately")
-    settings: Any = {"base_model_name_or_path": base, "task_type": task_type, "inference_mode": True}
-    return ALoRAConfig(r=r, lora_alpha=r, tasks=list(adapters), **settings)
+    settings: Any = {
+        "base_model_name_or_path": _common(base, "on", "for different base models", f"{remedy} {CONFIG}"),
+        "revision": _common(revision, "on", "for different revisions of the base", "Train one of them on the other's"),
+        "task_type": _common(task_type, "is", "of different task types", "Import them separately"),
+    }
+    config = ALoRAConfig(r=r, lora_alpha=r, tasks=list(adapters), inference_mode=True, **settings)
+    shapes = _common_shapes(adapters, r)
+    # set now: the config itself would make it a set, in no fixed order
+    config.target_modules = target_names([adapter.config for adapter in adapters.values()], shapes)
+    return config, shapes
 
 
 def _common(said: Mapping[str, str | None], verb: str, what: str, remedy: str) -> str | None:
@@ -267,10 +259,10 @@ def _check_names(adapters: Mapping[str, AdapterFile]) -> None:
                 )
 
 
-def _over_one_b(
-    adapters: Mapping[str, AdapterFile], shapes: Mapping[str, Shape], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Errors, Errors, list[Tensor]]:
-    """The new tensors by their names in the file; by module the norms and what is lost of each task; the spectra."""
+def over_best_b(
+    adapters: Mapping[str, AdapterFile], shapes: Mapping[str, Shape], folder: Path, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], ImportReport]:
+    """The tensors of an adapter with the best shared B, by their names in its file, and what that loses."""
     tensors: dict[str, Tensor] = {}
     norms, lost, spectra = {}, {}, []
     for module, shape in shapes.items():
@@ -285,4 +277,28 @@ def _over_one_b(
         if not any(row[i] for row in norms.values()):
             raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
                              " adapter that was never trained; leave it out")  # fmt: skip
-    return tensors, norms, lost, spectra
+    return tensors, report_of(adapters, tensors, folder, norms, lost, {goal: rank_for(goal, spectra) for goal in GOALS})
+
+
+def report_of(
+    adapters: Mapping[str, AdapterFile],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    norms: Errors,
+    lost: Errors,
+    needed: dict[float, int],
+) -> ImportReport:
+    """The report of an adapter that is about to be written."""
+    files = {adapter.folder: adapter for adapter in adapters.values()}
+    return ImportReport(
+        base=next(filter(None, (adapter.base for adapter in adapters.values())), None),
+        folder=folder,
+        rank=next(t.shape[1] for key, t in tensors.items() if key.endswith("asymlora_B.weight")),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bytes_before=sum(file.stamp.bytes for file in files.values()),
+        ranks={task: adapter.rank for task, adapter in adapters.items()},
+        norms=norms,
+        lost=lost,
+        needed=needed,
+        missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in norms if m not in a.shapes))},
+    )

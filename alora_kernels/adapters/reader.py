@@ -75,6 +75,7 @@ class AdapterFile:
     keys: Keys
     copies: dict[str, str]  # parameter of the base -> name in the file, of what PEFT copies beside an output layer
     stamp: Stamp  # which file was checked
+    row: int = 0  # which task `factors` gives
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -106,6 +107,12 @@ class AdapterFile:
         with _opened(self.folder, self.stamp) as (file, _):
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
 
+    def stacks(self) -> dict[str, Tensor]:
+        """A of all tasks, module -> `[E, R, K]`. Refuses a file that changed."""
+        with _opened(self.folder, self.stamp) as (file, _):
+            found = {module: file.get_tensor(parts["A"]).clone() for module, parts in self.keys.items()}
+        return {module: a if a.dim() == 3 else a[None] for module, a in found.items()}
+
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
         """Refuse unless the weights of the base that the file holds too are those of `base`, the parameters here."""
         with _opened(self.folder, self.stamp) as (file, _):
@@ -124,10 +131,12 @@ class AdapterFile:
                           " must have it unchanged", stacklevel=3)  # fmt: skip
 
     def factors(self, module: str) -> Factors:
-        """A of the first task, B and s of one module; only these are read. Refuses a file that changed."""
+        """A of the task in `row`, B and s of one module; only these are read. Refuses a file that changed."""
         parts = self.keys[module]
         with _opened(self.folder, self.stamp) as (file, _):
-            return Factors(_a(file, self.config, parts["A"], 0), file.get_tensor(parts["B"]), self.scaling[module])
+            return Factors(
+                _a(file, self.config, parts["A"], self.row), file.get_tensor(parts["B"]), self.scaling[module]
+            )
 
 
 def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:

@@ -71,7 +71,7 @@ def import_lora(
         made = merge(adapters, out, rank=rank, names=name, overwrite=overwrite, dtype=dtype_of(dtype))
         if report is not None:
             made.save(report)
-    _show_import(made)
+    show_import(made, counted(len(made.tasks), "LoRA"))
     if report is not None:
         say(f"every module and task: {report}")
 
@@ -106,10 +106,11 @@ def _show_export(report: ExportReport) -> None:
     say(report.sglang_command)
 
 
-def _show_import(report: ImportReport) -> None:
+def show_import(report: ImportReport, what: str) -> None:
+    """What was put under one B, and what that loses."""
     rows = [(task, str(rank), _lost(error)) for task, rank, error in report.table()]
     rows.append(("[bold]all[/bold]", "", f"[bold]{_lost(report.error)}[/bold]"))
-    say(f"{counted(len(report.tasks), 'LoRA')} as one adapter with one B of rank {report.rank}", "italic")
+    say(f"{what} as one adapter with one B of rank {report.rank}", "italic")
     display.console.print(display.table("", ["task", "its rank", "weight change lost"], rows))
     say(f"{size(report.bytes_before)} before, {size(report.bytes)} now", "dim")
     if report.error >= EXACT:

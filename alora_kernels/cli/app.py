@@ -18,6 +18,7 @@ from .doctor import doctor
 from .fed import app as federated
 from .lm_eval import lm_eval
 from .serve import serve
+from .tasks import app as tasks
 from .tune import tune
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 
 app.add_typer(federated, name="fed")
+app.add_typer(tasks, name="tasks")
 
 
 def _version(asked: bool) -> None:

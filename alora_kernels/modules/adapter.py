@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -72,6 +73,16 @@ def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None)
     nn.init.zeros_(lora_B)
     if router is not None:
         nn.init.kaiming_uniform_(router, a=math.sqrt(5))
+
+
+def seeded_a(task: str, module: str, r: int, k: int, seed: int = 0) -> Tensor:
+    """A `[R, K]` in float32 of a task that joins others, drawn as `reset_adapter_` does.
+
+    One task, module and seed give the same numbers, be the adapter saved or live.
+    """
+    digest = hashlib.sha256(f"{seed}\0{task}\0{module}".encode()).digest()
+    numbers = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return nn.init.kaiming_uniform_(torch.empty(r, k), a=math.sqrt(5), generator=numbers)
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
