@@ -3,7 +3,7 @@
 For recipes, examples, benchmarks and tests. Importing this package imports neither transformers nor datasets.
 """
 
-from .encoding import IGNORE, Lost, encode, first_tokens, word_tokens
+from .encoding import IGNORE, Lost, encode, encode_splits, first_tokens, word_tokens
 from .loading import as_source, load_task, load_tasks, majority_baseline, task_cards
 from .models import MODELS, EncoderClassifier, load_encoder, load_model
 from .packages import MissingPackageError
@@ -21,6 +21,7 @@ __all__ = [
     "TaskSpec",
     "as_source",
     "encode",
+    "encode_splits",
     "first_tokens",
     "labels_of",
     "load_encoder",

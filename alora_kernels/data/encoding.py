@@ -1,22 +1,30 @@
-"""From prompt and answer (of `loading`) to unpadded token ids with a loss on the answer alone, for the trainer.
+"""From the rows of `loading` to unpadded token ids with a loss on what the model is to say, for the trainer.
 
-The ids begin exactly as the tokenizer encodes the prompt alone, so that the model sees the same prompt when it
-generates; the answer's ids, and eos where the tokenizer has one, come after. `Lost` counts what rows lose on the way.
+Ids begin exactly as the tokenizer encodes what the model sees when it generates. Behind a prompt come the answer's ids,
+and eos where the tokenizer has one; in a chat every turn of the assistant is learnt, with the token that ends it.
+`Lost` counts what rows lose on the way.
 """
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.asking import chat_text
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 #: label of a token that the loss skips, as in torch and transformers
 IGNORE = -100
+BATCH = 1000  # rows whose ids are Python's numbers at one time
+Ids = list[int]
 
 
 @dataclass
@@ -32,13 +40,15 @@ class Lost:
     moved: Counter[str] = field(default_factory=Counter)  # test rows that train, since their task has no others
     untrained: Counter[str] = field(default_factory=Counter)  # test rows left out: their task has no training row
     cut: Counter[str] = field(default_factory=Counter)  # rows whose prompt lost its middle
+    long: Counter[str] = field(default_factory=Counter)  # chats left out
+    rewritten: Counter[str] = field(default_factory=Counter)  # an assistant's turns that are not trained
     encoded: Counter[str] = field(default_factory=Counter)  # rows turned into token ids
-    max_length: int = 0  # tokens that the cut rows were cut to
+    max_length: int = 0  # tokens that rows may have; 0: any number
 
     def lines(self) -> list[str]:
         """One line for each kind of loss that occurred."""
         other = f" (with another answer: {_by(self.contradicting)})" if self.contradicting else ""
-        cut = {task: (count, self.encoded[task]) for task, count in self.cut.items()}
+        cut, long = ({t: (n, self.encoded[t]) for t, n in counts.items()} for counts in (self.cut, self.long))
         said = {
             f"repeated prompts left out: {_by(self.repeated)}{other}": self.repeated,
             f"training rows left out, they stand among the rows that judge: {_by(self.held)}": self.held,
@@ -48,6 +58,10 @@ class Lost:
             f"test rows trained on, their task has no others: {_by(self.moved)}": self.moved,
             f"test rows of tasks without training rows left out: {_by(self.untrained)}": self.untrained,
             f"prompts cut in the middle to fit max_length={self.max_length}: {_of(cut)}": cut,
+            f"chats of more than max_length={self.max_length} tokens left out: {_of(long)}": long,
+            f"an assistant's earlier turns not trained, which the template writes anew later: {_by(self.rewritten)}": (
+                self.rewritten
+            ),
         }
         return [line for line, counts in said.items() if counts]
 
@@ -61,52 +75,201 @@ def _of(counts: Mapping[str, tuple[int, int]], what: str = "") -> str:
 
 
 def encode(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 96, *, lost: Lost | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    lost: Lost | None = None,
+    chat_template: str | None = None,
 ) -> Dataset:
-    """Tokenise `prompt + " " + answer + eos`; labels are -100 except on answer and eos.
+    """Token ids of rows; labels are -100 except on the answer and its eos, or on the turns of a chat's assistant.
 
-    A row that is too long loses the middle of its prompt: its first words say what is asked, its last ones are the cue
-    for the answer, which is never cut. `lost` counts such rows.
+    A prompt that is too long loses its middle: its first words say what is asked, its last ones are the cue for the
+    answer, which is never cut. A chat that is too long is left out. `lost` counts both.
 
     Args:
-        dataset: string columns `prompt`, `answer` and `task`, or a ValueError; a TypeError for a `DatasetDict`.
-        max_length: most tokens of a row; a ValueError if an answer and its eos leave no room for a prompt token.
+        dataset: string columns `prompt`, `answer`, `task` and perhaps `messages`, or a ValueError; a TypeError for a
+            `DatasetDict`.
+        max_length: most tokens of a row, None for any number; a ValueError if an answer leaves no room for a prompt.
+        chat_template: in place of the tokenizer's own.
 
     Returns:
         A data set with `input_ids`, `attention_mask`, `labels` (each `[length]`, integers) and `task`.
     """
-    from datasets import Dataset, Features, List, Value
+    return _encode(dataset, tokenizer, max_length, lost, chat_template)[0]
+
+
+def encode_splits(
+    text: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    lost: Lost | None = None,
+    chat_template: str | None = None,
+) -> tuple[DatasetDict, DatasetDict]:
+    """The splits of `load_tasks` without the chats that are too long, and the same rows as `encode` gives them.
+
+    A ValueError for a task that has no training row left.
+    """
+    from datasets import DatasetDict
+
+    ids, kept = DatasetDict(), DatasetDict()
+    for split, rows in text.items():
+        ids[split], numbers = _encode(rows, tokenizer, max_length, lost, chat_template)
+        kept[split] = rows if len(numbers) == len(rows) else rows.select(numbers)
+    if gone := sorted(set(text["train"]["task"]) - set(kept["train"]["task"])):
+        raise ValueError(f"no chat of {', '.join(gone)} fits max_length={max_length}: raise it, or shorten the chats")
+    return kept, ids
+
+
+def _encode(
+    dataset: Dataset, tokenizer: Any, max_length: int | None, lost: Lost | None, template: str | None
+) -> tuple[Dataset, list[int]]:
+    """Encoded rows, and their numbers in the data set."""
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     if not isinstance(dataset, Dataset):
         raise TypeError(f"expected one split, got {type(dataset).__name__}; call encode(splits['train'], tokenizer)")
     missing = [column for column in ("prompt", "answer", "task") if column not in dataset.column_names]
     if missing:
         raise ValueError(f"data set lacks column {', '.join(missing)}; present: {', '.join(dataset.column_names)}")
+    columns = dict.fromkeys(("input_ids", "attention_mask", "labels"), List(Value("int64")))
+    features = Features({**columns, "task": Value("string")})
+    parts, kept = [], []
+    for start in range(0, max(len(dataset), 1), BATCH):
+        found = encode_batch(dataset[start : start + BATCH], tokenizer, max_length, lost or Lost(), template)
+        kept += [start + number for number in found.pop("number")]
+        parts.append(Dataset.from_dict(found, features=features))
+    return concatenate_datasets(parts), kept
 
-    lost = Lost() if lost is None else lost
-    lost.max_length = max_length
-    prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
-    before = _ids(prompts, tokenizer)
-    ends = _answer_ids(prompts, answers, before, tokenizer)
+
+def encode_batch(
+    rows: Mapping[str, Sequence[str]], tokenizer: Any, max_length: int | None, lost: Lost, template: str | None
+) -> dict[str, list[Any]]:
+    """Columns of `encode` for columns of text, and the `number` of each row that is left."""
+    lost.max_length = max_length or 0
+    lost.encoded.update(rows["task"])
+    chats = [number for number, turns in enumerate(rows.get("messages", ())) if turns]
+    chosen = set(chats)
+    plain = [number for number in range(len(rows["task"])) if number not in chosen]
+    found: dict[int, tuple[Ids, Ids] | None] = {}
+    for numbers, encoded in (
+        (plain, partial(_plain_rows, max_length=max_length)),
+        (chats, partial(_chat_rows, max_length=max_length, template=template)),
+    ):
+        part = {column: [rows[column][number] for number in numbers] for column in rows}
+        found.update(zip(numbers, encoded(part, tokenizer, lost=lost) if numbers else (), strict=True))
+    kept = [(number, row) for number, row in sorted(found.items()) if row is not None]
+    return {
+        "input_ids": [ids for _, (ids, _) in kept],
+        "attention_mask": [[1] * len(ids) for _, (ids, _) in kept],
+        "labels": [labels for _, (_, labels) in kept],
+        "task": [rows["task"][number] for number, _ in kept],
+        "number": [number for number, _ in kept],
+    }
+
+
+def _plain_rows(
+    rows: Mapping[str, list[str]], tokenizer: Any, *, max_length: int | None, lost: Lost
+) -> list[tuple[Ids, Ids] | None]:
+    """Ids and labels of `prompt + " " + answer + eos`."""
+    before = _ids(rows["prompt"], tokenizer)
+    ends = _answer_ids(rows["prompt"], rows["answer"], before, tokenizer)
     bos = [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
-    for prompt, end, answer, task in zip(before, ends, answers, dataset["task"], strict=True):
+    found: list[tuple[Ids, Ids] | None] = []
+    for prompt, end, answer, task in zip(before, ends, rows["answer"], rows["task"], strict=True):
         end = end + eos
-        room = max_length - len(bos) - len(end)
-        if room < 1:
+        room = len(prompt) if max_length is None else max_length - len(bos) - len(end)
+        if room < 1 and max_length is not None:
             raise ValueError(f"answer {answer[:40]!r} takes {len(end)} tokens with eos; raise max_length={max_length}")
-        lost.encoded[task] += 1
         if len(prompt) > room:
             lost.cut[task] += 1
             head = room // 4
             prompt = prompt[:head] + prompt[len(prompt) - (room - head) :]
         start = bos + prompt
-        mask, labels = [1] * (len(start) + len(end)), [IGNORE] * len(start) + end
-        rows.append({"input_ids": start + end, "attention_mask": mask, "labels": labels, "task": task})
-    columns = dict.fromkeys(("input_ids", "attention_mask", "labels"), List(Value("int64")))
-    features = Features({**columns, "task": Value("string")})
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
+        found.append((start + end, [IGNORE] * len(start) + end))
+    return found
+
+
+def _chat_rows(
+    rows: Mapping[str, list[str]], tokenizer: Any, *, max_length: int | None, template: str | None, lost: Lost
+) -> list[tuple[Ids, Ids] | None]:
+    """Ids and labels of chats; None for those that are too long."""
+    if not tokenizer.is_fast:
+        raise ValueError("chats need a fast tokenizer, which tells where in a text its tokens stand; this one is slow")
+    chats = []
+    for messages, task in zip(rows["messages"], rows["task"], strict=True):
+        try:
+            chats.append(_render(json.loads(messages), tokenizer, template))
+        except ValueError as error:
+            raise ValueError(f"task {task!r}: {error}") from None
+    whole = tokenizer(
+        [chat.text for chat in chats], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    asked = iter(_ids([before for chat in chats for before, _ in chat.answers], tokenizer))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    found: list[tuple[Ids, Ids] | None] = []
+    for chat, ids, offsets, task in zip(chats, whole.input_ids, whole.offset_mapping, rows["task"], strict=True):
+        starts = [next(asked) for _ in chat.answers]
+        ids, labels, trained = _label(chat, ids, [start for start, _ in offsets], starts, tokenizer)
+        if ids[-1] not in special and tokenizer.eos_token_id is not None:  # nothing else would tell the model to stop
+            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        fits = max_length is None or len(ids) <= max_length
+        lost.long[task] += not fits
+        lost.rewritten[task] += (chat.turns - trained) * fits
+        found.append((ids, labels) if fits else None)
+    lost.long, lost.rewritten = +lost.long, +lost.rewritten  # without zeros
+    return found
+
+
+@dataclass(frozen=True)
+class _Chat:
+    text: str  # up to the end of the last answer, without the space behind it
+    answers: list[tuple[str, str]]  # what the model sees before a turn of its own, and the same with that turn
+    turns: int  # of the assistant
+
+
+def _render(turns: list[dict[str, str]], tokenizer: Any, template: str | None) -> _Chat:
+    """A chat as text; a ValueError where the model would be asked in another way than its answer was written.
+
+    Of earlier answers those are left out that the template writes in another way once the chat goes on.
+    """
+    text = chat_text(tokenizer, turns, template, ask=False).rstrip()
+    first = next(number for number, turn in enumerate(turns) if turn["role"] == "user")
+    places = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number > first]
+    answers = []
+    for number in places:
+        before = chat_text(tokenizer, turns[:number], template, ask=True)
+        through = chat_text(tokenizer, turns[: number + 1], template, ask=False).rstrip()
+        if through.startswith(before) and len(through) > len(before) and text.startswith(through):
+            answers.append((before, through))
+    if not answers or answers[-1][1] != text:
+        raise ValueError(
+            f"the chat template asks with {before[-30:]!r} at the end, and writes answers in another way: give one that"
+            " does not, by chat_template:"
+        )
+    return _Chat(text, answers, sum(turn["role"] == "assistant" for turn in turns))
+
+
+def _label(chat: _Chat, ids: Ids, at: list[int], starts: list[Ids], tokenizer: Any) -> tuple[Ids, Ids, int]:
+    """A chat's ids, its labels, and how many turns they train; `at` has the place of each token in the text.
+
+    `starts` are the ids that the model sees before each answer. Where the answer makes the tokenizer divide the text
+    before it in another way, the last answer alone is trained, behind the ids that the model will see.
+    """
+    if ids[: len(starts[-1])] != starts[-1]:
+        answer = _ids([chat.text[len(chat.answers[-1][0]) :]], tokenizer)[0]
+        return starts[-1] + answer, [IGNORE] * len(starts[-1]) + answer, 1
+    labels, trained = [IGNORE] * len(ids), 0
+    for (_, through), start in zip(chat.answers, starts, strict=True):
+        if ids[: len(start)] == start:
+            end = bisect_left(at, len(through))
+            labels[len(start) : end] = ids[len(start) : end]
+            trained += 1
+    return ids, labels, trained
 
 
 def word_tokens(
