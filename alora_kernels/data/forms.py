@@ -131,7 +131,7 @@ def _turns(value: Any, system: str | None, where: str) -> list[dict[str, str]]:
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where}: expected a list of turns with role and content: {error}") from None
     turns = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
-    if system is not None and turns and turns[0]["role"] != "system":
+    if system is not None and "system" not in roles(turns):
         turns.insert(0, {"role": "system", "content": system})
     while turns and turns[-1]["role"] != "assistant":  # what nobody answers teaches nothing
         turns.pop()

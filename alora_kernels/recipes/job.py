@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +93,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             model.to(device)
         length = recipe.max_length or context(base, tokenizer)
         recipe = recipe.instead(max_length=length)
-        encode = partial(data.encode, tokenizer=tokenizer, max_length=length, lost=lost)
-        if recipe.chat_template is not None:
-            encode = partial(encode, chat_template=recipe.chat_template)
-        ids = {split: encode(rows) for split, rows in text.items()}
+        text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
     choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
     for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):

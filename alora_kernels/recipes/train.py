@@ -193,5 +193,7 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     run.recipe.save(folder)
     routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
     words = {task: list(ids) for task, ids in run.choices.items()}
-    write_task_cards(folder, data.task_cards(run.recipe.tasks, run.text, words) if routed else {})
+    write_task_cards(
+        folder, data.task_cards(run.recipe.tasks, run.text, words, run.recipe.chat_template) if routed else {}
+    )
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))
