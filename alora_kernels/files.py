@@ -24,16 +24,14 @@ from typing import IO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from .tensor_file import DamagedFileError as DamagedFileError
+from .tensor_file import TensorFile
+
 CHECKSUM, LOCK = "sha256", ".lock"
 ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file belongs to a killed process
-
-
-class DamagedFileError(ValueError):
-    """A file that is cut short, changed, or not one of ours."""
 
 
 def cache_dir() -> Path:
@@ -185,10 +183,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, ValueError, UnicodeDecodeError) as error:
+        with TensorFile(path) as file:
+            metadata, tensors = dict(file.metadata), {key: file.read(key) for key in file.keys()}  # noqa: SIM118
+    except ValueError as error:
         raise DamagedFileError(f"{path} does not read: {error}") from None
     if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
         raise DamagedFileError(f"{path} does not have the checksum it was written with")

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "alora_kernels"
 LAYERS = {
     "version": 0, "files": 0, "_lazy": 0, "_peft_hook": 0, "reference": 0, "routing": 0, "recompute": 0,
-    "records": 0, "dtypes": 0, "precision": 0, "settings": 0, "text": 0, "plotting": 0,
+    "records": 0, "tensor_file": 0, "dtypes": 0, "precision": 0, "settings": 0, "text": 0, "plotting": 0,
     "kernels": 1, "ops": 2, "modules": 3, "tuner": 4, "adapters": 5,
     "training": 6, "data": 6, "baselines": 6, "serving": 6, "federated": 6, "analysis": 6, "tuning": 6,
     "integrations": 7, "recipes": 7, "cli": 8, "__main__": 9, "__init__": 9,

@@ -8,23 +8,22 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft.utils.other import EMBEDDING_LAYER_NAMES
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..tensor_file import DTYPES, ChangedFileError, Stamp, TensorFile
 from ..tuner.config import CONFIG, PICKLE, PREFIX, WEIGHTS, unwrapped
 from .config import AdapterConfig, AdapterFolderError, Kind, checked_config, not_finite, read_settings, refused
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-PIECE = 1 << 22  # numbers that are looked at at a time
+FLOATS = ("F64", "F32", "BF16", "F16")
 MAX_NAME = 256  # characters of a module's name: patterns are matched against it
 _KEYS = {
     "alora": re.compile(re.escape(PREFIX) + rf"(.{{1,{MAX_NAME}}})\.asymlora_(A|B)(?:\.weight)?"),
@@ -33,18 +32,8 @@ _KEYS = {
 Keys = dict[str, dict[str, str]]  # module -> "A" or "B" -> name of the tensor
 
 
-class Stamp(NamedTuple):
-    """Which file it is: another one under the same name differs in one of these."""
-
-    inode: int
-    bytes: int
-    changed: int
-
-
-def stamp_of(path: Path) -> Stamp:
-    """Of the file as it is now."""
-    stat = path.stat()
-    return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+class AdapterChangedError(AdapterFolderError):
+    """A folder that somebody wrote into while it was read."""
 
 
 class Shape(NamedTuple):
@@ -76,6 +65,7 @@ class AdapterFile:
     copies: dict[str, str]  # parameter of the base -> name in the file, of what PEFT copies beside an output layer
     stamp: Stamp  # which file was checked
     row: int = 0  # which task `factors` gives
+    sums: int = 0  # how many of its tensors were compared with a SHA-256
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,8 +85,8 @@ class AdapterFile:
     @cached_property
     def b(self) -> dict[str, Tensor]:
         """Module -> B `[N, R]`, read when first asked for."""
-        with _opened(self.folder, self.stamp) as (file, _):
-            return {module: file.get_tensor(parts["B"]).clone() for module, parts in self.keys.items()}
+        with _opened(self.folder, self.stamp) as file:
+            return {module: file.read(parts["B"]) for module, parts in self.keys.items()}
 
     def matrices(self, task: str) -> dict[str, Tensor]:
         """A of one task, module -> `[R, K]`; only these rows are read. Refuses an unknown task and a changed file."""
@@ -104,23 +94,24 @@ class AdapterFile:
             listed = ", ".join(map(repr, self.tasks[:20]))
             raise refused(self.folder, f"has no task {task!r}: it has {listed}; ask for one of these")
         row = self.tasks.index(task)
-        with _opened(self.folder, self.stamp) as (file, _):
+        with _opened(self.folder, self.stamp) as file:
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
 
     def stacks(self) -> dict[str, Tensor]:
         """A of all tasks, module -> `[E, R, K]`. Refuses a file that changed."""
-        with _opened(self.folder, self.stamp) as (file, _):
-            found = {module: file.get_tensor(parts["A"]).clone() for module, parts in self.keys.items()}
+        with _opened(self.folder, self.stamp) as file:
+            found = {module: file.read(parts["A"]) for module, parts in self.keys.items()}
         return {module: a if a.dim() == 3 else a[None] for module, a in found.items()}
 
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
         """Refuse unless the weights of the base that the file holds too are those of `base`, the parameters here."""
-        with _opened(self.folder, self.stamp) as (file, _):
+        with _opened(self.folder, self.stamp) as file:
             for name, key in self.copies.items():
                 own = base.get(name)
                 if own is None or not own.is_floating_point() or own.is_meta:
                     continue
-                if not torch.equal(file.get_tensor(key).to(own.device, own.dtype), own):
+                same = file.shape(key) == own.shape and torch.equal(file.read(key).to(own.device, own.dtype), own)
+                if not same:
                     raise refused(self.folder, f"was trained on another {name} than the base's, and holds it: merge the"
                                   " adapter into the base that it was trained on")  # fmt: skip
 
@@ -133,31 +124,45 @@ class AdapterFile:
     def factors(self, module: str) -> Factors:
         """A of the task in `row`, B and s of one module; only these are read. Refuses a file that changed."""
         parts = self.keys[module]
-        with _opened(self.folder, self.stamp) as (file, _):
-            return Factors(
-                _a(file, self.config, parts["A"], self.row), file.get_tensor(parts["B"]), self.scaling[module]
-            )
+        with _opened(self.folder, self.stamp) as file:
+            return Factors(_a(file, self.config, parts["A"], self.row), file.read(parts["B"]), self.scaling[module])
 
 
-def read_adapter(folder: str | Path, only: Kind | None = None) -> AdapterFile:
+def read_adapter(
+    folder: str | Path, only: Kind | None = None, *, fits: Callable[[AdapterFile], object] = lambda file: None
+) -> AdapterFile:
     """Read and check a saved adapter; its module names are those of the base model. `only` refuses the other kind.
 
-    An `AdapterFolderError` if there is none, it is damaged, or more than s B A per task.
+    `fits` is asked once modules and shapes are known and before any number is read, which may take long: it refuses
+    what does not belong to a base. Every number is looked at, and compared with its SHA-256 where the file has them.
+
+    An `AdapterFolderError` if there is none, it is damaged, or more than s B A per task; of one that somebody writes
+    into, an `AdapterChangedError` at the second try.
     """
+    try:
+        return _read(folder, only, fits)
+    except AdapterChangedError:
+        return _read(folder, only, fits)
+
+
+def _read(folder: str | Path, only: Kind | None, fits: Callable[[AdapterFile], object]) -> AdapterFile:
     folder = Path(os.path.abspath(folder))
     try:
         _look(folder)
     except OSError as error:  # a path longer than the system allows, a folder that may not be looked into
         raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
     config = checked_config(folder, read_settings(folder), only)
-    with _opened(folder) as (file, stamp):
+    with _opened(folder) as file:
         keys, copies = _keys(folder, file, config)
         shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
         scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
         dtypes = [_dtype(folder, file, module, key) for module, parts in keys.items() for key in parts.values()]
-        if bad := [name for name, parts in keys.items() if not _finite(file, config, shapes[name], parts)]:
+        widest = reduce(torch.promote_types, dtypes)
+        found = AdapterFile(folder, config, shapes, scaling, widest, keys, copies, file.stamp, sums=len(file.sums))
+        fits(found)
+        if bad := [name for name, parts in keys.items() if not all(map(file.finite, parts.values()))]:
             raise not_finite(folder, bad)
-    return AdapterFile(folder, config, shapes, scaling, reduce(torch.promote_types, dtypes), keys, copies, stamp)
+    return found
 
 
 def _look(folder: Path) -> None:
@@ -182,22 +187,23 @@ def _look(folder: Path) -> None:
 
 
 @contextmanager
-def _opened(folder: Path, checked: Stamp | None = None) -> Iterator[tuple[Any, Stamp]]:
-    """The folder's weights and which file they are; what safetensors says of a damaged file becomes a refusal."""
-    path = folder / WEIGHTS
+def _opened(folder: Path, checked: Stamp | None = None) -> Iterator[TensorFile]:
+    """The folder's weights; a refusal if they are damaged, or another file than the one that was checked."""
     try:
-        stamp = stamp_of(path)
-        if checked not in (None, stamp):
-            raise refused(folder, f"{WEIGHTS} changed while it was read: load the folder again")
-        with safe_open(path, framework="pt") as file:
-            yield file, stamp
+        with TensorFile(folder / WEIGHTS) as file:
+            if checked not in (None, file.stamp):
+                raise ChangedFileError("it is another file")
+            yield file
+    except ChangedFileError:
+        why = f"{WEIGHTS} changed while it was read: load the folder again"
+        raise AdapterChangedError(str(refused(folder, why))) from None
     except AdapterFolderError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise refused(folder, f"{WEIGHTS} does not read ({error}): it is cut short or damaged; copy it again") from None
 
 
-def _keys(folder: Path, file: Any, config: AdapterConfig) -> tuple[Keys, dict[str, str]]:
+def _keys(folder: Path, file: TensorFile, config: AdapterConfig) -> tuple[Keys, dict[str, str]]:
     """The tensors by module, if there is an A and a B of each, and copies from the base; nothing else."""
     keys: Keys = {}
     others: dict[str, str] = {}
@@ -234,9 +240,9 @@ def _is_copy(name: str, keys: Keys, others: Mapping[str, str]) -> bool:
     return output and parameter in ("weight", "bias") and f"{module}.base_layer.weight" in others
 
 
-def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: dict[str, str]) -> Shape:
+def _shape(folder: Path, file: TensorFile, config: AdapterConfig, module: str, parts: dict[str, str]) -> Shape:
     """That of a module whose two tensors fit each other and the config."""
-    a, b = (tuple(file.get_slice(parts[part]).get_shape()) for part in "AB")
+    a, b = (file.shape(parts[part]) for part in "AB")
     tasks = (len(config.tasks),) if config.kind == "alora" else ()
     if len(a) != len(tasks) + 2 or len(b) != 2 or a[: len(tasks)] != tasks or a[-2] != b[1] or 0 in (*a, *b):
         wanted = f"[{tasks[0]} tasks, R, K]" if tasks else "[R, K]"
@@ -248,21 +254,13 @@ def _shape(folder: Path, file: Any, config: AdapterConfig, module: str, parts: d
     return Shape(b[0], b[1], a[-1])
 
 
-def _dtype(folder: Path, file: Any, module: str, key: str) -> torch.dtype:
-    found = file.get_slice(key).get_dtype()
-    if found not in DTYPES:
-        raise refused(folder, f"{module} is stored as {found}: save it as one of {', '.join(DTYPES)}")
+def _dtype(folder: Path, file: TensorFile, module: str, key: str) -> torch.dtype:
+    found = file.dtype(key)
+    if found not in FLOATS:
+        raise refused(folder, f"{module} is stored as {found}: save it as one of {', '.join(FLOATS)}")
     return DTYPES[found]
 
 
-def _finite(file: Any, config: AdapterConfig, shape: Shape, parts: dict[str, str]) -> bool:
-    """Whether B and every task's A hold numbers only, looked at in pieces: 1000 tasks need no memory."""
-    stack = file.get_slice(parts["A"])
-    size, some = (shape.r, shape.r) if config.kind == "lora" else (len(config.tasks), PIECE // (shape.r * shape.k) or 1)
-    pieces = (stack[i : i + some] for i in range(0, size, some))
-    return bool(file.get_tensor(parts["B"]).isfinite().all()) and all(bool(a.isfinite().all()) for a in pieces)
-
-
-def _a(file: Any, config: AdapterConfig, key: str, row: int) -> Tensor:
-    """One task's A `[R, K]`, sharing no memory with the file."""
-    return (file.get_slice(key)[row] if config.kind == "alora" else file.get_tensor(key)).clone()  # type: ignore[no-any-return]
+def _a(file: TensorFile, config: AdapterConfig, key: str, row: int) -> Tensor:
+    """One task's A `[R, K]`."""
+    return file.read(key, row if config.kind == "alora" else None)

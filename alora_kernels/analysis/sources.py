@@ -11,18 +11,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import files
 from ..adapters.config import AdapterFolderError, checked_config, not_finite, read_settings, refused
 from ..adapters.method import SETTINGS, STATE, read_method
-from ..adapters.reader import Stamp, read_adapter, stamp_of
+from ..adapters.reader import FLOATS, read_adapter
 from ..modules.adapter import lora_scaling
+from ..tensor_file import ChangedFileError, Stamp, TensorFile
 from ..text import printable
 from ..tuner.config import CONFIG, PREFIX, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
@@ -147,12 +147,15 @@ class _Weights:
     found: Found
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def _open(self) -> Any:
-        path = self.folder / self.name
-        if stamp_of(path) != self.stamp:
-            raise refused(self.folder, f"{self.name} changed while it was read: start again")
-        return safe_open(path, framework="pt")
+    def _read(self, module: str, row: Callable[[str], int | None]) -> Parts:
+        """The parts of a module; of a stacked one that row alone."""
+        try:
+            with TensorFile(self.folder / self.name) as file:
+                if file.stamp != self.stamp:
+                    raise ChangedFileError("it is another file")
+                return {part: file.read(key, row(part)) for part, (key, _) in self.found[module].items()}
+        except (OSError, ChangedFileError):
+            raise refused(self.folder, f"{self.name} changed while it was read: start again") from None
 
     def units(
         self, names: Iterable[tuple[str, ...]], kind: str, base: Any, update: Callable[[str, Parts], Update] | None
@@ -161,10 +164,7 @@ class _Weights:
         stacked, shared = LAYOUTS.get(kind, ((), ()))
 
         def read(row: int, module: str) -> Loaded:
-            parts = {
-                part: (self._open.get_slice(key)[row] if part in stacked else self._open.get_tensor(key)).clone()
-                for part, (key, _) in self.found[module].items()
-            }
+            parts = self._read(module, lambda part: row if part in stacked else None)
             return Loaded(parts, None if update is None else update(module, parts))
 
         shapes = {
@@ -185,29 +185,28 @@ def _matched(
     """
     path, found, bad = folder / name, Found(), list[str]()
     try:
-        stamp = stamp_of(path)
         metadata = files.read(path)[1] if checksum else {}
-        with safe_open(path, framework="pt") as file:
+        with TensorFile(path) as file:
             for key in sorted(file.keys()):
                 match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None
                 if match is None:
                     continue
-                tensor, (module, part) = file.get_tensor(key), match.groups()
-                if tensor.dim() not in dimensions[part] or tensor.numel() == 0 or not tensor.is_floating_point():
-                    raise refused(folder, f"{module}: {part} has shape {list(tensor.shape)} of {tensor.dtype}, which"
-                                  " is not what it must be: copy the file again")  # fmt: skip
-                if not bool(tensor.isfinite().all()):
+                shape, dtype, (module, part) = file.shape(key), file.dtype(key), match.groups()
+                if len(shape) not in dimensions[part] or 0 in shape or dtype not in FLOATS:
+                    raise refused(folder, f"{module}: {part} has shape {list(shape)} of {dtype}, which is not what it"
+                                  " must be: copy the file again")  # fmt: skip
+                if not file.finite(key):
                     bad.append(f"{part} of {module}")
-                found.setdefault(module, {})[part] = (key, tuple(tensor.shape))
+                found.setdefault(module, {})[part] = (key, shape)
     except AdapterFolderError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise refused(folder, f"{name} does not read ({error}): it is cut short or damaged; copy it again") from None
     if bad:
         raise not_finite(folder, bad)
     if not found:
         raise refused(folder, f"{name} holds nothing that can be compared: is it the right folder?")
-    return _Weights(folder, name, stamp, found, metadata)
+    return _Weights(folder, name, file.stamp, found, metadata)
 
 
 def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list[Unit]:

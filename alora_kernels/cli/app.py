@@ -20,6 +20,7 @@ from .lm_eval import lm_eval
 from .serve import serve
 from .tasks import app as tasks
 from .tune import tune
+from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,5 +139,6 @@ app.command()(doctor)
 app.command()(tune)
 app.command("export")(export_lora)
 app.command("import")(import_lora)
+app.command()(verify)
 app.command()(serve)
 app.command()(analyze)

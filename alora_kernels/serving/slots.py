@@ -55,7 +55,7 @@ class Slots:
     def __init__(self, model: nn.Module, file: AdapterFile, capacity: int, dtype: torch.dtype | None = None) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("the model has adapters already: give the plain base model")
-        _check_model(model, file)
+        check_model(model, file)
         self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
         self.shapes, self._scaling, self._base = dict(file.shapes), dict(file.scaling), file.base
         self.bytes_per_task = sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize  # in all layers
@@ -104,10 +104,7 @@ class Slots:
             parameter.requires_grad_(True)
 
     def fit(self, file: AdapterFile) -> None:
-        """Raise an AdapterFolderError unless every task of the folder can be served from these slots.
-
-        With s and B fixed, A can be used as it is only where s B is the same.
-        """
+        """Raise an AdapterFolderError unless base, modules and shapes of the folder are those of these slots."""
         if file.base and self._base and file.base != self._base:
             raise refused(file.folder, f"was trained on {file.base!r} but this store serves {self._base!r}")
         if file.shapes.keys() != self.shapes.keys():
@@ -118,6 +115,9 @@ class Slots:
                 raise refused(file.folder, f"{module} maps {k} features to {n} but the base maps {own_k} to {own_n}")
             if r > own_r:
                 raise refused(file.folder, f"rank {r} does not fit the stack's rank {own_r} at {module}")
+
+    def agree(self, file: AdapterFile) -> None:
+        """Raise an AdapterFolderError unless s B is the same: with s and B fixed, A can be used as it is only there."""
         self._check_b(file)
         parameters = self.model.named_parameters(remove_duplicate=False)
         file.check_copies({name.replace(".base_layer.", "."): p for name, p in parameters})
@@ -170,7 +170,7 @@ class Slots:
         return {module: a[slot].to("cpu", copy=True) for module, a in self._a.items()}
 
 
-def _check_model(model: nn.Module, file: AdapterFile) -> None:
+def check_model(model: nn.Module, file: AdapterFile) -> None:
     """Refuse a file whose modules the model lacks or has in another shape."""
     modules = dict(model.named_modules())
     missing = [name for name in file.shapes if name not in modules]

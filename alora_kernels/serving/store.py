@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from torch import nn
 
 from ..adapters.cards import read_task_cards
 from ..adapters.config import AdapterFolderError, refused
-from ..adapters.reader import AdapterFile, read_adapter
+from ..adapters.reader import AdapterChangedError, AdapterFile, read_adapter
 from ..modules.adapter import BASE
 from .openmp import release_workers
 from .request import AdapterRefusedError, NotServingError, UnknownTaskError
-from .slots import Placement, Record, Slots, TaskInfo
+from .slots import Placement, Record, Slots, TaskInfo, check_model
 
 SHOWN = 20  # names in an error
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as the model: nothing that needs quoting
@@ -86,7 +87,7 @@ class TaskStore:
             raise ValueError(f"resident must be >= 1, got {resident}")
         with ExitStack() as undo:
             with _reading():
-                first = read_adapter(folders[0])
+                first = read_adapter(folders[0], fits=partial(check_model, base_model))
                 slots = Slots(base_model, first, resident, dtype)
                 undo.callback(slots.remove)
                 store = cls(slots, host=host, spill=spill)
@@ -115,10 +116,13 @@ class TaskStore:
             OSError: no memory or disk is left for it; nothing has changed.
         """
         with _reading():
-            return self._load(read_adapter(folder), name, task, replace)
+            try:
+                return self._load(read_adapter(folder, fits=self.slots.fit), name, task, replace)
+            except AdapterChangedError:  # somebody writes it anew
+                return self._load(read_adapter(folder, fits=self.slots.fit), name, task, replace)
 
     def _load(self, file: AdapterFile, name: str | None, task: str | None, replace: bool) -> list[TaskInfo]:
-        self.slots.fit(file)
+        self.slots.agree(file)
         pairs = _chosen(file, name, task)
         names, cards = [public for public, _ in pairs], read_task_cards(file.folder, file.tasks)
         with self._lock:

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel, peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from ..files import written_whole
 from ..ops.checks import check_whole
+from ..tensor_file import sums, verify
 
 NAME = "ASYMLORA"
 GATHER = (
@@ -99,14 +101,14 @@ def _search_adapter_names(search: Callable[..., Any], model: Any, *args: Any, **
     return search(model, *args, **kwargs)
 
 
-def _save_file(save: Callable[..., None], tensors: Any, filename: str, *args: Any, **kwargs: Any) -> None:
-    """PEFT's writer of weights, which writes into the final file: ALoRA's replace it by one rename."""
+def _save_file(save: Callable[..., None], tensors: Any, filename: str, *, metadata: Any = None) -> None:
+    """PEFT's writer of weights, which writes into the final file: ALoRA's replace it by one rename, with checksums."""
     if not any(".asymlora_" in name for name in tensors):
-        save(tensors, filename, *args, **kwargs)
+        save(tensors, filename, metadata=metadata)
         return
     path = Path(filename)
     with written_whole(path.parent) as folder:
-        save(tensors, os.path.join(folder, path.name), *args, **kwargs)
+        save(tensors, os.path.join(folder, path.name), metadata={**(metadata or {}), **sums(tensors)})
 
 
 def _save_pretrained(save: Callable[..., None], self: PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -119,9 +121,11 @@ def _save_pretrained(save: Callable[..., None], self: PeftModel, *args: Any, **k
 def _load_adapter(
     load: Callable[..., Any], self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`, for ALoRA's tuner to know the folder; nobody else listens."""
+    """`PeftModel.load_adapter`, for ALoRA's tuner to know the folder; files with checksums are compared with them."""
     # `PeftModel.from_pretrained` makes the adapter just before, and it alone passes a key_mapping
     new = adapter_name not in self.peft_config or "key_mapping" in kwargs
+    if (weights := Path(model_id, kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)).is_file():
+        verify(weights)
     with reading(Source(str(model_id), adapter_name, kwargs, new)):
         return load(self, model_id, adapter_name, *args, **kwargs)
 

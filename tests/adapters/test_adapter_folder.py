@@ -8,15 +8,19 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from alora_kernels.adapters.config import AdapterFolderError
-from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.adapters.export import export_lora
+from alora_kernels.adapters.reader import AdapterChangedError, AdapterFile, read_adapter
+from alora_kernels.tensor_file import DamagedFileError, TensorFile
 from alora_kernels.tuner.layer import ALoRALayer
 from tests.support.adapters import CONFIG, MLP, WEIGHTS, Mlp, alora_folder, change_config, change_weights, lora_folder
 
@@ -104,11 +108,76 @@ def test_a_file_replaced_after_it_was_read_is_refused(alora, tmp_path):
             read()
 
 
+def test_a_folder_written_into_while_it_is_read_is_read_once_more_and_no_more(alora, monkeypatch):
+    """Same sizes, in place, as `cp` over a live folder does."""
+    data, finite, turns = (alora / WEIGHTS).read_bytes(), TensorFile.finite, []
+
+    def writing(self: TensorFile, key: str) -> bool:
+        if len(turns) < limit:
+            turns.append(key)
+            time.sleep(0.03)
+            (alora / WEIGHTS).write_bytes(data)
+        return finite(self, key)
+
+    monkeypatch.setattr(TensorFile, "finite", writing)
+    limit = 1
+    assert read_adapter(alora).tasks == ("math", "code") and turns
+    limit = 99
+    with pytest.raises(AdapterChangedError, match="changed while it was read: load the folder again"):
+        read_adapter(alora)
+
+
+def test_what_does_not_fit_a_base_is_refused_before_a_number_is_read(alora, monkeypatch):
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(TensorFile, "pieces", lambda *_: pytest.fail("read"))
+
+    def no(file: AdapterFile) -> None:
+        raise AdapterFolderError(f"{file.shapes['up']}")
+
+    with pytest.raises(AdapterFolderError, match=r"Shape\(n=16, r=4, k=8\)"):
+        read_adapter(alora, fits=no)
+
+
+def flipped(folder: Path) -> None:
+    """One bit of the last number."""
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def test_a_changed_bit_is_refused_by_every_reader(alora, tmp_path):
+    assert read_adapter(alora).sums == 4
+    PeftModel.from_pretrained(Mlp(), alora)
+    export_lora(alora, tmp_path / "out")
+    flipped(alora)
+    flipped(tmp_path / "out" / "math")
+    for folder in (alora, tmp_path / "out" / "math"):
+        with pytest.raises(AdapterFolderError, match="does not have the SHA-256 it was written with"):
+            read_adapter(folder)
+    with pytest.raises(DamagedFileError, match=r"asymlora_.\.weight does not have the SHA-256"):
+        PeftModel.from_pretrained(Mlp(), alora)
+
+
+def test_a_stock_folder_has_no_checksums_and_is_read(lora):
+    assert read_adapter(lora).sums == 0
+
+
 def test_nothing_is_kept_until_it_is_asked_for(alora):
     """Folders are imported together that do not fit into the memory together."""
     file = read_adapter(alora)
     file.matrices("math"), file.factors("up")
-    assert vars(file).keys() == {"folder", "config", "shapes", "scaling", "dtype", "keys", "copies", "stamp"}
+    assert vars(file).keys() == {
+        "folder",
+        "config",
+        "shapes",
+        "scaling",
+        "dtype",
+        "keys",
+        "copies",
+        "stamp",
+        "row",
+        "sums",
+    }
     assert file.b is file.b
 
 
@@ -225,9 +294,11 @@ REFUSED = [
     (edit(use_rslora="yes"), "use_rslora must be true or false"),
     (edit(rank_pattern=[4]), "rank_pattern must map"),
     (edit(alpha_pattern={"up": "x"}), "must be a finite number"),
-    (edit(alpha_pattern={"(a+)+b": 3}), "may take forever"),
-    (edit(alpha_pattern={"a*b*c*d": 3}), "may take forever"),
-    (edit(alpha_pattern={"(up": 3}), "no regular expression"),
+    (edit(alpha_pattern={"(a+)+b": 3}), "may take long to match.*one .* at most"),
+    (edit(alpha_pattern={".*a.*b": 3}), "may take long"),
+    (edit(alpha_pattern={"(up": 3}), "may take long"),
+    (edit(alpha_pattern={"a" * 201: 3}), "may take long"),
+    (edit(rank_pattern={f"m{i}": 3 for i in range(4097)}), "has 4097 keys"),
     (edit(tasks=None), "tasks must be a list"),
     (edit(tasks=2**16 + 1), "tasks must be a list of names, or at most 65536"),
     (edit(tasks=0), "at least one task"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from alora_kernels.adapters.writer import save_adapter
 
+from ..support.adapters import lora_folder
 from ..support.cli import alora
 from ..support.stock_lora import stock_lora
 from ..support.tiny import Mlp, adapted, llama, logits, tokens
@@ -101,3 +102,14 @@ def test_import_says_what_is_lost(tmp_path: Path):
     assert len(list(csv.reader((tmp_path / "errors.csv").open()))) == 5
     assert "exact" in alora(*args, "--rank", 8, "--overwrite")
     assert "2 names for 1 folders" in alora("import", tmp_path / "one", *names, "--out", tmp_path / "b", code=2)
+
+
+def test_verify_says_what_a_folder_is_and_finds_a_changed_bit(adapter: Path, tmp_path: Path):
+    text = alora("verify", adapter)
+    assert "ALoRA adapter for" in text and "2 tasks: math, code" in text and "rank 4, float32" in text
+    assert "tensors: as written, by SHA-256" in text
+    assert "tensors: finite; it has no checksums" in alora("verify", lora_folder(tmp_path / "stock", llama()))
+    data = bytearray((adapter / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (adapter / WEIGHTS).write_bytes(data)
+    assert "does not have the SHA-256 it was written with" in alora("verify", adapter, code=2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from alora_kernels import route
 from alora_kernels.adapters.config import AdapterFolderError
-from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.adapters.reader import AdapterFile, read_adapter
 from alora_kernels.serving import slots as module
 from alora_kernels.serving.slots import Slots
 from alora_kernels.tuner import ALoRALayer
@@ -35,6 +35,12 @@ def gpt2() -> Any:
 
 def mlp_stack(folder: Path, capacity: int = 3, **options: Any) -> Slots:
     return Slots(Mlp(), read_adapter(folder), capacity, **options)
+
+
+def fit(stack: Slots, file: AdapterFile) -> None:
+    """All that a store asks of a folder."""
+    stack.fit(file)
+    stack.agree(file)
 
 
 @pytest.fixture
@@ -138,7 +144,7 @@ def test_smaller_ranks_are_padded_over_what_was_there(tmp_path):
         small, lambda t: t.update({f"base_model.model.{m}.asymlora_B.weight": b[m][:, :2].clone() for m in b})
     )
     file = read_adapter(small)
-    stack.fit(file)  # the same s B in the columns that there are
+    fit(stack, file)  # the same s B in the columns that there are
     stack.write(0, {m: torch.full((4, k), 9.0) for m, (_, _, k) in stack.shapes.items()})
     stack.write(0, file.matrices("tiny"))
     x = torch.randn(3, 8)
@@ -289,7 +295,7 @@ def test_folders_that_do_not_fit(tmp_path, stack, settings, spoil, why):
     if spoil:
         spoil(other)
     with pytest.raises(AdapterFolderError, match=why):
-        stack.fit(read_adapter(other))
+        fit(stack, read_adapter(other))
 
 
 def test_at_most_five_modules_are_listed(llama, tmp_path):
@@ -297,31 +303,31 @@ def test_at_most_five_modules_are_listed(llama, tmp_path):
     stack = Slots(deepcopy(llama), file, 1)
     other = read_adapter(alora_folder(tmp_path / "b", llama, ["math"], target_modules=["q_proj"]))
     with pytest.raises(AdapterFolderError, match=r"missing (\S+, ){4}\S+ and 7 more$"):
-        stack.fit(other)
+        fit(stack, other)
 
 
 @pytest.mark.parametrize("base_name", [None, "tiny-random"])
 def test_folders_that_fit(tmp_path, stack, base_name):
-    stack.fit(read_adapter(other_folder(tmp_path, base_name=base_name)))
+    fit(stack, read_adapter(other_folder(tmp_path, base_name=base_name)))
 
 
 def test_a_scale_folded_into_b_fits(tmp_path, folder, stack):
     b = read_adapter(folder).b  # s = 2
     folded = lora_folder(tmp_path / "folded", Mlp(), lora_alpha=4, **MLP)  # s = 1
     change_weights(folded, lambda t: t.update({f"base_model.model.{m}.lora_B.weight": 2 * b[m] for m in b}))
-    stack.fit(read_adapter(folded))
+    fit(stack, read_adapter(folded))
     change_config(folded, lora_alpha=8)
     with pytest.raises(AdapterFolderError, match="largest relative difference 0.5"):
-        stack.fit(read_adapter(folded))
+        fit(stack, read_adapter(folded))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_b_in_16_bits_fits_to_rounding(tmp_path, folder, dtype):
     stack, other = mlp_stack(folder, dtype=dtype), other_folder(tmp_path)
-    stack.fit(read_adapter(other))
+    fit(stack, read_adapter(other))
     up_b(lambda b: b.mul_(1.03))(other)
     with pytest.raises(AdapterFolderError, match="its B differs"):
-        stack.fit(read_adapter(other))
+        fit(stack, read_adapter(other))
 
 
 @pytest.mark.gpu

@@ -19,10 +19,11 @@ from peft import PeftModel
 
 from alora_kernels import files, route
 from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
-from alora_kernels.adapters.reader import read_adapter
+from alora_kernels.adapters.reader import AdapterFile, read_adapter
 from alora_kernels.serving.request import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
 from alora_kernels.serving.slots import Placement, Slots
 from alora_kernels.serving.store import Lease, TaskStore
+from alora_kernels.tensor_file import TensorFile
 from tests.support.adapters import MLP, Mlp, alora_folder, change_config, change_weights, lora_folder, tiny_base
 
 Rows = dict[str, torch.Tensor]
@@ -615,3 +616,37 @@ def test_a_broken_card_file_is_a_warning_and_every_task_is_served(carded: Path, 
         assert cards(store) == {"math": None, "code": None}
         assert FILE in caplog.text
         assert store.acquire("math") is not None
+
+
+def test_a_folder_written_into_while_it_is_loaded_is_loaded_once_more(tmp_path, monkeypatch):
+    """The rows are those of one version, whichever that is."""
+    store = opened(tmp_path, "a")
+    mlp_folder(tmp_path / "live", "b")
+    weights = tmp_path / "live" / "adapter_model.safetensors"
+    data, matrices, turns = weights.read_bytes(), AdapterFile.matrices, []
+
+    def rewritten(file: AdapterFile, task: str) -> dict[str, torch.Tensor]:
+        turns.append(task)
+        if len(turns) < limit:
+            time.sleep(0.03)
+            weights.write_bytes(data)
+        return matrices(file, task)
+
+    monkeypatch.setattr(AdapterFile, "matrices", rewritten)
+    limit = 2
+    store.load(tmp_path / "live")
+    assert turns == ["b", "b"]
+    assert_holds(store, use(store, "b").slot, saved(tmp_path / "live", "b"))
+    limit = 99
+    with pytest.raises(AdapterRefusedError, match="changed while it was read"):
+        store.load(tmp_path / "live", replace=True)
+
+
+def test_what_the_base_has_not_is_refused_before_its_numbers_are_read(tmp_path, monkeypatch):
+    store = opened(tmp_path, "a")
+    mlp_folder(tmp_path / "wide", "b", r=64)
+    monkeypatch.setattr(TensorFile, "pieces", lambda *_: pytest.fail("read"))
+    with pytest.raises(AdapterRefusedError, match="rank 64 does not fit"):
+        store.load(tmp_path / "wide")
+    with pytest.raises(AdapterRefusedError, match="the base has no"):
+        TaskStore.open(torch.nn.Sequential(torch.nn.Linear(2, 2)), [tmp_path / "wide"])
