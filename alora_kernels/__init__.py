@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .recompute import keep_routing
     from .routing import Routing, route
     from .training import ALoRATrainer
-    from .tuner import ALoRAConfig, set_task
+    from .tuner import ALoRAConfig, add_task, set_task, train_only
     from .tuner.accelerate import accelerate, restore
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "FusedALoRALinear",
     "Routing",
     "accelerate",
+    "add_task",
     "alora_delta",
     "alora_linear",
     "export_lora",
@@ -35,6 +36,7 @@ __all__ = [
     "route",
     "save_adapter",
     "set_task",
+    "train_only",
 ]
 
 _ROOMS = ("adapters", "analysis", "data", "federated", "modules", "ops", "serving", "training", "tuner")
@@ -44,6 +46,7 @@ _LATER = {  # torch, PEFT and transformers take seconds to import: only when ask
     "FusedALoRALinear": "modules",
     "Routing": "routing",
     "accelerate": "tuner.accelerate",
+    "add_task": "tuner",
     "alora_delta": "ops",
     "alora_linear": "ops",
     "export_lora": "adapters.export",
@@ -54,6 +57,7 @@ _LATER = {  # torch, PEFT and transformers take seconds to import: only when ask
     "route": "routing",
     "save_adapter": "adapters.writer",
     "set_task": "tuner",
+    "train_only": "tuner",
     **{room: room for room in _ROOMS},
 }
 

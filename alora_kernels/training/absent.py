@@ -16,7 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..tuner.tasks import trained_part
 from .tasks import stacked_a
+
+NOT_FROZEN = (
+    "tasks that train_only leaves out would be moved by weight decay and momentum: train in whole processes, with"
+    " torch's optimisers and keep_absent_tasks=True"
+)
 
 
 class KeepAbsentTasks:
@@ -29,17 +35,19 @@ class KeepAbsentTasks:
     Args:
         optimizer: any torch optimiser, also one that accelerate has wrapped.
         parameters: stacked A matrices; the first dimension counts tasks.
+        frozen: some tasks must not move (`train_only`), so that an optimiser with other tensors is an error.
 
     Raises:
         TypeError: the optimiser does not run torch's hooks around its step.
+        RuntimeError: in a step, where tasks are `frozen` and the optimiser steps other tensors.
 
     Note:
         A gradient of exactly zero also occurs while B is zero, before the first step: A then waits one step. State that
         is born in a step is what the optimiser makes of a gradient of zero.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        self.optimizer = _stepping(optimizer)
+    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], *, frozen: bool = False) -> None:
+        self.optimizer, self._frozen = _stepping(optimizer), frozen
         self._parameters = [p for p in parameters if p.requires_grad]
         self._before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []  # absent `[E]`, values, state
         self._told: set[str] = set()
@@ -63,6 +71,8 @@ class KeepAbsentTasks:
                 state = {key: value.clone() for key, value in tensors_of(optimizer, p)}
                 self._before.append((p, absent, local(p).detach().clone(), state))
         if self._parameters and not self._before:
+            if self._frozen:
+                raise RuntimeError(f"{type(optimizer).__name__} steps copies of the matrices: {NOT_FROZEN}")
             self._tell_once(
                 "elsewhere",
                 f"{type(optimizer).__name__} steps other tensors than the model's A matrices (an optimiser inside it or"
@@ -111,6 +121,8 @@ class KeepingTrainer:
 
     model: Any
     optimizer: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     _keeps: bool
     _keeper: KeepAbsentTasks | None = None
 
@@ -120,7 +132,12 @@ class KeepingTrainer:
         prepared = parent._prepare_for_training(*args)
         if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
             self._keeper.remove()
-        self._keeper = KeepAbsentTasks(self.optimizer, stacked_a(self.model)) if self._keeps else None
+        frozen = trained_part(self.model) is not None
+        if frozen and (not self._keeps or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            how = "keep_absent_tasks=False" if not self._keeps else "FSDP or DeepSpeed"
+            raise ValueError(f"train_only with {how}: {NOT_FROZEN}")
+        kept = stacked_a(self.model)
+        self._keeper = KeepAbsentTasks(self.optimizer, kept, frozen=frozen) if self._keeps else None
         return prepared
 
 

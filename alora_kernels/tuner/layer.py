@@ -45,6 +45,28 @@ class AdapterSpec:
         return not self.tasks
 
 
+class TrainedPart(NamedTuple):
+    """Which tasks of an adapter train, and whether B does."""
+
+    rows: tuple[int, ...]
+    b: bool
+
+
+class _OnlyRows(torch.autograd.Function):
+    """A itself, to which only some rows of the gradient go back; zeros keep the others for any optimiser's hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, rows: Sequence[int]) -> Tensor:
+        ctx.rows = list(rows)
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
+        kept = torch.zeros_like(da)
+        kept[ctx.rows] = da[ctx.rows]
+        return kept, None
+
+
 class LayerState(NamedTuple):
     """What a forward reads from the model besides its inputs."""
 
@@ -77,7 +99,7 @@ class ALoRALayer(BaseTunerLayer):
     rows_name: str | None = None  # in the model
     rows: Layout | None = None  # where the batch rows are in its input; None if nobody knows
     adapter_layer_names = ("asymlora_A", "asymlora_B", "asymlora_router")
-    other_param_names = ("asymlora_spec", "asymlora_fixed")
+    other_param_names = ("asymlora_spec", "asymlora_fixed", "asymlora_trained")
 
     def __init__(self, base_layer: nn.Module, split: Split | None = None, **quantization: Any) -> None:
         self.base_layer = base_layer
@@ -86,6 +108,7 @@ class ALoRALayer(BaseTunerLayer):
         self.asymlora_A, self.asymlora_B, self.asymlora_router = containers
         self.asymlora_spec: dict[str, AdapterSpec] = {}
         self.asymlora_fixed: dict[str, int] = {}  # the task that `set_task` chose; -1 is the base
+        self.asymlora_trained: dict[str, TrainedPart] = {}  # what `train_only` chose
         self._disable_adapters = False
         self._paused: list[tuple[str, Weight]] = []  # these train when adapters are enabled again
         self.merged_tasks: dict[str, int] = {}
@@ -144,12 +167,31 @@ class ALoRALayer(BaseTunerLayer):
         """As in PEFT; said while adapters are disabled, it holds when they are enabled."""
         super().set_adapter(adapter_names, inference_mode)
         self._paused = []
+        self._freeze_b()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As in PEFT; said while adapters are disabled, it holds when they are enabled."""
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._paused = [(name, weight) for name, weight in self._paused if name not in names]
+        self._freeze_b()
+
+    def train_only(self, adapter_name: str, part: TrainedPart | None) -> None:
+        """Train a part of an adapter and leave the rest as it is; None trains all of it."""
+        self.asymlora_trained.pop(adapter_name, None)
+        self.set_requires_grad(adapter_name)
+        if part is not None:
+            self.asymlora_trained[adapter_name] = part
+            self._freeze_b()
+
+    def trained_parts(self) -> Iterable[TrainedPart]:
+        """Of the active adapters of which only a part trains."""
+        return [self.asymlora_trained[name] for name in self.active_adapters if name in self.asymlora_trained]
+
+    def _freeze_b(self) -> None:
+        for name, part in self.asymlora_trained.items():
+            if not part.b:
+                self.asymlora_B[name].requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base's device. Its dtype stays, or loading would round float32 weights to bf16."""
@@ -320,9 +362,9 @@ class ALoRALinear(nn.Module, ALoRALayer):
 
     def _adapter(self, name: str, x: Tensor, state: LayerState) -> dict[str, Any]:
         """The op's arguments for one adapter."""
-        spec = self.asymlora_spec[name]
+        spec, a, part = self.asymlora_spec[name], self.asymlora_A[name].weight, self.asymlora_trained.get(name)
         return {
-            "lora_A": self.asymlora_A[name].weight,
+            "lora_A": a if part is None else _OnlyRows.apply(a, part.rows),
             "lora_B": self.asymlora_B[name].weight,
             "router": self.asymlora_router[name].weight if spec.soft else None,
             "task_ids": None if spec.soft else self._ids(name, spec.tasks, x, state),

@@ -20,6 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 
+from alora_kernels import train_only
 from alora_kernels.training.collator import WithTasks
 from alora_kernels.tuner import ALoRAConfig
 
@@ -514,10 +515,11 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         trainer.compute_loss(trainer.model, {})
 
 
-def test_absent_tasks_stay_as_they_are(tmp_path):
-    def a_of(trainer: Any) -> torch.Tensor:
-        return torch.stack([p.detach().clone() for n, p in trainer.model.named_parameters() if "_A.default" in n][:2])
+def a_of(trainer: Any) -> torch.Tensor:
+    return torch.stack([p.detach().clone() for n, p in trainer.model.named_parameters() if "_A.default" in n][:2])
 
+
+def test_absent_tasks_stay_as_they_are(tmp_path):
     rows = sft_rows()[:1] + sft_rows()[3:]  # of math alone
     for keeps in (True, False):
         trainer = trainer_of("SFT", tmp_path, rows, weight_decay=0.1)
@@ -527,6 +529,17 @@ def test_absent_tasks_stay_as_they_are(tmp_path):
         after = a_of(trainer)
         assert not torch.equal(after[:, 0], before[:, 0])
         assert torch.equal(after[:, 1], before[:, 1]) == keeps
+
+
+def test_tasks_that_train_only_leaves_out_stay_though_they_have_rows(tmp_path):
+    trainer = trainer_of("SFT", tmp_path, sft_rows(), weight_decay=0.1)
+    train_only(trainer.model, ["code"])
+    before = a_of(trainer)
+    trainer.train()
+    assert torch.equal(a_of(trainer)[:, 0], before[:, 0]) and not torch.equal(a_of(trainer)[:, 1], before[:, 1])
+    trainer._keeps = False
+    with pytest.raises(ValueError, match="train_only with keep_absent_tasks=False"):
+        trainer.train()
 
 
 def test_versions_that_were_not_tested_are_told_of_once():
