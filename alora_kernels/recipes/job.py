@@ -67,11 +67,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
     recipe = recipe.located(Path()).instead(dtype=chosen.name)
     lost = data.Lost()
-    sizes = recipe.model_dump(include={"seed", "train_size", "test_size"})
-    more: dict[str, Any] = {k: v for k in ("validation_size", "streaming") if (v := getattr(recipe, k))}
-    with display.err.status("reading data ..."):
-        text = data.load_tasks(recipe.tasks, lost=lost, **sizes, **more)
-    words = _words(text)
+    text = read(recipe, lost)
+    words = label_words(text)
     metrics = metrics_of(recipe.tasks, text, words)
     display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
@@ -91,7 +88,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             tasks = tasks_of(model) or tasks
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
-        length = recipe.max_length or context(base, tokenizer)
+        length = recipe.max_length or context(base.config, tokenizer)
         recipe = recipe.instead(max_length=length)
         text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
@@ -103,9 +100,16 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
 
 
-def context(base: Any, tokenizer: Any) -> int:
+def read(recipe: Recipe, lost: data.Lost) -> DatasetDict:
+    """The rows of a recipe's tasks as text."""
+    sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size"})
+    with display.err.status("reading data ..."):
+        return data.load_tasks(recipe.tasks, lost=lost, **sizes)
+
+
+def context(config: Any, tokenizer: Any) -> int:
     """Tokens that a model can read at once; a ValueError where neither it nor its tokenizer says."""
-    known = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
     sizes = [int(size) for size in known if size and size < UNLIMITED]
     if not sizes:
         raise ValueError("max_length: this model does not say how many tokens it can read: give a number")
@@ -123,7 +127,7 @@ def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 
-def _words(text: DatasetDict) -> dict[str, list[str]]:
+def label_words(text: DatasetDict) -> dict[str, list[str]]:
     """Each task's answer words: a built-in task's label words, else the answers seen in training."""
     answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
