@@ -20,7 +20,7 @@ from .packages import SMOLLM2, is_installed, package_file, smollm2_folder, smoll
 from .tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: the names this package gives to models and to encoders; every other string is a folder or a hub id
 MODELS = ("smollm2-135m", "tiny-random")
@@ -31,7 +31,7 @@ TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "te
 
 
 def load_model(
-    name: str = "smollm2-135m", *, dtype: str | torch.dtype = torch.float32
+    name: str = "smollm2-135m", *, dtype: str | torch.dtype = torch.float32, quantization: Any = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -42,6 +42,8 @@ def load_model(
             half the memory, where a chip is faster in it. The default is float32 all the same: what a
             script computes must not depend on the machine it runs on. Recipes and the command line begin with "auto",
             say what it became and save it.
+        quantization: a config of transformers, such as a `BitsAndBytesConfig`; the model is then where it computes, on
+            a GPU if there is one.
 
     Returns:
         The model on the CPU in eval mode, and its tokenizer. The padding token differs from eos where the
@@ -54,9 +56,12 @@ def load_model(
     """
     dtype = precision.resolve(dtype)
     if name == "tiny-random":
+        if quantization is not None:
+            raise ValueError("tiny-random is built, not read, so it cannot be quantised: save it, and name its folder")
         model, tokenizer = _tiny_model(dtype)
     else:
-        model, tokenizer = _from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name, dtype)
+        source = str(smollm2_folder()) if name == "smollm2-135m" else name
+        model, tokenizer = _from_pretrained(source, dtype, quantization)
     use_distinct_pad(tokenizer)
     for config in (model.config, model.generation_config):
         if config is not None:
@@ -64,53 +69,33 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str = "smollm2-135m") -> PreTrainedTokenizerBase:
-    """The tokenizer that `load_model` gives, and its errors, without the weights."""
-    from transformers import AutoTokenizer
-
-    if name == "tiny-random":
-        tokenizer = _tiny_tokenizer()
-    else:
-        source = str(smollm2_tokenizer_folder()) if name == "smollm2-135m" else name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise _unreachable(f"the tokenizer of {name!r}", MODELS, error) from error
-    use_distinct_pad(tokenizer)
-    return tokenizer
-
-
-def load_config(name: str) -> PretrainedConfig:
-    """The config of a model of `load_model`, and its errors, without the weights."""
-    from transformers import AutoConfig
-
-    if name == "tiny-random":
-        with torch.device("meta"):
-            return _tiny_model(torch.float32)[0].config
-    try:
-        return AutoConfig.from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name)
-    except (OSError, ValueError) as error:
-        raise _unreachable(f"the config of {name!r}", MODELS, error) from error
-
-
 def layer_shapes(name: str) -> list[tuple[int, int]]:
     """(in_features, out_features) of what `target_modules="all-linear"` means in a model; its weights are not read.
 
     The name is one of `load_model`, and so are the errors.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..tuner.base_layer import features
     from ..tuner.config import ALoRAConfig
     from ..tuner.targets import targets_of
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(name))
+        if name == "tiny-random":
+            model: Any = _tiny_model(torch.float32)[0]
+        else:
+            try:
+                config = AutoConfig.from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name)
+            except OSError as error:
+                raise _unreachable(f"the config of {name!r}", MODELS, error) from error
+            model = AutoModelForCausalLM.from_config(config)
     targets = targets_of(model, ALoRAConfig(tasks=1, target_modules="all-linear", task_type="CAUSAL_LM"))
     return [features(model.get_submodule(target)) for target in targets]
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_pretrained(
+    source: str, dtype: torch.dtype, quantization: Any = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id, with an error that names the remedy."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,9 +103,13 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     local = bool(source) and Path(source).exists()
     if local and (wrong := _wrong_with(Path(source))):
         raise OSError(f"{Path(source)} {wrong}")
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if quantization is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
             raise OSError(f"{source} does not load as a causal language model: {error}") from error
@@ -137,7 +126,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-def _unreachable(what: str, names: Iterable[str], cause: Exception) -> OSError:
+def _unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
     return OSError(
         f"could not load {what}: it is neither one of {', '.join(names)}, nor a transformers folder, nor a hub id that"
         " can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN for gated models), or"
@@ -179,22 +168,15 @@ def _base_of(config: Path) -> Any:
 
 
 def _tiny_model(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama of 64 features and its tokenizer."""
-    from transformers import LlamaForCausalLM
+    """A Llama of 64 features; SmolLM2's tokenizer where installed, else one of bytes."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    tokenizer = _tiny_tokenizer()
+    real = is_installed(SMOLLM2) and is_installed("gguf")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_folder()) if real else byte_tokenizer()
     # fewer heads of keys and values, as in SmolLM2: k_proj and v_proj are not square
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return _random(LlamaForCausalLM, tokenizer, dtype, 64, max_position_embeddings=2048, **heads, **special), tokenizer
-
-
-def _tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """SmolLM2's tokenizer where installed, else one of bytes."""
-    from transformers import AutoTokenizer
-
-    real = is_installed(SMOLLM2) and is_installed("gguf")
-    return AutoTokenizer.from_pretrained(smollm2_tokenizer_folder()) if real else byte_tokenizer()
 
 
 def _random(cls: type[Any], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, width: int, **settings: Any) -> Any:

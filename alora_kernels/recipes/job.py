@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from .. import data, precision
 from ..adapters.method import METHODS, Method, read_method
@@ -25,6 +26,7 @@ from ..tuner.config import CONFIG
 from . import display
 from .measures import metrics_of
 from .recipe import Recipe
+from .schedule import Schedule, schedule
 
 ADAPTER = "adapter"  # in the output folder
 UNLIMITED = 10**9  # what tokenizers that know no limit say, or more
@@ -47,6 +49,7 @@ class Run:
         str, dict[str, tuple[int, ...]]
     ]  # task -> its words -> their token ids; no tasks that answer in texts
     alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
+    schedule: Schedule
     validation: Dataset | None = None  # rows that judge while training
     metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
 
@@ -66,12 +69,20 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     # `auto` is measured, so that processes might choose differently: the first chooses for all
     chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
     recipe = recipe.located(Path()).instead(dtype=chosen.name)
+    if recipe.load_in:
+        check_packages({"load_in": "bitsandbytes"})
     lost = data.Lost()
-    text = read(recipe, lost)
-    words = label_words(text)
+    sizes = recipe.model_dump(include={"seed", "train_size", "test_size"})
+    more: dict[str, Any] = {k: v for k in ("validation_size", "streaming") if (v := getattr(recipe, k))}
+    with display.err.status("reading data ..."):
+        text = data.load_tasks(recipe.tasks, lost=lost, **sizes, **more)
+    words = _words(text)
     metrics = metrics_of(recipe.tasks, text, words)
-    display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
-    base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype)  # says itself what takes long
+    when = schedule(recipe, text["train"]["task"], validates="validation" in text)
+    bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
+    display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
+    quantization = quantized(recipe, chosen.dtype)
+    base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantization)  # says what is slow
     with display.err.status("preparing adapter and tokens ..."):
         tasks = _task_order(recipe, text, resume)
         method = recipe.adapters(tasks)
@@ -88,7 +99,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             tasks = tasks_of(model) or tasks
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
-        length = recipe.max_length or context(base.config, tokenizer)
+        length = recipe.max_length or context(base, tokenizer)
         recipe = recipe.instead(max_length=length)
         text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
@@ -97,19 +108,33 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
+    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, when, validation, metrics)
 
 
-def read(recipe: Recipe, lost: data.Lost) -> DatasetDict:
-    """The rows of a recipe's tasks as text."""
-    sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size"})
-    with display.err.status("reading data ..."):
-        return data.load_tasks(recipe.tasks, lost=lost, **sizes)
+def check_packages(needed: Mapping[str, str]) -> None:
+    """Raise an ImportError with the line that installs what is not there; key of the recipe -> package."""
+    missing = {key: package for key, package in needed.items() if importlib.util.find_spec(package) is None}
+    if missing:
+        keys = ", ".join(f"{key} needs {package}" for key, package in missing.items())
+        raise ImportError(f"{keys}: pip install {' '.join(dict.fromkeys(missing.values()))}")
 
 
-def context(config: Any, tokenizer: Any) -> int:
+def quantized(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """How the base is loaded in a few bits; None in as many as `dtype` has.
+
+    PEFT's preparation for such training is left out: it makes norms and head float32, and a frozen base needs neither.
+    """
+    if recipe.load_in is None:
+        return None
+    if recipe.load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    how: Any = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **how)
+
+
+def context(base: Any, tokenizer: Any) -> int:
     """Tokens that a model can read at once; a ValueError where neither it nor its tokenizer says."""
-    known = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
     sizes = [int(size) for size in known if size and size < UNLIMITED]
     if not sizes:
         raise ValueError("max_length: this model does not say how many tokens it can read: give a number")
@@ -127,7 +152,7 @@ def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 
-def label_words(text: DatasetDict) -> dict[str, list[str]]:
+def _words(text: DatasetDict) -> dict[str, list[str]]:
     """Each task's answer words: a built-in task's label words, else the answers seen in training."""
     answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):

@@ -7,7 +7,7 @@ saved with the adapter; the demo has a recipe of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +32,7 @@ from ..dtypes import TRAINED, check_dtype
 from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
 
 FILE = "recipe.yaml"
+ALTERNATIVES = (("epochs", "steps", 3), ("warmup_ratio", "warmup_steps", 0.03))  # two ways, and the first's default
 JINJA = (".jinja", ".jinja2")
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # tags of transformers' own around what is answered
 ROUTING_OF = {"alora": "task", "alora-soft": "soft"}
@@ -78,6 +79,11 @@ Targets = Annotated[
 ]
 
 
+Packing = Annotated[
+    Annotated[Literal["auto"], Tag("as text")] | Annotated[bool, Tag("as bool")], _tagged("as text", "as bool")
+]
+
+
 def _says(text: str, default: Any = ..., **limits: Any) -> Any:
     """A setting with its description, which errors repeat."""
     return Field(default, description=text, **limits)
@@ -121,13 +127,37 @@ class Recipe(BaseModel):
     lora_dropout: Number = _says("a share", 0.0, ge=0, lt=1)
     use_rslora: bool = _says("the scaling is lora_alpha / sqrt(r)", False)
     target_modules: Targets = _says("all-linear, a list of names, or a regular expression", "all-linear")
-    steps: Whole = _says("optimiser steps: AdamW, linear decay", 40, ge=1)
-    batch_size: Whole = _says("rows in a step, of all processes together", 32, ge=1)
-    learning_rate: Number = _says("of AdamW", 1e-3, gt=0)
-    warmup_steps: Whole = _says("steps in which the learning rate rises", 4, ge=0)
-    weight_decay: Number = _says("of AdamW", 0.0, ge=0)
+    epochs: Number | None = _says("passes over the training rows; 3 where no steps are given", None, gt=0)
+    steps: Whole | None = _says("optimiser steps, instead of epochs", None, ge=1)
+    batch_size: Whole = _says("rows in an optimiser step, of all processes together", 32, ge=1)
+    gradient_accumulation: Whole = _says(
+        "forward passes that a step's rows are split in, which must divide batch_size: less memory, same step", 1, ge=1
+    )
+    gradient_checkpointing: bool = _says(
+        "compute activations again in backward: far less memory, a third slower", False
+    )
+    packing: Packing = _says(
+        "rows of a batch side by side, without padding, where that is proven to be the same; auto: on CPUs", "auto"
+    )
+    group_by_length: bool = _says("batches of rows of similar length, tasks mixed as ever: less padding", False)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = _says(
+        "8-bit ones keep their state in a quarter of the memory, by bitsandbytes", "adamw"
+    )
+    learning_rate: Number = _says("at its highest; adapters take ten times that of full fine-tuning", 2e-4, gt=0)
+    scheduler: Literal["linear", "cosine", "constant", "inverse_sqrt"] = _says(
+        "how the learning rate falls after it rose", "linear"
+    )
+    warmup_steps: Whole | None = _says("steps in which the learning rate rises", None, ge=0)
+    warmup_ratio: Number | None = _says(
+        "the same as a share of all steps; 0.03 where no warmup_steps are given", None, ge=0, lt=1
+    )
+    weight_decay: Number = _says("a share of each weight, times the learning rate, in each step", 0.0, ge=0)
+    max_grad_norm: Number = _says("longer gradients are shortened to it; 0 leaves them as they are", 1.0, ge=0)
     temperature: Annotated[float, Strict()] = _says(
-        "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1e6, ge=1
+        "1 draws every row once an epoch; larger values, .inf too, bring small tasks more often", 1.0, ge=1
+    )
+    weights: dict[Name, Annotated[Number, Field(gt=0)]] = _says(
+        "task: how many times as often its rows are drawn, beside temperature", {}
     )
     train_size: Whole | None = _says("at most so many training rows of each entry of tasks; null takes all", None, ge=1)
     validation_size: Number = _says(
@@ -142,7 +172,31 @@ class Recipe(BaseModel):
         "label words are compared by the sum of their tokens' log-probabilities, or by the mean", "sum"
     )
     max_length: Whole | None = _says("tokens per row; null takes the model's context", None, ge=2)
-    save_steps: Whole = _says("a checkpoint every so many steps; 0 saves only the final adapter", 0, ge=0)
+    logging_steps: Whole | None = _says(
+        "losses are logged every so many steps; null: every 10, in a short run a dozen times", None, ge=1
+    )
+    eval_steps: Whole | None = _says(
+        "validation rows are judged every so many steps; null: ten times in a run, where there are any", None, ge=1
+    )
+    early_stopping: Whole | None = _says(
+        "evaluations after which a run ends that did not become better; null: never", None, ge=1
+    )
+    keep_best: bool = _says(
+        "where there are validation rows, save the model whose losses on them, averaged over tasks, are lowest, instead"
+        " of the last one",
+        True,
+    )
+    save_steps: Whole | None = _says(
+        "a checkpoint every so many steps; null: at evaluations, without them ten times in a run; 0 saves the final"
+        " adapter alone",
+        None,
+        ge=0,
+    )
+    save_total_limit: Whole | None = _says("checkpoints that stay, the best one among them; null: all", 2, ge=1)
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = _says(
+        "who else gets what is logged: a list of tensorboard, wandb, mlflow; none", ()
+    )
+    overwrite: bool = _says("replace an earlier run in the output folder", False)
     conflict_steps: Whole = _says(
         "gradient conflicts between tasks go to conflicts.csv every so many steps, for alora analyze; 0 measures none",
         0,
@@ -210,18 +264,28 @@ class Recipe(BaseModel):
             routing = own
         return {**values, "method": method, "routing": routing}
 
-    @model_validator(mode="after")
-    def _conflicts_are_whole(self) -> Self:
-        if self.parallel == "fsdp" and self.conflict_steps:
-            raise ValueError("conflict_steps: gradients of a sharded model are not measured: 0 under parallel: fsdp")
-        return self
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _reporters(cls, names: Any) -> Any:
+        """A list, one name, or none."""
+        return () if names in ("none", None, ["none"]) else [names] if isinstance(names, str) else names
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """How long a run is, and how long it warms up, can be said in two ways."""
+        if not isinstance(values, Mapping):
+            return values
+        for one, other, default in ALTERNATIVES:
+            if values.get(one) is None and values.get(other) is None:
+                values = {**values, one: default}
+        return values
 
     @model_validator(mode="after")
-    def _quantised_fits(self) -> Self:
-        if self.load_in and self.method in ("lora-per-task", "hydralora"):
-            raise ValueError(f"load_in: {self.method} replaces plain linear layers: leave load_in out, or use alora")
-        if self.load_in and self.parallel == "fsdp":
-            raise ValueError("load_in: a base in a few bits is not sharded: parallel: ddp, or leave load_in out")
+    def _fits(self) -> Self:
+        """What does not go together, all of it at once."""
+        if said := list(_clashes(self)):
+            raise ValueError("\n  ".join(said))
         return self
 
     @classmethod
@@ -237,6 +301,9 @@ class Recipe(BaseModel):
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes.keys() & {"method", "routing"}:
             changes = {"method": "alora", "routing": None} | changes
+        for one, other, _ in ALTERNATIVES:
+            if changes.keys() & {one, other}:
+                changes = {one: None, other: None} | changes
         return self.of(dict(self) | changes)
 
     def adapters(self, tasks: tuple[str, ...]) -> Method:
@@ -265,6 +332,31 @@ class Recipe(BaseModel):
     def save(self, folder: Path) -> None:
         """Write the recipe beside the adapter."""
         (folder / FILE).write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
+
+
+def _clashes(recipe: Recipe) -> Iterator[str]:
+    """A line for each two settings that do not go together."""
+    for one, other, _ in ALTERNATIVES:
+        if None not in (getattr(recipe, one), getattr(recipe, other)):
+            yield f"{one}: give {one} or {other}, not both"
+    if recipe.batch_size % recipe.gradient_accumulation:
+        yield (
+            f"gradient_accumulation: {recipe.batch_size} rows of a step cannot be split evenly in"
+            f" {recipe.gradient_accumulation} passes: choose a divisor of batch_size"
+        )
+    if recipe.parallel == "fsdp" and recipe.conflict_steps:
+        yield "conflict_steps: gradients of a sharded model are not measured: 0 under parallel: fsdp"
+    if recipe.parallel == "fsdp" and recipe.load_in:
+        yield "load_in: a base in a few bits is not sharded: parallel: ddp, or leave load_in out"
+    if recipe.load_in and recipe.method in ("lora-per-task", "hydralora"):
+        yield f"load_in: {recipe.method} replaces plain linear layers: leave load_in out, or use alora"
+    if recipe.early_stopping and not recipe.keep_best:
+        yield "early_stopping: the best model is kept then: leave keep_best out"
+    if recipe.keep_best and recipe.eval_steps and recipe.save_steps not in (None, recipe.eval_steps):
+        yield (
+            f"save_steps: the best model is one that was judged and saved: leave it out, give {recipe.eval_steps} as"
+            " eval_steps has it, or say keep_best: false"
+        )
 
 
 def _path(root: Path, source: str) -> str:

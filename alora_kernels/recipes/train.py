@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import data
@@ -20,11 +21,14 @@ from ..analysis import ConflictCallback, probe_batches
 from ..baselines.methods import save_method, trainable_parameters
 from ..training import ALoRATrainer
 from . import display
-from .job import ADAPTER, Run, load
+from .job import ADAPTER, Run, check_packages, load
 from .judge import describe, judge, save_metrics, show_scores
 from .recipe import Recipe
+from .watch import LOSSES, PICTURE, LossFile, TrainingBar, draw
 
 CONFLICTS = "conflicts.csv"  # in the output folder
+OPTIMIZERS = {"adamw": TrainingArguments.default_optim}  # recipe's name -> transformers'
+SCHEDULERS = {"constant": "constant_with_warmup"}  # the one without forgets the warm-up
 PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
 
 
@@ -33,7 +37,10 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
 
     Every process of torchrun or accelerate launch calls this; the first writes and prints, all judge.
     """
-    folder, processes = Path(recipe.output), join(recipe)
+    folder, processes, overwrite = Path(recipe.output), join(recipe), overwrite or (recipe.overwrite and not resume)
+    needed = {"optimizer": "8bit" in recipe.optimizer, "load_in": recipe.load_in is not None}
+    bits = {key: "bitsandbytes" for key, is_so in needed.items() if is_so}
+    check_packages(bits | {f"report_to: {name}": name for name in recipe.report_to})
     last = claim(folder, resume=resume, overwrite=overwrite)
     job = load(recipe, resume=last)
     show_method(job)
@@ -41,7 +48,10 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
         clear(folder)
     trainer = trainer_for(job, save=True)
     trainer.train(resume_from_checkpoint=last)
+    show_best(trainer)
     save(job, folder / ADAPTER, trainer)
+    if processes.is_main_process:
+        draw(folder / LOSSES, folder / PICTURE)
     scores = judge(job, job.label)
     show_scores(job, None, scores)
     if processes.is_main_process:
@@ -61,10 +71,12 @@ def join(recipe: Recipe) -> PartialState:
             "parallel: fsdp shards the base over processes, and this is one alone: start it with torchrun"
             " --nproc-per-node N -m alora_kernels train recipe.yaml, or say parallel: ddp"
         )
-    if recipe.batch_size % processes.num_processes:
+    parts = processes.num_processes * recipe.gradient_accumulation
+    if recipe.batch_size % parts:
+        times = f", {recipe.gradient_accumulation} times each" if parts > processes.num_processes else ""
         raise ValueError(
             f"batch_size: {recipe.batch_size} rows of a step cannot be dealt evenly to {processes.num_processes}"
-            " processes: choose a multiple"
+            f" processes{times}: choose a multiple of {parts}"
         )
     return processes
 
@@ -81,6 +93,8 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
     if not next(p for p in (place, *place.parents) if p.exists()).is_dir():
         raise ValueError(f"output: {folder} is, or lies below, a file; give the path of a folder")
     last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if resume and last:
+        check_best(Path(last))
     finished = (place / ADAPTER).is_dir() and any((place / ADAPTER).iterdir())
     if resume and last is None:
         again = "with --overwrite, or into another --output" if finished else "without --resume"
@@ -89,7 +103,7 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
         )
     if resume or overwrite:
         return last if resume else None
-    if finished or last or (place / CONFLICTS).exists():
+    if finished or last or any((place / name).exists() for name in (CONFLICTS, LOSSES)):
         what = f"a finished adapter, {folder / ADAPTER}" if finished else "a run that has begun"
         on = "--resume goes on from its last checkpoint, " if last else ""
         raise ValueError(f"{folder} holds {what}: {on}--overwrite replaces it, --output writes to another folder")
@@ -100,25 +114,56 @@ def clear(folder: Path) -> None:
     """Remove checkpoints and measurements of an earlier run; its adapter stays until the new one replaces it."""
     for old in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(old)
-    (folder / CONFLICTS).unlink(missing_ok=True)
+    for name in (CONFLICTS, LOSSES, PICTURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_best(checkpoint: Path) -> None:
+    """Raise a ValueError if the best model of a run that goes on is gone: the last one would be taken for it."""
+    state = checkpoint / TRAINER_STATE_NAME
+    best = json.loads(state.read_text(encoding="utf-8")).get("best_model_checkpoint") if state.is_file() else None
+    if best and not Path(best).is_dir():
+        raise ValueError(
+            f"the best model so far was saved in {best}, which is not there: resume from the folder that the run began"
+            " in, put the checkpoint back, or start anew with --overwrite"
+        )
 
 
 def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
-    """The trainer a recipe describes, with a progress bar."""
+    """The trainer a recipe describes, with a progress bar; with `save` it judges, saves and reports on its way."""
     recipe, processes = run.recipe, PartialState()
     sharded: Any = recipe.parallel == "fsdp"  # transformers' type is of its older spelling
+    when, rows = run.schedule, recipe.batch_size // recipe.gradient_accumulation // processes.num_processes
+    judged = run.validation is not None and save
     args = TrainingArguments(
         output_dir=recipe.output,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size // processes.num_processes,
+        run_name=Path(recipe.output).resolve().name,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        optim=OPTIMIZERS.get(recipe.optimizer, recipe.optimizer),
         learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type=SCHEDULERS.get(recipe.scheduler, recipe.scheduler),
+        warmup_steps=recipe.warmup_ratio or recipe.warmup_steps or 0,  # below 1 it is a share
         weight_decay=recipe.weight_decay,
-        save_strategy="steps" if save and recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        logging_steps=max(1, recipe.steps // 12),
+        max_grad_norm=recipe.max_grad_norm,
+        logging_steps=when.logging,
+        eval_strategy="steps" if judged else "no",
+        eval_steps=when.eval or None,
+        save_strategy="steps" if save and when.save else "no",
+        save_steps=when.save or 500,
+        save_total_limit=recipe.save_total_limit,
+        load_best_model_at_end=judged and when.keep_best,
+        metric_for_best_model="mean_loss" if judged and when.keep_best else None,
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # how often early stopping saw no improvement
         seed=recipe.seed,
-        report_to="none",
+        report_to=list(recipe.report_to) if save else "none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=processes.device.type == "cpu",
@@ -128,42 +173,21 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         model=run.model,
         args=args,
         train_dataset=run.train,
+        eval_dataset=run.validation if judged else None,
         processing_class=run.tokenizer,
         task_temperature=recipe.temperature,
-        callbacks=[TrainingBar()],
+        task_weights=recipe.weights,
+        padding_free=None if recipe.packing == "auto" else recipe.packing,
+        callbacks=[TrainingBar(), *([LossFile(Path(recipe.output) / LOSSES)] if save else [])],
     )
+    if judged and recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
     trainer.remove_callback(PrinterCallback)
     if save and recipe.conflict_steps:
         probes = probe_batches(run.test, trainer.data_collator, PROBE_ROWS)
         file = Path(recipe.output) / CONFLICTS
         trainer.add_callback(ConflictCallback(trainer.compute_loss, probes, file, every=recipe.conflict_steps))
     return trainer
-
-
-class TrainingBar(TrainerCallback):
-    """A bar with the loss while training, and a line with the loss of each task at every log."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar, where training resumes."""
-        self.bar = display.progress("steps")
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the losses; the last log of a training has none."""
-        if "loss" in logs:
-            per_task = "  ".join(f"{k[5:]} {v:.2f}" for k, v in logs.items() if k.startswith("loss_"))
-            loss = f"loss {logs['loss']:.3f}"
-            self.bar.update(self.task, note=loss)
-            self.bar.console.print(f"step {state.global_step:>4}  {loss}  [dim]{per_task}[/dim]", highlight=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar on the screen."""
-        self.bar.stop()
 
 
 def show_method(run: Run) -> None:
@@ -174,6 +198,15 @@ def show_method(run: Run) -> None:
         share = 100 * count / run.alora_parameters
         text += f", {share:.1f} % of the {run.alora_parameters / 1e6:.3g} M of ALoRA with r={run.recipe.r}"
     display.say(text)
+
+
+def show_best(trainer: ALoRATrainer) -> None:
+    """Print which model is kept, where some were judged while training."""
+    state: Any = trainer.state
+    if trainer.args.load_best_model_at_end:
+        if state.best_model_checkpoint is None:
+            raise ValueError("no evaluation gave a loss that is a number, so no model is the best: see losses.csv")
+        display.say(f"kept: step {state.best_global_step}, validation loss {state.best_metric:.3f}, mean over tasks")
 
 
 def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:

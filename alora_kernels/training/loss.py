@@ -339,11 +339,12 @@ class TaskSums:
         return {f"loss_{name}": loss / labels for name, (loss, labels, *_) in columns if labels}
 
     def metrics(self) -> dict[str, float]:
-        """Loss per label and exact-match accuracy of each task, rows alike, and the mean accuracy over tasks."""
+        """Loss per label and exact-match accuracy of each task, rows alike, and the means of both over tasks."""
         found: dict[str, float] = {}
         each = []
         for name, (_, _, means, right, rows) in zip(self.names, self._sums.T.tolist(), strict=True):
             if rows:
-                each.append(right / rows)
+                each.append((means / rows, right / rows))
                 found |= {f"loss_{name}": means / rows, f"accuracy_{name}": right / rows}
-        return {**found, "accuracy": sum(each) / len(each)} if each else {}
+        overall = (sum(column) / len(each) for column in zip(*each, strict=True))
+        return found | dict(zip(("mean_loss", "accuracy"), overall, strict=True)) if each else {}

@@ -231,15 +231,16 @@ def check_class_label(name: str, dataset: Any, names: Sequence[str]) -> None:
         )
 
 
-def check_order(dataset: Any, strategy: str, temperature: float) -> None:
+def check_order(dataset: Any, strategy: str, temperature: float, weights: Mapping[Any, float] | None = None) -> None:
     """Raise ValueError unless the training set can be read in the order that is asked for."""
     if isinstance(dataset, Mapping):
         raise ValueError(f"train_dataset holds {', '.join(map(str, dataset))}: pass one of them, or join them")
     stream = isinstance(dataset, IterableDataset)
-    if temperature != 1.0 and (stream or strategy not in BALANCED):
+    if (temperature != 1.0 or weights) and (stream or strategy not in BALANCED):
         reason = "a stream has its own order" if stream else f"train_sampling_strategy is {strategy!r}"
+        asked, remedy = (f"task_weights={weights}", "out") if weights else (f"task_temperature={temperature}", "at 1")
         raise ValueError(
-            f"task_temperature={temperature} draws rows task by task, but {reason}: leave it at 1"
+            f"{asked} draws rows task by task, but {reason}: leave it {remedy}"
             + ("; datasets.interleave_datasets(probabilities=...) mixes streams" if stream else "")
         )
     if stream and strategy not in ("random", "sequential"):
@@ -253,7 +254,8 @@ class TaskBalancedSampler(Sampler[int]):
     """Examples in an order that mixes tasks, small tasks repeated or large ones thinned by temperature.
 
     Formula: task t gets a share of the epoch proportional to `n_t ** (1 / temperature)`. At 1 every example is drawn
-    once; towards infinity all tasks come equally often.
+    once; towards infinity all tasks come equally often. With weights it is then drawn `w_t` times as often, which makes
+    the epoch longer or shorter.
 
     With lengths, rows of similar length come together without changing what an epoch draws: within some batches' rows
     each task's shortest go to one batch, its longest to another, so that every batch keeps its mix of tasks.
@@ -261,6 +263,7 @@ class TaskBalancedSampler(Sampler[int]):
     Args:
         tasks: the task of each example, a name or an id; a tensor or an array of ids is grouped by value.
         temperature: T >= 1.
+        weights: w > 0 of some of the tasks; that of the others is 1.
         seed: with the epoch it determines the order.
         lengths: tokens of each example; None: batches mix lengths.
         batch_size: rows of a batch, where lengths are given.
@@ -273,6 +276,7 @@ class TaskBalancedSampler(Sampler[int]):
         tasks: Sequence[str | int],
         *,
         temperature: float = 1.0,
+        weights: Mapping[Any, float] | None = None,
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
@@ -288,9 +292,14 @@ class TaskBalancedSampler(Sampler[int]):
         self._members: dict[str | int, list[int]] = {}
         for index, task in enumerate(tasks):
             self._members.setdefault(plain_task(task), []).append(index)
-        weights = {task: len(members) ** (1.0 / temperature) for task, members in self._members.items()}
-        scale = len(tasks) / sum(weights.values())
-        self.counts = {task: max(1, round(weight * scale)) for task, weight in weights.items()}
+        times = dict(weights or {})
+        if strange := [task for task, w in times.items() if task not in self._members or not 0 < w < float("inf")]:
+            raise ValueError(
+                f"weights are numbers above 0 of tasks that have examples, got {times}: see {strange[0]!r}"
+            )
+        shares = {task: len(members) ** (1.0 / temperature) for task, members in self._members.items()}
+        scale = len(tasks) / sum(shares.values())
+        self.counts = {task: max(1, round(share * scale * times.get(task, 1))) for task, share in shares.items()}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of this epoch; called by the trainer, also when it resumes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class ALoRATrainer(KeepingTrainer, Trainer):
         *args: as `transformers.Trainer`.
         task_temperature: 1 draws every example once; larger values let small tasks come more often, see
             `TaskBalancedSampler`.
+        task_weights: how many times as often the rows of a task are drawn.
         keep_absent_tasks: A of a task that a step's batch does not hold is left as it is, moments included.
         padding_free: train on the tokens of a batch side by side, without padding; None: on CPUs. Only where the first
             batch proves that losses and gradients stay the same; `packing.padded_because` says why it does not.
@@ -65,12 +67,14 @@ class ALoRATrainer(KeepingTrainer, Trainer):
         self,
         *args: Any,
         task_temperature: float = 1.0,
+        task_weights: Mapping[str, float] | None = None,
         keep_absent_tasks: bool = True,
         padding_free: bool | None = None,
         **kwargs: Any,
     ) -> None:
         own_collator = (args[2] if len(args) > 2 else kwargs.get("data_collator")) is None
         self.task_temperature, self.keep_absent_tasks = task_temperature, keep_absent_tasks
+        self.task_weights = dict(task_weights or {})
         self.packing = Packing(padding_free)
         super().__init__(*args, **kwargs)
         tasks.check_adapted(self.model)
@@ -85,7 +89,7 @@ class ALoRATrainer(KeepingTrainer, Trainer):
             self.data_collator = TaskCollator(self._pad_token_id(), self.tasks, model=self._rules)
         elif not isinstance(self.data_collator, TaskCollator | WithTasks):
             self.data_collator = WithTasks(self.data_collator, self.tasks, self._rules)
-        tasks.check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature)
+        tasks.check_order(self.train_dataset, self.args.train_sampling_strategy, task_temperature, task_weights)
         if tables:
             tasks.check_datasets(datasets, self.tasks, tables)
         CheckpointGuard.install(base_model(self.model))
@@ -169,7 +173,8 @@ class ALoRATrainer(KeepingTrainer, Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         column, strategy = None, self.args.train_sampling_strategy
         if strategy in tasks.BALANCED:
-            column = tasks.task_column("train_dataset", dataset, read_rows=self.task_temperature != 1.0)
+            read = self.task_temperature != 1.0 or bool(self.task_weights)
+            column = tasks.task_column("train_dataset", dataset, read_rows=read)
         if column is None:
             theirs: Any = super()._get_train_sampler(dataset)
             self._drawn = len(theirs) if theirs is not None else 0
@@ -177,7 +182,8 @@ class ALoRATrainer(KeepingTrainer, Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         lengths = tasks.row_lengths(dataset, self.args.length_column_name) if strategy != "random" else None
         order: dict[str, Any] = {"lengths": lengths, "batch_size": self.args.train_batch_size}
-        sampler = tasks.TaskBalancedSampler(column, temperature=self.task_temperature, seed=seed, **order)
+        order |= {"temperature": self.task_temperature, "weights": self.task_weights, "seed": seed}
+        sampler = tasks.TaskBalancedSampler(column, **order)
         self._drawn = len(sampler)
         return sampler
 

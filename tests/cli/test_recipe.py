@@ -52,6 +52,23 @@ WRONG = {
     "streaming: 7": "streaming: must be true or false, got 7",
     "max_length: 1": "max_length: must be >= 2, got 1 (tokens per row; null takes the model's context)",
     "chat_template: '{% if %}'": "chat_template: is no Jinja template: Expected an expression, got 'end of",
+    "epochs: 0": "epochs: must be > 0, got 0",
+    "gradient_accumulation: 0": "gradient_accumulation: must be >= 1, got 0",
+    "gradient_checkpointing: 7": "gradient_checkpointing: must be true or false, got 7",
+    "packing: maybe": "packing: must be 'auto', got 'maybe'",
+    "packing: 7": "packing: must be true or false, got 7",
+    "optimizer: lion": "optimizer: must be 'adamw', 'adamw_8bit', 'paged_adamw_8bit', 'adafactor' or 'sgd', got 'lion'",
+    "scheduler: cosin": "scheduler: must be 'linear', 'cosine', 'constant' or 'inverse_sqrt', got 'cosin'",
+    "warmup_ratio: 1": "warmup_ratio: must be < 1, got 1",
+    "max_grad_norm: -1": "max_grad_norm: must be >= 0, got -1",
+    "weights: {trec: 0}": "weights.trec: must be > 0, got 0",
+    "weights: [trec]": "weights: must be a mapping, got ['trec']",
+    "report_to: [tensorbord]": "report_to[0]: must be 'tensorboard', 'wandb' or 'mlflow', got 'tensorbord'",
+    "eval_steps: 0": "eval_steps: must be >= 1, got 0",
+    "early_stopping: 0": "early_stopping: must be >= 1, got 0",
+    "keep_best: 2": "keep_best: must be true or false, got 2",
+    "save_total_limit: 0": "save_total_limit: must be >= 1, got 0",
+    "logging_steps: 0": "logging_steps: must be >= 1, got 0",
     "stepz: 3": "stepz: unknown setting; did you mean steps?",
     "nothing_like_it: {a: 1}": "nothing_like_it: unknown setting; known are tasks, model",
     "tasks: []": "tasks: give at least one, for example trec",
@@ -69,6 +86,11 @@ WRONG = {
     "method: lora\nrouting: soft": "routing: soft is not how lora works: leave routing out",
     "load_in: 4bit\nmethod: hydralora": "load_in: hydralora replaces plain linear layers: leave load_in out, or use",
     "load_in: 4bit\nparallel: fsdp": "load_in: a base in a few bits is not sharded: parallel: ddp, or",
+    "epochs: 2\nsteps: 10": "epochs: give epochs or steps, not both",
+    "warmup_steps: 2\nwarmup_ratio: 0.1": "warmup_ratio: give warmup_ratio or warmup_steps, not both",
+    "batch_size: 6\ngradient_accumulation: 4": "gradient_accumulation: 6 rows of a step cannot be split evenly in 4",
+    "eval_steps: 4\nsave_steps: 2": "save_steps: the best model is one that was judged and saved: leave it out, give 4",
+    "early_stopping: 2\nkeep_best: false": "early_stopping: the best model is kept then: leave keep_best out",
     "method: alora-soft\nrouting: task": "routing: task is not how alora-soft works: leave routing out",
 }  # fmt: skip
 
@@ -276,7 +298,8 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(tmp_path, jsonl):
     config = recipe(tmp_path, jsonl, save_steps=2, conflict_steps=2)
     alora("train", config)
     first = contents(tmp_path / "run" / "adapter")
-    alora("train", str(recipe(tmp_path, jsonl, save_steps=1, steps=3, seed=1, conflict_steps=3)), "--overwrite")
+    more = {"overwrite": "true", "save_total_limit": "null"}
+    alora("train", str(recipe(tmp_path, jsonl, save_steps=1, steps=3, seed=1, conflict_steps=3, **more)))
     second = contents(tmp_path / "run" / "adapter")
     assert first.keys() == second.keys() and all(first[name] != second[name] for name in first if "model" in name)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 2, 3)}

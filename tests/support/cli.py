@@ -27,7 +27,8 @@ refused = partial(invoke, app, code=2)
 def recipe(folder: Path, jsonl: Path, **more: object) -> Path:
     """A recipe file for the tasks of a user's own file."""
     lines = {"tasks": f"[{{name: parity, source: {jsonl}}}]", "model": "tiny-random", "dtype": "float32",
-             "output": str(folder / "run"), "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, **more}  # fmt: skip
+             "output": str(folder / "run"), "steps": 4, "batch_size": 8, "test_size": 10, "r": 2, "save_steps": 0,
+             **more}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
     return path
