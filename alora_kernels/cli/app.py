@@ -16,6 +16,7 @@ from .adapters import export_lora, import_lora
 from .analyze import analyze
 from .doctor import doctor
 from .fed import app as federated
+from .generate import generate
 from .lm_eval import lm_eval
 from .serve import serve
 from .tasks import app as tasks
@@ -134,6 +135,7 @@ def evaluate(
             typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
 
 
+app.command()(generate)
 app.command("lm-eval")(lm_eval)
 app.command()(doctor)
 app.command()(tune)

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..dtypes import AUTO
 from ..recipes import display
-from . import command, wish_of
+from . import command
+from .generate import open_base
 
 
 def lm_eval(
@@ -41,22 +41,12 @@ def lm_eval(
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from .. import data, precision
-        from ..adapters.config import read_settings
         from ..baselines.methods import base_alone, load_method, tasks_of
         from ..integrations.lm_eval import ALoRALM
         from ..modules.adapter import BASE
-        from ..recipes.recipe import FILE, load_recipe
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
-        trained = load_recipe(adapter / FILE, root=Path()) if (adapter / FILE).exists() else None
-        name = model or (trained.model if trained else read_settings(adapter).get("base_model_name_or_path"))
-        if not name:
-            raise ValueError(f"{adapter} does not name its base: give it as --model")
-        wish = wish_of(dtype) if dtype else trained.dtype if trained else AUTO
-        chosen = precision.explain(None, wish, "asked for" if dtype else "as trained")
-        display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
-        plain, tokenizer = data.load_model(name, dtype=chosen.dtype)
+        plain, tokenizer, name, chosen = open_base(adapter, model, dtype)
         adapted = load_method(plain, adapter).to("cuda" if torch.cuda.is_available() else "cpu")
         own, manager = tasks_of(adapted), TaskManager(include_path=str(include_path) if include_path else None)
         if unknown := [name for name in only or () if own and name not in own]:
