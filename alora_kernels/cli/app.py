@@ -14,6 +14,7 @@ from ..version import __version__
 from . import command, trained_in
 from .adapters import export_lora, import_lora
 from .analyze import analyze
+from .data import data
 from .doctor import doctor
 from .fed import app as federated
 from .generate import generate
@@ -137,6 +138,7 @@ def evaluate(
 
 app.command()(generate)
 app.command("lm-eval")(lm_eval)
+app.command()(data)
 app.command()(doctor)
 app.command()(tune)
 app.command("export")(export_lora)

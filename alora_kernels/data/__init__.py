@@ -5,7 +5,7 @@ For recipes, examples, benchmarks and tests. Importing this package imports neit
 
 from .encoding import IGNORE, Lost, encode, encode_splits, first_tokens, word_tokens
 from .loading import as_source, load_task, load_tasks, majority_baseline, task_cards
-from .models import MODELS, EncoderClassifier, load_encoder, load_model
+from .models import MODELS, EncoderClassifier, load_config, load_encoder, load_model, load_tokenizer
 from .packages import MissingPackageError
 from .sources import TaskSpec
 from .tasks import TASKS, Task, labels_of
@@ -24,10 +24,12 @@ __all__ = [
     "encode_splits",
     "first_tokens",
     "labels_of",
+    "load_config",
     "load_encoder",
     "load_model",
     "load_task",
     "load_tasks",
+    "load_tokenizer",
     "majority_baseline",
     "task_cards",
     "word_tokens",

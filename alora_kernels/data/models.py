@@ -20,7 +20,7 @@ from .packages import SMOLLM2, is_installed, package_file, smollm2_folder, smoll
 from .tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: the names this package gives to models and to encoders; every other string is a folder or a hub id
 MODELS = ("smollm2-135m", "tiny-random")
@@ -69,26 +69,48 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name: str = "smollm2-135m") -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` gives, and its errors, without the weights."""
+    from transformers import AutoTokenizer
+
+    if name == "tiny-random":
+        tokenizer = _tiny_tokenizer()
+    else:
+        source = str(smollm2_tokenizer_folder()) if name == "smollm2-135m" else name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise _unreachable(f"the tokenizer of {name!r}", MODELS, error) from error
+    use_distinct_pad(tokenizer)
+    return tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a model of `load_model`, and its errors, without the weights."""
+    from transformers import AutoConfig
+
+    if name == "tiny-random":
+        with torch.device("meta"):
+            return _tiny_model(torch.float32)[0].config
+    try:
+        return AutoConfig.from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name)
+    except (OSError, ValueError) as error:
+        raise _unreachable(f"the config of {name!r}", MODELS, error) from error
+
+
 def layer_shapes(name: str) -> list[tuple[int, int]]:
     """(in_features, out_features) of what `target_modules="all-linear"` means in a model; its weights are not read.
 
     The name is one of `load_model`, and so are the errors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from ..tuner.base_layer import features
     from ..tuner.config import ALoRAConfig
     from ..tuner.targets import targets_of
 
     with torch.device("meta"):
-        if name == "tiny-random":
-            model: Any = _tiny_model(torch.float32)[0]
-        else:
-            try:
-                config = AutoConfig.from_pretrained(str(smollm2_folder()) if name == "smollm2-135m" else name)
-            except OSError as error:
-                raise _unreachable(f"the config of {name!r}", MODELS, error) from error
-            model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(load_config(name))
     targets = targets_of(model, ALoRAConfig(tasks=1, target_modules="all-linear", task_type="CAUSAL_LM"))
     return [features(model.get_submodule(target)) for target in targets]
 
@@ -126,7 +148,7 @@ def _from_pretrained(
     return model, tokenizer
 
 
-def _unreachable(what: str, names: Iterable[str], cause: OSError) -> OSError:
+def _unreachable(what: str, names: Iterable[str], cause: Exception) -> OSError:
     return OSError(
         f"could not load {what}: it is neither one of {', '.join(names)}, nor a transformers folder, nor a hub id that"
         " can be reached from here. Check the spelling and the network (HF_HUB_OFFLINE, HF_TOKEN for gated models), or"
@@ -168,15 +190,22 @@ def _base_of(config: Path) -> Any:
 
 
 def _tiny_model(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama of 64 features; SmolLM2's tokenizer where installed, else one of bytes."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    """A Llama of 64 features and its tokenizer."""
+    from transformers import LlamaForCausalLM
 
-    real = is_installed(SMOLLM2) and is_installed("gguf")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_folder()) if real else byte_tokenizer()
+    tokenizer = _tiny_tokenizer()
     # fewer heads of keys and values, as in SmolLM2: k_proj and v_proj are not square
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return _random(LlamaForCausalLM, tokenizer, dtype, 64, max_position_embeddings=2048, **heads, **special), tokenizer
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer where installed, else one of bytes."""
+    from transformers import AutoTokenizer
+
+    real = is_installed(SMOLLM2) and is_installed("gguf")
+    return AutoTokenizer.from_pretrained(smollm2_tokenizer_folder()) if real else byte_tokenizer()
 
 
 def _random(cls: type[Any], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, width: int, **settings: Any) -> Any:

@@ -72,11 +72,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     if recipe.load_in:
         check_packages({"load_in": "bitsandbytes"})
     lost = data.Lost()
-    sizes = recipe.model_dump(include={"seed", "train_size", "test_size"})
-    more: dict[str, Any] = {k: v for k in ("validation_size", "streaming") if (v := getattr(recipe, k))}
-    with display.err.status("reading data ..."):
-        text = data.load_tasks(recipe.tasks, lost=lost, **sizes, **more)
-    words = _words(text)
+    text = read(recipe, lost)
+    words = label_words(text)
     metrics = metrics_of(recipe.tasks, text, words)
     when = schedule(recipe, text["train"]["task"], validates="validation" in text)
     bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
@@ -99,7 +96,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             tasks = tasks_of(model) or tasks
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
-        length = recipe.max_length or context(base, tokenizer)
+        length = recipe.max_length or context(base.config, tokenizer)
         recipe = recipe.instead(max_length=length)
         text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
@@ -132,9 +129,16 @@ def quantized(recipe: Recipe, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **how)
 
 
-def context(base: Any, tokenizer: Any) -> int:
+def read(recipe: Recipe, lost: data.Lost) -> DatasetDict:
+    """The rows of a recipe's tasks as text."""
+    sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size"})
+    with display.err.status("reading data ..."):
+        return data.load_tasks(recipe.tasks, lost=lost, **sizes)
+
+
+def context(config: Any, tokenizer: Any) -> int:
     """Tokens that a model can read at once; a ValueError where neither it nor its tokenizer says."""
-    known = (getattr(base.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
     sizes = [int(size) for size in known if size and size < UNLIMITED]
     if not sizes:
         raise ValueError("max_length: this model does not say how many tokens it can read: give a number")
@@ -152,7 +156,7 @@ def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 
-def _words(text: DatasetDict) -> dict[str, list[str]]:
+def label_words(text: DatasetDict) -> dict[str, list[str]]:
     """Each task's answer words: a built-in task's label words, else the answers seen in training."""
     answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
