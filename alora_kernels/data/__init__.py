@@ -8,6 +8,7 @@ from .loading import as_source, load_task, load_tasks, majority_baseline, task_c
 from .models import MODELS, EncoderClassifier, load_config, load_encoder, load_model, load_tokenizer
 from .packages import MissingPackageError
 from .sources import TaskSpec
+from .stream import stream
 from .tasks import TASKS, Task, labels_of
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "load_tasks",
     "load_tokenizer",
     "majority_baseline",
+    "stream",
     "task_cards",
     "word_tokens",
 ]

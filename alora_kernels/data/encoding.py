@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.asking import chat_text
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Features
     from transformers import PreTrainedTokenizerBase
 
 #: label of a token that the loss skips, as in torch and transformers
@@ -126,21 +126,27 @@ def _encode(
     dataset: Dataset, tokenizer: Any, max_length: int | None, lost: Lost | None, template: str | None
 ) -> tuple[Dataset, list[int]]:
     """Encoded rows, and their numbers in the data set."""
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    from datasets import Dataset, concatenate_datasets
 
     if not isinstance(dataset, Dataset):
         raise TypeError(f"expected one split, got {type(dataset).__name__}; call encode(splits['train'], tokenizer)")
     missing = [column for column in ("prompt", "answer", "task") if column not in dataset.column_names]
     if missing:
         raise ValueError(f"data set lacks column {', '.join(missing)}; present: {', '.join(dataset.column_names)}")
-    columns = dict.fromkeys(("input_ids", "attention_mask", "labels"), List(Value("int64")))
-    features = Features({**columns, "task": Value("string")})
     parts, kept = [], []
     for start in range(0, max(len(dataset), 1), BATCH):
         found = encode_batch(dataset[start : start + BATCH], tokenizer, max_length, lost or Lost(), template)
         kept += [start + number for number in found.pop("number")]
-        parts.append(Dataset.from_dict(found, features=features))
+        parts.append(Dataset.from_dict(found, features=features_of_ids()))
     return concatenate_datasets(parts), kept
+
+
+def features_of_ids() -> Features:
+    """Columns of `encode`."""
+    from datasets import Features, List, Value
+
+    columns = dict.fromkeys(("input_ids", "attention_mask", "labels"), List(Value("int64")))
+    return Features({**columns, "task": Value("string")})
 
 
 def encode_batch(

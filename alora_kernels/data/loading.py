@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..adapters.cards import TaskCard
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HEAD = 1000  # rows of a stream that are read before training, besides those that judge
 Parts = dict[str, list[Example]]  # by split
 Seen = dict[tuple[str, str], tuple[str, bool]]  # task and question -> answer, and whether a held row of its own file
 
@@ -75,13 +76,18 @@ def load_tasks(
     test_size: float = 200,
     validation_size: float = 0,
     lost: Lost | None = None,
+    streaming: bool = False,
 ) -> DatasetDict:
-    """Several different tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled by the seed."""
+    """Several different tasks mixed: each as `load_task` gives it, sizes per source, rows shuffled by the seed.
+
+    `streaming` reads the head of each source alone: the rows that judge, and some to know the tasks and their answers
+    by. `stream` reads all the others while training.
+    """
     sources = [as_source(name) for name in names]
     called = [source.name for source in sources]
     if not called or len(set(called)) < len(called):
         raise ValueError(f"expected one or more different tasks, got {called}")
-    sizes = Sizes(train_size, {"test": test_size, "validation": validation_size})
+    sizes = Sizes(train_size, {"test": test_size, "validation": validation_size}, streaming)
     parts = _split(sources, seed, sizes, lost or Lost())
     mix = random.Random(seed)
     for split in ("train", "test", "validation"):
@@ -95,6 +101,7 @@ class Sizes:
 
     train: int | None
     held: Mapping[str, float]  # by split that judges; below 1 a share of the source's rows
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if min(self.train or 0, *self.held.values()) < 0:
@@ -105,6 +112,11 @@ class Sizes:
         """Rows of a source for a split that judges: the source's own share of its `total` rows before all else."""
         own = getattr(spec, f"{split}_split")
         size = own if isinstance(own, float) else self.held[split]
+        if self.streaming and 0 < size < 1:
+            raise ValueError(
+                f"task {spec.name!r}: a stream's length is not known, nor a share of it ({split}: {size}): give a"
+                f" number of rows ({split}_size), or another split"
+            )
         return max(1, round(size * total)) if 0 < size < 1 else int(size)
 
 
@@ -141,11 +153,12 @@ def _split(sources: Sequence[Task | TaskSpec], seed: int, sizes: Sizes, lost: Lo
 
 def _split_source(source: Task | TaskSpec, seed: int, sizes: Sizes, seen: Seen, lost: Lost) -> Parts:
     """Examples of one source that are not in `seen` yet."""
+    spec = spec_of(source)
     if isinstance(source, Task):
-        spec = TaskSpec(source.name, source.path, prompt=source.template, answer="{label}", task_column=None)
         rows: Rows = source.rows()
+    elif sizes.streaming:
+        rows = read_rows(spec, limit=HEAD + sum(sizes.of(spec, split, 0) for split in HELD))
     else:
-        spec = source
         rows = read_rows(spec)
     form = form_of(spec, rows)
     examples = _shuffled(spec, form, rows, seed, seen, lost)
@@ -168,22 +181,29 @@ def _split_source(source: Task | TaskSpec, seed: int, sizes: Sizes, seen: Seen, 
             f"task {spec.name!r}: every prompt of {', '.join(spec.files)!r} is a test prompt, none is left to train on"
         )
     held = sum(len(parts[split]) for split in counts)
-    if sizes.train is not None and sizes.train <= len(rest) and sizes.train + held < len(rows):
+    if not sizes.streaming and sizes.train is not None and sizes.train <= len(rest) and sizes.train + held < len(rows):
         lost.limited[spec.name] = sizes.train, len(rows)
     return parts | {"train": rest[: sizes.train]}
+
+
+def spec_of(source: Task | TaskSpec) -> TaskSpec:
+    """A built-in task as if it were one of the user's own."""
+    if isinstance(source, TaskSpec):
+        return source
+    return TaskSpec(source.name, source.path, prompt=source.template, answer="{label}", task_column=None)
 
 
 def _of_its_own(
     spec: TaskSpec, form: Form, split: str, own: str, sizes: Sizes, seed: int, seen: Seen, lost: Lost
 ) -> list[Example]:
     """Rows that judge and have a file or hub split of their own."""
-    rows = read_rows(spec, own)
+    size = sizes.held[split]
+    most = None if 0 < size < 1 or (split == "validation" and not size) else int(size)
+    rows = read_rows(spec, own, most if sizes.streaming else None)
     spec = TaskSpec(spec.name, own, spec.prompt, spec.answer, words=spec.words, task_column=spec.task_column,
                     system=spec.system)  # fmt: skip
     if (other := form_of(spec, rows)).name != form.name:
         raise ValueError(f"{own!r}: its rows are {other.name}, those to train on {form.name}: one task has one form")
-    size = sizes.held[split]
-    most = None if 0 < size < 1 or (split == "validation" and not size) else int(size)
     examples = list(islice(_shuffled(spec, other, rows, seed, seen, lost, held=True), most))
     if most is not None and len(examples) == most < len(rows):
         lost.judged[f"{spec.name} ({split})"] = most, len(rows)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import Discriminator, Field, Tag
 
@@ -86,16 +86,39 @@ class TaskSpec:
         return dataclasses.replace(self, **places)
 
 
-def read_rows(spec: TaskSpec, split: str | None = None) -> Rows:
-    """Raw rows to train on, or those of another split, the hub's name of it or a path; a ValueError if none."""
-    own = spec.is_file if split is None else spec.is_file or split.endswith(FILES)
-    paths = spec.files if split is None else (split,)
-    rows = read_files(paths) if own else _read_hub(spec, split or spec.split)
+def read_rows(spec: TaskSpec, split: str | None = None, limit: int | None = None) -> Rows:
+    """Raw rows to train on, or those of another split, the hub's name of it or a path; a ValueError if none.
+
+    `limit` reads the first so many and no further. Otherwise a hub data set and a single parquet file stay tables.
+    """
+    own, paths = _places(spec, split)
+    if limit is not None or (own and (len(paths) > 1 or not paths[0].endswith(".parquet"))):
+        rows: Rows = FileRows(islice(raw_rows(spec, split), limit))
+    else:
+        rows = _with_class_names(_read_parquet(paths[0]) if own else _read_hub(spec, split))
     if not len(rows):
         raise ValueError(
             f"{', '.join(map(repr, paths))} has no rows; expected one JSON object per line, or a non-empty split"
         )
     return rows
+
+
+def raw_rows(spec: TaskSpec, split: str | None = None) -> Iterator[tuple[Any, str]]:
+    """The rows of `read_rows` one by one, as they are read, each with its place."""
+    own, paths = _places(spec, split)
+    if not own:
+        yield from _from_table(_read_hub(spec, split, streaming=True), paths[0])
+    for path in paths if own else ():
+        if path.endswith(".parquet"):
+            yield from _from_table(_read_parquet(path, streaming=True), path)
+        else:
+            yield from _from_file(Path(path))
+
+
+def _places(spec: TaskSpec, split: str | None) -> tuple[bool, tuple[str, ...]]:
+    """Whether rows come from files, and their paths, or the hub's name."""
+    own = spec.is_file if split is None else spec.is_file or split.endswith(FILES)
+    return own, (split,) if split is not None and own else spec.files
 
 
 def placeholders(*templates: str) -> list[str]:
@@ -114,11 +137,19 @@ def placeholders(*templates: str) -> list[str]:
 
 
 class FileRows(list[dict[str, Any]]):
-    """The objects of files; `places` says where each stands."""
+    """Objects as they were read; `places` says where each stands. A ValueError for what is no object."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: Iterable[tuple[Any, str]]) -> None:
         super().__init__()
         self.places: list[str] = []
+        for value, where in found:
+            if not isinstance(value, dict):
+                shown = json.dumps(value)[:40]
+                raise ValueError(
+                    f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}"
+                )
+            self.append(value)
+            self.places.append(where)
 
 
 def place(rows: Rows, source: str, number: int) -> str:
@@ -126,31 +157,8 @@ def place(rows: Rows, source: str, number: int) -> str:
     return rows.places[number] if isinstance(rows, FileRows) else f"row {number} of {source!r}"
 
 
-def read_files(paths: Sequence[str]) -> Rows:
-    """All rows of the files one after the other; a single parquet file stays a table.
-
-    Raises ValueError, naming the line or item, where a file does not read, FileNotFoundError where there is none.
-    """
-    if len(paths) == 1 and paths[0].endswith(".parquet"):
-        return _read_parquet(Path(paths[0]))
-    rows = FileRows()
-    for path in map(Path, paths):
-        for value, where in _values(path):
-            if not isinstance(value, dict):
-                shown = json.dumps(value)[:40]
-                raise ValueError(
-                    f"{where}: expected a JSON object such as {{'prompt': ..., 'answer': ...}}, got {shown!r}"
-                )
-            rows.append(value)
-            rows.places.append(where)
-    return rows
-
-
-def _values(path: Path) -> Iterator[tuple[Any, str]]:
-    """What a file holds, each with its place."""
-    if path.suffix == ".parquet":
-        table = _read_parquet(path)
-        return ((dict(row), place(table, str(path), number)) for number, row in enumerate(table))
+def _from_file(path: Path) -> Iterator[tuple[Any, str]]:
+    """What a text file holds, each with its place; a ValueError names the line that does not read."""
     _check_there(path)
     if path.suffix not in FILES:
         raise ValueError(
@@ -158,10 +166,10 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
             f" pandas.read_excel(path).to_json('data.jsonl', orient='records', lines=True)"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return {".json": _items, ".csv": _records}.get(path.suffix, _lines)(text, path)
+        with path.open(encoding="utf-8-sig") as file:
+            yield from {".json": _items, ".csv": _records}.get(path.suffix, _lines)(file, path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 def _check_there(path: Path) -> None:
@@ -172,22 +180,23 @@ def _check_there(path: Path) -> None:
         )
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: str, streaming: bool = False) -> Any:
     import datasets
     import pyarrow as pa
     from pyarrow import parquet
 
-    _check_there(path)
+    _check_there(Path(path))
     try:
-        table = parquet.read_table(path)
+        if streaming:
+            return datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
+        return datasets.Dataset(parquet.read_table(path))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} does not read as parquet ({str(error)[:200]})") from None
-    return _with_class_names(datasets.Dataset(table))
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+def _records(file: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
     """Rows of a CSV file, all values texts."""
-    reader, ended = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    reader, ended = csv.DictReader(file, strict=True), 1
     try:
         names = list(reader.fieldnames or ())
         if len(set(names)) < len(names):
@@ -206,17 +215,18 @@ def _records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
         raise ValueError(f"{path}, line {ended + 1}: not valid CSV ({error}); are its quotes closed?") from None
 
 
-def _items(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+def _items(file: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
+    text = file.read()
     found = _parse(text, str(path)) if text.strip() else []
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a list of JSON objects, got a single value of {type(found).__name__}")
-    return ((item, f"{path}, item {number}") for number, item in enumerate(found, start=1))
+    yield from ((item, f"{path}, item {number}") for number, item in enumerate(found, start=1))
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which knows line ends within texts
+def _lines(file: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(file, start=1):
         if line.strip():
-            yield _parse(line, f"{path}, line {number}"), f"{path}, line {number}"
+            yield _parse(line.rstrip("\n"), f"{path}, line {number}"), f"{path}, line {number}"
 
 
 def _parse(text: str, where: str) -> Any:
@@ -229,28 +239,43 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON ({found.msg} at {line}column {found.colno})") from None
 
 
-def _read_hub(spec: TaskSpec, split: str) -> Rows:
+def _read_hub(spec: TaskSpec, split: str | None, streaming: bool = False) -> Any:
     import datasets
 
     try:
-        table = datasets.load_dataset(spec.source, spec.subset, split=split, revision=spec.revision)
+        more = {"revision": spec.revision, "streaming": streaming}
+        return datasets.load_dataset(spec.source, spec.subset, split=split or spec.split, **more)
     except OSError as error:
         raise ConnectionError(
             f"could not load data set {spec.source!r} from the Hugging Face hub. Check the id and the network "
             f"(HF_HUB_OFFLINE, HF_TOKEN for gated data), or give the path of a .jsonl file. Cause: {error}"
         ) from error
-    return _with_class_names(table)
+
+
+def _from_table(table: Any, source: str) -> Iterator[tuple[Any, str]]:
+    """Rows of a stream."""
+    classes = _classes(table)
+    for number, row in enumerate(table):
+        named = {column: _class_name(names, row[column]) for column, names in classes.items()}
+        yield row | named, f"row {number} of {source!r}"
 
 
 def _with_class_names(table: Any) -> Rows:
-    import datasets
-
-    classes = {name: kind.names for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    classes = _classes(table)
 
     def named(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Class numbers as names; none and -1 (unlabelled) as None."""
-        for column, names in classes.items():
-            batch[column] = [None if number is None or number < 0 else names[number] for number in batch[column]]
-        return batch
+        return batch | {column: [_class_name(names, n) for n in batch[column]] for column, names in classes.items()}
 
     return table.with_transform(named)
+
+
+def _classes(table: Any) -> dict[str, list[str]]:
+    import datasets
+
+    features = table.features or {}  # a stream may not know them
+    return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+
+
+def _class_name(names: Sequence[str], number: int | None) -> str | None:
+    """None where there is none, or -1 (unlabelled)."""
+    return None if number is None or number < 0 else names[number]

@@ -31,7 +31,7 @@ def rows(n, **more):
 def hub(monkeypatch):
     """A stand-in for the hub: data sets by split, given by the test."""
     splits = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: splits[split])
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, **_: splits[split])
     return splits
 
 
@@ -288,7 +288,7 @@ EMPTY = [(name, text, rf"{name}' has no rows") for name in ("own.jsonl", "own.js
         (
             "own.jsonl",
             json.dumps(rows(6)).encode("utf-16"),
-            r"own\.jsonl is not UTF-8 text \(byte 0\); save it as UTF-8",
+            r"own\.jsonl is not UTF-8 text; save it as UTF-8",
         ),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_hub_out_of_reach(monkeypatch):
 def test_a_hub_revision_reaches_the_hub(monkeypatch):
     asked = []
 
-    def load(source, subset, split, revision):
+    def load(source, subset, split, revision, streaming):
         asked.append((source, subset, split, revision))
         return datasets.Dataset.from_list(rows(8) if split == "train" else rows(3))
 
