@@ -60,7 +60,7 @@ def _show(tasks: list[TaskData]) -> None:
         table.append([escape(printable(each.task)), *map(str, numbers), too_long, repeated])
     title = f"rows and their tokens, of which max_length allows {tasks[0].max_length}"
     caption = "repeated: prompts that were there already (of these with another answer)"
-    columns = ("task", *splits, *counts, "too long", "repeated")
+    columns = ("task", *(split[:5] for split in splits), *counts, "too long", "repeated")
     display.console.print(display.table(title, columns, table, caption))
     for each in tasks:
         shares = [

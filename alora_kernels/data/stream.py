@@ -56,7 +56,12 @@ def stream(
         rows = IterableDataset.from_generator(_examples, features, {"source": source, "held": held})
         rows = rows if train_size is None else rows.take(train_size)
         parts.append(rows.shuffle(seed=seed, buffer_size=BUFFER).repeat(None))
-    shares = [(weights or {}).get(source.name, 1.0) for source in known]
+    names = [source.name for source in known]
+    if strangers := [name for name in weights or () if name not in names]:
+        raise ValueError(
+            f"weights: {', '.join(strangers)}: a stream is weighed by entries of tasks, {', '.join(names)}"
+        )
+    shares = [(weights or {}).get(name, 1.0) for name in names]
     mixed = interleave_datasets(parts, [share / sum(shares) for share in shares], seed=seed) if parts[1:] else parts[0]
 
     def ids(rows: dict[str, list[str]]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import BitsAndBytesConfig, set_seed
 
 from .. import data, precision
@@ -52,6 +52,8 @@ class Run:
     schedule: Schedule
     validation: Dataset | None = None  # rows that judge while training
     metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
+    stream: IterableDataset | None = None  # rows to train on, of which `train` is the head
+    lost: data.Lost = field(default_factory=data.Lost)  # what they lose, while they are read
 
     @property
     def label(self) -> str:
@@ -105,7 +107,11 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
-    return Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, when, validation, metrics)
+    run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, when, validation, metrics)
+    if recipe.streaming:
+        how = recipe.model_dump(include={"max_length", "seed", "train_size", "weights", "chat_template"})
+        run.stream = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
+    return run
 
 
 def check_packages(needed: Mapping[str, str]) -> None:
@@ -131,7 +137,7 @@ def quantized(recipe: Recipe, dtype: torch.dtype) -> Any:
 
 def read(recipe: Recipe, lost: data.Lost) -> DatasetDict:
     """The rows of a recipe's tasks as text."""
-    sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size"})
+    sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size", "streaming"})
     with display.err.status("reading data ..."):
         return data.load_tasks(recipe.tasks, lost=lost, **sizes)
 

@@ -74,7 +74,8 @@ def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[T
                 [_pieces(row, tokenizer) for row in encode(text["train"].select(shown), max_length=length)],
             )
         )
-    return found, lost.lines()
+    head = ["streaming: of each entry of tasks its first rows alone were looked at"] if recipe.streaming else []
+    return found, head + lost.lines()
 
 
 def _pieces(row: dict[str, Any], tokenizer: Any) -> list[Piece]:

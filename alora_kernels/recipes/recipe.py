@@ -166,7 +166,9 @@ class Recipe(BaseModel):
         0,
         ge=0,
     )
-    streaming: bool = _says("read rows while training instead of all before", False)
+    streaming: bool = _says(
+        "read rows while training instead of all before: for steps, each entry of tasks as often as weights say", False
+    )
     test_size: Whole = _says("test rows of each entry of tasks, never more than half of its rows", 100, ge=1)
     label_score: Literal["sum", "mean"] = _says(
         "label words are compared by the sum of their tokens' log-probabilities, or by the mean", "sum"
@@ -350,6 +352,10 @@ def _clashes(recipe: Recipe) -> Iterator[str]:
         yield "load_in: a base in a few bits is not sharded: parallel: ddp, or leave load_in out"
     if recipe.load_in and recipe.method in ("lora-per-task", "hydralora"):
         yield f"load_in: {recipe.method} replaces plain linear layers: leave load_in out, or use alora"
+    if recipe.streaming and recipe.steps is None:
+        yield "streaming: a stream has no end, nor epochs: give steps"
+    if recipe.streaming and (recipe.temperature != 1 or recipe.group_by_length):
+        yield "streaming: rows come as weights say, not by number or length: leave out temperature, group_by_length"
     if recipe.early_stopping and not recipe.keep_best:
         yield "early_stopping: the best model is kept then: leave keep_best out"
     if recipe.keep_best and recipe.eval_steps and recipe.save_steps not in (None, recipe.eval_steps):

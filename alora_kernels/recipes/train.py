@@ -48,6 +48,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
         clear(folder)
     trainer = trainer_for(job, save=True)
     trainer.train(resume_from_checkpoint=last)
+    for line in job.lost.lines():
+        display.say(f"while training: {line}", "dim")
     show_best(trainer)
     save(job, folder / ADAPTER, trainer)
     if processes.is_main_process:
@@ -172,11 +174,11 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     trainer = ALoRATrainer(
         model=run.model,
         args=args,
-        train_dataset=run.train,
+        train_dataset=run.train if run.stream is None else run.stream,
         eval_dataset=run.validation if judged else None,
         processing_class=run.tokenizer,
         task_temperature=recipe.temperature,
-        task_weights=recipe.weights,
+        task_weights=recipe.weights if run.stream is None else {},
         padding_free=None if recipe.packing == "auto" else recipe.packing,
         callbacks=[TrainingBar(), *([LossFile(Path(recipe.output) / LOSSES)] if save else [])],
     )

@@ -101,3 +101,24 @@ def test_a_row_of_another_form_far_behind_is_named(jsonl, byte_tok):
 def test_a_share_of_a_stream_is_refused(jsonl):
     with pytest.raises(ValueError, match=r"task 'own': a stream's length.*give a number of rows \(validation_size\)"):
         load_tasks([jsonl(*rows(20))], validation_size=0.1, streaming=True)
+
+
+def test_class_names_of_a_stream(tmp_path, byte_tok):
+    names = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    table = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
+    table.to_parquet(str(tmp_path / "own.parquet"))
+    spec = TaskSpec("own", str(tmp_path / "own.parquet"), prompt="{text}:", answer="{label}")
+    text = load_tasks([spec], test_size=0, streaming=True)
+    assert dict(zip(text["train"]["prompt"], text["train"]["answer"])) == {
+        "a:": "bad",
+        "b:": "good",
+        "c:": "good",
+        "d:": "bad",
+    }
+
+
+def test_weights_are_of_entries(jsonl, byte_tok):
+    text = load_tasks([jsonl(*rows(9))], test_size=1, streaming=True)
+    with pytest.raises(ValueError, match="weights: other: a stream is weighed by entries of tasks, own"):
+        stream([jsonl(*rows(9))], text, byte_tok, weights={"other": 2})
