@@ -56,7 +56,7 @@ class SavedTask:
 
 def list_tasks(folder: str | Path) -> list[SavedTask]:
     """The tasks of an adapter folder in the order of their ids; an `AdapterFolderError` if it has none."""
-    file = _read(folder)
+    file = read_tasks(folder)
     products: Any = sum(changes @ changes.T for _, changes in _changes(file))
     own = sum(a.nbytes for a in file.matrices(file.tasks[0]).values())
     norms, cards = products.diagonal().sqrt(), read_task_cards(file.folder, file.tasks)
@@ -177,7 +177,7 @@ def join_adapters(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
-    (first, target), second = _opened(folder, out, overwrite), _read(other, only=None)
+    (first, target), second = _opened(folder, out, overwrite), read_tasks(other, only=None)
     theirs = {task: prefix + task for task in second.tasks}
     if twice := [name for name in theirs.values() if name in first.tasks]:
         raise ValueError(
@@ -203,7 +203,7 @@ def join_adapters(
     return report
 
 
-def _read(folder: str | Path, only: Kind | None = "alora") -> AdapterFile:
+def read_tasks(folder: str | Path, only: Kind | None = "alora") -> AdapterFile:
     """As `read_adapter`, after the folders of other methods, which are no PEFT adapters, were refused by their name."""
     folder = Path(folder)
     method = read_method(folder) if (folder / SETTINGS).is_file() else None
@@ -218,7 +218,7 @@ def _read(folder: str | Path, only: Kind | None = "alora") -> AdapterFile:
 
 def _opened(folder: str | Path, out: str | Path | None, overwrite: bool) -> tuple[AdapterFile, Path]:
     """The adapter and the folder for what is made of it."""
-    file = _read(folder)
+    file = read_tasks(folder)
     target = file.folder if out is None else Path(out).resolve()
     check_replaceable(target, overwrite)
     if any((place / name).exists() for place in (target, target.parent) for name in OPTIMIZER):

@@ -33,6 +33,7 @@ from ..files import written_whole
 from ..modules.adapter import AdaptedLinear
 from ..tuner.base_layer import base_of, features, hooked
 from ..tuner.config import CONFIG, WEIGHTS, unwrapped
+from ..tuner.layer import ALoRALayer
 from ..tuner.probe import Finding, probe
 from ..tuner.targets import check_target, leave_out, rows_of, targets_of
 from .layers import HydraLinear, PerTaskLinear
@@ -148,8 +149,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for p in trained(model).values())
+    """How many numbers are trained, without the A that `train_only` leaves as they are."""
+    layers = (module for module in model.modules() if isinstance(module, ALoRALayer))
+    return sum(p.numel() for p in trained(model).values()) - sum(layer.left_alone for layer in layers)
 
 
 def tasks_of(model: nn.Module) -> tuple[str, ...]:

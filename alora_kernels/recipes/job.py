@@ -9,7 +9,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import BitsAndBytesConfig, set_seed
 
 from .. import data, precision
-from ..adapters.method import METHODS, Method, read_method
+from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..baselines.methods import adapt, as_large_as_alora, load_method, parameters_of, target_shapes, tasks_of
+from ..text import listed
 from ..training.evaluate import whole_words
 from ..tuner.config import CONFIG
 from . import display
 from .measures import metrics_of
 from .recipe import Recipe
 from .schedule import Schedule, schedule
+from .start import Start, start_of
 
 ADAPTER = "adapter"  # in the output folder
 UNLIMITED = 10**9  # what tokenizers that know no limit say, or more
@@ -75,22 +77,34 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         check_packages({"load_in": "bitsandbytes"})
     lost = data.Lost()
     text = read(recipe, lost)
+    start: Start | None = None
+    trained = text["train"]["task"]
+    if adapter is None:
+        tasks = _task_order(recipe, text, resume)
+        recipe, start = start_of(recipe, tasks)
+        trained = start.trained(trained) if start else trained
+        left = len(text["train"]) - len(trained)
+    else:
+        text, recipe = _known_to(adapter, text), recipe.instead(weights={})  # of tasks that may be gone
+        tasks = _task_order(recipe, text, resume)
     words = label_words(text)
     metrics = metrics_of(recipe.tasks, text, words)
-    when = schedule(recipe, text["train"]["task"], validates="validation" in text)
+    when = schedule(recipe, trained, validates="validation" in text)
     bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
     display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
     quantization = quantized(recipe, chosen.dtype)
     base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantization)  # says what is slow
     with display.err.status("preparing adapter and tokens ..."):
-        tasks = _task_order(recipe, text, resume)
         method = recipe.adapters(tasks)
         shapes = target_shapes(base, method)
         if recipe.budget == "parameters":
             method = as_large_as_alora(method, shapes)
         set_seed(recipe.seed)
         model: Any
-        if adapter is None:
+        if start is not None:
+            model, tasks = start.model(base, recipe.seed), start.tasks
+            method = replace(read_method(start.file.folder) or method, tasks=tasks)
+        elif adapter is None:
             model = adapt(base, method)
         else:
             method = read_method(adapter) or method
@@ -103,14 +117,17 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
     cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
     choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
-    for line in (*lost.lines(), *_unseen(text, choices, tokenizer)):
+    said = start.lines(left, base) if start else []
+    for line in (*said, *lost.lines(), *_unseen(text, choices, tokenizer)):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
+    train = train if start is None else start.rows(train)
     run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, when, validation, metrics)
     if recipe.streaming:
         how = recipe.model_dump(include={"max_length", "seed", "train_size", "weights", "chat_template"})
-        run.stream = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
+        stream = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
+        run.stream = stream if start is None else start.rows(stream)
     return run
 
 
@@ -140,6 +157,26 @@ def read(recipe: Recipe, lost: data.Lost) -> DatasetDict:
     sizes = recipe.model_dump(include={"seed", "train_size", "test_size", "validation_size", "streaming"})
     with display.err.status("reading data ..."):
         return data.load_tasks(recipe.tasks, lost=lost, **sizes)
+
+
+def _known_to(adapter: Path, text: DatasetDict) -> DatasetDict:
+    """The rows that an adapter can be judged by, and what its tasks, which come and go, leave unjudged."""
+    method = read_method(adapter)
+    tasks = method.tasks if method is not None and method.name in ROUTED else ()
+    present = list(dict.fromkeys(text["test"]["task"]))
+    gone, silent = [t for t in present if t not in tasks], [t for t in tasks if t not in present]
+    if not tasks or not gone + silent:
+        return text
+    if len(gone) == len(present):
+        raise ValueError(
+            f"{adapter} has the tasks {listed(tasks, 8)}, and the rows are of {listed(gone, 8)}: give a recipe with"
+            " rows of its tasks (--data)"
+        )
+    if gone:
+        display.say(f"not judged, for the adapter has no such task: {listed(gone, 8)}", "yellow")
+    if silent:
+        display.say(f"not judged, for there are no rows: {listed(silent, 8)}", "yellow")
+    return text.filter(lambda row: row["task"] in tasks)
 
 
 def context(config: Any, tokenizer: Any) -> int:

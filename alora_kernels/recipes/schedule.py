@@ -55,10 +55,8 @@ def steps_of_epoch(recipe: Recipe, tasks: Sequence[str]) -> int:
 
 def _strangers(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
     known = sorted(set(tasks))
-    named = {"weights": tuple(recipe.weights), "train_tasks": recipe.train_tasks or ()}
     return [
-        f"{key}: no training rows of task {name!r}; {did_you_mean(name, known)}"
-        for key, names in named.items()
-        for name in names
+        f"weights: no training rows of task {name!r}; {did_you_mean(name, known)}"
+        for name in recipe.weights
         if name not in known
     ]

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import data
-from ..adapters.cards import write_task_cards
+from ..adapters.cards import read_task_cards, write_task_cards
 from ..adapters.method import ROUTED
 from ..analysis import ConflictCallback, probe_batches
 from ..baselines.methods import save_method, trainable_parameters
@@ -228,7 +228,7 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     run.recipe.save(folder)
     routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
     words = {task: list(ids) for task, ids in run.choices.items()}
-    write_task_cards(
-        folder, data.task_cards(run.recipe.tasks, run.text, words, run.recipe.chat_template) if routed else {}
-    )
+    cards = read_task_cards(run.recipe.adapter, run.tasks) if run.recipe.adapter else {}
+    cards |= data.task_cards(run.recipe.tasks, run.text, words, run.recipe.chat_template) if routed else {}
+    write_task_cards(folder, cards)
     (folder / "losses.json").write_text(json.dumps(trainer.state.log_history, indent=1))

@@ -188,6 +188,12 @@ class ALoRALayer(BaseTunerLayer):
         """Of the active adapters of which only a part trains."""
         return [self.asymlora_trained[name] for name in self.active_adapters if name in self.asymlora_trained]
 
+    @property
+    def left_alone(self) -> int:
+        """Numbers of A that require gradients and belong to tasks that do not train."""
+        parts = ((self.asymlora_A[name].weight, part) for name, part in self.asymlora_trained.items())
+        return sum(a[0].numel() * (len(a) - len(part.rows)) for a, part in parts if a.requires_grad)
+
     def _freeze_b(self) -> None:
         for name, part in self.asymlora_trained.items():
             if not part.b:
