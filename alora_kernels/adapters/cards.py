@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_whole
+from ..text import some
 from .config import json_of, refused
 
 log = logging.getLogger("alora_kernels.task_cards")
@@ -37,6 +38,22 @@ class TaskCard:
     chat: bool = False  # asked in turns, which a chat template makes one text of, and not by `template`
     chat_template: str | None = None  # in place of the tokenizer's own
     system: str | None = None  # the first turn of every chat, unless the asker brings another
+
+
+def described(card: TaskCard | None, most: int = 8, width: int = MAX_TEXT) -> str | None:
+    """What a task answers, in words on one line: a template or chats, and with which words; None if nobody knows."""
+    if card is None or not (card.chat or card.template):
+        return None
+    shown = [" ".join(answer.split())[:width] for answer in card.answers]
+    words = f" with {some(shown, most)}" if shown else ""
+    if not card.chat:
+        return _quoted(card.template or "", width) + words
+    own = " (in a chat template of its own)" if card.chat_template else ""
+    return f"chats{own}{f' after the system prompt {_quoted(card.system, width)}' if card.system else ''}{words}"
+
+
+def _quoted(text: str, width: int) -> str:
+    return json.dumps(text if len(text) <= width else text[:width] + "…", ensure_ascii=False)
 
 
 def write_task_cards(folder: str | Path, cards: Mapping[str, TaskCard]) -> None:

@@ -20,7 +20,7 @@ import typer
 
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
-from ..text import listed, size, some
+from ..text import listed, size
 from . import WISHES, command, wish_of
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help=f"of the base: {', '.join(WISHES)}; alora doctor explains auto")] = "auto",
     drain_timeout: Annotated[float, typer.Option(help="seconds running requests have after SIGTERM", min=0)] = 60.0,
     served_name: Annotated[str | None, typer.Option(help="name of the base for clients; default MODEL")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="a file of Jinja, instead of the tokenizer's; tasks may bring their own")
+    ] = None,
 ) -> None:
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
     with command():
@@ -77,6 +80,7 @@ def serve(
             )
         for folder in adapter:
             _check_adapter(folder)
+        template = None if chat_template is None else _template(chat_template)
         sizes = {"max_batch": max_batch, "max_waiting": max_waiting}
         sizes |= {"max_context": max_context, "cache_tokens": cache_tokens}
         opening = partial(
@@ -92,6 +96,7 @@ def serve(
             host_tasks=host_tasks,
             device=device,
             dtype=wish_of(dtype),
+            chat_template=template,
         )
         config = ServerConfig(
             base_model_id=served_name or model,
@@ -126,6 +131,7 @@ def open_engine(
     host_tasks: int | None,
     device: str,
     dtype: str,
+    chat_template: str | None = None,
 ) -> Iterator[tuple[Engine, TaskStore]]:
     """Load the base, put the tasks in; the engine runs until the end of the block.
 
@@ -134,6 +140,7 @@ def open_engine(
     import torch
 
     from .. import data, precision
+    from ..adapters.asking import chat_text
     from ..serving import Engine, TaskStore
 
     gpu = torch.cuda.is_available()
@@ -148,10 +155,26 @@ def open_engine(
     display.say(f"base in {chosen.name} ({chosen.reason})", "dim")
     with display.err.status(f"loading {model} and {len(adapters)} adapter folders ..."):
         base, tokenizer = data.load_model(model, dtype=chosen.dtype)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+            chat_text(tokenizer, [{"role": "user", "content": "Hello"}], ask=True)  # or an error before anyone asks
         base.to(place)  # type: ignore[arg-type]
         store = TaskStore.open(base, adapters, resident=resident, host=host_tasks)
     with closing(store), Engine(base, tokenizer, store, config) as engine:
         yield engine, store
+
+
+def _template(file: Path) -> str:
+    """A chat template's text; a ValueError if there is none."""
+    from ..adapters.cards import MAX_TEMPLATE
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--chat-template {file} does not read: {error}") from None
+    if not text.strip() or len(text) > MAX_TEMPLATE:
+        raise ValueError(f"--chat-template {file} must hold 1 to {MAX_TEMPLATE} characters, not {len(text)}")
+    return text
 
 
 def _check_adapter(folder: Path) -> None:
@@ -196,29 +219,29 @@ def _show(store: TaskStore, config: ServerConfig, port: int) -> None:
 
 def how_asked(tasks: Sequence[TaskInfo]) -> list[str]:
     """A line per task that says how it was asked in training, and one for those that do not."""
-    lines = []
-    for name, card in [(task.name, task.card) for task in tasks[:SHOWN]]:
-        if card is None or not card.template:
-            continue
-        answers = some([" ".join(answer.split())[:WIDE] for answer in card.answers], SHOWN)
-        template = card.template if len(card.template) <= WIDE else card.template[:WIDE] + "…"
-        lines.append(
-            f"{name} answers {json.dumps(template, ensure_ascii=False)}{f' with {answers}' if answers else ''}"
-        )
-    silent = [task.name for task in tasks[:SHOWN] if task.card is None or not task.card.template]
-    if silent:
+    from ..adapters.cards import described
+
+    shown = [(task.name, described(task.card, SHOWN, WIDE)) for task in tasks[:SHOWN]]
+    lines = [f"{name} answers {said}" for name, said in shown if said]
+    if silent := [name for name, said in shown if not said]:
         lines.append(f"no prompt template is known of {', '.join(silent)}: ask as in training")
     return lines
 
 
 def example(address: str, base: str, tasks: Sequence[TaskInfo], keyed: bool) -> str:
     """A command that asks a task as it was asked in training, where that is known."""
-    known = [task for task in tasks if task.card is not None and (task.card.sample or task.card.template)]
+    from ..adapters.cards import described
+
+    known = [task for task in tasks if described(task.card) or (task.card and task.card.sample)]
     known.sort(key=lambda task: task.card is None or task.card.sample is None)  # a whole prompt before a template
     first = next(iter(known or tasks), None)
     card = None if first is None else first.card
-    prompt = (card.sample or card.template if card else None) or "The film was"
-    asked = {"model": base if first is None else first.name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    asked = {"model": base if first is None else first.name, "max_tokens": 8, "temperature": 0}
+    path = "chat/completions" if card and card.chat else "completions"
+    if card and card.chat:
+        asked |= {"messages": [{"role": "user", "content": card.sample or "Hello"}], "max_tokens": 64}
+    else:
+        asked["prompt"] = (card.sample or card.template if card else None) or "The film was"
     key = " -H 'Authorization: Bearer KEY'" if keyed else ""
     body = shlex.quote(json.dumps(asked, ensure_ascii=False))
-    return f"curl {address}/v1/completions{key} -H 'Content-Type: application/json' \\\n  -d {body}"
+    return f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' \\\n  -d {body}"

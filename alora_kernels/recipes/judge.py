@@ -19,7 +19,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from .. import data, precision
-from ..adapters.cards import read_task_cards
+from ..adapters.cards import described, read_task_cards
 from ..adapters.method import ROUTED
 from ..baselines.methods import base_alone
 from ..settings import write_yaml
@@ -284,7 +284,7 @@ def describe(run: Run, folder: Path, before: Scores | None, after: Scores) -> No
     config, path = getattr(run.model, "peft_config", {}).get("default"), folder / CARD
     if not isinstance(config, ALoRAConfig):
         return
-    asked = {task: card.template for task, card in read_task_cards(folder, run.tasks).items() if card.template}
+    asked = {t: said for t, card in read_task_cards(folder, run.tasks).items() if (said := described(card))}
     judged = [scores for scores in (before, after) if scores]
     table = "| task | measure |" + " base |" * (len(judged) - 1) + " adapter |\n|---|---|" + "---:|" * len(judged)
     for metric in (name for name in MEASURES if name in after.by):

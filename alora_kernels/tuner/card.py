@@ -37,6 +37,24 @@ model = PeftModel.from_pretrained(base, "path/or/hub-id/of/this/adapter")
 {call}
 ```
 """
+ASKING = """
+## Asking
+
+`adapter_tasks.json` holds how each task is asked; these put what you say into it:
+
+```bash
+alora generate path/of/this/adapter --task {task} "some text"
+alora serve {model} --adapter path/of/this/adapter
+```
+
+```python
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+turns = [{{"role": "user", "content": "some text"}}]
+print(client.chat.completions.create(model="{task}", messages=turns).choices[0].message.content)
+```
+"""
 _CACHED = re.compile(r"models--(.+?)[/\\]snapshots[/\\]")
 _ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 
@@ -67,7 +85,7 @@ def model_card(
 ) -> str:
     """The card for a config; of an older one metadata stay, and the text if somebody wrote it.
 
-    `named` is a base of `alora_kernels.data.load_model`; `asked` has the templates of prompts; `more` ends the card.
+    `named` is a base of `alora_kernels.data.load_model`; `asked` says what tasks answer; `more` ends the card.
     """
     card: Any = ModelCard(old or "---\n{}\n---\n", ignore_metadata_errors=True)
     data, base, loading = card.data, hub_id(config.base_model_name_or_path), _loading(config, named)
@@ -85,8 +103,11 @@ def model_card(
     text = ABOUT.format(names=names, r=config.r, alpha=config.lora_alpha, **about) + loading
     if config.tasks:
         text += "\n## Tasks\n\nA task answers well the prompts that it was trained on; the answer follows them.\n\n"
-        how = {task: f": `{json.dumps(template, ensure_ascii=False)}`" for task, template in asked.items()}
-        text += "".join(f"- `{task}`{how.get(task, '')}\n" for task in config.tasks)
+        text += "".join(f"- `{task}`{f': `{asked[task]}`' if task in asked else ''}\n" for task in config.tasks)
+        if known := next((task for task in config.tasks if task in asked), None):
+            text += ASKING.format(
+                task=known, model=named or hub_id(config.base_model_name_or_path) or "path/of/the/base"
+            )
     card.text = f"\n{MARK}\n{text}{more}"
     return str(card)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def test_options_become_settings(started, folder):
     model, adapters, sizes = opening.args
     assert (model, adapters) == ("tiny-random", [folder])
     assert sizes == EngineConfig(max_batch=4, max_context=99, cache_tokens=500)
-    assert opening.keywords == {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": "float32"}
+    own = {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": "float32", "chat_template": None}
+    assert opening.keywords == own
     assert (config.base_model_id, config.port, config.max_body_bytes) == ("tiny", 0, 1 << 19)
     assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (folder.resolve(),))
     assert "localhost" in config.allowed_hosts
@@ -220,10 +222,35 @@ def test_the_example_asks_as_in_training_and_survives_a_shell():
 
 def test_the_banner_says_how_each_task_was_asked_and_of_which_nothing_is_known():
     many = TaskCard("x" * 500, tuple(f"word\n{n}" for n in range(20)))
-    lines = serve_module.how_asked([task("spam", SPAM), task("law"), task("many", many)])
+    chat = TaskCard(chat=True, chat_template="{{ messages }}", system="Be short.", answers=("yes", "no"))
+    lines = serve_module.how_asked([task("spam", SPAM), task("law"), task("many", many), task("help", chat)])
     assert lines[0] == 'spam answers "Message: {text}\\nSpam or ham:" with spam, ham'
     assert lines[1].startswith('many answers "xxx') and lines[1].endswith("word 7, ...") and len(lines[1]) < 250
-    assert lines[2:] == ["no prompt template is known of law: ask as in training"]
+    assert (
+        lines[2]
+        == 'help answers chats (in a chat template of its own) after the system prompt "Be short." with yes, no'
+    )
+    assert lines[3:] == ["no prompt template is known of law: ask as in training"]
+
+
+def test_the_example_of_a_chat_task_is_a_chat():
+    words = shlex.split(serve_module.example("http://h:1", "base", [task("help", TaskCard(chat=True))], keyed=False))
+    assert words[1] == "http://h:1/v1/chat/completions"
+    assert json.loads(words[-1])["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+def test_a_chat_template_takes_the_place_of_the_tokenizers_and_is_tried_at_once(started, adapter, tmp_path):
+    file = tmp_path / "chat.jinja"
+    for text, said in ((" ", "must hold 1 to"), ("x" * 65537, "not 65537"), (None, "does not read")):
+        file.unlink(missing_ok=True)
+        if text:
+            file.write_text(text)
+        assert said in refused("m", "--adapter", adapter, "--chat-template", file) and not started
+    for text, said in (("{% if %}", "refuses these turns"), ("{{ messages[0].content }}!", None)):
+        file.write_text(text)
+        alora("tiny-random", "--adapter", adapter, "--chat-template", file, "--max-context", 64)
+        with pytest.raises(ValueError, match=said) if said else nullcontext(), started[-1][0]() as (engine, _):
+            assert engine.prompt("hi").text == "hi!" and said is None
 
 
 def test_the_prompts_of_the_readme_are_those_the_tasks_were_trained_on():

@@ -27,7 +27,7 @@ CARDS = {
     "movie": TaskCard(
         "Review: {text}\nSentiment:", ("positive", "negative"), "Review: a warm, funny film.\nSentiment:"
     ),
-    "news": TaskCard("News: {title}\n{text}\nSection:"),  # no words, no sample
+    "news": TaskCard("News: {text}\nSection:"),  # no words, no sample
 }  # the others do not say
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -248,7 +249,16 @@ def test_no_such_route_and_no_such_method(engine):
     wrong = call(engine, "GET", "/v1/completions")
     refused(wrong, 405, "GET")
     assert wrong.headers["allow"] == "POST"
-    refused(call(engine, "GET", "/docs"), 404)
+    refused(call(engine, "GET", "/redoc"), 404)
+    keyed = ServerConfig("tiny", api_keys=("key",))
+    refused(call(engine, "GET", "/openapi.json", keyed), 401)
+    assert call(engine, "GET", "/docs", keyed).status_code == 200  # a page that knows nothing by itself
+    told = call(engine, "GET", "/openapi.json", keyed, headers={"Authorization": "Bearer key"}).json()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"} < set(told["paths"])
+    assert {"/", "/docs", "/v1/embeddings"}.isdisjoint(told["paths"])
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)))
+    assert {"ChatRequest", "LoadAdapter", "Message"} <= named <= set(told["components"]["schemas"])
+    assert told["components"]["schemas"]["CompletionRequest"]["required"] == ["model", "prompt"]
 
 
 def test_the_page_comes_with_a_policy_and_only_what_lies_beside_it(engine, monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from enginefakes import BOOM, CARDS, FakeEngine, FakeStore
 from httpserver import running
 
+from alora_kernels.adapters.asking import Prompt
 from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import EngineConfig
 from alora_kernels.serving.http import ServerConfig
@@ -157,10 +158,41 @@ class TestOnTheServer(PageContract):
         assert page.input_value("#prompt") == CARDS["movie"].sample
         page.get_by_role("button", name="Use as prompt: news").click()
         page.keyboard.type("Rain")  # the first placeholder is selected: typing fills it in
-        assert page.input_value("#prompt") == "News: Rain\n{text}\nSection:"
+        assert page.input_value("#prompt") == "News: Rain\nSection:"
         page.get_by_role("checkbox", name="movie").uncheck()
         assert hints.locator("h3").all_inner_texts() == ["news"]
         assert page.seen.errors == []
+
+    def test_a_text_goes_into_the_prompt_of_each_task_unless_it_is_sent_as_it_is(
+        self, page: Any, engine: FakeEngine
+    ) -> None:
+        cards = CARDS | {"news": TaskCard(chat=True, chat_template="{0} / {1} >", system="be short")}
+        engine.store = FakeStore(TASKS, cards)
+        page.reload()
+        page.wait_for_selector("#choices input")
+        page.get_by_text("How these tasks were asked in training").click()
+        assert page.locator(".hint pre").all_inner_texts()[1:] == ['a chat after the system prompt "be short"']
+        assert page.get_by_role("button", name="Use as prompt").count() == 1
+        choose(page, *TASKS)
+        ask(page, "rain", max_tokens=2)
+        assert {state(page, task, ENDED) for task in TASKS} == {"done"}
+        page.get_by_role("checkbox", name="Ask each as in its training").uncheck()
+        ask(page, "rain", max_tokens=2)
+        assert {state(page, task, ENDED) for task in TASKS} == {"done"}
+        own = {"movie": Prompt("Review: rain\nSentiment:", spaced=True), "spam": "rain",
+               "news": Prompt("be short / rain >", bos=False)}  # fmt: skip
+        sent = [(task, prompt) for prompt, task, _ in engine.submitted]
+        assert dict(sent[:3]) == own and dict(sent[3:]) == dict.fromkeys(TASKS, "rain")
+        assert page.seen.errors == []
+
+    def test_the_page_that_describes_the_interface(self, page: Any, page_server: str) -> None:
+        page.goto(f"{page_server}/docs")
+        page.get_by_role("heading", name="POST /v1/chat/completions").wait_for()
+        row = page.locator("section").filter(has_text="POST /v1/completions").locator("tr")
+        assert row.filter(has_text="apply_template").locator("td").inner_text() == "boolean or null"
+        assert row.filter(has_text="logprobs").locator("td").inner_text() == "integer 0 to 5 or null"
+        assert row.filter(has_text="prompt").locator("th").inner_text() == "prompt *"
+        assert page.seen.errors == [] and page.seen.origins == {page_server} and overflow(page) <= 0
 
     def test_hints_of_a_hostile_folder_are_text(self, page: Any, engine: FakeEngine) -> None:
         markup = "<img src=x onerror=\"document.title='owned'\">{text}"
@@ -193,7 +225,8 @@ class TestOnTheServer(PageContract):
         ask(page, "two\nlines", max_tokens=9)
         state(page, "movie", ENDED)
         body = {"model": "movie", "prompt": "two\nlines", "max_tokens": 9, "temperature": 0.7, "stop": ["END", "\n\n"]}
-        assert page.seen.posts == [{**body, "stream": True, "stream_options": {"include_usage": True}}]
+        more = {"apply_template": True, "stream": True, "stream_options": {"include_usage": True}}
+        assert page.seen.posts == [body | more]
 
     def test_nothing_is_sent_that_is_not_complete(self, page: Any, engine: FakeEngine) -> None:
         ask(page)
@@ -226,7 +259,7 @@ class TestOnTheServer(PageContract):
         sent = self.copied(page, "#copy-curl", prompt)
         done = subprocess.run(["bash", "-c", sent], capture_output=True, text=True, timeout=60, env=quiet())
         assert done.returncode == 0, done.stderr
-        assert [(task, asked) for asked, task, _ in engine.submitted] == [("movie", prompt), ("spam", prompt)]
+        assert [(task, asked) for asked, task, _ in engine.submitted] == self.sent(prompt)
         answers = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
         assert [answer["choices"][0]["text"].split()[0] for answer in answers] == ["movie", "spam"]
 
@@ -238,8 +271,11 @@ class TestOnTheServer(PageContract):
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, encoding="utf-8", env=quiet()
         )
         assert done.returncode == 0, done.stderr
-        assert [(task, asked) for asked, task, _ in engine.submitted] == [("movie", prompt), ("spam", prompt)]
+        assert [(task, asked) for asked, task, _ in engine.submitted] == self.sent(prompt)
         assert done.stdout.startswith("movie: movie read: ")
+
+    def sent(self, prompt: str) -> list[tuple[str, Any]]:
+        return [("movie", Prompt(f"Review: {prompt}\nSentiment:", spaced=True)), ("spam", prompt)]
 
     def copied(self, page: Any, button: str, prompt: str) -> str:
         choose(page, "movie", "spam")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from alora_kernels import route, save_adapter
 from alora_kernels.adapters.config import checked_config
@@ -58,6 +58,19 @@ def test_a_saved_card_says_what_it_is_and_how_it_is_loaded(tmp_path):
     assert "More Information Needed" not in text and text.count(IMPORT) == 1
     assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text and 'adapter_names=["math", "__base__"]' in text
     assert "- `math`\n- `code`" in text
+
+
+def test_a_card_says_how_tasks_are_asked_and_with_which_commands(tmp_path):
+    from alora_kernels.tuner.card import model_card
+
+    based_on("org/base").save_pretrained(tmp_path, save_embedding_layers=False)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert "## Asking" not in model_card(config)
+    text = model_card(config, asked={"code": '"Code: {text}\\nGood:" with yes, no'}, more="the end")
+    assert '- `math`\n- `code`: `"Code: {text}\\nGood:" with yes, no`\n' in text and text.endswith("the end")
+    assert 'generate path/of/this/adapter --task code "some text"' in text and "alora serve org/base --adapter" in text
+    snippet = text[text.index("from openai") :].partition("```")[0]
+    assert compile(snippet, "snippet", "exec") and 'model="code"' in snippet
 
 
 def test_a_card_of_soft_routing_and_of_a_plain_module_make_sense(tmp_path):

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..request import UnknownTaskError
 from .errors import ApiError
-from .openai import Fields, read
+from .openai import Fields, read, takes
 from .security import ServerConfig
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _add_loading(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
             raise ApiError(400, not_the_base, "lora_name")
         return asked, engine.store
 
-    @app.post("/v1/load_lora_adapter")
+    @app.post("/v1/load_lora_adapter", openapi_extra=takes(LoadAdapter))
     async def load_adapter(request: Request) -> PlainTextResponse:
         asked, store = await checked(request, LoadAdapter, f"{base!r} is the base model's name: choose another")
         folder = await run_sync(inside, asked.lora_path, config.adapter_roots)
@@ -139,7 +139,7 @@ def _add_loading(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         await run_sync(load, limiter=one_at_a_time)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter")
+    @app.post("/v1/unload_lora_adapter", openapi_extra=takes(UnloadAdapter))
     async def unload_adapter(request: Request) -> PlainTextResponse:
         asked, store = await checked(
             request, UnloadAdapter, f"{base!r} is the base model: it stays while the server runs"

@@ -1,6 +1,6 @@
 """The application: routes, the gate around them, refusals in one shape, the playground at /; served until a signal.
 
-FastAPI's own pages of documentation are off: they load their scripts from elsewhere, and bodies are read by `openai`.
+/docs is a page of ours that shows /openapi.json, which needs a key: FastAPI's own load their scripts from elsewhere.
 The playground's policy lets a browser load only its files and talk only to this server. Only file names found when the
 server starts are routes, so no path of a request ever becomes a path of the disk.
 
@@ -16,12 +16,15 @@ import socket
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
 
+from ...version import __version__
 from . import admin, errors, openai
 from .errors import ApiError
 from .security import Gate, ServerConfig
@@ -33,7 +36,7 @@ log = logging.getLogger(__name__)
 FLUSH = 5  # seconds for clients to take what was answered
 CUT_OFF = 1  # the same after a second signal
 PAGE = Path(__file__).parent / "page"
-INDEX, ICON = "/", "/favicon.ico"
+INDEX, ICON, DOCS = "/", "/favicon.ico", "/docs"
 KINDS = (".css", ".html", ".js", ".png", ".svg")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -54,12 +57,13 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="alora-kernels", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     openai.add_routes(app, engine, config)
     admin.add_routes(app, engine, config)
-    files = [file for file in sorted(PAGE.glob("*")) if file.suffix in KINDS and file.name != "index.html"]
-    pages = {INDEX: PAGE / "index.html", **{f"/{file.name}": file for file in files}}
+    files = [file for file in sorted(PAGE.glob("*")) if file.suffix in KINDS and file.suffix != ".html"]
+    pages = {INDEX: PAGE / "index.html", DOCS: PAGE / "docs.html", **{f"/{file.name}": file for file in files}}
     for path, file in pages.items():
         _add_page(app, path, file)
+    _add_description(app)
 
-    @app.get(ICON)
+    @app.get(ICON, include_in_schema=False)
     async def icon() -> Response:  # browsers ask for it, and there is none
         return Response(status_code=204)
 
@@ -68,8 +72,20 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     return app
 
 
+def _add_description(app: FastAPI) -> None:
+    bodies = (openai.CompletionRequest, openai.ChatRequest, admin.LoadAdapter, admin.UnloadAdapter)
+    schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=openai.WHERE)[1]["$defs"]
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def description() -> dict[str, Any]:
+        found = get_openapi(title=app.title, version=__version__, routes=app.routes)
+        parts: dict[str, Any] = {"schemas": found["components"]["schemas"] | schemas}  # FastAPI knows paths' mistakes
+        parts["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        return found | {"components": parts, "security": [{"bearer": []}]}
+
+
 def _add_page(app: FastAPI, path: str, file: Path) -> None:
-    @app.get(path, name=file.name)
+    @app.get(path, name=file.name, include_in_schema=False)
     async def page() -> Response:
         if not file.is_file():
             raise ApiError(404, f"{file.name} is not installed: the API is under /v1", code="not_installed")

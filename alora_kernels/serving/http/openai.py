@@ -58,6 +58,13 @@ class Fields(BaseModel):
 
 
 Model = TypeVar("Model", bound=Fields)
+WHERE = "#/components/schemas/{model}"  # in the document that describes the interface
+
+
+def takes(model: type[Fields]) -> Json:
+    """Says to FastAPI, which does not read bodies here, what the body of a route is."""
+    schema = {"$ref": WHERE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def read(request: Request, model: type[Model], limit: int) -> Model:
@@ -333,14 +340,14 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         reply = kind(asked.model, generations, len(samplings), with_usage, asked.scores() is not None)
         return EventStream(reply) if asked.stream else await answer(reply, request.receive)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         asked = await read(request, CompletionRequest, config.max_body_bytes)
         if asked.apply_template:
             asked.prompt = await run_sync(text_prompts, engine, task_of(asked), asked.prompt)
         return await answered(request, asked, asked.prompt, CompletionReply, COMPLETION_TOKENS)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat(request: Request) -> Response:
         asked = await read(request, ChatRequest, config.max_body_bytes)
         if asked.max_completion_tokens is not None:
@@ -350,7 +357,7 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         whole_context = engine.config.max_context or 1  # named: the engine cuts it to what the prompt leaves
         return await answered(request, asked, [prompt], ChatReply, whole_context)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:
         said = "this server generates texts and makes no embeddings: ask a model that is made for them"
         raise ApiError(400, said, None, "unsupported_endpoint")

@@ -1,7 +1,7 @@
 /*
  * How the chosen tasks were asked in training: a task answers well only such prompts.
  *
- * In:   ids in the order of the list, and what /v1/models says of each: template, answers and a sample, or nothing.
+ * In:   ids in the order of the list, and what /v1/models says of each: how it was asked, or nothing.
  * Out:  a closed part of the form with a template and label words per task, and a button that fills the prompt.
  * Who:  page.js.
  */
@@ -11,6 +11,12 @@ const at = (id) => document.getElementById(id);
 function made(tag, text, className = "") {
   return Object.assign(document.createElement(tag), { textContent: text, className });
 }
+
+/** Whether the server can put a text into the task's own prompt. */
+export const isKnown = (card) => Boolean(card?.template || card?.chat);
+
+const shown = ({ template, sample, chat, system }) =>
+  chat ? `a chat${system ? ` after the system prompt ${JSON.stringify(system)}` : ""}` : template ?? sample;
 
 /** The first {placeholder} of a template is selected, so that typing replaces it. */
 function fill({ template, sample }) {
@@ -28,15 +34,15 @@ function hint(id, card) {
   button.setAttribute("aria-label", `Use as prompt: ${id}`);
   button.addEventListener("click", () => fill(card));
   const head = made("div", "", "row between");
-  head.append(made("h3", id), button);
-  entry.append(head, made("pre", card.template ?? card.sample));
+  head.append(made("h3", id), ...(card.chat ? [] : [button]));
+  entry.append(head, made("pre", shown(card)));
   if (card.answers.length) entry.append(made("p", `answers: ${card.answers.join(", ")}`, "note"));
   return entry;
 }
 
 /** Shows the chosen tasks; those that do not say how they were asked are named, so that nobody looks for them. */
 export function showHints(chosen, cards) {
-  const known = chosen.filter((id) => cards.get(id)?.template ?? cards.get(id)?.sample);
+  const known = chosen.filter((id) => isKnown(cards.get(id)) || cards.get(id)?.sample);
   const silent = chosen.filter((id) => cards.has(id) && !known.includes(id));
   at("hints").hidden = !known.length;
   at("hint-list").replaceChildren(...known.map((id) => hint(id, cards.get(id))));

@@ -8,7 +8,7 @@
 
 import { getJSON, key } from "./api.js";
 import { Card } from "./cards.js";
-import { showHints } from "./hints.js";
+import { isKnown, showHints } from "./hints.js";
 import { Live } from "./live.js";
 import { Picker } from "./picker.js";
 import { asCurl, asPython, copy } from "./snippets.js";
@@ -72,6 +72,10 @@ function settings() {
   };
 }
 
+/** The request to one task, whose own prompt the text is put into if that is known and wanted. */
+const asked = (body) => (task) =>
+  at("apply").checked && isKnown(picker.cards.get(task)) ? { ...body, apply_template: true } : body;
+
 const busy = () => cards.some((card) => card.answer.ariaBusy === "true");
 
 function buttons() {
@@ -93,7 +97,7 @@ function send() {
   at("asked").querySelector("p").textContent = body.prompt;
   cards = picker.chosen().map((task) => new Card(task, picker.hueOf(task), { onKey: askKey, onRun: watch }));
   at("cards").replaceChildren(...cards.map((card) => card.element));
-  for (const card of cards) card.run(body);
+  for (const card of cards) card.run(asked(body)(card.task));
   const narrow = matchMedia("(max-width: 860px)").matches;
   if (narrow) at("results").scrollIntoView({ block: "start" });
 }
@@ -102,7 +106,7 @@ async function copySettings(button, write) {
   const body = settings();
   if (!body) return;
   try {
-    await copy(write(picker.chosen(), body, Boolean(key.get())));
+    await copy(write(picker.chosen(), asked(body), Boolean(key.get())));
     say(`${button.textContent.replace("Copy", "Copied")}.`);
   } catch (error) {
     say(`Not copied: ${error.message}`);
