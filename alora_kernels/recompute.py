@@ -9,6 +9,7 @@ on the first run what it read from the model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 
 from .routing import in_this_context
 
+#: what else must hold while a segment runs, both times, beside the variables of its context
+around: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("alora_around", default=nullcontext)
 _notes: ContextVar[dict[int, Any] | None] = ContextVar("alora_checkpoint_notes", default=None)
 
 REMEDY = (
@@ -36,9 +39,13 @@ def keep_routing(function: Callable[..., Any]) -> Callable[..., Any]:
     context = copy_context()
     context.run(_notes.set, {})
 
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with around.get()():
+            return function(*args, **kwargs)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         # a context cannot be entered twice at once
-        return context.copy().run(in_this_context, function, *args, **kwargs)
+        return context.copy().run(in_this_context, within, *args, **kwargs)
 
     return run
 

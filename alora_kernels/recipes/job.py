@@ -78,23 +78,30 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     lost = data.Lost()
     text = read(recipe, lost)
     start: Start | None = None
-    trained = text["train"]["task"]
     if adapter is None:
         tasks = _task_order(recipe, text, resume)
         recipe, start = start_of(recipe, tasks)
-        trained = start.trained(trained) if start else trained
-        left = len(text["train"]) - len(trained)
     else:
         text, recipe = _known_to(adapter, text), recipe.instead(weights={})  # of tasks that may be gone
         tasks = _task_order(recipe, text, resume)
     words = label_words(text)
     metrics = metrics_of(recipe.tasks, text, words)
-    when = schedule(recipe, trained, validates="validation" in text)
+    # all that can be wrong with data is said before weights are read, which takes minutes for a large model
+    with display.err.status("preparing tokens ..."):
+        tokenizer = data.load_tokenizer(recipe.model)
+        length = recipe.max_length or context(data.load_config(recipe.model), tokenizer)
+        recipe = recipe.instead(max_length=length)
+        text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
+        cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
+        choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
+    unseen = _unseen(text, choices, tokenizer)
+    rows = ids["train"]["task"]
+    trained = start.trained(rows) if start else rows
+    when = schedule(recipe, trained, validates="validation" in ids)
     bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
     display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
-    quantization = quantized(recipe, chosen.dtype)
-    base, tokenizer = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantization)  # says what is slow
-    with display.err.status("preparing adapter and tokens ..."):
+    base, _ = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantized(recipe, chosen.dtype))
+    with display.err.status("preparing adapter ..."):
         method = recipe.adapters(tasks)
         shapes = target_shapes(base, method)
         if recipe.budget == "parameters":
@@ -112,13 +119,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
             tasks = tasks_of(model) or tasks
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
-        length = recipe.max_length or context(base.config, tokenizer)
-        recipe = recipe.instead(max_length=length)
-        text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
-    cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
-    choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
-    said = start.lines(left, base) if start else []
-    for line in (*said, *lost.lines(), *_unseen(text, choices, tokenizer)):
+    said = start.lines(len(rows) - len(trained), base) if start else []
+    for line in (*said, *lost.lines(), *unseen):
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")

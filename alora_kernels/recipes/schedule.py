@@ -25,7 +25,7 @@ class Schedule:
     keep_best: bool
 
 
-def schedule(recipe: Recipe, tasks: Sequence[str], *, validates: bool) -> Schedule:
+def schedule(recipe: Recipe, tasks: Sequence[str], validates: bool) -> Schedule:
     """The schedule of a run on training rows with these tasks, with or without validation rows.
 
     A ValueError says every setting that does not fit the data: names of unknown tasks, evaluations without rows.

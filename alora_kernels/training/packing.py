@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..ops.attention import Segments, mask_function, segment_attention, unsupported
+from ..recompute import around
 from .collator import positions
 from .loss import ModelLoss, Scored, label_counts
 from .output_head import without_dropout
@@ -142,8 +144,6 @@ def _cannot(model: Any, base: Any, inputs: dict[str, Any], loss: ModelLoss) -> s
         return f"{type(base).__name__} has several configs"
     if base.config._attn_implementation not in REPLACED:
         return f"attention is {base.config._attn_implementation!r}"
-    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        return "activations are checkpointed"
     if getattr(base.get_input_embeddings(), "neftune_noise_alpha", None):
         return "NEFTune's noise, which evaluation mode does not show, is scaled by the length of a batch's rows"
     if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
@@ -201,13 +201,23 @@ def _attention(config: Any, segments: Segments, dtypes: set[torch.dtype]) -> Ite
     """Our attention in the layers of a model, for these segments; what was there before is put back."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, mask_function)
-    before, token = config._attn_implementation, _running.set((segments, torch.is_grad_enabled(), dtypes))
-    config._attn_implementation = NAME
+    token = _running.set((segments, torch.is_grad_enabled(), dtypes))
+    again = around.set(partial(_replaced, config))  # for activations that are computed again in the backward pass
+    try:
+        with _replaced(config):
+            yield
+    finally:
+        around.reset(again)
+        _running.reset(token)
+
+
+@contextlib.contextmanager
+def _replaced(config: Any) -> Iterator[None]:
+    before, config._attn_implementation = config._attn_implementation, NAME
     try:
         yield
     finally:
         config._attn_implementation = before
-        _running.reset(token)
 
 
 def _attend(

@@ -143,10 +143,10 @@ def test_labels_of_any_words(tmp_path, jsonl):
 
 def test_words_that_begin_others_need_an_end(tmp_path, jsonl, monkeypatch):
     write(jsonl, ({"prompt": f"City {i}?", "answer": ("New", "New York")[i % 2]} for i in range(20)))
-    model, tokenizer = data.load_model("tiny-random")
+    tokenizer = data.load_tokenizer("tiny-random")
     tokenizer.eos_token = None
-    monkeypatch.setattr(data, "load_model", lambda *_, **__: (model, tokenizer))
-    monkeypatch.setattr(train, "trainer_for", lambda *_, **__: pytest.fail("trained first"))
+    monkeypatch.setattr(data, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr(data, "load_model", lambda *_, **__: pytest.fail("loaded first"))
     assert "some of its label words begin others" in refused("train", recipe(tmp_path, jsonl))
 
 

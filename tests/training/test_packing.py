@@ -125,7 +125,6 @@ def test_who_asked_for_it_is_warned(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda model: model.gradient_checkpointing_enable(), "checkpointed"),
         (
             lambda model: setattr(model.get_base_model().config, "_attn_implementation", "flex_attention"),
             "flex_attention",
@@ -141,15 +140,43 @@ def test_states_in_which_a_model_stays_padded(tmp_path: Path, change: Any, why: 
     assert packed.padded_because == "" and why in reason
 
 
-def test_a_layer_that_is_recomputed_is_found_out(tmp_path: Path):
-    model = adapted("Llama", GQA)
-    attention = model.get_base_model().model.layers[0].self_attn
+@pytest.mark.parametrize("again", ["by transformers", "by a layer of its own"])
+def test_activations_computed_again_are_those_of_the_packed_rows(tmp_path: Path, again: str):
+    results, calls = [], []
+    for padding_free, checkpoints in ((False, False), (True, True)):
+        model = adapted("Llama", GQA)
+        queries = model.get_base_model().model.layers[-1].self_attn.q_proj
+        queries.register_forward_pre_hook(lambda *_: calls.append("again"))
+        if checkpoints and again == "by transformers":
+            model.gradient_checkpointing_enable()
+        elif checkpoints:
+            checkpoint_attention(model, keep_routing)
+        trainer = trainer_on(tmp_path, texts(24), model, padding_free=padding_free)
+        seen = shapes_seen(trainer)
+        step(trainer)  # which proves, and so runs more often
+        calls.clear()
+        results.append(step(trainer))
+    assert trainer.packing.padded_because == "" and seen[-1][0] == 1
+    assert len(calls) == 2
+    assert model.config._attn_implementation == "sdpa"
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def checkpoint_attention(model: Any, keep: Any) -> None:
+    """Let a layer's attention be computed again in the backward pass."""
+    attention = model.get_base_model().model.layers[-1].self_attn
     inner = attention.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(keep_routing(inner), *args, use_reentrant=False, **kwargs)
+        return torch.utils.checkpoint.checkpoint(keep(inner), *args, use_reentrant=False, **kwargs)
 
     attention.forward = recomputed
+
+
+def test_a_layer_that_is_recomputed_on_its_own_is_found_out(tmp_path: Path):
+    model = adapted("Llama", GQA, target_modules=["down_proj"])
+    checkpoint_attention(model, lambda inner: inner)
     trainer = trainer_on(tmp_path, texts(24), model)
     step(trainer)
     assert "Checkpoint" in trainer.packing.padded_because
