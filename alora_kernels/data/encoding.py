@@ -213,14 +213,11 @@ def _chat_rows(
     whole = tokenizer(
         [chat.text for chat in chats], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    asked = iter(_ids([before for chat in chats for before, _ in chat.answers], tokenizer))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     found: list[tuple[Ids, Ids] | None] = []
     for chat, ids, offsets, task in zip(chats, whole.input_ids, whole.offset_mapping, rows["task"], strict=True):
-        starts = [next(asked) for _ in chat.answers]
-        ids, labels, trained = _label(chat, ids, [start for start, _ in offsets], starts, tokenizer)
+        ids, labels, trained = _label(chat, ids, [start for start, _ in offsets], special, tokenizer)
         if ids[-1] not in special and tokenizer.eos_token_id is not None:  # nothing else would tell the model to stop
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         fits = max_length is None or len(ids) <= max_length
@@ -260,20 +257,28 @@ def _render(turns: list[dict[str, str]], tokenizer: Any, template: str | None) -
     return _Chat(text, answers, sum(turn["role"] == "assistant" for turn in turns))
 
 
-def _label(chat: _Chat, ids: Ids, at: list[int], starts: list[Ids], tokenizer: Any) -> tuple[Ids, Ids, int]:
+def _label(chat: _Chat, ids: Ids, at: list[int], special: set[int], tokenizer: Any) -> tuple[Ids, Ids, int]:
     """A chat's ids, its labels, and how many turns they train; `at` has the place of each token in the text.
 
-    `starts` are the ids that the model sees before each answer. Where the answer makes the tokenizer divide the text
-    before it in another way, the last answer alone is trained, behind the ids that the model will see.
+    Where an answer makes the tokenizer divide the text before it in another way, the model will not see it so: then the
+    last answer alone is trained, behind the ids that it will see.
     """
-    if ids[: len(starts[-1])] != starts[-1]:
+    cuts = []  # the last special token before an answer, where tokenizers begin anew, and the answer's first token
+    for before, _ in chat.answers:
+        end = bisect_left(at, len(before))
+        cuts.append((next((i for i in range(end - 1, 0, -1) if ids[i] in special), 0), end))
+    tails = [before[at[start] if start else 0 :] for (before, _), (start, _) in zip(chat.answers, cuts, strict=True)]
+    seen = _ids(tails, tokenizer)
+    start, end = cuts[-1]
+    if ids[start:end] != seen[-1]:
         answer = _ids([chat.text[len(chat.answers[-1][0]) :]], tokenizer)[0]
-        return starts[-1] + answer, [IGNORE] * len(starts[-1]) + answer, 1
+        asked = ids[:start] + seen[-1]
+        return asked + answer, [IGNORE] * len(asked) + answer, 1
     labels, trained = [IGNORE] * len(ids), 0
-    for (_, through), start in zip(chat.answers, starts, strict=True):
-        if ids[: len(start)] == start:
-            end = bisect_left(at, len(through))
-            labels[len(start) : end] = ids[len(start) : end]
+    for (_, through), (start, end), tail in zip(chat.answers, cuts, seen, strict=True):
+        if ids[start:end] == tail:
+            last = bisect_left(at, len(through))
+            labels[end:last] = ids[end:last]
             trained += 1
     return ids, labels, trained
 

@@ -26,7 +26,11 @@ HELD = ("test", "validation")  # what judges; each has a field TaskSpec.<name>_s
 
 Source = Annotated[
     Annotated[str, Tag("as text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("as list")],
-    Discriminator(lambda value: "as text" if isinstance(value, str) else "as list"),
+    Discriminator(lambda value: "as list" if isinstance(value, list | tuple) else "as text"),
+]
+Split = Annotated[
+    Annotated[str, Tag("as text")] | Annotated[float, Tag("as share")],
+    Discriminator(lambda value: "as share" if isinstance(value, int | float) else "as text"),
 ]
 
 
@@ -39,11 +43,11 @@ class TaskSpec:
     prompt: str = "{prompt}"  # template; best ends in a colon: the answer follows after one space
     answer: str = "{answer}"  # template, e.g. "{label}"; a hub column of class numbers gives the class names
     split: str = "train"  # of the hub data set that rows are taken from
-    test_split: str | float | None = None  # another split, a file, or a share of the rows; None: `test_size` of them
+    test_split: Split | None = None  # another split, a file, or a share of the rows; None: `test_size` of them
     subset: str | None = None  # configuration of the hub data set, e.g. "cola" of "nyu-mll/glue"
     words: Mapping[str, str] = field(default_factory=dict)  # replaces answers, {"0": "negative"}
     task_column: str | None = "task"  # column which, where the data has it, names the task instead of `name`
-    validation_split: str | float | None = None  # the same of the rows that judge while training
+    validation_split: Split | None = None  # the same of the rows that judge while training
     revision: str | None = None  # branch, tag or commit of the hub data set
     system: str | None = None  # first turn of chats that bring no system turn
     # what a model is judged by; None: the choice of a label word, and the loss where answers are texts

@@ -188,6 +188,8 @@ def task_rows(
     name = str(task if data_file is None else data_file)
     source = (task or name) if data_file is None else data.TaskSpec("own", name, task_column=None)
     splits = data.load_task(source, seed=seed, train_size=train_size, test_size=test_size)
+    if any(turns for split in splits.values() for turns in split["messages"]):
+        raise ValueError(f"{name!r} holds chats, and clients train on prompts with one word for an answer")
     answers = {split: list(splits[split]["answer"]) for split in ("train", "test")}
     labels = _labels(task, name, set(answers["train"]) | set(answers["test"]))
     number = data.first_tokens(labels, tokenizer) if causal else {label: i for i, label in enumerate(labels)}

@@ -60,6 +60,8 @@ def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[T
         train, chats = text["train"].select(own["train"]), bool(text["train"][own["train"][0]]["messages"])
         shown = [at for at in own["train"] if not chats or sizes["train"][at] <= length][:rows]
         answers = Counter(train["answer"]) if name in label_words(text) else None
+        if answers and not chats:
+            data.word_tokens(answers, tokenizer, train[0]["prompt"])  # refuses those that no model could tell apart
         found.append(
             TaskData(
                 name,

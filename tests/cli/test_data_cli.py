@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from alora_kernels import data
@@ -95,6 +96,42 @@ def test_what_training_would_refuse(recipe: Path):
     recipe.write_text(text.replace("film.jsonl", "fill.jsonl"))
     said = alora(recipe, code=2)
     assert "fill.jsonl'; expected a .jsonl, .json, .csv or .parquet file" in said and said.count("\n") <= 3
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{name: a, source: film.jsonl, promt: '{prompt}'}", "tasks[0].promt: unknown setting; did you mean prompt?"),
+        ("{name: a, source: 3}", "tasks[0].source: must be text, got 3"),
+        ("{name: a, source: []}", "tasks[0].source: must not be empty"),
+        ("{name: a, source: film.jsonl, validation_split: []}", "tasks[0].validation_split: must be text, got []"),
+        ("{name: a, source: film.jsonl, validation_split: 2}", "are shares of the rows, such as 0.1"),
+        ("{name: a, source: film.jsonl, answer: good}", "answer: 'good' names no column; write for example answer:"),
+        (
+            "{name: a, source: film.jsonl, answer: '{label}'}",
+            "has no column 'label'; present: prompt, answer. Name the",
+        ),
+        ("{name: a, source: film.jsonl, system: Be short.}", "system: is of chats, and its rows are prompt and answer"),
+        ("{name: a, source: broken.csv}", "broken.csv, line 3: has 3 fields, and line 1 names 2 columns; put a text"),
+        ("{name: a, source: twice.jsonl}", "labels 'ab' and 'a b' are the same tokens to this tokenizer; choose other"),
+    ],
+)
+def test_mistakes_of_newcomers_are_said_in_three_lines(recipe: Path, monkeypatch, task: str, message: str):
+    write(recipe.parent / "twice.jsonl", [{"prompt": f"{i}:", "answer": ("ab", "a b")[i % 2]} for i in range(9)])
+    (recipe.parent / "broken.csv").write_text("prompt,answer\na,b\nc, d,e\n")
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "")])
+    monkeypatch.setattr(data.models, "_tiny_tokenizer", lambda: tokenizer)
+    recipe.write_text(f"model: tiny-random\ntasks: [{task}]\n")
+    said = alora(recipe, code=2)
+    assert message in said and said.count("\n") <= 3
+
+
+def test_a_task_with_one_row_and_more_test_rows_than_rows(recipe: Path):
+    write(recipe.parent / "one.jsonl", [{"prompt": "a:", "answer": "b"}])
+    recipe.write_text("model: tiny-random\ntasks: [one.jsonl, film.jsonl]\ntest_size: 1000\n")
+    out = alora(recipe, "--rows", 0)
+    assert "at most half of all: one 0 of 1000 asked for, film 8 of 1000 asked for" in out
 
 
 def test_without_a_max_length_it_is_the_models(recipe: Path):

@@ -143,6 +143,10 @@ def test_a_client_brings_its_own_file(toy, tmp_path):
     same = write(tmp_path / "same.jsonl", [row | {"answer": "yes"} for row in rows])
     with pytest.raises(ValueError, match="one answer only"):
         participant(config_of(None), "c0", data_file=same)
+    turns = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "ab"[i % 2]}] for i in range(9)]
+    chats = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in turns])
+    with pytest.raises(ValueError, match="holds chats, and clients train on prompts"):
+        participant(config_of(None), "c0", data_file=chats)
 
 
 def test_bad_configurations_name_the_remedy(toy):
