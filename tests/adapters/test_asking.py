@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from datasets import Dataset
 
 from alora_kernels import data
 from alora_kernels.adapters.asking import Prompt, chat_text, filled, prompt_of
-from alora_kernels.adapters.cards import TaskCard
+from alora_kernels.adapters.cards import TaskCard, described
 
 from ..serving.tokenizerkinds import KINDS
 
@@ -142,3 +144,23 @@ def test_without_a_template_nothing_is_guessed():
 def test_a_strangers_chat_template_that_fails_is_an_error_in_words(template, said):
     with pytest.raises(ValueError, match=said):
         chat_text(data.models.byte_tokenizer(), user("x"), template, ask=True)
+
+
+@pytest.mark.parametrize("system", [None, "be short"])
+def test_a_chat_has_the_tokens_that_training_saw_before_the_answer(system):
+    tokenizer = data.models.byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("<answer>", "<assistant>")
+    turns = [*([{"role": "system", "content": system}] if system else []), *user("x")]
+    whole = json.dumps([*turns, {"role": "assistant", "content": "y"}])
+    rows = Dataset.from_dict({"prompt": ["x"], "answer": ["y"], "task": ["t"], "messages": [whole]})
+    row = data.encode(rows, tokenizer)[0]
+    trained = [id for id, label in zip(row["input_ids"], row["labels"]) if label == data.IGNORE]
+    prompt = prompt_of(tokenizer, user("x"), TaskCard(chat=True, system=system))
+    assert prompt.ids(tokenizer) == trained and prompt.text.endswith("<user>x<assistant>") and not prompt.spaced
+
+
+def test_how_a_task_is_asked_in_words():
+    assert described(None) is described(TaskCard(sample="x")) is None
+    assert described(PLAIN) == '"Review: {text}\\nSentiment:" with positive, negative'
+    assert described(PLAIN, 1, 6) == '"Review…" with positi, ...'
+    assert described(TaskCard(chat=True, system="be")) == 'chats after the system prompt "be"'
