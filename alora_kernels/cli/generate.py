@@ -9,7 +9,6 @@ import difflib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,18 +26,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 ROWS = 32  # of one batch
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one task says to one text."""
-
-    task: str
-    text: str  # as given
-    prompt: str  # what the model read
-    answer: str
-    finish_reason: str  # "stop" at an end of text, or "length"
-    tokens: int
 
 
 def generate(
@@ -61,37 +48,45 @@ def generate(
 ) -> None:
     """Ask tasks of an adapter, each as it was asked in training: its prompt template, or a chat."""
     with command():
+        import torch
+        from peft import PeftModel
+
         from ..adapters.asking import Prompt, prompt_of
         from ..adapters.cards import read_task_cards
+        from ..serving.slots import check_model
 
         if not 0 < top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
+        if top_p < 1 and not temperature:
+            raise ValueError("--top-p chooses among sampled tokens: give a --temperature above 0 too")
         if raw and system is not None:
             raise ValueError("--raw takes whole prompts, so --system has no place: give one of them")
         file = _read(adapter)
         names, given = _chosen(file, task), _texts(texts)
-        base, tokenizer, name, _ = open_base(adapter, model, dtype)
-        _check_fit(file, base, name)
+        base, tokenizer, _, _ = open_base(adapter, model, dtype)
+        check_model(base, file)
         cards = {} if raw else read_task_cards(adapter, file.tasks)
         opening = [] if system is None else [{"role": "system", "content": system}]
-        asked: list[tuple[str, str, Prompt]] = []
-        for text in given:
-            turns = [*opening, {"role": "user", "content": text}]
-            for one in names:
-                prompt = Prompt(text) if raw else prompt_of(tokenizer, turns, cards.get(one), task=one)
-                asked.append((one, text, prompt))
+        asked = [(one, text, Prompt(text)) for text in given for one in names]
+        if not raw:
+            turns = {text: [*opening, {"role": "user", "content": text}] for text in given}
+            asked = [(t, text, prompt_of(tokenizer, turns[text], cards.get(t), task=t)) for t, text, _ in asked]
         how: dict[str, Any] = {"do_sample": temperature > 0}
         how |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         if seed is not None:
             from transformers import set_seed
 
             set_seed(seed)
-        for answer in answers(_adapted(file, base), tokenizer, asked, max_tokens, how):
-            _show(answer, as_json, len(given), len(names))
-            if not answer.answer.strip():
-                why = "" if answer.task in cards else ": is this how it was asked in training? Nothing here says how"
+        adapted: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+        adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+        for answer in answers(adapted, tokenizer, asked, max_tokens, how):
+            label = f"{answer['task']}: " if len(names) > 1 else ""
+            of = f"{printable(answer['text'], 60)} -> " if len(given) > 1 else ""
+            print(json.dumps(answer, ensure_ascii=False)) if as_json else display.say(f"{of}{label}{answer['answer']}")
+            if not answer["answer"].strip():
+                why = "" if answer["task"] in cards else ": is this how it was asked in training? Nothing here says how"
                 why = ": is this the whole of a prompt of its training?" if raw else why
-                display.err.print(f"{answer.task} ended its answer at once, without a text{why}", markup=False)
+                display.err.print(f"{answer['task']} ended its answer at once, without a text{why}", markup=False)
 
 
 def _read(adapter: Path) -> AdapterFile:
@@ -152,34 +147,14 @@ def open_base(adapter: Path, model: str | None, dtype: str | None) -> tuple[Any,
     return (*data.load_model(name, dtype=chosen.dtype), name, chosen)
 
 
-def _check_fit(file: AdapterFile, base: Any, name: str) -> None:
-    from ..tuner.base_layer import features
-
-    for module, shape in file.shapes.items():
-        try:
-            found: Any = features(base.get_submodule(module))
-        except AttributeError:
-            found = None
-        if found != (shape.k, shape.n):
-            here = "is not there" if found is None else f"has {found[0]} inputs and {found[1]} outputs"
-            raise ValueError(
-                f"{file.folder} was trained on another base than {name}: its {module} has {shape.k} inputs and"
-                f" {shape.n} outputs, and here it {here}: give its own base with --model"
-            )
-
-
-def _adapted(file: AdapterFile, base: Any) -> Any:
-    import torch
-    from peft import PeftModel
-
-    model: Any = PeftModel.from_pretrained(base, str(file.folder))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
 def answers(
     model: Any, tokenizer: Any, asked: Sequence[tuple[str, str, Prompt]], max_tokens: int, how: dict[str, Any]
-) -> Iterator[Answer]:
-    """Answers to (task, text, prompt), in order; `how` are settings of the model's `generate`."""
+) -> Iterator[dict[str, Any]]:
+    """Answers to (task, text, prompt), in order; `how` are settings of the model's `generate`.
+
+    Each has both texts and the task, `answer`, how many `tokens` it took, and why it ends: at an end of text ("stop")
+    or at the most tokens ("length").
+    """
     import torch
 
     from ..modules.adapter import BASE
@@ -205,13 +180,5 @@ def answers(
             said = tokenizer.decode(row[:count], skip_special_tokens=True)
             said = said.removeprefix(" ") if prompt.spaced else said
             reason = "stop" if count < len(row) else "length"
-            yield Answer(task, text, prompt.text, said, reason, count + (count < len(row)))
-
-
-def _show(answer: Answer, as_json: bool, texts: int, tasks: int) -> None:
-    if as_json:
-        print(json.dumps(asdict(answer), ensure_ascii=False))
-        return
-    label = f"{answer.task}: " if tasks > 1 else ""
-    of = f"{printable(answer.text, 60)} -> " if texts > 1 else ""
-    display.say(f"{of}{label}{answer.answer}")
+            ended = {"answer": said, "finish_reason": reason, "tokens": count + (count < len(row))}
+            yield {"task": task, "text": text, "prompt": prompt.text, **ended}

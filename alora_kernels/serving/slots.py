@@ -41,6 +41,7 @@ Where = Literal["device", "host", "disk"]
 Rows = dict[str, Tensor]  # module -> a task's A there: [r, K], r <= R, on the CPU, in the slots' dtype
 ADAPTER = "serving"
 SHOWN = 5  # module names in an error
+REMEDY = "give the base that it was trained on"
 SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is rounding
 
 
@@ -175,7 +176,8 @@ def check_model(model: nn.Module, file: AdapterFile) -> None:
     modules = dict(model.named_modules())
     missing = [name for name in file.shapes if name not in modules]
     if missing:
-        raise refused(file.folder, f"the base has no {', '.join(missing[:SHOWN])} ({len(missing)} modules missing)")
+        names = ", ".join(missing[:SHOWN])
+        raise refused(file.folder, f"the base has no {names} ({len(missing)} modules missing): {REMEDY}")
     for name, (n, _, k) in file.shapes.items():
         try:
             check_target(model, name, tasks=2)
@@ -185,8 +187,7 @@ def check_model(model: nn.Module, file: AdapterFile) -> None:
         if (n, k) != (own_n, own_k):
             raise refused(
                 file.folder,
-                f"{name} maps {k} features to {n} but the base maps {own_k} to {own_n}: serve it on the base it was"
-                " trained on",
+                f"{name} maps {k} features to {n} but the base maps {own_k} to {own_n}: {REMEDY}",
             )
     file.check_copies(dict(model.named_parameters(remove_duplicate=False)))
 
