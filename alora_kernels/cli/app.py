@@ -26,7 +26,7 @@ from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Exit codes: 0 done; 1 failed underway; 2 wrong input, said in a line or two; 130 interrupted.",
     rich_markup_mode="rich",
     help="Train and serve many tasks on one frozen language model: several low-rank A, one shared B (Asymmetric LoRA).",
 )
@@ -90,6 +90,15 @@ def train(
     output: Annotated[Path | None, typer.Option(help="folder, instead of the recipe's")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the base: auto, float32, bfloat16; or the recipe's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in the output folder")] = False,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps, instead of the recipe's length", min=1)] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the rows, instead of the recipe's length")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--from", help="an adapter folder to go on from", metavar="DIR")
+    ] = None,
+    train_tasks: Annotated[
+        str | None, typer.Option(help="tasks that learn, the others stay as they are", metavar="A,B,...")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only errors and the last line")] = False,
 ) -> None:
     """Train as a recipe says, judge every task, save the adapter in the folder `adapter` of the output folder.
 
@@ -103,10 +112,28 @@ def train(
         from ..recipes.recipe import load_recipe
 
         recipe = load_recipe(config).instead(
-            method=method, output=str(output) if output else None, dtype=trained_in(dtype)
+            method=method,
+            output=str(output) if output else None,
+            dtype=trained_in(dtype),
+            steps=steps,
+            epochs=epochs,
+            adapter=str(adapter.resolve()) if adapter else None,
+            train_tasks=tuple(train_tasks.split(",")) if train_tasks else None,
         )
-        folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
-        display.say(f"adapter saved: {folder}")
+        with display.silent(quiet):
+            folder = recipes.run(recipe, resume=resume, overwrite=overwrite)
+            display.result(f"adapter saved: {folder}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes.
+
+    With `# yaml-language-server: $schema=FILE` as its first line an editor completes and checks a recipe.
+    """
+    from ..recipes.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.schema_document(), indent=1))
 
 
 @app.command("eval")

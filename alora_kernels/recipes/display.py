@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,6 +43,27 @@ def aside() -> Iterator[None]:
         console.stderr = False
 
 
+@contextmanager
+def silent(asked: bool = True) -> Iterator[None]:
+    """For the time of a block nothing is shown but what `result` says."""
+    before = console.quiet, err.quiet
+    with warnings.catch_warnings():
+        if asked:
+            console.quiet = err.quiet = True
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            console.quiet, err.quiet = before
+
+
+def result(text: str) -> None:
+    """The last line of a command, which is said in silence too."""
+    console.quiet, before = not FIRST, console.quiet
+    say(text)
+    console.quiet = before
+
+
 def progress(unit: str) -> Progress:
     """A progress bar with counts and times."""
     return Progress(
@@ -59,7 +81,6 @@ def progress(unit: str) -> Progress:
 def quiet() -> None:
     """Libraries' own bars and notices would tear ours."""
     import sys
-    import warnings
 
     import transformers
 

@@ -79,6 +79,7 @@ Targets = Annotated[
 ]
 
 
+Reporter = Literal["tensorboard", "wandb", "mlflow"]
 Packing = Annotated[
     Annotated[Literal["auto"], Tag("as text")] | Annotated[bool, Tag("as bool")], _tagged("as text", "as bool")
 ]
@@ -195,7 +196,7 @@ class Recipe(BaseModel):
         ge=0,
     )
     save_total_limit: Whole | None = _says("checkpoints that stay, the best one among them; null: all", 2, ge=1)
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = _says(
+    report_to: tuple[Reporter, ...] = _says(
         "who else gets what is logged: a list of tensorboard, wandb, mlflow; none", ()
     )
     overwrite: bool = _says("replace an earlier run in the output folder", False)
@@ -266,7 +267,9 @@ class Recipe(BaseModel):
             routing = own
         return {**values, "method": method, "routing": routing}
 
-    @field_validator("report_to", mode="before")
+    @field_validator(
+        "report_to", mode="before", json_schema_input_type=tuple[Reporter, ...] | Reporter | Literal["none"]
+    )
     @classmethod
     def _reporters(cls, names: Any) -> Any:
         """A list, one name, or none."""
@@ -297,6 +300,11 @@ class Recipe(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise RecipeError("\n  ".join([f"{source}:", *mistakes(error, cls)])) from None
+
+    @classmethod
+    def schema_document(cls) -> dict[str, Any]:
+        """What a recipe may hold, for editors: JSON Schema, draft 2020-12."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
 
     def instead(self, **changes: Any) -> Self:
         """The same run with other settings; None keeps the recipe's."""

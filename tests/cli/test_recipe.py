@@ -326,3 +326,26 @@ def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     (tmp_path / "run2").mkdir()
     alora("train", config, "--output", str(tmp_path / "run2"))  # an empty folder is as good as none
+
+
+def test_the_schema_is_one_and_takes_what_recipes_take():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(alora("schema"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    right = jsonschema.Draft202012Validator(schema)
+    examples = [*Path("examples").glob("*.yaml"), *Path("examples/paper").glob("*.yaml")]
+    recipes = [read_yaml(path.read_text()) for path in examples if "fed" not in path.name]
+    assert len(recipes) >= 5
+    for values in [*recipes, {"tasks": ["trec"], "report_to": "none", "packing": True, "steps": None}]:
+        right.validate(values)
+    for wrong in ({"stepz": 3}, {"steps": 0}, {"optimizer": "lion"}, {"packing": "maybe"}, {"weights": {"trec": 0}}):
+        assert not right.is_valid({"tasks": ["trec"], **wrong})
+    assert all(each.get("description") for each in schema["properties"].values())
+
+
+def test_quiet_says_the_last_line_alone(tmp_path, jsonl):
+    said = alora("train", recipe(tmp_path, jsonl), "--quiet", "--epochs", 1, "--output", tmp_path / "q")
+    assert said == f"adapter saved: {tmp_path / 'q' / 'adapter'}\n"
+    assert load_recipe(tmp_path / "q" / "adapter" / "recipe.yaml").steps is None
+    assert "unknown setting" in refused("train", recipe(tmp_path, jsonl, stepz=1), "--quiet")
+    assert "Exit codes: 0 done" in alora("--help") and "--install-completion" in alora("--help")
