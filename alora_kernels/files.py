@@ -112,10 +112,9 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """What the files of a folder were lies in `.before` until the block ends, and comes back if it fails.
+    """Put the files of a folder into `.before` until the block ends well: a crash between two renames loses nothing.
 
-    For a change of several files that only together mean something: a crash between two renames loses nothing. A
-    ValueError where such a crash was, until somebody has looked.
+    A ValueError where there was one, until somebody has looked.
     """
     before = folder / ".before"
     if before.exists():
@@ -123,24 +122,12 @@ def kept(folder: Path) -> Iterator[None]:
             f"{before} holds what {folder} was before a change that did not end: put its files back if {folder} does"
             " not read, then delete it"
         )
-    if not folder.is_dir():
-        yield
-        return
-    files = [path for path in folder.iterdir() if path.is_file()]
-    before.mkdir()
-    try:
-        for path in files:
-            try:
-                os.link(path, before / path.name)  # no copy: files are replaced here, never written into
-            except OSError:
-                shutil.copy2(path, before)
-        yield
-    except BaseException:
-        for old in before.iterdir():
-            os.replace(old, folder / old.name)
-        raise
-    finally:
-        shutil.rmtree(before)
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    before.mkdir(parents=True)
+    for path in files:
+        shutil.copy2(path, before)
+    yield
+    shutil.rmtree(before)
 
 
 def _rank(path: Path) -> tuple[int, str]:

@@ -277,28 +277,30 @@ def over_best_b(
         if not any(row[i] for row in norms.values()):
             raise ValueError(f"adapter {task} ({adapter.folder}) changes nothing: its B A is zero everywhere, as of an"
                              " adapter that was never trained; leave it out")  # fmt: skip
-    return tensors, report_of(adapters, tensors, folder, norms, lost, {goal: rank_for(goal, spectra) for goal in GOALS})
+    needed = {goal: rank_for(goal, spectra) for goal in GOALS}
+    return tensors, report_of(adapters, shapes, tensors, folder, norms, lost, needed)
 
 
 def report_of(
     adapters: Mapping[str, AdapterFile],
+    shapes: Mapping[str, Shape],
     tensors: Mapping[str, Tensor],
     folder: Path,
-    norms: Errors,
-    lost: Errors,
-    needed: dict[float, int],
+    norms: Mapping[str, list[float]] = {},
+    lost: Mapping[str, list[float]] = {},
+    needed: Mapping[float, int] = {},
 ) -> ImportReport:
-    """The report of an adapter that is about to be written."""
+    """The report of an adapter that is about to be written; one that loses nothing needs no errors."""
     files = {adapter.folder: adapter for adapter in adapters.values()}
     return ImportReport(
         base=next(filter(None, (adapter.base for adapter in adapters.values())), None),
         folder=folder,
-        rank=next(t.shape[1] for key, t in tensors.items() if key.endswith("asymlora_B.weight")),
+        rank=next(iter(shapes.values())).r,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         bytes_before=sum(file.stamp.bytes for file in files.values()),
         ranks={task: adapter.rank for task, adapter in adapters.items()},
-        norms=norms,
-        lost=lost,
-        needed=needed,
-        missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in norms if m not in a.shapes))},
+        norms=dict(norms),
+        lost=dict(lost),
+        needed=dict(needed),
+        missing={t: gap for t, a in adapters.items() if (gap := tuple(m for m in shapes if m not in a.shapes))},
     )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..recipes import display
 from ..recipes.display import say
-from ..text import clipped, counted, listed, printable, size
+from ..text import clipped, counted, printable
 from . import command
 from .adapters import show_import
 
 WIDE = 48  # characters of a template in the table
+COMMANDS = ("list", "add", "remove", "rename", "join")
 
 app = typer.Typer(
     help="List, add, remove, rename or join the tasks of a saved adapter; the base model is not loaded.\n\n"
@@ -39,23 +40,25 @@ def folder(
 
 @app.command("list")
 def show(context: typer.Context) -> None:
-    """Show the tasks: size, how much each changes the weights, which other one is most like it, how it is asked."""
+    """Show how each task is asked, how much it changes the weights, and which other one does so most alike."""
     with command():
+        from rich.markup import escape
+
         from ..adapters.tasks import list_tasks
 
         if not context.obj.exists() and str(context.obj) in COMMANDS:
             raise ValueError(f"the folder comes first: alora tasks DIR {context.obj} ...")
-        from rich.markup import escape
-
         rows = []
         for number, task in enumerate(list_tasks(context.obj)):
-            near = f"{printable(task.nearest)} {task.alike[task.nearest]:.2f}" if task.nearest else ""
+            near = max(task.alike, key=lambda other: task.alike[other], default=None)
             asked = "chat" if task.card and task.card.chat else (task.card and task.card.template) or "not known"
-            told = [printable(task.name), clipped(json.dumps(asked, ensure_ascii=False)[1:-1], WIDE), near]
-            name, asked, near = map(escape, told)
-            rows.append([name, asked, str(number), str(task.rank), size(task.bytes), f"{task.norm:.3g}", near])
-        columns = ["task", "asked", "id", "rank", "size of A", "change", "most like"]
+            texts = [task.name, clipped(json.dumps(asked, ensure_ascii=False)[1:-1], WIDE)]
+            alike = f"{near} {task.alike[near]:.2f}" if near else ""
+            rows.append(
+                [*(escape(printable(t)) for t in texts), str(number), f"{task.norm:.3g}", escape(printable(alike))]
+            )
         said = "change: the norm of s B A over all modules; most like: the cosine of two changes"
+        columns = ["task", "asked", "id", "change", "most like"]
         display.console.print(display.table(str(context.obj), columns, rows, said, left=2))
 
 
@@ -74,15 +77,13 @@ def add(
     """Add a task, to be trained by `alora train RECIPE --from DIR --train-tasks NAME`."""
     with command():
         from ..adapters.cards import TaskCard
-        from ..adapters.tasks import add_task
 
-        card = None if template is None else TaskCard(template=template.replace("\\n", "\n"))
-        written = add_task(context.obj, name, like=like, seed=seed, card=card, out=out, overwrite=overwrite)
-        say(
-            f"{name} begins with {'a random A' if like is None else f'the A of {like}'} and is not trained yet",
-            "yellow",
+        cards = {} if template is None else {name: TaskCard(template=template.replace("\\n", "\n"))}
+        _arrange(context.obj, {}, {name: like}, out, overwrite, seed=seed, cards=cards)
+        start = (
+            "with a random A: it answers badly until" if like is None else f"with the A of {like}: it answers so until"
         )
-        _saved(written)
+        say(f"{name} begins {start} it is trained", "yellow")
 
 
 @app.command()
@@ -94,9 +95,7 @@ def remove(
 ) -> None:
     """Take tasks out; the others stay as they are, to the bit."""
     with command():
-        from ..adapters.tasks import remove_tasks
-
-        _saved(remove_tasks(context.obj, names, out=out, overwrite=overwrite))
+        _arrange(context.obj, dict.fromkeys(names), {}, out, overwrite)
 
 
 @app.command()
@@ -109,9 +108,7 @@ def rename(
 ) -> None:
     """Call a task otherwise; its numbers stay as they are."""
     with command():
-        from ..adapters.tasks import rename_task
-
-        _saved(rename_task(context.obj, old, new, out=out, overwrite=overwrite))
+        _arrange(context.obj, {old: new}, {}, out, overwrite)
 
 
 @app.command()
@@ -133,11 +130,24 @@ def join(
     show_import(report, counted(len(report.tasks), "task"))
 
 
-def _saved(written: Path) -> None:
-    from ..adapters.reader import read_adapter
+def _arrange(
+    folder: Path,
+    changed: dict[str, str | None],
+    more: dict[str, str | None],
+    out: Path | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Arrange the tasks anew: old names by new ones, None for those that go, and more of them behind."""
+    from ..adapters.tasks import arrange_tasks, check_known, read_tasks
 
-    tasks = read_adapter(written).tasks
-    say(f"adapter saved: {written}, {counted(len(tasks), 'task')}: {listed(tasks, 20)}")
-
-
-COMMANDS = ("list", "add", "remove", "rename", "join")
+    file = read_tasks(folder)
+    check_known(file, changed)
+    names = [(changed.get(task, task), task) for task in file.tasks]
+    pairs = [(new, task) for new, task in names if new is not None] + list(more.items())
+    if twice := [new for new in [*changed.values(), *more] if new in file.tasks]:
+        raise ValueError(f"{folder} has a task {twice[0]!r} already: choose another name")
+    if not pairs:
+        raise ValueError(f"{folder} would have no task left: delete the folder if that is meant")
+    written = arrange_tasks(folder, dict(pairs), out=out, overwrite=overwrite, **options)
+    say(f"adapter saved: {written}, {counted(len(pairs), 'task')}: {', '.join(new for new, _ in pairs)}")

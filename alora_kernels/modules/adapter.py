@@ -75,7 +75,7 @@ def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None)
         nn.init.kaiming_uniform_(router, a=math.sqrt(5))
 
 
-def seeded_a(task: str, module: str, r: int, k: int, seed: int = 0) -> Tensor:
+def seeded_a(task: str, module: str, r: int, k: int, seed: int) -> Tensor:
     """A `[R, K]` in float32 of a task that joins others, drawn as `reset_adapter_` does.
 
     One task, module and seed give the same numbers, be the adapter saved or live.

@@ -62,18 +62,15 @@ class Start:
     def lines(self, left: int, base: Any) -> list[str]:
         """What to tell before training, in which so many rows have no part."""
         said = [f"goes on from {self.file.folder}" + (f", new: {listed(self.new, SHOWN)}" if self.new else "")]
-        still, theirs = listed(self.still, SHOWN), getattr(base, "name_or_path", None)
+        still, was, now = listed(self.still, SHOWN), self.file.base, getattr(base, "name_or_path", None)
+        unused = f"; {counted(left, 'training row')} of theirs not used" if left else ""
         if self.still and self.b:
             said.append(f"B trains, which changes what {still} answer too; their A stay as they are")
-        elif self.still:
-            unused = f"; {counted(left, 'training row')} of theirs not used" if left else ""
-            said.append(f"trains {listed(self.learn, SHOWN)}; B and {still} stay as they are{unused}")
         elif not self.b:
-            said.append("B stays as it is")
-        if self.file.base and theirs and Path(theirs).name != Path(self.file.base).name:
-            said.append(
-                f"the adapter was trained on {self.file.base}, and this base is {theirs}: only shapes are checked"
-            )
+            kept = f"B and {still}" if still else "B"
+            said.append(f"trains {listed(self.learn, SHOWN)}; {kept} stay as they are{unused}")
+        if was and now and Path(now).name != Path(was).name:
+            said.append(f"the adapter was trained on {was}, and this base is {now}: only shapes are checked")
         return said
 
 
@@ -93,29 +90,22 @@ def start_of(recipe: Recipe, tasks: Sequence[str]) -> tuple[Recipe, Start | None
     file = read_tasks(recipe.adapter)
     if recipe.parallel == "fsdp":
         raise ValueError("adapter: a run that goes on from one is not sharded: parallel: ddp")
-    recipe = _as_the_adapter(recipe, file.folder)
-    new = tuple(task for task in tasks if task not in file.tasks)
-    learn = _learnt(recipe.train_tasks, file.tasks, tasks)
+    known, asked = file.tasks, recipe.train_tasks
+    for task in asked or ():
+        if task not in tasks:
+            where = "has no training rows" if task in known else f"is no task; {did_you_mean(task, [*tasks, *known])}"
+            raise ValueError(f"train_tasks: {task!r} {where}")
+    learn, new = tuple(asked or tasks), tuple(task for task in tasks if task not in known)
     if left := [task for task in new if task not in learn]:
         raise ValueError(
             f"train_tasks: there are rows of {listed(left, SHOWN)}, of which the adapter knows nothing: name it too, or"
             " leave its rows out"
         )
-    every = set(learn) == {*file.tasks, *new}
-    b = recipe.train_b if recipe.train_b is not None else recipe.train_tasks is None or every
+    b = (asked is None or {*known, *new} == set(learn)) if recipe.train_b is None else recipe.train_b
     if not b and not any(matrix.any() for matrix in file.b.values()):
         raise ValueError(f"train_b: B of {file.folder} is zero, so that nothing trains without it: train_b: true")
-    weights = {task: weight for task, weight in recipe.weights.items() if b or task in learn or task not in file.tasks}
-    return recipe.instead(weights=weights), Start(file, new, learn, b)
-
-
-def _learnt(asked: Sequence[str] | None, known: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that train: those asked for, if they have rows, else all that have."""
-    for task in asked or ():
-        if task not in present:
-            where = "has no training rows" if task in known else f"is no task; {did_you_mean(task, [*present, *known])}"
-            raise ValueError(f"train_tasks: {task!r} {where}")
-    return tuple(present if asked is None else dict.fromkeys(asked))
+    weights = {task: weight for task, weight in recipe.weights.items() if b or task in learn or task not in known}
+    return _as_the_adapter(recipe, file.folder).instead(weights=weights), Start(file, new, learn, b)
 
 
 def _as_the_adapter(recipe: Recipe, folder: Path) -> Recipe:

@@ -1,6 +1,6 @@
 """Tasks of a model in memory: `add_task` makes room for one more, `train_only` trains some and leaves the others.
 
-`adapters.tasks` does the same to saved adapters. Both calls come before the optimiser is made.
+Both come before the optimiser is made. `adapters.tasks` is for saved adapters.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from torch import nn
 from ..modules.adapter import seeded_a, task_names
 from ..ops.checks import check_whole
 from ..settings import did_you_mean
-from .config import unwrapped
 from .layer import ALoRALayer, TrainedPart
-
-Layers = dict[str, ALoRALayer]  # by name in the model
 
 
 def add_task(
@@ -30,9 +27,9 @@ def add_task(
     Args:
         model: a PEFT model or a model with injected adapters; changed in place.
         name: of the new task.
-        like: begin with the A of this task; None draws A as a layer begins: under a trained B that changes answers at
-            random until it is trained.
-        seed: of that draw, for which the name counts too.
+        like: begin with the A of this task; None draws A as a layer begins, for which seed and name count: under a
+            trained B that changes answers at random until it is trained.
+        seed: of that draw.
         adapter_name: which adapter; None is the active one that picks by task.
 
     Raises:
@@ -44,20 +41,17 @@ def add_task(
         >>> train_only(model, ["law"])
     """
     adapter, layers, tasks = _adapter(model, adapter_name)
-    if name in tasks:
-        raise ValueError(f"adapter {adapter!r} has a task {name!r} already: choose another name")
-    names = task_names([*tasks, name])
-    row = None if like is None else _row(like, tasks)
-    for layer in layers.values():
+    names, row = task_names([*tasks, name]), None if like is None else _row(like, tasks)
+    for layer in layers:
         if layer.merged:
             raise ValueError("a task is merged into the base: call unmerge_adapter() before adding one")
         check_whole(layer.asymlora_A[adapter]._parameters, layer.rows_name)
-    for module, layer in layers.items():
-        weight = layer.asymlora_A[adapter]
-        old: Any = weight.weight
-        new = old[row] if row is not None else seeded_a(name, module, old.shape[1], old.shape[2], seed).to(old)
-        weight.weight = nn.Parameter(torch.cat([old.detach(), new.detach()[None]]), old.requires_grad)
-        spec = layer.asymlora_spec[adapter]
+    for layer in layers:
+        held, spec = layer.asymlora_A[adapter], layer.asymlora_spec[adapter]
+        old: Any = held.weight
+        _, r, k = old.shape
+        new = seeded_a(name, str(layer.rows_name), r, k, seed).to(old) if row is None else old[row]
+        held.weight = nn.Parameter(torch.cat([old.detach(), new.detach()[None]]), old.requires_grad)
         layer.asymlora_spec[adapter] = replace(spec, tasks=names, experts=len(names))
     configs: Any = getattr(model, "peft_config", {})
     if adapter in configs:
@@ -82,54 +76,46 @@ def train_only(
     Raises:
         ValueError: no such task or adapter, soft routing, or biases and modules that all tasks share and that train in
             full, unless `b`.
-
-    Example:
-        >>> train_only(model, ["law"])
-        >>> ALoRATrainer(model=model, args=args, train_dataset=rows).train()
     """
     adapter, layers, known = _adapter(model, adapter_name)
     if isinstance(tasks, str) or (tasks is not None and not tasks):
         raise ValueError(f"tasks must be a list with a name or more, or None for all, got {tasks!r}")
     part = None if tasks is None else TrainedPart(tuple(sorted({_row(task, known) for task in tasks})), b)
-    if part is not None and not b:
-        _check_nothing_else_is_shared(model, adapter)
-    for layer in layers.values():
+    config: Any = getattr(model, "peft_config", {}).get(adapter)
+    shared = [
+        n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save
+    ]
+    shared += [f"bias={config.bias!r}"] if getattr(config, "bias", "none") != "none" else []
+    if part is not None and shared and not b:
+        raise ValueError(
+            f"{shared[0]} trains in full and all tasks share it, so others would change too: say b=True if that is"
+            " meant, or make the adapter without it"
+        )
+    for layer in layers:
         layer.train_only(adapter, part)
 
 
 def trained_part(model: nn.Module) -> TrainedPart | None:
     """What `train_only` said last of an adapter that is active; None where all tasks train."""
-    found = (part for m in model.modules() if isinstance(m, ALoRALayer) for part in m.trained_parts())
-    return next(found, None)
+    parts = (part for m in model.modules() if isinstance(m, ALoRALayer) for part in m.trained_parts())
+    return next(parts, None)
 
 
-def _adapter(model: nn.Module, name: str | None) -> tuple[str, Layers, tuple[str, ...]]:
+def _adapter(model: nn.Module, name: str | None) -> tuple[str, list[ALoRALayer], tuple[str, ...]]:
     """An adapter that picks by task, its layers and its tasks."""
-    layers = {unwrapped(m.rows_name or n): m for n, m in model.named_modules() if isinstance(m, ALoRALayer)}
-    specs = {key: spec for layer in layers.values() for key, spec in layer.asymlora_spec.items()}
-    active = list(dict.fromkeys(key for layer in layers.values() for key in layer.active_adapters if key in specs))
-    names = [key for key in (active if name is None else [name]) if key in specs and not specs[key].soft]
+    layers = [module for module in model.modules() if isinstance(module, ALoRALayer)]
+    tasks = {key: spec.tasks for layer in layers for key, spec in layer.asymlora_spec.items() if not spec.soft}
+    active = {key for layer in layers for key in layer.active_adapters}
+    names = [key for key in tasks if key == name or (name is None and key in active)]
     if len(names) != 1:
-        have = ", ".join(f"{key} ({'soft routing' if spec.soft else 'tasks'})" for key, spec in specs.items())
-        asked = "one active adapter that picks by task" if name is None else f"adapter {name!r} to pick by task"
-        raise ValueError(f"this needs {asked}: the model has {have or 'no ALoRA adapter'}; say which by adapter_name")
-    (adapter,) = names
-    return adapter, {n: m for n, m in layers.items() if adapter in m.asymlora_spec}, specs[adapter].tasks
+        raise ValueError(
+            f"this needs one {'active adapter' if name is None else f'adapter {name!r}'} that picks by task, and the"
+            f" model has {', '.join(tasks) or 'none (soft routing has no tasks)'}: say which by adapter_name"
+        )
+    return names[0], [layer for layer in layers if names[0] in layer.asymlora_spec], tasks[names[0]]
 
 
 def _row(task: str, tasks: Sequence[str]) -> int:
     if task not in tasks:
         raise ValueError(f"unknown task {task!r}: {did_you_mean(str(task), tasks)}")
     return list(tasks).index(task)
-
-
-def _check_nothing_else_is_shared(model: nn.Module, adapter: str) -> None:
-    config: Any = getattr(model, "peft_config", {}).get(adapter)
-    heads = [
-        n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save
-    ]
-    biases = getattr(config, "bias", "none")
-    if heads or biases != "none":
-        what = heads[0] if heads else f"bias={biases!r}"
-        raise ValueError(f"{what} trains in full and all tasks share it, so others would change too: say b=True if that"
-                         " is meant, or make the adapter without it")  # fmt: skip

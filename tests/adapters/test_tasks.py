@@ -16,7 +16,7 @@ from alora_kernels.adapters.config import AdapterFolderError
 from alora_kernels.adapters.export import export_lora
 from alora_kernels.adapters.import_lora import import_lora
 from alora_kernels.adapters.reader import read_adapter
-from alora_kernels.adapters.tasks import add_task, join_adapters, list_tasks, remove_tasks, rename_task
+from alora_kernels.adapters.tasks import arrange_tasks, join_adapters, list_tasks
 from alora_kernels.modules.adapter import delta_weight
 from alora_kernels.settings import read_yaml, write_yaml
 
@@ -30,6 +30,11 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(7))
 def folder(path: Path, tasks: list[str] | None = None, **settings: Any) -> Path:
     """An adapter of the small model whose tasks all do something."""
     return alora_folder(path, Mlp(), tasks or ["movie", "trec", "law"], **({"base_name": "tiny"} | MLP | settings))
+
+
+def same(path: Path) -> dict[str, str | None]:
+    """Its tasks as they are."""
+    return {task: task for task in read_adapter(path).tasks}
 
 
 def deltas(path: Path) -> Deltas:
@@ -72,21 +77,20 @@ def test_list_says_what_the_dense_weights_say(tmp_path):
     write_task_cards(path, {"movie": MOVIE})
     dense = {task: torch.cat([d.flatten() for d in one.values()]) for task, one in deltas(path).items()}
     found = list_tasks(path)
-    assert [(t.name, t.rank, t.bytes) for t in found] == [(name, 4, 4 * (2 * 8 + 4 * 16)) for name in dense]
+    assert [t.name for t in found] == list(dense)
     assert [t.card for t in found] == [MOVIE, None, None]
     for task in found:
         assert task.norm == pytest.approx(float(dense[task.name].norm()))
         for other, cosine in task.alike.items():
             assert cosine == pytest.approx(float(torch.cosine_similarity(dense[task.name], dense[other], 0)))
-        assert task.alike[task.nearest] == max(task.alike.values())
+        assert task.alike.keys() == dense.keys() - {task.name}
 
 
 def test_list_of_an_adapter_that_was_never_trained(tmp_path):
     path = folder(tmp_path / "one", ["movie"])
-    only = list_tasks(path)
-    assert len(only) == 1 and only[0].nearest is None
+    assert [t.alike for t in list_tasks(path)] == [{}]
     change_weights(path, lambda tensors: [t.zero_() for name, t in tensors.items() if "_B" in name])
-    add_task(path, "law", overwrite=True)
+    arrange_tasks(path, {"movie": "movie", "law": None}, overwrite=True)
     assert [(t.norm, list(t.alike.values())) for t in list_tasks(path)] == [(0.0, [0.0])] * 2
 
 
@@ -94,11 +98,11 @@ def test_list_of_an_adapter_that_was_never_trained(tmp_path):
 def test_add_remove_and_rename_leave_the_others_to_the_bit(tmp_path, dtype):
     path, before = folder(tmp_path / "one", dtype=dtype), deltas(tmp_path / "one")
     write_task_cards(path, {"movie": MOVIE, "trec": TaskCard(template="Q: {text}")})
-    four = add_task(path, "spam", card=TaskCard(template="Mail: {text}"), out=tmp_path / "four")
+    card = {"spam": TaskCard(template="Mail: {text}")}
+    four = arrange_tasks(path, same(path) | {"spam": None}, cards=card, out=tmp_path / "four")
     assert read_adapter(path).tasks == ("movie", "trec", "law")
     assert read_adapter(four).tasks == ("movie", "trec", "law", "spam") and read_adapter(four).dtype == dtype
-    three = remove_tasks(four, ["trec"], out=tmp_path / "three")
-    named = rename_task(three, "movie", "film", out=tmp_path / "named")
+    named = arrange_tasks(four, {"film": "movie", "law": "law", "spam": "spam"}, out=tmp_path / "named")
     assert read_adapter(named).tasks == ("film", "law", "spam")
     assert read_task_cards(named, ("film", "law", "spam")).keys() == {"film", "spam"}
     assert read_task_cards(named, ("film",))["film"] == MOVIE
@@ -111,15 +115,25 @@ def test_add_remove_and_rename_leave_the_others_to_the_bit(tmp_path, dtype):
 
 def test_a_new_task_begins_as_a_layer_does_or_like_another(tmp_path):
     path = folder(tmp_path / "one")
-    for number, given in enumerate([{}, {"seed": 1}, {"like": "trec"}]):
-        add_task(path, "new", out=tmp_path / str(number), **given)
-    first, seeded, copied = (read_adapter(tmp_path / str(i)).matrices("new") for i in range(3))
-    again = read_adapter(add_task(tmp_path / "2", "other", out=tmp_path / "3")).matrices("other")
-    for name, a in first.items():
+    write_task_cards(path, {"trec": MOVIE})
+    new = {"seeded": None, "other": None, "copied": "trec"}
+    made = read_adapter(arrange_tasks(path, same(path) | new, out=tmp_path / "six"))
+    again = read_adapter(arrange_tasks(path, {"seeded": None}, seed=1, out=tmp_path / "again"))
+    assert read_task_cards(made.folder, made.tasks).keys() == {"trec"}
+    for name, a in made.matrices("seeded").items():
         bound = a.shape[1] ** -0.5
         assert 0.5 * bound < float(a.abs().max()) <= bound
-        assert not torch.equal(a, seeded[name]) and not torch.equal(a, again[name])
-        assert torch.equal(copied[name], read_adapter(path).matrices("trec")[name])
+        assert not torch.equal(a, made.matrices("other")[name]) and not torch.equal(a, again.matrices("seeded")[name])
+        assert torch.equal(made.matrices("copied")[name], read_adapter(path).matrices("trec")[name])
+
+
+def test_names_can_be_swapped_and_take_their_cards_along(tmp_path):
+    path = folder(tmp_path / "one")
+    write_task_cards(path, {"movie": MOVIE})
+    before, after = deltas(path), arrange_tasks(path, {"trec": "movie", "movie": "trec"}, out=tmp_path / "swapped")
+    assert_equal(deltas(after)["trec"], before["movie"])
+    assert_equal(deltas(after)["movie"], before["trec"])
+    assert read_task_cards(after, ("trec", "movie")) == {"trec": MOVIE}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +157,7 @@ def test_join_by_stacking_is_exact(tmp_path, first, second):
     assert list(got) == list(wanted) == list(report.tasks) == ["movie", "trec", "x-law", "x-spam"]
     for task, changes in wanted.items():
         assert_equal(got[task], changes, rtol=1e-6, atol=1e-7)
-        squares = sum(float(d.square().sum()) for d in changes.values())
-        assert sum(row[report.tasks.index(task)] ** 2 for row in report.norms.values()) == pytest.approx(squares)
-    assert report.error == 0 and read_adapter(tmp_path / "both").rank == report.rank
+    assert report.error == report.task_error("movie") == 0 and read_adapter(tmp_path / "both").rank == report.rank
     assert read_task_cards(tmp_path / "both", tuple(got)).keys() == {"movie", "x-law"}
     check_round_trip(tmp_path / "both", tmp_path)
 
@@ -197,7 +209,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     (path / "losses.json").write_text("[]")
     settings = {"name": "alora", "tasks": ["movie", "law"], "r": 4, "lora_alpha": 8.0}
     (path / "method.json").write_text(json.dumps({"settings": settings, "record": {"budget": "rank"}}))
-    out = remove_tasks(rename_task(path, "movie", "film", out=tmp_path / "a"), ["law"], out=tmp_path / "b")
+    out = arrange_tasks(path, {"film": "movie"}, out=tmp_path / "b")
     entries = read_yaml((out / "recipe.yaml").read_text())["tasks"]
     assert entries == [{"name": "film", "source": "m.jsonl"}, "trec"]
     assert (out / "losses.json").read_text() == "[]" and "`film`" in (out / "README.md").read_text()
@@ -206,47 +218,51 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     join_adapters(out, path, out=tmp_path / "c")
     assert read_yaml((tmp_path / "c" / "recipe.yaml").read_text())["tasks"] == entries
     assert json.loads((tmp_path / "c" / "method.json").read_text())["settings"]["r"] == 8
-    entries = read_yaml((rename_task(path, "law", "laws", out=tmp_path / "d") / "recipe.yaml").read_text())["tasks"]
+    moved = arrange_tasks(path, {"laws": "law", "movie": "movie"}, out=tmp_path / "d")
+    entries = read_yaml((moved / "recipe.yaml").read_text())["tasks"]
     assert entries == [recipe["tasks"][0], "trec", {"name": "laws", "source": "l.jsonl"}]
 
 
-def test_in_place_after_a_yes_and_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = folder(tmp_path / "one")
+def test_in_place_after_a_yes_and_nothing_is_lost(tmp_path, monkeypatch):
+    path, two = folder(tmp_path / "one"), {"movie": "movie", "trec": "trec"}
     write_task_cards(path, {"law": MOVIE})
     with pytest.raises(ValueError, match=r"holds an adapter: say overwrite \(--overwrite\)"):
-        remove_tasks(path, ["law"])
-    before = {file.name: file.read_bytes() for file in path.iterdir()}
-    replace = files.os.replace
+        arrange_tasks(path, two)
+    before, replace = {file.name: file.read_bytes() for file in path.iterdir()}, files.os.replace
 
-    def fails_at_the_config(source: Any, target: Any) -> None:
-        if Path(target) == path / "adapter_config.json" and ".before" not in str(source):
+    def killed_at_the_config(source: Any, target: Any) -> None:
+        if Path(target) == path / "adapter_config.json":
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", fails_at_the_config)
+    monkeypatch.setattr(files.os, "replace", killed_at_the_config)
     with pytest.raises(KeyboardInterrupt):
-        remove_tasks(path, ["law"], overwrite=True)
-    assert {file.name: file.read_bytes() for file in path.iterdir() if file.name in before} == before
-    assert not (path / ".before").exists() and deltas(path).keys() == {"movie", "trec", "law"}
+        arrange_tasks(path, two, overwrite=True)
     monkeypatch.undo()
-    remove_tasks(path, "law", overwrite=True)
-    assert read_adapter(path).tasks == ("movie", "trec") and not (path / "adapter_tasks.json").exists()
-    (path / ".before").mkdir()  # as a kill leaves it
+    assert {file.name: file.read_bytes() for file in (path / ".before").iterdir()} == before
+    with pytest.raises(AdapterFolderError):
+        arrange_tasks(path, two, overwrite=True)  # weights and config do not belong together
+    for file in (path / ".before").iterdir():
+        file.rename(path / file.name)
+    assert deltas(path).keys() == {"movie", "trec", "law"}
     with pytest.raises(ValueError, match="before a change that did not end"):
-        remove_tasks(path, ["trec"], overwrite=True)
+        arrange_tasks(path, two, overwrite=True)
+    (path / ".before").rmdir()
+    arrange_tasks(path, two, overwrite=True)
+    assert read_adapter(path).tasks == ("movie", "trec")
+    assert not (path / "adapter_tasks.json").exists() and not (path / ".before").exists()
 
 
 def test_refusals_name_the_remedy(tmp_path):
     path, out = folder(tmp_path / "one"), tmp_path / "out"
     for call, message in (
-        (lambda: remove_tasks(path, ["movi"], out=out), r"has no task 'movi': did you mean movie\?"),
-        (lambda: remove_tasks(path, ["movie", "trec", "law"], out=out), "no task left"),
-        (lambda: rename_task(path, "films", "x", out=out), "has no task 'films'"),
-        (lambda: rename_task(path, "law", "movie", out=out), "has a task 'movie' already"),
-        (lambda: add_task(path, "__base__", out=out), "reserved for the base"),
-        (lambda: add_task(path, "law", out=out), "has a task 'law' already"),
-        (lambda: add_task(path, "new", like="poem", out=out), "has no task 'poem'"),
-        (lambda: add_task(path, "new", card=TaskCard(template="a {b"), out=out), "braces that do not match"),
+        (lambda: arrange_tasks(path, {"x": "movi"}, out=out), r"has no task 'movi': did you mean movie\?"),
+        (lambda: arrange_tasks(path, {}, out=out), "at least one task"),
+        (lambda: arrange_tasks(path, {"__base__": None}, out=out), "reserved for the base"),
+        (
+            lambda: arrange_tasks(path, {"x": None}, cards={"x": TaskCard(template="a {b")}, out=out),
+            "braces that do not match",
+        ),
         (lambda: join_adapters(path, path, out=out), r"both adapters have a task 'movie', 'trec', 'law': .*--prefix"),
         (lambda: join_adapters(path, path, prefix="x", rank=0, out=out), "rank must be >= 1"),
     ):
@@ -277,5 +293,5 @@ def test_what_cannot_be_joined_is_refused_by_name(tmp_path):
         list_tasks(lora_folder(tmp_path / "lora", Mlp(), **MLP))
     (path.parent / "optimizer.pt").write_bytes(b"")
     with pytest.raises(AdapterFolderError, match="is a checkpoint"):
-        remove_tasks(path, ["law"], overwrite=True)
+        arrange_tasks(path, {"law": "law"}, overwrite=True)
     assert not out.exists()

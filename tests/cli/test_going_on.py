@@ -80,7 +80,8 @@ def test_a_new_task_learns_and_the_others_stay_to_the_bit(tmp_path, first):
 
 
 def test_with_b_the_others_answer_otherwise_and_it_is_said(tmp_path, first):
-    out = alora("train", onward(tmp_path, first, ["third"], train_tasks="[third]", train_b="true"))
+    path = onward(tmp_path, first, ["third"], adapter="null", train_b="true")
+    out = alora("train", path, "--from", first, "--train-tasks", "third")
     assert "B trains, which changes what even, odd answer too; their A stay as they are" in out
     before, after = read_adapter(first), read_adapter(tmp_path / "run" / "adapter")
     assert same(before, after, "even") and not same_b(before, after)

@@ -35,7 +35,7 @@ def test_a_folder_alone_lists_its_tasks(adapter):
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines()[4:6]
     }
     assert list(rows) == ["movie", "[b]trec"]
-    assert rows["movie"][:3] == [r"Review: {text}\nSentiment:", "0", "4"] and rows["movie"][-1].startswith("[b]trec ")
+    assert rows["movie"][:2] == [r"Review: {text}\nSentiment:", "0"] and rows["movie"][-1].startswith("[b]trec ")
     assert rows["[b]trec"][0] == "chat"
 
 
@@ -56,6 +56,9 @@ def test_tasks_come_and_go(adapter, tmp_path):
 
 def test_mistakes_are_one_line(adapter, tmp_path):
     assert "has no task 'movi': did you mean movie?" in refused("tasks", adapter, "remove", "movi", "--overwrite")
+    assert "has a task 'movie' already" in refused("tasks", adapter, "add", "movie", "--overwrite")
+    assert "has a task '[b]trec' already" in refused("tasks", adapter, "rename", "movie", "[b]trec", "--overwrite")
+    assert "no task left" in refused("tasks", adapter, "remove", "movie", "[b]trec", "--overwrite")
     assert "say overwrite (--overwrite)" in refused("tasks", adapter, "rename", "movie", "film")
     assert "the folder comes first: alora tasks DIR add" in refused("tasks", "add")
     assert "no such folder" in refused("tasks", tmp_path / "nothing")

@@ -61,7 +61,8 @@ def test_a_new_task_is_that_of_the_saved_adapter_and_the_others_stay(tmp_path, l
     model.peft_config["default"].base_model_name_or_path = None
     save_adapter(model, tmp_path / "two", save_embedding_layers=False)
     before = logits(model, ids, adapter_names=["math", "code", "__base__"])
-    saved.add_task(tmp_path / "two", "law", like=like, out=tmp_path / "three")
+    three = {"math": "math", "code": "code", "law": like}
+    saved.arrange_tasks(tmp_path / "two", three, out=tmp_path / "three")
     add_task(model, "law", like=like)
     assert torch.equal(logits(model, ids, adapter_names=["math", "code", "__base__"]), before)
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "three").eval()
@@ -164,10 +165,13 @@ def test_refusals():
         (lambda: train_only(model, ["maths"]), r"unknown task 'maths': did you mean math\?"),
         (lambda: train_only(model, []), "a list with a name or more"),
         (lambda: train_only(model, "math"), "a list with a name or more"),
-        (lambda: train_only(model, ["math"], adapter_name="x"), "this needs adapter 'x'"),
+        (
+            lambda: train_only(model, ["math"], adapter_name="x"),
+            "this needs one adapter 'x' that picks by task, and the model has default",
+        ),
         (lambda: train_only(adapted(routing="soft"), ["math"]), "soft routing"),
-        (lambda: train_only(tiny.llama(), ["math"]), "no ALoRA adapter"),
-        (lambda: add_task(model, "math"), "has a task 'math' already"),
+        (lambda: train_only(tiny.llama(), ["math"]), "the model has none"),
+        (lambda: add_task(model, "math"), "task names must be unique"),
         (lambda: add_task(model, "law", like="x"), "unknown task 'x'"),
         (
             lambda: train_only(adapted(modules_to_save=["lm_head"], target_modules=["q_proj"]), ["math"]),
