@@ -19,6 +19,7 @@ from .doctor import doctor
 from .fed import app as federated
 from .generate import generate
 from .lm_eval import lm_eval
+from .plan import plan
 from .serve import serve
 from .tasks import app as tasks
 from .tune import tune
@@ -166,6 +167,7 @@ def evaluate(
 app.command()(generate)
 app.command("lm-eval")(lm_eval)
 app.command()(data)
+app.command()(plan)
 app.command()(doctor)
 app.command()(tune)
 app.command("export")(export_lora)

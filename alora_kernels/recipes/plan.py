@@ -10,13 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import resource
 import statistics
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,27 +34,36 @@ from transformers.pytorch_utils import Conv1D
 from .. import data, precision
 from ..baselines.methods import adapt, as_large_as_alora, parameters_of, target_shapes
 from ..routing import ConstantRouting, route
+from ..text import size
 from ..training.chunked_loss import CHUNK, CHUNK_BYTES_CUDA
 from ..training.rules import base_model
+from .job import Run, context, read
 from .recipe import Recipe
+from .schedule import schedule, steps_of_epoch
 
 CONTEXT = {"cuda": 0.6e9, "cpu": 0.7e9}  # bytes of the CUDA context and its libraries; of the process and its modules
 SLACK = 0.05  # of what comes and goes: blocks of the allocator that nothing fits into
 BITS = {"4bit": 4.127, "8bit": 8.02}  # a weight with its scales: 8 bits per 64 weights, those in float32 per 256
 STATE = {"adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "adafactor": 0.1, "sgd": 0.0}  # bytes a parameter
 UNMASKED = "planned"  # torch's attention, whose rows have no padding
-SAMPLE = 1000  # rows of the training data whose lengths are looked at
+COMMON = (24e9, 48e9, 80e9)  # bytes of GPUs
+TOY = 50_000_000  # parameters, of a model beside which the libraries are large
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+SAMPLE = 1000  # training rows whose lengths are looked at
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The training rows, as far as they are known."""
+    """The training rows, as far as a plan needs them; lengths in tokens, of the first rows of the mix."""
 
+    tasks: tuple[str, ...]
     count: int
-    longest: int  # tokens, of the rows looked at
+    longest: int
     mean: float
     spread: float  # standard deviation
     answered: float  # share of tokens that have a loss
+    epoch: int  # steps of an epoch
+    steps: int  # of the whole run
 
 
 @dataclass(frozen=True)
@@ -74,30 +87,107 @@ class Facts:
     device: str
 
 
-def facts_of(recipe: Recipe, device: str = "cuda") -> Facts:
-    """Look at the model's config and, where they are at hand, at the rows. A ValueError where no config is."""
-    dtype = (
-        precision.explain(device, recipe.dtype).dtype if device == "cpu" or recipe.dtype != "auto" else torch.bfloat16
-    )
+def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dict[str, Any]:
+    """What `alora plan` shows: bytes by what they are for on one GPU, and what to change where they do not fit.
+
+    `memory` is the GPU's; None takes the one that is here, else the first of `COMMON`.
+    """
+    if recipe.batch_size % (processes * recipe.gradient_accumulation):
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} rows of a step cannot be dealt evenly to {processes} processes,"
+            f" {recipe.gradient_accumulation} times each"
+        )
+    if memory is None and torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    rows = rows_of(recipe)
+    facts = facts_of(recipe, rows)
+    found = parts(facts, recipe, processes)
+    total = sum(found.values())
+    changes = remedies(facts, recipe, memory or COMMON[0], processes)
+    return {
+        "predicted": True,
+        "model": recipe.model,
+        "parameters": facts.linear + facts.other,
+        "trained": facts.adapter,
+        "rows_at_once": recipe.batch_size // processes // recipe.gradient_accumulation,
+        "tokens_of_a_row": facts.length,
+        "bytes": {name: round(value) for name, value in found.items()},
+        "total": round(total),
+        "fits": {f"{device / 1e9:.3g} GB": total <= device for device in ((memory,) if memory else COMMON)},
+        "changes": [{"change": change, "total": round(after)} for change, after in changes],
+        "data": dataclasses.asdict(rows) if rows else None,
+    }
+
+
+def peak(run: Run, device: str) -> str:
+    """A line with the most memory that this process has used, beside the prediction unless the model is a toy."""
+    if device == "cuda":
+        most, of = float(torch.cuda.max_memory_allocated()), "GPU memory"
+    else:
+        most, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT, "memory"
+    said = f"peak of {of}: {size(most)}"
+    if run.model.num_parameters() < TOY:
+        return said
+    validates = run.validation is not None
+    rows = _rows(run.recipe, run.train["task"], run.train.select(range(min(SAMPLE, len(run.train)))), validates)
+    found = parts(facts_of(run.recipe, rows, device), run.recipe, PartialState().num_processes)
+    total = sum(found.values()) - (found["framework"] if device == "cuda" else 0)
+    return f"{said}; PREDICTED {size(total)}"
+
+
+def rows_of(recipe: Recipe) -> Rows | None:
+    """The training rows of files and built-in tasks, if the model's tokenizer is on this machine."""
+    sources = [data.as_source(task) for task in recipe.tasks]
+    if not all(getattr(source, "is_file", True) for source in sources):
+        return None
     try:
-        config = data.model_config(recipe.model)
+        tokenizer = data.load_tokenizer(recipe.model)
+    except OSError:
+        return None
+    text = read(recipe, data.Lost())
+    length = recipe.max_length or context(data.load_config(recipe.model), tokenizer)
+    some = text["train"].select(range(min(SAMPLE, len(text["train"]))))
+    _, ids = data.encode_splits(DatasetDict(train=some), tokenizer, length, chat_template=recipe.chat_template)
+    return _rows(recipe, text["train"]["task"], ids["train"], "validation" in text)
+
+
+def _rows(recipe: Recipe, tasks: Sequence[str], encoded: Dataset, validates: bool) -> Rows:
+    """Of all rows their tasks, of some their token ids."""
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    asked = sum(label != data.IGNORE for labels in encoded["labels"] for label in labels)
+    mean, spread = statistics.fmean(lengths), statistics.pstdev(lengths)
+    steps = steps_of_epoch(recipe, tasks), schedule(recipe, tasks, validates=validates).total
+    return Rows(tuple(sorted(set(tasks))), len(tasks), max(lengths), mean, spread, asked / sum(lengths), *steps)
+
+
+def facts_of(recipe: Recipe, rows: Rows | None, device: str = "cuda") -> Facts:
+    """Look at the model's config; a ValueError where there is none, or the model cannot be run without numbers."""
+    wish = "bfloat16" if device == "cuda" and recipe.dtype == "auto" else recipe.dtype
+    dtype = precision.explain(device, wish).dtype
+    try:
+        config = data.load_config(recipe.model)
     except OSError as error:
         raise ValueError(
-            f"{error}\nFor a plan a folder with the model's config.json alone is enough: model: that folder"
+            f"{error}\nA plan needs no weights: a folder that holds the model's config.json will do"
         ) from None
     text = config.get_text_config()
-    rows = _rows(recipe, getattr(text, "max_position_embeddings", None))
-    length = min(n for n in (recipe.max_length, rows and rows.longest, _context(text)) if n)
+    known = (recipe.max_length, rows and rows.longest, getattr(text, "max_position_embeddings", None))
+    length = min((number for number in known if number), default=2048)
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
     base = _built(config, dtype)
-    tasks = tuple(data.as_source(task).name for task in recipe.tasks)
+    tasks = rows.tasks if rows else tuple(data.as_source(task).name for task in recipe.tasks)
     method = recipe.adapters(tasks)
     shapes = target_shapes(base, method)
     method = as_large_as_alora(method, shapes) if recipe.budget == "parameters" else method
-    heads = text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
     head = base.get_output_embeddings()
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    runs = [_run(adapt(_built(_with_layers(config, count), dtype), method), length) for count in (1, 2)]
+    try:
+        # a LoRA per task divides the rows by their ids, which are numbers; it keeps what ALoRA does
+        same = dataclasses.replace(method, name="alora") if method.name == "lora-per-task" else method
+        runs = [_run(adapt(_built(_with_layers(config, count), dtype), same), length) for count in (1, 2)]
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{recipe.model}: this kind of model cannot be run without its numbers ({error})") from error
     saved = runs[1][0] - runs[0][0]
     return Facts(
         linear=sum(linear),
@@ -120,30 +210,32 @@ def facts_of(recipe: Recipe, device: str = "cuda") -> Facts:
 
 def parts(facts: Facts, recipe: Recipe, processes: int = 1) -> dict[str, float]:
     """Bytes by what they are for, at the moment of a step when they are most."""
-    rows = recipe.batch_size / processes / recipe.gradient_accumulation
-    tokens, padded = rows * facts.length, recipe.packing is not True and rows > 1
-    if recipe.packing is True or (recipe.packing == "auto" and facts.device == "cpu"):
-        padded = False
-        if facts.rows:
-            tokens = min(tokens, rows * facts.rows.mean + 2 * math.sqrt(rows) * facts.rows.spread)
-    times = tokens / facts.length
-    layer = facts.saved
-    if padded:  # its attention keeps a mask, and keys and values for every head
+    count, known = recipe.batch_size / processes / recipe.gradient_accumulation, facts.rows
+    packed = recipe.packing is True or (recipe.packing == "auto" and facts.device == "cpu")
+    tokens, layer = count * facts.length, facts.saved
+    if packed and known:
+        tokens = min(tokens, count * known.mean + 2 * math.sqrt(count) * known.spread)
+    elif not packed and count > 1 and (known is None or known.spread):
+        # attention keeps a mask of the padding, and keys and values for every head
         layer += facts.length * facts.size * (facts.length + facts.repeated)
-    kept = facts.layers * layer
+    times = tokens / facts.length
+    kept, passing = times * (facts.layers * layer + facts.outside), times * facts.passing
     if recipe.gradient_checkpointing:  # the input of each layer, and one layer at a time
-        kept = facts.layers * facts.length * facts.width * facts.size + layer
-    asked = tokens * (facts.rows.answered if facts.rows else 1.0)
+        kept = tokens * facts.layers * facts.width * facts.size + times * facts.outside
+        passing += times * layer
+    passing += facts.largest * facts.size * bool(recipe.load_in)
+    asked = tokens * (known.answered if known else 1.0)
     chunk = min(asked, max(CHUNK, CHUNK_BYTES_CUDA // (4 * facts.vocabulary)) if facts.device == "cuda" else CHUNK)
+    logits = chunk * facts.vocabulary * 8  # gone before the layers' backward begins
     bits = 8 * facts.size if recipe.load_in is None else BITS[recipe.load_in]
+    shards = processes if recipe.parallel == "fsdp" else 1
     found = {
-        "weights": facts.linear * bits / 8 + facts.other * facts.size,
+        "weights": (facts.linear * bits / 8 + facts.other * facts.size) / shards,
         "adapters": 4.0 * facts.adapter,
         "gradients": 4.0 * facts.adapter,
         "optimiser": STATE[recipe.optimizer] * facts.adapter,
-        "activations": times * (kept + facts.outside + facts.passing)
-        + facts.largest * facts.size * bool(recipe.load_in),
-        "logits and loss": 2 * asked * facts.width * facts.size + chunk * facts.vocabulary * (4 + 2 * facts.size),
+        "activations": kept + passing,
+        "logits and loss": 2 * asked * facts.width * facts.size + max(0.0, logits - passing),
     }
     moving = found["activations"] + found["logits and loss"]
     return found | {"framework": CONTEXT[facts.device] + SLACK * moving}
@@ -155,7 +247,8 @@ def remedies(facts: Facts, recipe: Recipe, memory: float, processes: int = 1) ->
     changes: list[tuple[str, Any]] = [("gradient_checkpointing", True)]
     changes += [("packing", True)] if facts.rows and facts.rows.longest > 1.2 * facts.rows.mean else []
     changes += [("max_length", halved), ("gradient_accumulation", rows)]
-    changes += [("load_in", "4bit")] if recipe.method in ("alora", "alora-soft", "lora") else []
+    quantises = recipe.method in ("alora", "alora-soft", "lora") and recipe.parallel == "ddp"
+    changes += [("load_in", "4bit")] if quantises else []
     total = sum(parts(facts, recipe, processes).values())
     for key, value in changes:
         if total <= memory:
@@ -206,16 +299,16 @@ class _Living(TorchDispatchMode):
         return out
 
     def _note(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, count = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
 
         def gone(_: Any) -> None:
-            self.now -= size
+            self.now -= count
             self._seen.pop(key, None)
 
         self._seen[key] = weakref.ref(storage, gone)
-        self.now += size
+        self.now += count
         self.most = max(self.most, self.now)
 
 
@@ -249,23 +342,3 @@ def _run(model: Any, length: int) -> tuple[int, int]:
             kept.clear()
             states.backward(torch.ones_like(states))
     return saved, living.most
-
-
-def _context(text: Any) -> int:
-    """Tokens that the model can read."""
-    return getattr(text, "max_position_embeddings", None) or 2048
-
-
-def _rows(recipe: Recipe, context: int | None) -> Rows | None:
-    """The training rows' lengths, where files and the tokenizer lie on this machine."""
-    tokenizer = data.tokenizer_at_hand(recipe.model)
-    sources = [data.as_source(task) for task in recipe.tasks]
-    if tokenizer is None or recipe.streaming or not all(getattr(source, "is_file", True) for source in sources):
-        return None
-    sizes = recipe.model_dump(include={"seed", "train_size", "test_size"})
-    train = data.load_tasks(recipe.tasks, **sizes)["train"]
-    more = {} if recipe.chat_template is None else {"chat_template": recipe.chat_template}
-    encoded = data.encode(train.select(range(min(SAMPLE, len(train)))), tokenizer, recipe.max_length or context, **more)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    asked = sum(label != data.IGNORE for labels in encoded["labels"] for label in labels)
-    return Rows(len(train), max(lengths), statistics.fmean(lengths), statistics.pstdev(lengths), asked / sum(lengths))

@@ -23,6 +23,7 @@ from ..training import ALoRATrainer
 from . import display
 from .job import ADAPTER, Run, check_packages, load
 from .judge import describe, judge, save_metrics, show_scores
+from .plan import peak
 from .recipe import Recipe
 from .watch import LOSSES, PICTURE, LossFile, TrainingBar, draw
 
@@ -50,6 +51,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     trainer.train(resume_from_checkpoint=last)
     for line in job.lost.lines():
         display.say(f"while training: {line}", "dim")
+    if processes.is_main_process:
+        display.say(peak(job, processes.device.type), "dim")
     show_best(trainer)
     save(job, folder / ADAPTER, trainer)
     if processes.is_main_process:
