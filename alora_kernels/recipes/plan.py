@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -138,7 +137,7 @@ def peak(run: Run, device: str) -> str:
 def rows_of(recipe: Recipe) -> Rows | None:
     """The training rows of files and built-in tasks, if the model's tokenizer is on this machine."""
     sources = [data.as_source(task) for task in recipe.tasks]
-    if not all(getattr(source, "is_file", True) for source in sources):
+    if recipe.streaming or not all(getattr(source, "is_file", True) for source in sources):
         return None
     try:
         tokenizer = data.load_tokenizer(recipe.model)
@@ -324,9 +323,9 @@ def _run(model: Any, length: int) -> tuple[int, int]:
     base.set_attn_implementation(UNMASKED)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer) and getattr(module, "rows", True) is None:
-                module.rows = True  # where its rows are, which one row cannot tell
+        for layer in model.modules():
+            if getattr(layer, "rows", True) is None:
+                layer.rows = True  # where its rows are, which one row cannot tell
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
