@@ -23,6 +23,7 @@ from ..modules.adapter import task_ids_from_names
 from ..routing import route
 from ..training import tasks
 from ..training.absent import KeepingTrainer
+from ..training.checkpoints import WholeCheckpoints
 from ..training.collator import WithTasks
 from ..training.output_head import without_dropout
 from ..training.packing import SAME
@@ -31,7 +32,7 @@ from ..training.processes import check_launch
 TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
 
-class TaskTrainer(KeepingTrainer, Trainer):
+class TaskTrainer(KeepingTrainer, WholeCheckpoints, Trainer):
     """What every trainer needs; `with_tasks` puts it before one of TRL's.
 
     Args:

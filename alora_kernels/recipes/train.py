@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from accelerate import DistributedType, PartialState
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import data
 from ..adapters.cards import read_task_cards, write_task_cards
 from ..adapters.method import ROUTED
 from ..analysis import ConflictCallback, probe_batches
 from ..baselines.methods import save_method, trainable_parameters
+from ..files import claimed
 from ..training import ALoRATrainer
+from ..training.checkpoints import WRITING, newest_whole
 from . import display
 from .job import ADAPTER, Run, check_packages, load
 from .judge import describe, judge, save_metrics, show_scores
@@ -43,6 +46,15 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     bits = {key: "bitsandbytes" for key, is_so in needed.items() if is_so}
     check_packages(bits | {f"report_to: {name}": name for name in recipe.report_to})
     last = claim(folder, resume=resume, overwrite=overwrite)
+    with claimed(folder) if processes.is_main_process else nullcontext():
+        _follow(recipe, folder, processes, last, overwrite)
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+    return folder / ADAPTER
+
+
+def _follow(recipe: Recipe, folder: Path, processes: PartialState, last: str | None, overwrite: bool) -> None:
+    """All steps of a run in a folder that is this run's alone."""
     job = load(recipe, resume=last)
     show_method(job)
     if overwrite and processes.is_main_process:
@@ -62,9 +74,6 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
     if processes.is_main_process:
         describe(job, folder / ADAPTER, None, scores)
         save_metrics(job, folder / ADAPTER, None, scores)
-    processes.wait_for_everyone()
-    processes.destroy_process_group()
-    return folder / ADAPTER
 
 
 def join(recipe: Recipe) -> PartialState:
@@ -97,18 +106,19 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
     place = folder.resolve()  # x/../run is run, even while there is no x
     if not next(p for p in (place, *place.parents) if p.exists()).is_dir():
         raise ValueError(f"output: {folder} is, or lies below, a file; give the path of a folder")
-    last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    last, skipped = newest_whole(place)
+    for name, why in skipped.items() if resume else ():
+        display.say(f"{name} is passed over: {why}", "yellow")
     if resume and last:
-        check_best(Path(last))
+        check_best(last)
     finished = (place / ADAPTER).is_dir() and any((place / ADAPTER).iterdir())
     if resume and last is None:
-        again = "with --overwrite, or into another --output" if finished else "without --resume"
-        raise ValueError(
-            f"no checkpoint in {folder} to resume from: train {again}; save_steps in the recipe makes them"
-        )
+        again = "with --overwrite, or into another --output" if finished or skipped else "without --resume"
+        what = "whole checkpoint" if skipped else "checkpoint"
+        raise ValueError(f"no {what} in {folder} to resume from: train {again}; save_steps in the recipe makes them")
     if resume or overwrite:
-        return last if resume else None
-    if finished or last or any((place / name).exists() for name in (CONFLICTS, LOSSES)):
+        return str(last) if resume else None
+    if finished or last or skipped or any((place / name).exists() for name in (CONFLICTS, LOSSES)):
         what = f"a finished adapter, {folder / ADAPTER}" if finished else "a run that has begun"
         on = "--resume goes on from its last checkpoint, " if last else ""
         raise ValueError(f"{folder} holds {what}: {on}--overwrite replaces it, --output writes to another folder")
@@ -119,6 +129,7 @@ def clear(folder: Path) -> None:
     """Remove checkpoints and measurements of an earlier run; its adapter stays until the new one replaces it."""
     for old in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(old)
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
     for name in (CONFLICTS, LOSSES, PICTURE):
         (folder / name).unlink(missing_ok=True)
 

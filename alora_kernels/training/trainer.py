@@ -24,13 +24,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..routing import current_routing, route
 from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
 from . import tasks
 from .absent import KeepingTrainer
+from .checkpoints import WholeCheckpoints
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
@@ -44,7 +45,7 @@ SAME_WHEN_SHARDED = (
 )  # fmt: skip
 
 
-class ALoRATrainer(KeepingTrainer, Trainer):
+class ALoRATrainer(KeepingTrainer, WholeCheckpoints, Trainer):
     """Train several tasks at once on one frozen model.
 
     Args:
@@ -350,13 +351,12 @@ class ALoRATrainer(KeepingTrainer, Trainer):
         if sharded or not load_adapters(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer's; beside a sharded model lies what its matrices mean."""
-        super()._save_checkpoint(*args, **kwargs)
-        if self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            if not (folder / CONFIG_NAME).exists():
-                self.model.peft_config[self.model.active_adapter].save_pretrained(str(folder))
+        super()._save_optimizer_and_scheduler(output_dir)
+        sharded = self.is_fsdp_enabled and isinstance(self.model, PeftModel) and self.is_world_process_zero()
+        if sharded and not Path(output_dir, CONFIG_NAME).exists():
+            self.model.peft_config[self.model.active_adapter].save_pretrained(output_dir)
 
     def _check_sharded(self, checkpoint: Path) -> None:
         """Raise a ValueError unless its adapter has this one's tasks and scaling: FSDP goes by places alone."""

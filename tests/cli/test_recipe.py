@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from alora_kernels.files import claimed
 from alora_kernels.recipes.job import context, load
 from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
@@ -270,7 +271,7 @@ def test_the_card_has_templates_scores_and_the_recipe_and_no_path(tmp_path, json
     jsonl.write_text("".join(json.dumps({"text": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows))
     alora("train", file)
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert '- `even`: `"Of {text}: is it"`' in text and 'load_model("tiny-random")' in text
+    assert '- `even`: `"Of {text}: is it" with ' in text and 'load_model("tiny-random")' in text
     assert re.search(r"\| even \| accuracy \| \d+\.\d % \|", text)
     kept = read_yaml(text.partition("```yaml\n")[2].partition("```")[0])
     assert (kept["tasks"], kept["r"], kept["steps"], kept["dtype"]) == (["even"], 2, 4, "float32")
@@ -312,6 +313,27 @@ def test_overwrite_keeps_what_is_there_until_everything_is_loaded(tmp_path, json
     before = contents(tmp_path / "run")
     refused("train", str(recipe(tmp_path, jsonl, model="nowhere")), "--overwrite")
     assert contents(tmp_path / "run") == before
+
+
+def test_resume_passes_over_a_checkpoint_that_is_cut_short_and_says_so(tmp_path, jsonl):
+    config = recipe(tmp_path, jsonl, save_steps=2)
+    alora("train", config)
+    whole = contents(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    os.truncate(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", 1000)
+    assert "checkpoint-4 is passed over: File is not a zip file" in alora("train", config, "--resume")
+    again = contents(tmp_path / "run" / "adapter")
+    assert all(again[name] == whole[name] for name in whole if "model" in str(name))
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert "no whole checkpoint in" in refused("train", config, "--resume")
+    assert "holds a finished adapter" in refused("train", config)
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path, jsonl):
+    with claimed(tmp_path / "run"):
+        said = refused("train", str(recipe(tmp_path, jsonl)), "--overwrite")
+    assert f"process {os.getpid()} is writing into" in said
 
 
 def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):

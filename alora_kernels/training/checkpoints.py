@@ -1,0 +1,93 @@
+"""Checkpoints that are whole or not there, whatever ends the process that writes them; and which one to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..tensor_file import DamagedFileError, verify
+
+WRITING = ".writing"  # in the output folder: a checkpoint that is not finished
+
+
+class WholeCheckpoints:
+    """A Trainer that writes checkpoints under another name and renames them; one that uploads them writes as ever."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    _writing = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        parent: Any = super()
+        folder = str(parent._get_output_dir(trial))
+        return os.path.join(folder, WRITING) if self._writing else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's."""
+        parent: Any = super()
+        self._writing = not self.args.push_to_hub
+        try:
+            parent._save_checkpoint(model, trial)
+        finally:
+            draft, self._writing = Path(self._get_output_dir(trial)), False
+        if draft.name == WRITING:
+            self.accelerator.wait_for_everyone()
+            self._finish(draft, draft.parent)
+            self.accelerator.wait_for_everyone()
+
+    def _finish(self, draft: Path, folder: Path) -> None:
+        """Rename the checkpoint; the state that lies in it, and that goes on, names the best one where it now is."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.best_model_checkpoint == str(draft / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(draft / name / TRAINER_STATE_NAME))
+        if self.args.process_index != 0 and self.args.local_process_index != 0:  # another node may have its own disk
+            return
+        with suppress(FileNotFoundError):  # on the same disk the other node was faster
+            if (draft / name).is_dir() and (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            os.rename(draft / name, folder / name)
+        shutil.rmtree(draft, ignore_errors=True)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The last checkpoint of a run that training can go on from, and why not from later ones, by name."""
+    found = {int(n): p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (n := p.name.rpartition("-")[2]).isdigit()}
+    skipped: dict[str, str] = {}
+    for _, checkpoint in sorted(found.items(), reverse=True):
+        if not (why := damage(checkpoint)):
+            return checkpoint, skipped
+        skipped[checkpoint.name] = why
+    return None, skipped
+
+
+def damage(checkpoint: Path) -> str:
+    """What is missing, cut short or changed in a checkpoint; nothing if it is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last of all
+        for path in checkpoint.rglob("*.safetensors"):
+            verify(path)
+        for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+            with zipfile.ZipFile(path) as archive:
+                if (bad := archive.testzip()) is not None:
+                    return f"{path.name} is damaged ({bad})"
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (DamagedFileError, zipfile.BadZipFile) as error:
+        return str(error)
+    except ValueError:
+        return f"{TRAINER_STATE_NAME} is cut short"
+    return ""
