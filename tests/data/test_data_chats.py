@@ -144,6 +144,12 @@ def test_an_answer_that_changes_the_tokens_before_it(smollm2):
     assert lost.rewritten == {"talk": 1}
 
 
+def test_an_earlier_answer_that_changes_the_tokens_before_it_is_not_trained(smollm2):
+    tokenizer, lost = smollm2[1], Lost()
+    (row,) = encode(dataset(turns("Hi", "\n Hello", "So?", "Yes")), tokenizer, lost=lost, chat_template=CHATML)
+    assert learnt(row, tokenizer) == ["Yes<|im_end|>"] and lost.rewritten == {"talk": 1}
+
+
 def test_chats_that_are_too_long_are_left_out_and_counted(byte_tok):
     short, long = turns("Hi", "Hello"), turns("Hi" * 90, "Hello")
     (row,) = encode(dataset(short), byte_tok, chat_template=CHATML)
