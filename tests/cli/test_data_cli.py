@@ -41,7 +41,7 @@ def recipe(tmp_path: Path) -> Path:
     more = [{"prompt": "x" * 50 + ":", "answer": "good"}, films[1], {**films[2], "answer": "poor"}]
     write(tmp_path / "film.jsonl", [*films, *more])
     said = [
-        [("user", "u" * (200 if i == 3 else 2)), ("assistant", f"a{i}"), ("user", "And?"), ("assistant", f"b{i}")]
+        [("user", "u" * (2 if i % 3 else 200)), ("assistant", f"a{i}"), ("user", "And?"), ("assistant", f"b{i}")]
         for i in range(30)
     ]
     write(tmp_path / "talk.jsonl", [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in said])
@@ -58,9 +58,9 @@ def test_numbers_by_hand(recipe: Path):
     assert film["tokens"] == {"p50": 14, "p95": 14, "longest": 57}
     assert (film["repeated"], film["contradicting"], film["too_long"], film["chats"]) == (2, 1, 0, False)
     assert sum(film["labels"].values()) == pytest.approx(1) and set(film["labels"]) <= {"good", "bad", "poor"}
-    assert (talk["too_long"], talk["chats"], talk["labels"], talk["max_length"]) == (1, True, None, 110)
+    assert (talk["too_long"], talk["chats"], talk["labels"], talk["max_length"]) == (10, True, None, 110)
     # <user>uu 8, <assistant>a10 14, <user>And? 10, <assistant>b10 14; four ends of turns and three of lines
-    assert talk["tokens"] == {"p50": 53, "p95": 53, "longest": 53 - 2 + 198}
+    assert talk["tokens"] == {"p50": 53, "p95": 53 + 198, "longest": 53 + 198}
 
 
 def test_rows_are_shown_as_training_sees_them(recipe: Path):
@@ -68,8 +68,9 @@ def test_rows_are_shown_as_training_sees_them(recipe: Path):
     assert "film answers: good" in out and "talk answers: texts" in out
     assert "[[ good<|eos|>]]" in out and "<user>uu<|eos|>\n<assistant>[[a1<|eos|>]]\n<user>And?" in out
     assert "uuu" not in out  # a chat that is left out
-    assert "1 left out" in out and "2 (1)" in out and "repeated prompts left out: film 2" in out
-    assert out.count("talk, training row") in (23, 24) and out.count("film, training row") == 11
+    assert "10 left out" in out and "2 (1)" in out and "repeated prompts left out: film 2" in out
+    assert out.count("talk, training row") < 20 and out.count("film, training row") == 11
+    assert alora(recipe, "--rows", 6).count("talk, training row") == 6
 
 
 def test_one_task_and_no_rows(recipe: Path):
