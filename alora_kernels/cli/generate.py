@@ -86,7 +86,7 @@ def generate(
             if not answer["answer"].strip():
                 why = "" if answer["task"] in cards else ": is this how it was asked in training? Nothing here says how"
                 why = ": is this the whole of a prompt of its training?" if raw else why
-                display.err.print(f"{answer['task']} ended its answer at once, without a text{why}", markup=False)
+                display.err.print(f"{answer['task']} answered without a text{why}", markup=False)
 
 
 def _read(adapter: Path) -> AdapterFile:

@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +36,6 @@ from .request import (
 )
 from .request_table import RequestTable, Run, State
 from .sampling import Row
-from .slots import TaskInfo
 from .store import TaskStore
 from .text import TextStream, eos_tokens
 
@@ -169,17 +169,24 @@ class Engine:
             UnknownTaskError: no such task.
             RequestError: turns that have no place in the task's prompt, or no chat template; it says what to do.
         """
-        card = None if task is None else self._known(task).card
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        try:  # not under the lock: a template is a program
-            return prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
-        except ValueError as error:
-            raise RequestError(str(error), "prompt" if isinstance(asked, str) else "messages") from None
+        with self._refusals():
+            if task is not None and self.store is None:
+                raise UnknownTaskError(task, [])
+            card = None if task is None or self.store is None else self.store.info(task).card
+            try:  # not under the lock: a template is a program
+                return prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
+            except ValueError as error:
+                raise RequestError(str(error), "prompt" if isinstance(asked, str) else "messages") from None
 
-    def _known(self, task: str) -> TaskInfo:
-        if self.store is None:
-            raise UnknownTaskError(task, [])
-        return self.store.info(task)
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Count what is refused within."""
+        try:
+            yield
+        except ServingError as error:
+            self.metrics.refused.labels(type(error).__name__.removesuffix("Error")).inc()
+            raise
 
     def submit(
         self, prompt: str | Sequence[int] | Prompt, task: str | None = None, sampling: Sampling | None = None
@@ -197,7 +204,7 @@ class Engine:
             QueueFullError: too many wait.
             NotServingError: the engine does not take requests now.
         """
-        try:
+        with self._refusals():
             if task is not None and (self.store is None or task not in self.store):
                 raise UnknownTaskError(task, [] if self.store is None else self.store.names())
             ids = self.encode(prompt) if isinstance(prompt, str | Prompt) else list(prompt)
@@ -210,9 +217,6 @@ class Engine:
             text = TextStream(self.tokenizer, ids, sampling.stop, spaced=spaced)
             self._table.enqueue(Run(generation, ids, row, text))
             return generation
-        except ServingError as error:
-            self.metrics.refused.labels(type(error).__name__.removesuffix("Error")).inc()
-            raise
 
     def _check_prompt(self, ids: list[int]) -> int:
         """Refuse a prompt that cannot be answered; how many tokens its answer may have."""

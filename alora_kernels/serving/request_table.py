@@ -113,11 +113,10 @@ class Run:
         told = len(self.logprobs)
         for at in range(told, min(end, len(self.scores))):
             after = self.tokens[:at][-1:] or self.prompt[-1:]
-            (own, value), *others = self.scores[at]
+            ids, values = zip(*self.scores[at])
+            own, *top = map(Logprob, self.text.of_tokens(ids, after), values)
             last = self.logprobs[-1] if self.logprobs else Logprob("", 0.0)
-            top = tuple(Logprob(self.text.of_token(id, after), likely) for id, likely in others)
-            text = self.text.of_token(own, after)
-            self.logprobs.append(Logprob(text, value, last.offset + len(last.text), top))
+            self.logprobs.append(own._replace(offset=last.offset + len(last.text), top=tuple(top)))
         return tuple(self.logprobs[told:])
 
 

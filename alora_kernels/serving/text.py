@@ -10,6 +10,7 @@ answer's first if the answer completes it, and the prompt's if not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os.path import commonprefix
 from typing import Any
 
@@ -50,12 +51,15 @@ class TextStream:
         self._held += self._take(len(self._ids), self._text(len(self._ids)))
         return self._release(done=True)
 
-    def of_token(self, id: int, after: Sequence[int]) -> str:
-        """What a token says after others, a special one by its name; U+FFFD for a part of a character."""
-        before, both, own = (
-            str(self._backend.decode(ids, skip_special_tokens=False)) for ids in (after[-1:], [*after[-1:], id], [id])
-        )
-        return both[len(before) :] if both.startswith(before) and not before.endswith(BROKEN) else own
+    def of_tokens(self, ids: Iterable[int], after: Sequence[int]) -> list[str]:
+        """What each token says after the last of others, a special one by its name; U+FFFD for half a character."""
+        decode, texts = partial(self._backend.decode, skip_special_tokens=False), []
+        before = str(decode(after[-1:]))
+        for id in ids:
+            both = str(decode([*after[-1:], id]))
+            goes_on = both.startswith(before) and not before.endswith(BROKEN)
+            texts.append(both[len(before) :] if goes_on else str(decode([id])))
+        return texts
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=True))

@@ -95,7 +95,7 @@ def test_a_stock_lora_is_one_task_and_needs_no_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--task", "movie"), "movie ended its answer at once, without a text\n"),
+        (("--task", "movie"), "movie answered without a text\n"),
         (("--task", "movie", "--raw"), "without a text: is this the whole of a prompt of its training?"),
         (("--task", "__base__"), "without a text: is this how it was asked in training? Nothing here says how"),
     ],

@@ -20,7 +20,6 @@ from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
 from alora_kernels.serving.request import NotServingError, QueueFullError, RequestError, UnknownTaskError
-from alora_kernels.serving.text import TextStream
 from alora_kernels.tuner import ALoRALayer
 from tests.support.adapters import alora_folder, tiny_base
 
@@ -231,7 +230,7 @@ def test_a_repeated_step_tells_log_probabilities_once(make, monkeypatch):
     assert ended.finish_reason == "stop" and ended.logprobs == plain.logprobs[:known]
 
 
-def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(make, folder):
+def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(make, folder, monkeypatch):
     write_task_cards(folder, {"math": TaskCard("Sum: {text}\nResult:", ("one",))})
     try:
         engine = make()
@@ -239,10 +238,13 @@ def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(ma
         (folder / FILE).unlink()
     prompt = engine.prompt("1 + 1", "math")
     assert prompt == Prompt("Sum: 1 + 1\nResult:", spaced=True) and engine.encode(prompt) == engine.encode(prompt.text)
-    spaced = engine.tokenizer(" one").input_ids
-    monkeyed = engine.submit(prompt, "math", Sampling(max_tokens=2))
-    text = TextStream(engine.tokenizer, engine.encode(prompt), spaced=True)
-    assert text.feed(spaced) + text.finish() == "one" and monkeyed.result().token_ids
+    taken: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._table, "enqueue", taken.append)
+        engine.submit(prompt, "math")
+        engine.submit(prompt.text, "math")
+    ids = engine.tokenizer(" one").input_ids
+    assert [run.text.feed(ids) + run.text.finish() for run in taken] == ["one", " one"]
     assert engine.prompt("hi").text.endswith("<|im_start|>assistant\n") and not engine.prompt("hi", "code").spaced
     with pytest.raises(UnknownTaskError, match="known are math"):
         engine.prompt("hi", "nothing")

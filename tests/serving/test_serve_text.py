@@ -66,9 +66,9 @@ def test_the_texts_of_tokens_are_the_text(kind):
     tokenizer = KINDS[kind]
     ids = tokenizer("Next: done , line")["input_ids"]
     stream, cut = TextStream(tokenizer), len(tokenizer("Next:")["input_ids"])
-    said = "".join(stream.of_token(ids[at], ids[:at]) for at in range(cut, len(ids)))
+    said = "".join(*zip(*(stream.of_tokens([ids[at]], ids[:at]) for at in range(cut, len(ids)))))
     assert said.replace(" ", "") == "done,line" and said.startswith(" done"[kind == "word_ends" :])
-    assert stream.of_token(tokenizer.eos_token_id, ids[:1]).strip() == "</s>"
+    assert stream.of_tokens([tokenizer.eos_token_id], ids[:1])[0].strip() == "</s>"
 
 
 def test_a_prompt_that_ends_inside_an_emoji_is_not_repeated(tokenizer):

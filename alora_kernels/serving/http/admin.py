@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     """The routes of this file.
 
     A listed task's `parent` is the base, and `prompt` is how it was asked in training: null if the task's folder does
-    not say, else template, answers (label words; none: texts) and sample.
+    not say, else template, or chat with its chat_template and system, answers (label words; none: texts) and sample.
     """
     base, now = config.base_model_id, int(time.time())
     of_base = {"id": base, "object": "model", "created": now, "owned_by": OWNER, "root": base, "parent": None}
