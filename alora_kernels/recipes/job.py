@@ -27,7 +27,7 @@ from ..tuner.config import CONFIG
 from . import display
 from .measures import metrics_of
 from .recipe import Recipe
-from .schedule import Schedule, schedule
+from .schedule import schedule
 from .start import Start, start_of
 
 ADAPTER = "adapter"  # in the output folder
@@ -51,7 +51,6 @@ class Run:
         str, dict[str, tuple[int, ...]]
     ]  # task -> its words -> their token ids; no tasks that answer in texts
     alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
-    schedule: Schedule
     validation: Dataset | None = None  # rows that judge while training
     metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
     stream: IterableDataset | None = None  # rows to train on, of which `train` is the head
@@ -97,7 +96,8 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     unseen = _unseen(text, choices, tokenizer)
     rows = ids["train"]["task"]
     trained = start.trained(rows) if start else rows
-    when = schedule(recipe, trained, validates="validation" in ids)
+    if adapter is None:
+        schedule(recipe, trained, validates="validation" in ids)  # says what does not fit the rows
     bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
     display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
     base, _ = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantized(recipe, chosen.dtype))
@@ -106,17 +106,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         shapes = target_shapes(base, method)
         if recipe.budget == "parameters":
             method = as_large_as_alora(method, shapes)
-        set_seed(recipe.seed)
-        model: Any
-        if start is not None:
-            model, tasks = start.model(base, recipe.seed), start.tasks
-            method = replace(read_method(start.file.folder) or method, tasks=tasks)
-        elif adapter is None:
-            model = adapt(base, method)
-        else:
-            method = read_method(adapter) or method
-            model = load_method(base, adapter)
-            tasks = tasks_of(model) or tasks
+        model, method, tasks = _adapted(base, method, recipe.seed, start, adapter)
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
     said = start.lines(len(rows) - len(trained), base) if start else []
@@ -125,12 +115,26 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
     train = train if start is None else start.rows(train)
-    run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, when, validation, metrics)
+    run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
     if recipe.streaming:
         how = recipe.model_dump(include={"max_length", "seed", "train_size", "weights", "chat_template"})
         stream = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
         run.stream = stream if start is None else start.rows(stream)
     return run
+
+
+def _adapted(
+    base: Any, method: Method, seed: int, start: Start | None, adapter: Path | None
+) -> tuple[Any, Method, tuple[str, ...]]:
+    """The base with a fresh adapter, one that training goes on from, or one to judge; its method and tasks."""
+    set_seed(seed)
+    if start is not None:
+        saved = read_method(start.file.folder) or method
+        return start.model(base, seed), replace(saved, tasks=start.tasks), start.tasks
+    if adapter is None:
+        return adapt(base, method), method, method.tasks
+    model = load_method(base, adapter)
+    return model, read_method(adapter) or method, tasks_of(model) or method.tasks
 
 
 def check_packages(needed: Mapping[str, str]) -> None:

@@ -291,7 +291,7 @@ def describe(run: Run, folder: Path, before: Scores | None, after: Scores) -> No
         for task in after.by[metric]:
             shown = " | ".join(MEASURES[metric].show(scores.by[metric][task]) for scores in judged)
             table += f"\n| {task} | {MEASURES[metric].name} | {shown} |"
-    recipe = run.recipe.model_dump(mode="json", exclude={"output", "model"}, exclude_defaults=True)
+    recipe = run.recipe.model_dump(mode="json", exclude={"output", "model", "adapter"}, exclude_defaults=True)
     recipe |= {"tasks": [data.as_source(task).name for task in run.recipe.tasks], "dtype": run.recipe.dtype}
     more = f"\n## Scores on test rows\n\n{table}\n\n## Recipe\n\n```yaml\n{write_yaml(recipe)}```\n"
     named = run.recipe.model if run.recipe.model in data.MODELS else None

@@ -28,6 +28,7 @@ from .job import ADAPTER, Run, check_packages, load
 from .judge import describe, judge, save_metrics, show_scores
 from .plan import peak
 from .recipe import Recipe
+from .schedule import schedule
 from .watch import LOSSES, PICTURE, LossFile, TrainingBar, draw
 
 CONFLICTS = "conflicts.csv"  # in the output folder
@@ -149,7 +150,8 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     """The trainer a recipe describes, with a progress bar; with `save` it judges, saves and reports on its way."""
     recipe, processes = run.recipe, PartialState()
     sharded: Any = recipe.parallel == "fsdp"  # transformers' type is of its older spelling
-    when, rows = run.schedule, recipe.batch_size // recipe.gradient_accumulation // processes.num_processes
+    when = schedule(recipe, run.train["task"], validates=run.validation is not None)
+    rows = recipe.batch_size // recipe.gradient_accumulation // processes.num_processes
     judged = run.validation is not None and save
     args = TrainingArguments(
         output_dir=recipe.output,

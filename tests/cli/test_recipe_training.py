@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations import integration_utils
 
 from alora_kernels import data
 from alora_kernels.recipes import train as steps
@@ -60,8 +63,9 @@ def test_settings_reach_the_trainer(tmp_path, jsonl):
     job = load(load_recipe(recipe(tmp_path, jsonl, **more)))
     trainer = steps.trainer_for(job, save=True)
     args, rows = trainer.args, len(job.train)
+    total = schedule(job.recipe, job.train["task"], validates=True).total
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 2)
-    assert (args.max_steps, args.num_train_epochs, job.schedule.total) == (-1, 2, 2 * -(-rows // 8))
+    assert (args.max_steps, args.num_train_epochs, total) == (-1, 2, 2 * -(-rows // 8))
     assert (args.lr_scheduler_type, args.get_warmup_steps(10)) == ("constant_with_warmup", 5)
     assert (args.optim, args.max_grad_norm, args.weight_decay, args.seed) == ("adafactor", 0.5, 0.1, 3)
     assert args.gradient_checkpointing and args.train_sampling_strategy == "group_by_length"
@@ -158,3 +162,34 @@ def test_packages_that_are_missing_are_named_with_the_line_that_installs_them(
     )
     assert "report_to: tensorboard needs tensorboard" in wrong and "optimizer needs bitsandbytes, load_in" in wrong
     assert "pip install bitsandbytes tensorboard wandb" in wrong
+
+
+def test_what_was_true_of_training_does_not_hold_up_judging(tmp_path, jsonl):
+    """Other rows, without validation rows among them, judge a run that stopped early."""
+    config = recipe(tmp_path, jsonl, **JUDGED | {"steps": 2}, early_stopping=1, weights="{even: 2}")
+    alora("train", config)
+    saved = tmp_path / "run" / "adapter" / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("validation_size: 8", "validation_size: 0"))
+    assert "even" in alora("eval", saved.parent)
+
+
+def test_reporters_get_the_losses_of_every_task(tmp_path, jsonl, monkeypatch):
+    """TensorBoard's own writer is another package: here it notes what it is given."""
+    noted: set[str] = set()
+
+    class Writer:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def add_scalar(self, tag: str, *value: Any) -> None:
+            noted.add(tag)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    fake = SimpleNamespace(SummaryWriter=Writer, __spec__=None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(steps, "check_packages", lambda needed: None)
+    alora("train", recipe(tmp_path, jsonl, **JUDGED | {"steps": 2}, report_to="tensorboard"))
+    assert {"train/loss", "train/loss_even", "train/loss_odd", "eval/loss_even", "eval/loss_odd"} <= noted

@@ -88,8 +88,8 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 OWN = (
-    "eval_dataset", "data_collator", "callbacks", "compute_metrics", "task_temperature", "keep_absent_tasks",
-    "padding_free",
+    "eval_dataset", "data_collator", "callbacks", "compute_metrics", "task_temperature", "task_weights",
+    "keep_absent_tasks", "padding_free",
 )  # fmt: skip
 
 

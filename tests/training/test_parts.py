@@ -51,6 +51,16 @@ def test_sampler_temperature_balances():
     assert 60 < half.counts["big"] < 90
 
 
+def test_sampler_weights_draw_a_task_so_many_times_as_often():
+    plain = TaskBalancedSampler(TASKS, weights={"small": 2})
+    assert plain.counts == {"big": 90, "small": 60} and len(list(plain)) == 150
+    assert sorted(i for i in plain if TASKS[i] == "big") == list(range(90))  # the others as ever
+    assert TaskBalancedSampler(TASKS, temperature=1e9, weights={"big": 0.5}).counts == {"big": 30, "small": 60}
+    for wrong in ({"smal": 2}, {"small": 0}, {"small": float("inf")}):
+        with pytest.raises(ValueError, match="weights are numbers above 0 of tasks that have examples"):
+            TaskBalancedSampler(TASKS, weights=wrong)
+
+
 def test_sampler_is_a_function_of_seed_and_epoch():
     one, other = TaskBalancedSampler(TASKS, seed=3), TaskBalancedSampler(TASKS, seed=3)
     first = list(one)

@@ -151,6 +151,11 @@ def test_orders_are_trainers_own_or_refused(tmp_path):
         sampler("sequential", rows(9), task_temperature=2)
     with pytest.raises(ValueError, match="a stream has its own order: leave it at 1; datasets.interleave_datasets"):
         sampler("random", Stream(rows(9)), task_temperature=2)
+    assert len(sampler("random", rows(9), task_weights={TASKS[0]: 3})) > 9
+    with pytest.raises(
+        ValueError, match="task_weights=.* draws rows task by task, but a stream has its own order: leave"
+    ):
+        sampler("random", Stream(rows(9)), task_weights={TASKS[0]: 3})
     with pytest.raises(ValueError, match="'group_by_length' needs a dataset with random access"):
         sampler("group_by_length", Stream(rows(9)))
 
