@@ -12,14 +12,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files import kept, written_whole
 from ..modules.adapter import seeded_a, task_names
-from ..settings import did_you_mean, read_mapping, write_yaml
+from ..settings import did_you_mean
 from ..text import listed
 from ..tuner.card import model_card
 from ..tuner.config import CARD, PREFIX, ALoRAConfig
@@ -32,7 +31,8 @@ from .method import METHODS, SETTINGS, read_method
 from .reader import AdapterFile, Kind, read_adapter
 from .writer import check_replaceable, write_adapter
 
-RECIPE, LOSSES = "recipe.yaml", "losses.json"  # of `alora train`, beside the adapter
+#: of `alora train`; the names of tasks in a recipe decide which rows judge, so they stay as they were in training
+BESIDE = ("recipe.yaml", "losses.json")
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def arrange_tasks(
     a = {m: torch.stack([row(m, stack, *pair) for pair in tasks.items()]) for m, stack in file.stacks().items()}
     config: ALoRAConfig = ALoRAConfig.from_pretrained(str(file.folder))
     config.tasks = list(names)
-    # a source that stays has its own name and card; else they are those of the first that has its A
+    # the card of a task that is called otherwise goes with its A
     heirs = {
         old: old if tasks.get(old) == old else new for new, old in reversed(list(tasks.items())) if old is not None
     }
     known = read_task_cards(file.folder, file.tasks)
     cards = {heirs[old]: card for old, card in known.items() if old in heirs} | dict(cards)
-    return _write(file, target, config, _tensors(a, file.b), cards, heirs)
+    return _write(file, target, config, _tensors(a, file.b), cards)
 
 
 def join_adapters(
@@ -158,7 +158,7 @@ def join_adapters(
     config.lora_dropout = ALoRAConfig.from_pretrained(str(first.folder)).lora_dropout
     cards = read_task_cards(first.folder, first.tasks)
     cards |= {theirs[task]: card for task, card in read_task_cards(second.folder, second.tasks).items()}
-    _write(first, target, config, tensors, cards, {task: task for task in first.tasks})
+    _write(first, target, config, tensors, cards)
     return report
 
 
@@ -224,9 +224,8 @@ def _write(
     config: ALoRAConfig,
     tensors: Mapping[str, Tensor],
     cards: Mapping[str, TaskCard],
-    heirs: Mapping[str, str],
 ) -> Path:
-    """Write what was made of an adapter, and beside it how it was trained, for `alora eval` by the tasks' new names."""
+    """Write what was made of an adapter, and beside it how it was trained."""
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set would be written in no fixed order
     text = (file.folder / CARD).read_text(encoding="utf-8") if (file.folder / CARD).is_file() else ""
@@ -236,28 +235,13 @@ def _write(
         draft = Path(folder)
         write_adapter(draft, tensors, config, model_card(config, text, named=packaged and packaged[1], asked=asked))
         write_task_cards(draft, cards)
-        if (file.folder / RECIPE).is_file():
-            recipe = _judged(read_mapping(file.folder / RECIPE, "tasks: [trec, spam]"), file.tasks, heirs)
-            (draft / RECIPE).write_text(write_yaml(recipe), encoding="utf-8")
         if (file.folder / SETTINGS).is_file():
             method = json.loads((file.folder / SETTINGS).read_text(encoding="utf-8"))
             method["settings"] |= {key: getattr(config, key) for key in ("tasks", "r", "lora_alpha", "use_rslora")}
             (draft / SETTINGS).write_text(json.dumps(method, indent=1), encoding="utf-8")
-        if target != file.folder and (file.folder / LOSSES).is_file():
-            shutil.copy(file.folder / LOSSES, draft)
+        for name in BESIDE if target != file.folder else ():
+            if (file.folder / name).is_file():
+                shutil.copy(file.folder / name, draft)
         if not cards:
             (target / CARDS).unlink(missing_ok=True)
     return target
-
-
-def _judged(recipe: dict[str, Any], known: Sequence[str], heirs: Mapping[str, str]) -> dict[str, Any]:
-    """A recipe whose tasks have their new names; without those that are gone, or have no settings to name them in."""
-    stay: list[Any] = []
-    for entry in recipe.get("tasks") or ():
-        old = str(entry.get("name")) if isinstance(entry, dict) else Path(str(entry)).stem
-        new = heirs.get(old, None if old in known else old)
-        if new == old:
-            stay.append(entry)
-        elif new is not None and isinstance(entry, dict):
-            stay.append(entry | {"name": new})
-    return recipe | ({"tasks": stay} if stay else {})

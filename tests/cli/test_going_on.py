@@ -101,10 +101,10 @@ def test_tasks_that_came_and_went_are_judged_as_far_as_they_can_be(tmp_path, fir
     alora("tasks", tmp_path / "a", "remove", "odd", "--overwrite")
     alora("tasks", tmp_path / "a", "add", "new", "--overwrite")
     out = alora("eval", tmp_path / "a")
-    assert "no rows: new" in out and "even" in out
-    text = (tmp_path / "a" / "recipe.yaml").read_text().replace("name: even", "name: other")
-    (tmp_path / "a" / "recipe.yaml").write_text(text)
-    assert "has the tasks even, new, and the rows are of other" in refused("eval", tmp_path / "a")
+    assert "no such task: odd" in out and "no rows: new" in out and "even" in out
+    # under another name other rows would judge, some of which it was trained on
+    alora("tasks", tmp_path / "a", "rename", "even", "equal", "--overwrite")
+    assert "has the tasks equal, new, and the rows are of even, odd" in refused("eval", tmp_path / "a")
 
 
 def test_mistakes_are_told_before_the_base_is_loaded(tmp_path, first, monkeypatch):
