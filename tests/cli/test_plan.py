@@ -100,7 +100,7 @@ def test_what_is_kept_for_the_backward_is_what_autograd_keeps(tmp_path, config, 
     found = plan.parts(bare, chosen)["activations"] + sum(lengths) / 2 * facts.width * facts.size
     if chosen.gradient_checkpointing:  # one layer at a time comes later
         found -= facts.saved * len(lengths)
-    assert found == pytest.approx(measured(config, lengths, chosen, tmp_path / "run"), rel=0.1)
+    assert found == pytest.approx(measured(config, lengths, chosen, tmp_path / "run"), rel=0.04)
 
 
 def test_parts_of_a_plan_are_what_their_settings_say(tmp_path):
@@ -136,10 +136,11 @@ def as_json(*args: object) -> dict:
 
 
 def test_an_8b_model_from_its_config_alone(tmp_path, large, jsonl):
-    path = recipe(tmp_path, jsonl, model="8b", load_in="4bit", gradient_checkpointing="true", dtype="bfloat16",
-                  max_length=1024, batch_size=8)  # fmt: skip
+    example = (Path(__file__).parents[2] / "examples" / "chat_8b.yaml").read_text()
+    path = tmp_path / "chat.yaml"
+    path.write_text(re.sub("^model: [^ ]*", "model: 8b", example, flags=re.MULTILINE))
     found = as_json(path)
-    assert found["parameters"] == 8_030_261_248 and found["data"] is None
+    assert found["parameters"] == 8_030_261_248 and found["data"] is None and found["rows_at_once"] == 4
     assert 5e9 < found["bytes"]["weights"] < 6e9
     assert found["total"] == pytest.approx(sum(found["bytes"].values()), abs=10) and 8e9 < found["total"] < 20e9
     assert found["fits"] == {"24 GB": True, "48 GB": True, "80 GB": True} and found["changes"] == []
