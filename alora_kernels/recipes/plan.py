@@ -127,10 +127,13 @@ def peak(run: Run, device: str) -> str:
     said = f"peak of {of}: {size(most)}"
     if run.model.num_parameters() < TOY:
         return said
-    validates = run.validation is not None
-    rows = _rows(run.recipe, run.train["task"], run.train.select(range(min(SAMPLE, len(run.train)))), validates)
-    found = parts(facts_of(run.recipe, rows, device), run.recipe, PartialState().num_processes)
-    total = sum(found.values()) - (found["framework"] if device == "cuda" else 0)
+    some = run.train.select(range(min(SAMPLE, len(run.train))))
+    try:
+        rows = _rows(run.recipe, run.train["task"], some, run.validation is not None)
+        found = parts(facts_of(run.recipe, rows, device), run.recipe, PartialState().num_processes)
+    except ValueError as error:  # the run itself is fine
+        return f"{said}; not predicted: {error}"
+    total = sum(found.values()) - (CONTEXT["cuda"] if device == "cuda" else 0)  # which torch does not count
     return f"{said}; PREDICTED {size(total)}"
 
 
@@ -169,6 +172,15 @@ def facts_of(recipe: Recipe, rows: Rows | None, device: str = "cuda") -> Facts:
         raise ValueError(
             f"{error}\nA plan needs no weights: a folder that holds the model's config.json will do"
         ) from None
+    try:
+        return _facts(recipe, rows, device, config, dtype)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a model may ask of its inputs that have no numbers
+        raise ValueError(f"{recipe.model}: this kind of model cannot be run without its numbers ({error})") from error
+
+
+def _facts(recipe: Recipe, rows: Rows | None, device: str, config: Any, dtype: torch.dtype) -> Facts:
     text = config.get_text_config()
     known = (recipe.max_length, rows and rows.longest, getattr(text, "max_position_embeddings", None))
     length = min((number for number in known if number), default=2048)
@@ -181,12 +193,9 @@ def facts_of(recipe: Recipe, rows: Rows | None, device: str = "cuda") -> Facts:
     method = as_large_as_alora(method, shapes) if recipe.budget == "parameters" else method
     head = base.get_output_embeddings()
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    try:
-        # a LoRA per task divides the rows by their ids, which are numbers; it keeps what ALoRA does
-        same = dataclasses.replace(method, name="alora") if method.name == "lora-per-task" else method
-        runs = [_run(adapt(_built(_with_layers(config, count), dtype), same), length) for count in (1, 2)]
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{recipe.model}: this kind of model cannot be run without its numbers ({error})") from error
+    # a LoRA per task divides the rows by their ids, which are numbers; it keeps what ALoRA does
+    same = dataclasses.replace(method, name="alora") if method.name == "lora-per-task" else method
+    runs = [_run(adapt(_built(_with_layers(config, count), dtype), same), length) for count in (1, 2)]
     saved = runs[1][0] - runs[0][0]
     return Facts(
         linear=sum(linear),

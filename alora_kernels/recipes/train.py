@@ -64,11 +64,10 @@ def _follow(recipe: Recipe, folder: Path, processes: PartialState, last: str | N
     trainer.train(resume_from_checkpoint=last)
     for line in job.lost.lines():
         display.say(f"while training: {line}", "dim")
-    if processes.is_main_process:
-        display.say(peak(job, processes.device.type), "dim")
     show_best(trainer)
     save(job, folder / ADAPTER, trainer)
     if processes.is_main_process:
+        display.say(peak(job, processes.device.type), "dim")
         draw(folder / LOSSES, folder / PICTURE)
     scores = judge(job, job.label)
     show_scores(job, None, scores)

@@ -177,3 +177,7 @@ def test_the_peak_is_told_after_training_beside_the_prediction(tmp_path, jsonl, 
     assert "peak of memory: " in alora("train", recipe(tmp_path, jsonl, steps=1))
     monkeypatch.setattr(plan, "TOY", 0)
     assert "; PREDICTED " in alora("train", recipe(tmp_path, jsonl, steps=1), "--overwrite")
+    monkeypatch.setattr(plan, "_run", lambda *_: [].pop())
+    out = alora("train", recipe(tmp_path, jsonl, steps=1), "--overwrite")
+    assert "not predicted: tiny-random: this kind of model cannot be run without its numbers" in out
+    assert "adapter saved" in out
