@@ -144,9 +144,19 @@ def test_an_adapter_of_another_base_is_refused_with_its_shapes(tmp_path, first):
 def test_what_a_run_starts_from_says_when_the_base_has_another_name(tmp_path, first):
     shutil.copytree(first, tmp_path / "from")
     change_config(tmp_path / "from", base_model_name_or_path="models/one")
-    path = onward(tmp_path, first, ["odd", "third"], train_tasks="[odd, third]", adapter=tmp_path / "from")
+    path = onward(
+        tmp_path,
+        first,
+        ["odd", "third"],
+        train_tasks="[odd, third]",
+        adapter=tmp_path / "from",
+        weights="{even: 2, odd: 3}",
+    )
     given, start = start_of(load_recipe(path), ("odd", "third"))
     assert isinstance(given, Recipe) and start is not None and not start.b and start.still == ["even"]
+    assert given.weights == {"odd": 3} and given.r == 2 and start.trained(["odd", "even"]) == ["odd"]
+    with pytest.raises(ValueError, match="a run that goes on from one is not sharded"):
+        start_of(load_recipe(path).instead(parallel="fsdp"), ("odd", "third"))
     base, _ = tiny_base()
     base.name_or_path = "hub/one"
     assert not any("only shapes are checked" in line for line in start.lines(0, base))
