@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -371,3 +372,8 @@ def test_quiet_says_the_last_line_alone(tmp_path, jsonl):
     assert load_recipe(tmp_path / "q" / "adapter" / "recipe.yaml").steps is None
     assert "unknown setting" in refused("train", recipe(tmp_path, jsonl, stepz=1), "--quiet")
     assert "Exit codes: 0 done" in alora("--help") and "--install-completion" in alora("--help")
+
+
+def test_a_hub_that_is_not_there_is_said_once(tmp_path, jsonl):
+    refused("train", recipe(tmp_path, jsonl, model="nobody/nothing"))
+    assert logging.getLogger("huggingface_hub.utils._http").getEffectiveLevel() == logging.ERROR
