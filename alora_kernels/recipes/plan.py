@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import resource
 import statistics
 import sys
 import weakref
@@ -123,6 +122,10 @@ def peak(run: Run, device: str) -> str:
     if device == "cuda":
         most, of = float(torch.cuda.max_memory_allocated()), "GPU memory"
     else:
+        try:
+            import resource
+        except ImportError:
+            return "peak of memory: this system (Windows) does not tell it"
         most, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT, "memory"
     said = f"peak of {of}: {size(most)}"
     if run.model.num_parameters() < TOY:
