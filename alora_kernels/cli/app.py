@@ -127,14 +127,16 @@ def train(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="a table of the keys instead, for people")] = False,
+) -> None:
     """Print the JSON schema of recipes.
 
     With `# yaml-language-server: $schema=FILE` as its first line an editor completes and checks a recipe.
     """
     from ..recipes.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.schema_document(), indent=1))
+    typer.echo(Recipe.key_table() if markdown else json.dumps(Recipe.schema_document(), indent=1))
 
 
 @app.command("eval")

@@ -6,6 +6,7 @@ saved with the adapter; the demo has a recipe of its own.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -305,6 +306,15 @@ class Recipe(BaseModel):
     def schema_document(cls) -> dict[str, Any]:
         """What a recipe may hold, for editors: JSON Schema, draft 2020-12."""
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+    @classmethod
+    def key_table(cls) -> str:
+        """Every key with its default and what it is, in Markdown."""
+        rows = ["| key | default | |", "|---|---|---|"]
+        for name, key in cls.model_fields.items():
+            default = "" if key.is_required() else f"`{json.dumps(key.default)}`"
+            rows.append(f"| `{name}` | {default} | {(key.description or '').replace('|', chr(92) + '|')} |")
+        return "\n".join(rows)
 
     def instead(self, **changes: Any) -> Self:
         """The same run with other settings; None keeps the recipe's."""

@@ -377,3 +377,9 @@ def test_quiet_says_the_last_line_alone(tmp_path, jsonl):
 def test_a_hub_that_is_not_there_is_said_once(tmp_path, jsonl):
     refused("train", recipe(tmp_path, jsonl, model="nobody/nothing"))
     assert logging.getLogger("huggingface_hub.utils._http").getEffectiveLevel() == logging.ERROR
+
+
+def test_the_page_of_keys_is_that_of_the_recipe():
+    """`alora schema --markdown` makes it."""
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page.split("<!-- recipe-keys -->\n")[1].split("\n<!--")[0] == alora("schema", "--markdown").rstrip()
