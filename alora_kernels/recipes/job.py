@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,9 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     else:
         text, recipe = _known_to(adapter, text), recipe.instead(weights={})  # of tasks that may be gone
         tasks = _task_order(recipe, text, resume)
-    words = label_words(text)
+    words = label_words(text, recipe.tasks)
     metrics = metrics_of(recipe.tasks, text, words)
+    words = {task: own for task, own in words.items() if metrics.get(task, "choice") == "choice"}
     # all that can be wrong with data is said before weights are read, which takes minutes for a large model
     with display.err.status("preparing tokens ..."):
         tokenizer = data.load_tokenizer(recipe.model)
@@ -205,15 +206,21 @@ def _task_order(recipe: Recipe, text: DatasetDict, resume: str | None) -> tuple[
     return (*(name for name in named if name in present), *sorted(present - set(named)))
 
 
-def label_words(text: DatasetDict) -> dict[str, list[str]]:
-    """Each task's answer words: a built-in task's label words, else the answers seen in training."""
+def label_words(text: DatasetDict, sources: Sequence[Any] = ()) -> dict[str, list[str]]:
+    """Each task's answer words: a built-in task's label words, else the answers seen in training.
+
+    Chats answer in texts, however few, unless their source says `metric: choice`.
+    """
+    own = {source.name for source in map(data.as_source, sources) if getattr(source, "metric", None) == "choice"}
+    asked = zip(text["train"]["task"], text["train"]["messages"], strict=True)
+    chats = {task for task, messages in asked if messages} - own
     answers: dict[str, Counter[str]] = {}
     for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
         answers.setdefault(task, Counter())[answer] += 1
     return {
         name: list(data.labels_of(name) if name in data.TASKS else seen)
         for name, seen in sorted(answers.items())
-        if name in data.TASKS or not _are_texts(seen)
+        if name in data.TASKS or not (name in chats or _are_texts(seen))
     }
 
 

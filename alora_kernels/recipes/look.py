@@ -59,7 +59,7 @@ def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[T
         counts = sorted(sizes[split][at] for split, places in own.items() for at in places)
         train, chats = text["train"].select(own["train"]), bool(text["train"][own["train"][0]]["messages"])
         shown = [at for at in own["train"] if not chats or sizes["train"][at] <= length][:rows]
-        answers = Counter(train["answer"]) if name in label_words(text) else None
+        answers = Counter(train["answer"]) if name in label_words(text, recipe.tasks) else None
         if answers and not chats:
             data.word_tokens(answers, tokenizer, train[0]["prompt"])  # refuses those that no model could tell apart
         found.append(

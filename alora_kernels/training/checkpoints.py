@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,18 @@ class WholeCheckpoints:
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+
+def check_best(args: Any) -> None:
+    """Warn where the best step may fall between two checkpoints: Trainer keeps the last step then, without a word."""
+    by_steps = args.eval_strategy == args.save_strategy == "steps"
+    if args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps:
+        often = f"judged every {args.eval_steps} steps and saved every {args.save_steps}"
+        warnings.warn(
+            f"load_best_model_at_end: {often}, the best step may be gone at the end, and another is kept:"
+            f" save_steps={args.eval_steps} saves each that is judged",
+            stacklevel=4,
+        )
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:

@@ -31,7 +31,7 @@ from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
 from . import tasks
 from .absent import KeepingTrainer
-from .checkpoints import WholeCheckpoints
+from .checkpoints import WholeCheckpoints, check_best
 from .collator import TaskCollator, WithTasks, positions
 from .loss import ModelLoss, Scored, TaskSums
 from .packing import Packing
@@ -79,6 +79,7 @@ class ALoRATrainer(KeepingTrainer, WholeCheckpoints, Trainer):
         self.packing = Packing(padding_free)
         super().__init__(*args, **kwargs)
         tasks.check_adapted(self.model)
+        check_best(self.args)
         self._rules = BatchRules.of(self.model)
         self._layers = tasks.task_layers(self.model)
         tables = tasks.active_tables(self._layers)

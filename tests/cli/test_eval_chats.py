@@ -9,7 +9,7 @@ import pytest
 from alora_kernels import data
 from alora_kernels.adapters.asking import chat_text
 from alora_kernels.recipes import judge
-from alora_kernels.recipes.job import load
+from alora_kernels.recipes.job import label_words, load
 from alora_kernels.recipes.recipe import load_recipe
 from alora_kernels.training.answers import Written
 from tests.support.cli import recipe
@@ -38,10 +38,17 @@ def job(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     free = "{name: free, source: free.jsonl, metric: exact}"
-    tasks = f"[{{name: odd, source: odd.jsonl}}, {free}, {{name: plain, source: plain.jsonl}}]"
+    tasks = f"[{{name: odd, source: odd.jsonl, metric: choice}}, {free}, {{name: plain, source: plain.jsonl}}]"
     return load(
         load_recipe(recipe(tmp_path, tmp_path, tasks=tasks, chat_template="t.jinja", max_length=256, test_size=8))
     )
+
+
+def test_few_answers_of_chats_are_no_label_words_unless_the_task_says_so(job):
+    """What an assistant said must not leave with an adapter as a task's words."""
+    assert job.choices.keys() == {"odd"} and job.metrics == {"odd": "choice", "free": "exact", "plain": "loss"}
+    text = job.text
+    assert label_words(text).keys() == set() and label_words(text, job.recipe.tasks)["odd"] == ["no", "yes"]
 
 
 def test_chats(job, monkeypatch):

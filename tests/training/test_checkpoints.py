@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def test_checkpoints_lie_where_they_are_looked_for(tmp_path):
         assert not damage(folder)
         said = json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"]
         assert Path(said).parent == tmp_path
+
+
+@pytest.mark.parametrize(("every", "warned"), [(2, False), (1, True)])
+def test_a_best_step_that_may_not_be_saved_is_warned_of(tmp_path, every, warned):
+    how = {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, "eval_dataset": rows(6)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, **how)
+    assert any("save_steps=1 saves each that is judged" in str(w.message) for w in caught) == warned
 
 
 STAGES: dict[str, tuple[Any, str]] = {
