@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 from transformers import BitsAndBytesConfig, set_seed
 
 from .. import data, precision
@@ -53,7 +53,9 @@ class Run:
     alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
     validation: Dataset | None = None  # rows that judge while training
     metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
-    stream: IterableDataset | None = None  # rows to train on, of which `train` is the head
+    learnt: Any = (
+        None  # what the trainer reads: `train`, of it the rows of tasks that learn, or a stream it is the head of
+    )
     lost: data.Lost = field(default_factory=data.Lost)  # what they lose, while they are read
 
     @property
@@ -115,12 +117,12 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
         display.say(line, "dim")
     count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
-    train = train if start is None else start.rows(train)
     run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
+    learnt: Any = train
     if recipe.streaming:
         how = recipe.model_dump(include={"max_length", "seed", "train_size", "weights", "chat_template"})
-        stream = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
-        run.stream = stream if start is None else start.rows(stream)
+        learnt = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
+    run.learnt = learnt if start is None else start.rows(learnt)
     return run
 
 

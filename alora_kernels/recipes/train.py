@@ -149,7 +149,8 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     """The trainer a recipe describes, with a progress bar; with `save` it judges, saves and reports on its way."""
     recipe, processes = run.recipe, PartialState()
     sharded: Any = recipe.parallel == "fsdp"  # transformers' type is of its older spelling
-    when = schedule(recipe, run.train["task"], validates=run.validation is not None)
+    tasks = (run.train if recipe.streaming else run.learnt)["task"]
+    when = schedule(recipe, tasks, validates=run.validation is not None)
     rows = recipe.batch_size // recipe.gradient_accumulation // processes.num_processes
     judged = run.validation is not None and save
     args = TrainingArguments(
@@ -189,11 +190,11 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     trainer = ALoRATrainer(
         model=run.model,
         args=args,
-        train_dataset=run.train if run.stream is None else run.stream,
+        train_dataset=run.learnt,
         eval_dataset=run.validation if judged else None,
         processing_class=run.tokenizer,
         task_temperature=recipe.temperature,
-        task_weights=recipe.weights if run.stream is None else {},
+        task_weights={} if recipe.streaming else recipe.weights,
         padding_free=None if recipe.packing == "auto" else recipe.packing,
         callbacks=[TrainingBar(), *([LossFile(Path(recipe.output) / LOSSES)] if save else [])],
     )

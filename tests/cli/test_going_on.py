@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from typer.testing import CliRunner
 
 from alora_kernels.adapters.cards import read_task_cards
 from alora_kernels.adapters.reader import AdapterFile, read_adapter
+from alora_kernels.cli.app import app
 from alora_kernels.recipes.job import load
 from alora_kernels.recipes.recipe import Recipe, load_recipe
 from alora_kernels.recipes.start import start_of
@@ -77,6 +80,23 @@ def test_a_new_task_learns_and_the_others_stay_to_the_bit(tmp_path, first):
         models = (PeftModel.from_pretrained(tiny_base()[0], folder) for folder in (first, again.folder))
         one, other = (m.eval()(input_ids=ids, adapter_names=["odd"]).logits for m in models)
     assert torch.equal(one, other)
+
+
+def test_scores_after_training_are_those_of_eval_with_chats_too(tmp_path):
+    for task, words in (("old", ("no", "yes")), ("new", ("red", "blue", "green"))):
+        chats = (
+            [{"role": "user", "content": f"{task} {i}?"}, {"role": "assistant", "content": words[i % len(words)]}]
+            for i in range(30)
+        )
+        write(tmp_path / f"{task}.jsonl", ({"messages": turns} for turns in chats))
+    more: dict[str, Any] = {"learning_rate": 0.05, "steps": 2, "test_size": 9}
+    alora("train", named(tmp_path, ["old"], output=tmp_path / "one", **more))
+    more |= {"adapter": tmp_path / "one" / "adapter", "train_tasks": "[new]"}
+    alora("train", named(tmp_path, ["old", "new"], **more))
+    told = json.loads((tmp_path / "run" / "adapter" / "metrics.json").read_text())
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "run" / "adapter"), "--json"])
+    assert told == json.loads(result.stdout)
+    assert told["tasks"]["old"]["score"] > 0 and told["tasks"]["new"]["score"] > 0
 
 
 def test_with_b_the_others_answer_otherwise_and_it_is_said(tmp_path, first):
