@@ -128,3 +128,19 @@ def chat_text(tokenizer: Any, turns: Turns, template: str | None = None, *, ask:
     if not text:
         raise ValueError("the chat template makes nothing of these turns: is it one?")
     return text
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that are marks and no text."""
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return named | {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def turn_ends(tokenizer: Any, special: Mapping[str, int], template: str | None = None) -> list[int]:
+    """What a chat template ends an answer with, if it is a special token; a trained task says it last."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = chat_text(tokenizer, turns, template, ask=False).rstrip()
+    except ValueError:  # no template, or one that wants other turns
+        return []
+    return [id for token, id in special.items() if text.endswith(token)]

@@ -51,7 +51,7 @@ def generate(
         import torch
         from peft import PeftModel
 
-        from ..adapters.asking import Prompt, prompt_of
+        from ..adapters.asking import Prompt, prompt_of, special_tokens, turn_ends
         from ..adapters.cards import read_task_cards
         from ..serving.slots import check_model
 
@@ -79,7 +79,9 @@ def generate(
             set_seed(seed)
         adapted: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
         adapted.to("cuda" if torch.cuda.is_available() else "cpu")
-        for answer in answers(adapted, tokenizer, asked, max_tokens, how):
+        special = special_tokens(tokenizer)
+        ends = [end for card in cards.values() for end in turn_ends(tokenizer, special, card.chat_template)]
+        for answer in answers(adapted, tokenizer, asked, max_tokens, how, ends):
             label = f"{answer['task']}: " if len(names) > 1 else ""
             of = f"{printable(answer['text'], 60)} -> " if len(given) > 1 else ""
             print(json.dumps(answer, ensure_ascii=False)) if as_json else display.say(f"{of}{label}{answer['answer']}")
@@ -148,7 +150,12 @@ def open_base(adapter: Path, model: str | None, dtype: str | None) -> tuple[Any,
 
 
 def answers(
-    model: Any, tokenizer: Any, asked: Sequence[tuple[str, str, Prompt]], max_tokens: int, how: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[tuple[str, str, Prompt]],
+    max_tokens: int,
+    how: dict[str, Any],
+    more_ends: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """Answers to (task, text, prompt), in order; `how` are settings of the model's `generate`.
 
@@ -162,7 +169,7 @@ def answers(
 
     own = model.active_adapter  # the whole of a stock LoRA, which knows no tasks
     routed = (BASE, *(getattr(model.peft_config[own], "tasks", None) or ()))
-    ends = eos_tokens(model.get_base_model(), tokenizer)
+    ends = [*eos_tokens(model.get_base_model(), tokenizer), *more_ends]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for start in range(0, len(asked), ROWS):
         part = asked[start : start + ROWS]

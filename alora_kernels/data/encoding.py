@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.asking import chat_text
+from ..adapters.asking import chat_text, special_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -213,8 +213,7 @@ def _chat_rows(
     whole = tokenizer(
         [chat.text for chat in chats], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = set(special_tokens(tokenizer).values())
     found: list[tuple[Ids, Ids] | None] = []
     for chat, ids, offsets, task in zip(chats, whole.input_ids, whole.offset_mapping, rows["task"], strict=True):
         ids, labels, trained = _label(chat, ids, [start for start, _ in offsets], special, tokenizer)

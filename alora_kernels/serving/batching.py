@@ -225,7 +225,7 @@ class TaskBatching(ContinuousBatchingManager):
             request_id=run.generation.id,
             max_new_tokens=run.row.sampling.max_tokens,
             streaming=True,
-            eos_token_id=-1 if run.row.sampling.ignore_eos else self._table.eos,
+            eos_token_id=-1 if run.row.sampling.ignore_eos else [*self._table.eos, *run.ends],
         )
         return taken is not None
 

@@ -21,7 +21,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.asking import Prompt, Turns, prompt_of
+from ..adapters.asking import Prompt, Turns, prompt_of, special_tokens, turn_ends
+from ..adapters.cards import TaskCard
 from .batching import EngineConfig, TaskBatching
 from .openmp import Threads, release_workers
 from .request import (
@@ -87,6 +88,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.config = (config or EngineConfig()).resolved(model)
+        self._special = special_tokens(tokenizer)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
         eos = eos_tokens(model, tokenizer)
         self._table = RequestTable(self.config.max_waiting, self.config.max_batch, eos, store)
@@ -171,13 +173,19 @@ class Engine:
         """
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         with self._refusals():
-            if task is not None and self.store is None:
-                raise UnknownTaskError(task, [])
-            card = None if task is None or self.store is None else self.store.info(task).card
+            card = self._card(task)
             try:  # not under the lock: a template is a program
                 return prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
             except ValueError as error:
                 raise RequestError(str(error), "prompt" if isinstance(asked, str) else "messages") from None
+
+    def _card(self, task: str | None) -> TaskCard | None:
+        """How a task is asked, as far as that is known."""
+        if task is None:
+            return None
+        if self.store is None:
+            raise UnknownTaskError(task, [])
+        return self.store.info(task).card
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -205,8 +213,7 @@ class Engine:
             NotServingError: the engine does not take requests now.
         """
         with self._refusals():
-            if task is not None and (self.store is None or task not in self.store):
-                raise UnknownTaskError(task, [] if self.store is None else self.store.names())
+            card = self._card(task)
             ids = self.encode(prompt) if isinstance(prompt, str | Prompt) else list(prompt)
             room = self._check_prompt(ids)
             sampling = sampling or Sampling()
@@ -215,7 +222,9 @@ class Engine:
             row = Row(sampling, random.Random(sampling.seed).random)
             spaced = isinstance(prompt, Prompt) and prompt.spaced
             text = TextStream(self.tokenizer, ids, sampling.stop, spaced=spaced)
-            self._table.enqueue(Run(generation, ids, row, text))
+            own = card.chat_template if card is not None else None
+            ends = turn_ends(self.tokenizer, self._special, own) if own else []
+            self._table.enqueue(Run(generation, ids, row, text, ends))
             return generation
 
     def _check_prompt(self, ids: list[int]) -> int:

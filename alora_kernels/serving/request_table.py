@@ -78,6 +78,7 @@ class Run:
     prompt: list[int]
     row: Row
     text: TextStream
+    ends: Sequence[int] = ()  # tokens that end its task's answers, beside the table's
     lease: Lease | None = None
     tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -213,7 +214,7 @@ class RequestTable:
             self.end(run, "error", error)
             return
         new = generated[len(run.tokens) :]
-        last = finished and generated and generated[-1] in self.eos and not run.row.sampling.ignore_eos
+        last = finished and generated and generated[-1] in (*self.eos, *run.ends) and not run.row.sampling.ignore_eos
         now = time.perf_counter()
         if new and run.first is None:
             run.first = now

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModelForCausalLM
 from typer.testing import CliRunner
 
 from alora_kernels import data
@@ -63,6 +65,24 @@ def test_a_mixed_batch_answers_as_each_task_alone_asked_as_in_training(adapter):
         assert row["answer"] == (answer.removeprefix(" ") if task == "movie" else answer)
         assert row["finish_reason"] in ("stop", "length") and 1 <= row["tokens"] <= 9
     assert len({row["answer"] for row in said}) > 3, "tasks that answer alike could be mixed up unseen"
+
+
+def test_an_answer_ends_where_the_chat_template_of_its_task_ends_a_turn(tmp_path, monkeypatch):
+    base, tokenizer = tiny_base()
+    folder = alora_folder(tmp_path / "adapter", base, ("one", "two"))
+    end = tokenizer.pad_token_id  # no token that ends a text
+    template = "{% for m in messages %}{{ m.content }}" + tokenizer.pad_token + "\n{% endfor %}"
+    write_task_cards(folder, {"one": TaskCard(chat=True, chat_template=template)})
+    asked = []
+
+    def writes(self, input_ids, eos_token_id, **how):
+        asked.extend(eos_token_id)
+        return torch.cat([input_ids, torch.tensor([[5, end, 5]])], 1)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", writes)
+    (said,) = rows(folder, "x", "--task", "one")
+    assert end in asked and tokenizer.eos_token_id in asked
+    assert said["finish_reason"] == "stop" and said["tokens"] == 2
 
 
 def test_all_tasks_by_one_word_and_what_is_shown(adapter):

@@ -41,6 +41,7 @@ class FakeTokenizer:
         self.backend_tokenizer = SimpleNamespace(decode=self.decode)
 
     bos_token_id = None
+    all_special_tokens, all_special_ids, added_tokens_decoder = (), (), {}
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         ids = [sum(word.encode()) % VOCABULARY for word in text.split()]
@@ -161,7 +162,7 @@ class FakeEngine(Engine):
         self.submitted: list[tuple[Any, str | None, Sampling]] = []  # prompt, task and settings of what was taken
         self.refuse_next: list[Exception] = []  # submit raises these first, one each
         self.stats_asked = 0
-        self._gate = threading.Event()
+        self._gate, self._special = threading.Event(), {}
         self._gate.set()
 
     @property

@@ -252,6 +252,23 @@ def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(ma
         engine.prompt([{"role": "system", "content": "x"}], "math")
 
 
+def test_an_answer_ends_where_the_chat_template_of_its_task_ends_a_turn(make, folder):
+    template = "{% for m in messages %}{{ m.content }}~END~\n{% endfor %}"
+    write_task_cards(folder, {"math": TaskCard(chat=True, chat_template=template), "code": TaskCard(chat=True)})
+    try:
+        engine = make()
+    finally:
+        (folder / FILE).unlink()
+    prompt = engine.encode("tell me")
+    whole = {task: engine.submit(prompt, task, GREEDY).result().token_ids for task in ("math", "code")}
+    for task, ended in (("math", True), ("code", False)):
+        last = whole[task][-1]
+        engine._special = {"~END~": last}
+        done = engine.submit(prompt, task, GREEDY).result()
+        assert done.finish_reason == ("stop" if ended else "length")
+        assert done.token_ids == (whole[task][: whole[task].index(last) + 1] if ended else whole[task])
+
+
 def test_cancelling_running_and_waiting_requests_frees_everything(make):
     engine = make(EngineConfig(max_batch=2, max_waiting=8, max_context=128, cache_tokens=512, page_size=16))
     long = Sampling(max_tokens=120, temperature=0)
