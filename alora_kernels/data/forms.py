@@ -15,6 +15,8 @@ from .sources import FileRows, Rows, TaskSpec, place, placeholders
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
 #: what turns may say that would be lost: a wish that they are not trained, calls, thoughts
 UNREAD = ("weight", "train", "tool_calls", "function_call", "reasoning_content", "thinking")
+#: columns that belong to a form, and would be lost as well
+LOST = {"chat": ("tools",), "Alpaca": ("system", "history")}
 
 
 class Example(NamedTuple):
@@ -101,8 +103,11 @@ def _form(spec: TaskSpec, row: Mapping[str, Any]) -> Form:
 def to_example(spec: TaskSpec, form: Form, rows: Rows, number: int) -> Example:
     """A raw row as training takes it; a ValueError, with its place, if it lacks a prompt or an answer."""
     where = place(rows, ", ".join(spec.files), number)
-    row = {column: "" if value is None else value for column, value in rows[number].items()}
-    task = str((spec.task_column and row.get(spec.task_column)) or spec.name)
+    row = {c: "" if value is None or value != value else value for c, value in rows[number].items()}  # NaN: none
+    named = "" if spec.task_column is None else row.get(spec.task_column, "")
+    task = spec.name if named == "" else str(named)
+    if lost := [column for column in LOST.get(form.name, ()) if row.get(column)]:
+        raise ValueError(f"{where}: has {', '.join(lost)}, which is not understood: take it out, or drop such rows")
     if not form.prompt:
         turns = _turns(row[form.columns[0]], spec.system, where)
         user = next(turn["content"] for turn in reversed(turns) if turn["role"] == "user")

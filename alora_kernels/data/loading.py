@@ -301,14 +301,14 @@ def task_cards(
 
     A sample comes from built-in tasks alone, whose rows are public: the user's own data must not leave with an adapter.
     `words` has the label words of tasks that do not answer in texts. A task that a file's column names has the file's
-    template; if several files could have named it and their templates differ, none. The system prompt of a chat task is
-    one that all of its chats begin with; `chat_template` the recipe's own.
+    template; if several files could have named it and their templates differ, it is asked with whole prompts. A chat
+    task's system prompt is one that all of its chats begin with, or its entry's; `chat_template` the recipe's own.
     """
     from ..adapters.cards import TaskCard
 
     known = {source.name: source for source in map(as_source, sources)}
     naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}
-    common = naming.pop() if len(naming) == 1 else None
+    common = naming.pop() if len(naming) == 1 else TaskSpec.prompt
     rows: dict[str, list[Any]] = {}
     for row in text["train"]:
         rows.setdefault(row["task"], []).append(row)
@@ -317,7 +317,7 @@ def task_cards(
         source, sample, answers = known.get(task), None, tuple(words.get(task, ()))
         if chats := [json.loads(row["messages"]) for row in rows[task] if row.get("messages")]:
             first = {turns[0]["content"] if turns[0]["role"] == "system" else None for turns in chats}
-            system = first.pop() if len(first) == 1 else None
+            system = first.pop() if len(first) == 1 else getattr(source, "system", None)
             cards[task] = TaskCard(answers=answers, chat=True, chat_template=chat_template, system=system)
             continue
         template = source.prompt if isinstance(source, TaskSpec) else common

@@ -234,13 +234,19 @@ def test_train_writes_templates_label_words_and_a_public_sample(tmp_path: Path, 
     assert cards["spam"].sample.startswith(head) and cards["spam"].sample.endswith(tail)
 
 
+def test_a_lora_of_one_task_is_asked_as_in_its_training_too(tmp_path: Path, numbers: Path):
+    spec = f"[{{name: parity, source: {numbers}, prompt: 'Is {{n}} odd?', task_column: null}}]"
+    alora("train", recipe(tmp_path, numbers, tasks=spec, steps=1, batch_size=4, method="lora"))
+    assert read_task_cards(tmp_path / "run" / "adapter", ("adapter",))["adapter"].template == "Is {n} odd?"
+
+
 def test_a_method_whose_tasks_have_no_names_leaves_no_file(tmp_path: Path, numbers: Path):
     folder = trained(tmp_path, numbers, method="alora-soft")
     assert (folder / "adapter_config.json").exists() and not (folder / FILE).exists()
 
 
-def test_a_task_that_several_files_could_have_named_has_no_template(numbers: Path):
+def test_a_task_that_several_files_could_have_named_is_asked_with_whole_prompts(numbers: Path):
     one, other = (TaskSpec(name, str(numbers), prompt=f"{name} {{n}}:") for name in ("a", "b"))
     assert task_cards([one], load_tasks([one], test_size=4), {})["even"] == TaskCard("a {n}:")
     both = task_cards([one, other], load_tasks([one, other], test_size=4), {"odd": ["yes"]})
-    assert both == {"even": TaskCard(), "odd": TaskCard(None, ("yes",))}
+    assert both == {"even": TaskCard("{prompt}"), "odd": TaskCard("{prompt}", ("yes",))}

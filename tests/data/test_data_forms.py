@@ -136,14 +136,34 @@ def test_alpaca(jsonl):
     assert own["prompt"] == "Add. 1 2:"
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (chat("Hi", "a", tools=[{"name": "clock"}]), "tools"),
+        ({"instruction": "Add.", "output": "3", "history": [["Hi", "Hello"]]}, "history"),
+    ],
+)
+def test_columns_that_would_be_lost_are_refused(jsonl, row, name):
+    with pytest.raises(ValueError, match=rf"line 1: has {name}, which is not understood"):
+        load_task(jsonl(row), test_size=0)
+    assert only(jsonl(row | {name: []}))["answer"]
+
+
+def test_nan_is_no_answer(jsonl):
+    with pytest.raises(ValueError, match="has an empty answer"):
+        load_task(jsonl({"prompt": "x", "answer": float("nan")}), test_size=0)
+
+
 def test_cards_of_chats(jsonl):
     same, many = (
         jsonl(chat("Hi", "a"), chat("Ho", "b")),
         jsonl(chat("Hi", "a", system="S"), chat("H", "b"), name="m.jsonl"),
     )
     specs = [TaskSpec("same", same, system="Short."), TaskSpec("many", many), TaskSpec("none", same)]
+    specs.append(TaskSpec("some", many, system="Short."))  # of the rows that bring no own
     cards = task_cards(specs, load_tasks(specs, test_size=0), {"none": ["a", "b"]}, "{{ own }}")
     assert all(card.chat and card.template is None and card.sample is None for card in cards.values())
-    assert {task: card.system for task, card in cards.items()} == {"same": "Short.", "many": None, "none": None}
+    systems = {"same": "Short.", "many": None, "none": None, "some": "Short."}
+    assert {task: card.system for task, card in cards.items()} == systems
     assert cards["same"].chat_template == "{{ own }}" and cards["none"].answers == ("a", "b")
     assert task_cards(specs, load_tasks(specs, test_size=0), {})["same"].chat_template is None

@@ -49,6 +49,8 @@ def test_a_task_column_names_the_task_of_each_row(jsonl):
     path = jsonl(*rows(6, task="sums"))
     assert set(load_task(path, test_size=2)["test"]["task"]) == {"sums"}
     assert set(load_task(TaskSpec("mine", path, task_column=None), test_size=2)["test"]["task"]) == {"mine"}
+    numbered = jsonl(*rows(10, task=0), *rows(10, task=None))
+    assert set(load_task(numbered, test_size=0)["train"]["task"]) == {"0", "own"}
 
 
 def test_templates_and_words(jsonl):
