@@ -133,7 +133,8 @@ def chat_text(tokenizer: Any, turns: Turns, template: str | None = None, *, ask:
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Ids of the tokens that are marks and no text."""
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return named | {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return named | {token.content: id for id, token in added.items() if token.special}
 
 
 def turn_ends(tokenizer: Any, special: Mapping[str, int], template: str | None = None) -> list[int]:

@@ -24,7 +24,7 @@ from ..tuner.card import model_card
 from ..tuner.config import CARD, PREFIX, ALoRAConfig
 from ..tuner.model import OPTIMIZER
 from .cards import FILE as CARDS
-from .cards import TaskCard, checked_fields, read_task_cards, write_task_cards
+from .cards import TaskCard, checked_fields, described, read_task_cards, write_task_cards
 from .config import refused
 from .import_lora import ImportReport, one_adapter, over_best_b, report_of
 from .method import METHODS, SETTINGS, read_method
@@ -230,7 +230,7 @@ def _write(
         config.target_modules = sorted(config.target_modules)  # a set would be written in no fixed order
     text = (file.folder / CARD).read_text(encoding="utf-8") if (file.folder / CARD).is_file() else ""
     packaged = re.search(r'load_model\("([^"]+)"\)', text)
-    asked = {task: card.template for task, card in cards.items() if card.template}
+    asked = {task: said for task, card in cards.items() if (said := described(card))}
     with kept(target), written_whole(target) as folder:
         draft = Path(folder)
         write_adapter(draft, tensors, config, model_card(config, text, named=packaged and packaged[1], asked=asked))

@@ -163,9 +163,11 @@ def answers(
     or at the most tokens ("length").
     """
     import torch
+    from transformers import GenerationConfig
 
     from ..modules.adapter import BASE
     from ..serving.text import eos_tokens
+    from ..training.answers import generating_by
 
     own = model.active_adapter  # the whole of a stock LoRA, which knows no tasks
     routed = (BASE, *(getattr(model.peft_config[own], "tasks", None) or ()))
@@ -178,10 +180,11 @@ def answers(
         if room < 1:
             raise ValueError(f"a prompt has {limit - room} tokens and this model reads at most {limit}: shorten it")
         batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-        settings = how | {"max_new_tokens": min(max_tokens, room), "eos_token_id": ends or None}
-        with torch.no_grad():
-            names = [task if task in routed else own for task, _, _ in part]
-            out = model.generate(**batch, adapter_names=names, pad_token_id=tokenizer.pad_token_id, **settings)
+        tokens = {"max_new_tokens": min(max_tokens, room), "pad_token_id": tokenizer.pad_token_id}
+        settings = GenerationConfig(**how, **tokens, eos_token_id=ends or None)
+        names = [task if task in routed else own for task, _, _ in part]
+        with torch.no_grad(), generating_by(model, settings):
+            out = model.generate(**batch, adapter_names=names)
         for (task, text, prompt), row in zip(part, out[:, batch["input_ids"].shape[1] :].tolist()):
             count = next((at for at, id in enumerate(row) if id in ends), len(row))
             said = tokenizer.decode(row[:count], skip_special_tokens=True)

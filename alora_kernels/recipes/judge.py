@@ -19,6 +19,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from .. import data, precision
+from ..adapters.asking import special_tokens
 from ..adapters.cards import described, read_task_cards
 from ..adapters.method import ROUTED
 from ..baselines.methods import base_alone
@@ -198,7 +199,9 @@ def _write(run: Run, rows: Sequence[Any], scores: Scores, how: Any) -> None:
     written = written_answers(run.model, prompts, ends=_ends(run, rows), max_tokens=limit, **how)
     found: dict[str, dict[str, list[float]]] = {}
     for row, (ids, ended) in zip(rows, written, strict=True):
-        answer = run.tokenizer.decode(ids, skip_special_tokens=True)
+        answer, right = (run.tokenizer.decode(some, skip_special_tokens=True) for some in (ids, _answer(row)))
+        # such as the empty thoughts that a chat template puts before an answer
+        answer = answer.removeprefix(right[: max(0, right.rfind(row["answer"].strip()))])
         for name, value in WRITTEN[run.metrics[row["task"]]](answer, row["answer"]).items():
             found.setdefault(name, {}).setdefault(row["task"], []).append(value)
         if not ended:
@@ -212,8 +215,7 @@ def _ends(run: Run, rows: Sequence[Any]) -> list[int]:
     own = getattr(run.model, "generation_config", None)
     given = getattr(own, "eos_token_id", None)
     known = [run.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
-    special = {*run.tokenizer.all_special_ids, *run.tokenizer.get_added_vocab().values()}
-    turns = {label for row in rows for label in _answer(row)[1:] if label in special}
+    turns = {_answer(row)[-1] for row in rows} & set(special_tokens(run.tokenizer).values())
     return sorted({end for end in known if end is not None} | turns)
 
 

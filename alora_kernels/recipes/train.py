@@ -25,7 +25,7 @@ from ..training import ALoRATrainer
 from ..training.checkpoints import WRITING, newest_whole
 from . import display
 from .job import ADAPTER, Run, check_packages, load
-from .judge import describe, judge, save_metrics, show_scores
+from .judge import METRICS, describe, judge, save_metrics, show_scores
 from .plan import peak
 from .recipe import Recipe
 from .schedule import schedule
@@ -242,7 +242,9 @@ def save(run: Run, folder: Path, trainer: ALoRATrainer) -> None:
     }
     save_method(run.model, folder, run.method, record, state)
     run.recipe.save(folder)
-    routed = run.method.name in ROUTED  # elsewhere no task can be asked for by name
+    (folder / METRICS).unlink(missing_ok=True)  # of an adapter that was here
+    # elsewhere no task can be asked for by name, but a LoRA of one task by its folder's
+    routed = run.method.name in ROUTED or (run.method.name == "lora" and len(run.tasks) == 1)
     words = {task: list(ids) for task, ids in run.choices.items()}
     cards = read_task_cards(run.recipe.adapter, run.tasks) if run.recipe.adapter else {}
     cards |= data.task_cards(run.recipe.tasks, run.text, words, run.recipe.chat_template) if routed else {}

@@ -76,7 +76,7 @@ def written_answers(
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_tokens, eos_token_id=list(ends), pad_token_id=pad_token_id
     )
-    with without_dropout(model), _generating_by(model, settings):
+    with without_dropout(model), generating_by(model, settings):
         for _, same in groupby(rows, key=lambda row: len(row["input_ids"]) if alone else 0):
             for chunk, batch in batches(model, list(same), collate, batch_size):
                 given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
@@ -88,7 +88,7 @@ def written_answers(
 
 
 @contextlib.contextmanager
-def _generating_by(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+def generating_by(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
     """The model's settings, such as a repetition penalty, put aside: `generate` mixes them with those it is given."""
     holders: list[Any] = [model, base_model(model)]
     own = [holder.generation_config for holder in holders]

@@ -200,13 +200,15 @@ def test_a_stock_lora_joins_as_one_task(tmp_path):
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path):
     path = folder(tmp_path / "one", ["movie", "law"])
+    write_task_cards(path, {"movie": TaskCard("Review: {text}\nMood:")})
     (path / "recipe.yaml").write_text("tasks: [movie, law]  # mine")
     (path / "losses.json").write_text("[]")
     settings = {"name": "alora", "tasks": ["movie", "law"], "r": 4, "lora_alpha": 8.0}
     (path / "method.json").write_text(json.dumps({"settings": settings, "record": {"budget": "rank"}}))
     out = arrange_tasks(path, {"film": "movie"}, out=tmp_path / "b")
     assert (out / "recipe.yaml").read_text() == "tasks: [movie, law]  # mine"
-    assert (out / "losses.json").read_text() == "[]" and "`film`" in (out / "README.md").read_text()
+    assert (out / "losses.json").read_text() == "[]"
+    assert '- `film`: `"Review: {text}\\nMood:"`' in (out / "README.md").read_text()  # on one line
     method = json.loads((out / "method.json").read_text())
     assert method == {"settings": settings | {"tasks": ["film"], "use_rslora": False}, "record": {"budget": "rank"}}
     join_adapters(out, path, out=tmp_path / "c")

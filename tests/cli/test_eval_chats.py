@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from alora_kernels import data
 from alora_kernels.adapters.asking import chat_text
 from alora_kernels.recipes import judge
@@ -18,11 +16,11 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<file_sep>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+OPENING = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
 
 
-@pytest.fixture
-def job(tmp_path):
-    """Chats of two turns each: one task answers yes or no, two answer in texts."""
+def chats(tmp_path, template):
+    """A run on chats of two turns each: one task answers yes or no, two answer in texts."""
 
     def turns(i: int, answer: str) -> list[dict[str, str]]:
         said = ("user", f"Hello {i}."), ("assistant", "Hello."), ("user", f"Is {i} odd?"), ("assistant", answer)
@@ -36,7 +34,7 @@ def job(tmp_path):
     for name, own in answers.items():
         lines = [json.dumps({"messages": turns(i, own[i % len(own)])}) for i in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    (tmp_path / "t.jinja").write_text(template)
     free = "{name: free, source: free.jsonl, metric: exact}"
     tasks = f"[{{name: odd, source: odd.jsonl, metric: choice}}, {free}, {{name: plain, source: plain.jsonl}}]"
     return load(
@@ -44,14 +42,33 @@ def job(tmp_path):
     )
 
 
-def test_few_answers_of_chats_are_no_label_words_unless_the_task_says_so(job):
+def test_few_answers_of_chats_are_no_label_words_unless_the_task_says_so(tmp_path):
     """What an assistant said must not leave with an adapter as a task's words."""
+    job = chats(tmp_path, TEMPLATE)
     assert job.choices.keys() == {"odd"} and job.metrics == {"odd": "choice", "free": "exact", "plain": "loss"}
     text = job.text
     assert label_words(text).keys() == set() and label_words(text, job.recipe.tasks)["odd"] == ["no", "yes"]
 
 
-def test_chats(job, monkeypatch):
+def test_what_a_template_puts_before_an_answer_is_no_part_of_it(tmp_path, monkeypatch):
+    job = chats(tmp_path, TEMPLATE.replace("{{ m.content }}", OPENING + "{{ m.content }}"))
+
+    said = next(row["answer"] for row in job.text["test"] if row["task"] == "free")
+
+    def writes(model, prompts, **how):
+        return [Written(job.tokenizer(f"<think>\n\n</think>\n\n{said}").input_ids, True) for _ in prompts]
+
+    monkeypatch.setattr(judge, "written_answers", writes)
+    assert judge.judge(job, "x").by["exact"]["free"] == 1 / 8
+
+    job.tokenizer.add_tokens(["</think>"])  # a token of its own, as other models have it, which ends no answer
+    inside, end = job.tokenizer.convert_tokens_to_ids(["</think>", job.tokenizer.eos_token])
+    ends = judge._ends(job, [{"labels": [data.IGNORE, 5, inside, 6, end]}])
+    assert end in ends and inside not in ends
+
+
+def test_chats(tmp_path, monkeypatch):
+    job = chats(tmp_path, TEMPLATE)
     asked, ends = [], set()
 
     def writes(model, prompts, *, tasks, **how):

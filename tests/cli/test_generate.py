@@ -75,14 +75,21 @@ def test_an_answer_ends_where_the_chat_template_of_its_task_ends_a_turn(tmp_path
     write_task_cards(folder, {"one": TaskCard(chat=True, chat_template=template)})
     asked = []
 
-    def writes(self, input_ids, eos_token_id, **how):
-        asked.extend(eos_token_id)
+    def writes(self, input_ids, **how):
+        asked.extend(self.generation_config.eos_token_id)
         return torch.cat([input_ids, torch.tensor([[5, end, 5]])], 1)
 
     monkeypatch.setattr(PeftModelForCausalLM, "generate", writes)
     (said,) = rows(folder, "x", "--task", "one")
     assert end in asked and tokenizer.eos_token_id in asked
     assert said["finish_reason"] == "stop" and said["tokens"] == 2
+
+
+def test_what_the_models_own_settings_ask_for_has_no_part_in_an_answer(adapter, monkeypatch):
+    usual, (base, tokenizer) = rows(adapter, "a", "--task", "movie", "--max-tokens", 9), tiny_base()
+    base.generation_config.repetition_penalty = 1e9
+    monkeypatch.setattr(data, "load_model", lambda *_, **__: (base, tokenizer))
+    assert rows(adapter, "a", "--task", "movie", "--max-tokens", 9) == usual
 
 
 def test_all_tasks_by_one_word_and_what_is_shown(adapter):

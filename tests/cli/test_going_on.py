@@ -89,10 +89,11 @@ def test_scores_after_training_are_those_of_eval_with_chats_too(tmp_path):
             for i in range(30)
         )
         write(tmp_path / f"{task}.jsonl", ({"messages": turns} for turns in chats))
-    more: dict[str, Any] = {"learning_rate": 0.05, "steps": 2, "test_size": 9}
-    alora("train", named(tmp_path, ["old"], output=tmp_path / "one", **more))
-    more |= {"adapter": tmp_path / "one" / "adapter", "train_tasks": "[new]"}
-    alora("train", named(tmp_path, ["old", "new"], **more))
+    specs = [f"{{name: {task}, source: {task}.jsonl, metric: choice}}" for task in ("old", "new")]
+    more: dict[str, Any] = {"learning_rate": 0.05, "steps": 2, "test_size": 9, "tasks": f"[{specs[0]}]"}
+    alora("train", recipe(tmp_path, Path(), output=tmp_path / "one", **more))
+    more |= {"adapter": tmp_path / "one" / "adapter", "train_tasks": "[new]", "tasks": f"[{', '.join(specs)}]"}
+    alora("train", recipe(tmp_path, Path(), **more))
     told = json.loads((tmp_path / "run" / "adapter" / "metrics.json").read_text())
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "run" / "adapter"), "--json"])
     assert told == json.loads(result.stdout)

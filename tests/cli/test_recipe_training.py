@@ -193,3 +193,16 @@ def test_reporters_get_the_losses_of_every_task(tmp_path, jsonl, monkeypatch):
     monkeypatch.setattr(steps, "check_packages", lambda needed: None)
     alora("train", recipe(tmp_path, jsonl, **JUDGED | {"steps": 2}, report_to="tensorboard"))
     assert {"train/loss", "train/loss_even", "train/loss_odd", "eval/loss_even", "eval/loss_odd"} <= noted
+
+
+def test_scores_of_an_earlier_adapter_do_not_stay_beside_a_new_one(tmp_path, jsonl, monkeypatch):
+    path, metrics = recipe(tmp_path, jsonl, steps=1), tmp_path / "run" / "adapter" / "metrics.json"
+    alora("train", path)
+    assert metrics.exists()
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("it ended while it judged")
+
+    monkeypatch.setattr(steps, "judge", fails)
+    assert "it ended while it judged" in refused("train", path, "--overwrite")
+    assert not metrics.exists() and (metrics.parent / "adapter_config.json").exists()
