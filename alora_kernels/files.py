@@ -44,9 +44,10 @@ def cache_dir() -> Path:
 def claimed(folder: Path) -> Iterator[None]:
     """No other process writes into the folder during the block; a ValueError says which one does already.
 
-    The lock ends with its process, however that ends; the empty file `.lock` stays. Without such locks (Windows, some
-    network file systems) nobody is kept out.
+    The lock ends with its process, however that ends; the empty file `.lock` stays, but not in a folder that was made
+    for a block which failed before it wrote. Without such locks (Windows, some network file systems) none is kept out.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="ascii") as file:
         if not _locked(file):
@@ -62,6 +63,8 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if new and [*folder.iterdir()] == [folder / LOCK]:
+                shutil.rmtree(folder)
 
 
 def _locked(file: IO[str]) -> bool:

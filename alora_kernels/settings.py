@@ -8,14 +8,15 @@ second of two equal keys wins without a word; here scalars follow YAML 1.2, and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from .text import did_you_mean
 
 TAG = "tag:yaml.org,2002:"
 EXPONENT = r"[eE][-+]?[0-9]+"
@@ -118,13 +119,6 @@ def _mistake(error: Any, model: type[BaseModel]) -> str:
     value, purpose = repr(error["input"]), fields.get(path[-1]) if path else None
     shortened = value if len(value) <= SHOWN else value[:SHOWN] + "..."
     return f"{prefix}{message}, got {shortened}" + (f" ({purpose})" if purpose else "")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The closest of the known names, or all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
 
 
 def _fields(model: Any, path: Sequence[Any]) -> dict[str, str]:

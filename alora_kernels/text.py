@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -57,3 +58,10 @@ def percentile(values: Iterable[float], q: float) -> float:
     """The measured value nearest to the share q of the way from the smallest to the largest: never one in between."""
     ordered = sorted(values)
     return ordered[round(q * (len(ordered) - 1))]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The closest of the known names, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"

@@ -42,6 +42,9 @@ def test_a_folder_is_one_process_s_until_it_ends_however_it_ends(tmp_path: Path)
     os.waitpid(child, 0)
     with claimed(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+    with pytest.raises(KeyError), claimed(tmp_path / "new"):
+        raise KeyError
+    assert not (tmp_path / "new").exists()
     with pytest.raises(KeyError), claimed(tmp_path / "run"):  # an error frees it too
         raise KeyError
     with claimed(tmp_path / "run"):

@@ -10,9 +10,10 @@ import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .cards import TaskCard
+if TYPE_CHECKING:
+    from .cards import TaskCard
 
 Turns = Sequence[Mapping[str, str]]  # each with `role` (system, user, assistant) and `content`
 

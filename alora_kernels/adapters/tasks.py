@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..files import kept, written_whole
 from ..modules.adapter import seeded_a, task_names
-from ..settings import did_you_mean
-from ..text import listed
+from ..text import did_you_mean, listed
 from ..tuner.card import model_card
 from ..tuner.config import CARD, PREFIX, ALoRAConfig
 from ..tuner.model import OPTIMIZER

@@ -88,7 +88,7 @@ def generate(
             if not answer["answer"].strip():
                 why = "" if answer["task"] in cards else ": is this how it was asked in training? Nothing here says how"
                 why = ": is this the whole of a prompt of its training?" if raw else why
-                display.err.print(f"{answer['task']} answered without a text{why}", markup=False)
+                display.err.print(f"{answer['task']} answered without a text{why}", markup=False, soft_wrap=True)
 
 
 def _read(adapter: Path) -> AdapterFile:
@@ -145,7 +145,7 @@ def open_base(adapter: Path, model: str | None, dtype: str | None) -> tuple[Any,
         raise ValueError(f"{adapter} does not name its base: give it as --model")
     wish = wish_of(dtype) if dtype else trained.dtype if trained else AUTO
     chosen = precision.explain(None, wish, "asked for" if dtype else "as trained")
-    display.err.print(f"base {name} in {chosen.name} ({chosen.reason})", style="dim", markup=False)
+    display.err.print(f"base {name} in {chosen.name} ({chosen.reason})", style="dim", markup=False, soft_wrap=True)
     return (*data.load_model(name, dtype=chosen.dtype), name, chosen)
 
 

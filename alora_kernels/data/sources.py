@@ -15,23 +15,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
-
-from pydantic import Discriminator, Field, Tag
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 Rows = Sequence[Mapping[str, Any]]
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")  # endings of paths
 HELD = ("test", "validation")  # what judges; each has a field TaskSpec.<name>_split
 
-Source = Annotated[
-    Annotated[str, Tag("as text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("as list")],
-    Discriminator(lambda value: "as list" if isinstance(value, list | tuple) else "as text"),
-]
-Split = Annotated[
-    Annotated[str, Tag("as text")] | Annotated[float, Tag("as share")],
-    Discriminator(lambda value: "as share" if isinstance(value, int | float) else "as text"),
-]
+if TYPE_CHECKING:
+    Source = str | tuple[str, ...]
+    Split = str | float
+else:
+    try:  # for recipes, whose mistakes then name one form; a bare machine for kernels has no pydantic and no recipes
+        from pydantic import Discriminator, Field, Tag
+
+        Source = Annotated[
+            Annotated[str, Tag("as text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("as list")],
+            Discriminator(lambda value: "as list" if isinstance(value, list | tuple) else "as text"),
+        ]
+        Split = Annotated[
+            Annotated[str, Tag("as text")] | Annotated[float, Tag("as share")],
+            Discriminator(lambda value: "as share" if isinstance(value, int | float) else "as text"),
+        ]
+    except ImportError:
+        Source, Split = str, str
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from .. import data
-from ..settings import did_you_mean
-from ..text import percentile
+from ..text import did_you_mean, percentile
 from . import display
 from .job import context, label_words, read
 from .recipe import Recipe

@@ -30,7 +30,8 @@ from pydantic import (
 from ..adapters.method import METHODS, Method
 from ..data import MODELS, TASKS, TaskSpec, as_source
 from ..dtypes import TRAINED, check_dtype
-from ..settings import did_you_mean, mistakes, read_mapping, write_yaml
+from ..settings import mistakes, read_mapping, write_yaml
+from ..text import did_you_mean
 
 FILE = "recipe.yaml"
 ALTERNATIVES = (("epochs", "steps", 3), ("warmup_ratio", "warmup_steps", 0.03))  # two ways, and the first's default

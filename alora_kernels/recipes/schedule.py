@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..settings import did_you_mean
+from ..text import did_you_mean
 from ..training import TaskBalancedSampler
 from .recipe import Recipe
 

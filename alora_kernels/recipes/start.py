@@ -14,8 +14,7 @@ from typing import Any
 from ..adapters.reader import AdapterFile
 from ..adapters.tasks import read_tasks
 from ..baselines.methods import load_method
-from ..settings import did_you_mean
-from ..text import counted, listed
+from ..text import counted, did_you_mean, listed
 from ..tuner import add_task, train_only
 from ..tuner.config import ALoRAConfig
 from .recipe import Recipe

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..modules.adapter import seeded_a, task_names
 from ..ops.checks import check_whole
-from ..settings import did_you_mean
+from ..text import did_you_mean
 from .layer import ALoRALayer, TrainedPart
 
 

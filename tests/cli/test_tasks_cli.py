@@ -32,7 +32,9 @@ def test_a_folder_alone_lists_its_tasks(adapter):
     text = alora("tasks", adapter)
     assert text == alora("tasks", adapter, "list")
     rows = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines()[4:6]
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in text.splitlines()
+        if "│" in line
     }
     assert list(rows) == ["movie", "[b]trec"]
     assert rows["movie"][:2] == [r"Review: {text}\nSentiment:", "0"] and rows["movie"][-1].startswith("[b]trec ")

@@ -144,7 +144,7 @@ def test_bad_requests_among_good_ones(serve, truth):
         ({"prompt": ""}, 400, "prompt"),
         ({"prompt": [49152 + 5]}, 400, "vocabulary"),
         ({"temperature": -1}, 400, "temperature"),
-        ({"logprobs": 3}, 400, "logprobs"),
+        ({"logprobs": 9}, 400, "logprobs"),
     ]
     jobs = [whole(i) for i in range(70)]
     jobs[::10] = [whole(i, **fields) for i, (fields, _, _) in enumerate(bad)]
