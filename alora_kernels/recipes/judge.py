@@ -32,7 +32,7 @@ from ..tuner.card import model_card
 from ..tuner.config import CARD, ALoRAConfig
 from ..version import __version__
 from . import display
-from .job import ADAPTER, Run, load
+from .job import ADAPTER, Run, load, read
 from .measures import MEASURES, WRITTEN
 from .recipe import FILE, Recipe, load_recipe
 
@@ -77,8 +77,10 @@ def evaluate(
     recipe = load_recipe(adapter / FILE, root=Path())  # older copies hold paths from here
     if recipe.dtype == precision.AUTO:  # and no dtype: they were trained in this one
         recipe = recipe.instead(dtype="float32")
-    recipe = recipe if rows is None else _judged_on(recipe, rows)
-    job = load(recipe.instead(dtype=dtype), adapter, whose="as trained" if dtype is None else "asked for")
+    asked = recipe if rows is None else _judged_on(recipe, rows)
+    job = load(asked.instead(dtype=dtype), adapter, whose="as trained" if dtype is None else "asked for")
+    if rows is not None:
+        _say_learnt(recipe, job)
     if limit is not None:
         job = _limited(job, limit)
     before = judge(job, "base, untuned", base_only=True) if base else None
@@ -101,6 +103,19 @@ def _judged_on(recipe: Recipe, rows: Path) -> Recipe:
             " is of cannot be seen: give a recipe whose tasks have test_split"
         )
     return recipe.instead(tasks=(replace(task, test_split=str(rows.resolve())),), test_size=ALL)
+
+
+def _say_learnt(trained: Recipe, run: Run) -> None:
+    """Say how many rows judge that the adapter was trained on, where its training rows can be read."""
+    try:
+        rows = read(trained, data.Lost())["train"]
+    except (OSError, ValueError):
+        return
+    learnt = {(row["task"], row["prompt"], row["messages"]) for row in rows}
+    test = run.text["test"]
+    if counts := Counter(r["task"] for r in test if (r["task"], r["prompt"], r["messages"]) in learnt):
+        said = ", ".join(f"{task} {count}" for task, count in counts.items())
+        display.say(f"rows that this adapter was trained on judge it here: {said}", "yellow")
 
 
 def _limited(run: Run, limit: int) -> Run:

@@ -100,6 +100,16 @@ def test_a_trained_model_writes_its_answers(tmp_path):
     assert all(own["score"] == 1.0 and own["unfinished"] == 0 for own in found.values())
 
 
+def test_other_rows_that_were_trained_on_are_counted(tmp_path, jsonl):
+    path = recipe(tmp_path, jsonl, steps=1)
+    alora("train", path)
+    folder, other = tmp_path / "run" / "adapter", tmp_path / "other.yaml"
+    assert "was trained on" not in alora("eval", folder, "--data", path)
+    other.write_text(path.read_text() + "\nseed: 5")
+    said = alora("eval", folder, "--data", other)
+    assert "rows that this adapter was trained on judge it here: " in said
+
+
 def test_the_confusion_table_counts_every_row(tmp_path, jsonl):
     alora("train", recipe(tmp_path, jsonl, steps=1))
     job = load(load_recipe(tmp_path / "run" / "adapter" / "recipe.yaml"), tmp_path / "run" / "adapter")
