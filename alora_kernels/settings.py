@@ -107,7 +107,8 @@ def _mistake(error: Any, model: type[BaseModel]) -> str:
     shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     prefix, fields = f"{shown}: " if shown else "", _fields(model, path)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{prefix}unknown setting; {did_you_mean(str(path[-1]), fields)}"
+        ours = getattr(model, "elsewhere", {}).get(path[-1]) if len(path) == 1 else None
+        return f"{prefix}unknown setting; {f'here it is {ours}' if ours else did_you_mean(str(path[-1]), fields)}"
     if error["type"] == "missing":
         return f"{prefix}must be given"
     if error["type"] == "value_error":

@@ -27,6 +27,7 @@ from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
     epilog="Exit codes: 0 done; 1 failed underway; 2 wrong input, said in a line or two; 130 interrupted.",
     rich_markup_mode="rich",
     help="Train and serve many tasks on one frozen language model: several low-rank A, one shared B (Asymmetric LoRA).",

@@ -52,6 +52,10 @@ def _show(found: dict[str, Any]) -> None:
     cells = [[name, size(value)] for name, value in found["bytes"].items()]
     title = f"PREDICTED memory of a GPU in a step: {found['rows_at_once']} x {found['tokens_of_a_row']} tokens at once"
     display.say(title)
+    if found["length_assumed"]:
+        display.say(
+            "the length is assumed: there is no max_length, and the rows or the tokenizer are not here", "yellow"
+        )
     display.console.print(display.table("", ("for", "bytes"), [*cells, ["total", size(found["total"])]]))
     display.say(f"{found['parameters'] / 1e9:.3g} G parameters, {found['trained'] / 1e6:.3g} M of adapters train")
     if rows := found["data"]:

@@ -44,6 +44,7 @@ SLACK = 0.05  # of what comes and goes: blocks of the allocator that nothing fit
 BITS = {"4bit": 4.127, "8bit": 8.02}  # a weight with its scales: 8 bits per 64 weights, those in float32 per 256
 STATE = {"adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "adafactor": 0.1, "sgd": 0.0}  # bytes a parameter
 UNMASKED = "planned"  # torch's attention, whose rows have no padding
+ASSUMED = 2048  # tokens of a row where neither max_length nor the rows are known
 COMMON = (24e9, 48e9, 80e9)  # bytes of GPUs
 TOY = 50_000_000  # parameters, of a model beside which the libraries are large
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -109,6 +110,7 @@ def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dic
         "trained": facts.adapter,
         "rows_at_once": recipe.batch_size // processes // recipe.gradient_accumulation,
         "tokens_of_a_row": facts.length,
+        "length_assumed": recipe.max_length is None and rows is None,
         "bytes": {name: round(value) for name, value in found.items()},
         "total": round(total),
         "fits": {f"{device / 1e9:.3g} GB": total <= device for device in ((memory,) if memory else COMMON)},
@@ -185,8 +187,9 @@ def facts_of(recipe: Recipe, rows: Rows | None, device: str = "cuda") -> Facts:
 
 def _facts(recipe: Recipe, rows: Rows | None, device: str, config: Any, dtype: torch.dtype) -> Facts:
     text = config.get_text_config()
-    known = (recipe.max_length, rows and rows.longest, getattr(text, "max_position_embeddings", None))
-    length = min((number for number in known if number), default=2048)
+    unknown = ASSUMED if recipe.max_length is None and rows is None else None
+    known = (recipe.max_length, rows and rows.longest, unknown, getattr(text, "max_position_embeddings", None))
+    length = min((number for number in known if number), default=ASSUMED)
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     base = _built(config, dtype)
@@ -257,7 +260,7 @@ def remedies(facts: Facts, recipe: Recipe, memory: float, processes: int = 1) ->
     rows, halved = recipe.batch_size // processes, facts.length // 2
     changes: list[tuple[str, Any]] = [("gradient_checkpointing", True)]
     changes += [("packing", True)] if facts.rows and facts.rows.longest > 1.2 * facts.rows.mean else []
-    changes += [("max_length", halved), ("gradient_accumulation", rows)]
+    changes += [("gradient_accumulation", rows), ("max_length", halved)]
     quantises = recipe.method in ("alora", "alora-soft", "lora") and recipe.parallel == "ddp"
     changes += [("load_in", "4bit")] if quantises else []
     total = sum(parts(facts, recipe, processes).values())

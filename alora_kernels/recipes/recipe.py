@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from jinja2 import Environment, TemplateSyntaxError
 from pydantic import (
@@ -34,6 +34,16 @@ from ..settings import mistakes, read_mapping, write_yaml
 from ..text import did_you_mean
 
 FILE = "recipe.yaml"
+#: what Axolotl, TRL, PEFT or Unsloth call a key
+ELSEWHERE = {
+    "lr": "learning_rate", "lora_r": "r", "sequence_len": "max_length", "max_seq_length": "max_length",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps", "micro_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation",
+    "base_model": "model", "model_name_or_path": "model", "output_dir": "output", "datasets": "tasks",
+    "lora_target_modules": "target_modules", "lora_target_linear": "target_modules", "load_in_4bit": "load_in",
+    "load_in_8bit": "load_in", "val_set_size": "validation_size", "lr_scheduler": "scheduler",
+    "lr_scheduler_type": "scheduler", "sample_packing": "packing", "optim": "optimizer", "output_folder": "output",
+}  # fmt: skip
 ALTERNATIVES = (("epochs", "steps", 3), ("warmup_ratio", "warmup_steps", 0.03))  # two ways, and the first's default
 JINJA = (".jinja", ".jinja2")
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # tags of transformers' own around what is answered
@@ -96,6 +106,7 @@ class Recipe(BaseModel):
     """One training run; a ValidationError has all wrong values, which `load_recipe` says in plain words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
 
     tasks: tuple[Entry, ...] = _says("a list of built-in tasks, files, hub ids, or mappings with name and source")
     model: Name = _says("smollm2-135m, tiny-random, a folder, or a hub id", "smollm2-135m")
@@ -238,6 +249,8 @@ class Recipe(BaseModel):
     @field_validator("chat_template")
     @classmethod
     def _is_jinja(cls, template: str | None) -> str | None:
+        if template is not None and not template.endswith(JINJA) and "{" not in template:
+            raise ValueError(f"{template[:60]!r} is neither Jinja nor the path of a .jinja file")
         try:
             Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template or ""))
         except TemplateSyntaxError as error:

@@ -61,7 +61,15 @@ def _follow(recipe: Recipe, folder: Path, processes: PartialState, last: str | N
     if overwrite and processes.is_main_process:
         clear(folder)
     trainer = trainer_for(job, save=True)
-    trainer.train(resume_from_checkpoint=last)
+    if last:
+        display.say(f"goes on from {last}", "dim")
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except KeyboardInterrupt:
+        display.say(
+            f"stopped at step {trainer.state.global_step}: --resume goes on from the last checkpoint, where one is"
+        )
+        raise
     for line in job.lost.lines():
         display.say(f"while training: {line}", "dim")
     show_best(trainer)

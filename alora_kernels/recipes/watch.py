@@ -104,9 +104,13 @@ def draw(losses: Path, picture: Path) -> None:
     except ImportError as error:
         display.say(f"no {picture.name}: {error}", "dim")
         return
+    if not losses.exists():  # a run shorter than logging_steps
+        return
     with losses.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     titles = [(s, m) for s in SPLITS for m in COLUMNS[-2:] if any(row["split"] == s and row[m] for row in rows)]
+    if not titles:
+        return
     made, axes = plotting.panels(len(titles), len(titles))
     tasks = sorted({row["task"] for row in rows if row["task"]})
     for axis, (split, measure) in zip(axes, titles, strict=True):

@@ -20,6 +20,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from alora_kernels import data
 from alora_kernels.baselines.methods import adapt
 from alora_kernels.cli.app import app
 from alora_kernels.recipes import plan
@@ -149,7 +150,7 @@ def test_an_8b_model_from_its_config_alone(tmp_path, large, jsonl):
     out = alora("plan", path, "--memory", "12 GB")
     assert "PREDICTED" in out and "12 GB: does not fit" in out
     assert "taken to be as long as max_length" in out
-    changes = ["gradient_checkpointing: true", "max_length: 512", "gradient_accumulation: 32", "load_in: 4bit"]
+    changes = ["gradient_checkpointing: true", "gradient_accumulation: 32", "max_length: 512", "load_in: 4bit"]
     assert [line.split("  ->")[0].strip() for line in out.splitlines() if "->" in line] == changes
     totals = [float(total) for total in re.findall(r"->  ([\d.]+) GB", out)]
     assert totals == sorted(totals, reverse=True) and totals[-1] < 12
@@ -181,3 +182,13 @@ def test_the_peak_is_told_after_training_beside_the_prediction(tmp_path, jsonl, 
     out = alora("train", recipe(tmp_path, jsonl, steps=1), "--overwrite")
     assert "not predicted: tiny-random: this kind of model cannot be run without its numbers" in out
     assert "adapter saved" in out
+
+
+def test_a_length_that_nobody_knows_is_assumed_and_said(monkeypatch):
+    """The context of a model may be 131,072 tokens, which no row has."""
+    config = data.load_config("tiny-random")
+    config.max_position_embeddings = 1 << 17
+    monkeypatch.setattr(data, "load_config", lambda name: config)
+    found = plan.plan(Recipe(tasks=("nobody/nothing",), model="tiny-random", batch_size=2))
+    assert found["tokens_of_a_row"] == 2048 and found["length_assumed"]
+    assert not plan.plan(Recipe(tasks=("nobody/nothing",), model="tiny-random", max_length=64))["length_assumed"]

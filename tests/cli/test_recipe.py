@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from alora_kernels.cli.app import app
 from alora_kernels.files import claimed
 from alora_kernels.recipes.job import context, load
 from alora_kernels.recipes.recipe import Recipe, RecipeError, load_recipe
 from alora_kernels.settings import read_yaml, write_yaml
-from tests.support.cli import alora, recipe, refused
+from alora_kernels.training import ALoRATrainer
+from tests.support.cli import alora, invoke, recipe, refused
 
 WRONG = {
     "save_steps: often": "save_steps: must be a whole number, got 'often' (a checkpoint every so many steps",
@@ -331,6 +333,12 @@ def test_resume_passes_over_a_checkpoint_that_is_cut_short_and_says_so(tmp_path,
     assert "holds a finished adapter" in refused("train", config)
 
 
+def test_a_run_shorter_than_its_logs_ends_well(tmp_path, jsonl):
+    out = alora("train", recipe(tmp_path, jsonl, steps=2, logging_steps=10))
+    assert "adapter saved" in out and not (tmp_path / "run" / "losses.png").exists()
+    assert (tmp_path / "run" / "adapter" / "metrics.json").exists()
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path, jsonl):
     with claimed(tmp_path / "run"):
         said = refused("train", str(recipe(tmp_path, jsonl)), "--overwrite")
@@ -383,3 +391,19 @@ def test_the_page_of_keys_is_that_of_the_recipe():
     """`alora schema --markdown` makes it."""
     page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert page.split("<!-- recipe-keys -->\n")[1].split("\n<!--")[0] == alora("schema", "--markdown").rstrip()
+
+
+def test_keys_of_other_tools_and_templates_that_are_none_are_told(tmp_path, jsonl):
+    said = refused("train", recipe(tmp_path, jsonl, lr=1, lora_r=8, sequence_len=99, chat_template="chatml"))
+    for line in ("lr: unknown setting; here it is learning_rate", "lora_r: unknown setting; here it is r",
+                 "sequence_len: unknown setting; here it is max_length",
+                 "chat_template: 'chatml' is neither Jinja nor the path of a .jinja file"):  # fmt: skip
+        assert line in said
+
+
+def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path, jsonl, monkeypatch):
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ALoRATrainer, "training_step", stopped)
+    assert "stopped at step 0: --resume goes on" in invoke(app, "train", recipe(tmp_path, jsonl), code=130)
