@@ -30,8 +30,14 @@ class Example(NamedTuple):
     @property
     def question(self) -> str:
         """All that stands before the answer; texts that differ in nothing but case and spaces are one question."""
-        asked = json.loads(self.messages)[:-1] if self.messages else [{"role": "", "content": self.prompt}]
-        return "\n".join(f"{turn['role']} {' '.join(turn['content'].casefold().split())}" for turn in asked)
+        return self.questions()[-1]
+
+    def questions(self) -> list[str]:
+        """All that stands before each answer that is learnt, of a chat before each turn of the assistant."""
+        turns = json.loads(self.messages) if self.messages else [{"role": "", "content": self.prompt}]
+        said = [f"{turn['role']} {' '.join(turn['content'].casefold().split())}" for turn in turns]
+        places = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"] if self.messages else [1]
+        return ["\n".join(said[:at]) for at in places]
 
 
 @dataclass(frozen=True)

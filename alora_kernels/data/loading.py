@@ -143,6 +143,11 @@ def _split(sources: Sequence[Task | TaskSpec], seed: int, sizes: Sizes, lost: Lo
     seen: Seen = {}
     parts = [_split_source(source, seed, sizes, seen, lost) for source in sources]
     whole = {split: [example for part in parts for example in part[split]] for split in ("train", *HELD)}
+    judged = {(one.task, one.question) for split in HELD for one in whole[split] if one.messages}
+    chats = (one for one in whole["train"] if one.messages)  # an earlier turn may be the last one of a chat that judges
+    taught = {one for one in chats if not judged.isdisjoint((one.task, question) for question in one.questions())}
+    lost.held.update(one.task for one in taught)
+    whole["train"] = [one for one in whole["train"] if one not in taught]
     if sizes.train != 0:
         trained = {example.task for example in whole["train"]}
         for split in HELD:

@@ -82,6 +82,6 @@ def _examples(source: Task | TaskSpec, held: frozenset[tuple[str, str]]) -> Iter
         form = form_of(spec, rows)
         for number in range(1, len(rows)):
             example = to_example(spec, form, rows, number)
-            if (example.task, example.question) not in held:
+            if held.isdisjoint((example.task, question) for question in example.questions()):
                 yield example._asdict()
         chunk = list(islice(found, CHUNK))

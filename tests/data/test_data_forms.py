@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from alora_kernels.data import TaskSpec, load_task, load_tasks, task_cards
+from alora_kernels.data import Lost, TaskSpec, load_task, load_tasks, task_cards
 
 
 @pytest.fixture
@@ -152,6 +152,17 @@ def test_columns_that_would_be_lost_are_refused(jsonl, row, name):
 def test_nan_is_no_answer(jsonl):
     with pytest.raises(ValueError, match="has an empty answer"):
         load_task(jsonl({"prompt": "x", "answer": float("nan")}), test_size=0)
+
+
+def test_chats_that_go_on_where_another_is_judged_are_not_trained(jsonl):
+    lost = Lost()
+    rows = [row for i in range(30) for row in (chat(f"Hi {i}", "a"), chat(f"HI  {i}", "a", "More?", f"b {i}"))]
+    splits = load_tasks([jsonl(*rows)], test_size=10, validation_size=5, lost=lost)
+    judged = {(row["messages"].count("user"), row["prompt"]) for s in ("test", "validation") for row in splits[s]}
+    short = {prompt.casefold() for turns, prompt in judged if turns == 1}
+    first = [" ".join(json.loads(row["messages"])[0]["content"].casefold().split()) for row in splits["train"]]
+    assert short and not short & set(first)
+    assert lost.held["own"] == 60 - 15 - len(first) > 0
 
 
 def test_cards_of_chats(jsonl):

@@ -57,6 +57,17 @@ def test_every_row_comes_once_a_round_but_those_that_judge(kind, jsonl, tmp_path
     assert seen != prompts(islice(other, 470), byte_tok)
 
 
+def test_chats_that_go_on_where_another_is_judged_do_not_come(jsonl, byte_tok):
+    short = [[{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "a"}] for i in range(30)]
+    more = [{"role": "user", "content": "More?"}, {"role": "assistant", "content": "b"}]
+    path = jsonl(*({"messages": turns} for turns in short), *({"messages": turns + more} for turns in short))
+    text = load_tasks([path], test_size=10, streaming=True)
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    round_ = islice(stream([path], text, byte_tok, chat_template=template), 60)
+    begins = Counter(byte_tok.decode(row["input_ids"]).partition(";")[0] for row in round_)
+    assert not set(text["test"]["prompt"]) - {"More?"} & set(begins)
+
+
 def test_rows_of_a_stream_are_as_those_of_a_table(jsonl, byte_tok):
     paths = [jsonl(*rows(9)), jsonl(*rows(9, task="b"), name="b.jsonl")]
     whole = load_tasks(paths, test_size=1)
