@@ -191,3 +191,15 @@ def sums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     flat = {name: tensor.detach().to("cpu").contiguous().flatten() for name, tensor in tensors.items()}
     found = {name: hashlib.sha256(t.view(torch.uint8).numpy().data).hexdigest() for name, t in flat.items()}
     return {SUMS: json.dumps(found, separators=(",", ":"))}
+
+
+def in_order(path: Path) -> None:
+    """Put a file's metadata in order: safetensors draws one anew each time, and equal adapters would differ."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))

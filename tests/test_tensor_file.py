@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alora_kernels import tensor_file
-from alora_kernels.tensor_file import DTYPES, ChangedFileError, DamagedFileError, TensorFile, sums, verify
+from alora_kernels.tensor_file import DTYPES, ChangedFileError, DamagedFileError, TensorFile, in_order, sums, verify
 
 TENSORS = {
     **{name: torch.arange(12).reshape(3, 2, 2).to(dtype) for name, dtype in DTYPES.items()},
@@ -168,3 +168,16 @@ def test_another_file_in_its_place_changes_nothing_for_who_has_opened_it(file):
         save_file({"x": torch.zeros(1)}, other)
         os.replace(other, file)
         assert torch.equal(opened.read("F64"), TENSORS["F64"])
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path):
+    """safetensors orders two keys of metadata anew at every save."""
+    found = set()
+    for turn in range(12):
+        path = tmp_path / str(turn)
+        save_file(TENSORS, path, metadata={"format": "pt"} | sums(TENSORS))
+        in_order(path)
+        verify(path)
+        assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in TENSORS.items())
+        found.add(path.read_bytes())
+    assert len(found) == 1

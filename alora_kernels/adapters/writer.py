@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import written_whole
-from ..tensor_file import sums
+from ..tensor_file import in_order, sums
 from ..tuner.config import CARD, CONFIG, WEIGHTS
 from .config import AdapterConfig
 
@@ -68,6 +68,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftConfi
     with written_whole(folder) as temporary:
         dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(dense, Path(temporary, WEIGHTS), metadata={"format": "pt"} | sums(dense))
+        in_order(Path(temporary, WEIGHTS))
         config.save_pretrained(temporary)
         Path(temporary, CARD).write_text(card, encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size

@@ -23,7 +23,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 
 from ..files import written_whole
 from ..ops.checks import check_whole
-from ..tensor_file import sums, verify
+from ..tensor_file import in_order, sums, verify
 
 NAME = "ASYMLORA"
 GATHER = (
@@ -108,7 +108,10 @@ def _save_file(save: Callable[..., None], tensors: Any, filename: str, *, metada
         return
     path = Path(filename)
     with written_whole(path.parent) as folder:
-        save(tensors, os.path.join(folder, path.name), metadata={**(metadata or {}), **sums(tensors)})
+        draft = Path(folder, path.name)
+        save(tensors, str(draft), metadata={**(metadata or {}), **sums(tensors)})
+        if draft.is_file():
+            in_order(draft)
 
 
 def _save_pretrained(save: Callable[..., None], self: PeftModel, *args: Any, **kwargs: Any) -> None:
