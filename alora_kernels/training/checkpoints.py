@@ -7,7 +7,6 @@ import os
 import shutil
 import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +42,25 @@ class WholeCheckpoints:
         if draft.name == WRITING:
             self.accelerator.wait_for_everyone()
             self._finish(draft, draft.parent)
-            self.accelerator.wait_for_everyone()
 
     def _finish(self, draft: Path, folder: Path) -> None:
         """Rename the checkpoint; the state that lies in it, and that goes on, names the best one where it now is."""
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        name, args = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args
         if self.state.best_model_checkpoint == str(draft / name):
             self.state.best_model_checkpoint = str(folder / name)
-            if self.args.should_save:
+            if args.should_save:
                 self.state.save_to_json(str(draft / name / TRAINER_STATE_NAME))
-        if self.args.process_index != 0 and self.args.local_process_index != 0:  # another node may have its own disk
-            return
-        with suppress(FileNotFoundError):  # on the same disk the other node was faster
-            if (draft / name).is_dir() and (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            os.rename(draft / name, folder / name)
-        shutil.rmtree(draft, ignore_errors=True)
-        if self.args.should_save:
+        first = args.process_index == 0
+        for mine in (first, not first and args.local_process_index == 0):  # another node may have a disk of its own
+            if mine and (draft / name).is_dir():
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                os.rename(draft / name, folder / name)
+                shutil.rmtree(draft)
+            self.accelerator.wait_for_everyone()
+        if args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+            rotate_checkpoints(str(folder), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def check_best(args: Any) -> None:

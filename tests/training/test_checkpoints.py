@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import TrainerState
 
 from alora_kernels.training import ALoRATrainer
-from alora_kernels.training.checkpoints import WRITING, damage, newest_whole
+from alora_kernels.training.checkpoints import WRITING, WholeCheckpoints, damage, newest_whole
 from tests.support.trainers import assert_equal, rows, states, trainer_on
 
 
@@ -85,6 +88,27 @@ def test_whoever_is_killed_while_writing_goes_on_from_the_checkpoint_before(tmp_
     again.train(resume_from_checkpoint=str(last))
     assert_equal(states(whole), states(again))
     assert names(tmp_path / "run") == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nodes_rename_in_turn_on_one_disk_or_on_disks_of_their_own(tmp_path, shared):
+    """Two nodes of two processes; who waited for another's turn would hang, who did not would remove its work."""
+    barrier, folders = threading.Barrier(4, timeout=20), [tmp_path / ("one" if shared else str(n)) for n in (0, 1)]
+    for folder in folders:
+        (folder / WRITING / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+
+    def process(index: int) -> None:
+        one: Any = WholeCheckpoints()
+        one.args = SimpleNamespace(
+            process_index=index, local_process_index=index % 2, should_save=index == 0, save_total_limit=None
+        )
+        one.state = SimpleNamespace(global_step=2, best_model_checkpoint=None)
+        one.accelerator = SimpleNamespace(wait_for_everyone=barrier.wait)
+        one._finish(folders[index // 2] / WRITING, folders[index // 2])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(process, range(4)))
+    assert all(names(folder) == {"checkpoint-2"} for folder in folders)
 
 
 def cut(path: Path) -> None:
