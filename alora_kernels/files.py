@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .tensor_file import DamagedFileError as DamagedFileError
-from .tensor_file import TensorFile
+from .tensor_file import DamagedFileError, TensorFile
 
 CHECKSUM, LOCK = "sha256", ".lock"
 ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file belongs to a killed process

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import files
+from ..tensor_file import DamagedFileError
 from ..text import NAME
 
 CLIENTS = "clients"  # folder of the private halves, of clients on this machine
@@ -116,7 +117,7 @@ class PrivateStore:
     def _read(self, path: Path, label: Mapping[str, str], before: int) -> dict[str, Tensor]:
         try:
             tensors, found = files.read(path)
-        except (OSError, files.DamagedFileError) as error:
+        except (OSError, DamagedFileError) as error:
             raise StoreError(
                 f"{error}; restore {path} from a backup, or delete it to go into round {before} from the round before "
                 "it, or from a fresh private half if there is none"
@@ -203,7 +204,7 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"there is no checkpoint {path}; give the folder of the run that was stopped, or start it without resuming"
         ) from None
-    except (OSError, files.DamagedFileError) as error:
+    except (OSError, DamagedFileError) as error:
         raise CheckpointError(f"{error}; restore the file from a backup, or start the run anew") from error
     if metadata.get("format") != SERVER_FORMAT:
         raise CheckpointError(

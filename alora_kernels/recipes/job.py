@@ -91,7 +91,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     # all that can be wrong with data is said before weights are read, which takes minutes for a large model
     with display.err.status("preparing tokens ..."):
         tokenizer = data.load_tokenizer(recipe.model)
-        length = recipe.max_length or context(data.load_config(recipe.model), tokenizer)
+        length = max_length(recipe, tokenizer)
         recipe = recipe.instead(max_length=length)
         text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
         cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
@@ -105,10 +105,7 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
     base, _ = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantized(recipe, chosen.dtype))
     with display.err.status("preparing adapter ..."):
-        method = recipe.adapters(tasks)
-        shapes = target_shapes(base, method)
-        if recipe.budget == "parameters":
-            method = as_large_as_alora(method, shapes)
+        method, shapes = sized(recipe, tasks, base)
         model, method, tasks = _adapted(base, method, recipe.seed, start, adapter)
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
             model.to(device)
@@ -186,6 +183,18 @@ def _known_to(adapter: Path, text: DatasetDict) -> DatasetDict:
     if silent:
         display.say(f"not judged, for there are no rows: {listed(silent, 8)}", "yellow")
     return text.filter(lambda row: row["task"] in tasks)
+
+
+def sized(recipe: Recipe, tasks: tuple[str, ...], base: Any) -> tuple[Method, list[tuple[int, int]]]:
+    """The method on a base, with the rank that the recipe's budget gives it, and the shapes of the layers it adapts."""
+    method = recipe.adapters(tasks)
+    shapes = target_shapes(base, method)
+    return as_large_as_alora(method, shapes) if recipe.budget == "parameters" else method, shapes
+
+
+def max_length(recipe: Recipe, tokenizer: Any) -> int:
+    """Tokens that a row may have: the recipe's number, or the model's `context`."""
+    return recipe.max_length or context(data.load_config(recipe.model), tokenizer)
 
 
 def context(config: Any, tokenizer: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from .. import data
 from ..text import did_you_mean, percentile
 from . import display
-from .job import context, label_words, read
+from .job import label_words, max_length, read
 from .recipe import Recipe
 
 Piece = tuple[str, bool]  # a stretch of a row's text, and whether it is learnt
@@ -48,7 +48,7 @@ def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[T
         raise ValueError(f"--task {task}: no such task has rows; {did_you_mean(task, names)}")
     with display.err.status("counting tokens ..."):
         tokenizer = data.load_tokenizer(recipe.model)
-        length = recipe.max_length or context(data.load_config(recipe.model), tokenizer)
+        length = max_length(recipe, tokenizer)
         encode = partial(data.encode, tokenizer=tokenizer, chat_template=recipe.chat_template)
         sizes = {split: [*map(len, encode(part, lost=lost)["input_ids"])] for split, part in text.items()}
         data.encode_splits(text, tokenizer, length, chat_template=recipe.chat_template)  # refuses what training would

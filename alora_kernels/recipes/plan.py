@@ -30,12 +30,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from .. import data, precision
-from ..baselines.methods import adapt, as_large_as_alora, parameters_of, target_shapes
+from ..baselines.methods import adapt, parameters_of
 from ..routing import ConstantRouting, route
 from ..text import size
 from ..training.chunked_loss import CHUNK, CHUNK_BYTES_CUDA
 from ..training.rules import base_model
-from .job import Run, context, read
+from .job import Run, max_length, read, sized
 from .recipe import Recipe
 from .schedule import schedule, steps_of_epoch
 
@@ -91,11 +91,7 @@ def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dic
 
     `memory` is the GPU's; None takes the one that is here, else the first of `COMMON`.
     """
-    if recipe.batch_size % (processes * recipe.gradient_accumulation):
-        raise ValueError(
-            f"batch_size: {recipe.batch_size} rows of a step cannot be dealt evenly to {processes} processes,"
-            f" {recipe.gradient_accumulation} times each"
-        )
+    at_once = recipe.rows_at_once(processes)
     if memory is None and torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     rows = rows_of(recipe)
@@ -108,7 +104,7 @@ def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dic
         "model": recipe.model,
         "parameters": facts.linear + facts.other,
         "trained": facts.adapter,
-        "rows_at_once": recipe.batch_size // processes // recipe.gradient_accumulation,
+        "rows_at_once": at_once,
         "tokens_of_a_row": facts.length,
         "length_assumed": recipe.max_length is None and rows is None,
         "bytes": {name: round(value) for name, value in found.items()},
@@ -152,7 +148,7 @@ def rows_of(recipe: Recipe) -> Rows | None:
     except OSError:
         return None
     text = read(recipe, data.Lost())
-    length = recipe.max_length or context(data.load_config(recipe.model), tokenizer)
+    length = max_length(recipe, tokenizer)
     some = text["train"].select(range(min(SAMPLE, len(text["train"]))))
     _, ids = data.encode_splits(DatasetDict(train=some), tokenizer, length, chat_template=recipe.chat_template)
     return _rows(recipe, text["train"]["task"], ids["train"], "validation" in text)
@@ -194,9 +190,7 @@ def _facts(recipe: Recipe, rows: Rows | None, device: str, config: Any, dtype: t
     groups = getattr(text, "num_key_value_heads", None) or heads
     base = _built(config, dtype)
     tasks = rows.tasks if rows else tuple(data.as_source(task).name for task in recipe.tasks)
-    method = recipe.adapters(tasks)
-    shapes = target_shapes(base, method)
-    method = as_large_as_alora(method, shapes) if recipe.budget == "parameters" else method
+    method, shapes = sized(recipe, tasks, base)
     head = base.get_output_embeddings()
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     # a LoRA per task divides the rows by their ids, which are numbers; it keeps what ALoRA does

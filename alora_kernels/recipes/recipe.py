@@ -345,6 +345,17 @@ class Recipe(BaseModel):
         same = {"r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules"}
         return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **self.model_dump(include=same))
 
+    def rows_at_once(self, processes: int) -> int:
+        """Rows of a forward pass of each process; a ValueError if a step's cannot be dealt evenly."""
+        parts = processes * self.gradient_accumulation
+        if self.batch_size % parts:
+            times = f", {self.gradient_accumulation} times each" if parts > processes else ""
+            raise ValueError(
+                f"batch_size: {self.batch_size} rows of a step cannot be dealt evenly to {processes} processes{times}:"
+                f" choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
     def located(self, root: Path) -> Self:
         """The same run with absolute paths: of its files from `root`; the output folder starts from the current one."""
 

@@ -93,13 +93,7 @@ def join(recipe: Recipe) -> PartialState:
             "parallel: fsdp shards the base over processes, and this is one alone: start it with torchrun"
             " --nproc-per-node N -m alora_kernels train recipe.yaml, or say parallel: ddp"
         )
-    parts = processes.num_processes * recipe.gradient_accumulation
-    if recipe.batch_size % parts:
-        times = f", {recipe.gradient_accumulation} times each" if parts > processes.num_processes else ""
-        raise ValueError(
-            f"batch_size: {recipe.batch_size} rows of a step cannot be dealt evenly to {processes.num_processes}"
-            f" processes{times}: choose a multiple of {parts}"
-        )
+    recipe.rows_at_once(processes.num_processes)
     return processes
 
 
@@ -114,7 +108,7 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
     place = folder.resolve()  # x/../run is run, even while there is no x
     if not next(p for p in (place, *place.parents) if p.exists()).is_dir():
         raise ValueError(f"output: {folder} is, or lies below, a file; give the path of a folder")
-    last, skipped = newest_whole(place)
+    last, skipped = (None, {}) if overwrite else newest_whole(place)  # which reads all that is there
     for name, why in skipped.items() if resume else ():
         display.say(f"{name} is passed over: {why}", "yellow")
     if resume and last:
@@ -159,7 +153,7 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
     sharded: Any = recipe.parallel == "fsdp"  # transformers' type is of its older spelling
     tasks = (run.train if recipe.streaming else run.learnt)["task"]
     when = schedule(recipe, tasks, validates=run.validation is not None)
-    rows = recipe.batch_size // recipe.gradient_accumulation // processes.num_processes
+    rows = recipe.rows_at_once(processes.num_processes)
     judged = run.validation is not None and save
     args = TrainingArguments(
         output_dir=recipe.output,

@@ -28,6 +28,7 @@ from .. import files
 from ..adapters.cards import TaskCard
 from ..adapters.config import refused
 from ..adapters.reader import AdapterFile
+from ..tensor_file import DamagedFileError
 from ..text import listed
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..tuner.base_layer import features
@@ -354,8 +355,8 @@ class Placement:
         try:
             rows, label = files.read(record.file)
             if label != record.label:
-                raise files.DamagedFileError(f"{record.file} holds another task")
-        except (OSError, files.DamagedFileError) as error:
+                raise DamagedFileError(f"{record.file} holds another task")
+        except (OSError, DamagedFileError) as error:
             raise AdapterRefusedError(
                 f"task {record.task.name!r} was moved to the disk and does not come back ({error}): load"
                 f" {record.task.folder} again with replace=True"

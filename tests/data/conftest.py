@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,18 @@ def smollm2(need):
 def byte_tok():
     """The tokenizer that needs no package."""
     return byte_tokenizer()
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes objects into a file of lines and returns its path."""
+
+    def write(*rows: object, name: str = "own.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

@@ -9,18 +9,6 @@ import pytest
 from alora_kernels.data import Lost, TaskSpec, load_task, load_tasks, task_cards
 
 
-@pytest.fixture
-def jsonl(tmp_path):
-    """A function that writes objects into a file and returns its path."""
-
-    def write(*rows, name="own.jsonl"):
-        path = tmp_path / name
-        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-        return str(path)
-
-    return write
-
-
 def said(role, content):
     return {"role": role, "content": content}
 

@@ -12,18 +12,6 @@ import pytest
 from alora_kernels.data import Lost, TaskSpec, encode_splits, load_tasks, sources, stream
 
 
-@pytest.fixture
-def jsonl(tmp_path):
-    """A function that writes objects into a file and returns its path."""
-
-    def write(*rows, name="own.jsonl"):
-        path = tmp_path / name
-        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-        return str(path)
-
-    return write
-
-
 def rows(n, **more):
     return [{"prompt": f"{i} + {i} =", "answer": str(2 * i), **more} for i in range(n)]
 
