@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,13 +92,28 @@ def test_whoever_is_killed_while_writing_goes_on_from_the_checkpoint_before(tmp_
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_nodes_rename_in_turn_on_one_disk_or_on_disks_of_their_own(tmp_path, shared):
-    """Two nodes of two processes; who waited for another's turn would hang, who did not would remove its work."""
+def test_nodes_rename_in_turn_on_one_disk_or_on_disks_of_their_own(tmp_path, monkeypatch, shared):
+    """Two nodes of two processes; one that looked while the other renames could remove its work."""
+    here, seen, is_dir, rename = threading.local(), [], Path.is_dir, os.rename
+
+    def looking(path: Path) -> bool:
+        seen.append(("looks", here.index))
+        return is_dir(path)
+
+    def slowly(*paths: Path) -> None:
+        time.sleep(0.2)
+        rename(*paths)
+        seen.append(("renamed", here.index))
+
     barrier, folders = threading.Barrier(4, timeout=20), [tmp_path / ("one" if shared else str(n)) for n in (0, 1)]
     for folder in folders:
         (folder / WRITING / "checkpoint-2").mkdir(parents=True, exist_ok=True)
 
+    monkeypatch.setattr(Path, "is_dir", looking)
+    monkeypatch.setattr(os, "rename", slowly)
+
     def process(index: int) -> None:
+        here.index = index
         one: Any = WholeCheckpoints()
         one.args = SimpleNamespace(
             process_index=index, local_process_index=index % 2, should_save=index == 0, save_total_limit=None
@@ -108,6 +124,7 @@ def test_nodes_rename_in_turn_on_one_disk_or_on_disks_of_their_own(tmp_path, sha
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(process, range(4)))
+    assert ("looks", 2) not in seen[: seen.index(("renamed", 0))]
     assert all(names(folder) == {"checkpoint-2"} for folder in folders)
 
 
