@@ -4,6 +4,8 @@
 # Seen: every tensor of the batch is cut to the number of rows, without a word, also in a single process. Here the
 # collator says `logits_to_keep=[5, 6, 7]` for 2 rows and the model gets [5, 6]: whoever takes the loss of the last
 # positions compares other positions. The same rows as a map-style dataset arrive whole.
+# Guard: no batch of ours holds a tensor whose length is not that of its rows
+# (tests/training/test_trainer_data.py::test_a_stream_trains_on_the_models_own_loss).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

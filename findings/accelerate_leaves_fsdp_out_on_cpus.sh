@@ -3,6 +3,8 @@
 # Guess: as torch's fully_shard works on CPUs with gloo, each process holds a half of the weights; or it is refused.
 # Seen: no word, and no sharding: accelerate drops the request where the device is a CPU, and the processes train as DDP
 # does, each with whole parameters. The same plugin, put into accelerate's state by hand, shards and trains.
+# Guard: `parallel: fsdp` shards on CPUs too
+# (tests/training/test_processes.py::test_the_adapter_is_that_of_one_process).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -5,6 +5,8 @@
 # From then on, in training mode too, the input gets no gradient (None): LoRA below such a layer stops learning after its
 # first evaluation. torch's UserWarning about a missing autograd kernel is the only sign. On other CPUs nothing is packed:
 # the script then says so and ends with 0.
+# Guard: such layers are unpacked before a gradient or a merge
+# (tests/tuner/test_bases.py::test_four_bit_gradients_after_an_evaluation).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,6 +4,8 @@
 # Seen: FedAdam and QFedAvg give float64, the other four float32. A NumPy number of float64 (the bias-corrected rate, a
 # power of the loss) is no weak scalar under NumPy 2 and widens the arrays it meets. From round 2 on twice the bytes
 # travel, and a client that loads what it gets without a cast trains in float64 or refuses.
+# Guard: strategies are wrapped so that keys, shapes and dtypes stay
+# (tests/federated/test_fed_strategies.py::test_every_strategy_keeps_keys_shapes_and_dtype).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -3,6 +3,8 @@
 # Guess: leaving the context gives everything back as it was; A stays frozen.
 # Seen: every parameter of the active adapter requires a gradient afterwards, A too: 0 of 4 before, 4 of 4 after, and the
 # next optimizer over `requires_grad` parameters trains them.
+# Guard: `requires_grad` comes back as it was
+# (tests/tuner/test_adapters.py::test_disabled_adapters_come_back_as_they_were).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,6 +4,8 @@
 # Guess: the linear layers of these names are adapted (and perhaps the routed experts); "all-linear" adapts every nn.Linear.
 # Seen: none of the six is adapted: the names are rewritten to the experts' parameters and taken off the list, and only
 # those are adapted. "all-linear" leaves the same six out, and adapts the router `mlp.gate` instead. No word of it.
+# Guard: "all-linear" adapts every linear layer and names experts that are parameters
+# (tests/tuner/test_rows.py::test_experts_and_routers_that_are_parameters_are_named).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

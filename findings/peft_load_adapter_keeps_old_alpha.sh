@@ -2,6 +2,8 @@
 # PEFT: `load_adapter(folder, "default")` on a model that already has an adapter "default" with another lora_alpha.
 # Guess: the adapter answers as it does after PeftModel.from_pretrained: its config comes with it, or the clash is refused.
 # Seen: the tensors are taken, lora_alpha and with it the scaling stay those of the old adapter: 1 instead of 8. No word.
+# Guard: another scaling, order or set of tasks is refused before a number is written
+# (tests/tuner/test_storage.py::test_other_settings_are_refused_before_a_write).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,6 +4,8 @@
 # adapters, and a forward without gradients works for both.
 # Seen: q_proj (columns) trains; o_proj (rows) answers without gradients and raises a RuntimeError in training, because
 # lora_A counts this process's columns where the plan's output expects the whole width.
+# Guard: both plans train, gradients equal one process's
+# (tests/tuner/test_split_base.py::test_two_ranks_compute_as_one_process).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

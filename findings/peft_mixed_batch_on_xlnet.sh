@@ -3,6 +3,8 @@
 # Guess: each row gets its adapter, as on BERT; a layer that cannot tell the rows apart refuses.
 # Seen: XLNet puts time first, PEFT picks rows along the first dimension: adapters go to positions, not to rows. With as
 # many tokens as rows nothing is raised and the logits are wrong; BERT, the control, is exact.
+# Guard: where rows are is found by running the model on a tiny batch
+# (tests/tuner/test_rows.py::test_time_first_however_the_batch_is_handed_over).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -2,6 +2,8 @@
 # PEFT on a base quantised by optimum-quanto: merge_and_unload().
 # Guess: the merged model answers as the adapter did, up to the rounding of int8; or the merge is refused.
 # Seen: the merged model answers as the bare base did, exactly: the sum is written somewhere else, without a word.
+# Guard: a merge is refused where the base would not compute with it
+# (tests/tuner/test_bases.py::test_a_merge_that_would_be_lost_is_refused_by_name).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,6 +4,8 @@
 # reproducible builds). It holds for PEFT's `{"format": "pt"}`.
 # Seen: from two keys of metadata on the bytes differ from save to save, in one process too; tensors and metadata read back
 # equal. The order of the keys is drawn anew each time. Compare tensors and metadata, never the file's hash.
+# Guard: our writer orders its metadata, equal adapters are equal bytes
+# (tests/test_tensor_file.py::test_equal_tensors_are_equal_bytes).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

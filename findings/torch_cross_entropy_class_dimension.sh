@@ -5,6 +5,8 @@
 # gradient 36 times (2e-5 of its largest entry), contiguous or not. A loss per token that is written as
 # cross_entropy(logits.movedim(-1, 1), labels) loses more than a digit to cross_entropy(logits.flatten(0, -2),
 # labels.flatten()). Our reading: the softmax along a dimension that is not the last one adds up in another way.
+# Guard: losses by row are taken with the classes last
+# (tests/training/test_batch_loss.py::test_row_losses_are_as_exact_as_torchs_with_the_classes_last).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

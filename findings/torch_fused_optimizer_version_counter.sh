@@ -6,6 +6,8 @@
 # gradient that is neither that of the old weight nor that of the new one: products saved in the forward are old, the
 # weight is new. transformers' Trainer takes the fused AdamW by default. Whoever asks a counter whether a weight is
 # still the same, as caches of converted weights do, is told yes.
+# Guard: copies of weights that are packed are compared with the weight itself where it can be trained
+# (tests/ops/test_packed.py::test_a_changed_weight_is_packed_anew).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -4,6 +4,8 @@
 # Seen: for T5 and BART both are 4 times as large, without a word; for Llama they are the same. Trainer takes a forward
 # with **kwargs for one that divides its loss by num_items_in_batch, and then does not divide by the 4 steps itself;
 # T5 and BART have such a forward, pass the kwargs on to their layers, and return the mean of each batch.
+# Guard: a step cut into batches of any size has one gradient
+# (tests/training/test_batch_loss.py::test_the_gradient_is_that_of_the_rows_alone).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

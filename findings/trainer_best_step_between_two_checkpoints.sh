@@ -4,6 +4,8 @@
 # Guess: after train() the model holds the best of the steps that were both evaluated and saved.
 # Seen: nothing is restored and nothing is said: the last step stays, though a saved step was better; best_metric is that
 # of a model which is nowhere. Where an earlier best was saved that one comes back, beside the metric of another step.
+# Guard: a best step that may not be saved is warned of
+# (tests/training/test_checkpoints.py::test_a_best_step_that_may_not_be_saved_is_warned_of).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

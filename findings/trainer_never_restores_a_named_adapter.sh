@@ -3,6 +3,8 @@
 # Guess: after train() the model holds the best checkpoint, whatever the adapter's name.
 # Seen: the last step stays; a warning about a missing checkpoint is all. The file lies in a subfolder of the adapter's
 # name, where Trainer does not look. The same run with an adapter called "default" restores the best step.
+# Guard: it is restored under any name
+# (tests/training/test_trainer_resume.py::test_the_best_model_is_restored_whatever_its_adapter_is_called).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

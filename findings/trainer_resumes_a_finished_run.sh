@@ -3,6 +3,8 @@
 # Guess: train() sees that nothing is left to do, makes no step and returns the model of the checkpoint.
 # Seen: it makes step 8 of 7: the weights move and a checkpoint-8 is written. Whether to stop is asked after a step only.
 # A run that ended with its epoch (10 steps) is left as it is.
+# Guard: a finished run makes no step
+# (tests/training/test_trainer_resume.py::test_resuming_a_finished_run_makes_no_step).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

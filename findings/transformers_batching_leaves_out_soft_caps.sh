@@ -6,6 +6,8 @@
 # attention in its place, which takes the cap among its options and does not use it: its answer is that of the model
 # without a cap. With the cap of 50 of the published weights the difference is small, so it is easily missed; here the
 # cap is small.
+# Guard: the engine refuses such models
+# (tests/serving/test_serve_attention.py::test_a_model_whose_soft_caps_would_be_left_out_is_refused).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

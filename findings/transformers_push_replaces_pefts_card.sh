@@ -3,6 +3,7 @@
 # Guess: the README.md that arrives is the one that save_pretrained writes into a folder: which base, library_name, tags.
 # Seen: save_pretrained runs, and then transformers writes over its card the one it found on the Hub, or its own template
 # if there was none; PEFT's card never leaves the machine, so the first push of an adapter does not name its base.
+# Guard: the card goes along (tests/tuner/test_cards.py::test_a_push_takes_the_card_along_and_no_path).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

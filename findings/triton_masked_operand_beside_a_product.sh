@@ -6,6 +6,8 @@
 # Seen: with 3.9.0 the loop with one product waits for it; the loop with two ends its turn with a wait that leaves a group
 # in flight, and the next turn writes the registers of the masked operand before anything waits again. 3.6.0 does that
 # in both loops. One stage (num_stages=1) is safe in each. Nothing is run: the PTX is read, not what ptxas makes of it.
+# Guard: such loops have one stage on Hopper, and a rule over the PTX holds every kernel to it
+# (tests/kernels/test_launch.py::test_a_masked_operand_in_registers_is_not_overwritten).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)

@@ -6,6 +6,8 @@
 # with packing=True for a set given to evaluate() by name, every text sees those before it in its row and the loss is
 # another, without a word: what keeps texts apart is decided by `packing` alone, and a named set is packed a second time,
 # which forgets where its texts end.
+# Guard: a packed row is proven on the first batch to keep its texts apart
+# (tests/integrations/test_trl.py::test_a_model_whose_packed_texts_see_each_other_is_refused).
 # Exits with 0 if that is still so, with 1 if the behaviour has changed. Needs Python 3.11 or newer and the network.
 set -euo pipefail
 work=$(mktemp -d)
