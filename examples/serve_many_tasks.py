@@ -11,9 +11,8 @@ from typing import Any
 
 import openai
 import rich
-
-from alora_kernels.recipes import serve_demo
-from alora_kernels.recipes.serve_demo import Answer
+import serve_kit
+from serve_kit import Answer
 
 
 async def ask(client: openai.AsyncOpenAI, base: str, task: str | None, prompt: str, stream: bool) -> Answer:
@@ -41,14 +40,14 @@ async def ask_all(address: str, requests: list[tuple[str | None, str]]) -> list[
 
 def main(model: str = "smollm2-135m", requests: int = 48, output: str = "runs/serve-demo") -> dict[str, int]:
     """Serve, ask, show; return how many requests of each task were answered."""
-    folder, note = serve_demo.adapter_folder(model, output)
+    folder, note = serve_kit.adapter_folder(model, output)
     rich.print(f"adapter {folder}: {note}\nstarting `alora serve {model}` ...")
-    with serve_demo.served(model, folder, Path(output) / "server.log") as (address, _):
+    with serve_kit.served(model, folder, Path(output) / "server.log") as (address, _):
         start = time.perf_counter()
-        answers = asyncio.run(ask_all(address, serve_demo.prompts(requests)))
-        answered = serve_demo.show(answers, time.perf_counter() - start)
-        rich.print(serve_demo.memory(address))
-    rich.print(f"the server has ended; `alora serve {model} --adapter {folder}` has a page at {serve_demo.PAGE}")
+        answers = asyncio.run(ask_all(address, serve_kit.prompts(requests)))
+        answered = serve_kit.show(answers, time.perf_counter() - start)
+        rich.print(serve_kit.memory(address))
+    rich.print(f"the server has ended; `alora serve {model} --adapter {folder}` has a page at {serve_kit.PAGE}")
     return answered
 
 

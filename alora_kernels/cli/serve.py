@@ -1,11 +1,12 @@
 """`alora serve`: a base model and its tasks behind OpenAI's HTTP interface, until SIGTERM or Ctrl-C.
 
-What can be refused is refused, and the port bound, before the model is loaded. Keys may come from ALORA_API_KEY, since
+What can be refused is refused, and the port bound, before the model is loaded. Keys come from a file or ALORA_API_KEY:
 other users of a machine can read a command line. The exit code is 0 if every answer was finished.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -37,8 +38,12 @@ def serve(
     adapter: Annotated[list[Path], typer.Option(help="a folder with tasks; again for more", show_default=False)],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help=f"keys that open the server, one a line; or set {KEY_VARIABLE}, with commas between keys"),
+    ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(help=f"opens the server; again for more; or {KEY_VARIABLE}, with commas")
+        list[str] | None, typer.Option(help="the same, for trying: every user of this machine can read a command line")
     ] = None,
     allow_anonymous: Annotated[bool, typer.Option("--allow-anonymous", help="other machines need no key")] = False,
     adapter_root: Annotated[
@@ -46,6 +51,15 @@ def serve(
     ] = None,
     rate_limit: Annotated[str | None, typer.Option(help="such as 60/minute, per key or address")] = None,
     max_body_mb: Annotated[float, typer.Option(help="longest request in MiB")] = 1.0,
+    wrong_key_limit: Annotated[str, typer.Option(help="different wrong keys from one address")] = "20/minute",
+    request_timeout: Annotated[float, typer.Option(help="seconds until a request must be there as a whole")] = 30.0,
+    send_timeout: Annotated[float, typer.Option(help="seconds without taking anything of an answer")] = 60.0,
+    max_connections: Annotated[int, typer.Option(help="open at once", min=1)] = 4096,
+    max_connections_per_address: Annotated[int, typer.Option(help="of these, from one address", min=1)] = 2048,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="address or network whose X-Forwarded-For says who a client is; again for more"),
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="requests that run at once", min=1)] = None,
     max_waiting: Annotated[int | None, typer.Option(help="requests that may wait", min=1)] = None,
     max_context: Annotated[int | None, typer.Option(help="tokens of prompt and answer together", min=2)] = None,
@@ -56,6 +70,9 @@ def serve(
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="capture steps and replay them, on a GPU")] = False,
     resident: Annotated[int, typer.Option(help="tasks on the device at most", min=1)] = 64,
     host_tasks: Annotated[int | None, typer.Option(help="further tasks in memory; the rest on disk", min=0)] = None,
+    spill: Annotated[
+        Path | None, typer.Option(help="where tasks beyond --host-tasks are kept", show_default="the state folder")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"of the base: {', '.join(WISHES)}; alora doctor explains auto")] = "auto",
     drain_timeout: Annotated[float, typer.Option(help="seconds running requests have after SIGTERM", min=0)] = 60.0,
@@ -65,19 +82,21 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
-    with command():
+    with command(), _no_collections():
         if missing := [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]:
             raise ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'")
         from ..serving import EngineConfig
         from ..serving.http.security import LOOPBACK_NAMES, ServerConfig, is_loopback
 
-        keys = tuple(api_key or filter(None, map(str.strip, os.environ.get(KEY_VARIABLE, "").split(","))))
+        keys = _keys(api_key, api_key_file)
         open_to_others = not is_loopback(host)
         if open_to_others and not keys and not allow_anonymous:
             raise ValueError(
-                f"--host {host} can be reached from other machines: give --api-key KEY (or set {KEY_VARIABLE}), or"
-                " --allow-anonymous to let everybody in"
+                f"--host {host} can be reached from other machines: give --api-key-file FILE, set {KEY_VARIABLE}, or"
+                " give --allow-anonymous to let everybody in"
             )
+        if spill is not None and host_tasks is None:
+            raise ValueError("--spill needs --host-tasks N: without a limit no task is kept on the disk")
         for folder in adapter:
             _check_adapter(folder)
         template = None if chat_template is None else _template(chat_template)
@@ -94,6 +113,7 @@ def serve(
             ),
             resident=resident,
             host_tasks=host_tasks,
+            spill=spill,
             device=device,
             dtype=wish_of(dtype),
             chat_template=template,
@@ -108,15 +128,33 @@ def serve(
             adapter_roots=tuple(adapter_root or ()),
             allowed_hosts=tuple({*LOOPBACK_NAMES, host.lower()}) if not open_to_others and not keys else None,
             drain_timeout=drain_timeout,
+            request_timeout=request_timeout,
+            send_timeout=send_timeout,
+            max_connections=max_connections,
+            max_connections_per_address=max_connections_per_address,
+            wrong_key_limit=wrong_key_limit,
+            trusted_proxies=tuple(trusted_proxy or ()),
         )
         code = _run(opening, config)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A start makes a million objects and little garbage: looking for it takes a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _run(opening: Callable[[], AbstractContextManager[tuple[Engine, TaskStore]]], config: ServerConfig) -> int:
     from ..serving.http import bind, serve
 
     with closing(bind(config.host, config.port)) as bound, opening() as (engine, store):
+        gc.freeze()  # what a start has made stays
+        gc.enable()
         _show(store, config, bound.getsockname()[1])
         return serve(engine, config, bound)
 
@@ -129,6 +167,7 @@ def open_engine(
     *,
     resident: int,
     host_tasks: int | None,
+    spill: Path | None = None,
     device: str,
     dtype: str,
     chat_template: str | None = None,
@@ -159,9 +198,32 @@ def open_engine(
             tokenizer.chat_template = chat_template
             chat_text(tokenizer, [{"role": "user", "content": "Hello"}], ask=True)  # or an error before anyone asks
         base.to(place)  # type: ignore[arg-type]
-        store = TaskStore.open(base, adapters, resident=resident, host=host_tasks)
+        store = TaskStore.open(base, adapters, resident=resident, host=host_tasks, spill=spill)
     with closing(store), Engine(base, tokenizer, store, config) as engine:
         yield engine, store
+
+
+def _keys(given: Sequence[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The keys, from one place only."""
+    variable = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    found = {"--api-key": given, "--api-key-file": file, f"{KEY_VARIABLE} in the environment": variable}
+    if len(named := [name for name, value in found.items() if value]) > 1:
+        raise ValueError(f"{' and '.join(named)} both say which keys open the server: give one of them")
+    if file is None:
+        return tuple(given or variable)
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            status = os.fstat(opened.fileno())
+            if os.name == "posix" and status.st_mode & (0o077 if status.st_uid == os.getuid() else 0o007):
+                raise ValueError(f"--api-key-file {file} can be read by other users: chmod 600 {file}")
+            keys = tuple(line.strip() for line in opened if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--api-key-file {file} does not read: {error}") from None
+    if not keys:
+        raise ValueError(f"--api-key-file {file} holds no key: write one a line")
+    if any(key.startswith("#") for key in keys):
+        raise ValueError(f"--api-key-file {file} has a line that begins with #, which would be a key: leave it out")
+    return keys
 
 
 def _template(file: Path) -> str:

@@ -279,7 +279,7 @@ class TaskBatching(ContinuousBatchingManager):
             Before(future, list(future.state.tokens_to_process), future.state.position_offset)
             for future in requests_in_batch
         ]
-        slots: list[int] = []
+        slots: list[int | None] = []  # whoever is in a batch has one
         for future in requests_in_batch:
             run = self._table.running.get(future.state.request_id)  # one that just ended may be in one more batch
             slots += [BASE_SLOT if run is None or run.lease is None else run.lease.slot] * future.query_length

@@ -8,21 +8,21 @@ replaced or unloaded while it answers: a request holds its slot until the loop h
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.asking import Prompt, Turns, prompt_of, special_tokens, turn_ends
-from ..adapters.cards import TaskCard
+from ..adapters.asking import Prompt, Turns, answer_ends, prompt_of, special_tokens, turn_ends
 from .batching import EngineConfig, TaskBatching
 from .openmp import Threads, release_workers
 from .request import (
@@ -33,13 +33,15 @@ from .request import (
     RequestError,
     Sampling,
     ServingError,
+    TaskReplacedError,
     UnknownTaskError,
 )
 from .request_table import RequestTable, Run, State
 from .sampling import Row
 from .store import TaskStore
-from .text import TextStream, eos_tokens
+from .text import TextStream
 
+log = logging.getLogger("alora_kernels.serving")
 CHECK = 0.5  # seconds between looks at the loop's health
 MAX_DEATHS = 5  # in a row, with no request answered in between: the model itself is broken
 
@@ -90,7 +92,7 @@ class Engine:
         self.config = (config or EngineConfig()).resolved(model)
         self._special = special_tokens(tokenizer)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
-        eos = eos_tokens(model, tokenizer)
+        eos = answer_ends(model, tokenizer)
         self._table = RequestTable(self.config.max_waiting, self.config.max_batch, eos, store)
         self.metrics = self._table.metrics
         self._tokenizing = threading.Lock()  # the backend refuses two threads at once
@@ -101,12 +103,12 @@ class Engine:
     def _add_gauges(self) -> None:
         table, store, gauge = self._table, self.store, self.metrics.gauge
         me = weakref.proxy(self)  # the loop holds the metrics, and must not hold a forgotten engine
-        gauge("alora_requests_running", "requests in the batch", lambda: len(table.running))
+        gauge("alora_requests_running", "requests in the batch", table.active)
         gauge("alora_requests_waiting", "requests that wait", lambda: len(table.waiting))
-        gauge("alora_cache_used_ratio", "share of the KV cache in use", lambda: me.stats().cache_used)
+        gauge("alora_cache_used_ratio", "share of the KV cache in use", lambda: me._cache_used())
         if store is not None:
-            gauge("alora_tasks_known", "tasks", lambda: me.stats().tasks_known)
-            gauge("alora_tasks_resident", "tasks whose rows are in the model", lambda: me.stats().tasks_resident)
+            gauge("alora_tasks_known", "tasks", lambda: len(store.names()))
+            gauge("alora_tasks_resident", "tasks whose rows are in the model", store.resident)
             gauge("alora_bytes_per_task", "bytes of one task's rows", lambda: store.bytes_per_task)
             gauge("alora_bytes_shared", "bytes of the shared B", lambda: store.bytes_shared)
 
@@ -173,19 +175,17 @@ class Engine:
         """
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         with self._refusals():
-            card = self._card(task)
+            card = None if task is None else self._store_with(task).info(task).card
             try:  # not under the lock: a template is a program
-                return prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
+                made = prompt_of(self.tokenizer, turns, card, task="the base" if task is None else task)
+                return dataclasses.replace(made, card=card)
             except ValueError as error:
                 raise RequestError(str(error), "prompt" if isinstance(asked, str) else "messages") from None
 
-    def _card(self, task: str | None) -> TaskCard | None:
-        """How a task is asked, as far as that is known."""
-        if task is None:
-            return None
+    def _store_with(self, task: str) -> TaskStore:
         if self.store is None:
             raise UnknownTaskError(task, [])
-        return self.store.info(task).card
+        return self.store
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -203,17 +203,23 @@ class Engine:
 
         Args:
             prompt: a text, or token ids; or what `prompt` made of a user's text.
-            task: a name the store knows; None is the base alone.
+            task: a name the store knows, as it is now, whatever is loaded or unloaded while the request waits; None is
+                the base alone.
             sampling: how to choose tokens, and when to end. `max_tokens` is cut to what the context holds.
 
         Raises:
             UnknownTaskError: no such task.
+            TaskReplacedError: `prompt` was made for a version that is asked in another way than the one there is now.
             RequestError: an empty prompt, one as long as the context, or ids outside the vocabulary.
             QueueFullError: too many wait.
             NotServingError: the engine does not take requests now.
         """
-        with self._refusals():
-            card = self._card(task)
+        with self._refusals(), ExitStack() as undo:
+            lease = None if task is None else self._store_with(task).reserve(task)
+            undo.callback(self._table.give_back, lease)
+            card = None if lease is None else lease.card
+            if isinstance(prompt, Prompt) and prompt.card is not ... and prompt.card != card:
+                raise TaskReplacedError(f"task {task!r} was replaced while its prompt was made: ask again")
             ids = self.encode(prompt) if isinstance(prompt, str | Prompt) else list(prompt)
             room = self._check_prompt(ids)
             sampling = sampling or Sampling()
@@ -222,9 +228,10 @@ class Engine:
             row = Row(sampling, random.Random(sampling.seed).random)
             spaced = isinstance(prompt, Prompt) and prompt.spaced
             text = TextStream(self.tokenizer, ids, sampling.stop, spaced=spaced)
-            own = card.chat_template if card is not None else None
+            own = None if card is None else card.chat_template
             ends = turn_ends(self.tokenizer, self._special, own) if own else []
-            self._table.enqueue(Run(generation, ids, row, text, ends))
+            self._table.enqueue(Run(generation, ids, row, text, ends, lease))
+            undo.pop_all()
             return generation
 
     def _check_prompt(self, ids: list[int]) -> int:
@@ -282,7 +289,6 @@ class Engine:
     def stats(self) -> Stats:
         """The engine's state and counts now."""
         table, tasks = self._table, [] if self.store is None else self.store.tasks()
-        cached = 0 if self._admission is None else self._admission.loop.cached_tokens
         running = table.active()
         rows, requests = table.last_step if running else (0, 0)
         return Stats(
@@ -299,8 +305,12 @@ class Engine:
             tasks_resident=sum(task.where == "device" for task in tasks),
             tasks_known=len(tasks),
             uptime=0.0 if table.state == "new" else time.perf_counter() - self._started,
-            cache_used=cached / (self.config.cache_tokens or 1),
+            cache_used=self._cache_used(),
         )
+
+    def _cache_used(self) -> float:
+        cached = 0 if self._admission is None else self._admission.loop.cached_tokens
+        return cached / (self.config.cache_tokens or 1)
 
 
 class Admission:
@@ -352,27 +362,27 @@ class Admission:
             return table.waiting[0] if room() else None
 
     def _admit(self, run: Run) -> bool:
-        """Put a request into the batch, or end it if its task is gone; False if there is no slot for it now."""
-        table, id, task, lease = self._table, run.generation.id, run.generation.task, None
-        if task is not None and table.store is not None:
+        """Put a request into the batch, or end it if its task is lost; False if there is no slot for it now."""
+        table, lease = self._table, run.lease
+        if lease is not None and table.store is not None:
             try:
-                lease = table.store.acquire(task)
-            except ServingError as error:  # unloaded while it waited, or its rows cannot be read back
-                table.end(run, "error", str(error))
+                if not table.store.place(lease):
+                    return False
+            except ServingError as error:
+                table.end(run, "error", error)
                 return True
-            if lease is None:
-                return False
+            except Exception as error:  # of memory, a device: the next request is waiting for this thread
+                log.exception("the rows of task %r were not brought into the model", lease.name)
+                table.end(run, "error", f"its task was not brought into the model: {error}")
+                return True
         with table.changed:
-            run.lease = lease
-            table.running[id] = run
             if run.ended:  # cancelled meanwhile
-                table.release(id)
                 return True
-            table.waiting.remove(run)
-            run.started = time.perf_counter()
-            if not self.loop.add(run):  # it has just died: the request waits for the next one
-                table.release(id)
-                table.waiting.appendleft(run)
+            run.started, table.running[run.generation.id] = time.perf_counter(), run  # before the loop asks for it
+            if self.loop.add(run):
+                table.waiting.remove(run)
+            else:  # it has just died: the request waits for the next one
+                del table.running[run.generation.id]
         return True
 
     def _replace_loop(self) -> None:

@@ -45,6 +45,18 @@ class AdapterRefusedError(ServingError):
     """An adapter folder that does not fit or cannot be trusted; the message says why."""
 
 
+class TaskReplacedError(ServingError):
+    """A prompt that was made for a version of its task which is no more, and would be asked in another way now."""
+
+
+class TaskLostError(ServingError):
+    """A task whose numbers are nowhere any more as they were loaded; the message says how to bring it back."""
+
+
+class StorageError(ServingError, OSError):
+    """The disk does not take what has to move there; nothing has changed."""
+
+
 class QueueFullError(ServingError):
     """More requests wait than the engine may hold; a place is likely after `retry_after` seconds."""
 
@@ -129,6 +141,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     error: str | None = None
+    refusal: ServingError | None = None  # what `error` was said by, if the request was refused after it had waited
     queued: float | None = None  # seconds from submission to its first step
     first_token: float | None = None  # seconds from submission to the first token, if there was one
     seconds: float = 0.0  # from submission to the end

@@ -12,12 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .request import Completion, FinishReason, Generation, Logprob, NotServingError, Piece, QueueFullError
+from .request import Completion, FinishReason, Generation, Logprob, NotServingError, Piece, QueueFullError, ServingError
 from .sampling import Row
 from .store import Lease, TaskStore
 from .text import TextStream
@@ -27,14 +29,19 @@ State = Literal["new", "ready", "draining", "stopped", "failed"]
 WINDOW = 2.0  # seconds over which tokens per second are counted
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-BASE_LABEL = "(base)"  # parentheses are in no task's name
+BASE_LABEL, GONE_LABEL = "(base)", "(unloaded)"  # parentheses are in no task's name
 
 
 class Metrics:
-    """Counters and histograms of one engine in a registry of its own; `answered` requests ended without an error."""
+    """Counters and histograms of one engine in a registry of its own; `answered` requests ended without an error.
 
-    def __init__(self) -> None:
+    What counts requests changes under `lock` alone, so at any time those taken are those that have ended, run and wait.
+    """
+
+    def __init__(self, lock: AbstractContextManager[Any], store: TaskStore | None) -> None:
+        self._lock, self._store, self._tasks = lock, store, set[str]()
         own = self.registry = CollectorRegistry()
+        self.taken = Counter("alora_requests_taken", "requests that were taken, to run or to wait", registry=own)
         self.requests = Counter("alora_requests", "requests that have ended", ["task", "finish_reason"], registry=own)
         self.refused = Counter("alora_requests_refused", "requests that were not taken", ["reason"], registry=own)
         self.prompt_tokens = Counter("alora_prompt_tokens", "tokens of prompts", ["task"], registry=own)
@@ -43,8 +50,8 @@ class Metrics:
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, what, registry=own, buckets=buckets)
 
-        self.first_token = histogram("alora_time_to_first_token_seconds", "from submission to first token", SECONDS)
-        self.seconds = histogram("alora_request_seconds", "from submission to the end", SECONDS)
+        self.first_token = histogram("alora_time_to_first_token_seconds", "to the first token of an answer", SECONDS)
+        self.seconds = histogram("alora_request_seconds", "from submission to the end of an answer", SECONDS)
         self.batch_tokens = histogram("alora_batch_tokens", "tokens in a step", ROWS)
         self.batch_requests = histogram("alora_batch_requests", "requests in a step", ROWS)
         self.restarts = Counter("alora_engine_restarts", "generation loops that died and were replaced", registry=own)
@@ -56,18 +63,35 @@ class Metrics:
 
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""
-        return generate_latest(self.registry)
+        with self._lock:
+            self._fold()
+            now = list(self.registry.collect())
+        return generate_latest(SimpleNamespace(collect=lambda: now))  # type: ignore[arg-type]  # it asks for no more
+
+    def _fold(self) -> None:
+        """Count what tasks had that were unloaded under one name: their series go, and sums stay what they are."""
+        gone = set() if self._store is None else self._tasks.difference(self._store.names())
+        self._tasks -= gone
+        for counter in (self.requests, self.prompt_tokens, self.tokens) if gone else ():
+            samples = [sample for family in counter.collect() for sample in family.samples]
+            for _, labels, value, *_ in [s for s in samples if s.name.endswith("_total") and s.labels["task"] in gone]:
+                counter.labels(**(labels | {"task": GONE_LABEL})).inc(value)
+                counter.remove(*labels.values())
 
     def ended(self, completion: Completion) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended; the times of answers that were cut off are not those of answers."""
         self.answered += completion.finish_reason != "error"
         task = BASE_LABEL if completion.task is None else completion.task
+        if completion.task is not None and task not in self._tasks:
+            self._fold()  # also where nobody asks for the text
+            self._tasks.add(task)
         self.requests.labels(task, completion.finish_reason).inc()
         self.prompt_tokens.labels(task).inc(completion.prompt_tokens)
         self.tokens.labels(task).inc(completion.completion_tokens)
-        if completion.first_token is not None:
-            self.first_token.observe(completion.first_token)
-        self.seconds.observe(completion.seconds)
+        if completion.finish_reason in ("stop", "length"):
+            self.seconds.observe(completion.seconds)
+            if completion.first_token is not None:
+                self.first_token.observe(completion.first_token)
 
 
 @dataclass(eq=False)
@@ -79,7 +103,7 @@ class Run:
     row: Row
     text: TextStream
     ends: Sequence[int] = ()  # tokens that end its task's answers, beside the table's
-    lease: Lease | None = None
+    lease: Lease | None = None  # from its submission on
     tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     scores: list[list[tuple[int, float]]] = field(default_factory=list)  # of each token: its own, then the likeliest
@@ -89,7 +113,7 @@ class Run:
     first: float | None = None
     ended: bool = False
 
-    def completion(self, reason: FinishReason, error: str | None, now: float) -> Completion:
+    def completion(self, reason: FinishReason, error: str | ServingError | None, now: float) -> Completion:
         """Its result, for one that ends `now`."""
         return Completion(
             self.generation.id,
@@ -98,7 +122,8 @@ class Run:
             tuple(self.tokens),
             reason,
             len(self.prompt),
-            error,
+            None if error is None else str(error),
+            error if isinstance(error, ServingError) else None,
             queued=None if self.started is None else self.started - self.submitted,
             first_token=None if self.first is None else self.first - self.submitted,
             seconds=now - self.submitted,
@@ -132,7 +157,7 @@ class RequestTable:
         self.finished = self.generated = 0
         self.last_step = (0, 0)
         self.max_waiting, self.max_batch, self.eos = max_waiting, max_batch, list(eos)
-        self.store, self.metrics = store, Metrics()
+        self.store, self.metrics = store, Metrics(self.changed, store)
         self._recent: deque[tuple[float, int]] = deque()
         self._durations: deque[float] = deque(maxlen=64)
         self._silent: set[str | None] = set()  # tasks that have answered nothing
@@ -147,6 +172,7 @@ class RequestTable:
                 mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
                 raise QueueFullError(waiting, max(1.0, mean * waiting / self.max_batch))
             self.waiting.append(run)
+            self.metrics.taken.inc()
             self.changed.notify_all()
 
     def cancel(self, id: str) -> None:
@@ -160,7 +186,7 @@ class RequestTable:
         self,
         run: Run,
         reason: FinishReason,
-        error: str | None = None,
+        error: str | ServingError | None = None,
         text: str = "",
         logprobs: tuple[Logprob, ...] = (),
     ) -> None:
@@ -171,6 +197,7 @@ class RequestTable:
             run.ended = True
             if run in self.waiting:
                 self.waiting.remove(run)
+                self.give_back(run.lease)
             now = time.perf_counter()
             completion = run.completion(reason, error, now)
             self.finished += 1
@@ -193,11 +220,13 @@ class RequestTable:
     def release(self, id: str) -> None:
         """Forget a request that no loop has, and give its lease back."""
         with self.changed:
-            run = self.running.pop(id)
-            if run.lease is not None and self.store is not None:
-                self.store.release(run.lease)
-            run.lease = None
+            self.give_back(self.running.pop(id).lease)
             self.changed.notify_all()
+
+    def give_back(self, lease: Lease | None) -> None:
+        """Let a request's version of its task go."""
+        if lease is not None and self.store is not None:
+            self.store.release(lease)
 
     def release_all(self) -> None:
         """Forget all requests of a loop that is gone."""

@@ -11,23 +11,28 @@ them. Smaller ranks are padded with zero rows, which add nothing; so only the fi
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import files
 from ..adapters.cards import TaskCard
-from ..adapters.config import refused
-from ..adapters.reader import AdapterFile
+from ..adapters.config import AdapterFolderError, refused
+from ..adapters.reader import AdapterFile, read_adapter
 from ..tensor_file import DamagedFileError
 from ..text import listed
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
@@ -35,12 +40,13 @@ from ..tuner.base_layer import features
 from ..tuner.layer import AdapterSpec, ALoRALinear
 from ..tuner.targets import check_target
 from .layer import SlotLinear
-from .request import AdapterRefusedError
+from .request import StorageError, TaskLostError
 
 log = logging.getLogger("alora_kernels.serving")
 Where = Literal["device", "host", "disk"]
 Rows = dict[str, Tensor]  # module -> a task's A there: [r, K], r <= R, on the CPU, in the slots' dtype
 ADAPTER = "serving"
+OWN = "tasks-"  # what a store's folder in `spill` is called
 SHOWN = 5  # module names in an error
 REMEDY = "give the base that it was trained on"
 SAME_B, SAME_B_16BIT = 1e-5, 1e-2  # largest relative difference that is rounding
@@ -59,7 +65,8 @@ class Slots:
             raise ValueError("the model has adapters already: give the plain base model")
         check_model(model, file)
         self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
-        self.shapes, self._scaling, self._base = dict(file.shapes), dict(file.scaling), file.base
+        self.shapes, self._scaling, self.base = dict(file.shapes), dict(file.scaling), file.base
+        self._b_sums = dict(file.b_sums) if all(sum for _, sum in file.b_sums.values()) else None
         self.bytes_per_task = sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize  # in all layers
         self.bytes_shared = sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize  # of the B's, likewise
         self._a: dict[str, nn.Parameter] = {}  # module -> [capacity, R, K]
@@ -107,24 +114,19 @@ class Slots:
 
     def fit(self, file: AdapterFile) -> None:
         """Raise an AdapterFolderError unless base, modules and shapes of the folder are those of these slots."""
-        if file.base and self._base and file.base != self._base:
-            raise refused(file.folder, f"was trained on {file.base!r} but this store serves {self._base!r}")
-        if file.shapes.keys() != self.shapes.keys():
-            raise refused(file.folder, f"does not adapt the modules of the store: {_some(file.shapes, self.shapes)}")
-        for module, (n, r, k) in file.shapes.items():
-            own_n, own_r, own_k = self.shapes[module]
-            if (n, k) != (own_n, own_k):
-                raise refused(file.folder, f"{module} maps {k} features to {n} but the base maps {own_k} to {own_n}")
-            if r > own_r:
-                raise refused(file.folder, f"rank {r} does not fit the stack's rank {own_r} at {module}")
+        check_fit(self, file)
 
     def agree(self, file: AdapterFile) -> None:
         """Raise an AdapterFolderError unless s B is the same: with s and B fixed, A can be used as it is only there."""
         self._check_b(file)
+        if not file.copies:
+            return
         parameters = self.model.named_parameters(remove_duplicate=False)
         file.check_copies({name.replace(".base_layer.", "."): p for name, p in parameters})
 
     def _check_b(self, file: AdapterFile) -> None:
+        if self._b_sums and (self._b_sums, self.shapes, self._scaling) == (file.b_sums, file.shapes, file.scaling):
+            return  # the reader has compared B with its SHA-256
         limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
         different = {}
         for module, b in file.b.items():
@@ -143,8 +145,10 @@ class Slots:
             )
 
     def rows(self, file: AdapterFile, task: str) -> Rows:
-        """A task's matrices as `write` takes them, unless the dtype cannot hold them."""
-        return {module: _cast(file, module, a, self.dtype) for module, a in file.matrices(task).items()}
+        """A task's matrices as `write` takes them and `read` gives them, unless the dtype cannot hold them."""
+        cast = {module: _cast(file, module, a, self.dtype) for module, a in file.matrices(task).items()}
+        short = {module: self.shapes[module].r - a.shape[0] for module, a in cast.items()}
+        return {module: F.pad(a, (0, 0, 0, short[module])) if short[module] else a for module, a in cast.items()}
 
     @torch.no_grad()
     def write(self, slot: int, matrices: Rows) -> None:
@@ -170,6 +174,20 @@ class Slots:
     def read(self, slot: int) -> Rows:
         """Copies of a slot's matrices, with all R rows."""
         return {module: a[slot].to("cpu", copy=True) for module, a in self._a.items()}
+
+
+def check_fit(first: Slots | AdapterFile, file: AdapterFile) -> None:
+    """Refuse a file with another base, other modules or shapes than the first has, or larger ranks."""
+    if file.base and first.base and file.base != first.base:
+        raise refused(file.folder, f"was trained on {file.base!r} but this store serves {first.base!r}")
+    if file.shapes.keys() != first.shapes.keys():
+        raise refused(file.folder, f"does not adapt the modules of the store: {_some(file.shapes, first.shapes)}")
+    for module, (n, r, k) in file.shapes.items():
+        own_n, own_r, own_k = first.shapes[module]
+        if (n, k) != (own_n, own_k):
+            raise refused(file.folder, f"{module} maps {k} features to {n} but the base maps {own_k} to {own_n}")
+        if r > own_r:
+            raise refused(file.folder, f"rank {r} does not fit the stack's rank {own_r} at {module}")
 
 
 def check_model(model: nn.Module, file: AdapterFile) -> None:
@@ -228,16 +246,19 @@ class Record:
     """One version of a task."""
 
     task: TaskInfo  # as it was loaded
-    leases: int = 0  # running requests that use it
+    own: str  # its name in its folder
+    leases: int = 0  # requests that wait for it or run
+    running: int = 0  # those that run: it keeps its slot
     gone: bool = False  # unloaded or replaced: it goes with its last lease
     slot: int | None = None  # while it is on the device
     rows: Rows | None = None  # while it is in host memory
     file: Path | None = None  # once it was on the disk
+    sum: str | None = None  # of its rows, likewise
 
     def info(self) -> TaskInfo:
         """The task now; `where` is the fastest place that holds it."""
         where: Where = "device" if self.slot is not None else "host" if self.rows is not None else "disk"
-        return replace(self.task, where=where, in_use=self.leases)
+        return replace(self.task, where=where, in_use=self.running)
 
     @property
     def label(self) -> dict[str, str]:
@@ -250,7 +271,7 @@ class Placement:
 
     A record is in a slot, or in host memory, or else in a file. Going to a slot gives up the host's copy, for eviction
     can read the slot; a file stays as long as its record, for the numbers of a record never change: going to the disk a
-    second time writes nothing.
+    second time writes nothing. Where a file was removed or damaged, the folder the task was loaded from is read again.
     """
 
     def __init__(self, slots: Slots, host: int | None, spill: Path | None) -> None:
@@ -260,12 +281,14 @@ class Placement:
         self._free = list(reversed(range(slots.capacity)))
         self._resident: OrderedDict[Record, None] = OrderedDict()  # least recently used first
         self._waiting: OrderedDict[Record, None] = OrderedDict()  # in host memory, likewise
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # goes with this, or at exit
+        self._spilled = ExitStack()  # the folder goes with this, or at exit
+        self.close = weakref.finalize(self, self._spilled.close)
+        self._folder = None if host is None else self._make_folder()
 
     def add(self, record: Record, rows: Rows) -> None:
         """Place a new record: in a free slot, else in host memory. It displaces none from the device.
 
-        An OSError if host memory is full and the disk does not take what would make room.
+        A StorageError if host memory is full and the disk does not take what would make room.
         """
         if self._free:
             self._write(record, rows)
@@ -277,12 +300,12 @@ class Placement:
     def bring(self, record: Record) -> bool:
         """Bring a record into a slot, as the one used last; False if running requests use every slot.
 
-        An AdapterRefusedError if its file is damaged; everything else stays where it is.
+        A TaskLostError if its file is damaged, and its folder too; everything else stays where it is.
         """
         if record.slot is not None:
             self._resident.move_to_end(record)
             return True
-        victim = None if self._free else next((other for other in self._resident if not other.leases), None)
+        victim = None if self._free else next((other for other in self._resident if not other.running), None)
         if not self._free and victim is None:
             return False
         rows = record.rows if record.rows is not None else self._from_disk(record)
@@ -291,7 +314,7 @@ class Placement:
         self._write(record, rows)
         try:
             self._make_room()
-        except OSError as error:  # nothing is lost, and the request can go on
+        except StorageError as error:  # nothing is lost, and the request can go on
             log.warning("no task can move from host memory to the disk, so more than %s stay: %s", self.host, error)
         return True
 
@@ -310,11 +333,6 @@ class Placement:
                 log.warning("%s was not removed: %s", record.file, error)
             record.file = None
 
-    def close(self) -> None:
-        """Remove the files."""
-        if self._folder is not None:
-            self._folder.cleanup()
-
     def _write(self, record: Record, rows: Rows) -> None:
         self.slots.write(self._free[-1], rows)
         record.slot, record.rows = self._free.pop(), None
@@ -331,34 +349,83 @@ class Placement:
 
     def _make_room(self) -> None:
         """Move the least recently used records from host memory to the disk until the rest is within `host`."""
-        while self.host is not None and len(self._waiting) > self.host:
+        while self.close.alive and self.host is not None and len(self._waiting) > self.host:
             record = next(iter(self._waiting))
-            if record.file is None:
+            if record.file is None or not record.file.is_file():
                 self._to_disk(record)
             record.rows = None
             del self._waiting[record]
 
+    def _make_folder(self) -> Path:
+        try:
+            return self._spilled.enter_context(spill_folder(self.spill or files.state_dir() / "spill"))
+        except OSError as error:
+            raise StorageError(
+                f"no folder for tasks on the disk ({error}): give one with --spill (spill=...) that may be written to"
+            ) from None
+
     def _to_disk(self, record: Record) -> None:
-        assert record.rows is not None
-        if self._folder is None:
-            if self.spill is not None:
-                self.spill.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._folder = tempfile.TemporaryDirectory(  # mode 700
-                prefix="alora-tasks-", dir=self.spill, ignore_cleanup_errors=True
-            )
-        path = Path(self._folder.name) / f"version-{record.task.version}.safetensors"
-        files.write(path, record.rows, record.label)
+        assert record.rows is not None and self._folder is not None
+        if not self._folder.is_dir():  # somebody removed it
+            self._spilled.close()  # or its lock would stay open
+            self._folder = self._make_folder()
+        path = self._folder / f"version-{record.task.version}.safetensors"
+        try:
+            record.sum = files.write(path, record.rows, record.label)
+        except OSError as error:
+            raise StorageError(
+                f"no room for task {record.task.name!r} in {path.parent} ({error.strerror or error}): free some there,"
+                " unload tasks, or start again with another --spill (spill=...) or more --host-tasks (host=...)"
+            ) from None
         record.file = path
 
     def _from_disk(self, record: Record) -> Rows:
         assert record.file is not None
+        name, folder = record.task.name, record.task.folder
         try:
             rows, label = files.read(record.file)
-            if label != record.label:
-                raise DamagedFileError(f"{record.file} holds another task")
+            if label == record.label:
+                return rows
+            why = f"{record.file} holds another task"
         except (OSError, DamagedFileError) as error:
-            raise AdapterRefusedError(
-                f"task {record.task.name!r} was moved to the disk and does not come back ({error}): load"
-                f" {record.task.folder} again with replace=True"
-            ) from None
-        return rows
+            why = str(error)
+        log.warning("task %r was lost on the disk and is read again from %s: %s", name, folder, why)
+        try:
+            rows = self.slots.rows(read_adapter(folder, fits=self.slots.fit), record.own)
+            if files.checksum(rows, record.label) == record.sum:
+                with suppress(OSError):
+                    record.file.unlink(missing_ok=True)  # it is written anew when it goes there again
+                return rows
+            why = f"{folder} holds other numbers than were loaded"
+        except (OSError, AdapterFolderError) as error:
+            why = str(error)
+        raise TaskLostError(
+            f"task {name!r} was moved to the disk, removed or damaged there, and cannot be read again ({why}): load it"
+            " again with replace=True (load_inplace over HTTP)"
+        )
+
+
+@contextmanager
+def spill_folder(root: Path) -> Iterator[Path]:
+    """A private folder in `root` until the end of the block; first those go that processes which are dead have left."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _sweep(root)
+    draft = Path(tempfile.mkdtemp(prefix=".new-", dir=root))  # mode 700
+    with files.claimed(draft):  # before anybody looks for it
+        folder = draft.rename(root / f"{OWN}{draft.name.removeprefix('.new-')}")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Nothing goes of other users, who may have put links there, nor where the file system keeps no locks."""
+    for left in root.glob(f"{OWN}*") if os.name == "posix" else ():
+        with suppress(ValueError, OSError):  # a ValueError: its process lives
+            if left.lstat().st_uid != os.getuid():
+                continue
+            with files.claimed(left):
+                with suppress(ValueError), files.claimed(left):
+                    continue  # twice: locks keep nobody out here, so its process may live
+                shutil.rmtree(left)

@@ -1,8 +1,9 @@
 """Tasks by name: adapter folders that share one B are loaded and unloaded while requests run.
 
-A request leases a slot whose rows do not change until the lease is released. A load makes a new version with rows of
-its own; requests keep the version they began with, and its rows are freed with the last of them. Everything is checked
-before a name points to it, so a refused load changes nothing. Folders are read outside the lock, so requests go on.
+A request leases the version of its task that is there when it is submitted, and later a slot, whose rows do not change
+until the lease is released. A load makes a new version with rows of its own; an old one is freed with its last lease.
+Everything is checked before a name points to it, so a refused load changes nothing. Folders are read outside the lock,
+so requests go on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,25 +21,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapters.cards import read_task_cards
+from ..adapters.cards import TaskCard, read_task_cards
 from ..adapters.config import AdapterFolderError, refused
 from ..adapters.reader import AdapterChangedError, AdapterFile, read_adapter
 from ..modules.adapter import BASE
 from .openmp import release_workers
 from .request import AdapterRefusedError, NotServingError, UnknownTaskError
-from .slots import Placement, Record, Slots, TaskInfo, check_model
+from .slots import Placement, Record, Slots, TaskInfo, check_fit, check_model
 
 SHOWN = 20  # names in an error
+READERS = 2  # folders that are read at once when a store is opened
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # what clients send as the model: nothing that needs quoting
 
 
-@dataclass(frozen=True, eq=False)  # two leases of one version are two leases
+@dataclass(eq=False)  # two leases of one version are two leases
 class Lease:
-    """One request's right to a slot, whose number its tokens are routed to."""
+    """One request's right to a version of a task, and once it is placed to a slot, which its tokens are routed to."""
 
-    slot: int
     name: str
     version: int
+    card: TaskCard | None = None
+    slot: int | None = None
 
 
 class TaskStore:
@@ -71,11 +75,12 @@ class TaskStore:
             folders: adapters, the first of which decides modules, rank, scale and B.
             resident: tasks on the device at most; the memory for them is taken now.
             host: further tasks in host memory at most; None is no limit.
-            spill: tasks beyond that go to a private folder made in this one; None takes the system's temporary folder.
+            spill: tasks beyond that go to a private folder made in this one; None takes `files.state_dir()`.
             dtype: of A and B on the device; None takes the first folder's.
 
         Raises:
             ValueError: no folder, a number out of range, or a model that has adapters.
+            StorageError: `host` is a limit and no folder can be made in `spill`.
             AdapterRefusedError: a folder that cannot be served; the model is as it was.
 
         Example:
@@ -85,16 +90,18 @@ class TaskStore:
             raise ValueError("folders must name at least one adapter: the first decides which modules are adapted")
         if resident < 1:
             raise ValueError(f"resident must be >= 1, got {resident}")
-        with ExitStack() as undo:
+        with ThreadPoolExecutor(READERS) as readers, ExitStack() as undo:
+            undo.callback(readers.shutdown, wait=False, cancel_futures=True)
             with _reading():
                 first = read_adapter(folders[0], fits=partial(check_model, base_model))
+                others = [(folder, readers.submit(_read, folder, first)) for folder in folders[1:]]
                 slots = Slots(base_model, first, resident, dtype)
                 undo.callback(slots.remove)
                 store = cls(slots, host=host, spill=spill)
                 undo.callback(store.close)
                 store._load(first, None, None, replace=False)
-            for folder in folders[1:]:
-                store.load(folder)
+            for folder, file in others:
+                store._load_from(folder, file.result, None, None, replace=False)
             undo.pop_all()
         return store
 
@@ -113,11 +120,16 @@ class TaskStore:
         Raises:
             AdapterRefusedError: the folder cannot be served, a name is not allowed or taken; nothing has changed.
             NotServingError: the store is closed.
-            OSError: no memory or disk is left for it; nothing has changed.
+            StorageError: a task has to move to the disk and it does not take it; nothing has changed.
         """
+        return self._load_from(folder, partial(read_adapter, folder, fits=self.slots.fit), name, task, replace)
+
+    def _load_from(
+        self, folder: Path, read: Callable[[], AdapterFile], name: str | None, task: str | None, replace: bool
+    ) -> list[TaskInfo]:
         with _reading():
             try:
-                return self._load(read_adapter(folder, fits=self.slots.fit), name, task, replace)
+                return self._load(read(), name, task, replace)
             except AdapterChangedError:  # somebody writes it anew
                 return self._load(read_adapter(folder, fits=self.slots.fit), name, task, replace)
 
@@ -136,7 +148,7 @@ class TaskStore:
                     self._versions += 1
                     size, now, card = self.bytes_per_task, time.time(), cards.get(own)
                     info = TaskInfo(public, self._versions, file.folder, "host", 0, size, now, card)
-                    records.append(Record(info))
+                    records.append(Record(info, own))
                     self._placement.add(records[-1], rows)
             with self._lock:
                 self._check_names(file, names, replace)
@@ -171,33 +183,56 @@ class TaskStore:
             return self._known(name).info()
 
     def names(self) -> list[str]:
-        """The names of all tasks, in the order of their first load."""
-        with self._lock:
-            return list(self._records)
+        """The names of all tasks, in the order of their first load; does not wait for rows that move."""
+        return list(self._records)
+
+    def resident(self) -> int:
+        """How many of the tasks are on the device; does not wait, either."""
+        return sum(record.slot is not None for record in list(self._records.values()))
 
     def __contains__(self, name: object) -> bool:
-        with self._lock:
-            return name in self._records
+        return name in self._records
 
-    def acquire(self, name: str) -> Lease | None:
-        """A slot with the task's rows, which stay until `release`; None while running requests use every slot.
-
-        A task that is not on the device takes a free slot, or that of the task whose last use is longest ago among
-        those that no running request uses.
-
-        Raises:
-            UnknownTaskError: no such task.
-            AdapterRefusedError: its file on the disk is damaged; the task stays, so that it can be replaced.
-        """
+    def reserve(self, name: str) -> Lease:
+        """The task as it is now, until `release`, whatever is loaded or unloaded meanwhile; or an UnknownTaskError."""
         with self._lock:
             record = self._known(name)
-            if not self._placement.bring(record):
-                return None
-            assert record.slot is not None
-            record.leases += 1
-            lease = Lease(record.slot, name, record.task.version)
+            lease = Lease(name, record.task.version, record.task.card)
             self._leases[lease] = record
+            record.leases += 1
             return lease
+
+    def place(self, lease: Lease) -> bool:
+        """Give a lease a slot with its rows, which stay until `release`; False while running requests use every slot.
+
+        A task that is not on the device takes a free slot, or that of the task whose last use is longest ago among
+        those that no running request uses. Does nothing for a lease that has a slot, or was released.
+
+        Raises:
+            TaskLostError: its file on the disk is gone or damaged, and its folder is not what was loaded; the task
+                stays, so that it can be replaced.
+        """
+        with self._lock:
+            record = self._leases.get(lease)
+            if record is None or lease.slot is not None:
+                return True
+            if not self._placement.bring(record):
+                return False
+            lease.slot = record.slot
+            record.running += 1
+            return True
+
+    def acquire(self, name: str) -> Lease | None:
+        """`reserve` and `place`; None while running requests use every slot."""
+        lease = self.reserve(name)
+        try:
+            placed = self.place(lease)
+        except BaseException:
+            self.release(lease)
+            raise
+        if not placed:
+            self.release(lease)
+        return lease if placed else None
 
     def release(self, lease: Lease) -> None:
         """Give a lease back; a second time changes nothing."""
@@ -206,6 +241,7 @@ class TaskStore:
             if record is None:
                 return
             record.leases -= 1
+            record.running -= lease.slot is not None
             if record.gone and not record.leases:
                 self._placement.drop(record)
 
@@ -253,6 +289,14 @@ def _reading() -> Iterator[None]:
         yield
     except AdapterFolderError as error:
         raise AdapterRefusedError(str(error)) from None
+    finally:
+        release_workers()
+
+
+def _read(folder: Path, first: AdapterFile) -> AdapterFile:
+    """In a thread of its own: most of the time is spent in hashes and numbers, which others need not wait for."""
+    try:
+        return read_adapter(folder, fits=partial(check_fit, first))
     finally:
         release_workers()
 

@@ -14,8 +14,6 @@ from functools import partial
 from os.path import commonprefix
 from typing import Any
 
-from ..adapters.asking import special_tokens, turn_ends
-
 CONTEXT = 4  # tokens of the prompt that are decoded with the answer, or more where these begin inside a character
 FOLLOW = 4  # tokens after which a character that is not complete never will be: it has four bytes at most
 BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not yet
@@ -124,12 +122,3 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that begins the stop text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
-
-
-def eos_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the model's own, and those of training, the tokenizer's and a turn's in its chats."""
-    given = [getattr(owner, "eos_token_id", None) for owner in (model.generation_config, model.config, tokenizer)]
-    own = next((eos for eos in given if eos is not None), None)
-    ends = [*(own if isinstance(own, list) else [own]), given[-1]]
-    ends += turn_ends(tokenizer, special_tokens(tokenizer))
-    return list(dict.fromkeys(end for end in ends if end is not None))

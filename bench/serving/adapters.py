@@ -7,7 +7,7 @@ base share its weights; a provider that merges gets its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,20 +65,24 @@ class Adapters:
     def b_bytes(self) -> int:
         return sum(b.nbytes for b in self.b.values())
 
-    def write(self, folder: Path, tasks: int) -> Path:
-        """An ALoRA folder of the first `tasks` tasks."""
+    def write(self, folder: Path, tasks: int | Mapping[str, int], **metadata: str) -> Path:
+        """An ALoRA folder of the first `tasks` tasks, or of those named; `metadata` beside the sums, or instead."""
         from safetensors.torch import save_file
 
         from alora_kernels import ALoRAConfig
+        from alora_kernels.tensor_file import sums
 
+        names = tasks if isinstance(tasks, Mapping) else {self.name(task): task for task in range(tasks)}
+        rows = list(names.values())
         folder.mkdir(parents=True)
-        tensors = {f"base_model.model.{name}.asymlora_A.weight": a[:tasks].contiguous() for name, a in self.a.items()}
+        tensors = {f"base_model.model.{name}.asymlora_A.weight": a[rows].contiguous() for name, a in self.a.items()}
         tensors |= {f"base_model.model.{name}.asymlora_B.weight": b for name, b in self.b.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        said = {"format": "pt", **sums(tensors), **metadata}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata=said)
         config = ALoRAConfig(
             r=self.r,
             lora_alpha=ALPHA_OVER_R * self.r,
-            tasks=[self.name(task) for task in range(tasks)],
+            tasks=list(names),
             target_modules=sorted(self.a),
             task_type="CAUSAL_LM",
             inference_mode=True,

@@ -56,34 +56,68 @@ def test_options_become_settings(started, folder):
     alora(
         "tiny-random", "--adapter", folder, "--port", 0, "--max-batch", 4, "--max-context", 99, "--cache-tokens", 500,
         "--resident", 7, "--host-tasks", 3, "--rate-limit", "5/second", "--max-body-mb", 0.5, "--adapter-root", folder,
-        "--served-name", "tiny", "--drain-timeout", 3, "--dtype", "float32",
+        "--served-name", "tiny", "--drain-timeout", 3, "--dtype", "float32", "--request-timeout", 9,
+        "--send-timeout", 8, "--max-connections", 70, "--max-connections-per-address", 7, "--wrong-key-limit", "1/hour",
+        "--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "::1",
     )  # fmt: skip
     opening, config = started[0]
     model, adapters, sizes = opening.args
     assert (model, adapters) == ("tiny-random", [folder])
     assert sizes == EngineConfig(max_batch=4, max_context=99, cache_tokens=500)
-    own = {"resident": 7, "host_tasks": 3, "device": "auto", "dtype": "float32", "chat_template": None}
+    own = {"resident": 7, "host_tasks": 3, "spill": None, "device": "auto", "dtype": "float32", "chat_template": None}
     assert opening.keywords == own
     assert (config.base_model_id, config.port, config.max_body_bytes) == ("tiny", 0, 1 << 19)
     assert (config.rate_limit, config.drain_timeout, config.adapter_roots) == ("5/second", 3.0, (folder.resolve(),))
     assert "localhost" in config.allowed_hosts
+    assert (config.request_timeout, config.send_timeout, config.wrong_key_limit) == (9, 8, "1/hour")
+    assert (config.max_connections, config.max_connections_per_address) == (70, 7)
+    assert config.trusted_proxies == ("10.0.0.0/8", "::1")
 
 
-def test_keys_come_from_options_or_the_environment_and_open_every_host_name(started, folder, monkeypatch):
-    serve = ("m", "--adapter", folder, "--host", "0.0.0.0")
+def test_keys_come_from_one_place_and_open_every_host_name(started, folder, monkeypatch, tmp_path):
+    serve, file = ("m", "--adapter", folder, "--host", "0.0.0.0"), tmp_path / "keys"
+    file.write_text("\ufeffe f\n\n  g \r\n", encoding="utf-8")
+    file.chmod(0o600)
     alora(*serve, "--allow-anonymous")
+    alora(*serve, "--api-key", "a", "--api-key", "b")
+    alora(*serve, "--api-key-file", file)
     monkeypatch.setenv(serve_module.KEY_VARIABLE, "c, d")
     alora(*serve)
-    alora(*serve, "--api-key", "a", "--api-key", "b")
-    assert [config.api_keys for _, config in started] == [(), ("c", "d"), ("a", "b")]
+    assert [config.api_keys for _, config in started] == [(), ("a", "b"), ("e f", "g"), ("c", "d")]
     assert all(config.allowed_hosts is None for _, config in started)
+    variable = "ALORA_API_KEY in the environment"
+    for more, named in (
+        (("--api-key", "a"), f"--api-key and {variable} both say"),
+        (("--api-key-file", file), f"--api-key-file and {variable} both say"),
+        (("--api-key", "a", "--api-key-file", file), f"--api-key and --api-key-file and {variable} both say"),
+    ):
+        assert named in refused(*serve, *more) and len(started) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "said"),
+    [
+        ("key", 0o644, "can be read by other users: chmod 600"), ("key", 0o640, "can be read by other users"),
+        ("", 0o600, "holds no key"), (" \n\n", 0o600, "holds no key"), (b"\xff", 0o600, "does not read"),
+        ("key\n# of ann\n", 0o600, "has a line that begins with #"),
+        (None, 0, "does not read"),
+    ],
+)  # fmt: skip
+def test_a_file_of_keys_that_others_read_or_that_holds_none_is_refused(started, folder, tmp_path, content, mode, said):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        file.chmod(mode)
+    assert f"--api-key-file {file} {said}" in refused("m", "--adapter", folder, "--api-key-file", file) and not started
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--host", "0.0.0.0"], "--allow-anonymous"),
-        (["--host", "::"], "--api-key KEY"),
+        (["--host", "::"], "give --api-key-file FILE, set ALORA_API_KEY"),
+        (["--trusted-proxy", "*"], "trusted_proxies: '*' does not appear to be an IPv4 or IPv6 network"),
+        (["--request-timeout", "0"], "request_timeout must be at least 0.01, got 0.0"),
         (["--dtype", "int8"], "--dtype must be one of auto, float32"),
         (["--adapter", "/no/such"], "/no/such is not a folder"),
         (["--adapter-root", "/no/such"], "/no/such is not a folder"),
@@ -254,12 +288,11 @@ def test_a_chat_template_takes_the_place_of_the_tokenizers_and_is_tried_at_once(
             assert engine.prompt("hi").text == "hi!"
 
 
-def test_the_prompts_of_the_readme_are_those_the_tasks_were_trained_on():
-    """What README asks of a task begins and ends as the task's template does."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    text = text[text.index("## Serve many tasks") : text.index("<!-- serving:begin -->")]
+def test_the_prompts_of_the_guide_are_those_the_tasks_were_trained_on():
+    """What docs/serving.md asks of a task begins and ends as the task's template does."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     curl = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", text)]
-    asked = {(body["model"], body["prompt"]) for body in curl}
+    asked = {(body["model"], body["prompt"]) for body in curl if "prompt" in body}
     prompt = json.loads('"' + re.search(r'^prompt = "(.*?)"', text, re.M)[1] + '"')
     asked |= {(model, prompt) for model in re.findall(r'completions\.create\(model="(\w+)", prompt=prompt', text)}
     found = re.findall(r'submit\("(.*?)", task="(\w+)"', text)

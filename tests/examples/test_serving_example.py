@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server needs the extra `serving`")
 pytest.importorskip("openai", reason="the demo's requests are sent by OpenAI's client")
 
-from alora_kernels.recipes import serve_demo
-from alora_kernels.recipes.serve_demo import NOTHING, TASKS, Answer, served
+import serve_kit
+from serve_kit import NOTHING, TASKS, Answer, served
 
 from ..support.toyrows import need_data
 from .test_examples import load
@@ -21,7 +21,7 @@ from .test_examples import load
 
 @pytest.fixture
 def quick_adapter(tmp_path):
-    return serve_demo.adapter_folder("tiny-random", tmp_path)[0]
+    return serve_kit.adapter_folder("tiny-random", tmp_path)[0]
 
 
 def gone(pid: int) -> bool:
@@ -43,11 +43,11 @@ def test_the_demo(tmp_path, capsys):
 
 
 def test_an_adapter_is_made_once_and_says_that_it_means_nothing(tmp_path):
-    folder, note = serve_demo.adapter_folder("tiny-random", tmp_path)
+    folder, note = serve_kit.adapter_folder("tiny-random", tmp_path)
     assert json.loads((folder / "adapter_config.json").read_text())["tasks"] == list(TASKS)
     assert note == NOTHING
     before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
-    assert serve_demo.adapter_folder("tiny-random", tmp_path) == (folder, NOTHING)
+    assert serve_kit.adapter_folder("tiny-random", tmp_path) == (folder, NOTHING)
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
@@ -55,16 +55,16 @@ def test_the_trained_adapter_is_taken_for_its_model_only(tmp_path, monkeypatch):
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(serve_demo, "TRAINED", trained)
-    folder, note = serve_demo.adapter_folder(serve_demo.RECIPE.model, tmp_path)
+    monkeypatch.setattr(serve_kit, "TRAINED", trained)
+    folder, note = serve_kit.adapter_folder(serve_kit.RECIPE.model, tmp_path)
     assert folder == trained
     assert "trained by `make demo`" in note
-    assert serve_demo.adapter_folder("tiny-random", tmp_path)[1] == NOTHING
+    assert serve_kit.adapter_folder("tiny-random", tmp_path)[1] == NOTHING
 
 
 def test_prompts_are_of_the_task_they_go_to():
     need_data(*TASKS)
-    asked = serve_demo.prompts(10)
+    asked = serve_kit.prompts(10)
     assert [task for task, _ in asked] == [*TASKS, None] * 2
     ends = {"trec": "Type:", "movie": "Sentiment:", "spam": "Spam or ham:", "bbc": "Section:", None: "Type:"}
     assert all(prompt.endswith(ends[task]) for task, prompt in asked)
@@ -99,7 +99,7 @@ def test_an_error_in_the_block_stops_the_server(tmp_path, quick_adapter):
         served("tiny-random", quick_adapter, tmp_path / "server.log") as (address, server),
     ):
         assert urllib.request.urlopen(f"{address}/health", timeout=60).status == 200
-        assert "MB per task" in serve_demo.memory(address)
+        assert "MB per task" in serve_kit.memory(address)
         raise ZeroDivisionError
     assert gone(server.pid)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -107,7 +107,7 @@ def test_an_error_in_the_block_stops_the_server(tmp_path, quick_adapter):
 
 def test_the_table(capsys):
     answers = [Answer("movie", "a\nlong answer " * 9, 4, 1.0, 0.1), Answer("movie", "b", 4, 3.0, 0.3)]
-    counted = serve_demo.show([*answers, Answer(None, "c", 2, 2.0)], seconds=5.0)
+    counted = serve_kit.show([*answers, Answer(None, "c", 2, 2.0)], seconds=5.0)
     assert counted == {"movie": 2, "base": 1}
     shown = " ".join(capsys.readouterr().out.split())
     assert "3 requests at once, 10 tokens in 5.0 s: 2 tokens/s" in shown

@@ -18,3 +18,9 @@ def engine() -> Iterator[FakeEngine]:
 
     with FakeEngine() as fake:
         yield fake
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that go to the disk do not go to the state folder of whoever runs the tests."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))

@@ -20,6 +20,7 @@ from alora_kernels.adapters.cards import TaskCard
 from alora_kernels.serving import Engine, EngineConfig, Stats, TaskInfo
 from alora_kernels.serving.request import AdapterRefusedError, Generation, Sampling, UnknownTaskError
 from alora_kernels.serving.request_table import RequestTable, Run
+from alora_kernels.serving.store import Lease
 
 VOCABULARY = 1000
 BOOM = "boom"
@@ -93,6 +94,9 @@ class FakeStore:
         if name not in self._tasks:
             raise UnknownTaskError(name, self.names())
         return self._tasks[name]
+
+    def reserve(self, name: str) -> Lease:
+        return Lease(name, self.info(name).version, self.info(name).card)
 
     def names(self) -> list[str]:
         return list(self._tasks)

@@ -23,11 +23,13 @@ def running(engine: Any, config: Any = None) -> Iterator[str]:
 
     `config` is a `ServerConfig`, or the base is called tiny. A server that does not start or end is an error.
     """
-    from alora_kernels.serving.http import ServerConfig, create_app
+    from alora_kernels.serving.http import ServerConfig
+    from alora_kernels.serving.http.app import settings
 
-    app = create_app(engine, config or ServerConfig("tiny"))
+    with_ours = settings(engine, config or ServerConfig("tiny"))
+    with_ours.timeout_graceful_shutdown = 1
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(with_ours)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         end = time.monotonic() + STARTING

@@ -26,6 +26,23 @@ def opened(page: Any, url: str) -> None:
     page.click("#none")
 
 
+def opened_as_it_is(page: Any, url: str) -> None:
+    """With what the address says."""
+    page.goto("about:blank")
+    page.goto(url)
+    page.wait_for_selector("#choices input")
+
+
+def address(page: Any, part: str) -> str:
+    """The page's address, once it has this part."""
+    page.wait_for_url(lambda url: part in url)
+    return page.url
+
+
+def chosen(page: Any) -> list[str]:
+    return page.locator("#choices input:checked").evaluate_all("boxes => boxes.map((box) => box.value)")
+
+
 def choose(page: Any, *tasks: str) -> None:
     for task in tasks:
         page.get_by_role("checkbox", name=task).check()
@@ -33,6 +50,8 @@ def choose(page: Any, *tasks: str) -> None:
 
 def ask(page: Any, prompt: str = "A film without a plot.", max_tokens: int = 40) -> None:
     page.fill("#prompt", prompt)
+    if page.locator("#more").get_attribute("open") is None:  # folded away on a phone
+        page.click("#more summary")
     page.fill("#max-tokens", str(max_tokens))
     page.click("#send")
 
@@ -226,6 +245,68 @@ class PageContract:
         page.keyboard.type("no mouse")
         page.keyboard.press("Control+Enter")
         state(page, "news", ENDED)  # the last in the list
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        page.fill("#max-tokens", str(self.endless))
+        page.keyboard.press("Enter")  # of a field with one line
+        state(page, "news", "streaming")
+        page.keyboard.press("Escape")
+        assert state(page, "news", ENDED) == "stopped"
+        page.focus("#send")
+        assert page.locator("#send").evaluate("button => getComputedStyle(button).outlineStyle") == "solid"
+        page.keyboard.press("Enter")
+        state(page, "news", "streaming")
+        assert page.evaluate("document.activeElement.id") == "stop-all"  # Send cannot be pressed now
+        page.keyboard.press("Enter")
+        assert state(page, "news", ENDED) == "stopped"
+        assert page.evaluate("document.activeElement.id") == "send"
+
+    def test_the_address_gives_the_same_form_again(self, page: Any, page_server: str) -> None:
+        """Twice: in a new tab, and pasted into a tab that shows the page; no part of it goes to the server."""
+        prompt = 'a & b = 100 % #1 + "ü" 🙂\nsecond line'
+        fields = {"#prompt": prompt, "#max-tokens": "9", "#temperature": "0.5", "#stop": "END\n\\n"}
+        choose(page, "movie", "news")
+        page.get_by_role("checkbox", name="Ask each as in its training").uncheck()
+        for field, value in fields.items():
+            page.fill(field, value)
+        link = address(page, "stop=")
+        other = page.context.new_page()
+        asked: list[str] = []
+        other.on("request", lambda request: asked.append(request.url))
+        opened_as_it_is(other, link)
+        assert [one for one in asked if "prompt" in one.partition("#")[0]] == []
+        opened(page, page_server + "/#task=")
+        page.evaluate("link => location.assign(link)", link)
+        for tab in (other, page):
+            tab.locator('#choices input[value="news"]:checked').wait_for()
+            assert {field: tab.input_value(field) for field in fields} == fields
+            assert chosen(tab) == ["movie", "news"] and not tab.locator("#apply").is_checked()
+        opened_as_it_is(other, page_server + "/#task=")
+        assert chosen(other) == []
+
+    def test_an_address_that_does_not_fit_is_told(self, page: Any, page_server: str) -> None:
+        tab = page.context.new_page()
+        opened_as_it_is(tab, page_server + "/#task=movie&task=gone&max_tokens=many&key=secret")
+        said = tab.locator("#said").inner_text()
+        assert "not served here" in said and said.endswith(": gone.") and chosen(tab) == ["movie"]
+        assert "The link's max_tokens is no number." in said and "The link's key is not known." in said
+        choose(tab, "spam")
+        assert "secret" not in address(tab, "task=spam")
+        tab.click("#send")
+        assert tab.locator(".card").count() == 0
+
+    def test_a_long_prompt_stays_out_of_the_address(self, page: Any) -> None:
+        """A reload still has it; who gets the link is told what is missing."""
+        prompt = "word " * 3000
+        page.fill("#prompt", prompt)
+        link = address(page, "left_out=15000")
+        assert len(link) < 200
+        page.reload()
+        page.wait_for_selector("#choices input")
+        assert page.input_value("#prompt") == prompt
+        tab = page.context.new_page()
+        opened_as_it_is(tab, link)
+        tab.get_by_text("The link leaves out its prompt of 15000 characters: paste it.").wait_for()
+        assert tab.input_value("#prompt") == ""
 
     def test_everything_has_a_name(self, page: Any) -> None:
         choose(page, "movie")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import threading
 import time
@@ -19,7 +20,13 @@ from alora_kernels.adapters.asking import Prompt
 from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.batching import TaskBatching
-from alora_kernels.serving.request import NotServingError, QueueFullError, RequestError, UnknownTaskError
+from alora_kernels.serving.request import (
+    NotServingError,
+    QueueFullError,
+    RequestError,
+    TaskReplacedError,
+    UnknownTaskError,
+)
 from alora_kernels.tuner import ALoRALayer
 from tests.support.adapters import alora_folder, tiny_base
 
@@ -228,6 +235,22 @@ def test_a_repeated_step_tells_log_probabilities_once(make, monkeypatch):
     ended = engine.submit(prompt, "math", Sampling(max_tokens=99, temperature=0, logprobs=1)).result()
     known = plain.token_ids.index(plain.token_ids[-1])
     assert ended.finish_reason == "stop" and ended.logprobs == plain.logprobs[:known]
+
+
+def test_a_prompt_is_never_asked_of_a_version_with_another_template(make, folder):
+    engine = make()
+    write_task_cards(folder, {"math": TaskCard("Sum: {text}\nResult:", ("one",))})
+    try:
+        engine.store.load(folder, name="math", task="math", replace=True)
+        prompt = engine.prompt("1 + 1", "math")
+        engine.store.load(folder, name="math", task="math", replace=True)  # other numbers perhaps, the same words
+        assert engine.submit(prompt, "math", Sampling(max_tokens=1)).result().error is None
+        write_task_cards(folder, {"math": TaskCard("Add: {text}\nSum:", ("one",))})
+        engine.store.load(folder, name="math", task="math", replace=True)
+        with pytest.raises(TaskReplacedError, match="'math' was replaced while its prompt was made: ask again"):
+            engine.submit(prompt, "math")
+    finally:
+        (folder / FILE).unlink()
 
 
 def test_a_task_is_asked_as_in_training_and_its_answer_has_no_space_before_it(make, folder, monkeypatch):
@@ -583,3 +606,100 @@ def test_an_adapter_on_the_output_layer_which_sees_fewer_rows_than_the_model_has
     assert [c.token_ids for c in done] == wanted
     set_task(model, "__base__")
     assert sum(alone(model, prompt) != answer for prompt, answer in zip(ids, wanted, strict=True)) > 3  # the control
+
+
+def test_what_waits_is_answered_by_the_version_it_was_submitted_with(make, merged, tmp_path):
+    """Unloaded, replaced, or both: with one slot for all of them, and the old ones moved to the disk meanwhile."""
+    engine = make(EngineConfig(max_batch=1, max_context=128, page_size=16), resident=1, host=0, spill=tmp_path / "disk")
+    newer = alora_folder(tmp_path / "newer", tiny_base()[0], ["math"], seed=7, seed_b=0)
+    prompt = engine.encode("who answers this")
+    running = engine.submit(prompt, "law", Sampling(max_tokens=60, temperature=0))
+    next(iter(running))
+    old = [engine.submit(prompt, task, GREEDY) for task in ("math", "code", "math", "news")]
+    engine.store.load(newer, replace=True)
+    new = engine.submit(prompt, "math", GREEDY)
+    cancelled = engine.submit(prompt, "math", GREEDY)
+    for task in ("math", "code", "law"):
+        engine.store.unload(task)
+        with pytest.raises(UnknownTaskError):
+            engine.submit(prompt, task)
+    cancelled.cancel()
+    assert [one.result(60).token_ids for one in old] == [
+        alone(merged[task], prompt) for task in ("math", "code", "math", "news")
+    ]
+    renewed = alone(merged_models(newer, ["math"])["math"], prompt)
+    assert new.result(60).token_ids == renewed != alone(merged["math"], prompt)
+    assert running.result(60).token_ids == alone(merged["law"], prompt, 60)
+    wait_until(lambda: not engine.store._leases)
+    assert engine.store.names() == ["news", "chat"] and len(list((tmp_path / "disk").rglob("*.safetensors"))) <= 2
+
+
+def test_rows_that_are_not_brought_into_the_model_fail_one_request(make, merged, monkeypatch):
+    engine = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.store._placement, "bring", lambda record: 1 / 0)
+        failed = engine.submit("one", "math", GREEDY).result(60)
+    assert failed.finish_reason == "error" and "not brought into the model: division by zero" in failed.error
+    prompt = engine.encode("another")
+    assert engine.submit(prompt, "math", GREEDY).result(60).token_ids == alone(merged["math"], prompt)
+    wait_until(lambda: not engine.store._leases)
+
+
+def numbers(text):
+    """The lines of a scrape, by what stands before their value."""
+    lines = [line.rpartition(" ") for line in text.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_requests_add_up_at_any_scrape(make):
+    """Taken are those that ended, run or wait, whatever is cancelled, refused and unloaded at that moment."""
+    engine, stop, scrapes = make(dataclasses.replace(SMALL, max_batch=3, max_waiting=6)), threading.Event(), []
+
+    def scrape():
+        while not stop.is_set():
+            scrapes.append(numbers(engine.metrics.text()))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    taken, refused = [engine.submit("first", "law", Sampling(max_tokens=4))], 0
+    taken[0].result(60)
+    try:
+        for i in range(60):
+            try:
+                taken.append(engine.submit(f"number {i}", (*TASKS[:4], None)[i % 5], Sampling(max_tokens=4, seed=i)))
+            except (QueueFullError, UnknownTaskError):
+                refused += 1
+                time.sleep(0.01)
+            if i % 3 == 0:
+                taken[i // 3].cancel()
+            if i in (20, 30):
+                engine.store.unload(TASKS[i // 10])
+        ends = [one.result(60).finish_reason for one in taken]
+    finally:
+        stop.set()
+        thread.join()
+    last = numbers(engine.metrics.text())
+    for now in [*scrapes, last]:
+        ended = sum(value for name, value in now.items() if name.startswith("alora_requests_total{"))
+        assert now["alora_requests_taken_total"] == (
+            ended + now["alora_requests_running"] + now["alora_requests_waiting"]
+        )
+    assert len({now["alora_requests_taken_total"] for now in scrapes}) > 3 and refused
+    assert last["alora_requests_taken_total"] == len(taken) and last["alora_requests_waiting"] == 0
+    assert last["alora_request_seconds_count"] == ends.count("length") + ends.count("stop") < len(ends)
+    assert last["alora_time_to_first_token_seconds_count"] == last["alora_request_seconds_count"]
+    assert not any("law" in name or "news" in name for name in last) and any("math" in name for name in last)
+    assert any(name.startswith("alora_requests_total") and "(unloaded)" in name for name in last)
+
+
+def test_series_of_tasks_that_come_and_go_do_not_pile_up_where_nobody_scrapes(make, tmp_path):
+    engine = make()
+    other = alora_folder(tmp_path / "other", tiny_base()[0], ["one"], seed=7, seed_b=0)
+    for turn in range(4):
+        engine.store.load(other, name=f"name{turn}")
+        engine.submit("x", f"name{turn}", Sampling(max_tokens=1)).result(60)
+        engine.store.unload(f"name{turn}")
+    labels = {sample.labels["task"] for family in engine.metrics.tokens.collect() for sample in family.samples}
+    assert labels == {"(unloaded)", "name3"}
+    text = engine.metrics.text().decode()
+    assert "name3" not in text and 'alora_generated_tokens_total{task="(unloaded)"} 4.0' in text

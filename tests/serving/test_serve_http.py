@@ -24,12 +24,12 @@ ASK = {"model": "movie", "prompt": "is it good"}
 CHAT = "/v1/chat/completions"
 
 
-def asker(app):
-    """Requests to an application without a socket."""
+def asker(app, address: str = "127.0.0.1"):
+    """Requests from an address to an application, without a socket."""
 
     def ask(method: str, path: str, **more) -> httpx.Response:
         async def one() -> httpx.Response:
-            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False, client=(address, 1))
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
                 return await client.request(method, path, **more)
 

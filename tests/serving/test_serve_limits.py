@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_serve_http import ASK, asker, call, post, refused
 
-from alora_kernels.serving.http import ServerConfig, create_app, openai
-from alora_kernels.serving.http.security import is_loopback
+from alora_kernels.serving.http import ServerConfig, create_app
+from alora_kernels.serving.http.security import address_of, is_loopback
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"
@@ -30,7 +30,7 @@ def send(engine, content: bytes, path: str = "/v1/completions", config: ServerCo
 
 
 def test_every_route_but_the_page_and_health_needs_a_key(engine):
-    config = ServerConfig("tiny", api_keys=("one", "zwei-ß"))
+    config = ServerConfig("tiny", api_keys=("one", "zwei-ß", "voilà"))
     app = create_app(engine, config)
     app.add_api_route("/new", lambda: "open", methods=["GET"])  # closed until somebody opens it
     routes = [("GET", "/v1/models"), ("GET", "/stats"), ("GET", "/metrics"), ("GET", "/new"), ("GET", "/nothing")]
@@ -41,10 +41,36 @@ def test_every_route_but_the_page_and_health_needs_a_key(engine):
         error = refused(answer, 401, "Authorization: Bearer")
         assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
     assert ask("GET", "/health").status_code == 200
-    for key in (b"one", "zwei-ß".encode()):
+    for key in (b"one", "zwei-ß".encode(), "voilà".encode()):
         assert ask("GET", "/v1/models", headers={b"Authorization": b"Bearer " + key}).status_code == 200
     for wrong in ("Bearer on", "Bearer oneone", "Bearer", "Basic one", "one", "Bearer \xff"):
         refused(ask("GET", "/v1/models", headers={b"authorization": wrong.encode("latin-1")}), 401)
+
+
+def test_an_address_that_tries_keys_is_stopped_and_those_that_live_there_are_not(engine):
+    """A right key that is new there is stopped too: it would tell a guesser that it was right."""
+    config = ServerConfig("tiny", api_keys=("right", "other"), wrong_key_limit="3/hour")
+    app = create_app(engine, config)
+
+    def status(key: str | None, address: str = "192.0.2.1", path: str = "/v1/models") -> httpx.Response:
+        return asker(app, address)("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    assert status("right").status_code == 200
+    for _ in range(9):  # none is no guess, and one that is repeated is one
+        assert status("old").status_code == status(None).status_code == status("").status_code == 401
+    assert status("b").status_code == status("c").status_code == 401
+    over = status("d")
+    assert refused(over, 429, "wrong keys: more than 3 per 1 hour")["code"] == "rate_limit_exceeded"
+    assert 3500 < int(over.headers["retry-after"]) <= 3600
+    assert [status(key).status_code for key in ("right", "other", "old", None)] == [200, 429, 429, 401]
+    assert status("d", path="/health").status_code == 200
+    assert status("other", "192.0.2.2").status_code == 200 and status("e", "192.0.2.2").status_code == 401
+
+
+def test_half_of_an_ipv6_address_is_its_owners_to_choose():
+    assert address_of("192.0.2.1") == "192.0.2.1" and address_of("x" * 100) == "x" * 64
+    assert address_of("2001:db8:1:2:3::4") == address_of("2001:db8:1:2:ffff::") == "2001:0db8:0001:0002::/64"
+    assert address_of("fe80::1%eth0") == "fe80:0000:0000:0000::/64" != address_of("2001:db8:1:3::")
 
 
 # ------------------------------------------------------------------ rates and hosts
@@ -68,6 +94,32 @@ def test_without_keys_a_rate_counts_the_clients_address(engine):
     ask = asker(create_app(engine, ServerConfig("tiny", rate_limit="1/hour")))
     assert ask("POST", "/v1/completions", json=ASK).status_code == 200
     assert ask("POST", "/v1/completions", json=ASK, headers={"X-Forwarded-For": "1.2.3.4"}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("trusted", "peer", "forwarded", "counted"),
+    [
+        ((), "192.0.2.9", ["192.0.2.1"], "192.0.2.9"),
+        (("192.0.2.9",), "192.0.2.8", ["192.0.2.1"], "192.0.2.8"),
+        (("192.0.2.9",), "192.0.2.9", ["192.0.2.1"], "192.0.2.1"),
+        (("192.0.2.9",), "192.0.2.9", ["198.51.100.1, 192.0.2.1"], "192.0.2.1"),  # what the client wrote comes first
+        (("192.0.2.9",), "192.0.2.9", ["198.51.100.1", "192.0.2.1"], "192.0.2.1"),
+        (("192.0.2.0/28", "10.0.0.0/8"), "192.0.2.9", ["192.0.2.77, 10.1.2.3"], "192.0.2.77"),  # of two proxies
+        (("192.0.2.9",), "192.0.2.9", [], "192.0.2.9"),
+        (("192.0.2.9",), "192.0.2.9", [", ,"], "192.0.2.9"),
+        (("2001:db8::/32",), "2001:db8::1", ["[2001:db9::7]:99"], "2001:0db9:0000:0000::/64"),
+    ],
+)
+def test_a_trusted_proxy_alone_says_whom_limits_count(engine, trusted, peer, forwarded, counted):
+    config = ServerConfig("tiny", api_keys=("key",), wrong_key_limit="1/hour", trusted_proxies=trusted)
+    app = create_app(engine, config)
+    said = [("X-Forwarded-For", value) for value in forwarded]
+    ask = asker(app, peer)
+    assert ask("GET", "/stats", headers=[*said, ("Authorization", "Bearer a")]).status_code == 401
+    assert ask("GET", "/stats", headers=[*said, ("Authorization", "Bearer b")]).status_code == 429
+    key = {"Authorization": "Bearer key"}
+    assert asker(app, counted.replace("::/64", ":1:2:3:4"))("GET", "/stats", headers=key).status_code == 429
+    assert asker(app, "203.0.113.5")("GET", "/stats", headers=key).status_code == 200
 
 
 def test_only_named_hosts_are_answered(engine):
@@ -112,8 +164,8 @@ def test_a_chunked_body_over_a_socket_is_cut_at_the_limit(engine):
             assert wire.recv(1000).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_does_not_come_is_408(engine, monkeypatch):
-    monkeypatch.setattr(openai, "SECONDS", 0.1)
+def test_a_body_that_does_not_come_is_408(engine):
+    config = ServerConfig("tiny", request_timeout=0.1)
 
     async def slow():
         yield b"{"
@@ -121,7 +173,7 @@ def test_a_body_that_does_not_come_is_408(engine, monkeypatch):
         yield b"}"
 
     started = time.monotonic()
-    refused(call(engine, "POST", "/v1/completions", content=slow(), headers=JSON), 408)
+    refused(call(engine, "POST", "/v1/completions", config, content=slow(), headers=JSON), 408)
     assert time.monotonic() - started < 4.5
 
 

@@ -6,14 +6,17 @@ import asyncio
 import json
 import shutil
 import time
+from http.client import HTTPConnection
 
 import httpx
 import openai
 import pytest
 import torch
+from enginefakes import FakeEngine
 from httpserver import running
 from truth import alone, merged_models
 
+from alora_kernels import files
 from alora_kernels.serving import Engine, EngineConfig, TaskStore
 from alora_kernels.serving.http import ServerConfig
 from tests.support.adapters import alora_folder, tiny_base
@@ -54,9 +57,9 @@ def serve(folder, root):
     """Start a server; its address and its engine."""
     open_ones = []
 
-    def start(sizes=None, resident=8, **config):
+    def start(sizes=None, resident=8, host=None, spill=None, **config):
         base, tokenizer = tiny_base()
-        store = TaskStore.open(base, [folder], resident=resident)
+        store = TaskStore.open(base, [folder], resident=resident, host=host, spill=spill)
         defaults = {"max_batch": 16, "max_waiting": 400, "max_context": 256, "cache_tokens": 2048, "page_size": 16}
         engine = Engine(base, tokenizer, store, EngineConfig(**(defaults | (sizes or {})))).start()
         server = running(engine, ServerConfig("base", adapter_roots=(root,), **config))
@@ -244,4 +247,70 @@ def test_adapters_come_go_and_are_refused_while_requests_run(serve, truth, root,
     ((gone, late, rest),) = asyncio.run(many(url, [unload_in_use]))
     assert gone.status_code == 200 and late.status_code == 404
     assert json.loads(rest[-1][6:])["choices"][0]["finish_reason"] == "length"  # the one that ran went on to its end
+    assert empty(engine)
+
+
+def post(connection, path, fields):
+    """On a connection that is not opened again: its status, JSON or text, and headers."""
+    connection.auto_open = 0
+    connection.request("POST", path, json.dumps(fields), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    return reply.status, json.loads(text) if text.startswith("{") else text, reply.headers
+
+
+def connected(url):
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.connect()
+    return connection
+
+
+def test_a_full_disk_is_said_and_the_connection_goes_on(serve, truth, root, tmp_path, monkeypatch):
+    url, _ = serve(resident=4, host=0, spill=tmp_path / "spill")
+    other = alora_folder(root / "fifth", tiny_base()[0], ["fifth"], seed=5, seed_b=0)
+    load = {"lora_name": "fifth", "lora_path": str(other)}
+    connection = connected(url)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", full)
+        status, said, _ = post(connection, "/v1/load_lora_adapter", load)
+    message = said["error"]["message"]
+    assert (status, said["error"]["code"]) == (507, "insufficient_storage")
+    assert "No space left on device" in message and str(tmp_path / "spill") in message and "--spill" in message
+    assert post(connection, "/v1/completions", body(0))[1]["choices"][0]["text"] == truth("movie", body(0)["prompt"])
+    assert post(connection, "/v1/load_lora_adapter", load)[0] == 200
+    assert post(connection, "/v1/completions", body(0, model="fifth"))[0] == 200
+
+
+def test_a_connection_that_ends_after_a_fault_says_so():
+    with FakeEngine() as engine, running(engine) as url:
+        engine.faults["movie"] = RuntimeError("nobody has thought of it")
+        status, said, headers = post(connected(url), "/v1/completions", {"model": "movie", "prompt": "x"})
+        assert (status, said["error"]["code"], headers["connection"]) == (500, "internal_error", "close")
+
+
+def test_tasks_whose_folder_on_the_disk_is_removed_answer_right_or_say_what_to_do(serve, truth, folder, tmp_path):
+    url, engine = serve(resident=1, host=0, spill=tmp_path / "spill")
+    shutil.rmtree(tmp_path / "spill")
+    for i in range(8):
+        assert httpx.post(f"{url}/v1/completions", json=body(i)).json()["choices"][0]["text"] == truth(
+            body(i)["model"], body(i)["prompt"]
+        )
+    assert httpx.post(f"{url}/v1/completions", json=body(0)).status_code == 200  # the others are on the disk
+    shutil.rmtree(tmp_path / "spill")
+    shutil.move(folder, tmp_path / "kept")
+    try:
+        alora_folder(folder, tiny_base()[0], TASKS, seed=9, seed_b=0)
+        lost = httpx.post(f"{url}/v1/completions", json=body(1))
+        streamed = httpx.post(f"{url}/v1/completions", json=body(1, stream=True))
+    finally:
+        shutil.rmtree(folder)
+        shutil.move(tmp_path / "kept", folder)
+    for said in (lost.json(), json.loads(streamed.text.split("\n")[0].removeprefix("data: "))):
+        assert said["error"]["code"] == "task_lost" and "load_inplace" in said["error"]["message"]
+    assert lost.status_code == 503
+    assert httpx.post(f"{url}/v1/completions", json=body(0)).status_code == 200
     assert empty(engine)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import chromium
 import pytest
@@ -23,7 +24,7 @@ from alora_kernels.serving.http import ServerConfig
 from alora_kernels.serving.request import QueueFullError, RequestError
 
 pytest.register_assert_rewrite("pagecontract")
-from pagecontract import ENDED, TASKS, PageContract, ask, choose, overflow, part, state, text  # noqa: E402
+from pagecontract import ENDED, TASKS, PageContract, address, ask, choose, overflow, part, state, text  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ class TestOnTheServer(PageContract):
         ("fault", "said"),
         [
             (RequestError("the prompt is longer than the context"), "the prompt is longer than the context"),
-            (QueueFullError(256, 1.0), "256 requests are waiting already: try again in about 1 s"),
+            (QueueFullError(256, 30.0), "256 requests are waiting already: try again in about 30 s"),
             (BOOM, "the answer failed: boom, as asked"),
             ("cut", "The connection ended before the answer did"),
         ],
@@ -90,7 +91,24 @@ class TestOnTheServer(PageContract):
         ask(page)
         assert state(page, "spam", ENDED) == "error"
         assert page.locator('.card[data-task="spam"] .problem').inner_text() == said
+        status = {RequestError: "HTTP 400", QueueFullError: "HTTP 429"}.get(type(fault))
+        assert status is None or part(page, "spam", "finish").inner_text() == status
+        if status == "HTTP 429":
+            assert re.fullmatch(r"Again in (30|2\d) s", part(page, "spam", "again").inner_text())
         assert state(page, "movie", ENDED) == "done"
+
+    def test_a_task_that_was_unloaded_leaves_the_list_and_is_named(self, page: Any, engine: FakeEngine) -> None:
+        choose(page, "movie", "spam")
+        ask(page, max_tokens=2)
+        assert {state(page, task, ENDED) for task in ("movie", "spam")} == {"done"}
+        page.evaluate("Object.defineProperty(document, 'hidden', { value: true })")  # /stats is not asked any more
+        engine.store.unload("spam")
+        part(page, "spam", "again").click()
+        assert state(page, "spam", ENDED) == "error"
+        said = page.locator('.card[data-task="spam"] .problem').inner_text()
+        assert said.startswith("no model or task is called 'spam'")
+        assert part(page, "spam", "finish").inner_text() == "HTTP 404"
+        page.locator('input[value="spam"]').wait_for(state="detached")
 
     def test_an_answer_without_text_says_so(self, page: Any, engine: FakeEngine) -> None:
         """A model may end at its first token; a card that stayed blank would look broken."""
@@ -139,6 +157,7 @@ class TestOnTheServer(PageContract):
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         ask(page)
         assert state(page, "movie", ENDED) == "done"
+        assert "prompt=A" in address(page, "prompt=") and "se'cret" not in unquote(page.url)
         page.click("#copy-curl")
         page.get_by_text("Copied as curl").wait_for()
         assert "se'cret" not in page.evaluate("navigator.clipboard.readText()")
@@ -170,6 +189,9 @@ class TestOnTheServer(PageContract):
         engine.store = FakeStore(TASKS, cards)
         page.reload()
         page.wait_for_selector("#choices input")
+        page.get_by_role("button", name="Preset: news").click()
+        assert page.input_value("#prompt") == "" and page.evaluate("document.activeElement.id") == "prompt"
+        choose(page, *TASKS)
         page.get_by_text("How these tasks were asked in training").click()
         assert page.locator(".hint pre").all_inner_texts()[1:] == ['a chat after the system prompt "be short"']
         assert page.get_by_role("button", name="Use as prompt").count() == 1
@@ -199,6 +221,7 @@ class TestOnTheServer(PageContract):
         engine.store = FakeStore(TASKS, {"movie": TaskCard(markup, (markup,) * 300)})
         page.reload()
         page.wait_for_selector("#choices input")
+        choose(page, "movie")
         page.get_by_text("How these tasks were asked in training").click()
         assert page.locator(".hint pre").inner_text() == markup
         assert page.locator("#hints img").count() == 0 and page.title() == "alora playground"

@@ -15,18 +15,40 @@ import chromium
 import pytest
 from httpserver import running
 
+from alora_kernels.adapters.asking import Prompt
+from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.serving import Engine, EngineConfig, Sampling, TaskStore
 from alora_kernels.serving.http import ServerConfig
 from tests.support.adapters import alora_folder, tiny_base
 
 pytest.register_assert_rewrite("pagecontract")
-from pagecontract import ENDED, TASKS, PageContract, ask, choose, opened, part, runs, shown, state, text  # noqa: E402
+from pagecontract import (  # noqa: E402
+    ENDED,
+    NARROW,
+    TASKS,
+    WIDE,
+    PageContract,
+    address,
+    ask,
+    choose,
+    chosen,
+    opened,
+    part,
+    runs,
+    shown,
+    state,
+    text,
+)
 
 BASE = "tiny-random"
 NEVER = -1  # no token has this id
 CONTEXT = 2048
 SEED = 3  # with both of the tiny model's tokenizers, every task writes whole characters from the start
 PROMPT = "A film without a plot."
+CARDS = {
+    "movie": TaskCard("Review: {text}\nSentiment:", sample=f"Review: {PROMPT}\nSentiment:"),
+    "spam": TaskCard("Message: {text}\nSpam:"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +59,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return alora_folder(tmp_path_factory.mktemp("adapters") / "three", tiny_base()[0], TASKS, seed=SEED)
+    path = alora_folder(tmp_path_factory.mktemp("adapters") / "three", tiny_base()[0], TASKS, seed=SEED)
+    write_task_cards(path, CARDS)
+    return path
 
 
 @contextmanager
@@ -73,12 +97,34 @@ class TestOnTheEngine(PageContract):
 
     def test_each_card_has_the_text_of_its_own_task(self, page: Any, server: tuple[Engine, str]) -> None:
         choose(page, BASE, *TASKS)
+        page.get_by_role("checkbox", name="Ask each as in its training").uncheck()
         ask(page, PROMPT, max_tokens=24)
         answers = {name: (state(page, name, ENDED), text(page, name)) for name in (BASE, *TASKS)}
         wanted = Sampling(max_tokens=24, temperature=0)
         for name, task in zip((BASE, *TASKS), (None, *TASKS), strict=True):
             assert answers[name] == ("done", server[0].submit(PROMPT, task, wanted).result(60).text)
         assert len(set(answers.values())) == 4  # or the tasks could be mixed up unseen
+
+    @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+    def test_a_preset_is_answered_in_view(self, page: Any, server: tuple[Engine, str], size: dict[str, int]) -> None:
+        """From one click to the engine's own text; with nothing scrolled, all that was used is still to be seen."""
+        page.set_viewport_size(size)
+        page.reload()
+        choose(page, "news")
+        page.get_by_role("button", name="Preset: movie").click()
+        assert chosen(page) == ["movie"] and page.input_value("#prompt") == CARDS["movie"].sample
+        page.keyboard.press("Enter")  # Send has the focus, so that no phone puts a keyboard over the page
+        assert state(page, "movie", ENDED) == "done"
+        asked, wanted = Prompt(CARDS["movie"].sample, spaced=True), Sampling(max_tokens=64, temperature=0)
+        assert text(page, "movie") == server[0].submit(asked, "movie", wanted).result(60).text
+        assert "prompt=Review" in address(page, "task=movie")
+        choose(page, "spam")
+        page.click("#send")
+        assert {state(page, task, ENDED) for task in ("movie", "spam")} == {"done"}
+        assert page.evaluate("scrollY") == 0
+        places = [page.locator(each).bounding_box() for each in ("#picker", "#prompt", "#send", ".card >> nth=0")]
+        assert all(place["y"] >= 0 and place["y"] + place["height"] <= size["height"] for place in places), places
+        assert page.locator(".answer >> nth=1").bounding_box()["y"] < size["height"] - 20  # a line of the second
 
     def test_a_prompt_too_long_is_refused_in_the_engines_words(self, page: Any) -> None:
         choose(page, "movie")

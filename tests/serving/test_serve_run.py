@@ -114,7 +114,11 @@ def test_a_second_signal_cuts_off_at_once(process):
         ({"base_model_id": ""}, "base_model_id"), ({"port": 70000}, "port"), ({"api_keys": ("",)}, "api_keys"),
         ({"api_keys": "secret"}, "api_keys"), ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"rate_limit": "many"}, "60/minute"), ({"adapter_roots": (Path("/no/such"),)}, "/no/such"),
-        ({"drain_timeout": -1}, "drain_timeout"),
+        ({"drain_timeout": -1}, "drain_timeout"), ({"request_timeout": 0}, "request_timeout"),
+        ({"send_timeout": float("nan")}, "send_timeout"), ({"max_connections": 0}, "max_connections"),
+        ({"max_connections_per_address": 0}, "max_connections_per_address"),
+        ({"wrong_key_limit": "some"}, "wrong_key_limit"), ({"wrong_key_limit": ""}, "wrong_key_limit"),
+        ({"trusted_proxies": ("*",)}, "trusted_proxies"), ({"trusted_proxies": ("10.0.0.1/8",)}, "host bits"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings_, named):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
 import stat
 import threading
 import time
@@ -13,14 +15,23 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from alora_kernels import files, route
 from alora_kernels.adapters.cards import FILE, TaskCard, write_task_cards
 from alora_kernels.adapters.reader import AdapterFile, read_adapter
-from alora_kernels.serving.request import AdapterRefusedError, NotServingError, ServingError, UnknownTaskError
+from alora_kernels.serving.request import (
+    AdapterRefusedError,
+    NotServingError,
+    ServingError,
+    StorageError,
+    TaskLostError,
+    UnknownTaskError,
+)
 from alora_kernels.serving.slots import Placement, Slots
 from alora_kernels.serving.store import Lease, TaskStore
 from alora_kernels.tensor_file import TensorFile
@@ -166,7 +177,7 @@ def test_eviction_to_host_and_disk_and_back_is_exact(tmp_path):
         assert sorted(places(store).values()) == ["device"] * 2 + ["disk"] * 3 + ["host"]
     (folder,) = spill.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {0o600}
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.glob("*.safetensors")} == {0o600}
 
 
 def test_a_file_is_written_once_and_goes_with_its_task(tmp_path, monkeypatch):
@@ -216,13 +227,49 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9])])
-def test_a_damaged_file_refuses_that_task_and_disturbs_no_other(tmp_path, damage):
+DAMAGES = [flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: shutil.rmtree(p.parent)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_task_whose_file_is_lost_is_read_again_from_its_folder(tmp_path, damage, caplog):
+    """Small ranks too, whose rows in a slot are more than those in the folder."""
+    store = opened(tmp_path, "a", resident=1, host=0, spill=tmp_path / "spill")
+    small = mlp_folder(tmp_path / "small", "b", "c", r=2, lora_alpha=4)
+    known = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    change_weights(small, lambda t: t.update({key: known[key][:, :2].clone() for key in t if "_B" in key}))
+    store.load(small, name="d", task="c")
+    damage(next((tmp_path / "spill").rglob("*.safetensors")))
+    for _ in range(2):  # the second time from the file that was written anew
+        lease = use(store, "d")
+        held, wanted = store.slots.read(lease.slot), saved(small, "c")
+        assert all(torch.equal(held[m][:2], wanted[m]) and not held[m][2:].any() for m in wanted)
+        store.release(lease)
+        touch(store, "a")
+    assert caplog.text.count("'d' was lost on the disk and is read again") == 1
+
+
+def test_a_folder_that_is_removed_again_and_again_leaves_no_file_open(tmp_path):
+    store, opened_files = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill"), set()
+    for turn in range(4):
+        shutil.rmtree(next((tmp_path / "spill").iterdir()))
+        touch(store, "ba"[turn % 2])
+        opened_files.add(psutil.Process().num_fds())
+    assert len(opened_files) == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_task_that_is_lost_with_its_folder_is_refused_and_disturbs_no_other(tmp_path, damage):
+    """Another version in the folder is not what was loaded, nor is none."""
     store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    mlp_folder(tmp_path / "first", "a", "b", seed=3)
     damage(next((tmp_path / "spill").rglob("*.safetensors")))
     before = store.tasks()
-    with pytest.raises(AdapterRefusedError, match="'b' was moved to the disk and does not come back.*replace=True"):
+    with pytest.raises(TaskLostError, match="'b' was moved to the disk.*other numbers than were loaded.*replace=True"):
         store.acquire("b")
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(TaskLostError, match="no such folder.*replace=True"):
+        store.acquire("b")
+    mlp_folder(tmp_path / "first", "a", "b")
     assert store.tasks() == before
     assert_holds(store, use(store, "a").slot, saved(tmp_path / "first", "a"))
     folder = mlp_folder(tmp_path / "new", "b", seed=4)
@@ -231,13 +278,90 @@ def test_a_damaged_file_refuses_that_task_and_disturbs_no_other(tmp_path, damage
     assert store.acquire("b") is None  # a still runs
 
 
-def test_another_tasks_file_is_noticed(tmp_path):
+def test_another_tasks_file_is_noticed(tmp_path, caplog):
     store = opened(tmp_path, "a", "b", "c", resident=1, host=0, spill=tmp_path / "spill")
     one, two = sorted((tmp_path / "spill").rglob("*.safetensors"))
     one.write_bytes(two.read_bytes())
-    with pytest.raises(AdapterRefusedError, match="holds another task"):
-        store.acquire("b")
-    touch(store, "c")
+    assert_holds(store, use(store, "b").slot, saved(tmp_path / "first", "b"))
+    assert "holds another task" in caplog.text
+
+
+def test_a_file_that_was_removed_is_written_again_before_its_rows_are_given_up(tmp_path):
+    store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    touch(store, "b")
+    shutil.rmtree(tmp_path / "spill")
+    shutil.rmtree(tmp_path / "first")
+    rows = store.slots.read(0)
+    lease = store.acquire("b")
+    store.release(lease)
+    with pytest.raises(TaskLostError):
+        store.acquire("a")
+    store.load(mlp_folder(tmp_path / "new", "a", seed=2), replace=True)
+    touch(store, "a")
+    assert_holds(store, use(store, "b").slot, rows)
+
+
+def test_what_dead_processes_left_on_the_disk_is_swept_and_living_ones_keep_theirs(tmp_path):
+    alive = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    (dead := tmp_path / "spill" / "tasks-dead").mkdir()
+    for name in (files.LOCK, "version-1.safetensors"):  # a lock ends with its process
+        (dead / name).write_text("4711")
+    assert len(list((tmp_path / "spill").iterdir())) == 2
+    other = TaskStore.open(Mlp(), [tmp_path / "first"], resident=1, host=0, spill=tmp_path / "spill")
+    assert len(list((tmp_path / "spill").iterdir())) == 2
+    other.close()
+    (left,) = (tmp_path / "spill").iterdir()
+    alive.slots.write(0, {m: torch.zeros(r, k) for m, (_, r, k) in alive.slots.shapes.items()})
+    assert list(left.glob("*.safetensors")) and not shutil.rmtree(tmp_path / "first")
+    touch(alive, "b")
+
+
+def test_nothing_is_swept_where_no_lock_says_whose_process_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_locked", lambda file: True)
+    alive = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    with TaskStore.open(Mlp(), [tmp_path / "first"], resident=1, host=0, spill=tmp_path / "spill"):
+        assert len(list((tmp_path / "spill").iterdir())) == 2
+    shutil.rmtree(tmp_path / "first")
+    touch(alive, "b")
+
+
+def test_a_folder_that_another_user_put_there_is_left_alone(tmp_path, monkeypatch):
+    """A link in it would have its target emptied."""
+    (own := tmp_path / "own").write_text("mine")
+    (planted := tmp_path / "spill" / "tasks-planted").mkdir(parents=True)
+    (planted / files.LOCK).symlink_to(own)
+    with monkeypatch.context() as other:
+        other.setattr(os, "getuid", lambda: planted.lstat().st_uid + 1)
+        opened(tmp_path, "a", spill=tmp_path / "spill", host=0).close()
+    assert own.read_text() == "mine" and [*planted.iterdir()] == [planted / files.LOCK]
+
+
+def test_the_folder_of_tasks_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with opened(tmp_path, "a", "b", resident=1, host=0):
+        assert len(list((tmp_path / "state" / "alora-kernels" / "spill").rglob("*.safetensors"))) == 1
+    (tmp_path / "file").touch()
+    base = Mlp()
+    with pytest.raises(StorageError, match="no folder for tasks on the disk.*--spill"):
+        TaskStore.open(base, [tmp_path / "first"], host=0, spill=tmp_path / "file")
+    assert type(base.up) is torch.nn.Linear
+
+
+def test_a_version_stays_for_those_that_wait_for_it(tmp_path):
+    """Replaced, unloaded, or moved to the disk meanwhile; and it goes with the last of them."""
+    store = opened(tmp_path, "a", "b", resident=1, host=0, spill=tmp_path / "spill")
+    waiting, more = store.reserve("b"), store.reserve("b")
+    assert [info.in_use for info in store.tasks()] == [0, 0]
+    store.load(mlp_folder(tmp_path / "new", "b", seed=2), replace=True)
+    store.unload("b")
+    for lease in (waiting, more):
+        assert store.place(lease) and store.place(lease)
+        assert_holds(store, lease.slot, saved(tmp_path / "first", "b"))
+    store.release(waiting)
+    assert store.acquire("a") is None and list((tmp_path / "spill").rglob("version-2*"))
+    store.release(more)
+    assert_holds(store, use(store, "a").slot, saved(tmp_path / "first", "a"))
+    assert store.place(waiting) and not list((tmp_path / "spill").rglob("version-2*"))
 
 
 def test_a_full_disk(tmp_path, monkeypatch, caplog):
@@ -247,7 +371,7 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match=r"no room for task 'c' in .*spill/tasks-.*No space left.*--spill"):
         store.load(mlp_folder(tmp_path / "d", "d", "e"))
     assert places(store) == {"a": "device", "b": "device", "c": "host"}
     store._placement.host = 0
@@ -650,3 +774,36 @@ def test_what_the_base_has_not_is_refused_before_its_numbers_are_read(tmp_path, 
         store.load(tmp_path / "wide")
     with pytest.raises(AdapterRefusedError, match="the base has no"):
         TaskStore.open(torch.nn.Sequential(torch.nn.Linear(2, 2)), [tmp_path / "wide"])
+
+
+def test_a_b_that_was_compared_by_its_checksum_is_not_read_again(tmp_path, monkeypatch):
+    """Of the folders that come after the first, unless their writer said no checksum, or it is another."""
+    folders = [mlp_folder(tmp_path / name, name, seed=i) for i, name in enumerate("ab")]
+    read = []
+    real = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, key, row=None: (read.append(key), real(self, key, row))[1])
+    store = TaskStore.open(Mlp(), folders)
+    assert sum("asymlora_B" in key for key in read) == 2  # of the first
+    store.load(mlp_folder(tmp_path / "c", "c", seed=4))
+    assert sum("asymlora_B" in key for key in read) == 2
+    change_weights(mlp_folder(tmp_path / "d", "d"), lambda tensors: None)  # without checksums
+    store.load(tmp_path / "d")
+    assert sum("asymlora_B" in key for key in read) == 4
+    with pytest.raises(AdapterRefusedError, match="its B differs"):
+        store.load(alora_folder(tmp_path / "e", Mlp(), ["e"], seed_b=9, **MLP))
+
+
+def test_a_folder_that_changes_between_its_reading_and_its_loading_is_read_again(tmp_path, monkeypatch):
+    first, live = mlp_folder(tmp_path / "first", "a"), mlp_folder(tmp_path / "live", "b")
+    take = TaskStore._load
+
+    def slow(self: TaskStore, file: AdapterFile, *rest: Any, **more: Any) -> Any:
+        if file.folder == live and not done:
+            done.append(mlp_folder(live, "b", seed=5))
+        return take(self, file, *rest, **more)
+
+    done: list[Path] = []
+    monkeypatch.setattr(TaskStore, "_load", slow)
+    store = TaskStore.open(Mlp(), [first, live])
+    assert done and places(store) == {"a": "device", "b": "device"}
+    assert_holds(store, use(store, "b").slot, saved(live, "b"))

@@ -124,7 +124,7 @@ def _add_loading(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     one_at_a_time, base = CapacityLimiter(1), config.base_model_id
 
     async def checked(request: Request, model: type[Named], not_the_base: str) -> tuple[Any, TaskStore]:
-        asked = await read(request, model, config.max_body_bytes)
+        asked = await read(request, model, config)
         if not config.adapter_roots or engine.store is None:
             raise ApiError(403, CLOSED, code="forbidden")
         if asked.lora_name == base:

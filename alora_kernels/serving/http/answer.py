@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..request import Completion, Generation, Piece, Sampling
-from .errors import ApiError
+from .errors import ApiError, meaning
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -204,6 +204,8 @@ def _event(content: Json) -> bytes:
 
 def _failure(completion: Completion) -> ApiError:
     """What the client is told of an answer that did not come to its end."""
+    if completion.refusal is not None:
+        return meaning(completion.refusal)
     if completion.finish_reason == "cancelled":
         return ApiError(503, "the server ended this answer before it was complete", code="cancelled")
     said = f"the answer failed: {completion.error or 'the log of the server says why'}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from ...version import __version__
 from . import admin, errors, openai
+from .connections import Connection, Connections
 from .errors import ApiError
-from .security import Gate, ServerConfig
+from .security import HEAD_BYTES, Gate, ServerConfig
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -69,6 +72,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
     errors.install(app, base)
     app.add_middleware(Gate, config=config, open_paths=(*pages, ICON, "/health"))  # the rest needs a key
+    if config.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(config.trusted_proxies))
     return app
 
 
@@ -143,6 +148,21 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+def settings(engine: Engine, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's, around the application of an engine."""
+    return uvicorn.Config(
+        create_app(engine, config),
+        http=partial(Connection, shared=Connections(config)),  # type: ignore[arg-type]
+        ws="none",
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # else any client on this machine could name the address it is counted under
+        timeout_graceful_shutdown=FLUSH,
+    )
+
+
 def serve(engine: Engine, config: ServerConfig, bound: socket.socket | None = None) -> int:
     """Serve a started engine until SIGTERM or SIGINT, which arrive in the main thread only; it is stopped at the end.
 
@@ -153,15 +173,7 @@ def serve(engine: Engine, config: ServerConfig, bound: socket.socket | None = No
         0 if every answer was finished, 1 if some were cut off or a second signal came.
     """
     bound = bind(config.host, config.port) if bound is None else bound
-    settings = uvicorn.Config(
-        create_app(engine, config),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # else any client could name the address its rate is counted under
-        timeout_graceful_shutdown=FLUSH,
-    )
-    server = DrainingServer(settings, engine, config.drain_timeout)
+    server = DrainingServer(settings(engine, config), engine, config.drain_timeout)
     try:
         server.run(sockets=[bound])
     finally:

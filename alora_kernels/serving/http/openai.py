@@ -32,7 +32,6 @@ from .security import ServerConfig
 if TYPE_CHECKING:
     from ..engine import Engine
 
-SECONDS = 30.0  # a body that takes longer to arrive holds a connection for nothing
 MOST_CHOICES, MOST_PROMPTS, MOST_MESSAGES = 8, 64, 1024
 SETTINGS = {"max_tokens", "temperature", "top_p", "top_k", "ignore_eos"}  # called alike in `Sampling`
 UNLIMITED = -1  # vLLM's top_k for "no limit"; ours is 0
@@ -67,16 +66,16 @@ def takes(model: type[Fields]) -> Json:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def read(request: Request, model: type[Model], limit: int) -> Model:
-    """Read at most `limit` bytes of a request's body and check its fields; an ApiError 400, 408, 413 or 415."""
+async def read(request: Request, model: type[Model], config: ServerConfig) -> Model:
+    """Read a request's body, which may be so long and take so long, and check it; an ApiError 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the body must be JSON with Content-Type: application/json, not {kind[:80]!r}")
     try:
-        async with asyncio.timeout(SECONDS):
-            content = await _bytes(request, limit)
+        async with asyncio.timeout(config.request_timeout):
+            content = await _bytes(request, config.max_body_bytes)
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {SECONDS:.0f} s") from None
+        raise ApiError(408, f"the body did not arrive within {config.request_timeout:g} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the client went away before the body was complete") from None
     try:
@@ -342,14 +341,14 @@ def add_routes(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
-        asked = await read(request, CompletionRequest, config.max_body_bytes)
+        asked = await read(request, CompletionRequest, config)
         if asked.apply_template:
             asked.prompt = await run_sync(text_prompts, engine, task_of(asked), asked.prompt)
         return await answered(request, asked, asked.prompt, CompletionReply, COMPLETION_TOKENS)
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat(request: Request) -> Response:
-        asked = await read(request, ChatRequest, config.max_body_bytes)
+        asked = await read(request, ChatRequest, config)
         if asked.max_completion_tokens is not None:
             asked.max_tokens = asked.max_completion_tokens
         # a template is a program: not in the loop

@@ -13,9 +13,10 @@ const KEY = "alora.key";
 const STREAMS = 5;
 
 export class ApiError extends Error {
-  constructor(message, status) {
+  constructor(message, status, after = 0) {
     super(message);
-    this.status = status; // 0: no answer at all
+    this.status = status; // 0: no answer at all, or one that broke off
+    this.after = after; // seconds the server asks to wait
   }
 }
 
@@ -49,7 +50,10 @@ export async function request(path, { body, signal } = {}) {
     const late = error.name === "TimeoutError";
     throw new ApiError(late ? "The server does not answer" : "The server cannot be reached", 0);
   }
-  if (!response.ok) throw new ApiError(await messageOf(response), response.status);
+  if (!response.ok) {
+    const after = Number(response.headers.get("Retry-After")) || 0; // a date, which proxies may send, is not counted down
+    throw new ApiError(await messageOf(response), response.status, after);
+  }
   return response;
 }
 
@@ -123,7 +127,7 @@ export async function* complete(body, signal, onSent) {
     const response = await request("v1/completions", { body: streamed, signal });
     let ended = false;
     for await (const event of events(response)) {
-      if (event.error) throw new ApiError(event.error.message ?? "The server gave up on this answer", 500);
+      if (event.error) throw new ApiError(event.error.message ?? "The server gave up on this answer", 0);
       const choice = event.choices?.[0];
       if (choice?.finish_reason) ended = true;
       yield { text: choice?.text ?? "", finish: choice?.finish_reason ?? null, usage: event.usage ?? null };

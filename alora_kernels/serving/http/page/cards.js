@@ -16,8 +16,8 @@ const EMPTY = { done: "The answer has no text.", stopped: "Stopped before the fi
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
 export class Card {
-  constructor(task, hue, { onKey, onRun }) {
-    Object.assign(this, { task, onKey, onRun });
+  constructor(task, hue, { onKey, onGone, onRun }) {
+    Object.assign(this, { task, onKey, onGone, onRun });
     this.element = document.getElementById("card").content.firstElementChild.cloneNode(true);
     this.element.style.setProperty("--hue", hue);
     this.element.dataset.task = task;
@@ -50,6 +50,7 @@ export class Card {
     this.tokens = 0;
     this.counted = false;
     this.finish = "–";
+    this.wait(0);
     this.state("queued");
     this.measure();
     this.ended = this.stream().finally(() => {
@@ -75,10 +76,24 @@ export class Card {
         return;
       }
       this.state("error");
-      this.problem.textContent = error.message;
-      this.problem.hidden = false;
-      if (error.status === 401) this.onKey();
+      this.fail(error);
     }
+  }
+
+  fail({ message, status, after }) {
+    this.problem.textContent = message;
+    this.problem.hidden = false;
+    if (status) this.finish = `HTTP ${status}`;
+    if (status === 401) this.onKey();
+    if (status === 404) this.onGone();
+    this.wait(after);
+  }
+
+  /** Counts down the seconds for which the server does not want to be asked. */
+  wait(seconds) {
+    clearTimeout(this.timer);
+    this.part("again").textContent = seconds > 0 ? `Again in ${seconds} s` : "Again";
+    if (seconds > 0) this.timer = setTimeout(() => this.wait(seconds - 1), 1000);
   }
 
   take({ text, finish, usage }) {

@@ -7,12 +7,7 @@
  */
 
 import { getJSON } from "./api.js";
-
-const at = (id) => document.getElementById(id);
-
-function made(tag, text = "", className = "") {
-  return Object.assign(document.createElement(tag), { textContent: text, className });
-}
+import { at, made } from "./dom.js";
 
 /** A type in words: "text", "list of Message", "number 0 to 5, or nothing". */
 function kind(schema) {

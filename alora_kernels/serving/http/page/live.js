@@ -9,12 +9,12 @@
  */
 
 import { getJSON } from "./api.js";
+import { at } from "./dom.js";
 
 const EVERY = 500;
 const SLOWEST = 8000;
 const MINUTE = 60_000;
 const GAP = 12_000; // longer pauses (a hidden tab) break the line
-const at = (id) => document.getElementById(id);
 const number = (value) => (Number.isFinite(value) ? Math.round(value).toLocaleString("en") : "–");
 
 const MEANS = {

@@ -3,24 +3,51 @@
  *
  * In:   the form.
  * Out:  a card per chosen task.
- * Who:  index.html; the other files are its parts: api, snippets, picker, hints, cards, live.
+ * Who:  index.html; the other files are its parts: api, snippets, picker, hints, cards, link, live.
  */
 
 import { getJSON, key } from "./api.js";
 import { Card } from "./cards.js";
-import { isKnown, showHints } from "./hints.js";
+import { at } from "./dom.js";
+import { isKnown, showHints, showPresets } from "./hints.js";
+import { read, write } from "./link.js";
 import { Live } from "./live.js";
-import { Picker } from "./picker.js";
+import { LIMIT, Picker } from "./picker.js";
 import { asCurl, asPython, copy } from "./snippets.js";
 
-const at = (id) => document.getElementById(id);
-const picker = new Picker({ onChange: () => showHints(picker.chosen(), picker.cards) });
+const picker = new Picker({ onChange: changed });
 const live = new Live({ onUp: start, onKey: askKey, onTasks: loadModels });
 let cards = [];
+let link = read();
+let timer;
+
+function changed() {
+  showHints(picker.chosen(), picker.cards);
+  showPresets(picker.shown, picker.cards, (id) => picker.select([id]));
+  remember();
+}
+
+/** Soon the address says what the form says; browsers refuse to change it often. */
+function remember() {
+  const [tokens, temperature] = [at("max-tokens").value, at("temperature").value];
+  at("more-said").textContent = `${tokens} tokens, temperature ${temperature}${at("apply").checked ? "" : ", prompt as it is"}`;
+  clearTimeout(timer);
+  timer = setTimeout(() => picker.models.length && write(picker.chosen()), 300);
+}
+
+/** Chooses the tasks of the link this page was opened with, once they are known, and says what is wrong with it. */
+function follow() {
+  if (!link) return;
+  const left = link.tasks ? picker.select(link.tasks) : [];
+  const lost = left.length ? [`Of the link's tasks not served here, or more than ${LIMIT}: ${left.join(", ")}.`] : [];
+  say([...link.said, ...lost].join(" "));
+  link = null;
+}
 
 async function loadModels() {
   try {
     picker.set((await getJSON("v1/models")).data ?? []);
+    follow();
   } catch (error) {
     if (error.status === 401) askKey();
     else {
@@ -58,6 +85,7 @@ function stops() {
 function settings() {
   const lines = stops();
   at("stop").setCustomValidity(lines.length > 4 ? "At most four stop texts" : "");
+  if (at("more").querySelector(":invalid")) at("more").open = true; // what is folded away cannot be pointed at
   if (!at("send-form").reportValidity()) return null;
   if (!picker.chosen().length) {
     say("Choose at least one task.");
@@ -78,9 +106,13 @@ const asked = (body) => (task) =>
 
 const busy = () => cards.some((card) => card.answer.ariaBusy === "true");
 
+/** Only one of the two can be pressed; the keyboard's place goes to that one. */
 function buttons() {
-  at("send").disabled = busy();
-  at("stop-all").disabled = !busy();
+  const [now, other] = busy() ? ["stop-all", "send"] : ["send", "stop-all"];
+  const held = document.activeElement === at(other);
+  at(now).disabled = false;
+  if (held) at(now).focus();
+  at(other).disabled = true;
 }
 
 async function watch(card) {
@@ -95,12 +127,13 @@ function send() {
   at("empty").hidden = true;
   at("asked").hidden = false;
   at("asked").querySelector("p").textContent = body.prompt;
-  cards = picker.chosen().map((task) => new Card(task, picker.hueOf(task), { onKey: askKey, onRun: watch }));
+  cards = picker.chosen().map((task) => new Card(task, picker.hueOf(task), { onKey: askKey, onGone: loadModels, onRun: watch }));
   at("cards").replaceChildren(...cards.map((card) => card.element));
   for (const card of cards) card.run(asked(body)(card.task));
-  const narrow = matchMedia("(max-width: 860px)").matches;
-  if (narrow) at("results").scrollIntoView({ block: "start" });
+  at("cards").firstElementChild.scrollIntoView({ block: "nearest" });
 }
+
+const stopAll = () => cards.forEach((card) => card.stop());
 
 async function copySettings(button, write) {
   const body = settings();
@@ -123,7 +156,9 @@ at("send-form").addEventListener("keydown", (event) => {
     send();
   }
 });
-at("stop-all").addEventListener("click", () => cards.forEach((card) => card.stop()));
+at("send-form").addEventListener("input", remember);
+at("stop-all").addEventListener("click", stopAll);
+document.addEventListener("keydown", ({ key: pressed }) => pressed === "Escape" && stopAll());
 at("copy-curl").addEventListener("click", ({ currentTarget }) => copySettings(currentTarget, asCurl));
 at("copy-python").addEventListener("click", ({ currentTarget }) => copySettings(currentTarget, asPython));
 at("key-form").addEventListener("submit", (event) => {
@@ -132,4 +167,14 @@ at("key-form").addEventListener("submit", (event) => {
   at("key").value = "";
   live.poll();
 });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address holds the state
+  at("prompt").focus();
+});
+addEventListener("hashchange", () => {
+  link = read();
+  if (picker.models.length) follow();
+});
+at("more").open = !matchMedia("(max-width: 860px)").matches;
+remember();
 live.poll();

@@ -2,18 +2,19 @@
  * Which tasks answer: a list of checkboxes with a search.
  *
  * In:   entries of /v1/models, the base model first.
- * Out:  `chosen()`: ids in the order of the list; `cards`: id of a task -> how it was asked, or null. `onChange` after
- *       every change of either.
+ * Out:  `chosen()`: ids in the order of the list; `shown`: those with a checkbox; `cards`: id of a task -> how it was
+ *       asked, or null. `onChange` after every change of any.
  * Who:  page.js.
  *
  * At most LIMIT tasks at once (each is a card), and at most SHOWN checkboxes: thousands of tasks stay usable, the search
  * finds the rest. Chosen tasks stay in view whatever the search says.
  */
 
-const LIMIT = 24;
+import { at, made } from "./dom.js";
+
+export const LIMIT = 24;
 const SHOWN = 200;
 const SEARCH_FROM = 10;
-const at = (id) => document.getElementById(id);
 
 export const hue = (index) => (index * 137) % 360; // the golden angle: neighbours differ
 
@@ -21,15 +22,13 @@ export class Picker {
   constructor({ onChange }) {
     this.onChange = onChange;
     this.models = [];
+    this.shown = [];
     this.cards = new Map();
     this.selected = new Set();
     this.list = at("choices");
     at("search").addEventListener("input", () => this.draw());
     at("all").addEventListener("click", () => this.selectShown());
-    at("none").addEventListener("click", () => {
-      this.selected.clear();
-      this.draw();
-    });
+    at("none").addEventListener("click", () => this.select([]));
     this.list.addEventListener("change", ({ target }) => {
       if (target.checked) this.selected.add(target.value);
       else this.selected.delete(target.value);
@@ -60,6 +59,13 @@ export class Picker {
     return this.models.filter((id) => this.selected.has(id));
   }
 
+  /** Chooses these alone; returns those that cannot be: the server does not know them, or they are too many. */
+  select(ids) {
+    this.selected = new Set(ids.filter((id) => this.models.includes(id)).slice(0, LIMIT));
+    this.draw();
+    return ids.filter((id) => !this.selected.has(id));
+  }
+
   hueOf(id) {
     return hue(this.models.indexOf(id));
   }
@@ -77,12 +83,13 @@ export class Picker {
   draw() {
     const found = new Set(this.matches());
     const wanted = this.models.filter((id) => found.has(id) || this.selected.has(id));
-    const shown = wanted.filter((id, index) => index < SHOWN || this.selected.has(id));
-    this.list.replaceChildren(...shown.map((id) => this.choice(id)));
-    const note = document.createElement("p");
-    note.className = "note";
+    this.shown = wanted.filter((id, index) => index < SHOWN || this.selected.has(id));
+    this.list.replaceChildren(...this.shown.map((id) => this.choice(id)));
+    const note = made("p", "", "note");
     if (!found.size) note.textContent = this.models.length ? "No task has this in its name." : "The server knows no task.";
-    else if (shown.length < wanted.length) note.textContent = `… and ${wanted.length - shown.length} more: search.`;
+    else if (this.shown.length < wanted.length) {
+      note.textContent = `… and ${wanted.length - this.shown.length} more: search.`;
+    }
     if (note.textContent) this.list.append(note);
     this.count();
   }
@@ -90,17 +97,10 @@ export class Picker {
   choice(id) {
     const box = Object.assign(document.createElement("input"), { type: "checkbox", value: id });
     box.checked = this.selected.has(id);
-    const name = document.createElement("span");
-    name.textContent = id;
-    const label = document.createElement("label");
-    label.className = "choice";
+    const label = made("label", "", "choice");
     label.style.setProperty("--hue", this.hueOf(id));
-    label.append(box, name);
-    if (this.base.has(id)) {
-      const badge = document.createElement("small");
-      badge.textContent = "base";
-      label.append(badge);
-    }
+    label.append(box, made("span", id));
+    if (this.base.has(id)) label.append(made("small", "base"));
     return label;
   }
 

@@ -1,4 +1,4 @@
-"""What `examples/serve_many_tasks.py` (`make demo-serve`) needs around its requests: an adapter, a server, a table.
+"""What `serve_many_tasks.py` (`make demo-serve`) needs around its requests: an adapter, a server, a table.
 
 The server runs as users run it: another process, reached over HTTP and stopped by SIGTERM, after which it finishes what
 it has begun.
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from .. import data
-from ..adapters.cards import TaskCard, write_task_cards
-from ..adapters.writer import save_adapter
-from ..federated.deploy.processes import Process, Processes, free_port, last_lines
-from ..text import percentile, printable
-from ..tuner import ALoRAConfig, ALoRALayer
-from . import display
-from .demo import RECIPE
+from alora_kernels import data
+from alora_kernels.adapters.cards import TaskCard, write_task_cards
+from alora_kernels.adapters.writer import save_adapter
+from alora_kernels.federated.deploy.processes import Process, Processes, free_port, last_lines
+from alora_kernels.recipes import display
+from alora_kernels.recipes.demo import RECIPE
+from alora_kernels.text import percentile, printable
+from alora_kernels.tuner import ALoRAConfig, ALoRALayer
 
 HOST = "127.0.0.1"
 STARTING, STOPPING = 180.0, 30.0  # seconds: to load a model, to finish what runs
