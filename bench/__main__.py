@@ -25,6 +25,10 @@ app.command("serving")(serving.main)
 app.command("reproduce")(reproduce.main)
 app.command("verify-lm-eval")(verify_lm_eval.main)
 app.command("verify-vllm")(verify_vllm.main)
+if importlib.util.find_spec("flwr") is not None:  # a bare GPU machine measures without the extras
+    from .chaos import command as chaos
+
+    app.command("chaos")(chaos.main)
 if importlib.util.find_spec("triton") is not None:  # only Linux has it
     from . import host
     from .static import command as static

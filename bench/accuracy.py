@@ -6,7 +6,6 @@ The demo's recipe, trained and judged for each seed and dtype. `docs/cpu.md` has
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .report.readme import markdown
+from .report.readme import linked, markdown
 from .report.rows import RESULTS, ROOT, newest, origin
 from .report.sheet import Sheet, read
 from .reproduce.numbers import spread
@@ -85,6 +84,12 @@ def block(rows: Sequence[Accuracy], source: str) -> str:
     return "\n\n".join([about, "\n".join(markdown(["dtype"], [*tasks, "mean"], lines)), *verdicts])
 
 
+def blocks(results: Path, page: Path) -> list[str]:
+    """The same from the committed rows, for `bench plot`; `page` is the folder of the page."""
+    path = results / "accuracy" / "demo.csv"
+    return [block(read(path, Accuracy), linked(path, page))] if path.exists() else []
+
+
 def _verdict(rows: Sequence[Accuracy], dtype: str) -> str:
     wide, other = means(rows, WIDE), means(rows, dtype)
     apart = statistics.fmean(other) - statistics.fmean(wide)
@@ -117,7 +122,7 @@ def main(
         for name in dict.fromkeys((WIDE, other.name)):
             for row in checked(None, trained, name, number, model, steps):
                 sheet.add(Accuracy(**{**vars(row), **run}))
-    text = block(read(out, Accuracy), Path(os.path.relpath(out.resolve(), page.resolve().parent)).as_posix())
+    text = block(read(out, Accuracy), linked(out, page.parent))
     say(f"{text}\n\n{sheet.summary}")
     if page.exists() and model is None and steps is None:
         write_block(page, BLOCK, text)

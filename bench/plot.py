@@ -7,7 +7,6 @@ Of several runs of the same case the newest counts. A block goes to the page tha
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,8 @@ import typer
 
 from alora_kernels.plotting import check_matplotlib
 
-from .report import figures, readme
+from . import accuracy
+from .report import federation, figures, readme
 from .report.rows import RESULTS, ROOT, Row, grouped, newest
 from .report.sheet import read
 from .report.targets import CPU_TARGETS, GPU_TARGETS, HOST_TARGETS, Verdict, judge
@@ -25,6 +25,12 @@ from .serving import page as serving
 
 COMPILED = RESULTS / "static" / "compiled.csv"
 PREDICTED = RESULTS / "static" / "predicted.png"
+_OTHERS = {
+    "accuracy": accuracy.blocks,
+    "peer": serving.of_servers,
+    "serving": serving.of_engine,
+    "federated": federation.blocks,
+}
 _TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS, "host": HOST_TARGETS}
 
 
@@ -64,54 +70,57 @@ def predictions() -> list[Any]:
     return list(roofline.predict_all(roofline.Rates()))
 
 
-def rewritten(pages: list[Path], results: dict[Path, list[Row]], servers: Path) -> dict[Path, str]:
-    """The pages' texts with a block per command, its CSV files one after the other; CSVs of servers in `servers`."""
+def rewritten(pages: list[Path], results: dict[Path, list[Row]], others: Path) -> dict[Path, str]:
+    """The pages' texts with a block per command, its CSV files one after the other; other kinds of rows in `others`."""
     texts = {page: page.read_text() for page in pages}
     commands = {f"bench-{rows[0].command}" for rows in results.values()}
     for name in sorted(commands):
         if not any(_begins(name) in text for text in texts.values()):
             texts[pages[0]] = readme.replace_block(texts[pages[0]], name, "")  # says what is missing
-    return {page: _with_blocks(text, results, page.resolve().parent, servers) for page, text in texts.items()}
+    return {page: _with_blocks(text, results, page.resolve().parent, others) for page, text in texts.items()}
 
 
 def _begins(name: str) -> str:
     return f"<!-- {name}:begin -->"
 
 
-def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, servers: Path) -> str:
+def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, others: Path) -> str:
     blocks: dict[str, list[str]] = {}
     for path, rows in results.items():
         command = rows[0].command
-        link = Path(os.path.relpath(path.resolve().parent, folder)).as_posix()
+        link = readme.linked(path.parent, folder)
         files = {name: f"{link}/{file}" for name, file in figure_files(path, rows).items()}
         content = readme.block(rows, _TARGETS[command], f"{link}/{path.name}", files, cases=command != "gpu")
         blocks.setdefault(command, []).append(content)
     if predicts(text):
         from .static import roofline
 
-        link = Path(os.path.relpath(PREDICTED, folder)).as_posix()
-        blocks["static"] = [roofline.block(predictions(), roofline.Rates(), link)]
+        blocks["static"] = [roofline.block(predictions(), roofline.Rates(), readme.linked(PREDICTED, folder))]
     if _begins("bench-compiled") in text and COMPILED.exists():
-        blocks["compiled"] = [readme.compiled(COMPILED, Path(os.path.relpath(COMPILED, folder)).as_posix())]
-    if _begins("bench-peer") in text and (found := serving.blocks(servers, folder)):
-        blocks["peer"] = found
+        blocks["compiled"] = [readme.compiled(COMPILED, readme.linked(COMPILED, folder))]
+    for name, made_by in _OTHERS.items():
+        if _begins(f"bench-{name}") in text and (made := made_by(others, folder)):
+            blocks[name] = made
     for command, contents in blocks.items():
         if _begins(f"bench-{command}") in text:
             text = readme.replace_block(text, f"bench-{command}", "\n\n".join(contents))
     return text
 
 
+def _pages() -> list[Path]:
+    return [page for page in sorted((ROOT / "docs").glob("*.md")) if "<!-- bench-" in page.read_text()]
+
+
 def main(
     results: Annotated[Path, typer.Option(help="folder of the CSV files; figures are written there")] = RESULTS,
     readme_file: Annotated[Path, typer.Option("--readme", help="file whose blocks are rewritten")] = ROOT / "README.md",
-    docs: Annotated[list[Path] | None, typer.Option(help="others; by default cpu.md and gpu.md in docs")] = None,
+    docs: Annotated[list[Path] | None, typer.Option(help="others; by default those of docs that have blocks")] = None,
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if a page is out of date")] = False,
 ) -> None:
     """Figures and the tables of README and docs from the results."""
     found = load(results)
-    others = docs or [ROOT / "docs" / name for name in ("cpu.md", "gpu.md")]
-    pages = [page for page in (readme_file, *others) if page.exists()]
-    new: dict[Path, str] = checked("--readme", rewritten, pages, found, results / "serving")
+    pages = [page for page in (readme_file, *(docs or _pages())) if page.exists()]
+    new: dict[Path, str] = checked("--readme", rewritten, pages, found, results)
     if check:
         if old := [str(page) for page, text in new.items() if text != page.read_text()]:
             typer.echo(f"{', '.join(old)} is out of date: run `python -m bench plot`", err=True)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import alora_kernels
-from alora_kernels.baselines import formulas
+from alora_kernels.baselines.layers import authors_loop
 from alora_kernels.ops.dispatch import PLANS
 
-from . import rivals
+from . import formulas, rivals
 from .layer import Layer, Provider, over
 from .problem import Case, Problem
 
@@ -84,7 +84,7 @@ _ALL = (
     *(Provider(f"fused:{p}", _ALORA, partial(_fused, backend=f"triton:{p}"), missing=_no_cuda) for p in PLANS),
     Provider("hoisted", _ALORA, partial(_alora, formulas.hoisted)),
     Provider("hoisted compiled", _ALORA, _compiled, missing=_no_compiler),
-    Provider("authors' loop", _ALORA, partial(_alora, formulas.authors_loop)),
+    Provider("authors' loop", _ALORA, partial(_alora, authors_loop)),
     Provider("grouped by task", {"task": "task"}, partial(_alora, formulas.grouped_by_task), uncapturable=_READS_IDS),
     Provider("PEFT LoRA", _LORA, rivals.peft_lora),
     Provider("PEFT mixed batch", _MULTI, rivals.peft_mixed_batch, trains=False, uncapturable=_COPIES_ROWS),

@@ -1,7 +1,7 @@
 """The alternatives, each as well as its idea allows: papers in plain torch, stock PEFT, kernels of other projects.
 
 What a batch makes once for all layers (a sort, bounds of groups, metadata) is made outside of what is timed.
-`alora_kernels.baselines.formulas` has more.
+`formulas` has more.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ A block depends on the rows and the names of the figures alone, so that `--check
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ def markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[
     """The lines of a table of columns with text and columns with numbers; short rows end in empty cells."""
     lines = [line(*left, *right), "|" + "---|" * len(left) + "---:|" * len(right)]
     return lines + [line(*cells) + " |" * (len(left) + len(right) - len(cells)) for cells in rows]
+
+
+def linked(path: Path, folder: Path) -> str:
+    """The path as a page in `folder` links it."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def line(*cells: str) -> str:

