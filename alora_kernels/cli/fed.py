@@ -8,15 +8,14 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from .. import federated
+from ..federated import deploy
 from ..recipes import display
 from . import command
-
-if TYPE_CHECKING:
-    from ..federated.config import FedConfig
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune together without sharing data (Flower).")
 
@@ -30,10 +29,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 def methods() -> None:
     """What each method shares, what stays with the client, and how much travels."""
     with command():
-        from ..federated.share_specs import METHODS
-
         rows = []
-        for spec in METHODS.values():
+        for spec in federated.METHODS.values():
             private = [*(role for role in spec.living("private") if role != "head"), "head"]
             shared = ", ".join(spec.living("shared")) or "-"
             rows.append([spec.name, shared, ", ".join(private), spec.aggregation, spec.cost])
@@ -54,22 +51,20 @@ def run(
 ) -> None:
     """Run server and all clients on this machine."""
     with _federated():
-        from ..federated import deploy
-        from ..federated.deploy.apps import write_app
-        from ..federated.local import run as run_here
-        from ..recipes.federated import participant
-
         if engine not in ("inprocess", "ray"):
             raise ValueError(f"--engine is inprocess or ray, got {engine!r}")
         settings = _claimed(config, output, resume, overwrite)
-        outcome, home = None, settings.output / "flower"
+        home = settings.output / "flower"
         with _table(settings):
             if engine == "ray":
-                deploy.run_ray(write_app(home / "app", settings.to_yaml(), resume=resume), len(settings.clients), home)
+                app = deploy.write_app(home / "app", settings.to_yaml(), resume=resume)
+                deploy.run_ray(app, len(settings.clients), home)
             else:
-                outcome = run_here(settings, partial(participant, settings), resume=resume)
-        if outcome is not None and outcome.status != "finished":
-            raise ValueError(f"stopped after round {outcome.rounds}: {outcome.reason}; go on with --resume")
+                from ..recipes.federated import participant
+
+                outcome = federated.run(settings, partial(participant, settings), resume=resume)
+                if outcome.status != "finished":
+                    raise ValueError(f"stopped after round {outcome.rounds}: {outcome.reason}; go on with --resume")
         _report(settings.output)
 
 
@@ -80,13 +75,11 @@ def show(
 ) -> None:
     """The table and the plot of a run, from its ledger."""
     with _federated():
-        from ..federated import view
-        from ..federated.server import LEDGER
-
-        if not (folder / LEDGER).exists():
-            raise ValueError(f"{folder} has no {LEDGER}: give the output folder of a federated run")
+        ledger = folder / federated.log.LEDGER
+        if not ledger.exists():
+            raise ValueError(f"{folder} has no {ledger.name}: give the output folder of a federated run")
         if follow:
-            view.watch(folder / LEDGER)
+            federated.view.watch(ledger)
         _report(folder)
 
 
@@ -97,9 +90,7 @@ def certificates(
 ) -> None:
     """Make a certificate authority and a server certificate, unless your organisation has its own."""
     with _federated():
-        from ..federated.deploy.commands import make_certificates
-
-        made = make_certificates(folder, tuple(host) if host else ("localhost", "127.0.0.1"))
+        made = deploy.make_certificates(folder, host or ())
         typer.echo(f"server: keep {made.certificate} and {made.key}; every client needs a copy of {made.ca}")
 
 
@@ -110,9 +101,7 @@ def key(
 ) -> None:
     """Make a client's key pair; its public half goes to the server, its private half never leaves."""
     with _federated():
-        from ..federated.deploy.commands import make_node_key
-
-        private, public = make_node_key(folder, client)
+        private, public = deploy.make_node_key(folder, client)
         typer.echo(f"send {public} to the server's operator; keep {private}")
 
 
@@ -129,20 +118,15 @@ def server(
 ) -> None:
     """Serve a run to clients on other machines: TLS, and only registered keys."""
     with _federated():
-        from ..federated import deploy
-        from ..federated.deploy.apps import write_app
-        from ..federated.deploy.commands import Certificates
-        from ..federated.deploy.processes import Processes
-        from ..federated.deploy.runs import AlreadyRegisteredError
-
         settings = _claimed(config, output, resume, overwrite)
         home = settings.output / "flower"
-        with Processes(home / "logs") as processes, _table(settings):
-            deploy.start_superlink(processes, home, host=host, port=port, certificates=Certificates(certificates))
+        with deploy.Processes(home / "logs") as processes, _table(settings):
+            files = deploy.Certificates(certificates)
+            deploy.start_superlink(processes, home, host=host, port=port, certificates=files)
             for public in key or []:
-                with suppress(AlreadyRegisteredError):  # an earlier start of this server took it in
+                with suppress(deploy.AlreadyRegisteredError):  # an earlier start of this server took it in
                     deploy.register(home, public, public.name.removesuffix(".pub"))
-            deploy.submit_and_wait(home, write_app(home / "app", settings.to_yaml(), resume=resume))
+            deploy.submit_and_wait(home, deploy.write_app(home / "app", settings.to_yaml(), resume=resume))
         _report(settings.output)
 
 
@@ -158,44 +142,36 @@ def client(
 ) -> None:
     """Take part in a run as one client; stays until stopped, and may be restarted at any time."""
     with _federated():
-        from ..federated import deploy
-        from ..federated.config import load_config
-        from ..federated.deploy.commands import supernode_command
-
-        load_config(config).client(name)
-        supernode = supernode_command(name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data)
+        federated.load_config(config).client(name)
+        supernode = deploy.supernode_command(
+            name, server, ca=ca, key=key, state_dir=state_dir, config=config, data=data
+        )
         deploy.run_client(name, supernode, state_dir, echo=typer.echo)
 
 
-def _claimed(config: Path, output: Path | None, resume: bool, overwrite: bool) -> FedConfig:
+def _claimed(config: Path, output: Path | None, resume: bool, overwrite: bool) -> federated.FedConfig:
     """The configuration, with an output folder that means the same in every process and is free for the run.
 
     Before anything is shown or started: it holds no run, or it was said what becomes of that.
     """
-    from ..federated.config import load_config
-    from ..federated.server import check_fresh, clear
-
-    settings = load_config(config)
+    settings = federated.load_config(config)
     settings = settings.model_copy(update={"output": (output or settings.output).resolve()})
     if resume and overwrite:
         raise ValueError("--resume goes on with the run in the folder, --overwrite replaces it: give one of them")
     if overwrite:
-        clear(settings.output)
+        federated.server.clear(settings.output)
     elif not resume:
-        check_fresh(settings.output)
+        federated.server.check_fresh(settings.output)
     return settings
 
 
 @contextmanager
-def _table(settings: FedConfig) -> Iterator[None]:
+def _table(settings: federated.FedConfig) -> Iterator[None]:
     """The live table beside a run: a thread that reads the ledger, whichever process writes it."""
-    from ..federated import view
-    from ..federated.server import LEDGER
-
     done, now = threading.Event(), datetime.now(UTC)
     since = now.replace(microsecond=now.microsecond // 1000 * 1000)  # a ledger's times are cut to milliseconds
-    how = {"until": done.is_set, "console": display.err, "since": since}
-    thread = threading.Thread(target=view.watch, args=(settings.output / LEDGER,), kwargs=how, daemon=True)
+    ledger, how = settings.output / federated.log.LEDGER, {"until": done.is_set, "console": display.err, "since": since}
+    thread = threading.Thread(target=federated.view.watch, args=(ledger,), kwargs=how, daemon=True)
     thread.start()
     try:
         yield
@@ -206,14 +182,10 @@ def _table(settings: FedConfig) -> Iterator[None]:
 
 def _report(folder: Path) -> None:
     """The table of a run, and the plot beside its ledger."""
-    from ..federated import view
-    from ..federated.log import read
-    from ..federated.server import LEDGER, PLOT
-
-    events = read(folder / LEDGER)
-    display.console.print(view.summary(events))
+    events = federated.log.read(folder / federated.log.LEDGER)
+    display.console.print(federated.view.summary(events))
     try:
-        view.plot(events, folder / PLOT)
+        federated.view.plot(events, folder / federated.server.PLOT)
     except ImportError as error:
         typer.echo(f"no plot: {error}", err=True)
     typer.echo(f"everything is in {folder}")
@@ -222,11 +194,5 @@ def _report(folder: Path) -> None:
 @contextmanager
 def _federated() -> Iterator[None]:
     """As `command`, for Flower's errors too."""
-    with command():
-        try:
-            from ..federated.deploy.processes import FlowerError
-            from ..federated.guard import QuorumError
-        except ImportError as error:
-            raise ImportError("federated training needs Flower: pip install 'alora-kernels[federated]'") from error
-        with command(FlowerError, QuorumError):
-            yield
+    with command(), command(deploy.FlowerError):
+        yield

@@ -32,6 +32,7 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
+    from . import log, server, view
     from .client import Participant, fit, shuffled
     from .config import ConfigError, FedConfig, Limits, load_config
     from .local import run
@@ -45,16 +46,13 @@ _WHERE = {
     "ConfigError": "config", "FedConfig": "config", "Limits": "config", "load_config": "config",
     "Participant": "client", "fit": "client", "shuffled": "client",
     "Outcome": "log", "Template": "server", "adapt": "model", "fingerprint": "model", "run": "local",
+    "log": "log", "server": "server", "view": "view",
 }  # fmt: skip
+REMEDY = "federated training needs Flower: pip install 'alora-kernels[federated]'"
 
 __all__ = [
     "METHODS", "ConfigError", "FedConfig", "Limits", "Outcome", "Participant", "ShareSpec", "Template", "adapt",
-    "fingerprint", "fit", "load_config", "run", "share_spec", "shuffled",
+    "fingerprint", "fit", "load_config", "log", "run", "server", "share_spec", "shuffled", "view",
 ]  # fmt: skip
 
-__getattr__ = names_later(
-    __name__,
-    _WHERE,
-    needs=("flwr", "pydantic"),
-    remedy="federated training needs Flower: pip install 'alora-kernels[federated]'",
-)
+__getattr__ = names_later(__name__, _WHERE, needs=("flwr", "pydantic"), remedy=REMEDY)

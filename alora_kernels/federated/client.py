@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, compute_clip_model_update
 from torch import Tensor, nn
 
 from .. import files
@@ -25,7 +27,6 @@ from . import model as adapters
 from . import wire
 from .config import FedConfig
 from .state import FINAL, BehindError, PrivateStore
-from .strategies import clip
 
 log = logging.getLogger("alora_kernels.federated")
 
@@ -65,12 +66,18 @@ class Client:
         """One round: judge, train, judge, reply."""
         started = time.perf_counter()
         asked, run, round_ = self._open(message)
+        dp, sent = self.config.dp, asked.get(KEY_CLIPPING_NORM)
+        norm = dp.clipping_norm if dp is not None and self.config.clients_clip else None
+        if norm is not None and sent != norm:
+            raise wire.WireError(f"client {self.name} clips its updates to a norm of {norm:g}, the server says {sent}")
         metrics = {wire.BEFORE + name: value for name, value in self._judge(round_).items()}
         self._train(round_)
         metrics |= {wire.AFTER + name: value for name, value in self._judge(round_).items()}
-        shared = adapters.to_share(self._model, self._share, factors=not self.config.clients_clip)
+        shared = wire.to_record(adapters.to_share(self._model, self._share, factors=norm is None))
         content = self._reply(asked, metrics, started)
-        content[wire.ARRAYS] = wire.to_record(shared)
+        if norm is not None:
+            shared = clipped(shared, message.content.array_records[wire.ARRAYS], norm)
+        content[wire.ARRAYS] = shared
         reply = Message(content, reply_to=message)
         private = adapters.values(self._model, self._share, "private")
         self.store.commit(run, self.name, round_, private, self.spec.digest)
@@ -150,6 +157,14 @@ class Client:
         return RecordDict({wire.METRICS: MetricRecord({wire.EXAMPLES: examples, **metrics}), wire.REPLY: reply})
 
 
+def clipped(reply: ArrayRecord, sent: ArrayRecord, norm: float) -> ArrayRecord:
+    """The arrays of a reply, their change clipped by Flower, which divides by its norm: no change stays none."""
+    arrays = reply.to_numpy_ndarrays()
+    with suppress(ZeroDivisionError):
+        compute_clip_model_update(arrays, [sent[key].numpy() for key in reply], norm)  # it pairs them by position
+    return wire.to_record(dict(zip(reply, arrays, strict=True)))
+
+
 def client_name(config: FedConfig, context: Context) -> str:
     """Which client a node is: its own word (`client=...` in the node's configuration), else by its partition number."""
     name = context.node_config.get("client")
@@ -173,8 +188,6 @@ def client_app(client_of: Callable[[Context], Client]) -> ClientApp:
             client = client_of(context)
             if message.metadata.message_type == MessageType.EVALUATE:
                 return client.evaluate(message)
-            if client.config.clients_clip:
-                return clip(message, context, lambda message, _: client.train(message))
             return client.train(message)
         except Exception as error:
             log.exception("this client could not answer")

@@ -83,7 +83,7 @@ class GuardedGrid:
         limits' deadline holds when it is shorter than `timeout`, in seconds.
         """
         begin = self._clock()
-        current = _stamp(messages, self._spec, self._limits, self._name)
+        current = _Round.of(messages, self._spec, self._limits, self._name)
         if current is None:
             return []
         limit = self._limits.deadline if timeout is None else min(timeout, self._limits.deadline)
@@ -104,7 +104,8 @@ class GuardedGrid:
         self._void_rounds += 1
         counts = f"{len(current.accepted)} of {len(current.sent)} replies accepted, {self._limits.quorum} needed"
         log.warning("round %d is void: %s", current.number, counts)
-        refused = [f"{e.client or f'node {e.node}'}: {e.reason}" for e in current.entries if e.reason]
+        events = [entry.event for entry in current.entries if entry.content is None]
+        refused = [f"{event['client'] or 'node ' + str(event['node'])}: {event['reason']}" for event in events]
         shown = "; ".join(refused[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
         error = QuorumError(
             f"{self._void_rounds} rounds in a row without a quorum, the last one (round {current.number}) with "
@@ -117,32 +118,29 @@ class GuardedGrid:
 
 
 @dataclass
-class _Sent:
+class _Entry:
     """One message and what came of it; a reply nobody waits for gets one of its own, without a message."""
 
-    node: int  # whom it went to, or who replied
+    event: dict[str, Any]  # what the ledger hears of it: "client" and "seconds" as the reply says, "reason" if refused
     message: Any = None
     nonce: str = ""
-    arrays: wire.NDArrays = field(default_factory=dict)
-    bytes_down: int = 0
-    reply: Any = None  # the next three as it says, unchecked but for their types
-    client: str | None = None
-    seconds: float | None = None
-    bytes_up: int = 0
+    arrays: wire.NDArrays = field(default_factory=dict)  # what was sent
+    reply: Any = None
     content: RecordDict | None = None  # the checked metrics and, in training, dense arrays: what a strategy gets
-    reason: str | None = None  # why there is none
 
     def came(self, reply: Message) -> None:
-        """Note what a reply says of itself."""
+        """Note what a reply says of itself, unchecked but for its types."""
         self.reply = reply
         if not reply.has_content():
             return
-        self.bytes_up = _bytes_that_came(reply.content)
+        self.event["bytes_up"] = _bytes_that_came(reply.content)
         config = reply.content.get(wire.REPLY)
         if isinstance(config, ConfigRecord):
             name, seconds = config.get(wire.CLIENT), config.get(wire.SECONDS)
-            self.client = name if isinstance(name, str) and 0 < len(name) <= NAME and name.isprintable() else None
-            self.seconds = float(cast(float, seconds)) if wire.finite(seconds) else None
+            if isinstance(name, str) and 0 < len(name) <= NAME and name.isprintable():
+                self.event["client"] = name
+            if wire.finite(seconds):
+                self.event["seconds"] = float(cast(float, seconds))
 
 
 @dataclass
@@ -158,18 +156,59 @@ class _Round:
     number: int
     spec: wire.WireSpec
     limits: Limits
-    sent: dict[int, _Sent] = field(default_factory=dict)
-    extra: list[_Sent] = field(default_factory=list)
+    sent: dict[int, _Entry] = field(default_factory=dict)
+    extra: list[_Entry] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, messages: Iterable[Message], spec: wire.WireSpec, limits: Limits, run: str) -> _Round | None:
+        """A strategy's messages of one round made anew, each with the run's name, the spec's digest and its own nonce.
+
+        Anew, because strategies put one and the same RecordDict into all of them.
+        """
+        messages = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        if not messages:
+            return None
+        metadata, said = messages[0].metadata, messages[0].content.config_records[wire.CONFIG]
+        record = messages[0].content.array_records[wire.ARRAYS]
+        arrays, current = (
+            wire.from_record(record, spec),
+            cls(metadata.message_type, cast(int, said[wire.ROUND]), spec, limits),
+        )
+        size = sum(values.nbytes for values in arrays.values())
+        for node in (message.metadata.dst_node_id for message in messages):
+            nonce = secrets.token_hex(16)
+            config = ConfigRecord({**said, wire.RUN: run, wire.SPEC: spec.digest, wire.NONCE: nonce})
+            content = RecordDict({wire.ARRAYS: record, wire.CONFIG: config})
+            fresh = Message(content, node, current.kind, ttl=metadata.ttl, group_id=str(current.number))
+            current.sent[node] = _Entry(current._event(node, size), fresh, nonce, arrays)
+        return current
+
+    def _event(self, node: int, bytes_down: int = 0) -> dict[str, Any]:
+        """The event of a node that has not answered."""
+        return {
+            "event": "client",
+            "kind": self.kind,
+            "round": self.number,
+            "node": node,
+            "client": None,
+            "accepted": False,
+            "reason": None,
+            "bytes_down": bytes_down,
+            "bytes_up": 0,
+            "examples": None,
+            "seconds": None,
+            **{name: {} for name in wire.MEASURED[self.kind]},
+        }
 
     @property
-    def entries(self) -> list[_Sent]:
+    def entries(self) -> list[_Entry]:
         """All that the ledger hears of: each message, then the replies that answer none."""
         return [*self.sent.values(), *self.extra]
 
     @property
-    def accepted(self) -> list[_Sent]:
+    def accepted(self) -> list[_Entry]:
         """What passed, by client name: float sums then do not depend on who was first."""
-        return sorted((sent for sent in self.sent.values() if sent.content), key=lambda sent: sent.client or "")
+        return sorted((sent for sent in self.sent.values() if sent.content), key=lambda sent: sent.event["client"])
 
     def receive(self, replies: Iterable[Message], names: dict[int, str], limit: float) -> None:
         """Hold whatever came to the checks, by node id; `names`, node -> client of earlier rounds, learns from it."""
@@ -180,20 +219,28 @@ class _Round:
                 if reason is not None:
                     raise wire.WireError(reason)
                 entry.content = self._checked(entry)
-                names[entry.node] = cast(str, entry.client)
             except Exception as error:  # whatever a reply does to the checks, it is that reply that is wrong
-                entry.reason = _short(
-                    str(error) if isinstance(error, wire.WireError) else f"{type(error).__name__}: {error}"
-                )
-        for entry in self.entries:
-            entry.client = entry.client or names.get(entry.node)
-            if entry.content is None:
-                entry.reason = entry.reason or f"no reply within {limit:g} s"
-                log.warning(
-                    "refused client %s, node %d, round %d: %s", entry.client, entry.node, self.number, entry.reason
-                )
+                said = str(error) if isinstance(error, wire.WireError) else f"{type(error).__name__}: {error}"
+                entry.event["reason"] = _short(said)
+        for event, content in ((entry.event, entry.content) for entry in self.entries):
+            if content is not None:
+                names[event["node"]] = event["client"]
+                event |= {"accepted": True, **self._measured(content)}
+                continue
+            event["client"] = event["client"] or names.get(event["node"])
+            event["reason"] = event["reason"] or f"no reply within {limit:g} s"
+            facts = (event["client"], event["node"], self.number, event["reason"])
+            log.warning("refused client %s, node %d, round %d: %s", *facts)
 
-    def _place(self, reply: Message) -> tuple[_Sent, str | None]:
+    def _measured(self, content: RecordDict) -> dict[str, Any]:
+        metrics = dict(content.metric_records[wire.METRICS])
+        examples = metrics.pop(wire.EXAMPLES)
+        return {"examples": examples} | {
+            name: {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+            for name, prefix in wire.MEASURED[self.kind].items()
+        }
+
+    def _place(self, reply: Message) -> tuple[_Entry, str | None]:
         """The message a reply answers, or an entry of its own; and why it cannot count, before its content is read.
 
         A late or a further reply is reported by itself and takes nothing from its node.
@@ -215,10 +262,10 @@ class _Round:
                 reason = "second reply of this node in this round; the first one counts"
             else:
                 reason = "late: it does not answer the message of this round"
-        self.extra.append(_Sent(node))
+        self.extra.append(_Entry(self._event(node)))
         return self.extra[-1], reason
 
-    def _checked(self, entry: _Sent) -> RecordDict:
+    def _checked(self, entry: _Entry) -> RecordDict:
         """The checked records of a reply, or WireError with the reason."""
         content = entry.reply.content
         expected: dict[str, type] = {wire.METRICS: MetricRecord, wire.REPLY: ConfigRecord}
@@ -237,19 +284,18 @@ class _Round:
             raise wire.WireError(
                 "spec hash differs: the client has another method, base model, scaling or seed, other arrays or metrics"
             )
-        if entry.client is None:
+        if (client := entry.event["client"]) is None:
             raise wire.WireError(f"{wire.CLIENT} must be a printable name of 1 to {NAME} characters")
         checked = RecordDict({wire.METRICS: self._metrics(content[wire.METRICS])})
         if self.kind == "train":
             checked[wire.ARRAYS] = self._arrays(content[wire.ARRAYS], entry.arrays)
-        for other in self.accepted:
-            if other.client == entry.client:
-                raise wire.WireError(f"client name {entry.client!r} is taken by node {other.node} in this round")
+        for other in (other.event for other in self.accepted):
+            if other["client"] == client:
+                raise wire.WireError(f"client name {client!r} is taken by node {other['node']} in this round")
         return checked
 
     def _metrics(self, record: MetricRecord) -> MetricRecord:
-        agreed = self.spec.metric_keys if self.kind == "train" else {wire.EXAMPLES, *self.spec.metrics}
-        wire.check_keys(set(record), agreed, "metrics")
+        wire.check_keys(set(record), self.spec.metric_keys(self.kind), "metrics")
         for key in sorted(record):
             if not isinstance(record[key], int | float):
                 raise wire.WireError(f"{key} is a list, agreed is one number")
@@ -278,46 +324,20 @@ class _Round:
         `rejected` counts client events that are not accepted, so a second reply of an accepted node counts as well;
         bytes include what was refused.
         """
+        clients = [entry.event for entry in self.entries]
         accepted = len(self.accepted)
-        return [
-            *map(self._client_event, self.entries),
-            {
-                "event": "round",
-                "kind": self.kind,
-                "round": self.number,
-                "sampled": len(self.sent),
-                "accepted": accepted,
-                "rejected": len(self.entries) - accepted,
-                "void": void,
-                "bytes_down": sum(entry.bytes_down for entry in self.entries),
-                "bytes_up": sum(entry.bytes_up for entry in self.entries),
-                "seconds": seconds,
-            },
-        ]
-
-    def _client_event(self, entry: _Sent) -> dict[str, Any]:
-        metrics = dict(entry.content.metric_records[wire.METRICS]) if entry.content else {}
-        examples = metrics.pop(wire.EXAMPLES, None)
-        measured: dict[str, Any] = {"metrics": metrics}
-        if self.kind == "train":
-            measured = {
-                name: {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-                for name, prefix in (("before", wire.BEFORE), ("after", wire.AFTER))
-            }
-        return {
-            "event": "client",
+        closing = {
+            "event": "round",
             "kind": self.kind,
             "round": self.number,
-            "node": entry.node,
-            "client": entry.client,
-            "accepted": entry.content is not None,
-            "reason": entry.reason,
-            "bytes_down": entry.bytes_down,
-            "bytes_up": entry.bytes_up,
-            "examples": examples,
-            "seconds": entry.seconds,
-            **measured,
+            "sampled": len(self.sent),
+            "accepted": accepted,
+            "rejected": len(clients) - accepted,
+            "void": void,
+            **{way: sum(event[way] for event in clients) for way in ("bytes_down", "bytes_up")},
+            "seconds": seconds,
         }
+        return [*clients, closing]
 
 
 def _short(text: str, length: int = REASON) -> str:
@@ -334,48 +354,3 @@ def _bytes_that_came(content: RecordDict) -> int:
     except Exception:  # a dtype may be any text, a dimension any integer
         return data
     return declared if 0 <= declared <= data else data
-
-
-def _stamp(messages: Iterable[Message], spec: wire.WireSpec, limits: Limits, run: str) -> _Round | None:
-    """A round's messages made anew, each with the run's name, the spec's digest and its own nonce; None without any.
-
-    Anew, because strategies put one and the same RecordDict into all of them.
-    """
-    messages = sorted(messages, key=lambda message: message.metadata.dst_node_id)
-    kinds = {message.metadata.message_type for message in messages}
-    if len(kinds) > 1 or not kinds <= {"train", "evaluate"}:
-        raise ValueError(f"the guard sends rounds of 'train' or of 'evaluate' messages, got {', '.join(sorted(kinds))}")
-    if not messages:
-        return None
-    numbers = {_round_number(message) for message in messages}
-    if len(numbers) > 1:
-        raise ValueError(f"messages of rounds {sorted(numbers)} in one call; send one round at a time")
-    current = _Round(kinds.pop(), numbers.pop(), spec, limits)
-    agreed: dict[int, wire.NDArrays] = {}
-    for message in messages:
-        node = message.metadata.dst_node_id
-        if node in current.sent:
-            raise ValueError(f"two messages to node {node} in one round")
-        record = message.content.array_records[wire.ARRAYS]
-        if id(record) not in agreed:
-            agreed[id(record)] = wire.from_record(record, spec)
-        arrays, nonce = agreed[id(record)], secrets.token_hex(16)
-        config = ConfigRecord(dict(message.content.config_records[wire.CONFIG]))
-        config.update({wire.RUN: run, wire.SPEC: spec.digest, wire.NONCE: nonce, wire.ROUND: current.number})
-        content = RecordDict({wire.ARRAYS: record, wire.CONFIG: config})
-        fresh = Message(content, node, current.kind, ttl=message.metadata.ttl, group_id=str(current.number))
-        current.sent[node] = _Sent(node, fresh, nonce, arrays, sum(values.nbytes for values in arrays.values()))
-    return current
-
-
-def _round_number(message: Message) -> int:
-    records = set(message.content)
-    if records != {wire.ARRAYS, wire.CONFIG}:
-        raise ValueError(
-            f"a message has the records {sorted(records)}; give the strategy arrayrecord_key={wire.ARRAYS!r} and "
-            f"configrecord_key={wire.CONFIG!r}"
-        )
-    number = message.content.config_records[wire.CONFIG].get(wire.ROUND)
-    if not isinstance(number, int):
-        raise ValueError(f"{wire.CONFIG} lacks an integer {wire.ROUND!r}, which Flower's strategies put there")
-    return number

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .. import files
 
 Event = Mapping[str, Any]
+LEDGER = "ledger.jsonl"  # in the output folder
 NO_REPLY = "no reply"  # how the guard's reason begins when a client was silent
 
 
@@ -33,21 +34,12 @@ class Ledger:
     "metrics" for an evaluation. The baseline is "before" of the first training round, the untuned model. Without a
     "run" event, which names the metric, there are no scores.
 
-    A new file must not be there yet; `resume_from=k` keeps what an earlier process wrote up to round k, no more.
+    `resume_from=k` keeps what an earlier process wrote up to round k, no more.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None) -> None:
         self.path = Path(path)
-        self._events: list[dict[str, Any]] = []  # what is in the file
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_from is None:
-            try:
-                self.path.touch(exist_ok=False)
-            except FileExistsError:
-                why = f"{path} is the ledger of an earlier run: continue it with --resume, or choose another output"
-                raise FileExistsError(why) from None
-        else:
-            self._events = _cut(self.path, resume_from)
+        self._events = [] if resume_from is None else _cut(self.path, resume_from)  # what is in the file
         # "a": after a failed write is cut off, the next goes to the new end; unbuffered: one write call per line
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
@@ -102,18 +94,14 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines, events = Path(path).read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         try:
-            events.append(_decode(line))
+            event = json.loads(line.decode("ascii"), parse_constant=_refuse)
+            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+                raise ValueError("an object with a name under 'event' is expected")
+            events.append(event)
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is no event of a ledger: {error}") from None
     return events
-
-
-def _decode(line: bytes) -> dict[str, Any]:
-    event = json.loads(line.decode("ascii"), parse_constant=_refuse)
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        raise ValueError("an object with a name under 'event' is expected")
-    return event
 
 
 def _refuse(constant: str) -> None:

@@ -28,10 +28,10 @@ from . import model as adapters
 from . import state, wire
 from .config import FedConfig
 from .guard import GuardedGrid, QuorumError
-from .log import Ledger, Outcome, read
+from .log import LEDGER, Ledger, Outcome, read
 from .strategies import build_strategy, privacy_spent, quiet_flower
 
-LEDGER, PLOT = "ledger.jsonl", "rounds.png"
+PLOT = "rounds.png"
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,13 @@ class _Run:
     def __init__(self, config: FedConfig, template: Template, resume: bool) -> None:
         self.config, self.template, self.resumed = config, template, resume
         self.spec = adapters.agreement(template.model, config, template.base)
+        if config.dp is not None and (
+            key := next((k for k, (_, shape) in self.spec.arrays.items() if not shape), None)
+        ):
+            raise ValueError(  # Flower 1.41 clips in place, which does nothing to it: it would go out at full size
+                f"{key} has shape [], which Flower's clipping leaves as it is; give it shape [1] or keep it private "
+                "when dp is on"
+            )
         chosen, quorum = config.strategy, config.guard.quorum
         self.strategy = build_strategy(
             chosen.name, chosen.options, quorum=quorum, dp=config.dp, population=len(config.clients)
@@ -132,27 +139,17 @@ class _Run:
         self.done, self.arrays = done, arrays
 
     def play(self, guard: GuardedGrid, ledger: Ledger) -> None:
-        """The rounds that are left."""
-        first = self.done
-
-        def after(round_: int, arrays: ArrayRecord) -> None:  # Flower asks after every aggregation, and once before
-            if round_ > 0:
-                self._check_finite(first + round_, arrays)
-                if spent := privacy_spent(self.strategy):
-                    ledger.write({"event": "privacy", "round": first + round_, **spent})
-                self.save(first + round_, arrays)
-
-        if first < self.config.rounds:
-            state.FromRound(self.strategy, first).start(
-                grid=cast(Grid, guard),
-                initial_arrays=self.arrays,
-                num_rounds=self.config.rounds - first,
-                timeout=self.config.guard.deadline,
-                train_config=ConfigRecord(self._terms()),
-                evaluate_fn=after,
-            )
+        """The rounds that are left, as Flower's `start` plays them; that one would count from 1 again."""
+        first, grid = self.done, cast(Grid, guard)
+        for round_ in range(first + 1, self.config.rounds + 1):
+            messages = self.strategy.configure_train(round_, self.arrays, ConfigRecord(self._terms()), grid)
+            replies = guard.send_and_receive(messages)
+            arrays = self.strategy.aggregate_train(round_, replies)[0] or self.arrays
+            self._check_finite(round_, arrays)
+            if spent := privacy_spent(self.strategy):
+                ledger.write({"event": "privacy", "round": round_, **spent})
+            self.save(round_, arrays)
         if guard.nothing_done is not None:  # a resumption plays these rounds again
-            self.done = first
             self.save(first, self.arrays)
             raise guard.nothing_done
 
@@ -170,7 +167,7 @@ class _Run:
         terms = ConfigRecord({**self._terms(), wire.ROUND: self.done, wire.LAST: True})
         content = RecordDict({wire.ARRAYS: self.arrays, wire.CONFIG: terms})
         messages = [Message(content, node, MessageType.EVALUATE) for node in guard.get_node_ids()]
-        guard.send_and_receive(messages, timeout=self.config.guard.deadline)
+        guard.send_and_receive(messages)
 
     def _terms(self) -> dict[str, Any]:
         return {wire.METHOD: self.config.method, wire.BASE: self.spec.base, wire.SCALING: self.config.scaling}

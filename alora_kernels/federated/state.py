@@ -1,8 +1,8 @@
 """What survives a kill: a client's private half, and the server's arrays, strategy and random generators.
 
 `PrivateStore` is the client's: it loads before it trains and commits before it replies. `save`, `load` and `restore`
-are the server's, after every round and before the next; `FromRound` lets a strategy go on. Files have mode 600; with
-the generators that sample nodes and draw the noise of privacy in it, a checkpoint is as secret as arrays without noise.
+are the server's, after every round and before the next. Files have mode 600; with the generators that sample nodes and
+draw the noise of privacy in it, a checkpoint is as secret as arrays without noise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,6 +32,7 @@ CLIENTS = "clients"  # folder of the private halves, of clients on this machine
 CHECKPOINT = "server.safetensors"
 FINAL = "final.safetensors"  # a client's finished adapter, private half included; on the server the shared half
 PRIVATE_FORMAT, SERVER_FORMAT = "alora-private-1", "alora-server-1"
+KEPT = 2  # rounds of a private half: the server writes its checkpoint after each
 _FILE = re.compile(r"round-(\d{6,})\.safetensors")
 _SAMPLING = ("fraction_", "min_")  # settings that may change when a run goes on, say after a client has left
 _NOT_STATE = ("_pending_events", "strategy", "accountant")
@@ -62,14 +63,11 @@ class PrivateStore:
     """The private arrays of clients, one file per round: `<folder>/<run>/<client>/round-000012.safetensors`.
 
     A server that was killed in round 7 asks for round 7 again, and a client that had committed 7 must begin from 6
-    again: so `keep` rounds, at least 2, stay on the disk, more if the server writes its checkpoint less often.
+    again: so two rounds stay on the disk.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        if keep < 2:
-            raise ValueError(f"keep must be >= 2, got {keep}: a server that is restarted asks for its last round again")
+    def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.keep = keep
 
     def commit(self, run: str, client: str, round: int, arrays: Mapping[str, NDArray | Tensor], spec_hash: str) -> Path:
         """Put the private half on the disk, for good, before anyone is told that the round is done; gives the file.
@@ -88,14 +86,14 @@ class PrivateStore:
         what = f"{path} is committed but other rounds could not be deleted"
         with _disk(StoreError, what, f"give access to {folder}"):
             rounds = _rounds(folder)
-            for n in rounds.keys() - sorted(n for n in rounds if n <= round)[-self.keep :]:
+            for n in rounds.keys() - sorted(n for n in rounds if n <= round)[-KEPT:]:
                 rounds[n].unlink(missing_ok=True)  # another process may have been faster
         return path
 
     def load(self, run: str, client: str, before: int, spec_hash: str) -> tuple[int, dict[str, Tensor]] | None:
         """The latest round committed below `before`, which the server asks for, and its arrays.
 
-        None if nothing was committed before it: with fewer than `keep` rounds on the disk none was ever dropped.
+        None if nothing was committed before it: with fewer than two rounds on the disk none was ever dropped.
         BehindError if only later rounds are there, StoreError for a damaged file or one of another spec, run or client.
         """
         folder = self._folder(run, client)
@@ -104,14 +102,13 @@ class PrivateStore:
         latest = max((n for n in rounds if n < before), default=None)
         if latest is not None:
             return latest, self._read(rounds[latest], _label(run, client, latest, spec_hash), before)
-        if len(rounds) < self.keep:
+        if len(rounds) < KEPT:
             return None  # nothing yet, or the client's first round is asked for again
         kept = ", ".join(map(str, sorted(rounds)))
         raise BehindError(
             f"client {client} has rounds {kept} but the server asks for round {before}: its checkpoint is older "
             f"than what this client keeps; resume from a later checkpoint, or delete {folder} "
-            f"to begin the private half anew (keep={self.keep} rounds stay; raise it above the rounds between "
-            "two checkpoints)"
+            f"to begin the private half anew ({KEPT} rounds stay)"
         )
 
     def _read(self, path: Path, label: Mapping[str, str], before: int) -> dict[str, Tensor]:
@@ -175,8 +172,8 @@ def save(
 ) -> Path:
     """Put the server's state on the disk, replacing the checkpoint before; gives the file.
 
-    Arguments as in `Checkpoint`; the strategy as built, or in `FromRound`. CheckpointError: the disk's reason (the
-    checkpoint before is untouched), or state that cannot be saved.
+    Arguments as in `Checkpoint`; the strategy as built. CheckpointError: the disk's reason (the checkpoint before is
+    untouched), or state that cannot be saved.
     """
     tensors: dict[str, NDArray] = {}
     state = {
@@ -231,8 +228,7 @@ def load(folder: Path) -> Checkpoint:
 def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
     """Give a fresh strategy the memory of the saved one, and set the random generators; may be done more than once.
 
-    The strategy may be inside `FromRound`. CheckpointError if it, or its settings, are others than saved; nothing has
-    been changed then.
+    CheckpointError if the strategy, or its settings, are others than saved; nothing has been changed then.
     """
     own = list(layers(strategy))
     here, there = [type(layer).__name__ for layer in own], [saved["class"] for saved in checkpoint.strategy]
@@ -253,18 +249,13 @@ def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
 
 
 def layers(strategy: Any) -> Iterator[Any]:
-    """The strategy and those inside it, from the outside; `FromRound` holds no state but the offset of its own run."""
+    """The strategy and those inside it, from the outside."""
     while strategy is not None:
-        if not isinstance(strategy, FromRound):
-            yield strategy
+        yield strategy
         strategy = getattr(strategy, "strategy", None)
 
 
 def _describe(layer: Any, tensors: dict[str, NDArray]) -> dict[str, Any]:
-    if getattr(layer, "_pending_events", None):
-        raise CheckpointError(
-            "the strategy waits for the replies of a round; save after aggregate_train, before the next configure_train"
-        )
     name = type(layer).__name__
     encoded = {
         part: {key: _encode(f"{name}.{key}", value, tensors) for key, value in values.items()}
@@ -336,36 +327,3 @@ def _decode(saved: Any, arrays: Mapping[str, NDArray]) -> Any:
     if kind == "record":
         return ArrayRecord({key: Array(value) for key, value in _decode(content, arrays).items()})
     return {key: _decode(value, arrays) for key, value in content}
-
-
-class FromRound(Strategy):
-    """A strategy that goes on after `done` rounds, so that FedAdam's bias correction and the clients see round done+1.
-
-    Flower's `start` still counts from 1, in its log, its result and `evaluate_fn`: add `done` there.
-    """
-
-    def __init__(self, strategy: Strategy, done: int) -> None:
-        if done < 0:
-            raise ValueError(f"done must be >= 0, got {done}")
-        self.strategy = strategy
-        self.done = done
-
-    def configure_train(self, server_round: int, *rest: Any) -> Iterable[Message]:
-        """The strategy's own, of the true round; so are the next three."""
-        return self.strategy.configure_train(self.done + server_round, *rest)
-
-    def aggregate_train(self, server_round: int, *rest: Any) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Of the true round."""
-        return self.strategy.aggregate_train(self.done + server_round, *rest)
-
-    def configure_evaluate(self, server_round: int, *rest: Any) -> Iterable[Message]:
-        """Of the true round."""
-        return self.strategy.configure_evaluate(self.done + server_round, *rest)
-
-    def aggregate_evaluate(self, server_round: int, *rest: Any) -> MetricRecord | None:
-        """Of the true round."""
-        return self.strategy.aggregate_evaluate(self.done + server_round, *rest)
-
-    def summary(self) -> None:
-        """The strategy's own."""
-        self.strategy.summary()

@@ -1,7 +1,7 @@
 """Flower's strategies by name, set up for one message per client and round, and differential privacy around them.
 
 From a name, the strategy's own keyword arguments, the quorum and `DpSettings` to the server's strategy. Also here: the
-clipping on a client, and the epsilon spent so far, for the ledger.
+epsilon spent so far, for the ledger.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import flwr.serverapp.strategy as flower
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord
-from flwr.clientapp.mod import fixedclipping_mod
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, SamplingMethod
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
@@ -54,21 +52,17 @@ class QFedAvg(_KeepsDtype, flower.QFedAvg):
     """Flower's q-FedAvg, in the dtype of the arrays."""
 
 
+_ROBUST = (flower.FedMedian, flower.FedTrimmedAvg, flower.Krum, flower.MultiKrum, flower.Bulyan)
 #: name -> class; the others of Flower's need more than the shared arrays
 STRATEGIES: Mapping[str, type[flower.FedAvg]] = {
-    "fedavg": flower.FedAvg,
-    "fedavgm": flower.FedAvgM,
-    "fedadam": FedAdam,
-    "fedadagrad": flower.FedAdagrad,
-    "fedyogi": flower.FedYogi,
-    "fedmedian": flower.FedMedian,
-    "fedtrimmedavg": flower.FedTrimmedAvg,
-    "krum": flower.Krum,
-    "multikrum": flower.MultiKrum,
-    "bulyan": flower.Bulyan,
-    "qfedavg": QFedAvg,
+    cls.__name__.lower(): cls
+    for cls in (flower.FedAvg, flower.FedAvgM, FedAdam, flower.FedAdagrad, flower.FedYogi, *_ROBUST, QFedAvg)
 }
 
+NO_FEDPROX = (
+    "fedprox is not offered: its proximal term belongs into the clients' loss, which is the participants' own; "
+    "add it in Participant.train and use fedavg, which aggregates the same way"
+)
 _OURS = {
     **dict.fromkeys(
         ("fraction_evaluate", "evaluate_metrics_aggr_fn", "min_evaluate_nodes"),
@@ -88,9 +82,10 @@ def build_strategy(
     connected, and all of them must reply. ValueError for an unknown name or option, one that is ours to set, or numbers
     that do not fit together; TypeError for an option of another type.
     """
-    if not 1 <= quorum <= population:
-        raise ValueError(f"quorum must be between 1 and population={population}, got {quorum}")
-    cls = _lookup(name)
+    if name not in STRATEGIES:
+        why = NO_SECAGG if name.startswith("secagg") else NO_FEDPROX if name == "fedprox" else None
+        raise ValueError(why or f"unknown strategy {name!r}; known are {', '.join(STRATEGIES)}")
+    cls = STRATEGIES[name]
     _check_options(name, cls, options)
     _check_numbers(name, options, quorum)
     sampled = max(int(population * options.get("fraction_train", 1.0)), quorum) if dp else quorum
@@ -109,19 +104,6 @@ def build_strategy(
     return _private(made, dp, sampled, population) if dp else made
 
 
-def _lookup(name: str) -> type[flower.FedAvg]:
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    if name.startswith("secagg"):
-        raise ValueError(NO_SECAGG)
-    if name == "fedprox":
-        raise ValueError(
-            "fedprox is not offered: its proximal term belongs into the clients' loss, which is the participants' own; "
-            "add it in Participant.train and use fedavg, which aggregates the same way"
-        )
-    raise ValueError(f"unknown strategy {name!r}; known are {', '.join(STRATEGIES)}")
-
-
 def _check_options(name: str, cls: type[flower.FedAvg], options: Mapping[str, Any]) -> None:
     parameters = dict(inspect.signature(cls).parameters)
     hints = get_type_hints(inspect.unwrap(cls.__init__))
@@ -132,19 +114,15 @@ def _check_options(name: str, cls: type[flower.FedAvg], options: Mapping[str, An
         valid = ", ".join(key for key in parameters if key not in _OURS)
         raise ValueError(f"strategy {name} has no option {unknown[0]!r}; it has {valid}")
     for key, value in options.items():
-        _check_type(name, key, value, hints[key])
+        kind = hints[key]
+        if kind in (float, int, str):
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise TypeError(f"option {key!r} of strategy {name} must be {kind.__name__}, got {value!r}")
+        elif not callable(value) and (value is not None or type(None) not in get_args(kind)):  # None: Flower's own
+            raise TypeError(f"option {key!r} of strategy {name} must be a function, got {value!r}")
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"strategy {name} needs the option {key!r}")
-
-
-def _check_type(name: str, key: str, value: Any, hint: Any) -> None:
-    allowed = {float: (int, float), int: (int,), str: (str,)}.get(hint)
-    if allowed is None:  # what is left are functions, or None for Flower's own
-        if not (callable(value) or (value is None and type(None) in get_args(hint))):
-            raise TypeError(f"option {key!r} of strategy {name} must be a function, got {value!r}")
-    elif not isinstance(value, allowed) or isinstance(value, bool):
-        raise TypeError(f"option {key!r} of strategy {name} must be {hint.__name__}, got {value!r}")
 
 
 def _check_numbers(name: str, options: Mapping[str, Any], quorum: int) -> None:
@@ -185,21 +163,8 @@ def quiet_flower(level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-class _NoScalars(Strategy):
-    """Flower 1.41 clips in place, which does nothing to a number of shape []: it would go out at full size."""
-
-    def configure_train(self, server_round: int, arrays: ArrayRecord, *rest: Any) -> Iterable[Message]:
-        for key, array in arrays.items():
-            if not array.shape:
-                raise ValueError(
-                    f"{key} has shape [], which Flower's clipping leaves as it is; give it shape [1] or keep it "
-                    "private when dp is on"
-                )
-        return super().configure_train(server_round, arrays, *rest)  # type: ignore[safe-super]
-
-
-class ServerSideClipping(_NoScalars, flower.DifferentialPrivacyServerSideFixedClipping):
-    """Flower's, for arrays that it does clip, and for updates of norm zero, which stay zero."""
+class ServerSideClipping(flower.DifferentialPrivacyServerSideFixedClipping):
+    """Flower's, for updates of norm zero too, which stay zero."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         """Flower's, which divides by norms: a NumPy number over zero is infinity, and min(1, inf) clips nothing."""
@@ -211,8 +176,8 @@ class ServerSideClipping(_NoScalars, flower.DifferentialPrivacyServerSideFixedCl
             self.clipping_norm = norm  # a checkpoint holds plain numbers
 
 
-class ClientSideClipping(_NoScalars, flower.DifferentialPrivacyClientSideFixedClipping):
-    """Flower's, for arrays that it does clip."""
+class ClientSideClipping(flower.DifferentialPrivacyClientSideFixedClipping):
+    """Flower's; a checkpoint knows it by this name."""
 
 
 def _private(strategy: flower.FedAvg, dp: DpSettings, sampled: int, population: int) -> Strategy:
@@ -238,25 +203,6 @@ def _private(strategy: flower.FedAvg, dp: DpSettings, sampled: int, population: 
     cls = ServerSideClipping if dp.side == "server" else ClientSideClipping
     accountant = RdpAccountant(config) if dp.accounting else None
     return cls(strategy, dp.noise_multiplier, dp.clipping_norm, sampled, accountant=accountant)
-
-
-def clip(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower's clipping of a client's reply, which divides by the norm of the update; a zero update stays as it is.
-
-    It pairs arrays by position and wants the keys it sent, so such a client may not reply with factors.
-    """
-    replies: list[Message] = []
-
-    def answered(message: Message, context: Context) -> Message:
-        replies.append(call_next(message, context))
-        return replies[0]
-
-    try:
-        return fixedclipping_mod(message, context, answered)
-    except ZeroDivisionError:
-        if not replies:  # not the clipping's: local training divided by zero
-            raise
-        return replies[0]
 
 
 def privacy_spent(strategy: Strategy) -> dict[str, Any] | None:

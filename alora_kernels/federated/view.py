@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -37,11 +37,7 @@ SPACING = 0.055  # least distance of two names at line ends, as a part of the ax
 DPI = 150  # 10 inches: 1500 pixels, twice the width of a README
 
 
-class _Row(NamedTuple):
-    track: Track
-    old: float | None
-    new: float | None
-    last: Text
+Row = tuple[Track, float | None, float | None, Text]  # a client, its metric before and after, the last column
 
 
 def table(events: Sequence[Event], *, now: datetime | None = None) -> RenderableType:
@@ -56,7 +52,7 @@ def table(events: Sequence[Event], *, now: datetime | None = None) -> Renderable
     for track in found:
         trained, state = max(track.local, default=0), track.state(last)
         shown = Text(printable(state), {"ok": "green", "waiting": "dim", "not asked": "dim"}.get(state, "red"))
-        rows.append(_Row(track, track.shared.get(trained - 1), track.local.get(trained), shown))
+        rows.append((track, track.shared.get(trained - 1), track.local.get(trained), shown))
     lost = [f"round {n}, {track.name}: {reason}" for track in found for n, reason in track.rejected if n == last]
     more = [f"and {len(lost) - SHOWN} more"] if len(lost) > SHOWN else []
     scores = [(e.get("before") or {}, e.get("after") or {}) for e in of_kind(events, "round", "train")[-1:]]
@@ -71,7 +67,7 @@ def summary(events: Sequence[Event]) -> RenderableType:
     judged: Event = (of_kind(events, "round", "evaluate") or [{}])[-1]
     for track in found:
         lost = Text(str(len(track.rejected)), "red" if track.rejected else "")
-        rows.append(_Row(track, track.shared.get(0), track.shared.get(judged.get("round", -1)), lost))
+        rows.append((track, track.shared.get(0), track.shared.get(judged.get("round", -1)), lost))
     notes = [f"{track.name}: {n} x {reason}" for track in found for reason, n in track.reasons.items()]
     scores = [(e.get("before") or {}, judged.get("metrics") or {}) for e in of_kind(events, "round", "train")[:1]]
     return _page(events, None, ("untuned", "final", "rejected"), rows, scores, notes)
@@ -152,7 +148,7 @@ def _page(
     events: Sequence[Event],
     now: datetime | None,
     names: tuple[str, str, str],
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     scores: Sequence[tuple[Event, Event]],
     notes: Sequence[str],
 ) -> RenderableType:
@@ -165,29 +161,24 @@ def _page(
     grid.add_column("trend", no_wrap=True, overflow="ellipsis")
     grid.add_column(last, no_wrap=True, overflow="ellipsis", ratio=1)
     better = 1 if run_of(events).get("higher_is_better", True) else -1
-    end = max((max(row.track.shared, default=0) for row in rows), default=0)
-    for row in rows:
-        track, examples = row.track, NONE if row.track.examples is None else str(row.track.examples)
+    end = max((max(track.shared, default=0) for track, *_ in rows), default=0)
+    for track, before, after, said in rows:
+        examples = NONE if track.examples is None else str(track.examples)
         sent = (examples, size(track.down), size(track.up), spark(track.shared, end))
-        grid.add_row(Text(printable(track.name)), *_pair(row.old, row.new, better), *sent, row.last)
-    for pair in scores:
-        _foot(grid, *pair, better)
+        grid.add_row(Text(printable(track.name)), *_pair(before, after, better), *sent, said)
+    blank = [""] * 4
+    for was, now_is in scores:
+        grid.add_row()
+        for name, who in (("mean", ""), ("worst", printable(str(now_is.get("worst_client") or "")))):
+            grid.add_row(Text(name, "bold"), *_pair(was.get(name), now_is.get(name), better), *blank, Text(who))
+        percent = [_number(scored.get("delta_m"), "{:+.1f}%") for scored in (was, now_is)]
+        grid.add_row(Text("delta-m", "bold"), *percent, "", *blank, Text("less is better", "dim"))
     lines = [Text(printable(note), "red", overflow="ellipsis", no_wrap=True) for note in notes]
     return Group(_header(events, rows, now), grid, *lines)
 
 
-def _foot(grid: Table, old: Event, new: Event, better: int) -> None:
-    blank = [""] * 4
-    worst = Text(printable(str(new.get("worst_client") or "")))
-    grid.add_row()
-    for name, who in (("mean", Text()), ("worst", worst)):
-        grid.add_row(Text(name, "bold"), *_pair(old.get(name), new.get(name), better), *blank, who)
-    percent = [_number(scores.get("delta_m"), "{:+.1f}%") for scores in (old, new)]
-    grid.add_row(Text("delta-m", "bold"), *percent, "", *blank, Text("less is better", "dim"))
-
-
-def _header(events: Sequence[Event], rows: Sequence[_Row], now: datetime | None) -> Text:
-    run, down, up = run_of(events), sum(row.track.down for row in rows), sum(row.track.up for row in rows)
+def _header(events: Sequence[Event], rows: Sequence[Row], now: datetime | None) -> Text:
+    run, down, up = run_of(events), sum(track.down for track, *_ in rows), sum(track.up for track, *_ in rows)
     parts = [
         f"{run['method']}",
         f"{last_round(events)}/{run['rounds']} rounds",

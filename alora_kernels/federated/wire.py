@@ -23,6 +23,7 @@ ROUND, RUN, SPEC, NONCE = "server-round", "run", "spec-hash", "nonce"  # in `con
 METHOD, BASE, SCALING, LAST = "method", "base", "scaling", "last"  # in `config`, from the server
 CLIENT, SECONDS, EXAMPLES = "client", "seconds", "num-examples"
 BEFORE, AFTER = "before-", "after-"  # prefixes of a metric measured before and after local training
+MEASURED = {"train": {"before": BEFORE, "after": AFTER}, "evaluate": {"metrics": ""}}  # kind -> in the ledger -> prefix
 LEFT, RIGHT = ".left", ".right"
 NUMPY_HEADER = 1024  # bytes a serialised array may have beyond its numbers
 
@@ -50,10 +51,9 @@ class WireSpec:
         fields = [self.method, sorted(self.arrays.items()), self.base, self.scaling, self.seed, self.metrics]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
-    @property
-    def metric_keys(self) -> set[str]:
-        """Keys of the MetricRecord of a train reply."""
-        return {EXAMPLES, *(prefix + name for prefix in (BEFORE, AFTER) for name in self.metrics)}
+    def metric_keys(self, kind: str) -> set[str]:
+        """Keys of the MetricRecord of a reply, to a "train" or an "evaluate" message."""
+        return {EXAMPLES, *(prefix + name for prefix in MEASURED[kind].values() for name in self.metrics)}
 
 
 def finite(value: object) -> bool:

@@ -251,12 +251,6 @@ def test_everything_else_is_forwarded():
 @pytest.mark.parametrize(
     ("sent", "match"),
     [
-        (lambda: messages([1], kind="query"), "rounds of 'train' or of 'evaluate' messages, got query"),
-        (lambda: messages([1]) + messages([2], kind="evaluate"), "got evaluate, train"),
-        (lambda: messages([1, 1]), "two messages to node 1"),
-        (lambda: messages([1], 1) + messages([2], 2), r"rounds \[1, 2\] in one call"),
-        (lambda: [Message(RecordDict({"weights": wire.to_record(initial())}), 1, "train")], "arrayrecord_key='arrays'"),
-        (lambda: messages([1], number="first"), "lacks an integer 'server-round'"),
         (lambda: messages([1], arrays={KEY: initial()[KEY]}), r"missing \['other.B'\]"),
         (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 1), "float32")}), r"has shape \(8, 1\)"),
         (lambda: messages([1], arrays={**initial(), KEY: np.zeros((8, 4))}), "has dtype float64, agreed is float32"),

@@ -250,7 +250,7 @@ well_typed = st.lists(floats, min_size=44, max_size=44).map(
 odd_records = st.dictionaries(texts, odd_arrays, max_size=4).map(ArrayRecord) | well_typed
 odd_numbers = st.floats() | st.integers() | st.lists(st.floats(), max_size=2)
 odd_metrics = st.dictionaries(texts, odd_numbers, max_size=4) | st.builds(
-    lambda values: dict(zip(sorted(SPEC.metric_keys), values, strict=True)),
+    lambda values: dict(zip(sorted(SPEC.metric_keys("train")), values, strict=True)),
     st.lists(odd_numbers, min_size=5, max_size=5) | st.lists(st.floats(0.1, 10), min_size=5, max_size=5),
 )
 
@@ -275,7 +275,7 @@ def test_nothing_raises_and_nothing_gets_in_that_was_not_agreed(arrays, metrics,
         assert all(np.isfinite(value).all() for value in got.values())
         exact = sum(((got[key].astype(float) - sent[key]) ** 2).sum() for key in got)
         assert exact <= 44 * (1 + 1e-12)
-        assert set(metrics) == SPEC.metric_keys and 0 < metrics[wire.EXAMPLES] <= 1_000_000
+        assert set(metrics) == SPEC.metric_keys("train") and 0 < metrics[wire.EXAMPLES] <= 1_000_000
 
 
 @settings(max_examples=100, deadline=None)

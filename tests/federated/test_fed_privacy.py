@@ -12,9 +12,10 @@ import pytest
 import torch
 import toy
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from torch import nn
 
-from alora_kernels.federated import METHODS, Template
+from alora_kernels.federated import METHODS, Template, adapt
 from alora_kernels.federated.client import Client, client_app
 from alora_kernels.federated.config import DpSettings, StrategyConfig
 from alora_kernels.federated.local import InProcessGrid, clients_of
@@ -163,11 +164,35 @@ def test_an_unchanged_client_counts_with_an_update_of_zero(side, step, tmp_path)
     assert still.status == "finished" and abs(still.arrays["proj.B"]).max() <= step
 
 
+@pytest.mark.parametrize("theirs", [None, 1e30])
+def test_a_client_that_clips_sends_nothing_to_a_server_with_another_norm(theirs, tmp_path):
+    plain = toy.config(tmp_path / "out", weights="equal", rounds=1)
+    own = plain.model_copy(update={"dp": DpSettings(**DP, side="client")})
+    if theirs is not None:
+        plain = plain.model_copy(update={"dp": DpSettings(**DP | {"clipping_norm": theirs}, side="client")})
+    app = client_app(clients_of(own, lambda name: toy.participant(own, name)))
+    outcome = serve(InProcessGrid(app, 3), plain, toy.template(plain))
+    reasons = {e["reason"] for e in outcome.rejections}
+    said = rf"client ann clips its updates to a norm of {DP['clipping_norm']:g}, the server says {theirs}"
+    assert any(said in reason for reason in reasons) and outcome.bytes_up == 0
+
+
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_a_division_by_zero_in_training_is_the_client_s(side, tmp_path):
     config = toy.config(tmp_path / "out", dp=DpSettings(**DP, side=side, accounting=False), rounds=1)
     outcome = toy.go(config, {"bob": lambda p: replace(p, train=lambda _: 1 / 0)})
     assert {e["reason"] for e in outcome.rejections} == {"ZeroDivisionError, see the client's log"}
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_a_number_without_a_dimension_is_refused_because_flower_would_not_clip_it(side, tmp_path):
+    config = toy.config(tmp_path / "out", head="shared", weights="equal", dp=DpSettings(1.0, 1.0, side=side))
+    base = toy.Net(head=True)
+    base.head.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model = adapt(base, config.spec, rank=config.rank, heads=("head",))
+    with pytest.raises(ValueError, match=r"head.gain has shape \[\], which Flower's clipping leaves as it is"):
+        serve(InProcessGrid(ClientApp(), 3), config, Template(model, "base"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_accounting_of_other_strategies_is_refused(tmp_path):

@@ -182,9 +182,7 @@ def test_names_that_are_no_file_names(store: PrivateStore, name: str) -> None:
     assert not store.folder.exists()
 
 
-def test_arguments_out_of_range(store: PrivateStore, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep must be >= 2"):
-        PrivateStore(tmp_path, keep=1)
+def test_arguments_out_of_range(store: PrivateStore) -> None:
     with pytest.raises(ValueError, match="round must be >= 0"):
         commit(store, -1)
     with pytest.raises(TypeError, match="names has dtype"):

@@ -55,8 +55,7 @@ def update(message: Message, node: int, step: float = 0.01) -> dict[str, np.ndar
 
 def numbers(spec: wire.WireSpec = SPEC, *, kind: str = "train", examples: float = 10) -> dict[str, float]:
     """Metrics of an honest reply."""
-    names = spec.metric_keys - {wire.EXAMPLES} if kind == "train" else spec.metrics
-    return {wire.EXAMPLES: examples, **dict.fromkeys(names, 0.5)}
+    return {**dict.fromkeys(spec.metric_keys(kind), 0.5), wire.EXAMPLES: examples}
 
 
 def content(message: Message, *, arrays: Any = None, metrics: Any = None, **says: Any) -> RecordDict:
