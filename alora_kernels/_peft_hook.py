@@ -9,46 +9,32 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 LIBRARY = "peft"
 ADAPTER = "alora_kernels.tuner"
 
 
-class _ThenRegister(Loader):
-    """Runs the library's own loader, then imports the tuner; in all else it is the library's own loader."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":
-            raise AttributeError(name)  # a copy before __init__
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self.loader  # what tools see from now on is the library's own loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        try:
-            importlib.import_module(ADAPTER)
-        except Exception as error:  # the user asked for the library, not for us: do not break their import
-            warnings.warn(
-                f"alora_kernels could not register with {LIBRARY} {getattr(module, '__version__', '')}: {error!r};"
-                f" `import {ADAPTER}` shows why",
-                stacklevel=2,
-            )
-            return
-        # a new list: another thread may be walking through the old one
-        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
+def _then_register(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """What the library's own loader does, then the import of the tuner."""
+    load(module)
+    if module.__name__ != LIBRARY:
+        return  # of a loader that loads more than this module
+    try:
+        importlib.import_module(ADAPTER)
+    except Exception as error:  # the user asked for the library, not for us: do not break their import
+        warnings.warn(
+            f"alora_kernels could not register with {LIBRARY} {getattr(module, '__version__', '')}: {error!r};"
+            f" `import {ADAPTER}` shows why",
+            stacklevel=2,
+        )
+        return
+    # a new list: another thread may be walking through the old one
+    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
 
 
 class _AfterImport(MetaPathFinder):
@@ -59,13 +45,12 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != LIBRARY:
             return None
-        for finder in [f for f in sys.meta_path if not isinstance(f, _AfterImport) and hasattr(f, "find_spec")]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _ThenRegister(spec.loader)
-                return spec
-        return None
+        finders = [f for f in sys.meta_path if not isinstance(f, _AfterImport) and hasattr(f, "find_spec")]
+        spec = next(filter(None, (f.find_spec(fullname, path, target) for f in finders)), None)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            own = spec.loader
+            own.exec_module = partial(_then_register, own.exec_module)  # type: ignore[method-assign]
+        return spec
 
 
 def register_with_peft() -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .tensor_file import DamagedFileError, TensorFile
+from .tensor_file import DamagedFileError, TensorFile, in_order
 
 CHECKSUM, LOCK = "sha256", ".lock"
 ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file belongs to a killed process
@@ -35,8 +35,17 @@ ABANDONED = 3600.0  # seconds; a write takes a few, so an older temporary file b
 
 def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/alora-kernels`, or `~/.cache/alora-kernels` where the variable is unset or not absolute."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path.home() / ".cache") / "alora-kernels"
+    return _own_dir("XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """`$XDG_STATE_HOME/alora-kernels`, or `~/.local/state/alora-kernels`, likewise."""
+    return _own_dir("XDG_STATE_HOME", ".local/state")
+
+
+def _own_dir(variable: str, default: str) -> Path:
+    root = Path(os.environ.get(variable, ""))
+    return (root if root.is_absolute() else Path.home() / default) / "alora-kernels"
 
 
 @contextmanager
@@ -150,10 +159,11 @@ def own_copy(key: str, value: NDArray | Tensor) -> Tensor:
         raise TypeError(f"{key} has dtype {array.dtype}, which cannot be stored: {error}") from None
 
 
-def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the file, replacing what was there, or leave everything as it was; its folder is made."""
+def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[str, str]) -> str:
+    """Write the file, replacing what was there, or leave everything as it was; its folder is made. Its `checksum`."""
     tensors = {key: own_copy(key, value) for key, value in arrays.items()}
-    data = to_bytes(tensors, {**metadata, CHECKSUM: _checksum(tensors, metadata)})
+    found = checksum(tensors, metadata)
+    data = to_bytes(tensors, {**metadata, CHECKSUM: found})
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _sweep(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -161,12 +171,14 @@ def write(path: Path, arrays: Mapping[str, NDArray | Tensor], metadata: Mapping[
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            in_order(Path(name))
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+    return found
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,12 +190,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata, tensors = dict(file.metadata), {key: file.read(key) for key in file.keys()}  # noqa: SIM118
     except ValueError as error:
         raise DamagedFileError(f"{path} does not read: {error}") from None
-    if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
+    if metadata.pop(CHECKSUM, None) != checksum(tensors, metadata):
         raise DamagedFileError(f"{path} does not have the checksum it was written with")
     return tensors, metadata
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of arrays and metadata, in whatever order."""
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1e".encode())

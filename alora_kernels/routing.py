@@ -8,7 +8,6 @@ remembers the groups it built, so a model of 200 layers sorts its ids once. Beam
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,9 +161,7 @@ class Routing:
 
     def repeated(self, repeats: int) -> Routing:
         """The same ids for a model that may repeat each batch row for so many consecutive rows."""
-        other = copy.copy(self)
-        other.repeats, other._groups = repeats, {}
-        return other
+        return self._with(repeats=repeats, _groups={})
 
     def check_batch(self, rows: int, tokens: int | None) -> None:
         """Raise a ValueError, with the remedy, unless a model's batch has one id per row or (None: unknown) token."""

@@ -4,9 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from alora_kernels.files import claimed, replacing
+from alora_kernels.files import claimed, read, replacing, write
 
 
 def test_the_draft_takes_the_files_place_when_the_block_ends(tmp_path: Path) -> None:
@@ -17,6 +18,15 @@ def test_the_draft_takes_the_files_place_when_the_block_ends(tmp_path: Path) -> 
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_arrays_and_metadata_are_equal_bytes(tmp_path: Path) -> None:
+    """safetensors draws an order of the metadata anew at each save."""
+    arrays, metadata = {"w": np.ones((2, 3), "float32")}, {f"key {i}": str(i) for i in range(6)}
+    for i in range(6):
+        write(tmp_path / f"{i}.safetensors", arrays, metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read(tmp_path / "0.safetensors")[1] == metadata
 
 
 def test_after_an_error_nothing_has_changed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alora_kernels import FusedALoRALinear, routing
 from alora_kernels.routing import Routing, current_routing, expand_ids, group_rows, route
-from alora_kernels.training.tasks import NamedRouting
+from alora_kernels.training.tasks import batch_routing
 from alora_kernels.tuner.router import BatchRouting
 
 
@@ -146,7 +146,7 @@ def test_a_copy_in_a_graph_keeps_all_but_what_calls_left(monkeypatch):
         routing.ConstantRouting(1),
         routing.PickedRouting(Routing(ids), torch.Size([3]), torch.tensor([2, 0])),
         BatchRouting(["math", "code", "__base__"], tables),
-        NamedRouting(ids, ("math", "code"), tables),
+        batch_routing(ids, ("math", "code"), tables),
     ]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for one in made:

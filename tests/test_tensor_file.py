@@ -134,6 +134,13 @@ def test_a_changed_bit_is_found_by_name(file):
         verify(file)
 
 
+def test_a_tensor_that_is_gone_is_damage(tmp_path):
+    tensors = {"a": torch.ones(2), "b": torch.ones(2)}
+    save_file({"a": tensors["a"]}, file := tmp_path / "file.safetensors", metadata=sums(tensors))
+    with pytest.raises(DamagedFileError, match="b is gone, which it was written with"):
+        verify(file)
+
+
 def test_a_file_without_checksums_is_read(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "t", metadata={"sha256": "[not json"})
     with TensorFile(tmp_path / "t") as opened:

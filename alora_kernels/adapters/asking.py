@@ -7,9 +7,11 @@ anybody: names in braces are replaced and never evaluated, chat templates run in
 from __future__ import annotations
 
 import json
+import re
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class Prompt:
     text: str
     bos: bool = True  # the tokenizer's first token goes before it; a chat template has written it already
     spaced: bool = False  # the answer begins with a space that is no part of it
+    card: TaskCard | EllipsisType | None = field(default=..., compare=False)  # of the task it was made for, if known
 
     def ids(self, tokenizer: Any) -> list[int]:
         """Token ids, those of training."""
@@ -94,20 +97,12 @@ def _is_filled(parts: Sequence[tuple[Any, ...]], content: str, *, several: bool)
         literals[-1] += literal
         if name is not None:
             literals.append("")
-    if len(literals) == 1:
-        return content == literals[0]
-    first, *between, last = literals
     if several and not "".join(literals).strip():
         return False
-    if not content.startswith(first) or not content.endswith(last) or len(content) < len(first) + len(last):
-        return False
-    at, end = len(first), len(content) - len(last)
-    for literal in between:
-        at = content.find(literal, at, end)
-        if at < 0:
-            return False
-        at += len(literal)
-    return True
+    pattern, *others = map(re.escape, literals)
+    for number, literal in enumerate(others, 1):  # (?>): what was found is not sought again, however many there are
+        pattern += f"(?>.*?{literal})" if number < len(others) else f".*{literal}"
+    return re.fullmatch(pattern, content, re.DOTALL) is not None
 
 
 def chat_text(tokenizer: Any, turns: Turns, template: str | None = None, *, ask: bool) -> str:
@@ -146,3 +141,16 @@ def turn_ends(tokenizer: Any, special: Mapping[str, int], template: str | None =
     except ValueError:  # no template, or one that wants other turns
         return []
     return [id for token, id in special.items() if text.endswith(token)]
+
+
+def answer_ends(model: Any, tokenizer: Any, templates: Iterable[str | None] = ()) -> list[int]:
+    """Tokens that end an answer: the model's own, and those of training, the tokenizer's and a turn's in its chats.
+
+    `templates` are chat templates of tasks, beside the tokenizer's own.
+    """
+    given = [getattr(owner, "eos_token_id", None) for owner in (model.generation_config, model.config, tokenizer)]
+    own = next((eos for eos in given if eos is not None), None)
+    ends, special = [*(own if isinstance(own, list) else [own]), given[-1]], special_tokens(tokenizer)
+    for template in dict.fromkeys((None, *templates)):
+        ends += turn_ends(tokenizer, special, template)
+    return list(dict.fromkeys(end for end in ends if end is not None))

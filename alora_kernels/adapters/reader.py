@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +66,7 @@ class AdapterFile:
     stamp: Stamp  # which file was checked
     row: int = 0  # which task `factors` gives
     sums: int = 0  # how many of its tensors were compared with a SHA-256
+    b_sums: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)  # of B by module: dtype, and SHA-256
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -85,7 +86,7 @@ class AdapterFile:
     @cached_property
     def b(self) -> dict[str, Tensor]:
         """Module -> B `[N, R]`, read when first asked for."""
-        with _opened(self.folder, self.stamp) as file:
+        with opened(self.folder, self.stamp) as file:
             return {module: file.read(parts["B"]) for module, parts in self.keys.items()}
 
     def matrices(self, task: str) -> dict[str, Tensor]:
@@ -94,18 +95,18 @@ class AdapterFile:
             listed = ", ".join(map(repr, self.tasks[:20]))
             raise refused(self.folder, f"has no task {task!r}: it has {listed}; ask for one of these")
         row = self.tasks.index(task)
-        with _opened(self.folder, self.stamp) as file:
+        with opened(self.folder, self.stamp) as file:
             return {module: _a(file, self.config, parts["A"], row) for module, parts in self.keys.items()}
 
     def stacks(self) -> dict[str, Tensor]:
         """A of all tasks, module -> `[E, R, K]`. Refuses a file that changed."""
-        with _opened(self.folder, self.stamp) as file:
+        with opened(self.folder, self.stamp) as file:
             found = {module: file.read(parts["A"]) for module, parts in self.keys.items()}
         return {module: a if a.dim() == 3 else a[None] for module, a in found.items()}
 
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
         """Refuse unless the weights of the base that the file holds too are those of `base`, the parameters here."""
-        with _opened(self.folder, self.stamp) as file:
+        with opened(self.folder, self.stamp) as file:
             for name, key in self.copies.items():
                 own = base.get(name)
                 if own is None or not own.is_floating_point() or own.is_meta:
@@ -124,7 +125,7 @@ class AdapterFile:
     def factors(self, module: str) -> Factors:
         """A of the task in `row`, B and s of one module; only these are read. Refuses a file that changed."""
         parts = self.keys[module]
-        with _opened(self.folder, self.stamp) as file:
+        with opened(self.folder, self.stamp) as file:
             return Factors(_a(file, self.config, parts["A"], self.row), file.read(parts["B"]), self.scaling[module])
 
 
@@ -152,13 +153,15 @@ def _read(folder: str | Path, only: Kind | None, fits: Callable[[AdapterFile], o
     except OSError as error:  # a path longer than the system allows, a folder that may not be looked into
         raise refused(folder, f"cannot be looked at ({error.strerror}): give another folder") from None
     config = checked_config(folder, read_settings(folder), only)
-    with _opened(folder) as file:
+    with opened(folder) as file:
         keys, copies = _keys(folder, file, config)
         shapes = {module: _shape(folder, file, config, module, parts) for module, parts in keys.items()}
         scaling = {module: config.scaling(module, shape.r) for module, shape in shapes.items()}
         dtypes = [_dtype(folder, file, module, key) for module, parts in keys.items() for key in parts.values()]
         widest = reduce(torch.promote_types, dtypes)
-        found = AdapterFile(folder, config, shapes, scaling, widest, keys, copies, file.stamp, sums=len(file.sums))
+        b_sums = {module: (file.dtype(parts["B"]), file.sums.get(parts["B"])) for module, parts in keys.items()}
+        stamp, sums = file.stamp, len(file.sums)
+        found = AdapterFile(folder, config, shapes, scaling, widest, keys, copies, stamp, sums=sums, b_sums=b_sums)
         fits(found)
         if bad := [name for name, parts in keys.items() if not all(map(file.finite, parts.values()))]:
             raise not_finite(folder, bad)
@@ -187,20 +190,20 @@ def _look(folder: Path) -> None:
 
 
 @contextmanager
-def _opened(folder: Path, checked: Stamp | None = None) -> Iterator[TensorFile]:
+def opened(folder: Path, checked: Stamp | None = None, name: str = WEIGHTS) -> Iterator[TensorFile]:
     """The folder's weights; a refusal if they are damaged, or another file than the one that was checked."""
     try:
-        with TensorFile(folder / WEIGHTS) as file:
+        with TensorFile(folder / name) as file:
             if checked not in (None, file.stamp):
                 raise ChangedFileError("it is another file")
             yield file
     except ChangedFileError:
-        why = f"{WEIGHTS} changed while it was read: load the folder again"
+        why = f"{name} changed while it was read: load the folder again"
         raise AdapterChangedError(str(refused(folder, why))) from None
     except AdapterFolderError:
         raise
     except (OSError, ValueError) as error:
-        raise refused(folder, f"{WEIGHTS} does not read ({error}): it is cut short or damaged; copy it again") from None
+        raise refused(folder, f"{name} does not read ({error}): it is cut short or damaged; copy it again") from None
 
 
 def _keys(folder: Path, file: TensorFile, config: AdapterConfig) -> tuple[Keys, dict[str, str]]:

@@ -62,7 +62,7 @@ def list_tasks(folder: str | Path) -> list[SavedTask]:
 
 
 def arrange_tasks(
-    folder: str | Path,
+    folder: str | Path | AdapterFile,
     tasks: Mapping[str, str | None],
     *,
     seed: int = 0,
@@ -73,7 +73,7 @@ def arrange_tasks(
     """Write an adapter with other tasks; gives the folder that was written.
 
     Args:
-        folder: an ALoRA adapter.
+        folder: an ALoRA adapter, or what `read_tasks` read of it.
         tasks: names in the order of their ids, each with the old task whose A it has; None is an A to train, drawn as a
             layer begins. Old tasks that nobody names are dropped.
         seed: of such draws, for which the name counts too.
@@ -181,9 +181,9 @@ def check_known(file: AdapterFile, names: Iterable[str]) -> None:
             raise refused(file.folder, f"has no task {name[:80]!r}: {did_you_mean(name, file.tasks)}")
 
 
-def _opened(folder: str | Path, out: str | Path | None, overwrite: bool) -> tuple[AdapterFile, Path]:
+def _opened(folder: str | Path | AdapterFile, out: str | Path | None, overwrite: bool) -> tuple[AdapterFile, Path]:
     """The adapter and the folder for what is made of it."""
-    file = read_tasks(folder)
+    file = folder if isinstance(folder, AdapterFile) else read_tasks(folder)
     target = file.folder if out is None else Path(out).resolve()
     check_replaceable(target, overwrite)
     if any((place / name).exists() for place in (target, target.parent) for name in OPTIMIZER):

@@ -29,8 +29,7 @@ def cosine(p: Tensor, q: Tensor) -> float:
     left, right = exact("p", p), exact("q", q)
     if left.shape != right.shape:
         raise IncomparableError(f"p {list(p.shape)} and q {list(q.shape)} must have the same shape")
-    u, v = unit_vector(left), unit_vector(right.to(left.device))
-    return float((u * v).sum().clamp(-1.0, 1.0))
+    return float(cosines([left, right])[0, 1])
 
 
 def unit_vector(values: Tensor) -> Tensor:
@@ -54,21 +53,17 @@ def subspace_overlap(p: Tensor, q: Tensor, *, tolerance: float | None = None) ->
 
     Source: Hu et al. 2022, LoRA, section 7.2, with all directions.
     """
-    if checked("p", p).shape[1] != checked("q", q).shape[1]:
+    if exact("p", p).shape[1] != exact("q", q).shape[1]:
         raise IncomparableError(f"p {list(p.shape)} and q {list(q.shape)} must have rows of the same length")
-    v, u = row_basis("p", p, tolerance), row_basis("q", q, tolerance)
-    directions = min(len(v), len(u))
-    if directions == 0:
-        return float("nan")
-    return min(float((v @ u.to(v.device).T).square().sum() / directions), 1.0)
+    return float(overlaps([p, q], tolerance)[0][0, 1])
 
 
-def row_basis(name: str, matrix: Tensor, tolerance: float | None) -> Tensor:
-    """Orthonormal rows `[rank, K]` that span the rows of the matrix."""
-    _, values, basis = torch.linalg.svd(exact(name, matrix), full_matrices=False)
+def _row_basis(matrix: Tensor, tolerance: float | None) -> Tensor:
+    """Orthonormal rows `[rank, K]` that span the rows of the matrix, on the CPU."""
+    _, values, basis = torch.linalg.svd(exact("matrix", matrix), full_matrices=False)
     share = torch.finfo(matrix.dtype).eps if tolerance is None else tolerance
     share = max(share, max(matrix.shape) * torch.finfo(torch.float64).eps)  # what the decomposition itself resolves
-    return basis[values > share * torch.linalg.vector_norm(values)]
+    return basis[values > share * torch.linalg.vector_norm(values)].cpu()
 
 
 def chance(r1: int, r2: int, K: int) -> float:
@@ -102,17 +97,17 @@ def cosines(tensors: Sequence[Tensor]) -> Tensor:
     """`cosine` of all pairs `[n, n]`; NaN where shapes differ or one is zero."""
     table = _nan(len(tensors))
     for same in _groups([tuple(t.shape) for t in tensors]):
-        directions = torch.stack([unit_vector(double(tensors[i]).flatten()) for i in same])
+        directions = torch.stack([unit_vector(double(tensors[i]).flatten()).cpu() for i in same])
         table[same[:, None], same] = (directions @ directions.T).clamp(-1.0, 1.0)
     return table
 
 
-def overlaps(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def overlaps(matrices: Sequence[Tensor], tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     """`subspace_overlap` and `chance` of all pairs, `[n, n]` each; NaN where rows differ in length or are zeros.
 
     Each basis is computed once, not once per pair: of 16 tasks 16 decompositions, not 240.
     """
-    bases = [row_basis("matrix", matrix, None) for matrix in matrices]
+    bases = [_row_basis(matrix, tolerance) for matrix in matrices]
     table, level = _nan(len(bases)), _nan(len(bases))
     for same in _groups([basis.shape[1] for basis in bases]):
         owner = torch.repeat_interleave(torch.tensor([len(bases[i]) for i in same]))

@@ -20,9 +20,9 @@ from torch import Tensor
 from .. import files
 from ..adapters.config import AdapterFolderError, checked_config, not_finite, read_settings, refused
 from ..adapters.method import SETTINGS, STATE, read_method
-from ..adapters.reader import FLOATS, read_adapter
+from ..adapters.reader import FLOATS, opened, read_adapter
 from ..modules.adapter import lora_scaling
-from ..tensor_file import ChangedFileError, Stamp, TensorFile
+from ..tensor_file import Stamp
 from ..text import printable
 from ..tuner.config import CONFIG, PREFIX, WEIGHTS, unwrapped
 from ..tuner.register import NAME as ALORA
@@ -149,13 +149,8 @@ class _Weights:
 
     def _read(self, module: str, row: Callable[[str], int | None]) -> Parts:
         """The parts of a module; of a stacked one that row alone."""
-        try:
-            with TensorFile(self.folder / self.name) as file:
-                if file.stamp != self.stamp:
-                    raise ChangedFileError("it is another file")
-                return {part: file.read(key, row(part)) for part, (key, _) in self.found[module].items()}
-        except (OSError, ChangedFileError):
-            raise refused(self.folder, f"{self.name} changed while it was read: start again") from None
+        with opened(self.folder, self.stamp, self.name) as file:
+            return {part: file.read(key, row(part)) for part, (key, _) in self.found[module].items()}
 
     def units(
         self, names: Iterable[tuple[str, ...]], kind: str, base: Any, update: Callable[[str, Parts], Update] | None
@@ -183,25 +178,20 @@ def _matched(
     Other tensors (heads, frozen projections) are left alone. `dimensions`: part -> how many it may have. `checksum`:
     `files.write` made the file. Raises AdapterFolderError: damaged, nothing matches, wrong dimensions, NaN or infinity.
     """
-    path, found, bad = folder / name, Found(), list[str]()
-    try:
-        metadata = files.read(path)[1] if checksum else {}
-        with TensorFile(path) as file:
-            for key in sorted(file.keys()):
-                match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None
-                if match is None:
-                    continue
-                shape, dtype, (module, part) = file.shape(key), file.dtype(key), match.groups()
-                if len(shape) not in dimensions[part] or 0 in shape or dtype not in FLOATS:
-                    raise refused(folder, f"{module}: {part} has shape {list(shape)} of {dtype}, which is not what it"
-                                  " must be: copy the file again")  # fmt: skip
-                if not file.finite(key):
-                    bad.append(f"{part} of {module}")
-                found.setdefault(module, {})[part] = (key, shape)
-    except AdapterFolderError:
-        raise
-    except (OSError, ValueError) as error:
-        raise refused(folder, f"{name} does not read ({error}): it is cut short or damaged; copy it again") from None
+    found, bad = Found(), list[str]()
+    with opened(folder, name=name) as file:
+        metadata = files.read(folder / name)[1] if checksum else {}
+        for key in sorted(file.keys()):
+            match = pattern.fullmatch(unwrapped(key)) if key.isprintable() else None
+            if match is None:
+                continue
+            shape, dtype, (module, part) = file.shape(key), file.dtype(key), match.groups()
+            if len(shape) not in dimensions[part] or 0 in shape or dtype not in FLOATS:
+                raise refused(folder, f"{module}: {part} has shape {list(shape)} of {dtype}, which is not what it"
+                              " must be: copy the file again")  # fmt: skip
+            if not file.finite(key):
+                bad.append(f"{part} of {module}")
+            found.setdefault(module, {})[part] = (key, shape)
     if bad:
         raise not_finite(folder, bad)
     if not found:

@@ -1,4 +1,4 @@
-"""Layers ALoRA is compared with: HydraLoRA, a LoRA per task, and one A shared by all tasks; plain torch under autograd.
+"""Layers ALoRA is compared with: the authors' loop, HydraLoRA and a LoRA per task; plain torch under autograd.
 
 `baselines.methods` and bench put them in the place of `nn.Linear`. The layers with tasks take the ids of the batch from
 `with alora_kernels.route(ids): ...`; rows of id -1 get the base alone.
@@ -13,10 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
 from ..modules.adapter import AdaptedLinear, reset_adapter_, task_names
 from ..ops.torch_rows import Rows, Slots, Whole, layout_of
-from ..recompute import replayed_state
-from ..routing import ConstantRouting, Routing, RowGroups, current_routing
+
+
+def authors_loop(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, scaling: float = 1.0,
+    **routing: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The layer of the paper's release: one full `[M, N]` branch per expert, weighted and summed.
+
+    Arguments are those of `reference.alora_linear`; `routing` is its router or its task_ids.
+
+    Formula: `y = x W0^T + bias + sum_e s g_e (B (A_e x))`. Where the adapters are wider than x, it and the sum are as
+    wide, as in PEFT.
+
+    Source: Ban & Ji 2025, the released layer's structure (its class body is not copied).
+    """
+    wide = x.to(lora_A.dtype)
+    g = reference.gate(wide, len(lora_A), **routing)
+    y = F.linear(x, weight, bias)
+    for e, a in enumerate(lora_A):
+        y = y + g[..., e, None] * F.linear(F.linear(wide, a), lora_B) * scaling
+    return y.to(x.dtype)
 
 
 class HydraLinear(AdaptedLinear):
@@ -63,7 +83,7 @@ def mixed(y: Tensor, h: Tensor, gate: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(y, wide, b.transpose(1, 2).flatten(0, 1))
 
 
-class _TaskLinear(AdaptedLinear):
+class TaskLinear(AdaptedLinear):
     """A layer whose rows have tasks: B `[E, N, R]`, and one A `[R, K]` or as many."""
 
     one_a = False
@@ -76,40 +96,12 @@ class _TaskLinear(AdaptedLinear):
         self.lora_B = self._empty(count, self.out_features, r)
         reset_adapter_(self.lora_A.detach().unsqueeze(0) if self.one_a else self.lora_A, self.lora_B)
 
-    def _groups(self, leading: torch.Size, device: torch.device) -> RowGroups:
-        """The rows by task, from the routing context; without one all rows are of the single task, if it is one."""
-        routing: Routing | None = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
-        if routing is not None:
-            return routing.at(self, self.rows).groups(leading, len(self.tasks), device)
-        if len(self.tasks) == 1:
-            return ConstantRouting(0).groups(leading, 1, device)
-        raise ValueError(
-            f"this layer has the tasks {', '.join(self.tasks)}: call the model inside"
-            " `with alora_kernels.route(ids): ...`"
-        )
-
     def extra_repr(self) -> str:
         """The arguments that tell one layer from another."""
         return f"{super().extra_repr()}, tasks={list(self.tasks)}"
 
 
-class SharedALinear(_TaskLinear):
-    """A frozen linear layer with one A for all tasks and one B per task: task-routed ALoRA mirrored.
-
-    Formula: `y_m = x_m W0^T + bias + s B_t A dropout(x_m)`, t the task of row m. Arguments as for `PerTaskLinear`;
-    `lora_A` `[R, K]` begins Kaiming-uniform, `lora_B` `[E, N, R]` at zero.
-    """
-
-    one_a = True
-
-    def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
-        ids = self._groups(leading, x.device).ids.long()
-        h = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling  # [M, R]
-        gate = F.one_hot(ids.clamp(min=0), len(self.tasks)) * (ids >= 0).unsqueeze(1)  # hard; a few zeros cost little
-        return mixed(y, h, gate.to(h.dtype), self.lora_B.to(x.dtype))
-
-
-class PerTaskLinear(_TaskLinear):
+class PerTaskLinear(TaskLinear):
     """A frozen linear layer with one LoRA per task.
 
     Formula: `y_m = x_m W0^T + bias + s B_t A_t dropout(x_m)`, t the task of row m. Rows of a task are multiplied
@@ -123,7 +115,7 @@ class PerTaskLinear(_TaskLinear):
     """
 
     def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
-        layout = layout_of(self._groups(leading, x.device))
+        layout = layout_of(self._routing().groups(leading, len(self.tasks), x.device))
         if isinstance(layout, Whole):
             a, b = (t[layout.task].to(x.dtype) for t in (self.lora_A, self.lora_B))
             return torch.addmm(y, F.linear(dropped, a) * self.scaling, b.t())

@@ -1,4 +1,4 @@
-"""`alora export` and `alora import`: from one ALoRA adapter to stock LoRA folders and back."""
+"""`alora export`, `import` and `verify`: from one ALoRA adapter to stock LoRA folders and back, and are they whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from ..dtypes import DTYPE_NAMES
 from ..recipes import display
 from ..recipes.display import say
-from ..text import counted, size
+from ..text import counted, listed, size
 from . import command, dtype_of
 
 if TYPE_CHECKING:
@@ -76,6 +76,25 @@ def import_lora(
         say(f"every module and task: {report}")
 
 
+def verify(adapter: Annotated[Path, typer.Argument(help="an adapter folder, ALoRA or stock LoRA")]) -> None:
+    """Read every number of an adapter: exit code 0 if the folder is whole, 2 with the reason if it is not.
+
+    Folders that this package wrote carry a SHA-256 of each tensor; others are checked for shape and finite numbers.
+    """
+    with command():
+        from ..adapters.reader import read_adapter
+
+        file = read_adapter(adapter)
+    kind = "ALoRA" if file.config.kind == "alora" else "stock LoRA"
+    dtype = str(file.dtype).removeprefix("torch.")
+    say(f"{kind} adapter for {file.base or 'a base that it does not name'}")
+    say(f"{counted(len(file.tasks), 'task')}: {listed(file.tasks, 8)}")
+    say(f"{counted(len(file.shapes), 'module')}, rank {file.rank}, {dtype}, {size(file.stamp.bytes)}")
+    tensors = counted(sum(map(len, file.keys.values())), "tensor")
+    said = "as written, by SHA-256" if file.sums else "finite; it has no checksums (save it again to add them)"
+    say(f"{tensors}: {said}")
+
+
 def _tasks(given: Sequence[str] | None) -> dict[str, str] | None:
     """Task -> folder name of `--task TASK` and `--task TASK=NAME`."""
     pairs = [text.rpartition("=") if "=" in text else (text, "", text) for text in given or ()]
@@ -121,6 +140,6 @@ def show_import(report: ImportReport, what: str) -> None:
             fits = size(report.bytes * r // report.rank)
             say(f"--rank {r} ({fits}) is the smallest that loses at most {100 * goal:.0f} % over all")
     for task, modules in report.missing.items():
-        listed = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-        say(f"{task} has no adapter at {counted(len(modules), 'module')} and leaves the base there: {listed}", "yellow")
+        some = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
+        say(f"{task} has no adapter at {counted(len(modules), 'module')} and leaves the base there: {some}", "yellow")
     say(f"adapter saved: {report.folder}")

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..adapters.method import METHODS
 from ..version import __version__
 from . import command, trained_in
-from .adapters import export_lora, import_lora
+from .adapters import export_lora, import_lora, verify
 from .analyze import analyze
-from .data import data
 from .doctor import doctor
 from .fed import app as federated
 from .generate import generate
 from .lm_eval import lm_eval
-from .plan import plan
 from .serve import serve
 from .tasks import app as tasks
 from .tune import tune
-from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -164,13 +161,59 @@ def evaluate(
                 adapter, base=base, dtype=trained_in(dtype), rows=data, limit=limit, confusion=confusion
             )
         if as_json:
-            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            _json(found)
 
 
 app.command()(generate)
 app.command("lm-eval")(lm_eval)
-app.command()(data)
-app.command()(plan)
+
+
+@app.command()
+def data(
+    config: Annotated[Path, typer.Argument(help="a recipe of `alora train`")],
+    rows: Annotated[int, typer.Option(help="training rows shown of each task", min=0)] = 3,
+    task: Annotated[str | None, typer.Option(help="one task alone")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything as JSON on standard output")] = False,
+) -> None:
+    """Look at a recipe's data before training: rows, lengths, duplicates, labels, and rows as training sees them.
+
+    What is learnt is green on a terminal, and stands in [[ ]] elsewhere. Reads the model's tokenizer, not its weights.
+    """
+    with command():
+        from ..recipes import look
+        from ..recipes.recipe import load_recipe
+
+        tasks, lines = look.look(load_recipe(config), rows, task)
+        _json(tasks) if as_json else look.show(tasks, lines)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a recipe of `alora train`")],
+    memory: Annotated[
+        str | None, typer.Option(help="of each GPU, such as 24GB; default the GPU that is here, else 24, 48 and 80 GB")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="GPUs that share a step, a process each", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
+) -> None:
+    """Predict the GPU memory of a training run from the model's config, and say what to change where it does not fit.
+
+    Reads the model's config.json, not its weights, and the data where it lies on this machine.
+    """
+    with command():
+        from ..recipes import display
+        from ..recipes import plan as recipes
+        from ..recipes.recipe import load_recipe
+
+        with display.aside():
+            found = recipes.plan(load_recipe(config), memory, processes)
+        _json(found) if as_json else recipes.show(found)
+
+
+def _json(found: Any) -> None:
+    typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+
+
 app.command()(doctor)
 app.command()(tune)
 app.command("export")(export_lora)

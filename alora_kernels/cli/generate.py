@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +51,7 @@ def generate(
         import torch
         from peft import PeftModel
 
-        from ..adapters.asking import Prompt, prompt_of, special_tokens, turn_ends
+        from ..adapters.asking import Prompt, answer_ends, prompt_of
         from ..adapters.cards import read_task_cards
         from ..serving.slots import check_model
 
@@ -79,9 +79,8 @@ def generate(
             set_seed(seed)
         adapted: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
         adapted.to("cuda" if torch.cuda.is_available() else "cpu")
-        special = special_tokens(tokenizer)
-        ends = [end for card in cards.values() for end in turn_ends(tokenizer, special, card.chat_template)]
-        for answer in answers(adapted, tokenizer, asked, max_tokens, how, ends):
+        ends = answer_ends(base, tokenizer, (card.chat_template for card in cards.values()))
+        for answer in answers(adapted, tokenizer, asked, ends, max_tokens, how):
             label = f"{answer['task']}: " if len(names) > 1 else ""
             of = f"{printable(answer['text'], 60)} -> " if len(given) > 1 else ""
             print(json.dumps(answer, ensure_ascii=False)) if as_json else display.say(f"{of}{label}{answer['answer']}")
@@ -153,42 +152,32 @@ def answers(
     model: Any,
     tokenizer: Any,
     asked: Sequence[tuple[str, str, Prompt]],
+    ends: Sequence[int],
     max_tokens: int,
-    how: dict[str, Any],
-    more_ends: Sequence[int] = (),
+    how: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Answers to (task, text, prompt), in order; `how` are settings of the model's `generate`.
+    """Answers to (task, text, prompt), in order; `ends` and `how` as in `written_answers`.
 
     Each has both texts and the task, `answer`, how many `tokens` it took, and why it ends: at an end of text ("stop")
     or at the most tokens ("length").
     """
-    import torch
-    from transformers import GenerationConfig
-
     from ..modules.adapter import BASE
-    from ..serving.text import eos_tokens
-    from ..training.answers import generating_by
+    from ..training.answers import written_answers
 
     own = model.active_adapter  # the whole of a stock LoRA, which knows no tasks
     routed = (BASE, *(getattr(model.peft_config[own], "tasks", None) or ()))
-    ends = [*eos_tokens(model.get_base_model(), tokenizer), *more_ends]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for start in range(0, len(asked), ROWS):
         part = asked[start : start + ROWS]
-        ids = [prompt.ids(tokenizer) for _, _, prompt in part]
-        room = limit - max(map(len, ids))
+        names = [task if task in routed else own for task, _, _ in part]
+        prompts = [{"input_ids": p.ids(tokenizer), "adapter": n} for (_, _, p), n in zip(part, names, strict=True)]
+        room = limit - max(len(prompt["input_ids"]) for prompt in prompts)
         if room < 1:
             raise ValueError(f"a prompt has {limit - room} tokens and this model reads at most {limit}: shorten it")
-        batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-        tokens = {"max_new_tokens": min(max_tokens, room), "pad_token_id": tokenizer.pad_token_id}
-        settings = GenerationConfig(**how, **tokens, eos_token_id=ends or None)
-        names = [task if task in routed else own for task, _, _ in part]
-        with torch.no_grad(), generating_by(model, settings):
-            out = model.generate(**batch, adapter_names=names)
-        for (task, text, prompt), row in zip(part, out[:, batch["input_ids"].shape[1] :].tolist()):
-            count = next((at for at, id in enumerate(row) if id in ends), len(row))
-            said = tokenizer.decode(row[:count], skip_special_tokens=True)
+        most = {"max_tokens": min(max_tokens, room), "pad_token_id": tokenizer.pad_token_id}
+        written = written_answers(model, prompts, tasks=None, ends=ends, how=how, **most)
+        for (task, text, prompt), (ids, ended) in zip(part, written, strict=True):
+            said = tokenizer.decode(ids, skip_special_tokens=True)
             said = said.removeprefix(" ") if prompt.spaced else said
-            reason = "stop" if count < len(row) else "length"
-            ended = {"answer": said, "finish_reason": reason, "tokens": count + (count < len(row))}
-            yield {"task": task, "text": text, "prompt": prompt.text, **ended}
+            reason = {"finish_reason": "stop" if ended else "length", "tokens": len(ids) + ended}
+            yield {"task": task, "text": text, "prompt": prompt.text, "answer": said, **reason}

@@ -149,5 +149,5 @@ def _arrange(
         raise ValueError(f"{folder} has a task {twice[0]!r} already: choose another name")
     if not pairs:
         raise ValueError(f"{folder} would have no task left: delete the folder if that is meant")
-    written = arrange_tasks(folder, dict(pairs), out=out, overwrite=overwrite, **options)
+    written = arrange_tasks(file, dict(pairs), out=out, overwrite=overwrite, **options)
     say(f"adapter saved: {written}, {counted(len(pairs), 'task')}: {', '.join(new for new, _ in pairs)}")

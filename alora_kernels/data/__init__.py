@@ -4,11 +4,10 @@ For recipes, examples, benchmarks and tests. Importing this package imports neit
 """
 
 from .encoding import IGNORE, Lost, encode, encode_splits, first_tokens, word_tokens
-from .loading import as_source, load_task, load_tasks, majority_baseline, task_cards
+from .loading import as_source, by_task, load_task, load_tasks, majority_baseline, stream, task_cards
 from .models import MODELS, EncoderClassifier, load_config, load_encoder, load_model, load_tokenizer
 from .packages import MissingPackageError
 from .sources import TaskSpec
-from .stream import stream
 from .tasks import TASKS, Task, labels_of
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "Task",
     "TaskSpec",
     "as_source",
+    "by_task",
     "encode",
     "encode_splits",
     "first_tokens",

@@ -156,15 +156,12 @@ def encode_batch(
     lost.max_length = max_length or 0
     lost.encoded.update(rows["task"])
     chats = [number for number, turns in enumerate(rows.get("messages", ())) if turns]
-    chosen = set(chats)
-    plain = [number for number in range(len(rows["task"])) if number not in chosen]
+    plain = sorted(set(range(len(rows["task"]))).difference(chats))
     found: dict[int, tuple[Ids, Ids] | None] = {}
-    for numbers, encoded in (
-        (plain, partial(_plain_rows, max_length=max_length)),
-        (chats, partial(_chat_rows, max_length=max_length, template=template)),
-    ):
+    for numbers, encoded in ((plain, _plain_rows), (chats, partial(_chat_rows, template=template))):
         part = {column: [rows[column][number] for number in numbers] for column in rows}
-        found.update(zip(numbers, encoded(part, tokenizer, lost=lost) if numbers else (), strict=True))
+        ids = encoded(part, tokenizer, max_length=max_length, lost=lost) if numbers else ()
+        found.update(zip(numbers, ids, strict=True))
     kept = [(number, row) for number, row in sorted(found.items()) if row is not None]
     return {
         "input_ids": [ids for _, (ids, _) in kept],

@@ -3,6 +3,8 @@
 All sources go one way: shuffle the row numbers, format rows in that order, skip prompts their task had before, take the
 test rows first, the validation rows next and the train rows last. So the splits of a task share no prompt, and the test
 rows do not change with `train_size`. The same prompt under two tasks counts twice: only the task tells such rows apart.
+
+`stream` reads the same sources while training, each as an endless stream of token ids, mixed by weights.
 """
 
 from __future__ import annotations
@@ -11,25 +13,27 @@ import difflib
 import json
 import random
 import re
-from collections import Counter
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .encoding import Lost
+from .encoding import Lost, encode_batch, features_of_ids
 from .forms import ALPACA, Example, Form, form_of, is_alpaca, to_example
-from .sources import FILES, HELD, Rows, TaskSpec, read_rows
+from .sources import FILES, HELD, FileRows, Rows, TaskSpec, raw_rows, read_rows
 from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Features, IterableDataset
 
     from ..adapters.cards import TaskCard
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEAD = 1000  # rows of a stream that are read before training, besides those that judge
+CHUNK = 100  # rows of a stream that are read at a time
+BUFFER = 1000  # rows of a task's stream among which the next one is drawn
 Parts = dict[str, list[Example]]  # by split
 Seen = dict[tuple[str, str], tuple[str, bool]]  # task and question -> answer, and whether a held row of its own file
 
@@ -88,9 +92,8 @@ def load_tasks(
     if not called or len(set(called)) < len(called):
         raise ValueError(f"expected one or more different tasks, got {called}")
     sizes = Sizes(train_size, {"test": test_size, "validation": validation_size}, streaming)
-    parts = _split(sources, seed, sizes, lost or Lost())
-    mix = random.Random(seed)
-    for split in ("train", "test", "validation"):
+    parts, mix = _split(sources, seed, sizes, lost or Lost()), random.Random(seed)
+    for split in ("train", *HELD):
         mix.shuffle(parts[split])
     return _to_splits(parts)
 
@@ -266,9 +269,9 @@ def _shuffled(
 
 
 def _to_splits(parts: Parts) -> DatasetDict:
-    from datasets import Dataset, DatasetDict, Features, Value
+    from datasets import Dataset, DatasetDict
 
-    features = Features(dict.fromkeys(Example._fields, Value("string")))
+    features = _features()
 
     def split(examples: list[Example]) -> Dataset:
         return Dataset.from_dict({c: [row[i] for row in examples] for i, c in enumerate(features)}, features=features)
@@ -276,24 +279,95 @@ def _to_splits(parts: Parts) -> DatasetDict:
     return DatasetDict({name: split(parts[name]) for name in ("train", *HELD) if parts[name] or name != "validation"})
 
 
+def _features() -> Features:
+    from datasets import Features, Value
+
+    return Features(dict.fromkeys(Example._fields, Value("string")))
+
+
+def stream(
+    sources: Sequence[str | Task | TaskSpec],
+    text: DatasetDict,
+    tokenizer: Any,
+    max_length: int | None = None,
+    *,
+    seed: int = 0,
+    train_size: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    lost: Lost | None = None,
+    chat_template: str | None = None,
+) -> IterableDataset:
+    """Rows of all sources as `encode` gives them, without end; those of `text` that judge are left out.
+
+    Args:
+        sources: as for `load_tasks`, which gave `text`.
+        seed: of the order, in which a row moves among its thousand neighbours, and of the mixture.
+        train_size: at most so many rows of each source, over and over; None takes all.
+        weights: source's name -> how often its rows come, relative to the others; 1 unless given.
+        lost: counts, while rows are read, what they lose.
+        tokenizer, max_length, chat_template: as of `encode`.
+    """
+    from datasets import IterableDataset, interleave_datasets
+
+    lost, known = lost or Lost(), [as_source(source) for source in sources]
+    judge = [Example(**row) for split in HELD if split in text for row in text[split]]
+    held = frozenset((example.task, example.question) for example in judge)
+    features = _features()
+    parts = []
+    for source in known:
+        rows = IterableDataset.from_generator(_examples, features, {"source": source, "held": held})
+        rows = rows if train_size is None else rows.take(train_size)
+        parts.append(rows.shuffle(seed=seed, buffer_size=BUFFER).repeat(None))
+    names = [source.name for source in known]
+    if strangers := [name for name in weights or () if name not in names]:
+        raise ValueError(
+            f"weights: {', '.join(strangers)}: a stream is weighed by entries of tasks, {', '.join(names)}"
+        )
+    shares = [(weights or {}).get(name, 1.0) for name in names]
+    mixed = interleave_datasets(parts, [share / sum(shares) for share in shares], seed=seed) if parts[1:] else parts[0]
+
+    def ids(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        found = encode_batch(rows, tokenizer, max_length, lost, chat_template)
+        return {column: found[column] for column in features_of_ids()}
+
+    return mixed.map(ids, batched=True, batch_size=CHUNK, remove_columns=[*features], features=features_of_ids())
+
+
+def _examples(source: Task | TaskSpec, held: frozenset[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """All rows of a source that do not judge, in its order."""
+    spec = spec_of(source)
+    own = enumerate(source.rows()) if isinstance(source, Task) else ()
+    found = ((row, f"row {number} of {spec.name}") for number, row in own) if own else raw_rows(spec)
+    first = chunk = list(islice(found, 1))
+    while chunk:
+        rows = FileRows(first + chunk)  # all rows must have the form of the first one
+        form = form_of(spec, rows)
+        for number in range(1, len(rows)):
+            example = to_example(spec, form, rows, number)
+            if held.isdisjoint((example.task, question) for question in example.questions()):
+                yield example._asdict()
+        chunk = list(islice(found, CHUNK))
+
+
 def majority_baseline(dataset: DatasetDict) -> dict[str, float]:
     """Accuracy, per task, of always giving the task's most frequent train answer on its test rows: what knows nothing.
 
     Of equally frequent answers the alphabetically first counts. A ValueError for a task that has test rows alone.
     """
-    train, test = _answers(dataset["train"]), _answers(dataset["test"])
+    train, test = by_task(dataset["train"], "answer"), by_task(dataset["test"], "answer")
     untrained = [task for task in test if task not in train]
     if untrained:
         raise ValueError(f"no train rows for {', '.join(untrained)}; tasks with train rows: {', '.join(train)}")
-    majority = {task: max(sorted(counts), key=counts.__getitem__) for task, counts in train.items()}
-    return {task: test[task][majority[task]] / test[task].total() for task in sorted(test)}
+    majority = {task: statistics.mode(sorted(answers)) for task, answers in train.items()}
+    return {task: test[task].count(majority[task]) / len(test[task]) for task in sorted(test)}
 
 
-def _answers(rows: Dataset) -> dict[str, Counter[str]]:
-    counts: dict[str, Counter[str]] = {}
-    for task, answer in zip(rows["task"], rows["answer"], strict=True):
-        counts.setdefault(task, Counter())[answer] += 1
-    return counts
+def by_task(rows: Dataset, column: str) -> dict[str, list[str]]:
+    """A column's values by the task of their rows, as both come."""
+    found: dict[str, list[str]] = {}
+    for task, value in zip(rows["task"], rows[column], strict=True):
+        found.setdefault(task, []).append(value)
+    return found
 
 
 def task_cards(
@@ -314,13 +388,11 @@ def task_cards(
     known = {source.name: source for source in map(as_source, sources)}
     naming = {spec.prompt for spec in known.values() if isinstance(spec, TaskSpec) and spec.task_column}
     common = naming.pop() if len(naming) == 1 else TaskSpec.prompt
-    rows: dict[str, list[Any]] = {}
-    for row in text["train"]:
-        rows.setdefault(row["task"], []).append(row)
+    messages, asked = by_task(text["train"], "messages"), by_task(text["test"], "prompt")
     cards = {}
-    for task in sorted(rows):
+    for task, prompts in sorted(by_task(text["train"], "prompt").items()):
         source, sample, answers = known.get(task), None, tuple(words.get(task, ()))
-        if chats := [json.loads(row["messages"]) for row in rows[task] if row.get("messages")]:
+        if chats := [json.loads(turns) for turns in messages[task] if turns]:
             first = {turns[0]["content"] if turns[0]["role"] == "system" else None for turns in chats}
             system = first.pop() if len(first) == 1 else getattr(source, "system", None)
             cards[task] = TaskCard(answers=answers, chat=True, chat_template=chat_template, system=system)
@@ -328,8 +400,8 @@ def task_cards(
         template = source.prompt if isinstance(source, TaskSpec) else common
         if isinstance(source, Task):
             template = source.template
-            sample = next((row["prompt"] for row in text["test"] if row["task"] == task), None)
-        elif all(is_alpaca(row["prompt"]) for row in rows[task]):
+            sample = asked[task][0] if task in asked else None
+        elif all(map(is_alpaca, prompts)):
             template = ALPACA.prompt
         cards[task] = TaskCard(template.rstrip() if template else None, answers, sample)
     return cards

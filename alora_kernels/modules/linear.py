@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from ..ops import trusted_alora
 from ..ops.checks import check_whole
 from ..ops.dispatch import prepare
-from ..recompute import replayed_state
-from ..routing import ConstantRouting, Routing, current_routing
-from .adapter import arguments, delta_weight, lora_scaling, reset_adapter_, task_id, task_ids_from_names, task_names
+from ..routing import Routing, current_routing
+from .adapter import AdaptedLinear, delta_weight, reset_adapter_, task_id, task_ids_from_names, task_names
 
 
-class FusedALoRALinear(nn.Module):
+class FusedALoRALinear(AdaptedLinear):
     """A frozen linear layer with several low-rank A and one shared B.
 
     Formula: `y = x W0^T + bias + s (sum_e g_e(x) A_e dropout(x)) B^T`, s = lora_alpha / r.
@@ -51,6 +50,8 @@ class FusedALoRALinear(nn.Module):
     Source: Ban & Ji 2025, ALoRA.
     """
 
+    ids_by = "pass task_ids to forward, or call the model inside"
+
     def __init__(
         self,
         in_features: int,
@@ -66,54 +67,36 @@ class FusedALoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if (tasks is None) == (num_experts is None):
             raise ValueError("give exactly one of tasks (task routing) and num_experts (soft routing)")
         if r < 1 or (num_experts is not None and num_experts < 1):
             raise ValueError(f"r and num_experts must be at least 1, got r={r}, num_experts={num_experts}")
-        self.in_features, self.out_features, self.r = in_features, out_features, r
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        super().__init__(linear, r, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout)
         self.tasks = () if tasks is None else task_names(tasks)
         self.num_experts = num_experts if num_experts is not None else len(self.tasks)
-        self.lora_alpha = float(2 * r if lora_alpha is None else lora_alpha)
-        self.use_rslora, self.lora_dropout = use_rslora, float(lora_dropout)
-        self.scaling = lora_scaling(self.lora_alpha, r, use_rslora)
         self.merged_task: str | None = None
+        self._add_adapter()
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, device=device, dtype=dtype)
-
-        self.weight = nn.Parameter(empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(empty(out_features), requires_grad=False) if bias else None
-        self.lora_A = nn.Parameter(empty(self.num_experts, r, in_features))
-        self.lora_B = nn.Parameter(empty(out_features, r))
-        self.router = nn.Parameter(empty(self.num_experts, in_features)) if num_experts is not None else None
-        self.reset_parameters()
+    def _add_adapter(self) -> None:
+        self.lora_A = self._empty(self.num_experts, self.r, self.in_features)
+        self.lora_B = self._empty(self.out_features, self.r)
+        self.router = None if self.tasks else self._empty(self.num_experts, self.in_features)
+        reset_adapter_(self.lora_A, self.lora_B, self.router)
         prepare(self.lora_A.device)
 
     def reset_parameters(self) -> None:
         """Draw the base as `nn.Linear` does and the adapter as `reset_adapter_` does."""
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        if self.bias is not None:
-            bound = self.in_features**-0.5 if self.in_features else 0.0
-            nn.init.uniform_(self.bias, -bound, bound)
+        nn.Linear.reset_parameters(cast(nn.Linear, self))
         reset_adapter_(self.lora_A, self.lora_B, self.router)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        r: int,
-        *,
-        tasks: int | Sequence[str] | None = None,
-        num_experts: int | None = None,
-        lora_alpha: float | None = None,
-        use_rslora: bool = False,
-        lora_dropout: float = 0.0,
-    ) -> FusedALoRALinear:
-        """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen. Other arguments as in the class.
+    def from_linear(cls, linear: nn.Linear, r: int, **options: Any) -> FusedALoRALinear:
+        """Wrap an `nn.Linear`; its weight and bias are shared, not copied, and frozen.
 
-        A TypeError for another layer, whose weight is no plain matrix: use `alora_kernels.alora_delta` on its output. A
-        ValueError for one that is split over processes.
+        `options` are the class's tasks, num_experts, lora_alpha, use_rslora and lora_dropout. A TypeError for another
+        layer, whose weight is no plain matrix: use `alora_kernels.alora_delta` on its output. A ValueError for one that
+        is split over processes.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -121,49 +104,11 @@ class FusedALoRALinear(nn.Module):
                 " alora_kernels.alora_delta to their output, or use the PEFT tuner"
             )
         check_whole(linear._parameters)
-        new = cls(
-            linear.in_features,
-            linear.out_features,
-            r,
-            tasks=tasks,
-            num_experts=num_experts,
-            lora_alpha=lora_alpha,
-            use_rslora=use_rslora,
-            lora_dropout=lora_dropout,
-            bias=linear.bias is not None,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        linear.weight.requires_grad_(False)
-        new.weight, new.bias = cast(nn.Parameter, linear.weight), linear.bias
-        if new.bias is not None:
-            new.bias.requires_grad_(False)
-        for name in ("lora_A", "lora_B", "router"):
-            parameter = getattr(new, name)
-            if parameter is not None:
-                setattr(new, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
-        reset_adapter_(new.lora_A, new.lora_B, new.router)
-        prepare(new.lora_A.device)
+        like: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype, "device": "meta"}
+        new = cls(linear.in_features, linear.out_features, r, **like, **options)
+        new._stand_beside(linear)
+        new._add_adapter()
         return new.train(linear.training)
-
-    def _routing(
-        self, task_ids: Tensor | Sequence[str | int] | Routing | None, device: torch.device
-    ) -> Tensor | Routing:
-        """The ids of this call: the argument, else the routing context, else the only task."""
-        if task_ids is None:
-            task_ids = replayed_state(self, current_routing, routed=len(self.tasks) > 1)
-        if task_ids is None:
-            if len(self.tasks) == 1:
-                return ConstantRouting(0)
-            raise ValueError(
-                f"this layer has the tasks {', '.join(self.tasks)}: pass task_ids to forward, or call the model"
-                " inside `with alora_kernels.route(ids): ...`"
-            )
-        if isinstance(task_ids, Routing):
-            return task_ids.at(self)
-        if isinstance(task_ids, Tensor):
-            return task_ids
-        return task_ids_from_names(task_ids, self.tasks).to(device)
 
     def forward(self, x: Tensor, task_ids: Tensor | Sequence[str | int] | Routing | None = None) -> Tensor:
         """y `[..., N]` from x `[..., K]`.
@@ -176,6 +121,8 @@ class FusedALoRALinear(nn.Module):
             if task_ids is not None or current_routing() is not None:
                 raise ValueError(f"task {self.merged_task!r} is merged into the weight: call unmerge() before routing")
             return F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
         if self.router is not None and task_ids is not None:
             raise ValueError("this layer routes by its learned router (num_experts): it takes no task_ids")
         return trusted_alora(
@@ -185,11 +132,19 @@ class FusedALoRALinear(nn.Module):
             weight=self.weight,
             bias=self.bias,
             router=self.router,
-            task_ids=None if self.router is not None else self._routing(task_ids, x.device),
+            task_ids=None if self.router is not None else self._given(task_ids, x.device),
             scaling=self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _given(self, task_ids: Any, device: torch.device) -> Tensor | Routing:
+        """The ids of this call: the argument, else those of `_routing`."""
+        if task_ids is None:
+            return self._routing()
+        if isinstance(task_ids, Routing):
+            return task_ids.at(self, self.rows)
+        return task_ids if isinstance(task_ids, Tensor) else task_ids_from_names(task_ids, self.tasks).to(device)
 
     @torch.no_grad()
     def _delta_weight(self, task: str) -> Tensor:
@@ -231,4 +186,4 @@ class FusedALoRALinear(nn.Module):
         """The arguments that tell one layer from another, and what is merged."""
         routed = f"tasks={list(self.tasks)}" if self.tasks else f"num_experts={self.num_experts}"
         merged = "" if self.merged_task is None else f", merged_task={self.merged_task!r}"
-        return arguments(self, f"{routed}, ") + merged
+        return self._arguments(f"{routed}, ") + merged

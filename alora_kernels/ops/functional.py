@@ -181,7 +181,10 @@ def _delta(
     """base + h b^T, written into base where that may be."""
     rows = autocast(x)[0].reshape(-1, x.shape[-1])
     key = choose(rows, backend)
-    h = (autograd if split is None else split).shrink(rows, adapter, key)
+    if split is None:
+        h = autograd.linear(rows, None, None, None, adapter, key)
+    else:
+        h = split.shrink(rows, adapter, key)
     # Triton multiplies in the dtype of the activations, torch in the wider one of both sides
     like = rows if base is None else base
     dtype = wider(like, h, b) if key == "torch" else like.dtype

@@ -35,14 +35,6 @@ def dropout_mask(x: Tensor, dropout: Dropout) -> Tensor:
     return (bits >= dropped - 32768).view(x.shape).to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
-def _accumulate(out: Tensor, rows: Rows, left: Tensor, right: Tensor) -> None:
-    """out[rows] += left right, in place."""
-    if isinstance(rows, slice):
-        add_product_(out[rows], left, right)
-    else:
-        _add(out, rows, left @ right)
-
-
 def _add(out: Tensor, rows: Rows, part: Tensor) -> None:
     """out[rows] += part, in place; rounded once where part is the wider one."""
     if isinstance(rows, slice) or out.dtype != part.dtype:
@@ -60,13 +52,8 @@ def drop(x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     return x * mask, mask
 
 
-def shrink_task(x: Tensor, a: Tensor, groups: RowGroups, scaling: float) -> Tensor:
-    """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
-    return shrink_rows(x, a, layout_of(groups), scaling)
-
-
 def shrink_rows(x: Tensor, a: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """The same for rows that are laid out already."""
+    """h_m = s A_{t(m)} x_m, and zero where row m has no task."""
     if isinstance(layout, Whole):
         return product(x, a[layout.task].t(), scaling)
     if isinstance(layout, Slots):
@@ -107,23 +94,19 @@ def _soft_products(x: Tensor, dropped: Tensor, adapter: Adapter) -> Tensor:
     return p
 
 
-def _mixture(p: Tensor, adapter: Adapter) -> Tensor:
-    """h = s sum_e gate_e p_e, in p's dtype."""
-    low, gate = _parts(p, adapter)
-    # [M, 1, E] [M, E, R]
-    return torch.bmm((gate * adapter.scaling).unsqueeze(1), low).squeeze(1)
-
-
 @without_autocast
 def shrink(x: Tensor, adapter: Adapter) -> Saved:
     """h = s sum_e gate_e A_e dropout(x), and p for soft routing; see `types.Saved`."""
     dropped, _ = drop(x, adapter)
     dtype = wider(x, adapter.a, adapter.router)
     if adapter.router is None:
-        h = shrink_task(dropped, adapter.a.to(dtype), adapter.task_groups, adapter.scaling)
+        h = shrink_rows(dropped, adapter.a.to(dtype), layout_of(adapter.task_groups), adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
     p = _soft_products(x, dropped, adapter)
-    return Saved(_mixture(p, adapter).to(dtype), p)
+    low, gate = _parts(p, adapter)
+    # [M, 1, E] [M, E, R]
+    h = torch.bmm((gate * adapter.scaling).unsqueeze(1), low).squeeze(1)
+    return Saved(h.to(dtype), p)
 
 
 def base_product(x: Tensor, w: Tensor, bias: Tensor | None, groups: RowGroups | None) -> Tensor:
@@ -159,10 +142,11 @@ def task_backward(
     da = torch.zeros_like(a, dtype=acc_dtype(dh.dtype)) if wanted else None
     for task, rows in layout:
         dh_rows = dh[rows]
-        if dx is not None and mask is None:
-            _accumulate(dx, rows, dh_rows, a[task])
-        elif dx is not None and mask is not None:
-            _add(dx, rows, (dh_rows @ a[task]) * mask[rows])
+        if dx is not None and mask is None and isinstance(rows, slice):
+            add_product_(dx[rows], dh_rows, a[task])
+        elif dx is not None:
+            part = dh_rows @ a[task]
+            _add(dx, rows, part if mask is None else part * mask[rows])
         if da is not None and da.dtype == dh.dtype == dropped.dtype:
             da[task].addmm_(dh_rows.t(), dropped[rows])
         elif da is not None:  # runs of 16-bit rows are summed in float32
@@ -199,15 +183,9 @@ def _gate_backward(dh: Tensor, p: Tensor, adapter: Adapter) -> Tensor:
 
 
 def _soft_backward(
-    dx: Tensor | None,
-    dh: Tensor,
-    x: Tensor,
-    p: Tensor,
-    adapter: Adapter,
-    dropped: Tensor,
-    mask: Tensor | None,
+    dx: Tensor | None, dh: Tensor, x: Tensor, p: Tensor, adapter: Adapter, dropped: Tensor, mask: Tensor | None,
     wanted: bool,
-) -> Grads:
+) -> Grads:  # fmt: skip
     """Add the low-rank part to dx in place; the gradients of a and router, if wanted."""
     dp = _gate_backward(dh.to(p.dtype), p, adapter).to(dh.dtype)
     a, router = _factors(adapter, dh.dtype)

@@ -191,24 +191,19 @@ def _routed_dx(dp: Tensor, adapter: Adapter, dy: Tensor | None, w: Tensor | None
     return dx if fused or dy is None or w is None else dx.addmm_(dy, w)
 
 
-def _routed_da(dp: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the matrices A and of the router."""
-    a, dropout = adapter.a, adapter.dropout
-    if adapter.router is None:
-        return kernels.da_task(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout), None
-    return kernels.da_soft(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
-
-
 def _routed_backward(
     dh: Tensor, x: Tensor, adapter: Adapter, saved: Saved, needs: Needs, dy: Tensor | None, w: Tensor | None, plan: Plan
 ) -> Grads:
     """Gradients of x and the adapter from dh; da beside dx where the plan says so."""
     dx = da = drouter = None
-    dp = dh if adapter.router is None else kernels.gate_backward(dh, saved.p, adapter.a.shape[0], dtype=x.dtype)
+    a, dropout = adapter.a, adapter.dropout
+    dp = dh if adapter.router is None else kernels.gate_backward(dh, saved.p, a.shape[0], dtype=x.dtype)
     wants_da = needs.a or needs.router
     with side_stream(x, plan.overlap and wants_da and needs.x) as join:
-        if wants_da:
-            da, drouter = _routed_da(dp, x, adapter)
+        if wants_da and adapter.router is None:
+            da = kernels.da_task(dp, x, adapter.task_groups, a.shape[0], dtype=a.dtype, dropout=dropout)
+        elif wants_da:
+            da, drouter = kernels.da_soft(dp, x, a.shape[0], dtype=a.dtype, dropout=dropout)
     if needs.x:
         dx = _routed_dx(dp, adapter, dy, w, x, plan.dx == "fused")
     join(da, drouter)

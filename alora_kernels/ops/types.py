@@ -6,7 +6,7 @@ A custom op knows tensors and numbers only, so an `Adapter` also goes flat.
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,21 +45,10 @@ class Adapter(NamedTuple):
         return self.a, self.router, *(self.groups or (None, None, None)), seed, self.scaling, p
 
     @classmethod
-    def unflatten(
-        cls,
-        a: Tensor,
-        router: Tensor | None,
-        ids: Tensor | None,
-        order: Tensor | None,
-        offsets: Tensor | None,
-        seed: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-    ) -> Adapter:
+    def unflatten(cls, a: Tensor, router: Tensor | None, ids: Tensor | None, *others: Any) -> Adapter:
         """What `flat` was called on."""
-        groups = None
-        if ids is not None and order is not None and offsets is not None:
-            groups = RowGroups(ids, order, offsets)
+        order, offsets, seed, scaling, dropout_p = others
+        groups = None if ids is None else RowGroups(ids, order, offsets)
         return cls(a, router, groups, scaling, None if seed is None else Dropout(dropout_p, seed))
 
 

@@ -22,8 +22,9 @@ from rich.panel import Panel
 from torch import Tensor, nn
 
 from .. import data
-from ..baselines import formulas
+from ..baselines.layers import authors_loop
 from ..baselines.methods import adapt, trained
+from ..data.packages import SMOLLM2, fetch
 from ..modules.adapter import BASE
 from ..precision import DTYPES
 from ..routing import Routing, current_routing, route
@@ -60,6 +61,10 @@ RECIPE = Recipe(
 def run(recipe: Recipe, *, compare: bool = True) -> None:
     """Train on several tasks at once, judge, save, answer a mixed batch, measure."""
     started = time.perf_counter()
+    if recipe.model == "smollm2-135m":
+        fetch(SMOLLM2)
+    for package in dict.fromkeys(data.TASKS[str(task)].package for task in recipe.tasks):
+        fetch(package)
     names = ", ".join(str(task) for task in recipe.tasks)
     routing = "one A per task" if recipe.routing == "task" else f"{recipe.num_experts} A under a learned router"
     display.console.print(
@@ -257,7 +262,7 @@ class LoopLinear(nn.Module):
         routing = current_routing()
         ids = routing.task_ids if routing is not None and self.router is None else None
         how: dict[str, Any] = {"router": self.router, "task_ids": ids, "scaling": self.scaling}
-        return formulas.authors_loop(x, self.base.weight, self.a, self.b, bias=self.base.bias, **how)
+        return authors_loop(x, self.base.weight, self.a, self.b, bias=self.base.bias, **how)
 
 
 def _layers(run: Run) -> dict[str, ALoRALayer]:

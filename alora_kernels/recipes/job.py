@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,42 +22,43 @@ from transformers import BitsAndBytesConfig, set_seed
 from .. import data, precision
 from ..adapters.method import METHODS, ROUTED, Method, read_method
 from ..baselines.methods import adapt, as_large_as_alora, load_method, parameters_of, target_shapes, tasks_of
-from ..text import listed
+from ..data import Task, TaskSpec
+from ..text import did_you_mean, listed
+from ..training import TaskBalancedSampler
+from ..training.answers import last_number, words_of
 from ..training.evaluate import whole_words
 from ..tuner.config import CONFIG
 from . import display
-from .measures import metrics_of
 from .recipe import Recipe
-from .schedule import schedule
 from .start import Start, start_of
 
 ADAPTER = "adapter"  # in the output folder
 UNLIMITED = 10**9  # what tokenizers that know no limit say, or more
 MANY_ANSWERS = 16  # a task with more different answers, most of them seen once, answers in texts
+LOGGED = 10  # steps between logs of a long run
+TIMES = 10  # evaluations, or checkpoints without them, in a run
 
 
 @dataclass
 class Run:
-    """Everything a recipe becomes once loaded."""
+    """Everything a recipe becomes: first its rows, then a model."""
 
     recipe: Recipe
-    method: Method  # the rank as the recipe's budget chose it
     tasks: tuple[str, ...]  # names in the order of their ids
-    model: Any  # the base with the adapter (a `PeftModel` for ALoRA and LoRA)
     tokenizer: Any
     text: DatasetDict  # rows as text; `train`, `test` and `validation` are the same rows as token ids
     train: Dataset
     test: Dataset
-    choices: dict[
-        str, dict[str, tuple[int, ...]]
-    ]  # task -> its words -> their token ids; no tasks that answer in texts
-    alora_parameters: int  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
-    validation: Dataset | None = None  # rows that judge while training
-    metrics: dict[str, str] = field(default_factory=dict)  # task -> what it is judged by, one of `measures.MEASURES`
-    learnt: Any = (
-        None  # what the trainer reads: `train`, of it the rows of tasks that learn, or a stream it is the head of
-    )
-    lost: data.Lost = field(default_factory=data.Lost)  # what they lose, while they are read
+    validation: Dataset | None  # rows that judge while training
+    choices: dict[str, dict[str, tuple[int, ...]]]  # task -> its words -> their ids; no tasks that answer in texts
+    metrics: dict[str, str]  # task -> what it is judged by, one of `judge.MEASURES`
+    start: Start | None  # None of a fresh adapter, and of one that is judged
+    notes: list[str]  # what rows have lost
+    lost: data.Lost = field(default_factory=data.Lost)  # what they lose while they are read in training
+    learnt: Any = None  # what is trained on: `train`, of it the rows of tasks that learn, or a stream it is the head of
+    model: Any = None  # the base with the adapter (a `PeftModel` for ALoRA and LoRA)
+    method: Any = None  # a `Method`, the rank as the recipe's budget chose it
+    alora_parameters: int = 0  # how many ALoRA of the recipe's rank trains, the measure of `budget: parameters`
 
     @property
     def label(self) -> str:
@@ -73,53 +75,55 @@ def load(recipe: Recipe, adapter: Path | None = None, resume: str | None = None,
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # `auto` is measured, so that processes might choose differently: the first chooses for all
     chosen = broadcast_object_list([precision.explain(device, recipe.dtype, whose)])[0]
-    recipe = recipe.located(Path()).instead(dtype=chosen.name)
     if recipe.load_in:
         check_packages({"load_in": "bitsandbytes"})
-    lost = data.Lost()
-    text = read(recipe, lost)
-    start: Start | None = None
-    if adapter is None:
-        tasks = _task_order(recipe, text, resume)
-        recipe, start = start_of(recipe, tasks)
-    else:
-        text, recipe = _known_to(adapter, text), recipe.instead(weights={})  # of tasks that may be gone
-        tasks = _task_order(recipe, text, resume)
-    words = label_words(text, recipe.tasks)
-    metrics = metrics_of(recipe.tasks, text, words)
-    words = {task: own for task, own in words.items() if metrics.get(task, "choice") == "choice"}
     # all that can be wrong with data is said before weights are read, which takes minutes for a large model
-    with display.err.status("preparing tokens ..."):
-        tokenizer = data.load_tokenizer(recipe.model)
-        length = max_length(recipe, tokenizer)
-        recipe = recipe.instead(max_length=length)
-        text, ids = data.encode_splits(text, tokenizer, length, lost=lost, chat_template=recipe.chat_template)
-        cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
-        choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
-    unseen = _unseen(text, choices, tokenizer)
-    rows = ids["train"]["task"]
-    trained = start.trained(rows) if start else rows
-    if adapter is None:
-        schedule(recipe, trained, validates="validation" in ids)  # says what does not fit the rows
+    run = _rows(recipe.located(Path()).instead(dtype=chosen.name), adapter, resume)
+    recipe, start = run.recipe, run.start
     bits = f"{recipe.load_in} weights, computing in " if recipe.load_in else ""
     display.say(f"base in {bits}{chosen.name} ({chosen.reason})", "dim")
     base, _ = data.load_model(recipe.model, dtype=chosen.dtype, quantization=quantized(recipe, chosen.dtype))
     with display.err.status("preparing adapter ..."):
-        method, shapes = sized(recipe, tasks, base)
-        model, method, tasks = _adapted(base, method, recipe.seed, start, adapter)
+        method, shapes = sized(recipe, run.tasks, base)
+        run.model, run.method, run.tasks = _adapted(base, method, recipe.seed, start, adapter)
         if recipe.parallel == "ddp" or adapter is not None:  # FSDP takes a part of each layer there
-            model.to(device)
-    said = start.lines(len(rows) - len(trained), base) if start else []
-    for line in (*said, *lost.lines(), *unseen):
+            run.model.to(device)
+    for line in (*(start.lines(run.train["task"], base) if start else ()), *run.notes):
         display.say(line, "dim")
-    count = parameters_of("alora", recipe.r, shapes, tasks=len(tasks), num_experts=recipe.num_experts)
+    tasks, experts = len(run.tasks), recipe.num_experts
+    run.alora_parameters = parameters_of("alora", recipe.r, shapes, tasks=tasks, num_experts=experts)
+    return run
+
+
+def _rows(recipe: Recipe, adapter: Path | None, resume: str | None) -> Run:
+    """A run without its model; a ValueError for all that is wrong with its data."""
+    lost, start = data.Lost(), None
+    text = read(recipe, lost)
+    if adapter is not None:
+        text, recipe = _known_to(adapter, text), recipe.instead(weights={})  # of tasks that may be gone
+    tasks = _task_order(recipe, text, resume)
+    if adapter is None:
+        recipe, start = start_of(recipe, tasks)
+    words = label_words(text, recipe.tasks)
+    metrics = metrics_of(recipe.tasks, text, words)
+    words = {task: own for task, own in words.items() if metrics.get(task, "choice") == "choice"}
+    with display.err.status("preparing tokens ..."):
+        tokenizer = data.load_tokenizer(recipe.model)
+        recipe = recipe.instead(max_length=max_length(recipe, tokenizer))
+        how: dict[str, Any] = recipe.model_dump(include={"max_length", "chat_template"})
+        text, ids = data.encode_splits(text, tokenizer, lost=lost, **how)
+        cues = dict(zip(text["train"]["task"], text["train"]["prompt"], strict=True))  # one prompt of each task
+        choices = {task: data.word_tokens(labels, tokenizer, cues[task]) for task, labels in words.items()}
+    notes = _unseen(text, choices, tokenizer)
     train, test, validation = ids["train"], ids["test"], ids.get("validation")
-    run = Run(recipe, method, tasks, model, tokenizer, text, train, test, choices, count, validation, metrics)
-    learnt: Any = train
+    if adapter is None:  # says what does not fit the rows
+        schedule(recipe, start.trained(train["task"]) if start else train["task"], validates=validation is not None)
+    notes = lost.lines() + notes
+    run = Run(recipe, tasks, tokenizer, text, train, test, validation, choices, metrics, start, notes, learnt=train)
     if recipe.streaming:
-        how = recipe.model_dump(include={"max_length", "seed", "train_size", "weights", "chat_template"})
-        learnt = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
-    run.learnt = learnt if start is None else start.rows(learnt)
+        how |= recipe.model_dump(include={"seed", "train_size", "weights"})
+        run.learnt = data.stream(recipe.tasks, text, tokenizer, lost=run.lost, **how)
+    run.learnt = start.rows(run.learnt) if start else run.learnt
     return run
 
 
@@ -223,16 +227,62 @@ def label_words(text: DatasetDict, sources: Sequence[Any] = ()) -> dict[str, lis
     Chats answer in texts, however few, unless their source says `metric: choice`.
     """
     own = {source.name for source in map(data.as_source, sources) if getattr(source, "metric", None) == "choice"}
-    asked = zip(text["train"]["task"], text["train"]["messages"], strict=True)
-    chats = {task for task, messages in asked if messages} - own
-    answers: dict[str, Counter[str]] = {}
-    for task, answer in zip(text["train"]["task"], text["train"]["answer"], strict=True):
-        answers.setdefault(task, Counter())[answer] += 1
+    chats = {task for task, turns in data.by_task(text["train"], "messages").items() if any(turns)} - own
+    answers = {task: Counter(given) for task, given in data.by_task(text["train"], "answer").items()}
     return {
         name: list(data.labels_of(name) if name in data.TASKS else seen)
         for name, seen in sorted(answers.items())
         if name in data.TASKS or not (name in chats or _are_texts(seen))
     }
+
+
+def _are_texts(answers: Counter[str]) -> bool:
+    """Whether these answers are texts, hardly any two alike, and not words to choose from."""
+    once = sum(count == 1 for count in answers.values())
+    return len(answers) > MANY_ANSWERS and 2 * once > len(answers)
+
+
+def metrics_of(
+    sources: Sequence[str | Task | TaskSpec], text: DatasetDict, labelled: Collection[str]
+) -> dict[str, str]:
+    """Task -> what it is judged by, of the tasks with test rows; `labelled` are those that answer with label words.
+
+    A ValueError for a metric that a task cannot have, and where files that name the same task have different ones.
+    """
+    known = {source.name: source for source in map(data.as_source, sources)}
+    present = {*text["train"]["task"], *text["test"]["task"]}  # who is not among them has a column of other names
+    naming = [spec for spec in known.values() if isinstance(spec, TaskSpec) and spec.name not in present]
+    chosen: dict[str, str] = {}
+    for task, answers in data.by_task(text["test"], "answer").items():
+        source = known.get(task)
+        metrics: list[Any] = [*{getattr(source, "metric", None)}] if source else [*{spec.metric for spec in naming}]
+        if len(metrics) > 1:
+            names = ", ".join(spec.name for spec in naming)
+            raise ValueError(
+                f"task {task!r} stands in a column of one of {names}, whose metrics differ: give these the same"
+            )
+        chosen[task] = metrics[0] or ("choice" if task in labelled else "loss")
+        _check_metric(task, chosen[task], answers, task in labelled)
+    return chosen
+
+
+def _check_metric(task: str, metric: str, answers: Sequence[str], labelled: bool) -> None:
+    """Refuse a metric that cannot say anything about these answers."""
+    if metric == "choice" and not labelled:
+        raise ValueError(
+            f"task {task!r} cannot have metric: choice, since hardly two of its answers are alike:"
+            " choose exact, rouge, number or loss"
+        )
+    needs: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "number": ("number", lambda answer: last_number(answer) is not None),
+        "rouge": ("word", words_of),
+    }
+    what, holds = needs.get(metric, ("", lambda _: True))
+    if bad := [answer for answer in answers if not holds(answer)]:
+        raise ValueError(
+            f"task {task!r} cannot have metric: {metric}, since {len(bad)} of its {len(answers)} test answers hold no"
+            f" {what}, such as {bad[0][:40]!r}: choose exact or loss, or drop these rows"
+        )
 
 
 def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...]]], tokenizer: Any) -> list[str]:
@@ -251,7 +301,42 @@ def _unseen(text: DatasetDict, choices: Mapping[str, Mapping[str, tuple[int, ...
     return [f"test rows whose answer no training row has, counted as wrong: {said}"] if counts else []
 
 
-def _are_texts(answers: Counter[str]) -> bool:
-    """Whether these answers are texts, hardly any two alike, and not words to choose from."""
-    once = sum(count == 1 for count in answers.values())
-    return len(answers) > MANY_ANSWERS and 2 * once > len(answers)
+@dataclass(frozen=True)
+class Schedule:
+    """When a run logs, evaluates and saves, in steps; 0 stands for never."""
+
+    total: int
+    logging: int
+    eval: int
+    save: int
+    keep_best: bool
+
+
+def schedule(recipe: Recipe, tasks: Sequence[str], validates: bool) -> Schedule:
+    """The schedule of a run on training rows with these tasks, with or without validation rows.
+
+    A ValueError says every setting that does not fit the data: names of unknown tasks, evaluations without rows.
+    """
+    known = sorted(set(tasks))
+    strangers = [name for name in recipe.weights if name not in known]
+    wrong = [f"weights: no training rows of task {name!r}; {did_you_mean(name, known)}" for name in strangers]
+    if not validates and (asked := [k for k in ("eval_steps", "early_stopping") if getattr(recipe, k)]):
+        wrong.append(f"{' and '.join(asked)}: no rows to judge while training: give validation_size")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    total = recipe.steps or math.ceil((recipe.epochs or 0) * steps_of_epoch(recipe, tasks))
+    every = (recipe.eval_steps or recipe.save_steps or max(1, total // TIMES)) if validates else 0
+    if every > total:
+        raise ValueError(f"eval_steps: a run of {total} steps ends before step {every}: give at most {total}")
+    best = validates and recipe.keep_best
+    if best and recipe.save_steps == 0:
+        raise ValueError("save_steps: the best model is one of the checkpoints: leave it out, or say keep_best: false")
+    default = every or max(1, total // TIMES)
+    save = every if best else default if recipe.save_steps is None else recipe.save_steps
+    return Schedule(total, recipe.logging_steps or min(LOGGED, max(1, total // 12)), every, save, best)
+
+
+def steps_of_epoch(recipe: Recipe, tasks: Sequence[str]) -> int:
+    """Optimiser steps in which every row is drawn once, as temperature and weights have it."""
+    rows = len(TaskBalancedSampler(tasks, temperature=recipe.temperature, weights=recipe.weights))
+    return math.ceil(math.ceil(rows * recipe.gradient_accumulation / recipe.batch_size) / recipe.gradient_accumulation)

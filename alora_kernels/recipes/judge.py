@@ -1,7 +1,4 @@
-"""How good a `Run` is: scores on its test rows as numbers, tables and the model card.
-
-Every task has its own measure: `measures`.
-"""
+"""How good a `Run` is: scores on its test rows, each task's by its own measure; as numbers, tables and a card."""
 
 from __future__ import annotations
 
@@ -14,26 +11,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import DatasetDict
 
 from .. import data, precision
-from ..adapters.asking import special_tokens
+from ..adapters.asking import answer_ends, special_tokens
 from ..adapters.cards import described, read_task_cards
 from ..adapters.method import ROUTED
 from ..baselines.methods import base_alone
 from ..settings import write_yaml
-from ..text import printable
+from ..text import percent, printable
 from ..training import answer_loss, choice_accuracy
-from ..training.answers import written_answers
+from ..training.answers import exact_match, number_match, rouge, written_answers
 from ..training.evaluate import last_turn
 from ..tuner.card import model_card
 from ..tuner.config import CARD, ALoRAConfig
 from ..version import __version__
 from . import display
 from .job import ADAPTER, Run, load, read
-from .measures import MEASURES, WRITTEN
 from .recipe import FILE, Recipe, load_recipe
 
 METRICS = "metrics.json"  # beside the adapter
@@ -41,6 +37,34 @@ ALL = 10**9  # test rows
 GUESSED = ("choice", "exact")  # what the most frequent answer can be right in
 SLACK = 8  # tokens that a written answer may have above the longest right one and its quarter
 OTHER = "(no word of the task)"
+
+
+class Measure(NamedTuple):
+    """How people call it, in short and over a table, and how a value of it is shown."""
+
+    name: str
+    title: str
+    show: Callable[[float], str]
+
+
+def _perplexity(loss: float) -> str:
+    return f"{loss:.3f} ({math.exp(min(loss, 99)):.1f})"
+
+
+#: by the name of `TaskSpec.metric`
+MEASURES = {
+    "choice": Measure("accuracy", "accuracy: choice among the task's label words", percent),
+    "exact": Measure("exact match", "written answers: exact match", percent),
+    "rouge": Measure("ROUGE-L", "written answers: ROUGE-L", percent),
+    "number": Measure("right numbers", "written answers: last number", percent),
+    "loss": Measure("loss", "answers in text: loss per token (perplexity)", _perplexity),
+}
+#: what judges an answer that the model writes, beside the right one
+WRITTEN: dict[str, Callable[[str, str], dict[str, float]]] = {
+    "exact": lambda answer, right: {"exact": exact_match(answer, right)},
+    "rouge": rouge,
+    "number": lambda answer, right: {"number": number_match(answer, right)},
+}
 
 
 @dataclass(frozen=True)
@@ -120,12 +144,8 @@ def _say_learnt(trained: Recipe, run: Run) -> None:
 
 def _limited(run: Run, limit: int) -> Run:
     """The run with the first so many test rows of each task."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for at, task in enumerate(run.text["test"]["task"]):
-        seen[task] += 1
-        if seen[task] <= limit:
-            kept.append(at)
+    places = run.text["test"].to_pandas().groupby("task").cumcount()
+    kept = [at for at, place in enumerate(places) if place < limit]
     text = DatasetDict({**run.text, "test": run.text["test"].select(kept)})
     return replace(run, text=text, test=run.test.select(kept))
 
@@ -160,10 +180,8 @@ def judge(run: Run, label: str, *, base_only: bool = False) -> Scores:
 
 def _words(run: Run) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tasks' label words as their rows hold them: of a chat the whole turn, with what ends it."""
-    if "messages" not in run.text["test"].column_names:
-        return run.choices
-    asked = zip(run.text["test"]["task"], run.text["test"]["messages"], strict=True)
-    chats = {task for task, messages in asked if messages} & set(run.choices)
+    chats = {task for task, turns in data.by_task(run.text["test"], "messages").items() if any(turns)}
+    chats &= set(run.choices)
     words: dict[str, dict[str, tuple[int, ...]]] = {**run.choices, **{task: {} for task in chats}}
     trained = zip(run.text["train"]["task"], run.text["train"]["answer"], strict=True) if chats else ()
     for at, (task, answer) in enumerate(trained):
@@ -227,11 +245,8 @@ def _write(run: Run, rows: Sequence[Any], scores: Scores, how: Any) -> None:
 
 def _ends(run: Run, rows: Sequence[Any]) -> list[int]:
     """Tokens that end an answer: the tokenizer's and the model's own, and a chat's end of turn."""
-    own = getattr(run.model, "generation_config", None)
-    given = getattr(own, "eos_token_id", None)
-    known = [run.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     turns = {_answer(row)[-1] for row in rows} & set(special_tokens(run.tokenizer).values())
-    return sorted({end for end in known if end is not None} | turns)
+    return sorted(turns.union(answer_ends(run.model, run.tokenizer)))
 
 
 def show_scores(run: Run, before: Scores | None, after: Scores) -> None:

@@ -6,37 +6,26 @@ For `alora data`. Tasks are read and encoded as for training; of the model its t
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
+from rich.markup import escape
+from rich.text import Text
+
 from .. import data
-from ..text import did_you_mean, percentile
+from ..text import clipped, did_you_mean, listed, percent, percentile, printable
 from . import display
 from .job import label_words, max_length, read
 from .recipe import Recipe
 
 Piece = tuple[str, bool]  # a stretch of a row's text, and whether it is learnt
+LABELS = 12  # of a task
+LONGEST = 1200  # characters of a piece of a row
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """One task of a recipe in numbers and examples."""
-
-    task: str
-    rows: dict[str, int]  # by split
-    tokens: dict[str, int]  # p50, p95 and longest of all rows, before any is cut
-    max_length: int
-    too_long: int  # rows above max_length: of a chat task they are left out, prompts lose their middle
-    chats: bool
-    repeated: int  # rows left out, their prompt is there already
-    contradicting: int  # those of them with another answer
-    labels: dict[str, float] | None  # shares of the answers in training; None of texts
-    samples: list[list[Piece]]
-
-
-def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[TaskData], list[str]]:
+def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """Every task of a recipe, or one of them, each with so many training rows; and lines about what rows lose.
 
     A ValueError for an unknown task, and for all that training would refuse in the data.
@@ -61,20 +50,19 @@ def look(recipe: Recipe, rows: int = 3, task: str | None = None) -> tuple[list[T
         answers = Counter(train["answer"]) if name in label_words(text, recipe.tasks) else None
         if answers and not chats:
             data.word_tokens(answers, tokenizer, train[0]["prompt"])  # refuses those that no model could tell apart
-        found.append(
-            TaskData(
-                name,
-                {split: len(places) for split, places in own.items()},
-                {"p50": int(percentile(counts, 0.5)), "p95": int(percentile(counts, 0.95)), "longest": counts[-1]},
-                length,
-                sum(count > length for count in counts),
-                chats,
-                lost.repeated[name],
-                lost.contradicting[name],
-                {answer: count / len(train) for answer, count in answers.most_common()} if answers else None,
-                [_pieces(row, tokenizer) for row in encode(text["train"].select(shown), max_length=length)],
-            )
-        )
+        about = {
+            "task": name,
+            "rows": {split: len(places) for split, places in own.items()},
+            "tokens": {"p50": percentile(counts, 0.5), "p95": percentile(counts, 0.95), "longest": counts[-1]},
+            "max_length": length,
+            "too_long": sum(count > length for count in counts),  # chats are left out, prompts lose their middle
+            "chats": chats,
+            "repeated": lost.repeated[name],  # left out, their prompt is there already
+            "contradicting": lost.contradicting[name],  # those of them with another answer
+            "labels": {answer: count / len(train) for answer, count in answers.most_common()} if answers else None,
+            "samples": [_pieces(row, tokenizer) for row in encode(text["train"].select(shown), max_length=length)],
+        }
+        found.append(about)
     head = ["streaming: of each entry of tasks its first rows alone were looked at"] if recipe.streaming else []
     return found, head + lost.lines()
 
@@ -83,10 +71,40 @@ def _pieces(row: dict[str, Any], tokenizer: Any) -> list[Piece]:
     """A row's text, divided where what is learnt begins or ends."""
     pieces, before, end = [], "", 0
     for learnt, labels in groupby(row["labels"], key=lambda label: label != data.IGNORE):
-        end += len(list(labels))
-        text = tokenizer.decode(
-            row["input_ids"][:end], clean_up_tokenization_spaces=False
-        )  # a piece alone loses spaces
+        end += len(list(labels))  # a piece alone would lose spaces
+        text = tokenizer.decode(row["input_ids"][:end], clean_up_tokenization_spaces=False)
         pieces.append((text[len(before) :], learnt))
         before = text
     return pieces
+
+
+def show(tasks: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
+    """Print what `look` found: a table, the shares of answers, what rows lose, and the rows."""
+    table = []
+    for task in tasks:
+        too_long = f"{task['too_long']} {'left out' if task['chats'] else 'cut'}" if task["too_long"] else "0"
+        repeated = f"{task['repeated']} ({task['contradicting']})" if task["contradicting"] else str(task["repeated"])
+        numbers = map(str, [*task["rows"].values(), *task["tokens"].values()])
+        table.append([escape(printable(task["task"])), *numbers, too_long, repeated])
+    title = f"rows and their tokens, of which max_length allows {tasks[0]['max_length']}"
+    caption = "repeated: prompts that were there already (of these with another answer)"
+    columns = ("task", *(split[:5] for split in tasks[0]["rows"]), *tasks[0]["tokens"], "too long", "repeated")
+    display.console.print(display.table(title, columns, table, caption))
+    for task in tasks:
+        labels = [f"{printable(label, 40)} {percent(share)}" for label, share in (task["labels"] or {}).items()]
+        display.say(f"{printable(task['task'])} answers: {listed(labels, LABELS) or 'texts'}")
+    for line in lines:
+        display.say(line, "dim")
+    for task in tasks:
+        for number, pieces in enumerate(task["samples"], start=1):
+            display.say(f"\n{printable(task['task'])}, training row {number}", "bold")
+            display.console.print(_marked(pieces), soft_wrap=True, highlight=False)
+
+
+def _marked(pieces: Sequence[Piece]) -> Text:
+    """A row's text on lines of its own, what is learnt in green or, where there are no colours, in brackets."""
+    plain, text = display.console.color_system is None, Text()
+    for piece, learnt in pieces:
+        shown = "\n".join(printable(line) for line in clipped(piece, LONGEST).split("\n"))
+        text.append(f"[[{shown}]]" if learnt and plain else shown, "green" if learnt else None)
+    return text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import statistics
 import sys
 import weakref
@@ -35,9 +36,9 @@ from ..routing import ConstantRouting, route
 from ..text import size
 from ..training.chunked_loss import CHUNK, CHUNK_BYTES_CUDA
 from ..training.rules import base_model
-from .job import Run, max_length, read, sized
+from . import display
+from .job import Run, max_length, read, schedule, sized, steps_of_epoch
 from .recipe import Recipe
-from .schedule import schedule, steps_of_epoch
 
 CONTEXT = {"cuda": 0.6e9, "cpu": 0.7e9}  # bytes of the CUDA context and its libraries; of the process and its modules
 SLACK = 0.05  # of what comes and goes: blocks of the allocator that nothing fits into
@@ -86,12 +87,12 @@ class Facts:
     device: str
 
 
-def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dict[str, Any]:
+def plan(recipe: Recipe, given: str | None = None, processes: int = 1) -> dict[str, Any]:
     """What `alora plan` shows: bytes by what they are for on one GPU, and what to change where they do not fit.
 
-    `memory` is the GPU's; None takes the one that is here, else the first of `COMMON`.
+    The GPU's memory may be given, such as 24GB; None takes the one that is here, else the first of `COMMON`.
     """
-    at_once = recipe.rows_at_once(processes)
+    memory, at_once = None if given is None else _bytes(given), recipe.rows_at_once(processes)
     if memory is None and torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     rows = rows_of(recipe)
@@ -113,6 +114,36 @@ def plan(recipe: Recipe, memory: float | None = None, processes: int = 1) -> dic
         "changes": [{"change": change, "total": round(after)} for change, after in changes],
         "data": dataclasses.asdict(rows) if rows else None,
     }
+
+
+def _bytes(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|GB|GiB)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"--memory must be a size in GB, such as 24GB or 80GiB, got {text!r}")
+    return float(match[1]) * (2**30 if (match[2] or "").lower() == "gib" else 1e9)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a plan."""
+    cells = [(name, size(value)) for name, value in {**found["bytes"], "total": found["total"]}.items()]
+    at_once = f"{found['rows_at_once']} x {found['tokens_of_a_row']} tokens at once"
+    display.say(f"PREDICTED memory of a GPU in a step: {at_once}")
+    if found["length_assumed"]:
+        said = "the length is assumed: there is no max_length, and the rows or the tokenizer are not here"
+        display.say(said, "yellow")
+    display.console.print(display.table("", ("for", "bytes"), cells))
+    display.say(f"{found['parameters'] / 1e9:.3g} G parameters, {found['trained'] / 1e6:.3g} M of adapters train")
+    if rows := found["data"]:
+        rows_and_tokens = f"{rows['count']} training rows, about {rows['count'] * rows['mean']:.3g} tokens"
+        display.say(f"{rows_and_tokens}, {rows['epoch']} steps an epoch; {rows['steps']} steps in all")
+    else:
+        display.say("the rows' lengths are not known here, so every row is taken to be as long as max_length")
+    for device, fits in found["fits"].items():
+        display.say(f"{device}: {'fits' if fits else 'does not fit'}", "green" if fits else "red")
+    if found["changes"]:
+        display.say("to need less, one after the other:")
+    for change in found["changes"]:
+        display.say(f"  {change['change']}  ->  {size(change['total'])}")
 
 
 def peak(run: Run, device: str) -> str:

@@ -268,10 +268,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _older_routing(cls, values: Any) -> Any:
-        """`method` and its older spelling `routing` say the same; pydantic judges what is neither."""
+    def _said_in_two_ways(cls, values: Any) -> Any:
+        """How long a run is and warms up; `method`, of which `routing` is an older spelling: pydantic judges others."""
         if not isinstance(values, Mapping):
             return values
+        for one, other, default in ALTERNATIVES:
+            if values.get(one) is None and values.get(other) is None:
+                values = {**values, one: default}
         method, routing = values.get("method", "alora"), values.get("routing")
         if method == "alora" and routing == "soft":
             method = "alora-soft"
@@ -289,17 +292,6 @@ class Recipe(BaseModel):
     def _reporters(cls, names: Any) -> Any:
         """A list, one name, or none."""
         return () if names in ("none", None, ["none"]) else [names] if isinstance(names, str) else names
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, values: Any) -> Any:
-        """How long a run is, and how long it warms up, can be said in two ways."""
-        if not isinstance(values, Mapping):
-            return values
-        for one, other, default in ALTERNATIVES:
-            if values.get(one) is None and values.get(other) is None:
-                values = {**values, one: default}
-        return values
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -58,10 +58,11 @@ class Start:
         """These rows."""
         return train if self.b else train.filter(lambda row: row["task"] in self.learn)
 
-    def lines(self, left: int, base: Any) -> list[str]:
-        """What to tell before training, in which so many rows have no part."""
+    def lines(self, rows: Sequence[str], base: Any) -> list[str]:
+        """What to tell before training on rows of these tasks."""
         said = [f"goes on from {self.file.folder}" + (f", new: {listed(self.new, SHOWN)}" if self.new else "")]
         still, was, now = listed(self.still, SHOWN), self.file.base, getattr(base, "name_or_path", None)
+        left = len(rows) - len(self.trained(rows))
         unused = f"; {counted(left, 'training row')} of theirs not used" if left else ""
         if self.still and self.b:
             said.append(f"B trains, which changes what {still} answer too; their A stay as they are")

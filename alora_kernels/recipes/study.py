@@ -20,8 +20,7 @@ from rich.table import Table
 
 from .. import plotting
 from ..federated import FedConfig, Outcome, run
-from ..federated.log import delta_m, read
-from ..federated.server import LEDGER
+from ..federated.log import LEDGER, delta_m, read
 from ..federated.state import CHECKPOINT, FINAL
 from ..text import percent
 from . import display

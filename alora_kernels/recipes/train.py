@@ -24,16 +24,17 @@ from ..files import claimed
 from ..training import ALoRATrainer
 from ..training.checkpoints import WRITING, newest_whole
 from . import display
-from .job import ADAPTER, Run, check_packages, load
+from .job import ADAPTER, Run, check_packages, load, schedule
 from .judge import METRICS, describe, judge, save_metrics, show_scores
 from .plan import peak
 from .recipe import Recipe
-from .schedule import schedule
 from .watch import LOSSES, PICTURE, LossFile, TrainingBar, draw
 
 CONFLICTS = "conflicts.csv"  # in the output folder
 OPTIMIZERS = {"adamw": TrainingArguments.default_optim}  # recipe's name -> transformers'
 SCHEDULERS = {"constant": "constant_with_warmup"}  # the one without forgets the warm-up
+#: keys that transformers calls the same
+SAME = {"gradient_checkpointing", "learning_rate", "weight_decay", "max_grad_norm", "save_total_limit", "seed"}
 PROBE_ROWS = 8  # of each task, in a measurement of gradient conflicts
 
 
@@ -114,13 +115,14 @@ def claim(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str
     if resume and last:
         check_best(last)
     finished = (place / ADAPTER).is_dir() and any((place / ADAPTER).iterdir())
+    begun = finished or last or skipped or any((place / name).exists() for name in (CONFLICTS, LOSSES))
     if resume and last is None:
-        again = "with --overwrite, or into another --output" if finished or skipped else "without --resume"
+        again = "with --overwrite, or into another --output" if begun else "without --resume"
         what = "whole checkpoint" if skipped else "checkpoint"
         raise ValueError(f"no {what} in {folder} to resume from: train {again}; save_steps in the recipe makes them")
     if resume or overwrite:
         return str(last) if resume else None
-    if finished or last or skipped or any((place / name).exists() for name in (CONFLICTS, LOSSES)):
+    if begun:
         what = f"a finished adapter, {folder / ADAPTER}" if finished else "a run that has begun"
         on = "--resume goes on from its last checkpoint, " if last else ""
         raise ValueError(f"{folder} holds {what}: {on}--overwrite replaces it, --output writes to another folder")
@@ -163,31 +165,26 @@ def trainer_for(run: Run, *, save: bool) -> ALoRATrainer:
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=recipe.gradient_accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         optim=OPTIMIZERS.get(recipe.optimizer, recipe.optimizer),
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type=SCHEDULERS.get(recipe.scheduler, recipe.scheduler),
         warmup_steps=recipe.warmup_ratio or recipe.warmup_steps or 0,  # below 1 it is a share
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
         logging_steps=when.logging,
         eval_strategy="steps" if judged else "no",
         eval_steps=when.eval or None,
         save_strategy="steps" if save and when.save else "no",
         save_steps=when.save or 500,
-        save_total_limit=recipe.save_total_limit,
         load_best_model_at_end=judged and when.keep_best,
         metric_for_best_model="mean_loss" if judged and when.keep_best else None,
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # how often early stopping saw no improvement
-        seed=recipe.seed,
         report_to=list(recipe.report_to) if save else "none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=processes.device.type == "cpu",
         fsdp=sharded,
+        **recipe.model_dump(include=SAME),
     )
     trainer = ALoRATrainer(
         model=run.model,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import Trainer
 
 from ..tuner.tasks import trained_part
 from .tasks import stacked_a
@@ -116,20 +117,17 @@ class KeepAbsentTasks:
             warnings.warn(text, stacklevel=2)
 
 
-class KeepingTrainer:
+class KeepingTrainer(Trainer):
     """What a Trainer whose `_keeps` is true does beside its own: `KeepAbsentTasks` on the optimiser of each `train`."""
 
     model: Any
     optimizer: Any
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
     _keeps: bool
     _keeper: KeepAbsentTasks | None = None
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """As Trainer's, with the rows of absent tasks kept from now on: FSDP has replaced what the optimiser steps."""
-        parent: Any = super()
-        prepared = parent._prepare_for_training(*args)
+        prepared = super()._prepare_for_training(*args)
         if self._keeper is not None:  # of an earlier `train`, whose optimiser may be this one
             self._keeper.remove()
         frozen = trained_part(self.model) is not None

@@ -15,7 +15,7 @@ import contextlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff
 NUMBER = re.compile(r"(?:(?<![\w)])[-\u2212])?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ARTICLES = ("a", "an", "the")
+INPUTS = ("input_ids", "attention_mask")  # that `generate` continues
 
 
 class Written(NamedTuple):
@@ -55,31 +56,34 @@ def written_answers(
     pad_token_id: int = 0,
     batch_size: int = 32,
     on_batch: Callable[[int], None] = lambda rows: None,
+    how: Mapping[str, Any] = {"do_sample": False},
 ) -> list[Written]:
     """What the model writes after each prompt, in their order.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
-        prompts: `input_ids` and `task` of each.
+        prompts: `input_ids` and `task` of each; or instead of ids' names `adapter`, for PEFT's `adapter_names`.
         tasks: names in the order of the model's ids for task routing; None for a model that takes no ids.
         ends: tokens that end an answer.
         max_tokens: longest answer.
         pad_token_id: fills shorter rows.
         batch_size: rows that are written together; rows of similar length are.
         on_batch: called with the number of rows done, for a progress bar.
+        how: further settings of `generate`.
     """
     collate = TaskCollator(pad_token_id, tasks or (), model=model)
     alone = collate.rules.leaks or not collate.rules.pad_left  # what stands beside a row would change it
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]["input_ids"]))
-    rows = [{"input_ids": prompts[at]["input_ids"], "task": prompts[at]["task"]} for at in order]
     found: list[Written] = []
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_tokens, eos_token_id=list(ends), pad_token_id=pad_token_id
+        **how, max_new_tokens=max_tokens, eos_token_id=list(ends) or None, pad_token_id=pad_token_id
     )
     with without_dropout(model), generating_by(model, settings):
-        for _, same in groupby(rows, key=lambda row: len(row["input_ids"]) if alone else 0):
-            for chunk, batch in batches(model, list(same), collate, batch_size):
-                given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        for _, same in groupby(order, key=lambda at: len(prompts[at]["input_ids"]) if alone else 0):
+            for chunk, batch in batches(model, [prompts[at] for at in same], collate, batch_size):
+                given: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
+                if "adapter" in chunk[0]:
+                    given["adapter_names"] = [row["adapter"] for row in chunk]
                 with contextlib.nullcontext() if tasks is None else route(batch["task_ids"]):
                     out = model.generate(**given)
                 found += [_until(ids, ends) for ids in out[:, given["input_ids"].shape[1] :].tolist()]

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -18,25 +19,20 @@ from ..tensor_file import DamagedFileError, verify
 WRITING = ".writing"  # in the output folder: a checkpoint that is not finished
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(Trainer):
     """A Trainer that writes checkpoints under another name and renames them; one that uploads them writes as ever."""
 
-    args: Any
-    state: Any
-    accelerator: Any
     _writing = False
 
     def _get_output_dir(self, trial: Any) -> str:
-        parent: Any = super()
-        folder = str(parent._get_output_dir(trial))
+        folder = str(super()._get_output_dir(trial))
         return os.path.join(folder, WRITING) if self._writing else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As Trainer's."""
-        parent: Any = super()
         self._writing = not self.args.push_to_hub
         try:
-            parent._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
         finally:
             draft, self._writing = Path(self._get_output_dir(trial)), False
         if draft.name == WRITING:

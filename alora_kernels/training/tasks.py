@@ -14,15 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, IterableDataset, Sampler, Subset
 
-from ..modules import FusedALoRALinear
 from ..modules.adapter import BASE, AdaptedLinear, plain_task, task_id
 from ..routing import Routing
 from ..tuner.layer import ALoRALayer
-from ..tuner.router import BatchRouting
+from ..tuner.router import TableRouting
 
 Tables = dict[str, tuple[str, ...]]
 DROP_IN = ""  # drop-in layers have one table and no adapter's name
-KINDS = (ALoRALayer, FusedALoRALinear, AdaptedLinear)
+KINDS = (ALoRALayer, AdaptedLinear)
 NOT_KNOWN = -2
 BALANCED = ("random", "group_by_length")  # values of train_sampling_strategy that mix tasks
 MEGABATCH = 50  # batches that rows of similar length are looked for in, as transformers does
@@ -84,33 +83,17 @@ def batch_routing(task_ids: Tensor, names: Sequence[str], tables: Tables) -> Rou
     """
     if all(table[: len(names)] == tuple(names) for table in tables.values()):
         return Routing(task_ids)
-    return NamedRouting(task_ids, names, tables)
-
-
-class NamedRouting(BatchRouting):
-    """Ids of one table of names, looked up in that of each adapter; one without a row's task adds it nothing."""
-
-    given_as = "task_ids"
-    kept = (*BatchRouting.kept, "_tables")
-
-    def __init__(self, task_ids: Tensor, names: Sequence[str], tables: Tables) -> None:
-        self._tables: dict[tuple[str, ...], Tensor] = {}
-        for table in tables.values():
-            places = [table.index(name) if name in table else NOT_KNOWN for name in names]
-            self._tables[table] = torch.tensor([*places, -1], device=task_ids.device)[task_ids]  # id -1 is the last
-        unknown = torch.stack([ids == NOT_KNOWN for ids in self._tables.values()]).all(0)
-        if unknown.any():
-            strangers = sorted({names[i] for i in task_ids[unknown].tolist()})
-            known = "; ".join(f"{name or 'the layers'}: {', '.join(table)}" for name, table in tables.items())
-            raise ValueError(f"no active adapter has the task {', '.join(strangers)}. Active are {known}")
-        first = tables.get(DROP_IN, next(iter(tables.values())))
-        super().__init__(self._tables[first].clamp_min(-1), tables)
-
-    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
-        """The ids of this batch for an adapter with these tasks."""
-        if tasks not in self._resolved:
-            self._resolved[tasks] = Routing(self._tables[tasks].clamp_min(-1), self.repeats)
-        return self._resolved[tasks]
+    by_table: dict[tuple[str, ...], Tensor] = {}
+    for table in tables.values():
+        places = [table.index(name) if name in table else NOT_KNOWN for name in names]
+        by_table[table] = torch.tensor([*places, -1], device=task_ids.device)[task_ids]  # id -1 is the last
+    unknown = torch.stack([ids == NOT_KNOWN for ids in by_table.values()]).all(0)
+    if unknown.any():
+        strangers = sorted({names[i] for i in task_ids[unknown].tolist()})
+        known = "; ".join(f"{name or 'the layers'}: {', '.join(table)}" for name, table in tables.items())
+        raise ValueError(f"no active adapter has the task {', '.join(strangers)}. Active are {known}")
+    by_table = {table: ids.clamp_min(-1) for table, ids in by_table.items()}
+    return TableRouting(by_table[tables.get(DROP_IN, next(iter(tables.values())))], by_table)
 
 
 def side_by_side(inputs: dict[str, Any]) -> dict[str, Any]:

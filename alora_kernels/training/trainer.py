@@ -27,6 +27,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..routing import current_routing, route
+from ..tensor_file import verify
 from ..tuner import CheckpointGuard
 from ..tuner.register import Source, reading
 from . import tasks
@@ -433,8 +434,8 @@ def load_adapters(model: Any, folder: str) -> bool:
     """Read every adapter of the model that a checkpoint of Trainer's holds, each under its own name.
 
     transformers looks for the best model in the folder itself only, reads it into the first active adapter whatever
-    that is called, leaves one adapter active, and cannot read an adapter that `model.add_adapter` made. Here which
-    adapters are active and which are trained stays as it was.
+    that is called, leaves one adapter active, and cannot read an adapter that `model.add_adapter` made. Which adapters
+    are active and which are trained stays as it was.
 
     False for a model without adapters and for a checkpoint that is not one of adapters: those are Trainer's. ValueError
     if an active adapter is not in the checkpoint, or what is there does not fit it.
@@ -442,9 +443,9 @@ def load_adapters(model: Any, folder: str) -> bool:
     names, whole = list(getattr(model, "peft_config", None) or ()), Path(folder)
     if not names or not whole.is_dir():
         return False
-    wrapped, active = isinstance(model, PeftModel), active_adapters(model)
+    active = active_adapters(model)
     # the folder itself holds "default"; transformers saves its one active adapter there, whatever it is called
-    root = "default" if "default" in names and wrapped else active[0] if len(active) == 1 else ""
+    root = "default" if "default" in names and isinstance(model, PeftModel) else active[0] if len(active) == 1 else ""
     places = {name: whole / name if _holds(whole / name) or name != root else whole for name in names}
     found = {name: place for name, place in places.items() if _holds(place)}
     if not found and not any(_holds(place) for place in (whole, *whole.iterdir())):
@@ -455,22 +456,15 @@ def load_adapters(model: Any, folder: str) -> bool:
             f"{folder} has no weights of the active adapter {', '.join(missing)}: make the adapter under the name that"
             " it was saved with, or another one active"
         )
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for name, place in found.items():
-        if wrapped:
-            model.load_adapter(str(place), name, is_trainable=True)
-        else:
-            _load_native(model, name, place)
-    for parameter, value in trained.items():
-        parameter.requires_grad_(value)
+        if (weights := place / SAFETENSORS_WEIGHTS_NAME).is_file():
+            verify(weights)
+        with reading(Source(str(place), name, {}, new=False)):
+            tensors = load_peft_weights(str(place), device="cpu")
+            result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        if strange := result.unexpected_keys:
+            raise ValueError(f"{place} has weights that adapter {name!r} does not: {', '.join(strange[:5])}")
     return True
-
-
-def _load_native(model: Any, name: str, place: Path) -> None:
-    with reading(Source(str(place), name, {}, new=False)):
-        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
-    if result.unexpected_keys:
-        raise ValueError(f"{place} has weights that adapter {name!r} does not: {', '.join(result.unexpected_keys[:5])}")
 
 
 def active_adapters(model: Any) -> list[str]:

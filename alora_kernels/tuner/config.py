@@ -158,7 +158,7 @@ class ALoRAConfig(PeftConfig):
 
         PEFT calls it after the weights and its card: then it writes a card of its own, and refuses a pickle.
         """
-        by_peft, card = "auto_mapping_dict" in kwargs, Path(save_directory, CARD)
+        by_peft = "auto_mapping_dict" in kwargs
         if by_peft and Path(save_directory, PICKLE).exists():
             raise ValueError(
                 f"ALoRA adapters are saved as safetensors only: leave safe_serialization at True and delete {PICKLE}"
@@ -167,14 +167,17 @@ class ALoRAConfig(PeftConfig):
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
             if by_peft:
-                old = card.read_text(encoding="utf-8") if card.exists() else ""
-                Path(folder, CARD).write_text(model_card(self, old), encoding="utf-8")
+                Path(folder, CARD).write_text(self._card(save_directory), encoding="utf-8")
+
+    def _card(self, folder: str | os.PathLike[str]) -> str:
+        """The card of a saved folder, which may hold an older one."""
+        card = Path(folder, CARD)
+        return model_card(self, card.read_text(encoding="utf-8") if card.exists() else "")
 
     def for_hub(self, folder: str) -> None:
         """Make a saved folder ready for others: the card, and a base by the name that they know."""
-        card, path = Path(folder, CARD), Path(folder, CONFIG)
-        old = card.read_text(encoding="utf-8") if card.exists() else ""
-        card.write_text(model_card(self, old), encoding="utf-8")
+        path = Path(folder, CONFIG)
+        Path(folder, CARD).write_text(self._card(folder), encoding="utf-8")
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = self.base_model_name_or_path and told(self.base_model_name_or_path)
         path.write_text(json.dumps(settings, indent=2, sort_keys=True))

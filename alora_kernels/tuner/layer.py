@@ -184,10 +184,6 @@ class ALoRALayer(BaseTunerLayer):
             self.asymlora_trained[adapter_name] = part
             self._freeze_b()
 
-    def trained_parts(self) -> Iterable[TrainedPart]:
-        """Of the active adapters of which only a part trains."""
-        return [self.asymlora_trained[name] for name in self.active_adapters if name in self.asymlora_trained]
-
     @property
     def left_alone(self) -> int:
         """Numbers of A that require gradients and belong to tasks that do not train."""

@@ -65,7 +65,7 @@ class Split:
         """h of the whole x, and its gradient from the whole y."""
         if self.kind == "rows" and adapter.router is not None:
             return self._soft(x, adapter)
-        return self._summed(autograd.shrink(x, adapter, backend))
+        return self._summed(autograd.linear(x, None, None, None, adapter, backend))
 
     def _summed(self, h: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,36 @@ INPUTS = (*TEXT, "encoder_outputs", "input_features", "input_values", "pixel_val
 UNCLEAR: dict[Any, Layout | None] = {"shared": "mixed", "several": None, "uncalled": None, "unreached": None}
 
 
-class BatchRouting(Routing):
+class TableRouting(Routing):
+    """Ids of one batch by the table of tasks that an adapter has; `task_ids` alone where all count alike."""
+
+    kept = (*Routing.kept, "_resolved")
+
+    def __init__(self, task_ids: Tensor, by_table: Mapping[tuple[str, ...], Tensor]) -> None:
+        super().__init__(task_ids)
+        self._resolved = {tasks: Routing(ids) for tasks, ids in by_table.items()}
+        for tasks, routing in self._resolved.items():
+            routing._checked.add(len(tasks))  # made from names: all in range
+
+    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
+        """The ids of this batch for an adapter with these tasks."""
+        if not self._resolved:
+            return self
+        self._resolved[tasks].one_row = self.one_row
+        return self._resolved[tasks]
+
+    def in_graph(self) -> Routing:
+        """As `Routing.in_graph`, for every adapter."""
+        return self._with(_shared=[], _resolved={tasks: one.in_graph() for tasks, one in self._resolved.items()})
+
+    def repeated(self, repeats: int) -> Routing:
+        """As `Routing.repeated`, for every adapter."""
+        other: Any = super().repeated(repeats)
+        other._resolved = {tasks: one.repeated(repeats) for tasks, one in self._resolved.items()}
+        return other  # type: ignore[no-any-return]
+
+
+class BatchRouting(TableRouting):
     """The `adapter_names` of one call: one task name or id per row, or an integer tensor (per row or per token).
 
     `tasks` are those of each active adapter. A row whose task one of them does not know gets nothing from that adapter;
@@ -37,56 +65,26 @@ class BatchRouting(Routing):
     """
 
     given_as = "adapter_names"
-    kept = (*Routing.kept, "names", "_resolved")
 
     def __init__(self, names: Sequence[str | int] | Tensor, tasks: Mapping[str, Sequence[str]]) -> None:
-        self.names: list[str | int] | None = None
-        self._resolved: dict[tuple[str, ...], Routing] = {}
         if isinstance(names, Tensor):
             if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
                 raise TypeError(f"adapter_names must be task names or an integer tensor, got {names.dtype}")
-            super().__init__(names)
+            super().__init__(names, {})
             return
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(
                 f"adapter_names must be a list with one task name per row, or an integer tensor, got {names!r}"
             )
-        self.names = list(names)
         known = list(dict.fromkeys(task for group in tasks.values() for task in group))
-        for name in self.names:
+        for name in names:
             if isinstance(name, str) and name != BASE and name not in known:
                 text = f"unknown task {name!r}: valid tasks are {', '.join(known)} and {BASE} (the base model alone)"
                 raise ValueError(
                     text + (f"; {name!r} is an adapter: choose it with set_adapter" if name in tasks else "")
                 )
-        first = tuple(next(iter(tasks.values())))
-        super().__init__(_ids(self.names, first))
-        self._resolve(first, self.task_ids)  # at once: a compiler that reads names compiles again for new ones
-
-    def for_tasks(self, tasks: tuple[str, ...]) -> Routing:
-        """The ids of this batch for an adapter with these tasks."""
-        if self.names is None:
-            return self
-        if tasks not in self._resolved:
-            self._resolve(tasks, _ids(self.names, tasks))
-        self._resolved[tasks].one_row = self.one_row
-        return self._resolved[tasks]
-
-    def _resolve(self, tasks: tuple[str, ...], ids: Tensor) -> None:
-        self._resolved[tasks] = Routing(ids, self.repeats)
-        self._resolved[tasks]._checked.add(len(tasks))  # made from names: all in range
-
-    def in_graph(self) -> Routing:
-        """As `Routing.in_graph`, for every adapter."""
-        other: Any = super().in_graph()
-        other._resolved = {tasks: routing.in_graph() for tasks, routing in self._resolved.items()}
-        return other  # type: ignore[no-any-return]
-
-    def repeated(self, repeats: int) -> BatchRouting:
-        """As `Routing.repeated`, for every adapter."""
-        other = copy.copy(self)
-        other.repeats, other._groups, other._resolved = repeats, {}, {}
-        return other
+        by_table = {tuple(group): _ids(names, tuple(group)) for group in tasks.values()}
+        super().__init__(next(iter(by_table.values())), by_table)
 
 
 def _ids(names: Sequence[Any], tasks: tuple[str, ...]) -> Tensor:

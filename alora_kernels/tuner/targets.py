@@ -194,19 +194,17 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
         if parameter.dim() >= 2
     }
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() != "all-linear":
-        missed = [name for name in fused if re.fullmatch(targets, name)]
-    elif isinstance(targets, str):
+    if isinstance(targets, str) and targets.lower() == "all-linear":
         beside = {f"{name.rsplit('.', 2)[0]}.{leaf}" for name in fused for leaf in ("gate", "router")}
         others = {n: m for n, m in model.named_modules() if n in beside and not isinstance(m, nn.Linear)}
         missed = [*fused, *(f"{name}.weight" for name, module in others.items() if "weight" in module._parameters)]
     else:
-        wanted = set(targets or ())
+        wanted = set() if isinstance(targets, str) else set(targets or ())
         missed = [
             name
             for name, key in fused.items()
-            if wanted & ({key, name, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
-            or any(name.endswith(f".{target}") for target in wanted)
+            if check_target_module_exists(config, name)
+            or wanted & ({key, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
         ]
     if missed:
         warnings.warn(

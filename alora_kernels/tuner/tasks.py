@@ -97,8 +97,9 @@ def train_only(
 
 def trained_part(model: nn.Module) -> TrainedPart | None:
     """What `train_only` said last of an adapter that is active; None where all tasks train."""
-    parts = (part for m in model.modules() if isinstance(m, ALoRALayer) for part in m.trained_parts())
-    return next(parts, None)
+    layers = (module for module in model.modules() if isinstance(module, ALoRALayer))
+    parts = (layer.asymlora_trained.get(name) for layer in layers for name in layer.active_adapters)
+    return next((part for part in parts if part is not None), None)
 
 
 def _adapter(model: nn.Module, name: str | None) -> tuple[str, list[ALoRALayer], tuple[str, ...]]:

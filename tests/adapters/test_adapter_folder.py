@@ -177,6 +177,7 @@ def test_nothing_is_kept_until_it_is_asked_for(alora):
         "stamp",
         "row",
         "sums",
+        "b_sums",
     }
     assert file.b is file.b
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from alora_kernels import reference
-from alora_kernels.baselines import formulas
+from alora_kernels.baselines.layers import authors_loop
+from bench.layers import formulas
 from tests.compare import assert_as_good_as_torch, problem
 
 
 @pytest.mark.parametrize("routing", ["task", "soft"])
-@pytest.mark.parametrize("layer", [formulas.authors_loop, formulas.hoisted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layer", [authors_loop, formulas.hoisted], ids=lambda f: f.__name__)
 def test_they_equal_the_reference(layer, routing):
     p = problem((3, 6), 10, 8, 4, 3, routing=routing, dtype=torch.float32)
     assert_as_good_as_torch(p, layer, torch.float32)

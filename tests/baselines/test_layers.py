@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import Routing, route
-from alora_kernels.baselines.layers import HydraLinear, PerTaskLinear, SharedALinear
+from alora_kernels.baselines.layers import HydraLinear, PerTaskLinear
 from alora_kernels.modules.adapter import AdaptedLinear
 from alora_kernels.ops.torch_rows import Slots, Whole, layout_of
+from bench.reproduce.shared_a import SharedALinear
 from tests.compare import assert_module_as_good, module_step
 from tests.support.refusals import refused
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModelForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from alora_kernels import data
+from alora_kernels.adapters import asking
 from alora_kernels.adapters.cards import TaskCard, write_task_cards
 from alora_kernels.cli import generate as module
 from alora_kernels.cli.app import app
@@ -65,6 +67,21 @@ def test_a_mixed_batch_answers_as_each_task_alone_asked_as_in_training(adapter):
         assert row["answer"] == (answer.removeprefix(" ") if task == "movie" else answer)
         assert row["finish_reason"] in ("stop", "length") and 1 <= row["tokens"] <= 9
     assert len({row["answer"] for row in said}) > 3, "tasks that answer alike could be mixed up unseen"
+
+
+def test_prompts_of_a_model_that_padding_would_change_are_answered_as_each_alone(tmp_path, monkeypatch):
+    tokenizer = tiny_base()[1]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    base = MambaForCausalLM(MambaConfig(**sizes, eos_token_id=None)).eval()
+    folder = alora_folder(tmp_path / "adapter", base, ("one", "two"), target_modules=["in_proj"])
+    merged = merged_models(folder, ("one", "two"), base)
+    monkeypatch.setattr(data, "load_model", lambda *_, **__: (base, tokenizer))
+    said = rows(folder, "no", "a much longer text", "--task", "all", "--raw", "--max-tokens", 5)
+    assert [row["task"] for row in said] == ["one", "two"] * 2
+    for row in said:
+        answer = alone(merged[row["task"]], tokenizer(row["prompt"]).input_ids, 5)
+        assert row["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def test_an_answer_ends_where_the_chat_template_of_its_task_ends_a_turn(tmp_path, monkeypatch):
@@ -128,9 +145,7 @@ def test_a_stock_lora_is_one_task_and_needs_no_name(tmp_path):
     ],
 )
 def test_an_empty_answer_is_said(adapter, monkeypatch, options, said):
-    from alora_kernels.serving import text
-
-    monkeypatch.setattr(text, "eos_tokens", lambda model, tokenizer: list(range(len(tokenizer))))
+    monkeypatch.setattr(asking, "answer_ends", lambda model, tokenizer, templates: list(range(len(tokenizer))))
     out, err = alora(adapter, "x", *options)
     assert out == "\n" and said in err
 

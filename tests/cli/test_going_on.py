@@ -180,6 +180,6 @@ def test_what_a_run_starts_from_says_when_the_base_has_another_name(tmp_path, fi
         start_of(load_recipe(path).instead(parallel="fsdp"), ("odd", "third"))
     base, _ = tiny_base()
     base.name_or_path = "hub/one"
-    assert not any("only shapes are checked" in line for line in start.lines(0, base))
+    assert not any("only shapes are checked" in line for line in start.lines([], base))
     base.name_or_path = "hub/two"
-    assert "trained on models/one, and this base is hub/two: only shapes are checked" in start.lines(0, base)[-1]
+    assert "trained on models/one, and this base is hub/two: only shapes are checked" in start.lines([], base)[-1]

@@ -347,8 +347,11 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path, jsonl):
 
 def test_a_run_that_has_begun_is_not_mixed_with_another(tmp_path, jsonl):
     config = recipe(tmp_path, jsonl, save_steps=2)
-    assert "no checkpoint in" in refused("train", config, "--resume")
-    alora("train", config)
+    assert "no checkpoint in" in (said := refused("train", config, "--resume")) and "without --resume" in said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "losses.csv").touch()  # killed before its first checkpoint
+    assert "with --overwrite" in " ".join(refused("train", config, "--resume").split())
+    alora("train", config, "--overwrite")
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     said = " ".join(refused("train", config).split())

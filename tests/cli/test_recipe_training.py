@@ -17,9 +17,8 @@ from transformers.integrations import integration_utils
 
 from alora_kernels import data
 from alora_kernels.recipes import train as steps
-from alora_kernels.recipes.job import load
+from alora_kernels.recipes.job import LOGGED, load, schedule
 from alora_kernels.recipes.recipe import load_recipe
-from alora_kernels.recipes.schedule import LOGGED, schedule
 from alora_kernels.training import ALoRATrainer
 from tests.support.cli import alora, recipe, refused
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alora_kernels.adapters import tasks as arranging
 from alora_kernels.adapters.cards import TaskCard, read_task_cards, write_task_cards
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.cli import tasks
@@ -54,6 +55,13 @@ def test_tasks_come_and_go(adapter, tmp_path):
     assert "4 tasks as one adapter with one B of rank 8" in text and text.count("exact") == 5
     text = alora("tasks", adapter, "join", adapter, "--prefix", "b-", "--rank", 1, "--out", tmp_path / "one")
     assert "b-movie" in text and "--rank 4" in text
+
+
+def test_a_change_reads_the_adapter_once(adapter, monkeypatch):
+    read = []
+    monkeypatch.setattr(arranging, "read_adapter", lambda *args: read.append(args) or read_adapter(*args))
+    alora("tasks", adapter, "rename", "movie", "film", "--overwrite")
+    assert len(read) == 1
 
 
 def test_mistakes_are_one_line(adapter, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="what is tuned is Triton's")
 
+from alora_kernels import precision
 from alora_kernels.cli import doctor
 from alora_kernels.cli import tune as command
 from alora_kernels.data.models import layer_shapes
@@ -146,7 +148,7 @@ def test_doctor_says_whether_a_chip_is_qualified(state: str, monkeypatch: pytest
     monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(doctor, "_device_name", lambda device: "some chip")
     monkeypatch.setattr(doctor, "_choice", lambda device: dispatch.Choice("triton", "because"))
-    monkeypatch.setattr(doctor, "_dtype", lambda device: ("bfloat16", "because"))
+    monkeypatch.setattr(precision, "explain", lambda _: SimpleNamespace(name="bfloat16", reason="because"))
     monkeypatch.setattr(tiles, "_device_chip", lambda device: "sm_90")
     plans = {"task/2/long square": {"plan": ["one_pass", "fused", False]}}
     if state != "never":

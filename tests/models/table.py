@@ -39,6 +39,7 @@ FOOT = """
 
 The same comparison in a few lines, in float32 to about 1e-5:
 
+<!-- sketch: of your model -->
 ```python
 model = get_peft_model(base, ALoRAConfig(tasks=["a", "b"], target_modules="all-linear", init_weights=False)).eval()
 mixed = model(**tokenizer([long, short], padding=True, return_tensors="pt"), adapter_names=["a", "b"])

@@ -34,7 +34,7 @@ def test_opcheck(backend, routing, dropout):
     x, a, b, bias = (p.leaves[k] for k in ("x", "a", "b", "bias"))
     rest = (a, p.leaves.get("router"), *groups, seed, 0.5, dropout, backend)
     torch.library.opcheck(torch.ops.alora.linear, (x, p.weight, bias, b, *rest))
-    torch.library.opcheck(torch.ops.alora.shrink, (x, *rest))
+    torch.library.opcheck(torch.ops.alora.linear, (x, None, None, None, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,7 +125,7 @@ def test_autograd_alone_asks_no_dispatcher(monkeypatch, routing, leading):
     with monkeypatch.context() as patch:
         patch.setattr(autograd, "traced", lambda x: True)
         wanted = run()
-    for op in ("linear_op", "shrink_op", "linear_backward_op", "shrink_backward_op"):
+    for op in ("linear_op", "linear_backward_op"):
         monkeypatch.setattr(autograd, op, None)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), wanted, strict=True))
     alora_linear(x, p.weight, a, b, **given).add_(1).sum().backward()

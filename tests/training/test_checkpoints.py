@@ -114,7 +114,7 @@ def test_nodes_rename_in_turn_on_one_disk_or_on_disks_of_their_own(tmp_path, mon
 
     def process(index: int) -> None:
         here.index = index
-        one: Any = WholeCheckpoints()
+        one: Any = WholeCheckpoints.__new__(WholeCheckpoints)
         one.args = SimpleNamespace(
             process_index=index, local_process_index=index % 2, should_save=index == 0, save_total_limit=None
         )

@@ -18,7 +18,7 @@ from alora_kernels.routing import ConstantRouting, PickedRouting, Routing
 from alora_kernels.training import chunked_loss
 from alora_kernels.training.chunked_loss import chunked_cross_entropy
 from alora_kernels.training.loss import ModelLoss, row_losses
-from alora_kernels.training.tasks import NamedRouting
+from alora_kernels.training.tasks import batch_routing
 from alora_kernels.tuner import ALoRAConfig
 from tests.support.trainers import texts, trainer_on, two_processes
 from tests.training.test_chunked_loss import VOCABULARY, assert_same, batch_of, learned, model_of, scored
@@ -88,7 +88,7 @@ def test_ids_of_picked_rows():
     assert PickedRouting(Routing(torch.arange(6).view(2, 3)), leading, rows).task_ids.tolist() == [5, 0, 2]
     assert PickedRouting(ConstantRouting(4), leading, rows).task_ids.tolist() == [4, 4, 4]
     tables = {"one": ("a", "b"), "other": ("b",)}
-    named = PickedRouting(NamedRouting(torch.tensor([0, 1]), ("a", "b"), tables), leading, rows)
+    named = PickedRouting(batch_routing(torch.tensor([0, 1]), ("a", "b"), tables), leading, rows)
     assert named.for_tasks(("a", "b")).task_ids.tolist() == [1, 0, 0]
     assert named.for_tasks(("b",)).task_ids.tolist() == [0, -1, -1]
     with pytest.raises(ValueError, match="fit neither the batch nor the tokens"):

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from alora_kernels.tensor_file import DamagedFileError
 from alora_kernels.training import ALoRATrainer
 from alora_kernels.training.trainer import active_adapters
 from alora_kernels.tuner import ALoRAConfig
@@ -156,3 +157,13 @@ def test_a_checkpoint_of_other_tasks_is_refused_by_name(tmp_path, make):
     if make is named:
         with pytest.raises(ValueError, match="no weights of the active adapter other"):
             trainer("other", TASKS).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_with_a_changed_bit_is_refused(tmp_path):
+    trainer = trainer_on(tmp_path, rows(12), named("mine"), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    weights = tmp_path / "checkpoint-2" / "mine" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedFileError, match="does not have the SHA-256 it was written with"):
+        trainer.train(resume_from_checkpoint=True)
