@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 pytest.importorskip("uvicorn", reason="the server needs the extra `serving`")
 pytest.importorskip("openai", reason="requests are sent by OpenAI's client")
 
-from alora_kernels.recipes.serve_demo import served
+from serve_kit import served
+
 from alora_kernels.settings import read_yaml, write_yaml
 
 from ..support.cli import alora
