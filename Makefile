@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install demo demo-fed demo-serve test lint types check bench reproduce newest oldest verify-lm-eval verify-quant verify-vllm static gpu clean
+.PHONY: help install demo demo-fed demo-serve test lint types check docs bench chaos reproduce newest oldest verify-lm-eval verify-quant verify-vllm static gpu dist docker clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,9 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## lint, types, tests
 
+docs: $(INSTALLED)  ## the site into site/ (open site/index.html); a broken link is an error with its file and line
+	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --quiet $(ARGS)
+
 CORE := tests/modules tests/ops tests/tuner tests/adapters tests/data tests/training tests/serving tests/federated
 newest: $(INSTALLED)  ## core tests with the newest of everything, caps or not, in a venv of its own (some GB)
 oldest: $(INSTALLED)  ## the same with the oldest torch, triton, transformers, peft and flwr that pyproject.toml allows
@@ -67,6 +70,9 @@ static: $(INSTALLED)  ## every kernel for every chip, ahead of time, by this Tri
 
 bench: $(INSTALLED)  ## layers, decoding and a training step on this machine's CPU beside the alternatives
 	$(BIN)/python -m bench cpu $(ARGS)
+
+chaos: $(INSTALLED)  ## attacks on a server, trainings and federated runs: nothing lost, wrong or grown (ARGS="--quick")
+	$(BIN)/python -m bench chaos $(ARGS)
 
 reproduce: $(INSTALLED)  ## the papers' experiments at a small size, about two hours on two cores; goes on where it was
 	for name in init-similarity before-after sharing multitask multitask-budget fedsa federated; do $(BIN)/python -m bench reproduce $$name $(ARGS) || exit 1; done
@@ -104,5 +110,20 @@ gpu:  ## on a GPU machine, with the torch of PYTHON: tests (ARGS="-n 8"), tune, 
 	stage sanitizers pytest -m gpu -q tests/kernels/test_sanitizers.py; \
 	if [ -n "$$red" ]; then echo "red:$$red" >&2; exit 1; fi
 
+dist: $(INSTALLED)  ## source and wheel, checked, and the wheel tried in an environment of its own and an empty folder
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist . > dist.log || { cat dist.log; exit 1; }; rm dist.log
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv .venv-wheel
+	for packages in .venv-wheel/lib/python*/site-packages; do ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages > $$packages/borrowed.pth; done
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	mkdir .venv-wheel/empty && cd .venv-wheel/empty && ../bin/python $(CURDIR)/tests/support/smoke.py
+
+docker:  ## images alora-kernels:cpu and :cuda, where docker is
+	@docker info > /dev/null 2>&1 || { echo "docker does not answer here: nothing was built" >&2; exit 1; }
+	docker build --target cpu --tag alora-kernels:cpu .
+	docker build --target cuda --tag alora-kernels:cuda .
+
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(OLD) .venv-newest* .venv-oldest* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf site $(VENV) $(OLD) .venv-newest* .venv-oldest* .venv-wheel dist .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
