@@ -67,3 +67,45 @@ def alora_linear(
     p = torch.einsum("...k,erk->...er", F.dropout(x.to(wide), dropout_p, training), lora_A.to(wide))
     h = torch.einsum("...e,...er->...r", g, p)
     return (F.linear(x, weight, bias) + scaling * F.linear(h, lora_B.to(wide))).to(x.dtype)
+
+
+def alora_experts(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    expert_ids: Tensor,
+    task_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """One stacked weight of a mixture of experts with task routing: every row meets one expert and one task.
+
+    Formula: `y_m = W_e x_m + bias_e + s B_e A_{t(,e)} x_m` with e the expert and t the task of row m.
+
+    Args:
+        x: rows `[S, K]`, in any order; a token with k experts stands in k rows.
+        weight: frozen weights `[X, N, K]` of the X experts.
+        lora_A: `[T, R, K]`, one A per task for all experts, or `[T, X, R, K]`, one per task and expert.
+        lora_B: `[X, N, R]`, one B per expert, or `[N, R]`, one for all; shared by all tasks in either case.
+        expert_ids: the expert of each row `[S]`; a row that no expert takes (-1, or X and above) gives zeros.
+        task_ids: the task of each row `[S]`; -1 means the base alone.
+        bias: `[X, N]`, or None.
+        scaling: s.
+
+    Returns:
+        y `[S, N]`.
+
+    Source: Ban & Ji 2025, ALoRA, for each expert of a mixture (Shazeer et al. 2017).
+    """
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    taken = (expert_ids >= 0) & (expert_ids < weight.shape[0])
+    expert, task = torch.where(taken, expert_ids, 0), task_ids.clamp(min=0)
+    a = lora_A[task] if lora_A.dim() == 3 else lora_A[task, expert]
+    b = lora_B[expert] if lora_B.dim() == 3 else lora_B.expand(x.shape[0], -1, -1)
+    h = torch.einsum("srk,sk->sr", a.to(wide), x.to(wide)) * (task_ids >= 0).unsqueeze(1)
+    y = torch.einsum("snk,sk->sn", weight[expert], x)
+    if bias is not None:
+        y = y + bias[expert]
+    return (y + scaling * torch.einsum("snr,sr->sn", b.to(wide), h)).to(x.dtype) * taken.unsqueeze(1)

@@ -6,7 +6,7 @@ import importlib.util
 
 import typer
 
-from . import accuracy, cpu, gpu, plot, processes, verify_lm_eval, verify_quant, verify_vllm
+from . import accuracy, cpu, gpu, moe, plot, processes, verify_lm_eval, verify_quant, verify_vllm
 from .reproduce import command as reproduce
 from .serving import command as serving
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("cpu")(cpu.main)
 app.command("gpu")(gpu.main)
+app.command("moe")(moe.main)
 app.command("accuracy")(accuracy.main)
 app.command("plot")(plot.main)
 app.command("processes")(processes.main)

@@ -19,7 +19,7 @@ from . import accuracy
 from .report import federation, figures, readme
 from .report.rows import RESULTS, ROOT, Row, grouped, newest
 from .report.sheet import read
-from .report.targets import CPU_TARGETS, GPU_TARGETS, HOST_TARGETS, Verdict, judge
+from .report.targets import CPU_TARGETS, GPU_TARGETS, HOST_TARGETS, MOE_TARGETS, Verdict, judge
 from .run import checked
 from .serving import page as serving
 
@@ -31,7 +31,7 @@ _OTHERS = {
     "serving": serving.of_engine,
     "federated": federation.blocks,
 }
-_TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS, "host": HOST_TARGETS}
+_TARGETS = {"cpu": CPU_TARGETS, "gpu": GPU_TARGETS, "host": HOST_TARGETS, "moe": MOE_TARGETS}
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:

@@ -35,6 +35,7 @@ HARMLESS = {
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "routing",
     "target_modules", "task_type", "tasks", "use_rslora",
 }  # fmt: skip
+EXPERTS = {"experts_A", "experts_B", "target_parameters"}  # of ALoRA, whose tensors say as much
 #: what the better known of the others mean
 MEANING = {
     "alora_invocation_tokens": "Activated LoRA, which starts at an invocation token",
@@ -87,6 +88,7 @@ class AdapterConfig:
     task_type: str | None
     revision: str | None
     targets: frozenset[str] | None  # names that select its modules, if a list alone says which
+    stacks: frozenset[str] = frozenset()  # stacked weights of experts among its modules
 
     def rank(self, module: str) -> int:
         """R of one module."""
@@ -155,6 +157,7 @@ def checked_config(where: Path | str, settings: Mapping[str, Any], only: Kind | 
         task_type=task_type if isinstance(task_type, str) else None,
         revision=revision if isinstance(revision, str) else None,
         targets=frozenset(map(unwrapped, targets or ())) if by_name and not narrowed else None,
+        stacks=_stacks(where, settings.get("target_parameters")) if kind == "alora" else frozenset(),
     )
 
 
@@ -172,7 +175,7 @@ def _check_settings(where: Path | str, settings: Mapping[str, Any], kind: Kind) 
     bias = settings.get("bias", "none")
     if bias != "none":
         raise refused(where, f"holds biases (bias={str(bias)[:80]!r}), which are no A or B: train with bias='none'")
-    for name in sorted(set(settings) - HARMLESS):
+    for name in sorted(set(settings) - HARMLESS - (EXPERTS if kind == "alora" else set())):
         if settings[name]:
             meaning = f" ({MEANING[name]})" if name in MEANING else ""
             raise refused(
@@ -187,6 +190,13 @@ def _check_settings(where: Path | str, settings: Mapping[str, Any], kind: Kind) 
             f"starts from a base that it changed (init_lora_weights={str(start)[:80]!r}): save it again with"
             " path_initial_model_for_weight_conversion, which makes it a plain LoRA",
         )
+
+
+def _stacks(where: Path | str, names: Any) -> frozenset[str]:
+    """The stacked weights of experts, by full names as ALoRA saves them."""
+    if not isinstance(names or [], list) or not all(isinstance(name, str) for name in names or ()):
+        raise refused(where, f"{CONFIG} is not valid: target_parameters must be a list, got {str(names)[:80]!r}")
+    return frozenset(map(unwrapped, names or ()))
 
 
 def _tasks(where: Path | str, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ and smaller modules are filled with zeros, which changes no output.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
 from ..dtypes import DTYPE_NAMES
-from ..text import NAME
+from ..text import NAME, listed
 from ..tuner import ALoRAConfig, ALoRALayer
 from ..tuner.card import hub_id, told
 from ..tuner.config import PREFIX, unwrapped
+from ..tuner.experts import PARAMETERS, StackedWeight
 from .cards import TaskCard, read_task_cards, write_task_cards
-from .config import AdapterConfig, checked_config
+from .config import AdapterConfig, checked_config, refused
 from .reader import read_adapter
 from .writer import check_replaceable, target_names, write_adapter
 
@@ -69,6 +70,7 @@ class ExportReport:
     modules: int
     tasks: tuple[ExportedTask, ...]
     dtype: str | None = None  # of the base, where that is on this machine
+    experts: bool = False  # whether weights of a mixture's experts are among the modules
 
     @property
     def vllm_rank(self) -> int | None:
@@ -77,14 +79,16 @@ class ExportReport:
 
     @property
     def vllm_command(self) -> str | None:
-        """What starts vLLM with all tasks; None for a rank that it does not serve."""
-        if self.vllm_rank is None:
+        """What starts vLLM with all tasks; None for a rank that it does not serve, or adapters of experts."""
+        if self.vllm_rank is None or self.experts:
             return None
         return self._command("vllm serve", "--max-loras", self.vllm_rank, "--lora-modules")
 
     @property
-    def sglang_command(self) -> str:
-        """What starts SGLang with all tasks."""
+    def sglang_command(self) -> str | None:
+        """What starts SGLang with all tasks; None for adapters of experts, which was not tried."""
+        if self.experts:
+            return None
         start = "python -m sglang.launch_server --model-path"
         return self._command(start, "--max-loras-per-batch", self.rank, "--lora-paths")
 
@@ -109,20 +113,21 @@ class _Source(NamedTuple):
 
     config: AdapterConfig
     scaling: dict[str, float]  # module -> s
-    b: dict[str, Tensor]  # module -> B [N, R]
-    matrices: Callable[[str], dict[str, Tensor]]  # task -> module -> A [R, K]
+    b: dict[str, Tensor]  # module -> B [N, R], of experts that do not share it [X, N, R]
+    matrices: Callable[[str], dict[str, Tensor]]  # task -> module -> A [R, K], or [X, R, K]
     cards: dict[str, TaskCard]  # as far as a folder says how its tasks are asked
     dtype: str | None = None  # of a base that is in memory
+    experts: Mapping[str, int] = {}  # stacked weight -> X
 
     def shared(self, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """s B with zeros up to R columns, rounded once."""
         scaled = {module: b.double() * self.scaling[module] for module, b in self.b.items()}
-        return {m: _cast(m, pad(b, (0, r - b.shape[1])), dtype or self.b[m].dtype) for m, b in scaled.items()}
+        return {m: _cast(m, pad(b, (0, r - b.shape[-1])), dtype or self.b[m].dtype) for m, b in scaled.items()}
 
     def own(self, task: str, r: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """A of one task with zeros up to R rows."""
         own = self.matrices(task)
-        return {m: _cast(m, pad(a, (0, 0, 0, r - a.shape[0])), dtype or a.dtype) for m, a in own.items()}
+        return {m: _cast(m, pad(a, (0, 0, 0, r - a.shape[-2])), dtype or a.dtype) for m, a in own.items()}
 
 
 def export_lora(
@@ -159,7 +164,7 @@ def export_lora(
         source = getattr(source, "_orig_mod", source)  # what torch.compile wrapped
     given = _from_model(source) if isinstance(source, PeftModel) else _from_folder(source)
     names = _folder_names(tasks, given.config.tasks)
-    r = max(b.shape[1] for b in given.b.values())
+    r = max(b.shape[-1] for b in given.b.values())
     if rank is not None and rank < r:
         raise ValueError(f"rank must be at least {r}, the adapter's largest, got {rank}: no task fits into less")
     r = rank or r
@@ -169,22 +174,51 @@ def export_lora(
     shared = given.shared(r, dtype)
     for task in names:  # all of them, before the first is written
         given.own(task, r, dtype)
+    places = stock_places(list(shared), given.experts)
     stock, base = _stock_config(given.config, list(shared), r), given.config.base
     metadata = f"base_model: {hub_id(base)}\n" if hub_id(base) else ""
     written = []
     for task, name in names.items():
         card = CARD.format(metadata=metadata, base=told(base), name=name, rank=r, task=task)
-        tensors = {f"{PREFIX}{module}.lora_A.weight": a for module, a in given.own(task, r, dtype).items()}
-        tensors |= {f"{PREFIX}{module}.lora_B.weight": b for module, b in shared.items()}
+        tensors: dict[str, Tensor] = {}
+        for module, a in given.own(task, r, dtype).items():
+            pair = a, shared[module]
+            if module in given.experts:
+                pair = _as_parameter(*pair, given.experts[module])
+            tensors |= {f"{PREFIX}{places[module]}.lora_{p}.weight": t for p, t in zip("AB", pair, strict=True)}
         written.append(ExportedTask(name, task, out / name, write_adapter(out / name, tensors, stock, card)))
         write_task_cards(out / name, {name: given.cards[task]} if task in given.cards else {})
-    return ExportReport(base, r, len(shared), tuple(written), given.dtype or _dtype_of(base))
+    dtype_of_base = given.dtype or _dtype_of(base)
+    return ExportReport(base, r, len(shared), tuple(written), dtype_of_base, bool(given.experts))
+
+
+def stock_places(modules: Sequence[str], stacks: Collection[str]) -> dict[str, str]:
+    """What PEFT calls the layer of each module: around experts it nests a wrapper per parameter, the first inside."""
+    places = {module: module for module in modules if module not in stacks}
+    for module in stacks:
+        path, _, leaf = module.rpartition(".")
+        wrapped = leaf == PARAMETERS[0] and f"{path}.{PARAMETERS[1]}" in stacks
+        places[module] = f"{path}.base_layer" if wrapped else path
+    return places
+
+
+def _as_parameter(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A `[X R, K]`, expert by expert, and B `[N, R X]`, rank by rank: as PEFT keeps them for X experts."""
+    a, b = a.expand(experts, *a.shape[-2:]), b.expand(experts, *b.shape[-2:])
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1).contiguous()
 
 
 def _from_folder(folder: str | Path) -> _Source:
     file = read_adapter(folder, only="alora")
     file.say_copies()
-    return _Source(file.config, file.scaling, file.b, file.matrices, read_task_cards(file.folder, file.tasks))
+    cards = read_task_cards(file.folder, file.tasks)
+    experts = {
+        module: (*file.shapes[module].a, *file.shapes[module].b) for module in file.config.stacks & file.keys.keys()
+    }
+    if vague := [module for module, found in experts.items() if not found]:
+        raise refused(file.folder, f"the experts of {listed(vague, 2)} share A and B, so the folder does not say how"
+                      " many they are: export the loaded model")  # fmt: skip
+    return _Source(file.config, file.scaling, file.b, file.matrices, cards, None, {m: x[0] for m, x in experts.items()})
 
 
 def _from_model(model: PeftModel) -> _Source:
@@ -215,7 +249,8 @@ def _from_model(model: PeftModel) -> _Source:
         return {module: layer.asymlora_A[name].weight[row].detach().cpu() for module, layer in layers.items()}
 
     dtype = str(getattr(base, "dtype", None)).removeprefix("torch.")  # a plain module has none
-    return _Source(config, scaling, b, matrices, {}, dtype if dtype in DTYPE_NAMES else None)
+    experts = {module: layer.num_experts for module, layer in layers.items() if isinstance(layer, StackedWeight)}
+    return _Source(config, scaling, b, matrices, {}, dtype if dtype in DTYPE_NAMES else None, experts)
 
 
 def _dtype_of(base: str | None) -> str | None:
@@ -259,6 +294,7 @@ def _cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _stock_config(config: AdapterConfig, modules: Sequence[str], r: int) -> LoraConfig:
+    stacks = [module for module in modules if module in config.stacks]
     stock = LoraConfig(
         r=r,
         lora_alpha=r,
@@ -266,6 +302,8 @@ def _stock_config(config: AdapterConfig, modules: Sequence[str], r: int) -> Lora
         base_model_name_or_path=config.base,
         revision=config.revision,
         inference_mode=True,
+        target_parameters=stacks or None,
     )
-    stock.target_modules = target_names([config], modules)  # set later: PEFT would make it a set, in no fixed order
+    layers = [module for module in modules if module not in stacks]
+    stock.target_modules = target_names([config], layers) if layers else []  # set later: PEFT would make it a set
     return stock

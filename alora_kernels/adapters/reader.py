@@ -20,6 +20,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
 from ..tensor_file import DTYPES, ChangedFileError, Stamp, TensorFile
+from ..text import listed
 from ..tuner.config import CONFIG, PICKLE, PREFIX, WEIGHTS, unwrapped
 from .config import AdapterConfig, AdapterFolderError, Kind, checked_config, not_finite, read_settings, refused
 
@@ -37,11 +38,17 @@ class AdapterChangedError(AdapterFolderError):
 
 
 class Shape(NamedTuple):
-    """Output width N, rank R and input width K of one adapted module."""
+    """Output width N, rank R and input width K of one adapted module, and the experts that have matrices of their own.
+
+    A of a task is `[*a, R, K]` and B `[*b, N, R]`: a and b are empty, or for a stacked weight whose experts do not
+    share, their number.
+    """
 
     n: int
     r: int
     k: int
+    a: tuple[int, ...] = ()
+    b: tuple[int, ...] = ()
 
 
 class Factors(NamedTuple):
@@ -102,7 +109,7 @@ class AdapterFile:
         """A of all tasks, module -> `[E, R, K]`. Refuses a file that changed."""
         with opened(self.folder, self.stamp) as file:
             found = {module: file.read(parts["A"]) for module, parts in self.keys.items()}
-        return {module: a if a.dim() == 3 else a[None] for module, a in found.items()}
+        return {module: a if self.config.kind == "alora" else a[None] for module, a in found.items()}
 
     def check_copies(self, base: Mapping[str, Tensor]) -> None:
         """Refuse unless the weights of the base that the file holds too are those of `base`, the parameters here."""
@@ -121,6 +128,12 @@ class AdapterFile:
         if self.copies:
             warnings.warn(f"{self.folder} holds {', '.join(self.copies)} of its base too, which is left out: the base"
                           " must have it unchanged", stacklevel=3)  # fmt: skip
+
+    def refuse_experts(self, doing: str) -> None:
+        """Refuse an adapter of stacked experts where that is not supported."""
+        if stacks := [module for module in self.shapes if module in self.config.stacks]:
+            raise refused(self.folder, f"adapts the experts of a mixture ({listed(stacks, 2)}), and {doing} takes"
+                          " layers alone")  # fmt: skip
 
     def factors(self, module: str) -> Factors:
         """A of the task in `row`, B and s of one module; only these are read. Refuses a file that changed."""
@@ -247,14 +260,17 @@ def _shape(folder: Path, file: TensorFile, config: AdapterConfig, module: str, p
     """That of a module whose two tensors fit each other and the config."""
     a, b = (file.shape(parts[part]) for part in "AB")
     tasks = (len(config.tasks),) if config.kind == "alora" else ()
-    if len(a) != len(tasks) + 2 or len(b) != 2 or a[: len(tasks)] != tasks or a[-2] != b[1] or 0 in (*a, *b):
+    own_a, own_b = a[len(tasks) : -2], b[:-2]
+    known = {(), *((own_a, own_b) if module in config.stacks else ())}
+    fits = {own_a, own_b} <= known and max(len(own_a), len(own_b)) < 2 and (not own_a or own_b in ((), own_a))
+    if not fits or min(len(a) - len(tasks), len(b)) < 2 or a[: len(tasks)] != tasks or a[-2] != b[-1] or 0 in (*a, *b):
         wanted = f"[{tasks[0]} tasks, R, K]" if tasks else "[R, K]"
         raise refused(folder, f"{module}: A is {list(a)} and B {list(b)}, but they must be {wanted} and [N, R]: save"
                       " the adapter again, without convolutions")  # fmt: skip
-    if config.rank(module) != b[1]:
-        raise refused(folder, f"{module} has rank {b[1]} but {CONFIG} says {config.rank(module)}: the two files do not"
+    if config.rank(module) != b[-1]:
+        raise refused(folder, f"{module} has rank {b[-1]} but {CONFIG} says {config.rank(module)}: the two files do not"
                       " belong together; save the adapter again")  # fmt: skip
-    return Shape(b[0], b[1], a[-1])
+    return Shape(b[-2], b[-1], a[-1], tuple(own_a), tuple(own_b))
 
 
 def _dtype(folder: Path, file: TensorFile, module: str, key: str) -> torch.dtype:

@@ -50,6 +50,7 @@ def list_tasks(folder: str | Path) -> list[SavedTask]:
     products = torch.zeros(len(file.tasks), len(file.tasks), dtype=torch.float64)
     for module, a in file.stacks().items():
         r = torch.linalg.qr(file.b[module].double()).R  # B = Q R, and Q keeps norms and angles
+        a = a.unsqueeze(1) if r.dim() == 3 and a.dim() == 3 else a  # experts with a B each share A
         changes = (file.scaling[module] * r @ a.double()).flatten(1)
         products += changes @ changes.T
     norms, cards = products.diagonal().sqrt(), read_task_cards(file.folder, file.tasks)
@@ -97,7 +98,7 @@ def arrange_tasks(
     def row(module: str, stack: Tensor, name: str, source: str | None) -> Tensor:
         if source is not None:
             return stack[file.tasks.index(source)]
-        return seeded_a(name, module, stack.shape[1], stack.shape[2], seed).to(stack.dtype)
+        return seeded_a(name, module, stack.shape[1:], seed).to(stack.dtype)
 
     a = {m: torch.stack([row(m, stack, *pair) for pair in tasks.items()]) for m, stack in file.stacks().items()}
     config: ALoRAConfig = ALoRAConfig.from_pretrained(str(file.folder))
@@ -145,6 +146,8 @@ def join_adapters(
             f"both adapters have a task {listed(map(repr, twice), 3)}: put something before the second's names"
             " (prefix, --prefix), or rename one first (alora tasks DIR rename OLD NEW)"
         )
+    for file in (first, second):
+        file.refuse_experts("joining")
     one_each = {task: replace(first, row=row) for row, task in enumerate(first.tasks)}
     one_each |= {name: replace(second, row=row) for row, name in enumerate(theirs.values())}
     config, shapes = one_adapter(one_each, rank or first.rank + second.rank)
@@ -207,7 +210,7 @@ def _stacked(
     places = ((first, first.stacks(), 0, 0), (second, second.stacks(), len(first.tasks), first.rank))
     a, b, tasks = {}, {}, len(first.tasks) + len(second.tasks)
     for module in modules:
-        n, _, k = first.shapes.get(module) or second.shapes[module]
+        n, _, k, *_ = first.shapes.get(module) or second.shapes[module]
         a[module], b[module] = torch.zeros(tasks, r, k, dtype=dtype), torch.zeros(n, r, dtype=dtype)
         for file, stacks, row, column in places:
             if module in file.shapes:

@@ -116,6 +116,11 @@ def _show_export(report: ExportReport) -> None:
         say("The adapter does not name its base model: put it in the place of BASE_MODEL.", "yellow")
     if report.dtype is None:
         say("Its dtype is not known here: both servers make 16 bits of a float32 base without --dtype.", "yellow")
+    if report.sglang_command is None:
+        say(
+            "\nStock PEFT loads them, by its target_parameters; no server was tried with adapters of experts.", "yellow"
+        )
+        return
     if report.vllm_command is None:
         say(f"\nvLLM serves ranks up to 512; this is {report.rank}: no command for it.", "yellow")
     else:

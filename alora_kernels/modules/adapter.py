@@ -65,25 +65,29 @@ def task_ids_from_names(names: Sequence[Any], tasks: Sequence[str]) -> Tensor:
 def reset_adapter_(lora_A: Tensor, lora_B: Tensor, router: Tensor | None = None) -> None:
     """Kaiming-uniform A_e and router (a = sqrt 5, as PEFT's LoRA and `nn.Linear`), zero B: it begins as its base.
 
-    lora_A is `[E, R, K]`, lora_B `[N, R]`, router `[E, K]` or None. Each A_e is drawn on its own: identical A would
+    lora_A is `[E, R, K]`, with further dimensions before R where there are several A per task; lora_B `[N, R]`, router
+    `[E, K]` or None. Each A_e is drawn on its own: identical A would
     make experts symmetric, with equal gradients, and they would never part (and the similarity of A across tasks that
     Ban & Ji 2025 trace back to a shared initialisation would be built in).
     """
-    for a in lora_A:
+    for a in lora_A.flatten(0, -3):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.zeros_(lora_B)
     if router is not None:
         nn.init.kaiming_uniform_(router, a=math.sqrt(5))
 
 
-def seeded_a(task: str, module: str, r: int, k: int, seed: int) -> Tensor:
-    """A `[R, K]` in float32 of a task that joins others, drawn as `reset_adapter_` does.
+def seeded_a(task: str, module: str, shape: Sequence[int], seed: int) -> Tensor:
+    """A `[R, K]`, or one per expert `[X, R, K]`, in float32 of a task that joins others.
 
-    One task, module and seed give the same numbers, be the adapter saved or live.
+    Drawn as `reset_adapter_` does. One task, module and seed give the same numbers, be the adapter saved or live.
     """
     digest = hashlib.sha256(f"{seed}\0{task}\0{module}".encode()).digest()
     numbers = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    return nn.init.kaiming_uniform_(torch.empty(r, k), a=math.sqrt(5), generator=numbers)
+    drawn = torch.empty(*shape)
+    for a in drawn.view(-1, *shape[-2:]):
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=numbers)
+    return drawn
 
 
 def lora_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:

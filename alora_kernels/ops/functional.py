@@ -44,11 +44,15 @@ def _adapter(
     if task_ids is not None:
         routing = task_ids if isinstance(task_ids, Routing) else Routing(task_ids)
         groups = routing.groups(x.shape[:-1], lora_A.shape[0], x.device)
-    dropout = None
-    if training and dropout_p != 0.0:
-        seed = torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=x.device)
-        dropout = Dropout(dropout_p, seed if split is None else split.seed(seed))
-    return Adapter(lora_A, router, groups, scaling, dropout)
+    return Adapter(lora_A, router, groups, scaling, drawn(dropout_p, training, x.device, split))
+
+
+def drawn(dropout_p: float, training: bool, device: torch.device, split: Any = None) -> Dropout | None:
+    """Dropout with a seed from torch's generator of the device; None where it is inactive."""
+    if not training or dropout_p == 0.0:
+        return None
+    seed = torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=device)
+    return Dropout(dropout_p, seed if split is None else split.seed(seed))
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, adapter: Adapter, backend: str | None) -> Tensor:

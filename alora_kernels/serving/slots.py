@@ -11,6 +11,7 @@ them. Smaller ranks are padded with zero rows, which add nothing; so only the fi
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ from ..tensor_file import DamagedFileError
 from ..text import listed
 from ..tuner import ALoRAConfig, ALoRALayer, CheckpointGuard
 from ..tuner.base_layer import features
+from ..tuner.experts import ALoRAExperts, stacked_sizes
 from ..tuner.layer import AdapterSpec, ALoRALinear
 from ..tuner.targets import check_target
 from .layer import SlotLinear
@@ -67,8 +69,12 @@ class Slots:
         self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
         self.shapes, self._scaling, self.base = dict(file.shapes), dict(file.scaling), file.base
         self._b_sums = dict(file.b_sums) if all(sum for _, sum in file.b_sums.values()) else None
-        self.bytes_per_task = sum(r * k for _, r, k in self.shapes.values()) * self.dtype.itemsize  # in all layers
-        self.bytes_shared = sum(n * r for n, r, _ in self.shapes.values()) * self.dtype.itemsize  # of the B's, likewise
+        self.bytes_per_task = (
+            sum(math.prod((*s.a, s.r, s.k)) for s in self.shapes.values()) * self.dtype.itemsize
+        )  # in all layers
+        self.bytes_shared = (
+            sum(math.prod((*s.b, s.n, s.r)) for s in self.shapes.values()) * self.dtype.itemsize
+        )  # of the B's, likewise
         self._a: dict[str, nn.Parameter] = {}  # module -> [capacity, R, K]
         self._b: dict[str, nn.Parameter] = {}  # [N, R]
         self._before = (model.training, [p for p in model.parameters() if p.requires_grad])
@@ -80,18 +86,21 @@ class Slots:
 
     def _inject(self, file: AdapterFile) -> None:
         # two tasks of rank 1 for PEFT to make its layers with; the tensors are replaced at once
-        target = "|".join(re.escape(module) for module in self.shapes)
+        stacks = sorted(file.config.stacks & self.shapes.keys())
+        target = "|".join(re.escape(module) for module in self.shapes if module not in stacks)
+        config = ALoRAConfig(r=1, tasks=2, target_modules=target or None, target_parameters=stacks or None)
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(ALoRAConfig(r=1, tasks=2, target_modules=target), self.model, ADAPTER)
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)}
+            inject_adapter_in_model(config, self.model, ADAPTER)
+        found = ((n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer))
+        layers = {n: m for n, m in found if m.asymlora_spec}
         if layers.keys() != self.shapes.keys():
             raise RuntimeError(f"PEFT adapted other modules than asked for: {_some(layers, self.shapes)}")
         # two names at least: with one, a layer would serve calls that say no task as if they had said this one
         slots = tuple(f"slot{i}" for i in range(max(self.capacity, 2)))
         for module, layer in layers.items():
-            _, r, k = self.shapes[module]
+            _, r, k, experts, _ = self.shapes[module]
             device = layer.asymlora_A[ADAPTER].weight.device
-            a = torch.zeros(self.capacity, r, k, dtype=self.dtype, device=device)
+            a = torch.zeros(self.capacity, *experts, r, k, dtype=self.dtype, device=device)
             b = _cast(file, module, file.b[module], self.dtype).to(device)
             self._a[module] = layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
             self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b, requires_grad=False)
@@ -102,7 +111,8 @@ class Slots:
 
     def remove(self) -> None:
         """Take the layers out: the model is as it was."""
-        for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, ALoRALayer)]:
+        kinds = ALoRALinear, ALoRAExperts
+        for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, kinds)]:
             self.model.set_submodule(name, layer.base_layer)
         CheckpointGuard.remove(self.model)
         if "peft_config" in self.model.__dict__:
@@ -130,7 +140,7 @@ class Slots:
         limit = SAME_B_16BIT if 2 in (file.dtype.itemsize, self.dtype.itemsize) else SAME_B
         different = {}
         for module, b in file.b.items():
-            own = self._b[module][:, : b.shape[1]].to("cpu", torch.float64)
+            own = self._b[module][..., : b.shape[-1]].to("cpu", torch.float64)
             own, other = own * self._scaling[module], b.to(torch.float64) * file.scaling[module]
             size = max(float(own.abs().max()), float(other.abs().max()), torch.finfo(torch.float64).tiny)
             difference = float((own - other).abs().max()) / size
@@ -147,7 +157,7 @@ class Slots:
     def rows(self, file: AdapterFile, task: str) -> Rows:
         """A task's matrices as `write` takes them and `read` gives them, unless the dtype cannot hold them."""
         cast = {module: _cast(file, module, a, self.dtype) for module, a in file.matrices(task).items()}
-        short = {module: self.shapes[module].r - a.shape[0] for module, a in cast.items()}
+        short = {module: self.shapes[module].r - a.shape[-2] for module, a in cast.items()}
         return {module: F.pad(a, (0, 0, 0, short[module])) if short[module] else a for module, a in cast.items()}
 
     @torch.no_grad()
@@ -159,13 +169,13 @@ class Slots:
         if matrices.keys() != self.shapes.keys():
             raise ValueError(f"matrices are not those of the stack: {_some(matrices, self.shapes)}")
         for module, a in matrices.items():
-            _, r, k = self.shapes[module]
-            if a.dim() != 2 or a.shape[0] > r or a.shape[1] != k:
-                raise ValueError(f"{module}: matrices must be at most [{r}, {k}], got {list(a.shape)}")
+            _, r, k, experts, _ = self.shapes[module]
+            if a.dim() < 2 or a.shape[:-2] != experts or a.shape[-2] > r or a.shape[-1] != k:
+                raise ValueError(f"{module}: matrices must be at most {[*experts, r, k]}, got {list(a.shape)}")
         for module, a in matrices.items():
             held = self._a[module][slot]
-            held[: a.shape[0]].copy_(a)
-            held[a.shape[0] :].zero_()
+            held[..., : a.shape[-2], :].copy_(a)
+            held[..., a.shape[-2] :, :].zero_()
         for device in {a.device for a in self._a.values()}:
             if device.type == "cuda":  # the engine runs on a stream of its own
                 torch.cuda.current_stream(device).synchronize()
@@ -182,22 +192,33 @@ def check_fit(first: Slots | AdapterFile, file: AdapterFile) -> None:
         raise refused(file.folder, f"was trained on {file.base!r} but this store serves {first.base!r}")
     if file.shapes.keys() != first.shapes.keys():
         raise refused(file.folder, f"does not adapt the modules of the store: {_some(file.shapes, first.shapes)}")
-    for module, (n, r, k) in file.shapes.items():
-        own_n, own_r, own_k = first.shapes[module]
+    for module, (n, r, k, *experts) in file.shapes.items():
+        own_n, own_r, own_k, *own_experts = first.shapes[module]
         if (n, k) != (own_n, own_k):
             raise refused(file.folder, f"{module} maps {k} features to {n} but the base maps {own_k} to {own_n}")
+        if experts != own_experts:
+            raise refused(file.folder, f"the experts of {module} share A and B otherwise than those of the store")
         if r > own_r:
             raise refused(file.folder, f"rank {r} does not fit the stack's rank {own_r} at {module}")
 
 
 def check_model(model: nn.Module, file: AdapterFile) -> None:
     """Refuse a file whose modules the model lacks or has in another shape."""
-    modules = dict(model.named_modules())
-    missing = [name for name in file.shapes if name not in modules]
+    modules, stacks = dict(model.named_modules()), {n: s for n, s in file.shapes.items() if n in file.config.stacks}
+    missing = [name for name in file.shapes if name not in modules and name not in stacks]
     if missing:
         names = ", ".join(missing[:SHOWN])
         raise refused(file.folder, f"the base has no {names} ({len(missing)} modules missing): {REMEDY}")
-    for name, (n, _, k) in file.shapes.items():
+    try:
+        experts = stacked_sizes(model, list(stacks))
+    except ValueError as error:
+        raise refused(file.folder, str(error)) from None
+    for name, (n, _, k, *own) in stacks.items():
+        if (n, k) != experts[name][1:] or not {*own} <= {(), experts[name][:1]}:
+            raise refused(file.folder, f"{name} is not of the shape that the base has there: {REMEDY}")
+    for name, (n, _, k, *_) in file.shapes.items():
+        if name in stacks:
+            continue
         try:
             check_target(model, name, tasks=2)
             own_k, own_n = features(modules[name])

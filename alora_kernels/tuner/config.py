@@ -26,6 +26,7 @@ WEIGHTS, PICKLE, CONFIG, CARD = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of names in a file
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ROUTINGS = ("task", "soft")
+ALL_EXPERTS = "all-experts"
 BIASES = ("none", "all", "asymlora_only")
 
 
@@ -56,7 +57,10 @@ class ALoRAConfig(PeftConfig):
         modules_to_save: further modules to train in full and to save, such as a classifier head.
         bias: which biases to train: "none", "all" or "asymlora_only" (those of adapted layers).
         init_weights: True: A random (each A_e its own draw), B zero. False: B random too, for tests.
-        target_parameters: not supported; refused with the reason.
+        target_parameters: stacked weights of a mixture's experts, as in PEFT: ends of names such as
+            "mlp.experts.gate_up_proj", or "all-experts". Task routing alone; the model's own router is never adapted.
+        experts_A: "shared": one A per task for all experts; "each": one per task and expert.
+        experts_B: "each": one B per expert; "shared": one for all of them. All tasks share B in either case.
 
     Raises:
         ValueError: settings that contradict each other; the message names the remedy.
@@ -83,7 +87,9 @@ class ALoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     init_weights: bool = True
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | str | None = None
+    experts_A: str = "shared"  # noqa: N815, the letters of the formula
+    experts_B: str = "each"  # noqa: N815
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +100,7 @@ class ALoRAConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_numbers()
         self._check_routing()
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters {list(self.target_parameters)}: ALoRA adapts layers that are called, not parameters"
-                " such as the fused experts of a mixture: name layers in target_modules"
-            )
+        self._check_experts()
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -133,6 +135,26 @@ class ALoRAConfig(PeftConfig):
         if self.tasks is None:
             raise ValueError('routing="task" needs tasks: a list of names such as ["math", "code"], or a count')
         self.tasks = list(task_names(self.tasks))
+
+    def _check_experts(self) -> None:
+        for name in ("experts_A", "experts_B"):
+            if getattr(self, name) not in ("shared", "each"):
+                raise ValueError(f'{name} must be "shared" or "each", got {getattr(self, name)!r}')
+        targets = self.target_parameters
+        if not targets:
+            return
+        if isinstance(targets, str) and targets != ALL_EXPERTS:
+            raise ValueError(f"target_parameters must be a list of names or {ALL_EXPERTS!r}, got {targets!r}")
+        if self.routing == "soft":
+            raise ValueError(
+                'target_parameters adapts experts by task, and routing="soft" has no tasks: use routing="task", or'
+                " leave target_parameters out"
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform is for target_modules: name the experts of these layers in target_parameters, such"
+                ' as "layers.3.mlp.experts.down_proj"'
+            )
 
     @property
     def experts(self) -> int:

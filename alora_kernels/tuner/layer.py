@@ -102,7 +102,7 @@ class ALoRALayer(BaseTunerLayer):
     other_param_names = ("asymlora_spec", "asymlora_fixed", "asymlora_trained")
 
     def __init__(self, base_layer: nn.Module, split: Split | None = None, **quantization: Any) -> None:
-        self.base_layer = base_layer
+        self.in_features, self.out_features = self._stand_on(base_layer)
         containers: tuple[Any, ...] = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.asymlora_A: MutableMapping[str, Weight]  # [E, R, K]; B [N, R]; for soft routing a router [E, K]
         self.asymlora_A, self.asymlora_B, self.asymlora_router = containers
@@ -114,7 +114,11 @@ class ALoRALayer(BaseTunerLayer):
         self.merged_tasks: dict[str, int] = {}
         self.split = split
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization)
-        self.in_features, self.out_features = features(self.get_base_layer())
+
+    def _stand_on(self, base_layer: nn.Module) -> tuple[int, int]:
+        """Keep the module below; its K and N."""
+        self.base_layer = base_layer
+        return features(self.get_base_layer())
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
@@ -126,8 +130,7 @@ class ALoRALayer(BaseTunerLayer):
         self.forget(adapter_name)
         tasks = tuple(config.tasks) if isinstance(config.tasks, list) else ()
         self.asymlora_spec[adapter_name] = AdapterSpec(r, scaling, config.lora_dropout, tasks, config.experts)
-        a = torch.empty(config.experts, r, self.in_features)
-        b = torch.empty(self.out_features, r)
+        a, b = self._new_matrices(r, config)
         router = None if tasks else torch.empty(config.experts, self.in_features)
         reset_adapter_(a, b, router)
         if not config.init_weights:
@@ -145,6 +148,10 @@ class ALoRALayer(BaseTunerLayer):
                     weights[adapter_name].weight = self.split.part(name, weights[adapter_name].weight.detach())
         prepare(self.asymlora_A[adapter_name].weight.device)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _new_matrices(self, r: int, config: ALoRAConfig) -> tuple[Tensor, Tensor]:
+        """A and B of an adapter, without numbers."""
+        return torch.empty(config.experts, r, self.in_features), torch.empty(self.out_features, r)
 
     def forget(self, adapter_name: str) -> None:
         """Remove all that is known of an adapter, whose place another of its name may take."""
@@ -304,6 +311,29 @@ class ALoRALayer(BaseTunerLayer):
             merged = {n: self.asymlora_spec[n].tasks[t] for n, t in self.merged_tasks.items()}
             raise ValueError(f"task ids were given but {merged} is merged into the base: call unmerge_adapter() first")
 
+    def _state(self) -> LayerState:
+        return LayerState(self.disable_adapters, tuple(self.active_adapters), dict(self.asymlora_fixed))
+
+    def _a(self, name: str) -> Tensor:
+        """A of an adapter; gradients reach the tasks that train."""
+        a, part = self.asymlora_A[name].weight, self.asymlora_trained.get(name)
+        return a if part is None else _OnlyRows.apply(a, part.rows)  # type: ignore[no-any-return]
+
+    def _ids(self, name: str, tasks: tuple[str, ...], x: Tensor, state: LayerState) -> Routing:
+        """The batch's ids; without any, the task that `set_task` fixed, else the only one."""
+        routing = current_routing()
+        if routing is not None:
+            return routing.for_tasks(tasks).at(self, self.rows)
+        task = state.fixed.get(name, 0 if len(tasks) == 1 else None)
+        if task is None:
+            raise ValueError(
+                f"adapter {name!r} has the tasks {', '.join(tasks)} and this call says none: pass"
+                " adapter_names=[...] (one task per row) to the PEFT model, call the model inside"
+                " `with alora_kernels.route(ids):`, or fix one with alora_kernels.set_task(model, task);"
+                " in TRL: alora_kernels.integrations.trl.with_tasks(SFTTrainer)(...) and a column `task` in the dataset"
+            )
+        return constant_routing(task, x.shape[:-1], x.device)
+
 
 class ALoRALinear(nn.Module, ALoRALayer):
     """A linear layer with ALoRA adapters; `quantization` is what PEFT's backends need to know about the model."""
@@ -359,14 +389,11 @@ class ALoRALinear(nn.Module, ALoRALayer):
             out = trusted_alora(x, base=out, **adapter) if self.split is None else self.split.delta(x, out, adapter)
         return out
 
-    def _state(self) -> LayerState:
-        return LayerState(self.disable_adapters, tuple(self.active_adapters), dict(self.asymlora_fixed))
-
     def _adapter(self, name: str, x: Tensor, state: LayerState) -> dict[str, Any]:
         """The op's arguments for one adapter."""
-        spec, a, part = self.asymlora_spec[name], self.asymlora_A[name].weight, self.asymlora_trained.get(name)
+        spec = self.asymlora_spec[name]
         return {
-            "lora_A": a if part is None else _OnlyRows.apply(a, part.rows),
+            "lora_A": self._a(name),
             "lora_B": self.asymlora_B[name].weight,
             "router": self.asymlora_router[name].weight if spec.soft else None,
             "task_ids": None if spec.soft else self._ids(name, spec.tasks, x, state),
@@ -374,21 +401,6 @@ class ALoRALinear(nn.Module, ALoRALayer):
             "dropout_p": spec.dropout,
             "training": self.training,
         }
-
-    def _ids(self, name: str, tasks: tuple[str, ...], x: Tensor, state: LayerState) -> Routing:
-        """The batch's ids; without any, the task that `set_task` fixed, else the only one."""
-        routing = current_routing()
-        if routing is not None:
-            return routing.for_tasks(tasks).at(self, self.rows)
-        task = state.fixed.get(name, 0 if len(tasks) == 1 else None)
-        if task is None:
-            raise ValueError(
-                f"adapter {name!r} has the tasks {', '.join(tasks)} and this call says none: pass"
-                " adapter_names=[...] (one task per row) to the PEFT model, call the model inside"
-                " `with alora_kernels.route(ids):`, or fix one with alora_kernels.set_task(model, task);"
-                " in TRL: alora_kernels.integrations.trl.with_tasks(SFTTrainer)(...) and a column `task` in the dataset"
-            )
-        return constant_routing(task, x.shape[:-1], x.device)
 
     def extra_repr(self) -> str:
         """Adapters and their tasks."""

@@ -25,6 +25,7 @@ from ..routing import current_routing, route
 from ..text import listed
 from .base_layer import guard_gradients, refuse_split
 from .config import PREFIX, ALoRAConfig, unwrapped
+from .experts import inject_experts, resolve_parameters
 from .layer import ALoRALayer, ALoRALinear, add_weight_to
 from .parallel import is_split, refuse_copies, split_of
 from .probe import Finding, probe
@@ -58,6 +59,12 @@ class ALoRAModel(BaseTuner):
         adjust_peft()
         return super().__new__(cls)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """As in PEFT, but target_parameters alone mean these alone, for models with default modules too."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find out where rows are; refuse or leave out what cannot be adapted while the model is still untouched."""
         splits = [split_of(model, name) for name in targets_of(model, peft_config)] if is_split(model) else []
@@ -68,8 +75,9 @@ class ALoRAModel(BaseTuner):
         if getattr(self, "findings", None) is None:
             self.findings = probe(model)
         tasks = len(peft_config.tasks or ())
+        adapted = resolve_parameters(model, peft_config)
         leave_out(model, peft_config, self.findings, tasks)
-        tell_fused_experts(model, peft_config)
+        tell_fused_experts(model, peft_config, adapted)
         for name in targets_of(model, peft_config):
             check_target(model, name, tasks, split=True)
 
@@ -81,11 +89,9 @@ class ALoRAModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
+        parameter_name: str | None = None,  # stacked weights go another way: `_inject_parameters`
     ) -> None:
         """Add the adapter to a target, which becomes an `ALoRALinear` unless it is one."""
-        if parameter_name is not None:
-            raise ValueError(f"ALoRA adapts modules, not the parameter {parameter_name!r}: use target_modules")
         check_target(self.model, current_key, len(peft_config.tasks or ()), split=True)
         r, scaling = peft_config.settings_at(current_key)
         if isinstance(target, ALoRALinear):
@@ -100,6 +106,11 @@ class ALoRAModel(BaseTuner):
             new.register_forward_pre_hook(listened_to)
             keep_dense(self.model)
         self._replace_module(parent, target_name, new, target)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return inject_experts(model, peft_config, adapter_name, self.active_adapters, empty=low_cpu_mem_usage)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; an adapter of that name is replaced, if not merged, also where the new one adapts nothing."""

@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +38,7 @@ REASONS: Mapping[str | None, str] = {
 }
 ALWAYS = {DIRECT, REASONS["several"]}  # whether or not rows matter
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
+HOW = 'target_parameters="all-experts" adapts experts'
 FUSED = {"gate_up_proj": {"gate_proj", "up_proj", "w1", "w3"}, "down_proj": {"w2"}}  # names that older versions had
 
 
@@ -184,8 +185,11 @@ def _patterns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
 
 
-def tell_fused_experts(model: nn.Module, config: Any) -> None:
-    """Warn, once and with the names, of experts and their routers that the config asks for and that are no layers."""
+def tell_fused_experts(model: nn.Module, config: Any, adapted: Sequence[str] = ()) -> None:
+    """Warn, once and with the names, of experts and their routers that the config asks for and that are no layers.
+
+    Not of those that are `adapted` as parameters.
+    """
     fused = {
         f"{name}.{key}".removeprefix("."): key
         for name, module in model.named_modules()
@@ -197,18 +201,22 @@ def tell_fused_experts(model: nn.Module, config: Any) -> None:
     if isinstance(targets, str) and targets.lower() == "all-linear":
         beside = {f"{name.rsplit('.', 2)[0]}.{leaf}" for name in fused for leaf in ("gate", "router")}
         others = {n: m for n, m in model.named_modules() if n in beside and not isinstance(m, nn.Linear)}
-        missed = [*fused, *(f"{name}.weight" for name, module in others.items() if "weight" in module._parameters)]
+        routers = [f"{name}.weight" for name, module in others.items() if "weight" in module._parameters]
+        missed = [*(name for name in fused if name not in adapted), *routers]
     else:
         wanted = set() if isinstance(targets, str) else set(targets or ())
         missed = [
             name
             for name, key in fused.items()
-            if check_target_module_exists(config, name)
-            or wanted & ({key, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
+            if name not in adapted
+            and (
+                check_target_module_exists(config, name)
+                or wanted & ({key, name.rpartition(".")[0], "experts"} | FUSED.get(key, set()))
+            )
         ]
     if missed:
         warnings.warn(
             f"ALoRA adapts layers, and {len(missed)} tensors of experts or their routers are parameters, so they get no"
-            f" adapter: {some(_patterns(missed), EXAMPLES)}",
+            f" adapter: {some(_patterns(missed), EXAMPLES)}" + ("" if adapted else f"; {HOW}"),
             stacklevel=2,
         )

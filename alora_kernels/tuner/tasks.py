@@ -49,8 +49,7 @@ def add_task(
     for layer in layers:
         held, spec = layer.asymlora_A[adapter], layer.asymlora_spec[adapter]
         old: Any = held.weight
-        _, r, k = old.shape
-        new = seeded_a(name, str(layer.rows_name), r, k, seed).to(old) if row is None else old[row]
+        new = seeded_a(name, str(layer.rows_name), old.shape[1:], seed).to(old) if row is None else old[row]
         held.weight = nn.Parameter(torch.cat([old.detach(), new.detach()[None]]), old.requires_grad)
         layer.asymlora_spec[adapter] = replace(spec, tasks=names, experts=len(names))
     configs: Any = getattr(model, "peft_config", {})

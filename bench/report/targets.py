@@ -178,6 +178,14 @@ CPU_TARGETS = (
     _less("memory all labelled", 0.6),
 )
 
+ATTENTION = "PEFT LoRA, attention alone"
+MOE_TARGETS = (
+    between("experts", BOTH, FUSED, ATTENTION, 1.3, at_most=True, mode=EAGER),
+    between("experts", BOTH, "PEFT LoRA task by task", FUSED, 1.8, mode=EAGER),
+    between("experts", BOTH, FUSED, ATTENTION, 1.1, at_most=True, quantity="peak_mb", mode=EAGER),
+    between("experts", BOTH, "PEFT LoRA, one for all tasks", ATTENTION, None, mode=EAGER),
+)
+
 HOST_TARGETS = tuple(
     between(f"host {layer}", direction, FUSED, "today's build", must, at_most=True, mode=EAGER)
     for layer in ("FusedALoRALinear", "PEFT layer")

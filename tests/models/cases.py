@@ -31,6 +31,8 @@ class Case:
     merge_refused: str = ""  # part of the message, if a merge is refused
     variant: str = ""  # what sets it apart, in words
     exclude_modules: tuple[str, ...] = ()  # as in PEFT
+    parameters: str | None = None  # `target_parameters`
+    sharing: tuple[str, str] = ("shared", "each")  # `experts_A` and `experts_B`
     pad: int = PAD
     pads_left: bool = False  # whether its tokenizer pads on the left
     dtype: torch.dtype = torch.float64  # unless the model itself computes something else there
@@ -190,23 +192,45 @@ DECODERS = (
 )
 
 
+def _experts(model: str, config: str, settings: dict[str, Any], variant: str = "", **more: Any) -> Case:
+    options: dict[str, Any] = {"targets": ("q_proj", "v_proj", "q_b_proj"), "parameters": "all-experts"} | more
+    options |= {"variant": f"experts adapted{variant}", "family": "Mixtures of experts"}
+    return _decoder(model, config, settings, **options)
+
+
 def _mamba(**more: Any) -> Case:
     sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
     return _decoder("MambaForCausalLM", "MambaConfig", sizes=sizes, family="State space", **more)
 
 
+MIXTRAL = GQA | EXPERTS | {"num_local_experts": 4}
+QWEN3_MOE = GQA | EXPERTS | {
+    "moe_intermediate_size": 24, "num_experts": 4, "decoder_sparse_step": 1, "norm_topk_prob": True,
+}
+DEEPSEEK = {
+    "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+GPT_OSS = GQA | EXPERTS | WINDOWS | {"num_local_experts": 4}
+
 SPECIAL = (
-    _decoder("MixtralForCausalLM", "MixtralConfig", GQA | EXPERTS | {"num_local_experts": 4}, aux=True,
-             family="Mixtures of experts"),
-    _decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", GQA | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4,
-             "decoder_sparse_step": 1, "norm_topk_prob": True}, aux=True, family="Mixtures of experts"),
-    _decoder("DeepseekV3ForCausalLM", "DeepseekV3Config", {
-             "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-             "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-             "v_head_dim": 8, "first_k_dense_replace": 1}, family="Mixtures of experts",
+    _decoder("MixtralForCausalLM", "MixtralConfig", MIXTRAL, aux=True, family="Mixtures of experts"),
+    _experts("MixtralForCausalLM", "MixtralConfig", MIXTRAL, aux=True),
+    _decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN3_MOE, aux=True, family="Mixtures of experts"),
+    _experts("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN3_MOE, aux=True),
+    _experts("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN3_MOE, ", an A and a B for each", aux=True,
+             sharing=("each", "each")),
+    _experts("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN3_MOE, ", one A and one B for all", aux=True,
+             sharing=("shared", "shared")),
+    _decoder("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, family="Mixtures of experts",
              variant="latent attention, shared experts"),
-    _decoder("GptOssForCausalLM", "GptOssConfig", GQA | EXPERTS | WINDOWS | {"num_local_experts": 4}, aux=True,
-             family="Mixtures of experts"),
+    _experts("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),
+    _decoder("GptOssForCausalLM", "GptOssConfig", GPT_OSS, aux=True, family="Mixtures of experts"),
+    _experts("GptOssForCausalLM", "GptOssConfig", GPT_OSS, aux=True),
+    _experts("GptOssForCausalLM", "GptOssConfig", GPT_OSS, ", an A for each and one B", aux=True,
+             sharing=("each", "shared")),
+    _experts("OlmoeForCausalLM", "OlmoeConfig", GQA | EXPERTS | {"num_experts": 4}, aux=True),
     _decoder("Llama4ForCausalLM", "Llama4TextConfig", GQA | {
              "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48,
              "interleave_moe_layer_step": 2, "attention_chunk_size": 4}, family="Mixtures of experts"),

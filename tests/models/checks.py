@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 import alora_kernels
 from alora_kernels.tuner import ALoRALayer
+from alora_kernels.tuner.experts import StackedWeight
 
 from .cases import Case
 from .judge import (
@@ -36,9 +38,11 @@ from .judge import (
 def lora_config(case: Case) -> LoraConfig:
     """Stock LoRA on the same targets."""
     excluded = list(case.exclude_modules) or None
+    stacks = adapted(case)[0].peft_config["default"].target_parameters if case.parameters else None
     return LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets_of(case), exclude_modules=excluded, task_type=case.task_type
-    )
+        r=4, lora_alpha=8, target_modules=targets_of(case), exclude_modules=excluded, task_type=case.task_type,
+        target_parameters=stacks,
+    )  # fmt: skip
 
 
 def stock_lora(case: Case, task: int) -> PeftModel:
@@ -48,9 +52,16 @@ def stock_lora(case: Case, task: int) -> PeftModel:
     settings.exclude_modules = model.peft_config["default"].exclude_modules
     lora = get_peft_model(case.build(), settings)
     theirs, ours = dict(lora.named_modules()), dict(model.named_parameters())
+    # around a module with two parameters PEFT nests its wrappers
+    wrapped = {f"{name.replace('.base_layer', '')}.{m.parameter_name}": m for name, m in theirs.items()
+               if isinstance(m, ParamWrapper)}  # fmt: skip
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if isinstance(layer, ALoRALayer):
+            if isinstance(layer, StackedWeight) and layer.asymlora_spec:
+                a, b = layer.factors("default", task)
+                wrapped[name].lora_A["default"].weight.copy_(a.flatten(0, 1))
+                wrapped[name].lora_B["default"].weight.copy_(b.permute(1, 2, 0).flatten(1))
+            elif isinstance(layer, ALoRALayer) and layer.asymlora_spec:
                 a, b = layer.asymlora_A["default"].weight[task], layer.asymlora_B["default"].weight
                 if name.removeprefix("base_model.model.") in lora.targeted_module_names:
                     theirs[name].lora_A["default"].weight.copy_(a)

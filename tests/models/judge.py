@@ -141,6 +141,7 @@ def adapted(case: Case) -> tuple[PeftModel, tuple[str, ...]]:
         settings = ALoRAConfig(  # B is not zero
             r=4, lora_alpha=8, tasks=TASKS, target_modules=targets_of(case), init_weights=False,
             exclude_modules=list(case.exclude_modules) or None, task_type=case.task_type,
+            target_parameters=case.parameters, experts_A=case.sharing[0], experts_B=case.sharing[1],
         )  # fmt: skip
         model = get_peft_model(base, settings)
     return model.train(), tuple(str(w.message) for w in caught)

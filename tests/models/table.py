@@ -29,7 +29,8 @@ float64; what they give away is their own float32 parts):
 
 `all-linear` is what `target_modules` says unless a line names others. *Left out* are modules that stock LoRA adapts
 under the same `target_modules` and ALoRA does not: they see something else than the rows of the batch, return several
-tensors, or are parameters instead of layers, as fused experts are. A warning names them.
+tensors, or are parameters instead of layers, as fused experts are without `target_parameters`
+([mixtures of experts](experts.md)). A warning names them.
 
 | model | outcome | left out, or the reason |
 |---|---|---|
@@ -66,7 +67,10 @@ def page() -> str:
 def line(case: Case) -> str:
     """The line of one model."""
     name = f"`{case.model}`" + (f", {case.variant}" if case.variant else "")
-    chosen = [f"`target_modules={list(case.targets)}`"] if isinstance(case.targets, tuple) else []
+    named = isinstance(case.targets, tuple) and not case.parameters
+    chosen = [f"`target_modules={list(case.targets or ())}`"] if named else []
+    if case.parameters:
+        chosen.append(f'`target_parameters="{case.parameters}"`')
     if case.exclude_modules:
         chosen.append(f"`exclude_modules={list(case.exclude_modules)}`")
     return f"| {'; '.join([name, *chosen])} | {' | '.join(outcome(case))} |"
