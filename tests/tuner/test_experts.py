@@ -311,3 +311,17 @@ def test_compiled():
         right = experts(x, ids, weights)
         compiled = torch.compile(experts, backend="aot_eager")
         torch.testing.assert_close(compiled(x, ids, weights), right)
+
+
+def test_other_rows_round_a_mixture_otherwise_and_its_attention_is_adapted_all_the_same(recwarn):
+    """How many rows an expert has decides how its product rounds: a row changes a little when another one does."""
+    base = mixture(
+        hidden_size=256, head_dim=32, num_hidden_layers=4, num_experts=32, num_experts_per_tok=8,
+        moe_intermediate_size=256,
+    )  # fmt: skip
+    x, other = tokens(2, 12), tokens(2, 12)
+    other[1] = torch.randint(3, 64, (12,))
+    with torch.no_grad():
+        assert not torch.equal(base(input_ids=x).logits[0], base(input_ids=other).logits[0])
+    model = adapted(base, target_modules=["q_proj", "o_proj"], target_parameters=None)
+    assert len(model.targeted_module_names) == 8
