@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import RowGroups, group_rows
-from .autograd import linear
+from .autograd import differentiated, linear, needs_dispatch, traced
 from .dispatch import BACKENDS
 from .functional import drawn
-from .products import add_product_, product, transposed_product, without_autocast
+from .products import add_product_, without_autocast
 from .types import Adapter
 
 
@@ -30,13 +30,14 @@ class SortedRows(NamedTuple):
     """
 
     source: Tensor  # the place of each row in the router's `[M, k]`, `[S]`
+    places: Tensor  # where each entry of the router's `[M, k]` is among the rows, `[S]`
     token: Tensor  # the token of each row, `[S]`
     ids: Tensor  # its expert, int32 `[S]`; X where none takes it
     offsets: Tensor  # where each expert's rows begin, int32 `[X + 1]`, the first of them 0
 
     def restored(self, rows: Tensor) -> Tensor:
         """Rows `[S, N]` at their places in the router's order."""
-        return torch.empty_like(rows).index_copy(0, self.source, rows)
+        return rows[self.places]
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> SortedRows:
@@ -45,7 +46,9 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> SortedRows:
     none = (flat < 0) | (flat >= num_experts)
     groups = group_rows(torch.where(none, num_experts, flat), num_experts)
     source = groups.order.long()
-    return SortedRows(source, source // expert_ids.shape[-1], groups.ids[source], groups.offsets)
+    places = torch.empty_like(source)
+    places[source] = torch.arange(source.numel(), device=source.device)
+    return SortedRows(source, places, source // expert_ids.shape[-1], groups.ids[source], groups.offsets)
 
 
 def experts_linear(
@@ -76,7 +79,10 @@ def experts_linear(
     if transposed:
         weight = weight.transpose(1, 2)
     name = BACKENDS[backend].name
-    return cast(Tensor, experts_linear_op(x, weight.detach(), bias, h, b, rows.ids, rows.offsets, name))
+    flat = x, weight.detach(), bias, h, b, rows.ids, rows.offsets, name
+    if traced(x):
+        return cast(Tensor, experts_linear_op(*flat))
+    return cast(Tensor, _ExpertsNow.apply(*flat)) if differentiated(x, h, b) else _experts_linear(*flat)
 
 
 @torch.library.custom_op(
@@ -85,10 +91,14 @@ def experts_linear(
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor b, Tensor ids, Tensor offsets, str backend)"
     " -> Tensor",
 )
-def experts_linear_op(
+def experts_linear_op(x: Tensor, *others: Any) -> Tensor:
+    """See `experts_linear`; b is `[X, N, R]`."""
+    return _experts_linear(x, *others)
+
+
+def _experts_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, ids: Tensor, offsets: Tensor, backend: str
 ) -> Tensor:
-    """See `experts_linear`; b is `[X, N, R]`."""
     if backend == "torch":
         return _each_expert(x, weight, bias, h, b, offsets)
     from .. import kernels  # needs the triton package, which only Linux has
@@ -105,10 +115,14 @@ def experts_linear_op(
     schema="(Tensor dy, Tensor weight, Tensor h, Tensor b, Tensor ids, Tensor offsets, str backend, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def experts_linear_backward_op(
+def experts_linear_backward_op(dy: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy W_e, dh = dy B_e, dB_e = dy_e^T h_e; empty where not needed."""
+    return _experts_linear_backward(dy, *others)
+
+
+def _experts_linear_backward(
     dy: Tensor, weight: Tensor, h: Tensor, b: Tensor, ids: Tensor, offsets: Tensor, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy W_e, dh = dy B_e, dB_e = dy_e^T h_e; empty where not needed."""
     if backend == "torch":
         return _each_expert_backward(dy, weight, h, b, offsets, needs)
     from .. import kernels
@@ -141,8 +155,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-    grads = experts_linear_backward_op(dy.contiguous(), *ctx.saved_tensors, ctx.backend, needs)
+    needs, saved = [ctx.needs_input_grad[i] for i in (0, 3, 4)], ctx.saved_tensors
+    # create_graph=True asks for a second derivative, which the op refuses with a reason
+    run = experts_linear_backward_op if needs_dispatch(dy, *saved[:3]) else _experts_linear_backward
+    grads = run(dy.contiguous(), *saved, ctx.backend, needs)
     dx, dh, db = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, None, None, dh, db, None, None, None
 
@@ -152,6 +168,20 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
         "the backward of adapted experts cannot be differentiated again (create_graph=True): use"
         " alora_kernels.reference.alora_experts where second derivatives are needed"
     )
+
+
+class _ExpertsNow(torch.autograd.Function):
+    """The op for autograd alone, without the dispatcher; see `autograd.needs_dispatch`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _experts_linear(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy)
 
 
 experts_linear_op.register_autograd(_backward, setup_context=_save)
@@ -187,7 +217,8 @@ def _each_expert_backward(
     end = spans[-1][1].stop if spans else 0
     dx = dy.new_empty(dy.shape[0], w.shape[2]) if needs[0] else dy.new_empty(0)
     dh = torch.empty_like(h) if needs[1] else dy.new_empty(0)
-    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if needs[2] else dy.new_empty(0)
+    across = b.transpose(1, 2).contiguous() if needs[1] else b  # [X, R, N], as products want it
+    db = b.new_zeros(b.shape[0], b.shape[2], b.shape[1]) if needs[2] else dy.new_empty(0)  # likewise
     for gradient, need in ((dx, needs[0]), (dh, needs[1])):
         if need:
             gradient[end:] = 0
@@ -196,10 +227,15 @@ def _each_expert_backward(
         if needs[0]:
             torch.mm(part, w[expert], out=dx[rows])
         if needs[1]:
-            dh[rows] = product(part, b[expert], 1.0)
+            _multiply(part, across[expert].t(), dh[rows])
         if needs[2]:
-            db[expert] = transposed_product(part, h[rows])
-    return dx, dh, db
+            _multiply(h[rows].t(), part, db[expert])
+    return dx, dh, db.transpose(1, 2).contiguous() if needs[2] else db
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left right, in the dtype of out, the wider one of x and the adapter."""
+    torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..routing import RowGroups
 
 Rows = slice | Tensor
-SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows
+SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows,
+NARROW = 512  # of rows of so many numbers; of narrower ones twice as many
 PADDING = 16  # unused slots per task that cost as much as a product of the task's own
 
 
@@ -69,29 +70,32 @@ Layout = Whole | Slots | list[tuple[int, Rows]]  # the last: one product for eac
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the batch's tensors
 
 
-def layout_of(groups: RowGroups) -> Layout:
-    """The cheapest layout for these rows, worked out once: all layers of a batch hand in the same tensors.
+def layout_of(groups: RowGroups, k: int = NARROW) -> Layout:
+    """The cheapest layout for rows of K numbers, worked out once: all layers of a batch hand in the same tensors.
 
     Base-only rows are in no layout, and neither are ids that name no task.
     """
     state = [0 if t.is_inference() else t._version for t in groups]
     known = _layouts.get(groups.offsets)
     if known is None or known[0] != state:
-        known = _layouts[groups.offsets] = (state, _cheapest(groups))
-    layout: Layout = known[1]
-    return layout
+        known = _layouts[groups.offsets] = (state, {})
+    layouts: dict[int, Layout] = known[1]
+    shortest = SHORTEST_RUN if k >= NARROW else 2 * SHORTEST_RUN
+    if shortest not in layouts:
+        layouts[shortest] = _cheapest(groups, shortest)
+    return layouts[shortest]
 
 
-def _cheapest(groups: RowGroups) -> Layout:
-    """A layout by the number of rows of each task."""
+def _cheapest(groups: RowGroups, shortest: int) -> Layout:
+    """A layout by the number of rows of each task; `shortest` is the mean run that is a product of its own."""
     bounds = groups.offsets.tolist()
     present = [(task, start, stop) for task, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
     total, rows = groups.ids.numel(), bounds[-1] - bounds[0]
     if len(present) == 1 and rows == total:
         return Whole(present[0][0])
-    if SHORTEST_RUN * len(present) <= total:
+    if shortest * len(present) <= total:
         tasks, lengths = torch.unique_consecutive(groups.ids, return_counts=True)
-        if SHORTEST_RUN * tasks.numel() <= total:
+        if shortest * tasks.numel() <= total:
             return _runs(tasks.tolist(), lengths.tolist(), len(bounds) - 1)
     width = max((stop - start for _, start, stop in present), default=0)
     if len(present) > 1 and width * len(present) - rows <= PADDING * len(present):

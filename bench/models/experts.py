@@ -137,8 +137,8 @@ class Experts(Training):
         sizes: dict[int, int] = {}
 
         def keep(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in own:
+            storage, recomputing = t.untyped_storage(), torch._C._current_graph_task_id() != -1
+            if storage.data_ptr() not in own and not recomputing:
                 sizes[storage.data_ptr()] = storage.nbytes()
             return t
 
