@@ -157,7 +157,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs, saved = [ctx.needs_input_grad[i] for i in (0, 3, 4)], ctx.saved_tensors
     # create_graph=True asks for a second derivative, which the op refuses with a reason
-    run = experts_linear_backward_op if needs_dispatch(dy, *saved[:3]) else _experts_linear_backward
+    run: Any = experts_linear_backward_op if needs_dispatch(dy, *saved[:3]) else _experts_linear_backward
     grads = run(dy.contiguous(), *saved, ctx.backend, needs)
     dx, dh, db = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, None, None, dh, db, None, None, None
