@@ -29,6 +29,7 @@ COMMANDS = {  # block: what writes it
     "bench-federated": "python examples/federated_sentiment.py",
     "bench-gpu": "make gpu",
     "bench-host": "python -m bench host",
+    "bench-moe": "python -m bench moe",
     "bench-peer": "python -m bench serving --peer vllm",
     "bench-processes": "python -m bench processes",
     "bench-serving": "python -m bench serving",

@@ -60,6 +60,14 @@ def test_accelerate_lora(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_experts_learn_both_tasks_and_stock_peft_loads_them(tmp_path):
+    losses = load("experts").main(steps=80, output=str(tmp_path))
+    assert losses[-1] < math.log(59) < losses[0]  # 59 tokens to guess among
+    for task in ("next", "before"):
+        saved = load_file(tmp_path / "stock" / task / "adapter_model.safetensors")
+        assert {key.rpartition(".lora_")[0].split("mlp.")[1] for key in saved} == {"experts", "experts.base_layer"}
+
+
 @pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "trl_kto", "trl_reward", "trl_grpo"])
 def test_trainers_of_trl(tmp_path, name):
     pytest.importorskip("trl")
