@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import ALoRAConfig, add_task, keep_routing, set_task, train_only
+from alora_kernels.tuner import ALoRAModel
 from alora_kernels.tuner.experts import ALoRAExperts, StackedWeight
 
 from ..support.mixtures import FAMILIES, TASKS, adapted, mixture, tokens
@@ -325,3 +326,10 @@ def test_other_rows_round_a_mixture_otherwise_and_its_attention_is_adapted_all_t
         assert not torch.equal(base(input_ids=x).logits[0], base(input_ids=other).logits[0])
     model = adapted(base, target_modules=["q_proj", "o_proj"], target_parameters=None)
     assert len(model.targeted_module_names) == 8
+
+
+def test_target_parameters_alone_bring_no_modules_along(monkeypatch):
+    """Not those of PEFT's table of defaults, should the model be in it."""
+    monkeypatch.setattr(ALoRAModel, "target_module_mapping", {"mixtral": ["q_proj"]})
+    model = adapted(mixture("Mixtral"))
+    assert model.targeted_module_names == [] and len(model.targeted_parameter_names) == 4
