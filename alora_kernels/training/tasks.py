@@ -71,8 +71,11 @@ def stacked_a(model: nn.Module) -> Iterator[nn.Parameter]:
         specs = module.asymlora_spec if isinstance(module, ALoRALayer) else {}
         routed = {name for name, spec in specs.items() if spec.tasks}
         for name, p in module.named_parameters():
-            mine = routed & set(name.split(".")) if isinstance(module, ALoRALayer) else module.tasks
-            if mine and ("lora_A" in name or "lora_B" in name) and p.dim() == 3:
+            if isinstance(module, ALoRALayer):  # its B is that of all tasks, also where experts have one each
+                stacked = "asymlora_A" in name and bool(routed & set(name.split(".")))
+            else:
+                stacked = bool(module.tasks) and ("lora_A" in name or "lora_B" in name) and p.dim() == 3
+            if stacked:
                 yield p
 
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
 from alora_kernels import ALoRAConfig, add_task, keep_routing, set_task, train_only
+from alora_kernels.training.absent import KeepAbsentTasks
+from alora_kernels.training.tasks import stacked_a
 from alora_kernels.tuner import ALoRAModel
 from alora_kernels.tuner.experts import ALoRAExperts, StackedWeight
 
@@ -176,6 +178,23 @@ def test_train_only_and_add_task():
         gradient = stack.asymlora_A["default"].weight.grad
         assert gradient[3].any() and not gradient[:3].any()
         assert stack.asymlora_B["default"].weight.grad is None
+
+
+@pytest.mark.parametrize("experts_a", ["shared", "each"])
+def test_an_absent_task_stays_and_every_b_moves(experts_a):
+    model = adapted(experts_A=experts_a).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    KeepAbsentTasks(optimizer, stacked_a(model))
+    for names in (["red", "green", "blue"], ["red", "green", "red"]):
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if "asymlora" in n}
+        optimizer.zero_grad()
+        model(input_ids=tokens(3), adapter_names=names).logits.pow(2).mean().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if "asymlora_A" in name:
+            assert torch.equal(p[2], before[name][2]) and not torch.equal(p[0], before[name][0])
+        elif "asymlora_B" in name:
+            assert all(not torch.equal(now, old) for now, old in zip(p, before[name], strict=True))
 
 
 def test_dropout_is_drawn_in_training_alone():
