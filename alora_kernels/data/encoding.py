@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.asking import chat_text, special_tokens
+from ..text import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 #: label of a token that the loss skips, as in torch and transformers
 IGNORE = -100
 BATCH = 1000  # rows whose ids are Python's numbers at one time
+SHOWN = 8  # answers in a line
 Ids = list[int]
 
 
@@ -37,6 +39,9 @@ class Lost:
     limited: dict[str, tuple[int, int]] = field(default_factory=dict)  # training rows taken, of how many (`train_size`)
     capped: dict[str, tuple[int, int]] = field(default_factory=dict)  # test rows taken, of how many asked for (half)
     judged: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows taken of files that judge, of how many
+    answers: dict[str, Counter[str]] = field(default_factory=dict)  # of sources with `words`, as they stand there
+    unnamed: Counter[str] = field(default_factory=Counter)  # source and answer that its `words` do not name
+    unused: list[str] = field(default_factory=list)  # source and answer that its `words` name and no row has
     moved: Counter[str] = field(default_factory=Counter)  # test rows that train, since their task has no others
     untrained: Counter[str] = field(default_factory=Counter)  # test rows left out: their task has no training row
     cut: Counter[str] = field(default_factory=Counter)  # rows whose prompt lost its middle
@@ -55,6 +60,8 @@ class Lost:
             f"training rows taken (train_size): {_of(self.limited)}": self.limited,
             f"test rows taken, at most half of all: {_of(self.capped, 'asked for')}": self.capped,
             f"rows taken of files and splits that judge (test_size, validation_size): {_of(self.judged)}": self.judged,
+            f"rows whose answer has no entry in words:, it stays as it is: {_some(self.unnamed)}": self.unnamed,
+            f"entries of words: that no row answers: {listed(self.unused, SHOWN)}": self.unused,
             f"test rows trained on, their task has no others: {_by(self.moved)}": self.moved,
             f"test rows of tasks without training rows left out: {_by(self.untrained)}": self.untrained,
             f"prompts cut in the middle to fit max_length={self.max_length}: {_of(cut)}": cut,
@@ -68,6 +75,10 @@ class Lost:
 
 def _by(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _some(counts: Counter[str]) -> str:
+    return listed((f"{name} {count}" for name, count in counts.most_common()), SHOWN)
 
 
 def _of(counts: Mapping[str, tuple[int, int]], what: str = "") -> str:

@@ -6,7 +6,8 @@ All rows of a task have one form, so that the task can be asked in one way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,6 +133,14 @@ def to_example(spec: TaskSpec, form: Form, rows: Rows, number: int) -> Example:
             " drop such rows, or choose a labelled split"
         )
     return Example(prompt, answer, task)
+
+
+def answers_of(form: Form, rows: Rows) -> Iterator[str]:
+    """The rows' answers before `words`; those that do not fit the template are left to `to_example` to refuse."""
+    for row in rows:
+        with suppress(LookupError, AttributeError, TypeError, ValueError):
+            if answer := form.answer.format_map(row).strip():
+                yield answer
 
 
 def _turns(value: Any, system: str | None, where: str) -> list[dict[str, str]]:

@@ -14,14 +14,16 @@ import json
 import random
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .encoding import Lost, encode_batch, features_of_ids
-from .forms import ALPACA, Example, Form, form_of, is_alpaca, to_example
+from ..text import did_you_mean, printable
+from .encoding import SHOWN, Lost, encode_batch, features_of_ids
+from .forms import ALPACA, Example, Form, answers_of, form_of, is_alpaca, to_example
 from .sources import FILES, HELD, FileRows, Rows, TaskSpec, raw_rows, read_rows
 from .tasks import TASKS, Task
 
@@ -145,6 +147,8 @@ def as_source(source: str | Task | TaskSpec) -> Task | TaskSpec:
 def _split(sources: Sequence[Task | TaskSpec], seed: int, sizes: Sizes, lost: Lost) -> Parts:
     seen: Seen = {}
     parts = [_split_source(source, seed, sizes, seen, lost) for source in sources]
+    for spec in map(spec_of, sources):
+        _check_words(spec, lost, whole=not sizes.streaming)
     whole = {split: [example for part in parts for example in part[split]] for split in ("train", *HELD)}
     judged = {(one.task, one.question) for split in HELD for one in whole[split] if one.messages}
     chats = (one for one in whole["train"] if one.messages)  # an earlier turn may be the last one of a chat that judges
@@ -192,6 +196,24 @@ def _split_source(source: Task | TaskSpec, seed: int, sizes: Sizes, seen: Seen, 
     if not sizes.streaming and sizes.train is not None and sizes.train <= len(rest) and sizes.train + held < len(rows):
         lost.limited[spec.name] = sizes.train, len(rows)
     return parts | {"train": rest[: sizes.train]}
+
+
+def _check_words(spec: TaskSpec, lost: Lost, whole: bool) -> None:
+    """Count the answers that `words` does not name; a ValueError for a name that none of the `whole` rows has instead.
+
+    A name without rows is no mistake where every answer has one: a class may be absent.
+    """
+    answers = lost.answers.get(spec.name, Counter())
+    left = Counter({a: n for a, n in answers.items() if a not in spec.words and a not in spec.words.values()})
+    unused = [name for name in spec.words if name not in answers] if whole else []
+    if unused and left:
+        known = [printable(answer, 40) for answer, _ in left.most_common(SHOWN)]
+        raise ValueError(
+            f"task {spec.name!r}: words: no row answers {unused[0]!r}; {did_you_mean(unused[0], known)}. Name"
+            " answers as they stand in the data, or leave the entry out"
+        )
+    lost.unnamed.update({f"{spec.name} {printable(answer, 40)!r}": count for answer, count in left.items()})
+    lost.unused += [f"{spec.name} {name!r}" for name in unused]
 
 
 def spec_of(source: Task | TaskSpec) -> TaskSpec:
@@ -252,6 +274,8 @@ def _shuffled(
 
     `held` rows judge and are not cut off the training rows.
     """
+    if spec.words:
+        lost.answers.setdefault(spec.name, Counter()).update(answers_of(form, rows))
     order = list(range(len(rows)))
     # the name in the seed: tasks of equal length must not be shuffled alike
     random.Random(f"{seed} {spec.name}").shuffle(order)

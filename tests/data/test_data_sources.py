@@ -64,6 +64,44 @@ def test_templates_and_words(jsonl):
     assert splits["test"]["prompt"][0].endswith("{x}\nSentiment:")  # trailing space goes: the answer brings its own
 
 
+def named(jsonl, words, answers="aabbb", **sizes):
+    """What rows lose whose answers are replaced by `words`."""
+    lost = Lost()
+    path = jsonl(*({"prompt": f"{i}:", "answer": answer} for i, answer in enumerate(answers * 3)))
+    load_tasks([TaskSpec("mail", path, words=words)], test_size=2, lost=lost, **sizes)
+    return lost.lines()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"train_size": 2}, {"train_size": 0}])
+def test_a_misspelt_answer_in_words_is_refused(jsonl, sizes):
+    answers = ["positive", "negative"]
+    said = r"task 'mail': words: no row answers 'postive'; did you mean positive\?"
+    with pytest.raises(ValueError, match=said):
+        named(jsonl, {"postive": "good", "negative": "bad"}, answers, **sizes)
+    with pytest.raises(ValueError, match="no row answers '3'; known are b, a"):
+        named(jsonl, {"3": "good"}, "abbbb", **sizes)
+
+
+def test_answers_that_words_leave_out_are_counted(jsonl):
+    assert named(jsonl, {"a": "good", "b": "bad"}) == []
+    assert named(jsonl, {"a": "b"}) == []  # an answer that is a word already needs no entry
+    assert named(jsonl, {"a": "good"}) == ["rows whose answer has no entry in words:, it stays as it is: mail 'b' 9"]
+    assert named(jsonl, {"a": "good"}, streaming=True)[0].endswith("mail 'b' 9")
+    many = named(jsonl, {"a": "good"}, "abcdefghijkl")
+    assert many[0].endswith("mail 'i' 3 and 3 more")
+
+
+def test_an_entry_of_words_for_an_absent_class_is_said(jsonl):
+    words = {"a": "good", "b": "bad", "c": "fair"}
+    assert named(jsonl, words) == ["entries of words: that no row answers: mail 'c'"]
+    assert named(jsonl, words, streaming=True) == []  # its head alone is known
+    train, test = jsonl(*rows(6)), jsonl({"prompt": "x", "answer": "c"}, name="test.jsonl")
+    lost = Lost()
+    load_task(TaskSpec("mail", train, words={"c": "fair", **{str(i): "even" for i in range(0, 12, 2)}},
+                       test_split=test), lost=lost)  # fmt: skip
+    assert lost.lines() == []
+
+
 def test_repeated_prompts_count_once_and_are_counted(jsonl):
     same = [{"prompt": "Hello  there", "answer": "a"}, {"prompt": "hello there ", "answer": "b"}]
     lost = Lost()
