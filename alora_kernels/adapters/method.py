@@ -25,6 +25,7 @@ METHODS = {
 }
 ROUTED = ("alora", "lora-per-task")  # the ids of a batch matter to these
 EXPERTS = ("alora-soft", "hydralora")  # and these have num_experts under a learned router
+OF_EXPERTS = ("target_parameters", "experts_A", "experts_B")  # settings of alora alone
 SETTINGS, STATE = "method.json", "adapter.safetensors"  # the second holds what PEFT does not
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}  # PEFT trains these for the type
 
@@ -49,6 +50,9 @@ class Method:
     target_modules: str | tuple[str, ...] | None = "all-linear"
     task_type: str | None = "CAUSAL_LM"  # for SEQ_CLS and TOKEN_CLS the head is trained too
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: str | tuple[str, ...] | None = None
+    experts_A: str = "shared"  # noqa: N815, the letters of the formula
+    experts_B: str = "each"  # noqa: N815
 
     def __post_init__(self) -> None:
         check_method(self.name)
@@ -58,6 +62,8 @@ class Method:
                 raise ValueError(f"{name}: must be a whole number >= 1, got {value!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout: must be in [0, 1), got {self.lora_dropout}")
+        if self.target_parameters and self.name != "alora":
+            raise ValueError(f"target_parameters: {self.name} does not adapt experts: leave it out, or use alora")
         if self.name in ROUTED or self.tasks:
             from ..modules.adapter import task_names
 
@@ -106,7 +112,10 @@ class Method:
         if self.name == "lora":
             return LoraConfig(**self.shared_options)
         if self.name == "alora":
-            return ALoRAConfig(tasks=list(self.tasks), **self.shared_options)
+            experts = {key: getattr(self, key) for key in OF_EXPERTS}
+            if isinstance(self.target_parameters, tuple):
+                experts["target_parameters"] = list(self.target_parameters)
+            return ALoRAConfig(tasks=list(self.tasks), **self.shared_options, **experts)
         if self.name == "alora-soft":
             return ALoRAConfig(routing="soft", num_experts=self.num_experts, **self.shared_options)
         raise ValueError(f"{self.name} is not a PEFT method: use alora_kernels.baselines.methods.adapt")

@@ -33,6 +33,7 @@ from ..files import written_whole
 from ..modules.adapter import AdaptedLinear
 from ..tuner.base_layer import base_of, features, hooked
 from ..tuner.config import CONFIG, WEIGHTS, unwrapped
+from ..tuner.experts import resolve_parameters, stacked_sizes
 from ..tuner.layer import ALoRALayer
 from ..tuner.probe import Finding, probe
 from ..tuner.targets import check_target, leave_out, rows_of, targets_of
@@ -139,8 +140,17 @@ def _heads(model: nn.Module, method: Method) -> list[nn.Module]:
 
 
 def target_shapes(model: nn.Module, method: Method) -> list[tuple[int, int]]:
-    """(in_features, out_features) of every layer the method would adapt, in the model's order."""
-    return [features(base_of(module)) for module in _targets(model, method, probe(model)).values()]
+    """(in_features, out_features) of every layer the method would adapt, in the model's order.
+
+    Stacked weights of X experts follow, X times as wide where each expert has an A or a B of its own.
+    """
+    config: Any = method.peft_config() if method.target_parameters else None
+    stacks = stacked_sizes(model, resolve_parameters(model, config)).values() if config else ()
+    wide_a, wide_b = method.experts_A == "each", method.experts_B == "each"
+    experts = [(k * (x if wide_a else 1), n * (x if wide_b else 1)) for x, n, k in stacks]
+    if method.target_parameters and method.target_modules is None:
+        return experts
+    return [features(base_of(module)) for module in _targets(model, method, probe(model)).values()] + experts
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -226,6 +226,10 @@ def _facts(recipe: Recipe, rows: Rows | None, device: str, config: Any, dtype: t
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     # a LoRA per task divides the rows by their ids, which are numbers; it keeps what ALoRA does
     same = dataclasses.replace(method, name="alora") if method.name == "lora-per-task" else method
+    if isinstance(same.target_parameters, tuple):  # which may name layers that the short models have not
+        same = dataclasses.replace(
+            same, target_parameters=tuple({re.sub(r".*\.\d+\.", "", name) for name in same.target_parameters})
+        )
     runs = [_run(adapt(_built(_with_layers(config, count), dtype), same), length) for count in (1, 2)]
     saved = runs[1][0] - runs[0][0]
     return Facts(

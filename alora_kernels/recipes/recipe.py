@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..adapters.method import METHODS, Method
+from ..adapters.method import METHODS, OF_EXPERTS, Method
 from ..data import MODELS, TASKS, TaskSpec, as_source
 from ..dtypes import TRAINED, check_dtype
 from ..settings import mistakes, read_mapping, write_yaml
@@ -89,7 +89,11 @@ Targets = Annotated[
     Annotated[Name, Tag("as text")] | Annotated[tuple[Name, ...], Field(min_length=1), Tag("as list")],
     _tagged("as text", "as list"),
 ]
-
+Stacked = Annotated[
+    Annotated[Literal["all-experts"], Tag("as text")]
+    | Annotated[tuple[Name, ...], Field(min_length=1), Tag("as list")],
+    _tagged("as text", "as list"),
+]
 
 Reporter = Literal["tensorboard", "wandb", "mlflow"]
 Packing = Annotated[
@@ -140,7 +144,16 @@ class Recipe(BaseModel):
     lora_alpha: Number = _says("the scaling is lora_alpha / r", 16.0, gt=0)
     lora_dropout: Number = _says("a share", 0.0, ge=0, lt=1)
     use_rslora: bool = _says("the scaling is lora_alpha / sqrt(r)", False)
-    target_modules: Targets = _says("all-linear, a list of names, or a regular expression", "all-linear")
+    target_modules: Targets | None = _says(
+        "all-linear, a list of names, or a regular expression; null: target_parameters alone", "all-linear"
+    )
+    target_parameters: Stacked | None = _says(
+        "all-experts, or a list of ends of names such as mlp.experts.down_proj: a mixture's experts, by alora", None
+    )
+    experts_A: Literal["shared", "each"] = _says(  # noqa: N815, the letters of the formula
+        "A of a task for all experts, or one for each", "shared"
+    )
+    experts_B: Literal["shared", "each"] = _says("B of all tasks for all experts, or one for each", "each")  # noqa: N815
     epochs: Number | None = _says("passes over the training rows; 3 where no steps are given", None, gt=0)
     steps: Whole | None = _says("optimiser steps, instead of epochs", None, ge=1)
     batch_size: Whole = _says("rows in an optimiser step, of all processes together", 32, ge=1)
@@ -334,7 +347,7 @@ class Recipe(BaseModel):
 
     def adapters(self, tasks: tuple[str, ...]) -> Method:
         """The method of this recipe for tasks with these names in the order of their ids, at the recipe's rank."""
-        same = {"r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules"}
+        same = {"r", "lora_alpha", "lora_dropout", "use_rslora", "num_experts", "target_modules", *OF_EXPERTS}
         return Method(self.method, tasks=tasks, task_type="CAUSAL_LM", **self.model_dump(include=same))
 
     def rows_at_once(self, processes: int) -> int:
@@ -381,6 +394,13 @@ def _clashes(recipe: Recipe) -> Iterator[str]:
             f"gradient_accumulation: {recipe.batch_size} rows of a step cannot be split evenly in"
             f" {recipe.gradient_accumulation} passes: choose a divisor of batch_size"
         )
+    if recipe.target_parameters and recipe.method != "alora":
+        yield f"target_parameters: {recipe.method} does not adapt experts: leave it out, or use alora"
+    if not recipe.target_parameters:
+        asked = [key for key in OF_EXPERTS[1:] if getattr(recipe, key) != Recipe.model_fields[key].default]
+        yield from (f"{key}: of adapted experts: say which, target_parameters: all-experts" for key in asked)
+        if recipe.target_modules is None:
+            yield "target_modules: nothing is adapted: give it, or target_parameters: all-experts"
     if recipe.parallel == "fsdp" and recipe.conflict_steps:
         yield "conflict_steps: gradients of a sharded model are not measured: 0 under parallel: fsdp"
     if recipe.parallel == "fsdp" and recipe.load_in:

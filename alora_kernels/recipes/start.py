@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.method import OF_EXPERTS
 from ..adapters.reader import AdapterFile
 from ..adapters.tasks import read_tasks
 from ..baselines.methods import load_method
@@ -19,7 +20,8 @@ from ..tuner import add_task, train_only
 from ..tuner.config import ALoRAConfig
 from .recipe import Recipe
 
-KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")  # of an adapter, whatever a recipe says
+COPIED = ("r", "lora_alpha", "lora_dropout", "use_rslora", *OF_EXPERTS)
+KEPT = (*COPIED, "target_modules")  # of an adapter, whatever a recipe says
 SHOWN = 8  # names of tasks in a line
 
 
@@ -115,7 +117,16 @@ def _as_the_adapter(recipe: Recipe, folder: Path) -> Recipe:
         raise ValueError(f"method: {folder} is an ALoRA adapter and stays one: leave method out")
     for key in KEPT:
         given, theirs = getattr(recipe, key), getattr(config, key)
-        same = set(given) == theirs if isinstance(given, tuple) else given == theirs
-        if not same and given != Recipe.model_fields[key].default:
+        if not _same(key, given, theirs) and given != Recipe.model_fields[key].default:
             raise ValueError(f"{key}: {given} in the recipe, but {folder} keeps its own, {theirs}: leave {key} out")
-    return recipe.instead(**{key: getattr(config, key) for key in KEPT[:-1]})
+    return recipe.instead(**{key: getattr(config, key) for key in COPIED})
+
+
+def _same(key: str, given: Any, theirs: Any) -> bool:
+    """Whether a recipe's setting is an adapter's, whose target_parameters are full names."""
+    if key != "target_parameters" or not given or not theirs:
+        return bool(set(given) == theirs if isinstance(given, tuple) else given == theirs)
+    if isinstance(given, str):
+        return True
+    met = [{end for end in given if f".{name}".endswith(f".{end}")} for name in theirs]
+    return all(met) and set().union(*met) == set(given)

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     TrainingArguments,
 )
 from typer.testing import CliRunner
@@ -32,6 +33,8 @@ from tests.support.toyrows import write
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 300, "num_hidden_layers": 3, "max_position_embeddings": 512}  # fmt: skip
 LLAMA = LlamaConfig(**SIZES)
+EXPERTS = {"packing": False, "target_parameters": "all-experts"}
+MIXTURE = Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)
 GPT = GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=300, resid_pdrop=0, attn_pdrop=0)
 EQUAL, MIXED = [64] * 4, [64, 30, 50, 12]
 
@@ -92,6 +95,9 @@ def measured(config: PretrainedConfig, lengths: list[int], recipe: Recipe, folde
         (LLAMA, EQUAL, {"packing": False, "method": "lora-per-task"}),
         (Qwen3Config(**SIZES, head_dim=16), [48, 48], {"packing": False}),
         (GPT, [64], {"packing": False}),
+        (MIXTURE, EQUAL, EXPERTS),
+        (MIXTURE, EQUAL, EXPERTS | {"target_modules": None, "experts_A": "each", "dtype": "bfloat16"}),
+        (MIXTURE, EQUAL, EXPERTS | {"target_parameters": [f"layers.{i}.mlp.experts.down_proj" for i in range(3)]}),
     ],
 )  # fmt: skip
 def test_what_is_kept_for_the_backward_is_what_autograd_keeps(tmp_path, config, lengths, more):
@@ -104,12 +110,24 @@ def test_what_is_kept_for_the_backward_is_what_autograd_keeps(tmp_path, config, 
     assert found == pytest.approx(measured(config, lengths, chosen, tmp_path / "run"), rel=0.04)
 
 
-def test_parts_of_a_plan_are_what_their_settings_say(tmp_path):
-    chosen, _ = settings(tmp_path, LLAMA, [64] * 8)
+def counted(chosen: Recipe, config: PretrainedConfig) -> tuple[plan.Facts, int]:
     facts = plan.facts_of(chosen, None)
-    model = adapt(AutoModelForCausalLM.from_config(LLAMA), chosen.adapters(("spam",)))
+    model = adapt(AutoModelForCausalLM.from_config(config), chosen.adapters(("spam",)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert facts.adapter == trained and facts.linear + facts.other + trained == model.num_parameters()
+    return facts, trained
+
+
+@pytest.mark.parametrize("sharing", [("shared", "each"), ("each", "each"), ("shared", "shared"), ("each", "shared")])
+@pytest.mark.parametrize("modules", ["all-linear", None])
+def test_adapters_of_experts_are_counted(tmp_path, sharing, modules):
+    more = {"target_modules": modules, "experts_A": sharing[0], "experts_B": sharing[1]}
+    counted(settings(tmp_path, MIXTURE, [64], **EXPERTS, **more)[0], MIXTURE)
+
+
+def test_parts_of_a_plan_are_what_their_settings_say(tmp_path):
+    chosen, _ = settings(tmp_path, LLAMA, [64] * 8)
+    facts, trained = counted(chosen, LLAMA)
     whole = plan.parts(facts, chosen)
     assert whole["weights"] == 4 * (facts.linear + facts.other) and whole["optimiser"] == 8 * trained
     halves = plan.parts(facts, chosen.instead(gradient_accumulation=2))
