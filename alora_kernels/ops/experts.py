@@ -101,12 +101,7 @@ def _experts_linear(
 ) -> Tensor:
     if backend == "torch":
         return _each_expert(x, weight, bias, h, b, offsets)
-    from .. import kernels  # needs the triton package, which only Linux has
-
-    y = _grouped(x, weight.transpose(1, 2), offsets)
-    if bias is not None:
-        y += F.pad(bias, (0, 0, 0, 1))[ids]
-    return y.add_(kernels.dx_task(None, None, h, b.transpose(1, 2), _groups(ids, offsets), dtype=y.dtype))
+    return grouped(x, weight, bias, h, b, ids, offsets)
 
 
 @torch.library.custom_op(
@@ -125,17 +120,7 @@ def _experts_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "torch":
         return _each_expert_backward(dy, weight, h, b, offsets, needs)
-    from .. import kernels
-
-    dx, dh, db = (dy.new_empty(0) for _ in needs)
-    groups = _groups(ids, offsets)
-    if needs[0]:
-        dx = _grouped(dy, weight, offsets)
-    if needs[1]:
-        dh = kernels.shrink_task(dy, b.transpose(1, 2), groups, scaling=1.0, dropout=None).to(h.dtype)
-    if needs[2]:
-        db = kernels.da_task(h, dy, groups, b.shape[0], dtype=b.dtype).transpose(1, 2).contiguous()
-    return dx, dh, db
+    return grouped_backward(dy, weight, h, b, ids, offsets, needs)
 
 
 @experts_linear_op.register_fake
@@ -238,10 +223,45 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
-def _grouped(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+def grouped(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    """The forward in Triton's kernels for tasks, over torch's grouped product."""
+    from .. import kernels  # needs the triton package, which only Linux has
+
+    y = _grouped_product(x, w.transpose(1, 2), offsets)
+    if bias is not None:
+        y += F.pad(bias, (0, 0, 0, 1))[ids]
+    return y.add_(kernels.dx_task(None, None, h, _as_a(b), _groups(ids, offsets), dtype=y.dtype))
+
+
+def grouped_backward(
+    dy: Tensor, w: Tensor, h: Tensor, b: Tensor, ids: Tensor, offsets: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in Triton's kernels for tasks."""
+    from .. import kernels
+
+    dx, dh, db = (dy.new_empty(0) for _ in needs)
+    groups = _groups(ids, offsets)
+    if needs[0]:
+        dx = _grouped_product(dy, w, offsets)
+    if needs[1]:
+        dh = kernels.shrink_task(dy, _as_a(b), groups, scaling=1.0, dropout=None).to(h.dtype)
+    if needs[2]:
+        db = kernels.da_task(h, dy, groups, b.shape[0], dtype=b.dtype).transpose(1, 2).contiguous()
+    return dx, dh, db
+
+
+def _as_a(b: Tensor) -> Tensor:
+    """B^T `[X, R, N]`: a copy where rows of R numbers are not aligned, or each number would be a load of its own."""
+    transposed = b.transpose(1, 2)
+    return transposed.contiguous() if b.shape[2] % 16 else transposed
+
+
+@without_autocast
+def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """x_e w_e `[S, N]` for w `[X, K, N]`, zero in rows of no expert."""
-    if hasattr(F, "grouped_mm") and x.device.type == "cuda" and x.dtype == w.dtype == torch.bfloat16:
-        y = F.grouped_mm(x, w, offs=offsets[1:])
+    aligned = x.numel() > 0 and x.shape[1] % 8 == w.shape[2] % 8 == 0  # grouped_mm takes rows of whole 16 bytes
+    if hasattr(F, "grouped_mm") and x.dtype == w.dtype == torch.bfloat16 and aligned:
+        y = F.grouped_mm(x.contiguous(), w, offs=offsets[1:])
         beyond = torch.arange(x.shape[0], device=x.device) >= offsets[-1]  # which it leaves as they are
         return cast(Tensor, y.masked_fill_(beyond.unsqueeze(1), 0))
     y = x.new_zeros(x.shape[0], w.shape[2])

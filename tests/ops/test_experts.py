@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from alora_kernels import reference
-from alora_kernels.ops.experts import SortedRows, experts_linear, experts_shrink, recomputed, sort_by_expert
+from alora_kernels.ops.experts import (
+    SortedRows,
+    _as_a,
+    _grouped_product,
+    experts_linear,
+    experts_shrink,
+    recomputed,
+    sort_by_expert,
+)
 from alora_kernels.routing import group_rows
 from tests.compare import skip_unless_runnable
 
@@ -35,6 +43,7 @@ class Case:
     transposed: bool = False
     per_token: bool = True
     fp32_adapters: bool = False
+    strided: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(v) for v in vars(self).values())
@@ -59,21 +68,33 @@ CASES = [
 ]
 
 
+ROUNDED = [
+    Case(tokens=64, k=48, n=40, r=8),
+    Case(tokens=64, k=48, n=40, r=8, fp32_adapters=True),
+    Case(tokens=40, k=64, n=48, r=16, bias=True, each_a=True),
+    Case(tokens=40, k=33, n=18, r=1, strided=True),
+    Case(tokens=40, k=32, n=48, r=33, each_b=False, transposed=True),
+    Case(tokens=40, k=32, n=32, r=64, chosen="dropped", strided=True, per_token=False),
+    Case(tokens=16, k=16, n=16, r=4, experts=64, tasks=8, each_a=True),  # 512 As, most of no row
+    Case(tokens=16, k=16, n=16, r=4, experts=64, tasks=8, chosen="dropped"),
+]
+
+
 class Problem:
     """Random inputs; `leaves` have gradients."""
 
-    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.case = c = case
-        draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(device)  # noqa: E731
         adapter = torch.float32 if c.fp32_adapters else dtype
         rows = c.tokens if c.per_token else c.tokens * c.top
-        self.x = draw(rows, c.k).to(dtype)
+        self.x = draw(c.k, rows).t().to(dtype) if c.strided else draw(rows, c.k).to(dtype)
         self.w = draw(c.experts, c.n, c.k).to(dtype)
         self.bias = draw(c.experts, c.n).to(dtype) if c.bias else None
         self.a = draw(c.tasks, *[c.experts] * c.each_a, c.r, c.k).to(adapter)
         self.b = draw(*[c.experts] * c.each_b, c.n, c.r).to(adapter)
-        self.expert_ids = torch.randint(0, c.experts, (c.tokens, c.top))
+        self.expert_ids = torch.randint(0, c.experts, (c.tokens, c.top)).to(device)
         if c.chosen == "dropped":
             self.expert_ids[::3] = c.experts
             self.expert_ids[1::5] = -1
@@ -83,7 +104,7 @@ class Problem:
             self.expert_ids[:] = c.experts - 1
         elif c.chosen == "none":
             self.expert_ids[:] = c.experts
-        self.task_ids = torch.randint(-1, c.tasks, (c.tokens,))
+        self.task_ids = torch.randint(-1, c.tasks, (c.tokens,)).to(device)
         self.dy = draw(c.tokens * c.top, c.n)
         self.rows = sort_by_expert(self.expert_ids, c.experts)
 
@@ -128,14 +149,36 @@ def test_values_and_gradients(case, backend):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fp32_adapters", [False, True])
-def test_error_is_at_most_twice_that_of_torch(dtype, fp32_adapters):
-    p = Problem(Case(tokens=64, k=48, n=40, r=8, fp32_adapters=fp32_adapters), dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_error_is_at_most_twice_that_of_torch(device, case, backend, dtype):
+    skip_unless_runnable(backend, device, dtype)
+    p = Problem(case, dtype, device)
     right, plain = p.right(), p.right(dtype)
-    for found, theirs, truth in zip(p.fused("torch"), plain, right, strict=True):
-        allowed = 2 * error(theirs, truth) + 1e-2 * torch.finfo(dtype).eps * float(truth.abs().max())
+    for found, theirs, truth in zip(p.fused(backend), plain, right, strict=True):
+        assert found.shape == truth.shape and found.isfinite().all()
+        allowed = 2 * error(theirs, truth) + torch.finfo(dtype).eps * float(truth.detach().abs().max())
         assert error(found, truth) <= allowed
+
+
+@pytest.mark.parametrize(("k", "n"), [(16, 24), (10, 16), (16, 7), (10, 7)])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_torchs_grouped_product_of_any_alignment(device, k, n, by_columns):
+    x = torch.randn(12, 2 * k).to(device, torch.bfloat16)[:, k:]
+    w = torch.randn(3, n, k).to(device, torch.bfloat16).transpose(1, 2)
+    w = w if by_columns else w.contiguous()
+    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    y = _grouped_product(x, w, offsets)
+    right = torch.cat([x[:4].double() @ w[0].double(), x[4:9].double() @ w[2].double(), y.new_zeros(3, n).double()])
+    torch.testing.assert_close(y.double(), right, rtol=1e-2, atol=2e-2)
+    assert not y[9:].any() and _grouped_product(x[:0], w, torch.zeros_like(offsets)).shape == (0, n)
+
+
+def test_b_is_copied_where_its_rows_are_not_aligned():
+    wide, narrow = torch.randn(3, 32, 16), torch.randn(3, 32, 8)
+    assert _as_a(wide).data_ptr() == wide.data_ptr() and _as_a(narrow).stride() == (256, 32, 1)
+    assert torch.equal(_as_a(narrow), narrow.transpose(1, 2))
 
 
 def test_a_row_alone_is_the_row_of_the_batch():
@@ -149,10 +192,12 @@ def test_a_row_alone_is_the_row_of_the_batch():
         torch.testing.assert_close(alone.fused("torch")[0], y[token])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_inputs_give_the_same_bits(dtype):
-    p = Problem(Case(tokens=40, each_a=True), dtype)
-    for first, second in zip(p.fused("torch"), p.fused("torch"), strict=True):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_inputs_give_the_same_bits(device, backend, dtype):
+    skip_unless_runnable(backend, device, dtype)
+    p = Problem(Case(tokens=40, each_a=True), dtype, device)
+    for first, second in zip(p.fused(backend), p.fused(backend), strict=True):
         assert torch.equal(first, second)
 
 
