@@ -232,6 +232,9 @@ def _keys(folder: Path, file: TensorFile, config: AdapterConfig) -> tuple[Keys, 
             raise refused(folder, f"holds {match[2]} of {match[1]} twice: save the adapter again")
     if not keys:
         raise refused(folder, f"{WEIGHTS} holds no tensor: save the adapter again")
+    if missing := config.stacks - keys.keys():
+        raise refused(folder, f"target_parameters names {listed(sorted(missing), 2)}, of which {WEIGHTS} holds no A and"
+                      " B: give full names, or save the adapter again")  # fmt: skip
     for module, parts in keys.items():
         for part in "AB":
             if part not in parts:

@@ -39,7 +39,7 @@ class SavedTask:
     """One task of a saved adapter."""
 
     name: str
-    norm: float  # ||s B A||_F over all modules: how much it changes the weights
+    norm: float  # ||s B A||_F over all modules, of experts that share A and B once: how much it changes the weights
     alike: dict[str, float]  # other task -> cosine of the two changes
     card: TaskCard | None  # how it is asked, if that is known
 

@@ -211,6 +211,7 @@ def _adapter(folder: Path, names: tuple[str, ...], client: bool = False) -> list
     if settings.get("peft_type") == ALORA and settings.get("routing") == "soft":
         return _soft(folder, names, settings)
     file = read_adapter(folder)
+    file.refuse_experts("comparing units")
     alora, several = file.config.kind == "alora", len(file.tasks) > 1
     stack = (len(file.tasks),) if alora else ()
     found = {
