@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..records import acc_dtype
 from . import torch_backend
@@ -44,6 +45,14 @@ def traced(x: Tensor) -> bool:
     return bool(modes) or torch.jit.is_tracing()
 
 
+def refuse_forward_mode() -> None:
+    """Raise inside `torch.func.jvp` and its kind: an op of our own would drop tangents and give zeros."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "adapters have no forward-mode derivative: use torch.autograd.grad, or alora_kernels.reference"
+        )
+
+
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd must see an op's call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -65,6 +74,7 @@ def linear(
     Without w, bias and b it is h of the routed half, times s.
     """
     if traced(x):
+        refuse_forward_mode()
         y, _, _ = linear_op(_rows(x), w, bias, b, *adapter.flat(), backend)
     elif differentiated(x, bias, b, adapter.a, adapter.router):
         # shaped out here: what a function of autograd's gives as a view cannot be written into

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import RowGroups, group_rows
-from .autograd import differentiated, linear, needs_dispatch, traced
+from .autograd import differentiated, linear, needs_dispatch, refuse_forward_mode, traced
 from .dispatch import BACKENDS
 from .functional import drawn
 from .products import add_product_, without_autocast
@@ -81,6 +81,7 @@ def experts_linear(
     name = BACKENDS[backend].name
     flat = x, weight.detach(), bias, h, b, rows.ids, rows.offsets, name
     if traced(x):
+        refuse_forward_mode()
         return cast(Tensor, experts_linear_op(*flat))
     return cast(Tensor, _ExpertsNow.apply(*flat)) if differentiated(x, h, b) else _experts_linear(*flat)
 

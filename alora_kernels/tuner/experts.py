@@ -8,6 +8,7 @@ hold the adapters and are called like the parameters, so names, patterns and fil
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -93,8 +94,8 @@ class StackedWeight(nn.Module, ALoRALayer):
         """Nothing to check: the layer computes with the parameter itself."""
 
     def active(self, state: LayerState) -> list[str]:
-        """The active adapters that adapt this parameter."""
-        return [name for name in state.active if name in self.asymlora_spec]
+        """The active adapters that adapt this parameter; none beside what is merged into it, as for a layer."""
+        return [] if self.merged else [name for name in state.active if name in self.asymlora_spec]
 
     def tokens(self, x: Tensor, state: LayerState) -> dict[str, RowGroups]:
         """The tokens `[M, H]` of the batch by task, for each active adapter."""
@@ -162,6 +163,20 @@ class ALoRAExperts(nn.Module):
                 stack.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
+    def _check(self, x: Tensor, weights: Sequence[Tensor | None]) -> None:
+        """Raise a ValueError for what came after the adapter and what this layer would pass over without a word."""
+        base, why, present = self.base_layer, "", [w for w in weights if w is not None]
+        if base._is_expert_parallel:
+            why = f"is split over processes by expert, and {WHOLE}"
+        elif hooked(base):
+            why = "has hooks, or is offloaded, which adapted experts would not ask: put hooks on the block around it"
+        elif torch.is_grad_enabled() and any(w.requires_grad for w in present):
+            why = "trains, and adapted experts give their base no gradient: freeze it, or train it without the adapter"
+        elif any(w.device != x.device for w in present):
+            why = f"has weights on another device than its input, {x.device}: move the model there"
+        if why:
+            raise ValueError(f"{self.rows_name} {why}")
+
     def _states(self) -> tuple[LayerState, LayerState]:
         return self.gate_up_proj._state(), self.down_proj._state()
 
@@ -173,23 +188,16 @@ class ALoRAExperts(nn.Module):
         up, down = self.stacks
         many = any(len(spec.tasks) > 1 for stack in self.stacks for spec in stack.asymlora_spec.values())
         states = replayed_state(self, self._states, many)
-        merged = up.merged or down.merged
-        if states[0].disabled:
-            for stack in self.stacks:
+        for stack in self.stacks:
+            if states[0].disabled:
                 stack.unmerge()
-        elif merged:
-            for stack in self.stacks:
+            else:
                 stack._check_no_ids()
-        if (
-            states[0].disabled
-            or merged
-            or not any(s.active(state) for s, state in zip(self.stacks, states, strict=True))
-        ):
+        if states[0].disabled or not any(s.active(state) for s, state in zip(self.stacks, states, strict=True)):
             return self.base_layer(hidden_states, expert_ids, expert_weights)  # type: ignore[no-any-return]
         base: Any = self.base_layer
-        if base._is_expert_parallel:
-            raise ValueError(f"{self.rows_name} is split over processes by expert, and {WHOLE}")
         weights = [getattr(base, name, None) for name in (*PARAMETERS, *(f"{p}_bias" for p in PARAMETERS))]
+        self._check(hidden_states, weights)
         x, *frozen = autocast(hidden_states, *weights)
         x = x.to(frozen[0].dtype)
         rows, key = sort_by_expert(expert_ids, up.num_experts), choose(x, None)
@@ -202,6 +210,13 @@ class ALoRAExperts(nn.Module):
         weight = expert_weights.reshape(-1)[rows.source].masked_fill(rows.ids >= up.num_experts, 0)
         out = rows.restored(out * weight.unsqueeze(1))
         return out.view(*expert_ids.shape, out.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is a class of `FAMILIES` and computes as transformers wrote it."""
+    kind = type(module)
+    own = kind.__module__.startswith("transformers.models.") and kind.forward.__module__.startswith("transformers.")
+    return own and kind.__name__ in FAMILIES
 
 
 class _Match(NamedTuple):
@@ -221,7 +236,7 @@ def _matches(model: nn.Module, targets: Any) -> Iterator[_Match]:
         module = module.base_layer if isinstance(module, ALoRAExperts) else module
         for key in module._parameters:
             full = f"{name}.{key}"
-            all_of = targets == ALL_EXPERTS and type(module).__name__ in FAMILIES and key in PARAMETERS
+            all_of = targets == ALL_EXPERTS and _is_known(module) and key in PARAMETERS
             if all_of or (targets != ALL_EXPERTS and any(f".{full}".endswith(f".{t}") for t in targets)):
                 yield _Match(full, module, block)
 
@@ -246,7 +261,10 @@ def resolve_parameters(model: nn.Module, config: ALoRAConfig) -> list[str]:
     found = [
         m
         for m in _matches(model, targets)
-        if not isinstance(check_target_module_exists(config, m.name), _ExcludedModule)
+        if not any(
+            isinstance(check_target_module_exists(config, name), _ExcludedModule)
+            for name in (m.name, m.name.rpartition(".")[0])
+        )
     ]
     if targets == ALL_EXPERTS and not found:
         kinds = {type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()}
@@ -257,8 +275,15 @@ def resolve_parameters(model: nn.Module, config: ALoRAConfig) -> list[str]:
     for target in () if targets == ALL_EXPERTS else targets:
         if not any(f".{match.name}".endswith(f".{target}") for match in found):
             raise ValueError(f"target_parameters names {target!r}, and no parameter of the model is called so")
+    blocks = Counter(
+        id(child)
+        for block in model.modules()
+        if not isinstance(block, ALoRAExperts)
+        for child in block._modules.values()
+    )
     for match in found:
-        if why := _why_not(match):
+        shared = "belongs to experts that several blocks share, of which one would be adapted: give each its own"
+        if why := shared if blocks[id(match.module)] > 1 else _why_not(match):
             raise ValueError(f"{match.name}, of target_parameters, {why}")
     config.target_parameters = [match.name for match in found]
     return config.target_parameters
@@ -267,8 +292,9 @@ def resolve_parameters(model: nn.Module, config: ALoRAConfig) -> list[str]:
 def _why_not(match: _Match) -> str:
     """Why a parameter cannot be adapted, or ""."""
     module, kind, leaf = match.module, type(match.module).__name__, match.name.rpartition(".")[2]
-    if kind not in FAMILIES or leaf not in PARAMETERS:
-        return f"belongs to a {kind}: ALoRA adapts {' and '.join(PARAMETERS)} of {listed(FAMILIES, 9)}"
+    if not _is_known(module) or leaf not in PARAMETERS:
+        other = " of other code" if kind in FAMILIES else ""
+        return f"belongs to a {kind}{other}: ALoRA adapts {' and '.join(PARAMETERS)} of {listed(FAMILIES, 9)}"
     weight: Any = getattr(module, leaf)
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
         what = f"{type(weight).__name__} of {weight.dtype}".replace("torch.", "")

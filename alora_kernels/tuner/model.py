@@ -234,9 +234,8 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raise before any weight is touched if some layer cannot be merged, or shares its weight with another module."""
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), set()).add(name.removesuffix(".base_layer"))
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(name.removesuffix(".base_layer"))
     for name, layer in model.named_modules():
         if not isinstance(layer, ALoRALayer):
             continue
@@ -247,7 +246,9 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
         if not chosen:
             continue
         layer.check_takes_merge()
-        others = sorted(owners.get(id(layer.get_base_layer()._parameters.get("weight")), set()) - {name})
+        key = getattr(layer, "parameter", "weight")  # of experts, whose stacked weights have layers within theirs
+        weight = layer.get_base_layer()._parameters.get(key)
+        others = sorted(owners[id(weight)] - {name.removesuffix(f".{key}")}) if weight is not None else []
         if others:
             raise ValueError(
                 f"the weight of {name} is also that of {', '.join(others)}, and merging would change both: untie them"

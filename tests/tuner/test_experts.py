@@ -5,11 +5,13 @@ Values and gradients of whole models, row by row and beside stock PEFT, are in t
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -302,8 +304,8 @@ def test_experts_split_over_processes_are_refused():
 
 
 def test_excluded_experts_stay_out():
-    model = adapted(exclude_modules=r".*layers\.0\.mlp\.experts.*")
-    assert model.peft_config["default"].target_parameters[0] == "model.layers.1.mlp.experts.gate_up_proj"
+    for model in (adapted(exclude_modules=n) for n in (r".*layers\.0\.mlp\.experts.*", ["layers.0.mlp.experts"])):
+        assert model.peft_config["default"].target_parameters[0] == "model.layers.1.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -352,3 +354,117 @@ def test_target_parameters_alone_bring_no_modules_along(monkeypatch):
     monkeypatch.setattr(ALoRAModel, "target_module_mapping", {"mixtral": ["q_proj"]})
     model = adapted(mixture("Mixtral"))
     assert model.targeted_module_names == [] and len(model.targeted_parameter_names) == 4
+
+
+def after(model: Any, what: str) -> None:
+    base = next(m for m in model.modules() if isinstance(m, ALoRAExperts)).base_layer
+    if what == "hook":
+        base.register_forward_hook(lambda *args: None)
+    elif what == "offload":
+        cpu_offload(base, execution_device=torch.device("cpu"))
+    elif what == "train":
+        base.down_proj.requires_grad_()
+    else:
+        base.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [("hook", "has hooks"), ("offload", "is offloaded"), ("train", "trains, and"), ("move", "on another device")],
+)
+def test_what_comes_after_the_adapter_is_not_passed_over(what, text):
+    model = adapted()
+    after(model, what)
+    with pytest.raises(ValueError, match=rf"layers\.0\.mlp\.experts .*{text}"):
+        model(input_ids=tokens(3), adapter_names=NAMES)
+    if what == "train":
+        assert logits(model).isfinite().all()  # without gradients nothing is missing
+
+
+@pytest.mark.parametrize("change", ["subclass", "class"])
+def test_experts_of_the_same_name_and_other_code_are_refused(change, monkeypatch):
+    base = mixture()
+    kind = type(base.model.layers[0].mlp.experts)
+    if change == "class":
+        monkeypatch.setattr(kind, "forward", lambda self, *args: kind.forward(self, *args) * 2)
+    else:
+        base.model.layers[0].mlp.experts.__class__ = type(kind.__name__, (kind,), {"__module__": __name__})
+    with pytest.raises(ValueError, match="belongs to a Qwen3MoeExperts of other code"):
+        adapted(base, target_parameters=["down_proj"])
+
+
+def test_experts_that_blocks_share_are_refused_and_so_is_merging_into_shared_weights():
+    base = mixture()
+    first, second = (layer.mlp for layer in base.model.layers)
+    second.experts.down_proj = first.experts.down_proj
+    model = adapted(deepcopy(base))
+    set_task(model, "green")
+    before = logits(model, None, tokens(2))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj is also that of model\.layers\.1\.mlp"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, None, tokens(2)), before)
+    second.experts = first.experts
+    with pytest.raises(ValueError, match="belongs to experts that several blocks share"):
+        adapted(base)
+
+
+def test_one_stacked_weight_is_merged_and_the_other_keeps_its_adapters():
+    model = adapted()
+    config = ALoRAConfig(r=2, tasks=1, target_parameters=["experts.down_proj"], init_weights=False)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    set_task(model, "green")
+    alone = deepcopy(model)
+    model.merge_adapter(["other"])
+    for stack in stacks_of(alone)[1::2]:
+        stack.forget("default")  # as a layer, into which another adapter was merged
+    torch.testing.assert_close(logits(model, None, tokens(2)), logits(alone, None, tokens(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "GptOss"])
+def test_routers_and_what_is_below_learn_as_over_merged_experts(family):
+    """Whatever trains beside the experts, and rows that no expert takes, as the base computes it by itself."""
+    model = adapted(mixture(family, "eager"))
+    set_task(model, "green")
+    merged = deepcopy(model).merge_and_unload()
+    merged.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" not in name)
+    right = gradients(merged, lambda: merged(input_ids=tokens(3)))
+    found = gradients(model, lambda: model(input_ids=tokens(3)))
+    assert any("gate.weight" in name or "router.weight" in name for name in found) and len(found) > 10
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, right[name.removeprefix("base_model.model.")], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_rows_that_no_expert_takes():
+    model = adapted(mixture("Qwen3Moe", "eager"))
+    set_task(model, "green")
+    merged = deepcopy(model).merge_and_unload().model.layers[0].mlp.experts
+    experts = next(m for m in model.modules() if isinstance(m, ALoRAExperts))
+    ids, found = torch.tensor([[0, 1], [2, 4], [4, 4], [3, 3]]), []
+    for module in (experts, merged):
+        generator = torch.Generator().manual_seed(0)
+        x, weights = (torch.randn(4, n, generator=generator, requires_grad=True) for n in (32, 2))
+        y = module(x, ids, weights)
+        found.append((y, *torch.autograd.grad(y.pow(2).sum(), (x, weights))))
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)
+
+
+def test_copies_and_pickles_stand_on_weights_of_their_own():
+    model = adapted()
+    right, copies = logits(model), [deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(logits(copy), right) for copy in copies)
+
+
+def test_forward_mode_is_refused_not_zero():
+    model = adapted(target_modules=["q_proj"])
+    set_task(model, "green")
+    block = model.base_model.model.model.layers[0]
+    ids, weights, x = torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2), torch.randn(3, 32)
+    for function in (lambda x: block.mlp.experts(x, ids, weights), block.self_attn.q_proj):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (x,), (x,))
