@@ -14,6 +14,7 @@ import torch
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import alora_kernels
@@ -324,15 +325,38 @@ def test_autocast():
     assert (near.float() - logits(model)).norm() < 0.05 * logits(model).norm()
 
 
-def test_compiled():
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_in_one_graph_for_all_choices_and_tasks(training):
     torch._dynamo.reset()
-    model = adapted(mixture(num_hidden_layers=1))
-    experts = next(m for m in model.modules() if isinstance(m, ALoRAExperts))
-    x, ids, weights = torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
-    with torch.no_grad(), alora_kernels.route(torch.tensor([0, 1, 2, 0, 1, -1])):
-        right = experts(x, ids, weights)
-        compiled = torch.compile(experts, backend="aot_eager")
-        torch.testing.assert_close(compiled(x, ids, weights), right)
+    experts = next(m for m in adapted(mixture(num_hidden_layers=1)).modules() if isinstance(m, ALoRAExperts))
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(experts.train(training), backend=counted, fullgraph=True)
+    leaves = [p for p in experts.parameters() if p.requires_grad]
+    for rows, graphs in ((6, 1), (6, 1), (9, 2), (13, 2)):  # another length once, then any
+        x, weights = torch.randn(rows, 32, requires_grad=training), torch.rand(rows, 2, requires_grad=training)
+        ids, tasks = torch.randint(-1, 5, (rows, 2)), torch.randint(-1, 3, (rows,))
+        with alora_kernels.route(tasks), torch.set_grad_enabled(training):
+            right, found = experts(x, ids, weights), compiled(x, ids, weights)
+            torch.testing.assert_close(found, right)
+        if training:
+            each = [torch.autograd.grad(y.sin().sum(), (x, weights, *leaves)) for y in (found, right)]
+            torch.testing.assert_close(*each)
+        assert counted.frame_count == graphs
+
+
+def test_a_mixed_batch_of_a_mixture_on_this_device(device):
+    """Values and gradients of a whole model beside those of float64 on the CPU."""
+    exact, model = adapted(mixture().double()).double(), adapted(mixture()).to(device)
+    ids, losses = tokens(3), []
+    for m in (exact, model):
+        y = m(input_ids=ids.to(m.device), adapter_names=NAMES).logits
+        losses.append(y.double().square().mean())
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=1e-4, atol=1e-5)
+    right = {n: p.grad for n, p in exact.named_parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad.cpu().double(), right[name], rtol=1e-3, atol=1e-5)
 
 
 def test_other_rows_round_a_mixture_otherwise_and_its_attention_is_adapted_all_the_same(recwarn):
