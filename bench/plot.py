@@ -1,7 +1,7 @@
 """Figures and the tables of README and docs from the CSV files: `python -m bench plot`.
 
-Of several runs of the same case the newest counts. A block goes to the page that has its markers. The block
-`bench-static` holds predictions, which need triton. CI only compares the pages, with `--check`.
+Of several runs of the same case the newest counts. A block goes to the page that has its markers. The blocks
+`bench-static` and `bench-mixtures` hold predictions, which need triton. CI only compares the pages, with `--check`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,10 @@ def _with_blocks(text: str, results: dict[Path, list[Row]], folder: Path, others
         from .static import roofline
 
         blocks["static"] = [roofline.block(predictions(), roofline.Rates(), readme.linked(PREDICTED, folder))]
+    if _begins("bench-mixtures") in text and importlib.util.find_spec("triton") is not None:
+        from .static import mixtures, roofline
+
+        blocks["mixtures"] = [mixtures.block(roofline.Rates())]
     if _begins("bench-compiled") in text and COMPILED.exists():
         blocks["compiled"] = [readme.compiled(COMPILED, readme.linked(COMPILED, folder))]
     for name, made_by in _OTHERS.items():

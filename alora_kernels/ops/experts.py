@@ -257,7 +257,6 @@ def _as_a(b: Tensor) -> Tensor:
     return transposed.contiguous() if b.shape[2] % 16 else transposed
 
 
-@without_autocast
 def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """x_e w_e `[S, N]` for w `[X, K, N]`, zero in rows of no expert."""
     aligned = x.numel() > 0 and x.shape[1] % 8 == w.shape[2] % 8 == 0  # grouped_mm takes rows of whole 16 bytes

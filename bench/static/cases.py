@@ -6,6 +6,7 @@ with cases here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import kernels as ak
+from alora_kernels.ops import experts
 from alora_kernels.routing import RowGroups
 
 
@@ -74,6 +76,17 @@ CASES = (
         )
     ]
     + [Case("soft", _BF16, e=64), Case("soft", _BF16, r=64, e=64, adapter=_FP32, dropout=True)]
+    + [  # e experts, rows sorted by them: Qwen3-30B-A3B, Mixtral 8x7B, GPT-OSS 20B
+        case
+        for adapter in (_BF16, _FP32)
+        for case in (
+            Case("experts", _BF16, m=65536, k=2048, n=1536, e=128, adapter=adapter),
+            Case("experts", _BF16, m=512, k=2048, n=1536, e=128, adapter=adapter),
+            Case("experts", _BF16, m=16384, n=28672, adapter=adapter),
+            Case("experts", _BF16, m=32768, k=2880, n=5760, r=8, e=32, bias=True, adapter=adapter),
+            Case("experts", _BF16, m=32768, k=2880, n=2880, r=64, e=32, bias=True, adapter=adapter),
+        )
+    ]
 )
 
 
@@ -84,6 +97,8 @@ def run_case(case: Case) -> None:
         return torch.empty(*shape, dtype=dtype or case.dtype, device="meta")
 
     adapter = case.adapter or case.dtype
+    if case.routing == "experts":
+        return _run_experts(case, empty, empty(case.e, case.n, case.r, dtype=adapter))
     x, dy = empty(case.m, case.k), empty(case.m, case.n)
     w = empty(case.k, case.n).t() if case.transposed else empty(case.n, case.k)
     a, b = empty(case.e, case.r, case.k, dtype=adapter), empty(case.n, case.r, dtype=adapter)
@@ -117,3 +132,11 @@ def run_case(case: Case) -> None:
         ak.da_soft(dp, x, case.e, dropout=drop, dtype=adapter)
     if drop is not None:
         ak.dropout_mask(case.m, case.k, drop, dtype=torch.float32)
+
+
+def _run_experts(case: Case, empty: Callable[..., Tensor], b: Tensor) -> None:
+    """The half of an adapted stacked weight that has kernels of its own variants; its shrink is that of a layer."""
+    w, h, bias = empty(case.e, case.n, case.k), empty(case.m, case.r), empty(case.e, case.n) if case.bias else None
+    rows = empty(case.m, dtype=torch.int32), empty(case.e + 1, dtype=torch.int32)
+    experts.grouped(empty(case.m, case.k), w, bias, h, b, *rows)
+    experts.grouped_backward(empty(case.m, case.n), w, h, b, *rows, [True] * 3)

@@ -193,8 +193,10 @@ class Trace(TorchDispatchMode):
 
 
 def _torch_flops(name: str, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> int:
-    """FLOPs of mm, bmm, addmm and the like: the last input is `[.., L, C]`, the result has C columns."""
-    return 2 * results[0].numel() * inputs[-1].shape[-2] if name.rstrip("_").endswith("mm") else 0
+    """FLOPs of mm, bmm, addmm and the like: the last matrix given is `[.., L, C]`, the result has C columns."""
+    if not name.rstrip("_").endswith("mm"):
+        return 0
+    return 2 * results[0].numel() * [t for t in inputs if t.dim() > 1][-1].shape[-2]
 
 
 def trace(layer: Layer, work: Callable[[], Any]) -> tuple[tuple[Step, ...], Any]:
@@ -204,21 +206,22 @@ def trace(layer: Layer, work: Callable[[], Any]) -> tuple[tuple[Step, ...], Any]
     return tuple(seen.steps), result
 
 
+def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without numbers."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 class _Tensors:
     def __init__(self, layer: Layer) -> None:
         m, k, n, r, e = layer.m, layer.k, layer.n, layer.r, layer.e
-        self.x, self.w, self.dy, self.b = self._new(m, k), self._new(n, k), self._new(m, n), self._new(n, r)
+        self.x, self.w, self.dy, self.b = new(m, k), new(n, k), new(m, n), new(n, r)
         groups, router = None, None
         if layer.routing == "task":
-            groups = RowGroups(*(self._new(size, dtype=torch.int32) for size in (m, m, e + 1)))
+            groups = RowGroups(*(new(size, dtype=torch.int32) for size in (m, m, e + 1)))
         else:
-            router = self._new(e, k)
-        self.adapter = Adapter(self._new(e, r, k), router, groups, 2.0, None)
+            router = new(e, k)
+        self.adapter = Adapter(new(e, r, k), router, groups, 2.0, None)
         self.saved = triton_backend.shrink(self.x, self.adapter)
-
-    @staticmethod
-    def _new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
 
     def work(self, direction: str, plan: str | None) -> Any:
         """The pass under a plan: what the op calls, and what it returns."""
@@ -243,7 +246,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def predict(layer: Layer, direction: str, rates: Rates) -> list[Prediction]:
     """What each plan that takes this layer is predicted to cost; plans with the same launches are one row."""
     tensors = _Tensors(layer)
-    frozen = _total(trace(layer, lambda: tensors.frozen(direction))[0], rates)
+    frozen = total(trace(layer, lambda: tensors.frozen(direction))[0], rates)
     usual, _ = trace(layer, lambda: tensors.work(direction, None))
     found: dict[tuple[Step, ...], list[str]] = {}
     fewest = 0
@@ -257,7 +260,7 @@ def predict(layer: Layer, direction: str, rates: Rates) -> list[Prediction]:
     needed = product_flops(layer, direction)
     predicted = []
     for steps, names in found.items():
-        facts = (steps == usual, steps, needed, fewest, _total(steps, rates), frozen)
+        facts = (steps == usual, steps, needed, fewest, total(steps, rates), frozen)
         predicted.append(Prediction(layer, direction, ", ".join(names), *facts))
     return predicted
 
@@ -269,7 +272,7 @@ def predict_all(rates: Rates, layers: Sequence[Layer] = LAYERS) -> Iterator[Pred
             yield from predict(layer, direction, rates)
 
 
-def _total(steps: Sequence[Step], rates: Rates) -> float:
+def total(steps: Sequence[Step], rates: Rates) -> float:
     """Of steps one after the other; those that overlap are one step, which has the products and bytes of both."""
     merged: list[Step] = []
     for step in steps:

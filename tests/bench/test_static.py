@@ -15,7 +15,7 @@ import typer
 pytest.importorskip("triton", reason="bench static compiles Triton kernels; only Linux has triton")
 
 from bench import plot
-from bench.static import command, roofline
+from bench.static import command, mixtures, roofline
 from bench.static.aot import Row, kernel_names
 from bench.static.cubin import CHIPS, Counts, code_of, count, count_amdgcn, occupancy, read_amdgcn
 from bench.static.roofline import (
@@ -192,6 +192,25 @@ def test_unknown_names_list_the_others(arguments: list[str], message: str) -> No
 def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "TRITON_INTERPRET is set" in invoke("--chip", "sm_90", code=2)
+
+
+@pytest.mark.parametrize("m", mixtures.MIXTURES, ids=lambda m: m.name)
+def test_adapted_experts_multiply_what_the_formula_needs(m: mixtures.Mixture) -> None:
+    tokens = 128
+    s, r = tokens * m.top, mixtures.RANK
+    for per_token, (n, k) in zip((True, False), m.weights, strict=True):
+        rows = tokens if per_token else s
+        found = mixtures.stacked(m, tokens, n, k, per_token=per_token)
+        for times, (ours, frozen) in zip((1, 2), found.values(), strict=True):
+            base, low = 2 * s * n * k, 2 * r * (rows * k + s * n)
+            assert sum(step.flops for step in frozen) == base
+            assert sum(step.flops for step in ours) == base + times * low
+
+
+def test_predictions_of_mixtures_are_called_so() -> None:
+    first, _, _, _, *lines = mixtures.block(Rates(tbps=3)).splitlines()
+    assert first.startswith("PREDICTED, not measured") and "3 TB/s" in first
+    assert len(lines) == 9 and all(1.0 < float(line.strip("| ").split("|")[-1]) < 3.0 for line in lines)
 
 
 def row(**values: Any) -> Row:

@@ -29,6 +29,7 @@ COMMANDS = {  # block: what writes it
     "bench-federated": "python examples/federated_sentiment.py",
     "bench-gpu": "make gpu",
     "bench-host": "python -m bench host",
+    "bench-mixtures": "python -m bench plot",
     "bench-moe": "python -m bench moe",
     "bench-peer": "python -m bench serving --peer vllm",
     "bench-processes": "python -m bench processes",
@@ -38,7 +39,7 @@ COMMANDS = {  # block: what writes it
     "verify-quant": "make verify-quant",
     "verify-vllm": "make verify-vllm",
 }
-COMPUTED = ("bench-static", "reproduce-claims")  # from formulas, and from the rows of other blocks
+COMPUTED = ("bench-mixtures", "bench-static", "reproduce-claims")  # from formulas, and from the rows of other blocks
 
 
 class Block(NamedTuple):
