@@ -145,7 +145,7 @@ def test_smaller_ranks_are_padded_over_what_was_there(tmp_path):
     )
     file = read_adapter(small)
     fit(stack, file)  # the same s B in the columns that there are
-    stack.write(0, {m: torch.full((4, k), 9.0) for m, (_, _, k) in stack.shapes.items()})
+    stack.write(0, {m: torch.full((4, at.k), 9.0) for m, at in stack.shapes.items()})
     stack.write(0, file.matrices("tiny"))
     x = torch.randn(3, 8)
     with route(torch.tensor([0] * 3)), torch.no_grad():

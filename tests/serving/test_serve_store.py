@@ -311,7 +311,7 @@ def test_what_dead_processes_left_on_the_disk_is_swept_and_living_ones_keep_thei
     assert len(list((tmp_path / "spill").iterdir())) == 2
     other.close()
     (left,) = (tmp_path / "spill").iterdir()
-    alive.slots.write(0, {m: torch.zeros(r, k) for m, (_, r, k) in alive.slots.shapes.items()})
+    alive.slots.write(0, {m: torch.zeros(at.r, at.k) for m, at in alive.slots.shapes.items()})
     assert list(left.glob("*.safetensors")) and not shutil.rmtree(tmp_path / "first")
     touch(alive, "b")
 
