@@ -36,7 +36,7 @@ from ..tuner.config import CONFIG, WEIGHTS, unwrapped
 from ..tuner.experts import resolve_parameters, stacked_sizes
 from ..tuner.layer import ALoRALayer
 from ..tuner.probe import Finding, probe
-from ..tuner.targets import check_target, leave_out, rows_of, targets_of
+from ..tuner.targets import check_target, leave_out, rows_of, targets_of, tell_unmatched
 from .layers import HydraLinear, PerTaskLinear
 
 Findings = Mapping[str, Finding] | None
@@ -52,6 +52,8 @@ def adapt(model: Any, method: Method) -> Any:
     """
     if any(isinstance(m, AdaptedLinear | BaseTunerLayer) for m in model.modules()):
         raise ValueError("the model has adapters already: load the base anew")
+    if not method.name.startswith("alora"):  # whose model tells itself
+        tell_unmatched(model, LoraConfig(**method.shared_options))
     if method.in_peft:
         return get_peft_model(model, method.peft_config())
     findings = probe(model)

@@ -31,7 +31,16 @@ from .parallel import is_split, refuse_copies, split_of
 from .probe import Finding, probe
 from .register import Source, adjust_peft, source_read
 from .router import BatchRouting, CheckpointGuard, batch_shape, beams
-from .targets import check_target, keep_dense, leave_out, listened_to, rows_of, targets_of, tell_fused_experts
+from .targets import (
+    check_target,
+    keep_dense,
+    leave_out,
+    listened_to,
+    rows_of,
+    targets_of,
+    tell_fused_experts,
+    tell_unmatched,
+)
 
 DIMENSIONS = {
     "asymlora_A": "(experts, r, in_features)",
@@ -76,6 +85,7 @@ class ALoRAModel(BaseTuner):
             self.findings = probe(model)
         tasks = len(peft_config.tasks or ())
         adapted = resolve_parameters(model, peft_config)
+        tell_unmatched(model, peft_config)
         leave_out(model, peft_config, self.findings, tasks)
         tell_fused_experts(model, peft_config, adapted)
         for name in targets_of(model, peft_config):

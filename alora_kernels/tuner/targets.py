@@ -7,6 +7,7 @@ one warning and written into `exclude_modules`, so that a saved adapter has the 
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import re
 import warnings
@@ -183,6 +184,27 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _patterns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+
+
+def tell_unmatched(model: nn.Module, config: Any) -> None:
+    """Warn, once and with what may be meant, of target_modules that match nothing; PEFT refuses them where all do."""
+    asked = config.target_modules
+    if isinstance(asked, str) or not asked:
+        return
+    modules = [name for name, _ in outside_adapters(model)]
+    stacked = [
+        name.rpartition(".")[0::2] for name, _ in model.named_parameters()
+    ]  # `tell_fused_experts` tells of these
+    known = [*modules, *(f"{name}.{key}" for name, own in stacked for key in {own, *FUSED.get(own, ())})]
+    lost = [name for name in sorted(asked) if not any(f".{one}".endswith(f".{name}") for one in known)]
+    if not lost or len(lost) == len(asked):
+        return
+    said = []
+    for name in lost:
+        tails = {".".join(one.split(".")[-1 - name.count(".") :]) for one in modules}
+        close = difflib.get_close_matches(name, sorted(tails), n=1, cutoff=0.7)
+        said.append(name + (f" (did you mean {close[0]}?)" if close else ""))
+    warnings.warn(f"target_modules: no module of this model is called {', '.join(said)}", stacklevel=2)
 
 
 def tell_fused_experts(model: nn.Module, config: Any, adapted: Sequence[str] = ()) -> None:

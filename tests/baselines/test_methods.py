@@ -337,3 +337,13 @@ def test_a_refused_load_gives_the_base_back(tmp_path):
     base.save_pretrained(tmp_path / "base")  # all of it, not only what would have trained
     assert torch.equal(answers(type(base).from_pretrained(tmp_path / "base")), want)
     assert adapted_layers(adapt(base, method("lora")))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_names_that_match_nothing_are_told_once(name, recwarn):
+    asked = method(name, target_modules=("q_proj", "v_prj"))
+    model = llama()
+    target_shapes(model, asked)
+    adapt(model, asked)
+    said = [str(one.message) for one in recwarn if "target_modules" in str(one.message)]
+    assert said == ["target_modules: no module of this model is called v_prj (did you mean v_proj?)"]

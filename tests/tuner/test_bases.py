@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections import OrderedDict
 from copy import deepcopy
 from typing import Any
@@ -213,6 +214,24 @@ def test_routed_experts_are_left_alone_unless_rows_do_not_matter():
     assert model.peft_config["default"].exclude_modules == {"experts.0"}
     for other in ({"routing": "soft"}, {"tasks": ["only"]}):
         assert adapted(Zoo(), task_type=None, target_modules=["experts.0"], **other)
+
+
+def told(target_modules, base=None, **settings):
+    """The warnings of an adapter on these modules."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        adapted(base, target_modules=target_modules, **settings)
+    return [str(one.message) for one in found if "target_modules" in str(one.message)]
+
+
+def test_names_that_match_nothing_are_told_once():
+    said = "target_modules: no module of this model is called c_attn, self_attn.q_prj (did you mean self_attn.q_proj?)"
+    assert told(["v_proj", "self_attn.q_prj", "c_attn"]) == [said]
+    assert told(["v_proj"], exclude_modules=["layers.0.self_attn.v_proj"]) == []
+    assert told(["v_proj", "down_proj"], exclude_modules=["down_proj"]) == []
+    assert told("all-linear") == told(r".*v_proj") == []
+    with pytest.raises(ValueError, match="not found in the base model"):
+        told(["v_prj"])
 
 
 def test_two_adapters_of_a_model_with_conv1d():
