@@ -10,6 +10,11 @@ from collections.abc import Iterable, Sequence
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def install(extra: str) -> str:
+    """What installs an extra of this package."""
+    return f"pip install 'alora-kernels[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+
+
 def printable(text: str, longest: int | None = None) -> str:
     """A stranger's text on one line, of `longest` characters at most: nothing in it moves a cursor or starts a line."""
     shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)

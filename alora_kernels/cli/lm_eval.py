@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..recipes import display
+from ..text import install
 from . import command
 from .generate import open_base
 
@@ -36,7 +37,7 @@ def lm_eval(
     """Run EleutherAI's lm-evaluation-harness for each task of an adapter, and for its base; needs the extra lm-eval."""
     with command(KeyError):  # the harness's word for tasks that it does not know
         if find_spec("lm_eval") is None:
-            raise ImportError("this needs EleutherAI's harness: pip install 'alora-kernels[lm-eval]'")
+            raise ImportError(f"this needs EleutherAI's harness: {install('lm-eval')}")
         import torch
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

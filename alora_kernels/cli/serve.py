@@ -21,7 +21,7 @@ import typer
 
 from ..adapters.method import SETTINGS, read_method
 from ..recipes import display
-from ..text import listed, size
+from ..text import install, listed, size
 from . import WISHES, command, wish_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def serve(
     """Serve a base model and all its tasks from one batch, as OpenAI's clients expect; a page to try it is at /."""
     with command(), _no_collections():
         if missing := [name.replace("_", "-") for name in EXTRA if find_spec(name) is None]:
-            raise ImportError(f"serving needs {', '.join(missing)}: pip install 'alora-kernels[serving]'")
+            raise ImportError(f"serving needs {', '.join(missing)}: {install('serving')}")
         from ..serving import EngineConfig
         from ..serving.http.security import LOOPBACK_NAMES, ServerConfig, is_loopback
 

@@ -21,6 +21,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._lazy import names_later
+from ..text import install
 
 ENVIRONMENT = {  # no telemetry, no look for updates, no `pip install` when a run starts
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,7 +49,7 @@ _WHERE = {
     "Outcome": "log", "Template": "server", "adapt": "model", "fingerprint": "model", "run": "local",
     "log": "log", "server": "server", "view": "view",
 }  # fmt: skip
-REMEDY = "federated training needs Flower: pip install 'alora-kernels[federated]'"
+REMEDY = f"federated training needs Flower: {install('federated')}"
 
 __all__ = [
     "METHODS", "ConfigError", "FedConfig", "Limits", "Outcome", "Participant", "ShareSpec", "Template", "adapt",

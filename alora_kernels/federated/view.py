@@ -22,7 +22,7 @@ from rich.text import Text
 
 from .. import plotting
 from ..plotting import COLOURS, DARK_GREY, GREY
-from ..text import printable, size
+from ..text import install, printable, size
 from .log import Event, Track, last_round, of_kind, read, run_of, tracks
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -227,7 +227,7 @@ def _pair(old: float | None, new: float | None, better: int) -> tuple[str, str, 
 
 def plot(events: Sequence[Event], path: str | os.PathLike[str]) -> Path:
     """Draw a run as the PNG file `path`: metric and bytes over the rounds; of many clients the worst is named."""
-    plotting.check_matplotlib("the figures need matplotlib: pip install 'alora-kernels[federated]'")
+    plotting.check_matplotlib(f"the figures need matplotlib: {install('federated')}")
     run, found = run_of(events), tracks(events)
     with plotting.themed(plotting.LIGHT):
         figure = plotting.figure(10, 4.2, dpi=DPI)

@@ -22,7 +22,7 @@ from .. import plotting
 from ..federated import FedConfig, Outcome, run
 from ..federated.log import LEDGER, delta_m, read
 from ..federated.state import CHECKPOINT, FINAL
-from ..text import percent
+from ..text import install, percent
 from . import display
 from .federated import majority, participant, template
 
@@ -190,7 +190,7 @@ def plot(results: Sequence[Result], path: Path) -> Path:
     Left, a line per method: a dot per client (mean over seeds), a bar at the mean over clients with the range over
     seeds. Right, bytes per client and round.
     """
-    plotting.check_matplotlib("the picture needs matplotlib: pip install 'alora-kernels[federated]'")
+    plotting.check_matplotlib(f"the picture needs matplotlib: {install('federated')}")
     rows = rows_of(results)
     figure = plotting.figure(9, 1.6 + 0.42 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1.3))

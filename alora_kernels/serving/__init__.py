@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .._lazy import names_later
+from ..text import install
 
 if TYPE_CHECKING:
     from .batching import EngineConfig
@@ -25,5 +26,5 @@ __getattr__ = names_later(
     __name__,
     _LATER,
     needs=("prometheus_client", "threadpoolctl"),
-    remedy="serving needs prometheus-client and threadpoolctl: pip install 'alora-kernels[serving]'",
+    remedy=f"serving needs prometheus-client and threadpoolctl: {install('serving')}",
 )

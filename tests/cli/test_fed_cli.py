@@ -169,6 +169,6 @@ def test_without_flower_the_error_names_the_extra():
     code = "import sys; sys.modules['flwr'] = None\nfrom alora_kernels.cli.app import app\napp(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, "fed", "run", "x.yaml"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'alora-kernels[federated]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install -e '.[federated]'" in done.stderr and "Traceback" not in done.stderr
     methods = subprocess.run([sys.executable, "-c", code, "fed", "methods"], capture_output=True, text=True)
     assert methods.returncode == 0 and "fed-alora" in methods.stdout  # data needs no Flower

@@ -200,7 +200,10 @@ def test_without_the_extra_it_is_named(started, monkeypatch, tmp_path):
     real = serve_module.find_spec
     monkeypatch.setattr(serve_module, "find_spec", lambda name: None if name in ("limits", "uvicorn") else real(name))
     said = refused("m", "--adapter", tmp_path)
-    assert "serving needs limits, uvicorn: pip install 'alora-kernels[serving]'" in said
+    assert (
+        "serving needs limits, uvicorn: pip install 'alora-kernels[serving]' (in a clone: pip install -e '.[serving]')"
+        in said
+    )
     assert not started
 
 

@@ -112,4 +112,4 @@ def test_the_command_takes_some_tasks_and_adapters_without_any(harness, adapter,
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the harness is installed here")
 def test_without_the_harness_the_command_says_what_to_install(adapter):
-    assert "pip install 'alora-kernels[lm-eval]'" in refused("lm-eval", adapter, "--tasks", "arc_easy")
+    assert "pip install -e '.[lm-eval]'" in refused("lm-eval", adapter, "--tasks", "arc_easy")

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from ...text import NAME
+from ...text import NAME, install
 from .. import ENVIRONMENT
 from .processes import FlowerError, free_port
 
@@ -41,7 +41,7 @@ def program(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None or importlib.util.find_spec("flwr") is None:
-        raise FlowerError(f"{name} is not installed: pip install 'alora-kernels[federated]'")
+        raise FlowerError(f"{name} is not installed: {install('federated')}")
     return found
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...text import install
 from . import commands
 from .commands import CONNECTION, LOOPBACK, Certificates
 from .processes import LAST, FlowerError, Process, Processes, check_port, follow, free_port, last_lines, wait_healthy
@@ -111,7 +112,7 @@ def run_ray(
     if num_clients < 1 or cpus < 1 or gpus < 0:
         raise ValueError(f"num_clients and cpus must be >= 1 and gpus >= 0, got {num_clients}, {cpus}, {gpus}")
     if importlib.util.find_spec("ray") is None:
-        raise FlowerError("ray is not installed: pip install 'alora-kernels[federated]'")
+        raise FlowerError(f"ray is not installed: {install('federated')}")
     port, resources = free_port(), "client-resources-num"
     federation = {"num-supernodes": num_clients, f"{resources}-cpus": cpus, f"{resources}-gpus": float(gpus)}
     with Processes(Path(home) / "logs") as processes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..._lazy import names_later
+from ...text import install
 
 if TYPE_CHECKING:
     from .app import bind, create_app, serve
@@ -22,5 +23,5 @@ __getattr__ = names_later(
     __name__,
     _WHERE,
     needs=("fastapi", "starlette", "uvicorn", "limits", "pydantic", "anyio"),
-    remedy="the server needs FastAPI: pip install 'alora-kernels[serving]'",
+    remedy=f"the server needs FastAPI: {install('serving')}",
 )
