@@ -104,7 +104,7 @@ def evaluate(
     asked = recipe if rows is None else _judged_on(recipe, rows)
     job = load(asked.instead(dtype=dtype), adapter, whose="as trained" if dtype is None else "asked for")
     if rows is not None:
-        _say_learnt(recipe, job)
+        say_learnt(adapter, job)
     if limit is not None:
         job = _limited(job, limit)
     before = judge(job, "base, untuned", base_only=True) if base else None
@@ -129,13 +129,20 @@ def _judged_on(recipe: Recipe, rows: Path) -> Recipe:
     return recipe.instead(tasks=(replace(task, test_split=str(rows.resolve())),), test_size=ALL)
 
 
-def _say_learnt(trained: Recipe, run: Run) -> None:
-    """Say how many rows judge that the adapter was trained on, where its training rows can be read."""
-    try:
-        rows = read(trained, data.Lost())["train"]
-    except (OSError, ValueError):
-        return
-    learnt = {(row["task"], row["prompt"], row["messages"]) for row in rows}
+def say_learnt(adapter: str | Path | None, run: Run) -> None:
+    """Say how many rows judge that an adapter, or one it goes on from, was trained on, where its rows can be read."""
+    learnt: set[tuple[str, str, str]] = set()
+    seen: set[Path] = set()
+    while adapter is not None and (folder := Path(adapter).resolve()) not in seen:
+        seen.add(folder)
+        try:
+            trained = load_recipe(folder / FILE, root=Path())
+            rows = read(trained, data.Lost())["train"]
+        except (OSError, ValueError):
+            break
+        own = None if trained.train_b else trained.train_tasks
+        learnt.update((r["task"], r["prompt"], r["messages"]) for r in rows if own is None or r["task"] in own)
+        adapter = trained.adapter
     test = run.text["test"]
     if counts := Counter(r["task"] for r in test if (r["task"], r["prompt"], r["messages"]) in learnt):
         said = ", ".join(f"{task} {count}" for task, count in counts.items())

@@ -25,7 +25,7 @@ from ..training import ALoRATrainer
 from ..training.checkpoints import WRITING, newest_whole
 from . import display
 from .job import ADAPTER, Run, check_packages, load, schedule
-from .judge import METRICS, describe, judge, save_metrics, show_scores
+from .judge import METRICS, describe, judge, save_metrics, say_learnt, show_scores
 from .plan import peak
 from .recipe import Recipe
 from .watch import LOSSES, PICTURE, LossFile, TrainingBar, draw
@@ -58,6 +58,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
 def _follow(recipe: Recipe, folder: Path, processes: PartialState, last: str | None, overwrite: bool) -> None:
     """All steps of a run in a folder that is this run's alone."""
     job = load(recipe, resume=last)
+    if job.start:
+        say_learnt(job.start.file.folder, job)
     show_method(job)
     if overwrite and processes.is_main_process:
         clear(folder)

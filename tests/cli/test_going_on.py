@@ -54,6 +54,15 @@ def same_b(one: AdapterFile, other: AdapterFile) -> bool:
     return all(torch.equal(b, other.b[name]) for name, b in one.b.items())
 
 
+def test_rows_that_an_earlier_run_trained_on_are_counted(tmp_path, first):
+    said = "rows that this adapter was trained on judge it here: "
+    assert said not in alora("train", onward(tmp_path, first, ["even", "third"], steps=1))
+    second = (tmp_path / "run").rename(tmp_path / "second") / "adapter"
+    out = alora("train", onward(tmp_path, first, ["even", "odd"], adapter=second, steps=1, seed=5))
+    counts = out.split(said)[1].splitlines()[0]
+    assert "even" in counts and "odd" in counts  # of odd the second run saw nothing, the first one did
+
+
 def test_a_new_task_learns_and_the_others_stay_to_the_bit(tmp_path, first):
     path = onward(tmp_path, first, ["even", "odd", "third"], train_tasks="[third]", save_steps=2)
     out = alora("train", path)
