@@ -20,11 +20,13 @@ from torch import nn
 
 from alora_kernels.training import ALoRATrainer, TaskCollator
 
+from . import mixtures
 from . import trainers as t
 
 WORLD, RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
 ROWS = 6  # of a step, on however many processes
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+FSDP_EXPERTS = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}}
 SHARDED = {"fsdp": True, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
@@ -38,6 +40,12 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
         elif not p.requires_grad:
             p.data = p.data.to(dtype)
     return adapted
+
+
+def mixture() -> nn.Module:
+    """The same of a mixture: each expert has an A and a B of its own, and attention is adapted too."""
+    adapted = mixtures.adapted(tasks=t.TASKS, target_modules=["q_proj"], experts_A="each", task_type="CAUSAL_LM")
+    return adapted.train()
 
 
 def one_task_each() -> Dataset:
@@ -180,6 +188,11 @@ CASES: dict[str, Any] = {
     "fsdp from ddp": lambda f: resumed(f, "ddp", **FSDP),
     "ddp from fsdp": lambda f: resumed(f, "full"),
     "fsdp 1": lambda f: run(trainer(f, t.rows(12), fsdp=True, fsdp_config={"version": 1})),
+    "experts": lambda f: accumulated(f, adapted=mixture()),
+    "experts saved": lambda f: saved(f, "experts ddp", adapted=mixture()),
+    "fsdp experts": lambda f: accumulated(f, adapted=mixture(), gradient_checkpointing=True, **FSDP_EXPERTS),
+    "fsdp experts saved": lambda f: saved(f, "experts full", adapted=mixture(), **FSDP_EXPERTS),
+    "fsdp experts resumed": lambda f: resumed(f, "experts full", adapted=mixture(), **FSDP_EXPERTS),
     "left alone": lambda f: run(trainer(f, t.rows(12), use_cpu=False)),
 }  # fmt: skip
 

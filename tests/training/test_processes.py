@@ -27,6 +27,8 @@ EQUAL = {
     "streamed": "streamed", "saved": "saved", "resumed": "saved",
     "fsdp plain": "plain", "fsdp checkpointed": "accumulated", "fsdp absent": "absent", "fsdp saved": "saved",
     "fsdp resumed": "saved", "fsdp sharded": "saved", "fsdp sharded resumed": "saved",
+    "experts": "experts", "experts saved": "experts saved", "fsdp experts": "experts",
+    "fsdp experts saved": "experts saved", "fsdp experts resumed": "experts saved",
 }  # fmt: skip
 
 REFUSED = [
