@@ -100,7 +100,8 @@ def shrink(x: Tensor, adapter: Adapter) -> Saved:
     dropped, _ = drop(x, adapter)
     dtype = wider(x, adapter.a, adapter.router)
     if adapter.router is None:
-        h = shrink_rows(dropped, adapter.a.to(dtype), layout_of(adapter.task_groups, x.shape[1]), adapter.scaling)
+        layout = layout_of(adapter.task_groups, x.shape[1], dtype)
+        h = shrink_rows(dropped, adapter.a.to(dtype), layout, adapter.scaling)
         return Saved(h, x.new_empty(0, dtype=acc_dtype(x.dtype)))
     p = _soft_products(x, dropped, adapter)
     low, gate = _parts(p, adapter)
@@ -134,7 +135,7 @@ def task_backward(
     dx: Tensor | None, dh: Tensor, a: Tensor, groups: RowGroups, dropped: Tensor, mask: Tensor | None, wanted: bool
 ) -> Tensor | None:
     """Add the low-rank part to dx in place; the gradient of each task's a, zero where a task has no rows, if wanted."""
-    layout = layout_of(groups, a.shape[2])
+    layout = layout_of(groups, a.shape[2], dh.dtype)
     if isinstance(layout, Slots):
         return _slots_backward(dx, dh, a, layout, dropped, mask, wanted)
     if isinstance(layout, Whole):

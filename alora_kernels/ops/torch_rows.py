@@ -19,6 +19,7 @@ from ..routing import RowGroups
 Rows = slice | Tensor
 SHORTEST_RUN = 16  # mean rows per run from which a product per run is cheaper than gathering each task's rows,
 NARROW = 512  # of rows of so many numbers; of narrower ones twice as many
+SHORTEST_HALF = 64  # the same of 16-bit factors, of which a small product takes three times as long
 PADDING = 16  # unused slots per task that cost as much as a product of the task's own
 
 
@@ -70,17 +71,17 @@ Layout = Whole | Slots | list[tuple[int, Rows]]  # the last: one product for eac
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the batch's tensors
 
 
-def layout_of(groups: RowGroups, k: int = NARROW) -> Layout:
+def layout_of(groups: RowGroups, k: int = NARROW, dtype: torch.dtype = torch.float32) -> Layout:
     """The cheapest layout for rows of K numbers, worked out once: all layers of a batch hand in the same tensors.
 
-    Base-only rows are in no layout, and neither are ids that name no task.
+    `dtype` is that of the products. Base-only rows are in no layout, and neither are ids that name no task.
     """
     state = [0 if t.is_inference() else t._version for t in groups]
     known = _layouts.get(groups.offsets)
     if known is None or known[0] != state:
         known = _layouts[groups.offsets] = (state, {})
     layouts: dict[int, Layout] = known[1]
-    shortest = SHORTEST_RUN if k >= NARROW else 2 * SHORTEST_RUN
+    shortest = SHORTEST_HALF if dtype.itemsize == 2 else SHORTEST_RUN if k >= NARROW else 2 * SHORTEST_RUN
     if shortest not in layouts:
         layouts[shortest] = _cheapest(groups, shortest)
     return layouts[shortest]

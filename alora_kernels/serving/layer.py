@@ -18,6 +18,7 @@ from ..ops.dispatch import choose
 from ..ops.products import add_product_
 from ..ops.torch_backend import shrink_rows
 from ..ops.torch_rows import Layout, Slots, layout_of
+from ..ops.types import wider
 from ..routing import Routing, current_routing
 from ..tuner.base_layer import takes_fused_op
 from ..tuner.layer import ALoRALinear
@@ -30,11 +31,12 @@ class StepRows:
         slots: of the step's tokens.
         capacity: how many slots there are.
         x: what a layer is given, `[M, K]`.
+        dtype: of the products with A.
     """
 
-    def __init__(self, slots: Routing, capacity: int, x: Tensor) -> None:
+    def __init__(self, slots: Routing, capacity: int, x: Tensor, dtype: torch.dtype) -> None:
         groups = slots.groups(torch.Size([1, x.shape[0]]), capacity, x.device)
-        layout = layout_of(groups)
+        layout = layout_of(groups, dtype=dtype)
         self.layout: Layout = layout
         self.tasks: Tensor | None = None  # None where the layout takes A as it is
         self.key: tuple[int, ...] = ()
@@ -49,10 +51,10 @@ class StepRouting(Routing):
 
     _rows: StepRows | None = None
 
-    def rows(self, capacity: int, x: Tensor) -> StepRows:
-        """The rows of this step; x as in `StepRows`."""
+    def rows(self, capacity: int, x: Tensor, dtype: torch.dtype) -> StepRows:
+        """The rows of this step; x and dtype as in `StepRows`."""
         if self._rows is None:
-            self._rows = StepRows(self, capacity, x)
+            self._rows = StepRows(self, capacity, x, dtype)
         return self._rows
 
 
@@ -73,7 +75,7 @@ class SlotLinear(ALoRALinear):
         (name,) = self.asymlora_spec
         a, b = self.asymlora_A[name].weight, self.asymlora_B[name].weight
         flat = x.view(-1, x.shape[-1])
-        rows = step.rows(a.shape[0], flat)
+        rows = step.rows(a.shape[0], flat, wider(flat, a))
         if rows.count != flat.shape[0] or not rows.by_torch:
             return super().forward(x)
         base: Any = self.base_layer

@@ -254,3 +254,79 @@ def test_accelerated_lora_uses_it():
     torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chip that multiplies float32 faster than bf16."""
+    monkeypatch.setattr(packed, "widens", lambda: True)
+
+
+@pytest.mark.parametrize("routing", ["task", "soft"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_widened_products_are_as_good_as_torchs(routing, bias, slow_bf16, monkeypatch):
+    calls = []
+    monkeypatch.setattr(packed, "_widened", lambda *args, kept=packed._widened: calls.append(args) or kept(*args))
+    many = packed.BLOCK + 90
+    ids = torch.arange(many) % E
+    p = problem((many,), K, N, R, E, routing=routing, dtype=torch.bfloat16, ids=ids, bias=bias)
+    p.weight = nn.Parameter(p.weight, requires_grad=False)
+    truth, own = p.to(torch.float64).step(reference.alora_linear), p.step(reference.alora_linear)
+    assert_within_twice(p.step(alora_linear, backend="torch"), own, truth, tiny=1e-6)
+    assert len(calls) == 2  # forward and backward
+
+
+def test_a_widened_product_is_rounded_once(slow_bf16):
+    """What float32 holds of it, bias included, in the nearest bf16: but for sums in another order."""
+    x, w, b = torch.randn(600, K).bfloat16(), frozen(torch.bfloat16), torch.randn(N).bfloat16()
+    exact = F.linear(x.double(), w.double(), b.double())
+    torch.testing.assert_close(packed.linear(x, w, b).double(), exact, rtol=2**-8 + 1e-5, atol=1e-5)
+    dy = torch.randn(600, N).bfloat16()
+    torch.testing.assert_close(packed.matmul(dy, w).double(), dy.double() @ w.double(), rtol=2**-8 + 1e-5, atol=1e-5)
+
+
+def test_which_products_are_widened(slow_bf16, monkeypatch):
+    w, x = frozen(torch.bfloat16), torch.randn(129, K).bfloat16()
+    assert packed._widens(x, w) and packed._widens(x, w.detach())
+    assert not packed._widens(x[:128], w)
+    assert not packed._widens(x.float(), frozen()) and not packed._widens(x.double(), frozen(torch.float64))
+    assert not packed._widens(x, w.to("meta"))
+
+    class Quantised(nn.Parameter):
+        pass
+
+    assert not packed._widens(x, Quantised(w.detach(), requires_grad=False))
+    monkeypatch.setattr(packed, "widens", lambda: False)
+    assert not packed._widens(x, w)
+
+
+def test_base_only_rows_of_a_widened_product_are_the_base_bit_for_bit(slow_bf16):
+    made, x = layer().bfloat16(), torch.randn(200, K).bfloat16()
+    y = made(x, [-1] * 100 + [0] * 100)
+    assert torch.equal(y[:100], F.linear(x, made.weight, made.bias)[:100])
+
+
+CHIPS = {
+    "GenuineIntel flags: avx512f": (True, True),
+    "GenuineIntel flags: avx512_bf16": (True, True),
+    "GenuineIntel flags: avx512_bf16 amx_bf16": (True, False),
+    "AuthenticAMD flags: avx512f": (False, False),
+    "AuthenticAMD flags: avx512_bf16": (False, False),
+    None: (False, False),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_chips_name_says_how_it_multiplies(chip, tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    if chip is not None:
+        path.write_text(chip)
+    monkeypatch.setattr(packed, "Path", lambda _: path)
+    for kept in (packed._intel, packed.widens):
+        kept.cache_clear()
+    try:
+        assert (bool(packed._intel()), packed.widens()) == CHIPS[chip]
+    finally:
+        monkeypatch.undo()
+        for kept in (packed._intel, packed.widens):
+            kept.cache_clear()

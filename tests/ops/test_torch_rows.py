@@ -17,6 +17,7 @@ E = 5
 BATCHES = {
     "whole": (torch.full((40,), 3), Whole),
     "runs": (torch.tensor([2, -1, 4, 2]).repeat_interleave(20), list),
+    "short runs": (torch.arange(6).remainder(3).repeat_interleave(24), list),
     "equal slots": (torch.tensor([4, 0, 2, 3, 1]), Slots),
     "ragged slots": (torch.tensor([4, 0, 4, 3, -1, 1, 4, -1, 0]), Slots),
     "slots of some": (torch.tensor([4, 2, -1, 2]), Slots),
@@ -38,6 +39,16 @@ def test_each_batch_gets_the_layout_meant_for_it(name):
     if isinstance(layout, Slots):
         assert (layout.taken is None) == (name != "ragged slots" and name != "slots of some")
         assert (layout.tasks is None) == (name == "equal slots")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_runs_of_16_bit_rows_go_through_one_product(dtype):
+    """Each small product is slow there; what is known of a batch in another dtype does not count."""
+    groups = group_rows(torch.arange(12).remainder(4).repeat_interleave(32), 4)
+    assert isinstance(layout_of(groups), list)
+    assert isinstance(layout_of(groups, dtype=dtype), Slots)
+    assert isinstance(layout_of(groups, dtype=torch.float64), list)
+    assert isinstance(layout_of(group_rows(torch.arange(12).remainder(4).repeat_interleave(64), 4), dtype=dtype), list)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
