@@ -1,7 +1,7 @@
 """Which dtype a frozen base gets on a device, and why: by what the device can do and a probe, never by a guess.
 
-`data.load_model`, recipes, `alora serve` and `alora doctor` ask here. A chip that has bfloat16 multiplies it two to
-eight times faster than float32, one that has not several times slower. Adapters are float32 in either case.
+`data.load_model`, recipes, `alora serve` and `alora doctor` ask here. That a chip has bfloat16 does not say that it
+multiplies it faster than float32: docs/precision.md. Adapters are float32 in either case.
 """
 
 from __future__ import annotations

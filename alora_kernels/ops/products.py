@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import packed
 from .types import wider
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -76,7 +77,8 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0)
     """out += scaling * left right in place, `[M, N] [M, R] [R, N]`."""
     if out.dtype == left.dtype == right.dtype:
         return out.addmm_(left, right, alpha=scaling)
-    if out.dtype == torch.bfloat16 and out.device.type == "cpu" and out.numel() > BLOCK:
+    large = out.device.type == "cpu" and out.numel() > BLOCK
+    if large and out.dtype == torch.bfloat16 and not packed.widens():
         return _add_split_(out, left, right, scaling)
     dtype = wider(left, right)
     left, right = left.to(dtype), right.to(dtype)
@@ -88,7 +90,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0)
 def _add_split_(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """The same for large out of bf16 on a CPU, which multiplies bf16, sums in float32 and rounds the sum once.
 
-    Each factor is two of bf16, which hold its first 16 bits; out keeps 8. That takes half the time.
+    Each factor is two of bf16, which hold its first 16 bits; out keeps 8. That takes half the time where bf16 is fast.
     """
     high, above = left.to(torch.bfloat16), right.to(torch.bfloat16)
     low, below = (left - high).to(torch.bfloat16), (right - above).to(torch.bfloat16)

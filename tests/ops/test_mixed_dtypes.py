@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from alora_kernels import alora_linear, reference
-from alora_kernels.ops import products
+from alora_kernels.ops import packed, products
 from tests.compare import Problem, assert_within_twice, over_a_base, problem
 from tests.ops.test_torch_rows import BATCHES
 
@@ -141,8 +141,15 @@ def test_the_compiled_op_knows_its_dtypes() -> None:
             torch.testing.assert_close(ours[key], t)
 
 
-def test_a_large_sum_in_bf16_is_rounded_once() -> None:
-    """Products of halves instead of a float32 copy: the error is the last rounding's, also where addends cancel."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_large_sum_in_bf16_is_rounded_once(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of halves, or of blocks in float32 where bf16 is slow: the error is the last rounding's, also where
+    addends cancel.
+    """
+    halves: list[Tensor] = []
+    split = products._add_split_
+    monkeypatch.setattr(products, "_add_split_", lambda out, *args: halves.append(out) or split(out, *args))
+    monkeypatch.setattr(packed, "widens", lambda: slow)
     rows, width = 300, products.BLOCK // 256
     left, right = torch.randn(rows, R), torch.randn(R, width)
     out = (left @ right).neg().to(torch.bfloat16) + torch.randn(rows, width).to(torch.bfloat16) / 64
@@ -150,4 +157,5 @@ def test_a_large_sum_in_bf16_is_rounded_once() -> None:
     wide = out.float().addmm(left, right, alpha=0.75).to(torch.bfloat16)
     found = products.add_product_(out.clone(), left, right, 0.75)
     assert out.numel() > products.BLOCK
+    assert bool(halves) is not slow
     assert (found.double() - truth).abs().max() <= 1.01 * (wide.double() - truth).abs().max() + 2**-15
