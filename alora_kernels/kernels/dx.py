@@ -28,7 +28,8 @@ def _dx_task_kernel(
     M, N, K, R, E,
     stride_dym, stride_dyn, stride_wn, stride_wk, stride_dhm, stride_dhr, stride_ae, stride_ar, stride_ak,
     stride_dxm,
-    HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr, ONTO: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_COLS: tl.constexpr, EVEN_DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -58,6 +59,10 @@ def _dx_task_kernel(
     if HAS_DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), row, col, p_drop, BLOCK_K)
         acc = tl.where(keep, acc * dropout_scale(p_drop, ACC), 0.0)
+    if ONTO:
+        # [BLOCK_M, BLOCK_K]
+        taken = ((ids >= 0) & (ids < E))[:, None] & mask_k[None, :]
+        acc += tl.load(dx + rows[:, None] * stride_dxm + cols[None, :], mask=taken, other=0.0).to(ACC)
     finish_gemm(
         dx, acc, dy, w, None, first, col, rows, offs_k, mask_m, mask_k,
         stride_dym, stride_dyn, stride_wn, stride_wk, stride_dxm, N,
@@ -74,14 +79,15 @@ def dx_task(
     *,
     dtype: torch.dtype,
     dropout: Dropout | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """Gradient of x under task routing, in one launch: dx `[M, K]` in `dtype`, that of x.
 
     Formula: `dx_m = dy_m w + keep_m (dh_m A_{t(m)}) / (1 - p)`; rows of no task get `dy_m w`; without dy and w (a 4-bit
-    base) the low-rank part alone.
+    base) the low-rank part alone, or added `onto` what a tensor holds in rows of a task; its other rows become 0.
     """
     (m, r), (e, _, k), n = dh.shape, a.shape, 0 if w is None else w.shape[0]
-    dx = torch.empty(m, k, dtype=dtype, device=dh.device)
+    dx = torch.empty(m, k, dtype=dtype, device=dh.device) if onto is None else onto
     base = operands(dy, w, dx, transposed=False, masks=dropout is not None)
     tile = base.tile
     # 32 ranks spill 8 bytes beside a mask (sm_80) or if they come in float32 (sm_90)
@@ -91,7 +97,7 @@ def dx_task(
         base.left, base.right, dh, a, base.out, groups.ids, None if base.flags["DESCRIPTORS"] else groups.order,
         *seed_and_p(dropout),
         m, n, k, r, e, *base.strides, *dh.stride(), *a.stride(), dx.stride(0),
-        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, **base.flags,
+        HAS_BASE=w is not None, HAS_DROPOUT=dropout is not None, ONTO=onto is not None, **base.flags,
         BLOCK_M=base.block_m, BLOCK_N=tile.block_k, BLOCK_K=tile.block_n, BLOCK_R=step, GROUP_M=GROUP_M,
         DTYPE=tl_dtype(dtype), **common(tile, dtype, dh.device),
     )  # fmt: skip

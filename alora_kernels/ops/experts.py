@@ -228,10 +228,10 @@ def grouped(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, ids
     """The forward in Triton's kernels for tasks, over torch's grouped product."""
     from .. import kernels  # needs the triton package, which only Linux has
 
-    y = _grouped_product(x, w.transpose(1, 2), offsets)
+    y = _grouped_product(x, w.transpose(1, 2), offsets, whole=False)
     if bias is not None:
         y += F.pad(bias, (0, 0, 0, 1))[ids]
-    return y.add_(kernels.dx_task(None, None, h, _as_a(b), _groups(ids, offsets), dtype=y.dtype))
+    return kernels.dx_task(None, None, h, _as_a(b), _groups(ids, offsets), dtype=y.dtype, onto=y)
 
 
 def grouped_backward(
@@ -257,11 +257,13 @@ def _as_a(b: Tensor) -> Tensor:
     return transposed.contiguous() if b.shape[2] % 16 else transposed
 
 
-def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x_e w_e `[S, N]` for w `[X, K, N]`, zero in rows of no expert."""
+def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor, whole: bool = True) -> Tensor:
+    """x_e w_e `[S, N]` for w `[X, K, N]`; rows of no expert are zero, or unless `whole` they may hold anything."""
     aligned = x.numel() > 0 and x.shape[1] % 8 == w.shape[2] % 8 == 0  # grouped_mm takes rows of whole 16 bytes
     if hasattr(F, "grouped_mm") and x.dtype == w.dtype == torch.bfloat16 and aligned:
         y = F.grouped_mm(x.contiguous(), w, offs=offsets[1:])
+        if not whole:
+            return cast(Tensor, y)
         beyond = torch.arange(x.shape[0], device=x.device) >= offsets[-1]  # which it leaves as they are
         return cast(Tensor, y.masked_fill_(beyond.unsqueeze(1), 0))
     y = x.new_zeros(x.shape[0], w.shape[2])

@@ -178,6 +178,7 @@ class Trace(TorchDispatchMode):
             tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
             name = short_name(launch.kernel.__name__)
             flops, moved = kernel_flops(self._layer, tensors), size_of(tensors.values())
+            moved += size_of([tensors["dx"]]) if launch.meta.get("ONTO") else 0  # read and written
             self.steps.append(Step(name, launch.grid, flops, moved, True, launch.meta.get("launch_pdl", False)))
         self._seen = len(self._recorded)
 

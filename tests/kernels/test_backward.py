@@ -54,6 +54,18 @@ def test_dx_task(case: Case, dtype: torch.dtype, base: bool) -> None:
     assert_close(dx, reference, dtype, t.dy, t.w, t.dh, t.a)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.p == 0], ids=str)
+def test_dx_task_onto_what_is_there(case: Case, dtype: torch.dtype) -> None:
+    """Rows of no task hold anything before, and zero afterwards."""
+    t = Layer(case, dtype)
+    task = t.onehot(t.x.dtype).sum(1, keepdim=True)
+    there = torch.where(task > 0, t.x, float("nan")).contiguous()
+    dx = dx_task(None, None, t.dh, t.a, t.groups, dtype=dtype, onto=there)
+    assert dx.data_ptr() == there.data_ptr()
+    low = lambda x, dh, a: task.to(x.dtype) * x + torch.einsum("me,mr,erk->mk", t.onehot(dh.dtype), dh, a)  # noqa: E731
+    assert_close(dx, low, dtype, t.x, t.dh, t.a)
+
+
 @pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dx_soft(case: Case, dtype: torch.dtype, base: bool) -> None:
