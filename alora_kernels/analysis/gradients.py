@@ -158,7 +158,7 @@ def task_conflicts(
         routers = (f"asymlora_router.{adapter}.weight", "router", "router.weight")
         soft = names & {f"{module}.{router}".lstrip(".") for router in routers}
         stack = next(iter(by_task.values())).shape
-        routed = len(stack) == 3 and stack[0] > 1 and not soft
+        routed = len(stack) > 2 and stack[0] > 1 and not soft and ".asymlora_B." not in name  # whose stack is experts
         records[module, parameter] = compare(by_task, module=module, parameter=parameter, routed=routed)
     return list(records.values())
 

@@ -23,6 +23,7 @@ from alora_kernels.analysis import NotFiniteError, compare, task_conflicts, task
 from alora_kernels.data import load_model
 from alora_kernels.tuner import ALoRAConfig
 
+from ..support import mixtures
 from ..support.refusals import refused
 from .adapters import randn64 as randn
 
@@ -324,3 +325,14 @@ def test_no_module_hides_a_public_name():
     for file in Path(analysis.__file__).parent.glob("[a-z]*.py"):
         importlib.import_module(f"alora_kernels.analysis.{file.stem}")
     assert not [name for name in analysis.__all__ if inspect.ismodule(getattr(analysis, name))]
+
+
+@pytest.mark.parametrize("experts_a", ["shared", "each"])
+@pytest.mark.parametrize("experts_b", ["shared", "each"])
+def test_tasks_of_adapted_experts_share_b_alone(experts_a, experts_b):
+    model = mixtures.adapted(experts_A=experts_a, experts_B=experts_b)
+    batches = {task: {"input_ids": ids[None], "adapter_names": [task]} for task, ids in zip(
+        mixtures.TASKS, mixtures.tokens(3), strict=True)}  # fmt: skip
+    found = task_conflicts(model, batches, lambda model, batch: model(**batch, labels=batch["input_ids"]).loss)
+    assert len(found) == 8 and all(min(each.norms) > 0 for each in found)
+    assert {(each.parameter, each.sharing, each.pairs) for each in found} == {("A", "per task", 0), ("B", "shared", 3)}
