@@ -207,7 +207,6 @@ def test_layers_name_themselves():
         ({"init_weights": "gaussian"}, "True or False"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "regular expression"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
-        ({"target_parameters": ["experts.down"]}, r"target_parameters \['experts.down'\]: ALoRA adapts layers"),
     ],
 )
 def test_contradictory_configs_are_refused(settings, text):
