@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from alora_kernels import data
 from alora_kernels.adapters.reader import read_adapter
 from alora_kernels.recipes import train as steps
 from alora_kernels.recipes.job import load
 from alora_kernels.recipes.recipe import load_recipe
+from tests.cli.test_train_processes import free_port, launched
 from tests.support.cli import alora, recipe, refused
 from tests.support.mixtures import mixture
 from tests.support.toyrows import write
@@ -91,3 +94,22 @@ def test_packed_rows_and_logits_of_labels_alone_train_alike(tmp_path, jsonl, bas
     for name, parameter in right.items():
         torch.testing.assert_close(packed[name], parameter, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(whole[name], parameter, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(tmp_path, jsonl, base, parallel):
+    """Without the balancing loss, which each forward pass takes of its own rows."""
+    plain = shutil.copytree(base, tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"output_router_logits": False}))
+    more = EXPERTS | {"save_steps": 0, "packing": "false", "model": plain}
+    path = recipe(tmp_path, jsonl, **more)
+    alora("train", path, "--output", tmp_path / "one")
+    path = recipe(tmp_path, jsonl, **more, parallel=parallel)
+    start = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+    launched(*start, "-m", "alora_kernels", "train", path, "--output", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and any("experts" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
