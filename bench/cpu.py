@@ -98,7 +98,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 60,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
     build_commit: Annotated[
-        str, typer.Option("--build", help="demo, memory: the commit that is today's build")
+        str, typer.Option("--build", help="demo, memory: the earlier commit to compare with")
     ] = build.COMMIT,
     build_venv: Annotated[
         Path | None, typer.Option(help="demo, memory: folder of its venv, made where it is missing")

@@ -53,8 +53,8 @@ def as_told(run: Run) -> float:
 
 
 def main(
-    build_venv: Annotated[Path, typer.Option(help="folder of the venv of today's build, made where it is missing")],
-    build_commit: Annotated[str, typer.Option("--build", help="the commit that is today's build")] = COMMIT,
+    build_venv: Annotated[Path, typer.Option(help="folder of the earlier commit's venv, made where it is missing")],
+    build_commit: Annotated[str, typer.Option("--build", help="the earlier commit to compare with")] = COMMIT,
     repeats: Annotated[int, typer.Option(min=1, help="interleaved rounds of 100 calls")] = 40,
     out: Annotated[Path, typer.Option(help="rows are appended to this CSV")] = RESULTS / "host.csv",
 ) -> None:

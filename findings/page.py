@@ -21,6 +21,11 @@ or days. Each was met while this package was made, and each is a script in `find
 a folder of its own, shows it, and fails once it has changed; versions are those it ran with. None of it is a reproach:
 these are the packages that we stand on.
 
+Two more have no script. vLLM 0.32 on CPUs applies the last slot's adapter to rows of the base where `--max-loras`
+is no larger than the number of tasks: showing it takes a server and minutes ([vLLM](evaluation_and_vllm.md#vllm)).
+And float16 products are several times slower than float32's on CPUs without instructions for them, as fast on
+others: a script would pass or fail by the machine ([Precision](precision.md)).
+
 <!-- generated: python findings/page.py -->
 """
 KINDS = {

@@ -1,4 +1,6 @@
-"""Another commit's package as a provider, "today's build": a venv of its own, and a worker that steps on demand.
+"""An earlier commit's package as a provider: a venv of its own, and a worker that steps on demand.
+
+Rows call it "today's build", its name when the first of them were taken.
 
 The venv borrows torch and all else from this environment, so nothing is downloaded. While one side steps the other
 waits for a line in a pipe: it sleeps, and OpenMP's threads spin for about a millisecond after their last product.
