@@ -17,7 +17,7 @@ from ..ops.autograd import needs_dispatch
 from ..ops.dispatch import choose
 from ..ops.products import add_product_
 from ..ops.torch_backend import shrink_rows
-from ..ops.torch_rows import Layout, Slots, layout_of
+from ..ops.torch_rows import NARROW, Layout, Slots, layout_of
 from ..ops.types import wider
 from ..routing import Routing, current_routing
 from ..tuner.base_layer import takes_fused_op
@@ -36,7 +36,7 @@ class StepRows:
 
     def __init__(self, slots: Routing, capacity: int, x: Tensor, dtype: torch.dtype) -> None:
         groups = slots.groups(torch.Size([1, x.shape[0]]), capacity, x.device)
-        layout = layout_of(groups, dtype=dtype)
+        layout = layout_of(groups, x.shape[1], dtype)
         self.layout: Layout = layout
         self.tasks: Tensor | None = None  # None where the layout takes A as it is
         self.key: tuple[int, ...] = ()
@@ -49,13 +49,15 @@ class StepRows:
 class StepRouting(Routing):
     """The slots of one step's tokens `[1, M]`; layers on a CPU ask for its rows, the first of them makes them."""
 
-    _rows: StepRows | None = None
+    _rows: dict[bool, StepRows] | None = None  # of narrow layers and of others, whose layouts may differ
 
     def rows(self, capacity: int, x: Tensor, dtype: torch.dtype) -> StepRows:
         """The rows of this step; x and dtype as in `StepRows`."""
-        if self._rows is None:
-            self._rows = StepRows(self, capacity, x, dtype)
-        return self._rows
+        known = self._rows = {} if self._rows is None else self._rows
+        narrow = x.shape[1] < NARROW
+        if narrow not in known:
+            known[narrow] = StepRows(self, capacity, x, dtype)
+        return known[narrow]
 
 
 class SlotLinear(ALoRALinear):

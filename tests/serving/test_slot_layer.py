@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
+from alora_kernels.ops.torch_rows import Slots, layout_of
 from alora_kernels.routing import Routing, route
 from alora_kernels.serving import TaskStore
 from alora_kernels.serving.layer import SlotLinear, StepRouting
@@ -104,3 +105,11 @@ def test_a_transposed_base_goes_the_usual_way(tmp_path):
     with closing(TaskStore.open(model, [folder], resident=len(TASKS))):
         ids = torch.tensor([[0, 3, 5]])
         assert torch.equal(logits(model, StepRouting(ids), 3), logits(model, Routing(ids), 3))
+
+
+def test_narrow_and_wide_layers_have_each_the_layout_of_the_ordinary_layer():
+    step = StepRouting(torch.tensor([[1] * 24 + [0] * 24]))
+    for k in (256, 1024, 256):
+        layout = step.rows(6, torch.zeros(48, k), torch.float32).layout
+        groups = step.groups(torch.Size([1, 48]), 6, torch.device("cpu"))
+        assert type(layout) is type(layout_of(groups, k)) is (Slots if k == 256 else list)
