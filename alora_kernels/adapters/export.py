@@ -184,7 +184,7 @@ def export_lora(
         for module, a in given.own(task, r, dtype).items():
             pair = a, shared[module]
             if module in given.experts:
-                pair = _as_parameter(*pair, given.experts[module])
+                pair = as_parameter(*pair, given.experts[module])
             tensors |= {f"{PREFIX}{places[module]}.lora_{p}.weight": t for p, t in zip("AB", pair, strict=True)}
         written.append(ExportedTask(name, task, out / name, write_adapter(out / name, tensors, stock, card)))
         write_task_cards(out / name, {name: given.cards[task]} if task in given.cards else {})
@@ -202,7 +202,7 @@ def stock_places(modules: Sequence[str], stacks: Collection[str]) -> dict[str, s
     return places
 
 
-def _as_parameter(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def as_parameter(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """A `[X R, K]`, expert by expert, and B `[N, R X]`, rank by rank: as PEFT keeps them for X experts."""
     a, b = a.expand(experts, *a.shape[-2:]), b.expand(experts, *b.shape[-2:])
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1).contiguous()

@@ -50,6 +50,16 @@ class Shape(NamedTuple):
     a: tuple[int, ...] = ()
     b: tuple[int, ...] = ()
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The shape of a task's A."""
+        return *self.a, self.r, self.k
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The shape of B."""
+        return *self.b, self.n, self.r
+
 
 class Factors(NamedTuple):
     """One module of one task, A `[R, K]`, B `[N, R]` and s: its change of the weight is s B A."""

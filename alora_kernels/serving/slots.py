@@ -69,12 +69,9 @@ class Slots:
         self.model, self.capacity, self.dtype = model, capacity, dtype or file.dtype
         self.shapes, self._scaling, self.base = dict(file.shapes), dict(file.scaling), file.base
         self._b_sums = dict(file.b_sums) if all(sum for _, sum in file.b_sums.values()) else None
-        self.bytes_per_task = (
-            sum(math.prod((*s.a, s.r, s.k)) for s in self.shapes.values()) * self.dtype.itemsize
-        )  # in all layers
-        self.bytes_shared = (
-            sum(math.prod((*s.b, s.n, s.r)) for s in self.shapes.values()) * self.dtype.itemsize
-        )  # of the B's, likewise
+        shapes, size = self.shapes.values(), self.dtype.itemsize
+        self.bytes_per_task = sum(math.prod(shape.own) for shape in shapes) * size  # in all layers
+        self.bytes_shared = sum(math.prod(shape.shared) for shape in shapes) * size  # of the B's, likewise
         self._a: dict[str, nn.Parameter] = {}  # module -> [capacity, R, K]
         self._b: dict[str, nn.Parameter] = {}  # [N, R]
         self._before = (model.training, [p for p in model.parameters() if p.requires_grad])
@@ -98,13 +95,12 @@ class Slots:
         # two names at least: with one, a layer would serve calls that say no task as if they had said this one
         slots = tuple(f"slot{i}" for i in range(max(self.capacity, 2)))
         for module, layer in layers.items():
-            _, r, k, experts, _ = self.shapes[module]
-            device = layer.asymlora_A[ADAPTER].weight.device
-            a = torch.zeros(self.capacity, *experts, r, k, dtype=self.dtype, device=device)
+            shape, device = self.shapes[module], layer.asymlora_A[ADAPTER].weight.device
+            a = torch.zeros(self.capacity, *shape.own, dtype=self.dtype, device=device)
             b = _cast(file, module, file.b[module], self.dtype).to(device)
             self._a[module] = layer.asymlora_A[ADAPTER].weight = nn.Parameter(a, requires_grad=False)
             self._b[module] = layer.asymlora_B[ADAPTER].weight = nn.Parameter(b, requires_grad=False)
-            layer.asymlora_spec[ADAPTER] = AdapterSpec(r, self._scaling[module], 0.0, slots, self.capacity)
+            layer.asymlora_spec[ADAPTER] = AdapterSpec(shape.r, self._scaling[module], 0.0, slots, self.capacity)
             if type(layer) is ALoRALinear:
                 layer.__class__ = SlotLinear  # PEFT has made its own
         self.model.eval().requires_grad_(False)
@@ -169,8 +165,8 @@ class Slots:
         if matrices.keys() != self.shapes.keys():
             raise ValueError(f"matrices are not those of the stack: {_some(matrices, self.shapes)}")
         for module, a in matrices.items():
-            _, r, k, experts, _ = self.shapes[module]
-            if a.dim() < 2 or a.shape[:-2] != experts or a.shape[-2] > r or a.shape[-1] != k:
+            *experts, r, k = self.shapes[module].own
+            if a.dim() < 2 or [*a.shape[:-2]] != experts or a.shape[-2] > r or a.shape[-1] != k:
                 raise ValueError(f"{module}: matrices must be at most {[*experts, r, k]}, got {list(a.shape)}")
         for module, a in matrices.items():
             held = self._a[module][slot]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import alora_kernels
 from alora_kernels import route
+from alora_kernels.adapters.export import as_parameter
 from alora_kernels.tuner.experts import StackedWeight
 
 from ..report.rows import BOTH, Row
@@ -81,8 +82,7 @@ class Experts(Training):
                 for task in range(s.tasks):
                     a, b = layer.asymlora_A["default"].weight[task], layer.asymlora_B["default"].weight
                     if isinstance(layer, StackedWeight):
-                        a, b = layer.factors("default", task)
-                        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # PEFT's orders of ranks and experts
+                        a, b = as_parameter(*layer.factors("default", task), layer.num_experts)
                     lora.lora_A[str(task)].weight.copy_(a)
                     lora.lora_B[str(task)].weight.copy_(b)
         return model.train()
