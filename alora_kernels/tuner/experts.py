@@ -203,7 +203,7 @@ class ALoRAExperts(nn.Module):
         rows, key = sort_by_expert(expert_ids, up.num_experts), choose(x, None)
         groups = [stack.tokens(x, state) for stack, state in zip(self.stacks, states, strict=True)]
         h, b = up.low_rank(x, rows, groups[0], key, per_token=True)
-        gate_up = up.product(x[rows.token], frozen[0], frozen[2], h, b, rows, key)
+        gate_up = up.product(rows.of_tokens(x), frozen[0], frozen[2], h, b, rows, key)
         hidden = recomputed(base._apply_gate, gate_up)
         h, b = down.low_rank(hidden, rows, groups[1], key)
         out = down.product(hidden, frozen[1], frozen[3], h, b, rows, key)

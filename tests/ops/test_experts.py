@@ -210,6 +210,21 @@ def test_sorted_rows():
     assert torch.equal(rows.restored(values[rows.source]), values)
 
 
+def test_the_gradient_of_sorted_rows_is_that_of_indexing():
+    """And its own gradient: the rows are moved, nothing more."""
+    ids = torch.tensor([[2, 0], [0, 5], [-1, 2]])
+    rows = sort_by_expert(ids, 3)
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    for move, index, given in ((rows.of_tokens, rows.token, x), (rows.restored, rows.places, y)):
+        leaf = given.clone().requires_grad_()
+        assert torch.equal(move(leaf), given[index])
+        dy = torch.randn(6, 4, dtype=torch.float64)
+        (found,) = torch.autograd.grad(move(leaf), leaf, dy)
+        (right,) = torch.autograd.grad(leaf[index], leaf, dy)
+        torch.testing.assert_close(found, right, rtol=1e-15, atol=1e-15)
+        assert torch.autograd.gradcheck(move, leaf) and torch.autograd.gradgradcheck(move, leaf)
+
+
 def test_nothing_of_x_or_of_a_weight_is_saved():
     p = Problem(Case(tokens=64, k=64, n=48), torch.float32)
     x, _, b = p.leaves()
